@@ -1,0 +1,159 @@
+"""Builds what is compiled: delib_fast._C (C++, on torch) and libdelib_fast_cuda.so (CUDA, on nothing).
+
+Both are optional. What is built is decided by the toolchain and by wish, never by whether a GPU is present:
+
+    DELIB_FAST_CPP  = auto | 0 | 1    auto: where torch, Python.h and a C++ compiler are at hand
+    DELIB_FAST_CUDA = auto | 0 | 1    auto: where nvcc is at hand;  1: an error where it is not
+
+Everything else about the package is in pyproject.toml.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext as setuptools_build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = "csrc"
+CUDA_TARGETS = ("80", "90a")  # A100 and later by PTX; Hopper's clusters
+SLOWER = (
+    "delib_fast is installed without its C++ part ({why}): on a CPU the loss runs on plain torch and "
+    "packs are planned in Python, both slower. Everything works."
+)
+
+
+def wish(name: str) -> str:
+    value = os.environ.get(name, "auto")
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"{name}={value!r}: it must be auto, 0 or 1")
+    return value
+
+
+def cpp_compiler() -> str:
+    return os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), "")
+
+
+def why_no_cpp() -> str | None:
+    """A reason not to compile C++, or None; the compiler is tried on a file that needs what ours need."""
+    if wish("DELIB_FAST_CPP") == "0":
+        return "DELIB_FAST_CPP=0"
+    try:
+        import torch.utils.cpp_extension  # noqa: F401
+    except ImportError:
+        return "no torch while building; install torch first and pass --no-build-isolation"
+    compiler = cpp_compiler()
+    if not compiler:
+        return "no C++ compiler found; install g++"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <Python.h>\n#include <vector>\nint main() { return 0; }\n")
+        include = sysconfig.get_path("include")
+        command = [*shlex.split(compiler), f"-I{include}", "-c", str(source), "-o", str(source.with_suffix(".o"))]
+        try:
+            probe = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            return f"the C++ compiler {compiler!r} cannot be run: {error.strerror}"
+    if probe.returncode:
+        first_line = next((line for line in probe.stderr.splitlines() if "error" in line), "it failed")
+        return f"the C++ compiler {compiler!r} does not compile a file with Python.h: {first_line.strip()}"
+    return None
+
+
+def find_nvcc() -> str | None:
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
+        if home and (nvcc := shutil.which("nvcc", path=str(Path(home, "bin")))):
+            return nvcc
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def sources(*suffixes: str) -> list[str]:
+    found = (path for suffix in suffixes for path in (ROOT / CSRC).rglob(f"*{suffix}"))
+    return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+class CudaLibrary(Extension):
+    """One plain shared library with a C interface; Python loads it with ctypes, so no ABI has to match."""
+
+    def __init__(self, nvcc: str):
+        # setuptools gets no sources: it must not hand .cu files to the C++ compiler
+        super().__init__("delib_fast.libdelib_fast_cuda", sources=[], depends=sources(".cu", ".cuh", ".h"))
+        self.nvcc = nvcc
+        self.cu_sources = sources(".cu")
+
+    def compile(self, output: Path, scratch: Path) -> None:
+        scratch.mkdir(parents=True, exist_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        targets = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS]
+        targets.append("-gencode=arch=compute_80,code=compute_80")  # PTX, for what comes later
+        common = [self.nvcc, *targets, "-O3", "-std=c++17", "-Xcompiler=-fPIC", f"-I{ROOT / CSRC}"]
+        objects = []
+        for source in self.cu_sources:
+            objects.append(str(scratch / (source.replace("/", "_") + ".o")))
+            subprocess.run([*common, "-c", str(ROOT / source), "-o", objects[-1]], check=True)
+        subprocess.run([*common, "-shared", "-cudart=static", *objects, "-o", str(output)], check=True)
+
+
+def cpp_extension() -> Extension:
+    from torch.utils.cpp_extension import CppExtension
+
+    # No -march=native: what needs AVX2 or AVX-512 says so in its own file and is chosen at run time.
+    flags = ["-O3", "-fvisibility=hidden", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+    return CppExtension(
+        "delib_fast._C",
+        sources(".cpp"),
+        include_dirs=[str(ROOT / CSRC)],
+        depends=sources(".h"),
+        extra_compile_args={"cxx": flags},
+        extra_link_args=["-fopenmp", "-Wl,--strip-all"],
+    )
+
+
+def extensions() -> list[Extension]:
+    found: list[Extension] = []
+    why = why_no_cpp()
+    if why is None:
+        found.append(cpp_extension())
+    elif wish("DELIB_FAST_CPP") == "1":
+        raise SystemExit(f"DELIB_FAST_CPP=1, but {why}")
+    else:
+        print(SLOWER.format(why=why), file=sys.stderr)
+    nvcc = find_nvcc()
+    if wish("DELIB_FAST_CUDA") == "1" and nvcc is None:
+        raise SystemExit("DELIB_FAST_CUDA=1, but there is no nvcc on PATH, under CUDA_HOME or /usr/local/cuda")
+    if wish("DELIB_FAST_CUDA") != "0" and nvcc is not None and sources(".cu"):
+        found.append(CudaLibrary(nvcc))
+    return found
+
+
+def build_command(found: list[Extension]) -> type:
+    base: type = setuptools_build_ext
+    if any(not isinstance(extension, CudaLibrary) for extension in found):
+        from torch.utils.cpp_extension import BuildExtension
+
+        base = BuildExtension
+
+    class BuildWithCuda(base):  # type: ignore[valid-type, misc]
+        def get_ext_filename(self, name: str) -> str:
+            if name.rpartition(".")[2] == "libdelib_fast_cuda":
+                return str(Path(*name.split("."))) + ".so"
+            return super().get_ext_filename(name)
+
+        def build_extension(self, extension: Extension) -> None:
+            if isinstance(extension, CudaLibrary):
+                scratch = Path(self.build_temp).resolve() / "cuda"
+                extension.compile(Path(self.get_ext_fullpath(extension.name)).resolve(), scratch)
+            else:
+                super().build_extension(extension)
+
+    return BuildWithCuda
+
+
+EXTENSIONS = extensions()
+setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": build_command(EXTENSIONS)})
