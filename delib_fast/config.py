@@ -188,7 +188,8 @@ StageConfig = Annotated[MSMConfig | AFTConfig, Field(discriminator="kind")]
 
 class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO: 0 replicate all, 1 shard optimizer state, 2 also gradients, 3 also parameters."""
+    """DeepSpeed ZeRO: 0 replicate all, 1 shard optimizer state, 2 also gradients, 3 also parameters. In bf16 and
+    fp16 stage 0 runs as stage 1, which accumulates gradients in fp32."""
     precision: Precision = "bf16"
     """Compute dtype. bf16 and fp16 keep fp32 master weights in the optimizer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -198,7 +199,9 @@ class EngineConfig(Section):
 
 class CheckpointConfig(Section):
     every_steps: PositiveInt | None = None
-    """Save after this many updates; by default only when a stage ends or the run is interrupted."""
+    """Save after this many updates."""
+    every_minutes: float | None = Field(10.0, gt=0)
+    """Save when this long has passed since the last save. An interrupted run saves in any case."""
     keep_last: PositiveInt = 2
 
 

@@ -1,0 +1,5 @@
+"""Training on DeepSpeed ZeRO: the only package that imports deepspeed."""
+
+from delib_fast.engine.engine import Engine, Ranks
+
+__all__ = ["Engine", "Ranks"]

@@ -1,0 +1,84 @@
+"""The DeepSpeed configuration, generated from ours so that batch arithmetic lives in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from delib_fast.config import Config, ConfigError, StageBase
+
+# What a user's `deepspeed:` block may not set, and where to set it instead.
+_DECIDED = {
+    "train_batch_size": "stages.N.tokens_per_step and stages.N.pack_capacity",
+    "train_micro_batch_size_per_gpu": "nothing: a micro-batch is one pack",
+    "gradient_accumulation_steps": "stages.N.tokens_per_step and stages.N.pack_capacity",
+    "gradient_clipping": "stages.N.optimizer.grad_clip",
+    "optimizer": "stages.N.optimizer",
+    "scheduler": "stages.N.optimizer.schedule",
+    "bf16.enabled": "engine.precision",
+    "fp16.enabled": "engine.precision",
+    "zero_optimization.stage": "engine.zero_stage",
+}
+
+
+def packs_per_rank(stage: StageBase, world_size: int) -> int:
+    """Packs that one rank computes in a step. Raises ConfigError where the ranks can't share them out."""
+    if stage.packs_per_step % world_size:
+        step = stage.pack_capacity * world_size
+        nearest = max(1, round(stage.tokens_per_step / step)) * step
+        raise ConfigError(
+            f"stage {stage.name!r}: tokens_per_step {stage.tokens_per_step} makes {stage.packs_per_step} packs of "
+            f"{stage.pack_capacity} tokens, which {world_size} ranks can't share out evenly; "
+            f"the nearest tokens_per_step that fits is {nearest}"
+        )
+    return stage.packs_per_step // world_size
+
+
+def effective_zero_stage(config: Config) -> int:
+    """The ZeRO stage that DeepSpeed is given.
+
+    DeepSpeed's wrapper for half precision at stage 0 accumulates gradients in bf16; stage 1 keeps them, and the
+    master weights, in fp32 (sharded over the ranks). So stage 0 is run as stage 1 unless the precision is fp32.
+    """
+    return max(config.engine.zero_stage, 0 if config.engine.precision == "fp32" else 1)
+
+
+def deepspeed_json(config: Config, stage: StageBase, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration for one stage, with the user's `deepspeed:` block merged over it.
+
+    Raises:
+        ConfigError: the batch arithmetic is impossible, or the block sets what this configuration decides.
+    """
+    accumulation = packs_per_rank(stage, world_size)
+    generated: dict[str, Any] = {
+        "train_batch_size": stage.packs_per_step,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        # DeepSpeed 0.19 clips at 1.0 where this is left out.
+        "gradient_clipping": stage.optimizer.grad_clip,
+        "bf16": {"enabled": config.engine.precision == "bf16"},
+        "fp16": {"enabled": config.engine.precision == "fp16"},
+        "zero_optimization": {"stage": effective_zero_stage(config)},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    if effective_zero_stage(config) >= 1:
+        generated["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merge(generated, config.deepspeed, ())
+
+
+def _merge(ours: dict[str, Any], theirs: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in theirs.items():
+        place = ".".join((*path, key))
+        if place in _DECIDED and ours.get(key) != value:
+            decided = f" (here {ours[key]!r})" if key in ours else ""
+            raise ConfigError(f"deepspeed.{place}: {value!r} conflicts with what this configuration decides{decided}; "
+                              f"set it by {_DECIDED[place]}")
+        if isinstance(value, Mapping) and isinstance(ours.get(key), dict):
+            merged[key] = _merge(ours[key], value, (*path, key))
+        else:
+            merged[key] = value
+    return merged

@@ -1,0 +1,186 @@
+"""The only thing that knows DeepSpeed: ranks, forward, backward, the step, and the state of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from delib_fast.config import Config, ConfigError, StageBase
+from delib_fast.engine import checkpoint
+from delib_fast.engine.deepspeed_json import deepspeed_json, effective_zero_stage
+from delib_fast.engine.optimizer import build_optimizer, learning_rate
+from delib_fast.engine.quiet import deepspeed
+from delib_fast.engine.state import TrainingState
+from delib_fast.ops import LossOutput
+
+if TYPE_CHECKING:
+    from delib_fast.data import PackedBatch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Ranks:
+    """The process group: who we are, where we compute, and sums over all of us.
+
+    Works under `deepspeed`, `torchrun`, `srun` (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR in the environment)
+    and alone. Sums of host numbers go over gloo, so they never wait for a GPU.
+    """
+
+    def __init__(self, device: str = "auto") -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("engine.device is cuda, but torch sees no CUDA device; set engine.device to auto or cpu")
+        on_gpu = device != "cpu" and torch.cuda.is_available()
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.device = torch.device("cuda", self.local_rank) if on_gpu else torch.device("cpu")
+        if on_gpu:
+            torch.cuda.set_device(self.device)
+        if "RANK" not in os.environ:
+            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+            os.environ["MASTER_PORT"] = str(_free_port())
+        if not dist.is_initialized():
+            deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._host_group = dist.new_group(backend="gloo") if on_gpu else dist.group.WORLD
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums of host numbers over all ranks, in float64; the same on every rank."""
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self._host_group)
+        return total.tolist()
+
+    def sum_tensor(self, values: Tensor) -> Tensor:
+        """Sum of a device tensor over all ranks, as a new tensor."""
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def barrier(self) -> None:
+        self.sum(0.0)
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Engine:
+    """One stage's model under DeepSpeed ZeRO.
+
+    Args:
+        module: maps a `PackedBatch` to a `LossOutput`; DeepSpeed takes its parameters over.
+        config, stage: the run and the stage to train; num_steps: updates of the stage, for the schedule.
+        ranks: the process group.
+    Numerics: `backward` scales the sum of losses so that, after DeepSpeed has averaged over the ranks, the
+        gradient is that of Σ w·nll / Σ w over every token of the step. Gradients accumulate in fp32.
+    """
+
+    def __init__(self, module: nn.Module, config: Config, stage: StageBase, num_steps: int, ranks: Ranks) -> None:
+        self.ranks, self.device = ranks, ranks.device
+        self.rank, self.dp_size = ranks.rank, ranks.world_size
+        self.step = 0
+        self._stage, self._num_steps = stage, num_steps
+        self._seed = config.seed
+        module.to(device=self.device, dtype=DTYPES[config.engine.precision])
+        self.basic_optimizer = build_optimizer(module, stage.optimizer)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints memory figures whatever its log level
+            self._engine, optimizer, _, _ = deepspeed.initialize(
+                model=module, optimizer=self.basic_optimizer, dist_init_required=False,
+                config=deepspeed_json(config, stage, ranks.world_size),
+            )
+        self.module = module
+        self.state = TrainingState(module, self.basic_optimizer, optimizer, effective_zero_stage(config))
+
+    # --- the step -------------------------------------------------------------------------------------------
+
+    def begin_step(self) -> float:
+        """Set this update's learning rate (returned), and seed torch from (seed, step, rank): dropout is then the
+        same after a resume, with nothing to save."""
+        torch.manual_seed(hash((self._seed, self.step, self.rank)) % 2**63)
+        lr = learning_rate(self.step, self._num_steps, self._stage.optimizer)
+        for group in self.basic_optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def forward(self, batch: PackedBatch) -> LossOutput:
+        return LossOutput(*self._engine(batch))
+
+    def backward(self, loss_sum: Tensor, normalizer: float) -> None:
+        """Accumulate a micro-batch's gradient; with the step's last one DeepSpeed also makes the update."""
+        self._engine.backward(loss_sum * (self.dp_size / normalizer), scale_wrt_gas=False)
+        self._engine.step()
+
+    def end_step(self) -> None:
+        self.step += 1
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """Norm of the last step's gradient before clipping, where DeepSpeed computes it."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Updates that DeepSpeed dropped because the gradient was not finite."""
+        return int(self._engine.skipped_steps)
+
+    # --- evaluation and export ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, batch: PackedBatch) -> LossOutput:
+        self._engine.eval()
+        try:
+            return LossOutput(*self._engine(batch))
+        finally:
+            self._engine.train()
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """Every parameter in full, fp32, on the host of rank 0 (an empty dict elsewhere). A collective."""
+        weights = {}
+        for name, parameter in self.state.named_parameters():
+            weight = self.state.weight(parameter)
+            if self.rank == 0:
+                weights[name] = weight.to("cpu", copy=True)
+        return weights
+
+    # --- checkpoints ----------------------------------------------------------------------------------------
+
+    def save(self, root: Path, extra: dict[str, Any], keep_last: int) -> Path:
+        """Write a checkpoint of this step under `root`, whole or not at all. A collective."""
+        trainer = {"optimizer_steps": self.step - self.skipped_steps, **extra}
+        return checkpoint.save(root, self.step, self.state.tensors(), trainer, rank=self.rank,
+                               world_size=self.dp_size, barrier=self.ranks.barrier, keep_last=keep_last)
+
+    def resume(self, root: Path, complain: Callable[[str], None]) -> checkpoint.Checkpoint | None:
+        """Load the newest whole checkpoint under `root`; None where there is none."""
+        if self.rank == 0:
+            checkpoint.remove_leftovers(root)
+        self.ranks.barrier()
+        found = checkpoint.newest(root, complain)
+        steps = self.ranks.sum(*[found.step if found and r == self.rank else -1 if r == self.rank else 0
+                                 for r in range(self.dp_size)])
+        if len(set(steps)) > 1:
+            raise checkpoint.CheckpointError(f"ranks see different newest checkpoints under {root}: {steps}; "
+                                             "run_dir must be on a file system that all ranks share")
+        if found is not None:
+            self.state.restore(found.reader(), found.trainer["optimizer_steps"])
+            self.step = found.step
+        return found
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,48 @@
+"""The optimizer and its learning-rate schedule: pure functions of the configuration and the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from delib_fast.config import OptimizerConfig
+
+
+def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
+    """Learning rate of update `step` (0-based) of `num_steps`.
+
+    Rises linearly over the first `warmup` share of the steps, reaching lr at its end, then falls to
+    lr · min_lr_ratio by a half cosine or a line, or stays.
+    """
+    warmup_steps = min(math.ceil(config.warmup * num_steps), num_steps - 1)
+    if step < warmup_steps:
+        return config.lr * (step + 1) / (warmup_steps + 1)
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    fall = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * fall)
+
+
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer over the module's trainable parameters; weight decay only on matrices.
+
+    It starts with a learning rate of 0: DeepSpeed takes an optimizer step with zero gradients to allocate its
+    state, and AdamW's decoupled decay would shrink every weight by lr · decay in it.
+    """
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if _full_ndim(p) >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if _full_ndim(p) < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0)
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _full_ndim(parameter: nn.Parameter) -> int:
+    """Dimensions of the parameter before ZeRO-3 flattened it into its partitions."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
