@@ -1,0 +1,164 @@
+"""What a run leaves on disk, and the promise that a later run never takes a half-written file for good.
+
+    run_dir/
+        config.yaml      the resolved configuration, secrets redacted
+        ledger.json      per stage: parent, data, updates, tokens, evaluations, wall time
+        metrics.jsonl    one line for each logged update
+        tokenizer/       where the run trained one
+        checkpoints/STAGE/step-N/
+        stages/STAGE/    the exported model of each stage but the last
+        model/           the exported model of the last stage
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from delib_fast.config import Config, ConfigError, dump_config
+from delib_fast.engine.checkpoint import write_synced
+
+# What may differ when a run goes on: where and how fast it computes and what it tells, not what it learns.
+_MAY_CHANGE = ("run_dir", "log", "checkpoint", "engine.zero_stage", "engine.device", "model.attention",
+               "model.loss", "model.activation_checkpointing", "deepspeed")
+
+
+class RunDirectory:
+    """The folder of one run. Only rank 0 writes; `open` refuses a folder that holds another run."""
+
+    def __init__(self, path: str | os.PathLike[str], *, writes: bool) -> None:
+        self.path = Path(path)
+        self._writes = writes
+        self._lock: TextIO | None = None
+        self._metrics: TextIO | None = None
+        self.ledger: dict[str, Any] = {"format": 1, "stages": [], "evaluations": []}
+
+    # --- places ---------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
+
+    def checkpoints(self, stage: str) -> Path:
+        return self.path / "checkpoints" / stage
+
+    def exported(self, stage: str, *, last: bool) -> Path:
+        return self.path / "model" if last else self.path / "stages" / stage / "model"
+
+    # --- opening --------------------------------------------------------------------------------------------
+
+    def open(self, config: Config) -> None:
+        """Take the folder for this configuration: a new one, or one that the same configuration began.
+
+        Raises:
+            ConfigError: it belongs to another configuration (every difference is listed), another process
+                is writing to it, or it can't be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"run_dir {self.path} can't be made: {error}") from None
+        if self._writes:
+            self._take_lock()
+        saved = self.path / "config.yaml"
+        if saved.exists():
+            self._refuse_other_config(yaml.safe_load(saved.read_text()), config)
+        elif self._writes:
+            strangers = sorted(p.name for p in self.path.iterdir() if p.name != ".lock")
+            if strangers:
+                raise ConfigError(f"run_dir {self.path} is not empty and holds no run (it has {strangers[0]!r}); "
+                                  "give a new folder")
+            write_synced(saved, dump_config(config).encode())
+        ledger = self.path / "ledger.json"
+        if ledger.exists():
+            self.ledger = json.loads(ledger.read_text())
+
+    def _take_lock(self) -> None:
+        self._lock = (self.path / ".lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"run_dir {self.path} is in use by another process; give another run_dir or "
+                              "wait for it to end") from None
+
+    def _refuse_other_config(self, saved: Any, config: Config) -> None:
+        there, here = _flat(saved), _flat(yaml.safe_load(dump_config(config)))
+        differ = [key for key in sorted(there.keys() | here.keys())
+                  if there.get(key) != here.get(key) and not key.startswith(_MAY_CHANGE)]
+        if differ:
+            lines = [f"  {key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in differ[:8]]
+            more = [f"  and {len(differ) - 8} more"] if len(differ) > 8 else []
+            raise ConfigError("\n".join([f"run_dir {self.path} holds a run with another configuration; give "
+                                         "another run_dir, or delete this one to start again:", *lines, *more]))
+
+    def close(self) -> None:
+        for file in (self._metrics, self._lock):
+            if file is not None:
+                file.close()
+
+    # --- ledger ---------------------------------------------------------------------------------------------
+
+    def stage(self, name: str) -> dict[str, Any] | None:
+        return next((entry for entry in self.ledger["stages"] if entry["name"] == name), None)
+
+    def record_stage(self, entry: Mapping[str, Any]) -> None:
+        """Put a stage's entry into the ledger, in place of the one of that name."""
+        rest = [e for e in self.ledger["stages"] if e["name"] != entry["name"]]
+        self.ledger["stages"] = [*rest, dict(entry)]
+        self._write_ledger()
+
+    def evaluation(self, moment: str) -> dict[str, Any] | None:
+        return next((e["segments"] for e in self.ledger["evaluations"] if e["moment"] == moment), None)
+
+    def record_evaluation(self, moment: str, segments: Mapping[str, Any]) -> None:
+        rest = [e for e in self.ledger["evaluations"] if e["moment"] != moment]
+        self.ledger["evaluations"] = [*rest, {"moment": moment, "segments": dict(segments)}]
+        self._write_ledger()
+
+    def _write_ledger(self) -> None:
+        if self._writes:
+            write_synced(self.path / "ledger.json", json.dumps(self.ledger, indent=1).encode())
+
+    # --- metrics --------------------------------------------------------------------------------------------
+
+    def rewind_metrics(self, stage: str, step: int) -> None:
+        """Drop the lines of updates that a resumed run makes again: those of `stage` at or after `step`."""
+        path = self.path / "metrics.jsonl"
+        if not self._writes or not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # a line cut by a crash is made again
+                record = json.loads(line)
+                if record["stage"] != stage or record["step"] <= step:
+                    kept.append(line)
+        write_synced(path, "".join(f"{line}\n" for line in kept).encode())
+
+    def write_metrics(self, record: Mapping[str, Any]) -> None:
+        if not self._writes:
+            return
+        if self._metrics is None:
+            self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{'a.b.0': value} for every leaf of a tree of mappings and lists."""
+    if isinstance(tree, Mapping):
+        items: Any = tree.items()
+    elif isinstance(tree, list):
+        items = enumerate(tree)
+    else:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,0 +1,403 @@
+"""Train: `deepspeed delib_fast/train.py --config run.yaml [--set a.b=c ...]`.
+
+The same file runs under `deepspeed --module delib_fast.train`, `torchrun`, `srun` and plain
+`python -m delib_fast.train`. The loop is `train_stage`; what is around it prepares a stage and hands its
+weights on to the next.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__" and sys.path and os.path.basename(sys.path[0]) == "delib_fast":
+    # Run as a script, Python puts this file's folder first on the path, where `data`, `models` or `stages`
+    # would shadow other packages of those names.
+    sys.path[0] = os.path.dirname(os.path.abspath(sys.path[0]))
+
+import argparse
+import contextlib
+import platform
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from delib_fast.config import Config, ConfigError, ModelConfig, StageBase, load_config
+
+if TYPE_CHECKING:
+    from delib_fast.corpus import Corpus
+    from delib_fast.engine import Engine, Ranks
+    from delib_fast.progress import Reporter
+    from delib_fast.run_directory import RunDirectory
+
+
+class Stopped(Exception):  # noqa: N818 (it is no error)
+    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
+
+
+class TrainingError(RuntimeError):
+    """The run can't go on; says at which step and why."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run made: its folder, its exported model, and the ledger as in ledger.json."""
+
+    run_dir: Path
+    model: Path
+    ledger: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage of a run shares."""
+
+    config: Config
+    ranks: Ranks
+    run: RunDirectory
+    reporter: Reporter
+    corpus: Corpus
+    stop: StopRequest
+
+
+class StopRequest:
+    """Remembers SIGINT and SIGTERM so that the loop can end between two steps; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        try:
+            before = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread, e.g. in a notebook's worker: nothing to listen to
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: Any) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+# --- one stage ----------------------------------------------------------------------------------------------
+
+
+def train_stage(context: Context, engine: Engine, stage: StageBase) -> dict[str, Any]:
+    """The training loop: from the engine's step to the stage's last. Returns what the ledger keeps of it.
+
+    Raises Stopped after saving a checkpoint when the run was asked to stop, TrainingError when a step can't be
+    made.
+    """
+    from delib_fast.losses import Meter, loss_normalizer
+
+    ranks, batches = context.ranks, context.corpus.batches(stage)
+    saver = Saver(context, engine, stage)
+    log = StepLog(context, stage, batches, first_step=engine.step)
+    meter = Meter(engine.device)
+    for step in range(engine.step, batches.num_steps):
+        micro_batches = batches.step(step)
+        normalizer, stop, save = ranks.sum(loss_normalizer(micro_batches), context.stop.asked, saver.due())
+        if stop:
+            saver.save()
+            raise Stopped(f"stopped after step {step} of {batches.num_steps} of stage {stage.name!r}")
+        if save:
+            saver.save()
+        if normalizer == 0:
+            raise TrainingError(f"stage {stage.name!r} step {step}: none of its tokens is supervised (examples "
+                                f"{batches.step_example_ids(step)[:8]}); check the rows and the segment weights")
+        lr = engine.begin_step()
+        for micro_batch in micro_batches:
+            batch = micro_batch.to(engine.device)
+            output = engine.forward(batch)
+            engine.backward(output.loss_sum, normalizer)
+            meter.add(batch, output)
+        engine.end_step()
+        log.count(micro_batches, normalizer)
+        if engine.step % context.config.log.every_steps == 0 or engine.step == batches.num_steps:
+            log.write(engine, meter, lr)
+    return log.totals()
+
+
+class Saver:
+    """Decides when a checkpoint is due and writes it. Rank 0's clock decides for all."""
+
+    def __init__(self, context: Context, engine: Engine, stage: StageBase) -> None:
+        self._context, self._engine, self._stage = context, engine, stage
+        self._saved_at, self._saved_step = time.monotonic(), engine.step
+
+    def due(self) -> bool:
+        rules, step = self._context.config.checkpoint, self._engine.step
+        if step == self._saved_step or not self._context.ranks.rank == 0:
+            return False
+        minutes = (time.monotonic() - self._saved_at) / 60
+        return bool((rules.every_steps and step % rules.every_steps == 0)
+                    or (rules.every_minutes and minutes >= rules.every_minutes))
+
+    def save(self) -> None:
+        root = self._context.run.checkpoints(self._stage.name)
+        extra = {"stage": self._stage.name, "data": self._context.corpus.fingerprint(self._stage)}
+        self._engine.save(root, extra, self._context.config.checkpoint.keep_last)
+        self._saved_at, self._saved_step = time.monotonic(), self._engine.step
+
+
+class StepLog:
+    """Counts tokens and time on the host and writes a line of metrics where one is due."""
+
+    def __init__(self, context: Context, stage: StageBase, batches: Any, *, first_step: int) -> None:
+        self._context, self._stage, self._batches = context, stage, batches
+        self._first_step = first_step
+        self._tokens = 0
+        self._normalizer = 0.0
+        self._all_tokens = self._all_supervised = 0
+        self._seconds, self._since = 0.0, time.perf_counter()
+        context.reporter.stage(stage.name, first_step, batches.num_steps)
+
+    def count(self, micro_batches: Sequence[Any], normalizer: float) -> None:
+        self._tokens += sum(batch.num_tokens for batch in micro_batches)
+        self._normalizer += normalizer
+
+    def write(self, engine: Engine, meter: Any, lr: float) -> None:
+        from delib_fast.losses import segment_report, tokens_of, weighted_loss
+
+        ranks = self._context.ranks
+        sums = ranks.sum_tensor(meter.sums).cpu()
+        (tokens,) = ranks.sum(self._tokens)
+        report = segment_report(sums)
+        loss, supervised = weighted_loss(sums, self._normalizer), tokens_of(report)
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise TrainingError(f"stage {self._stage.name!r} step {engine.step}: the loss is {loss}; the last "
+                                "checkpoint is from before. Lower the learning rate or look at the step's rows: "
+                                f"{self._batches.step_example_ids(engine.step - 1)[:8]}")
+        seconds = time.perf_counter() - self._since
+        record = {
+            "stage": self._stage.name, "step": engine.step, "loss": loss, "lr": lr,
+            "gradient_norm": engine.gradient_norm, "skipped_steps": engine.skipped_steps, "segments": report,
+            "tokens": int(tokens), "supervised_tokens": supervised, "seconds": seconds,
+            "tokens_per_s": tokens / seconds, "supervised_tokens_per_s": supervised / seconds,
+        }
+        self._context.run.write_metrics(record)
+        self._context.reporter.update(engine.step, record)
+        self._all_tokens += int(tokens)
+        self._all_supervised += supervised
+        self._seconds += seconds
+        meter.reset()
+        self._tokens, self._normalizer, self._since = 0, 0.0, time.perf_counter()
+
+    def totals(self) -> dict[str, Any]:
+        self._context.reporter.end_stage()
+        seconds = max(self._seconds, 1e-9)
+        return {"train_s": self._seconds, "tokens_per_s": self._all_tokens / seconds,
+                "supervised_tokens_per_s": self._all_supervised / seconds,
+                "resumed_at_step": self._first_step or None}
+
+
+def evaluate(context: Context, engine: Engine, moment: str) -> None:
+    """Held-out nll by segment over every evaluation set of the run, into the ledger under `moment`."""
+    from delib_fast.losses import Meter, segment_report
+
+    if context.run.evaluation(moment) is not None:
+        return
+    segments: dict[str, Any] = {}
+    for prefix, batches in context.corpus.evaluation(context.ranks):
+        meter = Meter(engine.device)
+        for batch in batches:
+            on_device = batch.to(engine.device)
+            meter.add(on_device, engine.evaluate(on_device))
+        report = segment_report(context.ranks.sum_tensor(meter.sums).cpu())
+        segments |= {prefix + name: part for name, part in report.items()}
+    context.run.record_evaluation(moment, segments)
+
+
+def run_stage(context: Context, index: int) -> None:
+    """Prepare, train and export one stage, from the model the one before it exported."""
+    from delib_fast.engine import Engine
+    from delib_fast.models import TrainableLM, check_isolation
+
+    config, ranks, run = context.config, context.ranks, context.run
+    stage = config.stages[index]
+    parent = parent_of(context, index)
+    batches = context.corpus.batches(stage)
+    context.reporter.say(f"{stage.name}: {context.corpus.describe(stage)}")
+    module = TrainableLM(build_stage_model(context, parent), loss_backend=config.model.loss)
+    check_isolation(module, ranks.device)
+    engine = Engine(module, config, stage, batches.num_steps, ranks)
+    root = run.checkpoints(stage.name)
+    found = engine.resume(root, context.reporter.say)
+    if found is not None:
+        if found.trainer["data"] != context.corpus.fingerprint(stage):
+            raise ConfigError(f"the data of stage {stage.name!r} changed since {found.folder} was written; put the "
+                              "old files back, or give another run_dir")
+        context.reporter.say(f"{stage.name}: going on from step {found.step} of {batches.num_steps}")
+    run.rewind_metrics(stage.name, engine.step)
+    if index == 0:
+        evaluate(context, engine, "start")
+    entry = {"name": stage.name, "kind": stage.kind, "status": "running", "parent": parent.describe(),
+             **context.corpus.ledger(stage), "updates": batches.num_steps, "ranks": ranks.world_size,
+             "zero_stage": config.engine.zero_stage, "precision": config.engine.precision, "versions": versions()}
+    run.record_stage(entry)
+    began = time.perf_counter()
+    with context.stop.listening():
+        figures = train_stage(context, engine, stage)
+    entry |= {**figures, "wall_s": time.perf_counter() - began}
+    evaluate(context, engine, f"after {stage.name}")
+    model = export(context, engine, module, index)
+    run.record_stage(entry | {"status": "finished", "model": model.describe()})
+    engine.close()
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model folder and the hash of its weights, as the ledger names a stage's parent and result."""
+
+    path: str | None
+    sha256: str | None
+
+    def describe(self) -> dict[str, Any]:
+        return {"path": self.path, "sha256": self.sha256}
+
+
+def parent_of(context: Context, index: int) -> Weights:
+    """The weights that a stage starts from: the base model, or what the stage before exported (checked)."""
+    from delib_fast.models import weights_sha256
+
+    config = context.config
+    if index == 0:
+        path = config.model.path
+        known = path is not None and Path(path).is_dir()
+        return Weights(path, weights_sha256(Path(path)) if known else None)
+    before = config.stages[index - 1]
+    folder = context.run.exported(before.name, last=False)
+    recorded = context.run.stage(before.name)["model"]
+    actual = weights_sha256(folder)
+    if actual != recorded["sha256"]:
+        raise TrainingError(f"{folder} is not what stage {before.name!r} exported (sha256 {actual[:12]}, the "
+                            f"ledger says {recorded['sha256'][:12]}); delete run_dir to start again")
+    return Weights(str(folder), actual)
+
+
+def build_stage_model(context: Context, parent: Weights) -> Any:
+    from delib_fast.models import build_model
+
+    config = context.config
+    source: ModelConfig = config.model
+    if parent.path is not None:
+        source = source.model_copy(update={"path": parent.path, "architecture": None})
+    return build_model(source, context.corpus.tokenizer, seed=config.seed)
+
+
+def export(context: Context, engine: Engine, module: Any, index: int) -> Weights:
+    """Write the stage's model as a Hugging Face folder (rank 0; every rank takes part in gathering it)."""
+    from delib_fast.engine.engine import DTYPES
+    from delib_fast.models import export_model, weights_sha256
+
+    config = context.config
+    stage = config.stages[index]
+    folder = context.run.exported(stage.name, last=index == len(config.stages) - 1)
+    weights = engine.full_weights()
+    if context.ranks.rank == 0:
+        export_model(module, weights, context.corpus.tokenizer, folder, dtype=DTYPES[config.engine.precision])
+    context.ranks.barrier()
+    return Weights(str(folder), weights_sha256(folder))
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("delib-fast", "torch", "deepspeed", "transformers")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+# --- the run ------------------------------------------------------------------------------------------------
+
+
+def run(config: Config) -> RunResult:
+    """Run every stage of a configuration that is not finished yet, and print the table of the whole.
+
+    Raises:
+        ConfigError, DataError, LeakError: what the user gave can't be run; said before anything is trained.
+        TrainingError, CheckpointError: the run can't go on. Stopped: it was asked to stop and has saved.
+    """
+    if config.engine.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+    from delib_fast.corpus import Corpus
+    from delib_fast.engine import Ranks
+    from delib_fast.progress import Reporter
+    from delib_fast.run_directory import RunDirectory
+
+    ranks = Ranks(config.engine.device)
+    first = ranks.rank == 0
+    directory = RunDirectory(config.run_dir, writes=first)
+    try:
+        if first:
+            directory.open(config)
+        ranks.barrier()
+        if not first:
+            directory.open(config)
+        reporter = Reporter(speaks=first)
+        corpus = Corpus(config, directory, ranks)
+        context = Context(config, ranks, directory, reporter, corpus, StopRequest())
+        for index, stage in enumerate(config.stages):
+            entry = directory.stage(stage.name)
+            if entry is None or entry["status"] != "finished":
+                run_stage(context, index)
+            else:
+                reporter.say(f"{stage.name}: finished already ({entry['updates']} updates)")
+        model = directory.exported(config.stages[-1].name, last=True)
+        reporter.table(directory.ledger, [("run directory", str(directory.path)), ("model", str(model))])
+        return RunResult(directory.path, model, directory.ledger)
+    finally:
+        directory.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. Exit codes: 0 done or stopped on request, 1 failed while training, 2 bad input."""
+    parser = argparse.ArgumentParser(prog="delib_fast/train.py", description="Train a run's stages.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run, as YAML")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", nargs="+",
+                        help="override a value, e.g. --set stages.aft.epochs=2 (repeatable)")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    first = os.environ.get("RANK", "0") == "0"
+    overrides = [item for group in options.overrides for item in group]
+    try:
+        run(load_config(options.config, overrides))
+    except Stopped as stopped:
+        if first:
+            print(f"{stopped}; the same command goes on from there", flush=True)
+    except ConfigError as error:
+        return _fail(str(error), first, 2)
+    except Exception as error:
+        if not _is_told_plainly(error):
+            raise
+        return _fail(str(error), first, 2 if isinstance(error, ValueError) else 1)
+    return 0
+
+
+def _is_told_plainly(error: Exception) -> bool:
+    """Errors of ours: their message is written for the user and says all; a traceback would bury it."""
+    from delib_fast.data import DataError
+    from delib_fast.engine.checkpoint import CheckpointError
+    from delib_fast.models import LeakError, ModelError
+
+    return isinstance(error, DataError | CheckpointError | LeakError | ModelError | TrainingError)
+
+
+def _fail(message: str, speaks: bool, code: int) -> int:
+    if speaks:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
