@@ -1,0 +1,116 @@
+"""What reading yields and encoding takes: rows of text, each with the place it came from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+FINGERPRINT_HEX = 12
+
+
+class DataError(ValueError):
+    """Data that can't be trained on: says the place (`file:line`), what is wrong there and the remedy.
+
+    The message never holds text of the row, which may be private; a fingerprint tells two rows apart.
+    `reason` is a short name of the kind of fault, under which skipped rows are counted.
+    """
+
+    def __init__(self, message: str, *, reason: str, place: object = None) -> None:
+        super().__init__(message if place is None else f"{place}: {message}")
+        self.reason = reason
+        self.place = None if place is None else str(place)
+
+
+class Segment(IntEnum):
+    """What a token is part of; also its index in `segment_weights`."""
+
+    PROMPT = 0
+    COT = 1
+    RESPONSE = 2
+    DOCUMENT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn before the reply."""
+
+    role: str
+    content: str
+    cot: str | None = None
+    """The chain of thought of an earlier assistant turn; the chat template says whether it is shown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One document, or one prompt with its reply."""
+
+    kind: Literal["document", "chat"]
+    place: str
+    """`file:line` (or the heading's line), for messages"""
+    source: str
+    """the name under `data:`"""
+    digest: str
+    """hash of the content as read; the turns of one conversation share it"""
+    weight: float = 1.0
+    """factor on the loss weight of each of its tokens"""
+    text: str = ""
+    """of a document"""
+    messages: tuple[Message, ...] = ()
+    """of a chat: everything before the reply"""
+    cot: str | None = None
+    """chain of thought of the reply"""
+    response: str = ""
+    """the reply itself, without its chain of thought"""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All the text of the row, to train a tokenizer on or to search."""
+        if self.kind == "document":
+            return (self.text,)
+        turns = [text for m in self.messages for text in (m.cot, m.content)]
+        return tuple(text for text in (*turns, self.cot, self.response) if text)
+
+
+def content_digest(parts: Iterable[str | None]) -> str:
+    """16 hex digits that depend on the parts and on where one ends and the next begins."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        data = b"-" if part is None else part.encode("utf-8", "surrogatepass")
+        digest.update(b"%d:" % (len(data) if part is not None else -1))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def fingerprint(raw: bytes) -> str:
+    """Tells two rows apart without showing either."""
+    return hashlib.blake2b(raw, digest_size=FINGERPRINT_HEX // 2).hexdigest()
+
+
+def split_holdout(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
+    """Part the rows into (train, held out) by a hash of each row's content.
+
+    Args:
+        rows: any rows; equal ones, and the turns of one conversation, land on the same side.
+        share: how much is held out, 0 ≤ share < 1; about so many rows, since each is judged alone.
+    Returns:
+        Two lists in the order of the rows. Adding or removing rows never moves another one.
+    Raises:
+        ValueError: share is out of range, or one side would be empty though both were asked for.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"the held-out share is {share}; it must be at least 0 and below 1")
+    threshold = int(share * 2**64)
+    train: list[Row] = []
+    held_out: list[Row] = []
+    for row in rows:
+        # A second hash, so that the held-out share has nothing in common with other uses of the digest.
+        judged = hashlib.blake2b(row.digest.encode(), digest_size=8, person=b"holdout").digest()
+        (held_out if int.from_bytes(judged, "big") < threshold else train).append(row)
+    if share > 0 and rows and not (train and held_out):
+        empty = "training" if not train else "evaluation"
+        raise ValueError(f"holdout: {share} of the {len(rows)} rows of source {rows[0].source!r} leaves none "
+                         f"for {empty}; use another share, or more rows")
+    return train, held_out
