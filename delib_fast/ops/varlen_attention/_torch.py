@@ -1,0 +1,67 @@
+"""torch backend: `torch.nn.attention.varlen.varlen_attn`, the flash kernel that torch brings, on a CUDA
+device.
+
+torch's op has its own fake and autograd registrations, so nothing is registered here. It reads `cu_seqlens`
+on the device and takes `max_seqlen` as a host int: no sync. A padding tail must be a run of `cu_seqlens` (the
+data contract says so): torch 2.13 writes no gradient for tokens behind the last run, and they come out as
+NaN.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@cache
+def _missing() -> str | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen; it came with torch 2.10"
+    if "window_size" not in inspect.signature(varlen_attn).parameters:
+        return f"torch {torch.__version__} has varlen_attn without window_size; it came with torch 2.11"
+    return None
+
+
+@cache
+def _gqa_argument() -> dict[str, Any]:
+    """`enable_gqa=True` where this torch's varlen_attn asks for it; an older one just takes fewer kv
+    heads."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> str | None:
+    """The reason that this backend can't take these tensors, or None."""
+    if q.device.type != "cuda":
+        return f"it runs on CUDA tensors; these are on {q.device.type}"
+    if missing := _missing():
+        return missing
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 or float16, not {q.dtype}"
+    if q.shape[-1] > 256 or q.shape[-1] % 8:
+        return f"it takes a head dim that is a multiple of 8 and at most 256, not {q.shape[-1]}"
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or higher"
+    return None
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
+                     scale: float | None = None, window: int | None = None,
+                     cu_seqlens_host: Sequence[int] | None = None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch counts the tokens *before* this one: a window of 1 (the token alone) is (0, 0); none is (-1, 0).
+    left = -1 if window is None or window >= max_seqlen else window - 1
+    gqa = _gqa_argument() if q.shape[1] != k.shape[1] else {}
+    out = varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens,
+                      max_seqlen, max_seqlen, scale=scale, window_size=(left, 0), **gqa)
+    assert isinstance(out, Tensor), "no log-sum-exp was asked for"
+    return out

@@ -1,0 +1,32 @@
+"""The definition of `varlen_attention`: every run on its own, scores in full, plain torch."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def varlen_attention(
+    q: Tensor,  # (T, Hq, D)
+    k: Tensor,  # (T, Hkv, D)
+    v: Tensor,  # (T, Hkv, D)
+    cu_seqlens: Tensor,  # (N+1,) int32
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    cu_seqlens_host: Sequence[int] | None = None,
+) -> Tensor:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    groups = q.shape[1] // k.shape[1]
+    compute = torch.promote_types(q.dtype, torch.float32)
+    runs = [q[:0].to(compute)]
+    for start, end in pairwise(cu_seqlens.tolist() if cu_seqlens_host is None else cu_seqlens_host):
+        q_HLD, k_HLD, v_HLD = (x[start:end].transpose(0, 1).to(compute) for x in (q, k, v))
+        scores = (q_HLD @ k_HLD.repeat_interleave(groups, 0).mT) * scale
+        query, key = (torch.arange(end - start, device=q.device).view(s) for s in ((-1, 1), (1, -1)))
+        visible = (key <= query) & (key > query - (window or end - start + 1))
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        runs.append((weights @ v_HLD.repeat_interleave(groups, 0)).transpose(0, 1))
+    return torch.cat(runs).to(q.dtype)
