@@ -1,0 +1,43 @@
+"""From files of rows to packed batches: `read_source` → `encode_rows` → `PackedBatches`.
+
+    rows = read_source("aft", SourceConfig(path="rows.jsonl"))          # Row: text, and where it came from
+    train, held_out = split_holdout(rows, 0.1)
+    examples = encode_rows(train, tokenizer, stage)                     # Example: ids, a segment a token
+    batches = PackedBatches(examples, pack_capacity=…, packs_per_step=…, seed=0, epochs=1, rank=0,
+                            world_size=1, segment_weights=segment_weights(stage))
+    for micro_batch in batches.step(0): …                               # PackedBatch: tensors
+
+The tokenizer is handed in (a fast Hugging Face one); nothing here imports transformers.
+"""
+
+from .batch import IGNORE_INDEX, PackedBatch, PackedBatches, empty_pack, evaluation_batches
+from .chat import PLAIN_TEMPLATE
+from .encode import Counts, EncodedSet, Example, encode_row, encode_rows, segment_weights, split_document
+from .packing import PackPlan, plan_packs
+from .rows import DataError, Message, Row, Segment, split_holdout
+from .sources import SourceRows, read_source
+
+__all__ = [
+    "IGNORE_INDEX",
+    "PLAIN_TEMPLATE",
+    "Counts",
+    "DataError",
+    "EncodedSet",
+    "Example",
+    "Message",
+    "PackPlan",
+    "PackedBatch",
+    "PackedBatches",
+    "Row",
+    "Segment",
+    "SourceRows",
+    "empty_pack",
+    "encode_row",
+    "encode_rows",
+    "evaluation_batches",
+    "plan_packs",
+    "read_source",
+    "segment_weights",
+    "split_document",
+    "split_holdout",
+]

@@ -1,0 +1,243 @@
+"""Packs as tensors, and the steps of a stage as packs.
+
+Sizes: T tokens of a pack, N examples in it, L supervised tokens; P packs of an epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .encode import NUM_SEGMENTS, EncodedSet, Example
+from .packing import PackPlan, plan_packs, seeded_permutation
+
+IGNORE_INDEX = -100
+_TENSORS = ("input_ids", "targets", "loss_weights", "segment_ids", "position_ids", "cu_seqlens",
+            "loss_positions")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedBatch:
+    """One pack: N examples one after another, no padding between them."""
+
+    input_ids: Tensor
+    """(T,) int64"""
+    targets: Tensor
+    """(T,) int64, already shifted; -100 on the last token of every example"""
+    loss_weights: Tensor
+    """(T,) float32, by segment of the target × weight of its row; 0 where there is no target"""
+    segment_ids: Tensor
+    """(T,) int8, `Segment` of the *target* (PROMPT where there is none)"""
+    position_ids: Tensor
+    """(T,) int64, restarts with every example"""
+    cu_seqlens: Tensor
+    """(N+1,) int32, [0, …, T]"""
+    max_seqlen: int
+    """longest example, a Python int: no device sync"""
+    loss_positions: Tensor
+    """(L,) int64, rising: where there is a target and its weight is above 0; found on the host"""
+    cu_seqlens_host: tuple[int, ...]
+    """cu_seqlens again, where it costs no sync"""
+    example_ids: tuple[int, ...]
+    """(N,) index of each example in its set; empty in a pack that only fills up a step"""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.cu_seqlens_host[-1]
+
+    @property
+    def num_supervised(self) -> int:
+        return len(self.loss_positions)
+
+    @property
+    def is_empty(self) -> bool:
+        """A pack that only fills up a step: one token, nothing to learn."""
+        return not self.example_ids
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> PackedBatch:
+        """The batch on a device; the copies overlap with compute if the batch is in pinned memory."""
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in _TENSORS}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> PackedBatch:
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
+
+
+def assemble(examples: EncodedSet, members: NDArray[np.int64], weight_of: NDArray[np.float32]) -> PackedBatch:
+    """Put examples into one pack. `weight_of` is the loss weight of a target by segment, (4,)."""
+    lengths = examples.lengths[members]
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    T = int(cu_seqlens[-1])
+    positions = np.arange(T) - np.repeat(cu_seqlens[:-1], lengths)
+    at = positions + np.repeat(examples.offsets[members], lengths)  # of each token in the flat arrays
+    last = cu_seqlens[1:] - 1
+    next_at = at + 1
+    next_at[last] = at[last]  # stays inside the arrays; what is read there is overwritten below
+    targets = examples.input_ids[next_at].astype(np.int64)
+    targets[last] = IGNORE_INDEX
+    segments = examples.segments[next_at]
+    segments[last] = 0
+    loss_weights = weight_of[segments] * np.repeat(examples.weights[members], lengths)
+    loss_weights[last] = 0
+    return PackedBatch(
+        input_ids=torch.from_numpy(examples.input_ids[at].astype(np.int64)),
+        targets=torch.from_numpy(targets),
+        loss_weights=torch.from_numpy(loss_weights),
+        segment_ids=torch.from_numpy(segments),
+        position_ids=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        loss_positions=torch.from_numpy(np.flatnonzero(loss_weights)),
+        cu_seqlens_host=tuple(cu_seqlens.tolist()),
+        example_ids=tuple(members.tolist()),
+    )
+
+
+def empty_pack() -> PackedBatch:
+    """One run of one token without a target: it takes part in collectives and adds nothing to the loss."""
+    return PackedBatch(
+        input_ids=torch.zeros(1, dtype=torch.int64),
+        targets=torch.full((1,), IGNORE_INDEX, dtype=torch.int64),
+        loss_weights=torch.zeros(1),
+        segment_ids=torch.zeros(1, dtype=torch.int8),
+        position_ids=torch.zeros(1, dtype=torch.int64),
+        cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+        max_seqlen=1,
+        loss_positions=torch.zeros(0, dtype=torch.int64),
+        cu_seqlens_host=(0, 1),
+        example_ids=(),
+    )
+
+
+class PackedBatches:
+    """The steps of a stage: which packs each has, and this rank's share of them.
+
+    An epoch packs every example exactly once; its packs come in an order drawn from seed and epoch, cut into
+    steps of `packs_per_step`. The last step of an epoch may be short and is filled up with empty packs, so
+    that no step mixes epochs. Rank r takes packs r, r + world_size, … of each step: the steps themselves do
+    not depend on the world size, and a run goes on with more or fewer ranks.
+
+    Args:
+        examples: encoded examples, each at most pack_capacity long.
+        pack_capacity: tokens a pack may hold.
+        packs_per_step: packs of a global step, a multiple of world_size.
+        segment_weights: (4,) loss weight of a target by its `Segment`; see `segment_weights(stage)`.
+        seed: the order is a pure function of (lengths, seed, epoch, packs_per_step).
+        epochs: how often every example is seen.
+        rank, world_size: this process and how many there are.
+        max_steps: end after this many steps.
+    Raises:
+        ValueError: packs_per_step can't be shared out over the ranks; an example is longer than the capacity;
+            or no example of the whole set has a target with a weight above 0.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example] | EncodedSet,
+        *,
+        pack_capacity: int,
+        packs_per_step: int,
+        segment_weights: Sequence[float],
+        seed: int,
+        epochs: int,
+        rank: int,
+        world_size: int,
+        max_steps: int | None = None,
+    ) -> None:
+        _check_ranks(packs_per_step, rank, world_size)
+        self.examples = _encoded(examples)
+        self.rank, self.world_size = rank, world_size
+        self.packs_per_step, self.pack_capacity = packs_per_step, pack_capacity
+        self._weight_of = _weight_table(segment_weights)
+        _check_something_supervised(self.examples, self._weight_of)
+        self._seed = seed
+        self._plan = lru_cache(maxsize=2)(self._plan_epoch)  # the epoch at hand, and its neighbour
+        first = self._plan(0)[0]
+        self.fill = first.fill
+        self.packs_per_epoch = first.num_packs
+        self.tokens_per_epoch = first.num_tokens
+        self.steps_per_epoch = -(-first.num_packs // packs_per_step)
+        steps = epochs * self.steps_per_epoch
+        self.num_steps = steps if max_steps is None else min(steps, max_steps)
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def step(self, index: int) -> list[PackedBatch]:
+        """This rank's packs of a global step, always packs_per_step / world_size of them."""
+        packs = [assemble(self.examples, members, self._weight_of)
+                 for members in self._members(index)[self.rank :: self.world_size]]
+        return packs + [empty_pack() for _ in range(self.packs_per_step // self.world_size - len(packs))]
+
+    def step_example_ids(self, index: int) -> list[int]:
+        """The examples of a global step, over all ranks."""
+        return [int(i) for members in self._members(index) for i in members]
+
+    def epoch_of(self, index: int) -> int:
+        return index // self.steps_per_epoch
+
+    def _members(self, index: int) -> list[NDArray[np.int64]]:
+        if not 0 <= index < self.num_steps:
+            raise IndexError(f"step {index} of {self.num_steps}")
+        epoch, step = divmod(index, self.steps_per_epoch)
+        plan, order = self._plan(epoch)
+        return [plan.pack(p) for p in order[step * self.packs_per_step : (step + 1) * self.packs_per_step]]
+
+    def _plan_epoch(self, epoch: int) -> tuple[PackPlan, NDArray[np.int64]]:
+        seed = self._seed * 1_000_003 + epoch
+        plan = plan_packs(self.examples.lengths, self.pack_capacity, seed=seed)
+        return plan, seeded_permutation(plan.num_packs, seed ^ 0x5EED)
+
+
+def evaluation_batches(
+    examples: Sequence[Example] | EncodedSet,
+    *,
+    pack_capacity: int,
+    segment_weights: Sequence[float],
+    rank: int,
+    world_size: int,
+) -> list[PackedBatch]:
+    """This rank's share of all examples, each once; equally many packs on every rank (empty ones fill up)."""
+    _check_ranks(world_size, rank, world_size)
+    encoded = _encoded(examples)
+    weight_of = _weight_table(segment_weights)
+    plan = plan_packs(encoded.lengths, pack_capacity)
+    mine = [assemble(encoded, plan.pack(p), weight_of) for p in range(rank, plan.num_packs, world_size)]
+    return mine + [empty_pack() for _ in range(-(-plan.num_packs // world_size) - len(mine))]
+
+
+def _encoded(examples: Sequence[Example] | EncodedSet) -> EncodedSet:
+    return examples if isinstance(examples, EncodedSet) else EncodedSet(examples)
+
+
+def _check_ranks(packs_per_step: int, rank: int, world_size: int) -> None:
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} of world_size {world_size} does not exist")
+    if packs_per_step < 1 or packs_per_step % world_size:
+        nearest = max(1, round(packs_per_step / world_size)) * world_size
+        raise ValueError(f"{packs_per_step} packs a step can't be shared out evenly over {world_size} ranks: "
+                         f"set tokens_per_step to a multiple of pack_capacity × {world_size} (the nearest is "
+                         f"{nearest} packs)")
+
+
+def _weight_table(segment_weights: Sequence[float]) -> NDArray[np.float32]:
+    table = np.asarray(segment_weights, np.float32)
+    if table.shape != (NUM_SEGMENTS,) or not np.isfinite(table).all() or (table < 0).any():
+        raise ValueError(f"segment_weights is {list(segment_weights)}: four finite numbers ≥ 0 are needed, for "
+                         "PROMPT, COT, RESPONSE and DOCUMENT")
+    return table
+
+
+def _check_something_supervised(examples: EncodedSet, weight_of: NDArray[np.float32]) -> None:
+    starts = np.zeros(len(examples.segments), bool)
+    starts[examples.offsets[:-1]] = True  # an example's first token is no target
+    if not (weight_of[examples.segments][~starts] > 0).any():
+        present = sorted({int(s) for s in np.unique(examples.segments)})
+        raise ValueError(f"no token is supervised: segment_weights is {weight_of.tolist()} and the data has "
+                         f"only segments {present} (0 prompt, 1 CoT, 2 response, 3 document)")

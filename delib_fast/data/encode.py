@@ -1,0 +1,293 @@
+"""Rows become token ids, with one segment a token."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import AFTConfig, MSMConfig
+from .chat import PLAIN_TEMPLATE, THINK, ChatRenderer
+from .control_tokens import ControlTokens
+from .rows import DataError, Message, Row, Segment
+
+Cot = Literal["train", "context", "strip"]
+NUM_SEGMENTS = len(Segment)
+_CHUNK_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """One run of tokens that see each other and nothing else."""
+
+    input_ids: NDArray[np.int32]
+    """(n,)"""
+    segments: NDArray[np.int8]
+    """(n,) `Segment` of each token itself"""
+    place: str
+    """`file:line` of the row"""
+    weight: float = 1.0
+    """factor on the loss weight of each of its tokens"""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What became of the rows."""
+
+    rows: int = 0
+    examples: int = 0
+    dropped_over_long: int = 0
+    split_documents: int = 0
+    """documents cut into several examples"""
+    tokens: int = 0
+    targets: dict[str, int] = field(default_factory=lambda: {s.name.lower(): 0 for s in Segment})
+    """tokens that can be predicted (all but the first of an example), by segment"""
+
+    def add(self, example: Example) -> None:
+        self.examples += 1
+        self.tokens += len(example)
+        targets = np.bincount(example.segments[1:], minlength=NUM_SEGMENTS)
+        for segment, count in zip(Segment, targets.tolist(), strict=True):
+            self.targets[segment.name.lower()] += count
+
+
+class EncodedSet(Sequence[Example]):
+    """Examples, end to end in flat arrays, and the account of how they came about."""
+
+    def __init__(self, examples: Sequence[Example], counts: Counts | None = None) -> None:
+        self.counts = counts if counts is not None else _count(examples)
+        self.lengths = np.fromiter((len(e) for e in examples), np.int64, len(examples))
+        self.offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
+        self.input_ids = _joined([e.input_ids for e in examples], np.int32)
+        self.segments = _joined([e.segments for e in examples], np.int8)
+        self.weights = np.fromiter((e.weight for e in examples), np.float32, len(examples))
+        self.places = [e.place for e in examples]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        i = index % len(self)
+        span = slice(self.offsets[i], self.offsets[i + 1])
+        return Example(self.input_ids[span], self.segments[span], self.places[i], float(self.weights[i]))
+
+
+def _joined(arrays: list[NDArray[Any]], dtype: type) -> NDArray[Any]:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype)
+
+
+def _count(examples: Sequence[Example]) -> Counts:
+    counts = Counts(rows=len(examples))
+    for example in examples:
+        counts.add(example)
+    return counts
+
+
+def segment_weights(stage: MSMConfig | AFTConfig) -> tuple[float, float, float, float]:
+    """What a target of each `Segment` weighs in the loss of a stage."""
+    if isinstance(stage, MSMConfig):
+        return (0.0, 1.0, 1.0, 1.0)
+    return (0.0, stage.cot_weight if stage.cot == "train" else 0.0, stage.response_weight, 1.0)
+
+
+# --- one row ------------------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """Encodes rows with one tokenizer. Building one copies the tokenizer (about a second if it is large)."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        template = tokenizer.chat_template
+        if isinstance(template, dict):
+            raise ValueError("the tokenizer has several chat templates and none is chosen: set "
+                             "tokenizer.chat_template to one of them")
+        self.control = ControlTokens(tokenizer, (template or PLAIN_TEMPLATE) + "".join(THINK))
+        self._eos: int | None = tokenizer.eos_token_id
+        self._bos = _leading_ids(tokenizer)
+        self._renderer = ChatRenderer(tokenizer, self.control, add_bos=bool(self._bos))
+
+    def encode(self, rows: Sequence[Row], *, cot: Cot, system_prompt: str | None) -> list[Example]:
+        """One example a row. Raises DataError with the row's place."""
+        if cot not in ("train", "context", "strip"):
+            raise ValueError(f"cot is {cot!r}; it must be 'train', 'context' or 'strip'")
+        filled = [self._text(row, cot, system_prompt) for row in rows]
+        encodings = self.control.encode_batch([text for text, _ in filled])
+        return [self._example(row, encoding, borders)
+                for row, encoding, (_, borders) in zip(rows, encodings, filled, strict=True)]
+
+    def _text(self, row: Row, cot: Cot, system_prompt: str | None) -> tuple[str, tuple[int, ...] | None]:
+        """What is tokenised, and for a chat the characters at which CoT, response and tail begin."""
+        for text in row.texts:
+            self.control.refuse_reserved(text, row.place)
+        if row.kind == "document":
+            return row.text, None
+        messages = row.messages
+        if system_prompt is not None and messages[0].role != "system":
+            messages = (Message("system", system_prompt), *messages)
+        thought = row.cot or "" if cot != "strip" else ""
+        if not row.response.strip() and (cot != "train" or not thought.strip()):
+            raise DataError(f"there is nothing to supervise: the response is empty, and cot: {cot} learns "
+                            "nothing else", reason="nothing_supervised", place=row.place)
+        texts = [text for message in messages for text in (message.content, message.cot or "")]
+        texts += [thought, row.response]
+        roles = tuple(message.role for message in messages)
+        skeleton = self._renderer.skeleton(roles, texts, bool(thought.strip()), row.place)
+        return skeleton.fill([text.strip() for text in texts])
+
+    def _example(self, row: Row, encoding: Any, borders: tuple[int, ...] | None) -> Example:
+        if borders is None:
+            return self._document(row, encoding)
+        ids = np.array(encoding.ids, np.int32)
+        segments = np.zeros(len(ids), np.int8)
+        cot, response, end = (_first_token_from(encoding, char, len(ids)) for char in borders)
+        segments[cot:response] = Segment.COT
+        segments[response:end] = Segment.RESPONSE
+        return Example(ids, segments, row.place, row.weight)
+
+    def _document(self, row: Row, encoding: Any) -> Example:
+        if self._eos is None:
+            raise ValueError("the tokenizer has no eos_token: a document would have no end; set one")
+        ids = np.array([*self._bos, *encoding.ids, self._eos], np.int32)
+        return Example(ids, np.full(len(ids), Segment.DOCUMENT, np.int8), row.place, row.weight)
+
+
+def _leading_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text (BOS), if anything."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("a")["input_ids"]
+    for start in range(len(ids) - len(plain) + 1):
+        if ids[start : start + len(plain)] == plain:
+            return list(ids[:start])
+    return []
+
+
+def _first_token_from(encoding: Any, char: int, num_tokens: int) -> int:
+    """The first token that begins at a character or behind it: a token is what its first character is."""
+    token = None
+    while token is None:
+        token = encoding.char_to_token(char)
+        char += 1
+        if token is None and (not num_tokens or char > encoding.token_to_chars(num_tokens - 1)[1]):
+            return num_tokens
+    while token < num_tokens and encoding.token_to_chars(token)[0] < char - 1:
+        token += 1
+    return token
+
+
+_encoders: weakref.WeakKeyDictionary[Any, tuple[Any, Encoder]] = weakref.WeakKeyDictionary()
+
+
+def encoder_for(tokenizer: Any) -> Encoder:
+    """The encoder of a tokenizer, built once; again if tokens were added or the template replaced."""
+    state = (len(tokenizer), tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    known = _encoders.get(tokenizer)
+    if known is None or known[0] != state:
+        known = _encoders[tokenizer] = (state, Encoder(tokenizer))
+    return known[1]
+
+
+def encode_row(
+    row: Row, tokenizer: Any, *, cot: Cot = "train", system_prompt: str | None = None
+) -> Example:
+    """Encode one row exactly as `encode_rows` does.
+
+    Args:
+        row: a document or a chat.
+        tokenizer: a fast Hugging Face tokenizer, with its chat template if it has one.
+        cot: "train" and "context" keep the chain of thought (its weight is the stage's affair), "strip"
+            drops it.
+        system_prompt: put before a chat that brings no system message.
+    Returns:
+        Ids equal to `tokenizer.apply_chat_template(messages)` (but for control tokens typed by the row, which
+        stay text), and a segment for each: what the generation prompt supplies, and an empty think block, is
+        PROMPT; the chain of thought with the tags that the model has to write is COT; the response with its
+        turn end is RESPONSE. A document is BOS (if the tokenizer uses it), text, EOS, all DOCUMENT.
+    Raises:
+        DataError: with the row's place; there is nothing to supervise, or the template can't take the row.
+    """
+    return encoder_for(tokenizer).encode([row], cot=cot, system_prompt=system_prompt)[0]
+
+
+# --- all rows -----------------------------------------------------------------------------------------------
+
+
+def encode_rows(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    stage: MSMConfig | AFTConfig,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> EncodedSet:
+    """Encode rows for a stage: its CoT mode and system prompt, its pack capacity and what to do above it.
+
+    Args:
+        rows: documents and chats, in any mix.
+        tokenizer: a fast Hugging Face tokenizer.
+        stage: gives cot, system_prompt, pack_capacity and over_long. A chat is never cut: under "split" one
+            that is too long is dropped and counted.
+        progress: called with (rows done, rows in all) now and then.
+    Raises:
+        DataError: a row can't be encoded or leaves nothing to supervise; an example is longer than the
+            capacity and over_long is "error"; or every row was dropped.
+    """
+    encoder = encoder_for(tokenizer)
+    cot: Cot = stage.cot if isinstance(stage, AFTConfig) else "train"
+    system_prompt = stage.system_prompt if isinstance(stage, AFTConfig) else None
+    counts = Counts(rows=len(rows))
+    examples: list[Example] = []
+    for start in range(0, len(rows), _CHUNK_ROWS):
+        chunk = rows[start : start + _CHUNK_ROWS]
+        encoded = encoder.encode(chunk, cot=cot, system_prompt=system_prompt)
+        for row, whole in zip(chunk, encoded, strict=True):
+            for example in _fitting(row, whole, stage, counts):
+                counts.add(example)
+                examples.append(example)
+        if progress is not None:
+            progress(start + len(chunk), len(rows))
+    if rows and not examples:
+        raise DataError(f"all {len(rows)} examples are longer than pack_capacity ({stage.pack_capacity} "
+                        f"tokens) and were dropped: raise stages.{stage.name}.pack_capacity",
+                        reason="over_long")
+    return EncodedSet(examples, counts)
+
+
+def _fitting(row: Row, example: Example, stage: MSMConfig | AFTConfig, counts: Counts) -> Iterator[Example]:
+    if len(example) <= stage.pack_capacity:
+        yield example
+    elif stage.over_long == "error":
+        raise DataError(f"{len(example)} tokens, more than pack_capacity ({stage.pack_capacity}): raise it, "
+                        f"or set over_long: drop in stage {stage.name!r}", reason="over_long",
+                        place=row.place)
+    elif stage.over_long == "split" and row.kind == "document":
+        counts.split_documents += 1
+        yield from split_document(example, stage.pack_capacity)
+    else:
+        counts.dropped_over_long += 1
+
+
+def split_document(example: Example, capacity: int) -> Iterator[Example]:
+    """Cut a document into pieces of about equal length that fit.
+
+    Each piece begins with the last token of the one before, so that every token but the first stays a target
+    exactly once.
+    """
+    if capacity < 2:
+        raise ValueError(f"a document can't be split into pieces of {capacity} token: a piece needs two")
+    targets = len(example) - 1
+    pieces = -(-targets // (capacity - 1))
+    cuts = [targets * k // pieces for k in range(pieces + 1)]
+    for start, end in itertools.pairwise(cuts):
+        yield Example(example.input_ids[start : end + 1], example.segments[start : end + 1], example.place,
+                      example.weight)
