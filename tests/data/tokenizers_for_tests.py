@@ -27,7 +27,8 @@ CHATML = """\
 {%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
 QWEN25 = """\
-{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{%- endif %}\
+{%- if messages[0].role != 'system' %}\
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{%- endif %}\
 """ + CHATML
 
 QWEN3 = """\

@@ -1,0 +1,390 @@
+"""read_source: every format, every kind of damage with its file and line, and never a word of the row."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from delib_fast.config import SourceConfig
+from delib_fast.data import DataError, read_source, split_holdout
+from delib_fast.data.cot_tags import split_cot
+from delib_fast.data.text_files import cut_at_headings
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+SECRET = "Rosebud"  # the text of every damaged row: no message may show it
+GOOD = json.dumps({"prompt": "p", "cot": "c", "response": "r"})
+
+
+def read(path, **config):
+    return read_source("rows", SourceConfig(path=str(path), **config))
+
+
+def write(folder, content, name="rows.jsonl"):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def one(folder, item):
+    (row,) = read(write(folder, json.dumps(item)))
+    return row
+
+
+# --- formats ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("item", "prompt", "cot", "response"), [
+    ({"prompt": "p", "cot": "c", "response": "r"}, "p", "c", "r"),
+    ({"prompt": "p", "cot": None, "response": "r"}, "p", None, "r"),
+    ({"prompt": "p", "cot": " \n", "response": "r"}, "p", None, "r"),
+    ({"prompt": "p", "reasoning_content": "c", "completion": "r"}, "p", "c", "r"),
+    ({"question": "q", "response": "<think>\nc\n</think>\n\nr"}, "q", "c", "r"),
+    ({"question": "q", "response": "\n<think>c</think>r", "score": {"x": 1}}, "q", "c", "r"),
+    ({"question": "q", "response": "c\n</think>\n\nr"}, "q", "c", "r"),
+    ({"question": "q", "response": "<think>\n\n</think>\n\nr"}, "q", None, "r"),
+    ({"question": "q", "response": "<SCRATCHPAD_REASONING>\nc\n</SCRATCHPAD_REASONING>\nr"}, "q", "c", "r"),
+    ({"question": "q", "response": "<reasoning>c</reasoning> r"}, "q", "c", "r"),
+    ({"question": "q", "answer": "1+1=<<1+1=2>>2\nso 2\n#### 2"}, "q", "1+1=<<1+1=2>>2\nso 2", "#### 2"),
+    ({"question": "q", "answer": "just an answer"}, "q", None, "just an answer"),
+    ({"instruction": "do", "input": "this", "output": "r"}, "do\n\nthis", None, "r"),
+    ({"instruction": "do", "input": "", "output": "r"}, "do", None, "r"),
+    ({"prompt": [{"role": "user", "content": "p"}],
+      "completion": [{"role": "assistant", "content": "<think>c</think>r"}]}, "p", "c", "r"),
+    ({"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}]}, "p", None, "r"),
+    ({"conversation": [{"role": "user", "content": "p"},
+                       {"role": "assistant", "content": "r", "reasoning_content": "c"}]}, "p", "c", "r"),
+    ({"messages": [{"role": "user", "content": "p"},
+                   {"role": "assistant", "content": "r", "thinking": "c"}]}, "p", "c", "r"),
+    ({"messages": [{"role": "user", "content": "p"},
+                   {"role": "assistant", "content": "r", "reasoning": "c"}]}, "p", "c", "r"),
+    ({"messages": [{"role": "user", "content": "p"},
+                   {"role": "assistant", "content": "\n<think>\nc\n</think>\nr"}]}, "p", "c", "r"),
+    ({"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "r"}]}, "p", None, "r"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "p"}]},
+                   {"role": "assistant", "content": [{"type": "thinking", "thinking": "c"},
+                                                     {"type": "text", "text": "r"}]}]}, "p", "c", "r"),
+    ({"messages": [{"role": "user", "content": "p"},
+                   {"role": "assistant", "content": [{"type": "reasoning", "value": "c"},
+                                                     {"type": "text", "value": "r"}]}]}, "p", "c", "r"),
+])
+def test_formats(tmp_path, item, prompt, cot, response):
+    row = one(tmp_path, item)
+    assert (row.kind, row.messages[-1].content, row.cot, row.response) == ("chat", prompt, cot, response)
+    assert [m.role for m in row.messages] == ["user"]
+    assert row.place == f"{tmp_path / 'rows.jsonl'}:1"
+    assert row.source == "rows"
+
+
+def test_document_keeps_its_text_exactly(tmp_path):
+    text = "  two\r\n\n<|im_end|> </think> \ttail \n"
+    row = one(tmp_path, {"text": text, "source": "web", "weight": 0.5})
+    assert (row.kind, row.text, row.weight, row.texts) == ("document", text, 0.5, (text,))
+
+
+def test_system_and_history(tmp_path):
+    row = one(tmp_path, {"messages": [
+        {"role": "system", "content": "s"}, {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "<think>h</think>b"}, {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d", "loss_weight": 0.25}]})
+    assert [(m.role, m.content, m.cot) for m in row.messages] == [
+        ("system", "s", None), ("user", "a", None), ("assistant", "b", "h"), ("user", "c", None)]
+    assert (row.response, row.weight) == ("d", 0.25)
+    assert row.texts == ("s", "a", "h", "b", "c", "d")
+    assert one(tmp_path, {"prompt": "p", "system": "s", "response": "r"}).messages[0].role == "system"
+
+
+def test_json_list_has_the_line_of_each_item(tmp_path):
+    rows = read(write(tmp_path, '\n[\n {"text": "a"},\n\n {"text":\n "b"}, {"text": "c"}]\n', "rows.json"))
+    assert [row.place.rsplit(":", 1)[1] for row in rows] == ["3", "5", "6"]
+
+
+@pytest.mark.parametrize("content", [
+    b"\xef\xbb\xbf" + GOOD.encode() + b"\n" + GOOD.encode(),  # byte order mark, no newline at the end
+    (GOOD + "\r\n" + GOOD + "\r\n").encode(),
+    ("\n\n" + GOOD + "\n   \n" + GOOD + "\n\n").encode(),
+], ids=["bom", "crlf", "blank-lines"])
+def test_harmless_oddities_are_read(tmp_path, content):
+    assert len(read(write(tmp_path, content))) == 2
+
+
+def test_limit_and_hash(tmp_path):
+    path = write(tmp_path, (GOOD + "\n") * 5)
+    rows = read(path, limit=2)
+    assert len(rows) == 2
+    assert rows.sha256 == read(path).sha256  # of the whole file, though less was used
+    assert rows[0].digest == rows[1].digest
+
+
+# --- damage -------------------------------------------------------------------------------------------------
+
+CHAT = {"role": "assistant", "content": SECRET}
+USER = {"role": "user", "content": SECRET}
+
+
+def line(item):
+    return json.dumps(item)
+
+
+DAMAGED_ROWS = {
+    "cut last line": ('{"text": "' + SECRET, "not_json", "it ends too early and may have been cut"),
+    "cut after a value": ('{"text": "' + SECRET + '"', "not_json", "may have been cut"),
+    "invalid utf-8": (b'{"text": "' + SECRET.encode() + b'\xff"}', "invalid_utf8", "not UTF-8: byte 0xff at byte 18"),
+    "latin-1": ('{"text": "café ' + SECRET + '"}', "invalid_utf8", "not UTF-8: byte 0xe9"),
+    "overlong utf-8": (b'{"text": "\xc0\xaf"}', "invalid_utf8", "not UTF-8"),
+    "lone surrogate": ('{"text": "' + SECRET + ' \\ud83d"}', "surrogate", "half of a surrogate pair"),
+    "escaped NUL": ('{"text": "' + SECRET + '\\u0000"}', "nul", "holds a NUL character"),
+    "raw control character": ('{"text": "' + SECRET + '\x01"}', "not_json", "Invalid control character"),
+    "duplicate key": ('{"text": "' + SECRET + '", "text": "b"}', "duplicate_key", "'text' is written twice"),
+    "duplicate key deep down": ('{"text": "a", "meta": {"' + SECRET + ' x": 1, "' + SECRET + ' x": 2}}',
+                                "duplicate_key", "a key is written twice"),
+    "single quotes": ("{'text': '" + SECRET + "'}", "not_json", "not valid JSON"),
+    "nested quotes": ('{"text": "he said "' + SECRET + '""}', "not_json", "not valid JSON"),
+    "trailing comma": ('{"text": "' + SECRET + '",}', "not_json", "not valid JSON"),
+    "two objects on a line": ('{"text": "a"} {"text": "' + SECRET + '"}', "not_json", "Extra data"),
+    "NaN": ('{"text": "' + SECRET + '", "score": NaN}', "not_json", "NaN is no JSON"),
+    "huge number": ('{"text": "a", "n": ' + "9" * 5000 + "}", "not_json", "too many digits"),
+    "nested too deep": ('{"text": ' + "[" * 200_000 + "}", "not_json", "nested too deep"),
+    "a string": ('"' + SECRET + '"', "not_an_object", "a string, where an object with named fields is expected"),
+    "null": ("null", "not_an_object", "null, where an object"),
+    "empty object": ("{}", "missing_field", "is empty, none of 'text'"),
+    "unknown fields": (line({"promt": SECRET, SECRET + " !": 1}), "missing_field", "did you mean 'prompt' by 'promt'?"),
+    "no reply": (line({"prompt": SECRET}), "missing_field", "'prompt' has no reply to learn"),
+    "wrong type": (line({"text": 1}), "wrong_type", "'text' is a number, where a string is expected"),
+    "null text": (line({"text": None}), "wrong_type", "'text' is null"),
+    "cot of a wrong type": (line({"prompt": SECRET, "cot": [1], "response": "r"}), "wrong_type", "'cot' is a list"),
+    "two prompts": (line({"prompt": SECRET, "question": "q", "response": "r"}), "ambiguous",
+                    "holds both 'prompt' and 'question'"),
+    "two formats": (line({"text": SECRET, "prompt": "q", "response": "r"}), "ambiguous", "holds 'prompt' and 'text'"),
+    "empty text": (line({"text": " \n"}), "empty", "'text' is empty: there is nothing to supervise"),
+    "empty prompt": (line({"prompt": "", "response": SECRET}), "empty", "'prompt' is empty"),
+    "nothing to supervise": (line({"prompt": SECRET, "cot": " ", "response": "\n"}), "empty", "the reply is empty"),
+    "weight 0": (line({"prompt": SECRET, "response": "r", "weight": 0}), "nothing_supervised", "weight 0"),
+    "document of weight 0": (line({"text": SECRET, "weight": 0}), "nothing_supervised", "its weight is 0"),
+    "negative weight": (line({"text": SECRET, "weight": -1}), "bad_weight", "'weight' is -1; a weight is a number"),
+    "weight of a wrong type": (line({"text": SECRET, "weight": "1"}), "bad_weight", "'weight' is a string"),
+    "unclosed thought": (line({"prompt": "p", "response": "<think>" + SECRET}), "cot_tags",
+                         "<think> is never closed by </think>"),
+    "thought in the middle": (line({"prompt": "p", "response": SECRET + "<think>a</think>b"}), "cot_tags",
+                              "text stands before <think>"),
+    "two closing tags": (line({"prompt": "p", "response": "<think>a</think>" + SECRET + "</think>c"}), "cot_tags",
+                         "2 times </think>, 0 of them alone on a line"),
+    "messages no list": (line({"messages": SECRET}), "wrong_type", "'messages' is a string"),
+    "no messages": (line({"messages": []}), "empty", "'messages' is an empty list"),
+    "message no object": (line({"messages": [SECRET]}), "wrong_type", "messages[0] is a string"),
+    "no role": (line({"messages": [{"content": SECRET}]}), "missing_field", "messages[0] has no 'role'"),
+    "unknown role": (line({"messages": [{"role": SECRET, "content": ""}]}), "bad_role", "a role that is none of"),
+    "no content": (line({"messages": [{"role": "user"}]}), "missing_field", "messages[0] has no 'content'"),
+    "last is the user's": (line({"messages": [USER, CHAT, USER]}), "no_reply", "the last message is the user's"),
+    "no user": (line({"messages": [{"role": "system", "content": SECRET}, CHAT]}), "no_prompt", "there is no prompt"),
+    "thought twice": (line({"messages": [USER, {"role": "assistant", "thinking": "a", "content":
+                      [{"type": "thinking", "thinking": SECRET}]}]}), "ambiguous", "its chain of thought twice"),
+    "picture": (line({"messages": [{"role": "user", "content": [{"type": "image", "url": SECRET}]}, CHAT]}),
+                "bad_block", "messages[0].content[0] is no text"),
+    "all turns switched off": (line({"messages": [USER, CHAT | {"loss": False}]}), "nothing_supervised", "weight 0"),
+    "loss of a wrong type": (line({"messages": [USER, CHAT | {"loss": "no"}]}), "bad_weight", "messages[1].loss"),
+    "tool call": (line({"messages": [USER, CHAT | {"tool_calls": [{}]}]}), "tools", "messages[1] calls tools"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_ROWS)
+def test_damaged_row_stops_the_run_by_file_and_line(tmp_path, name):
+    damage, reason, why = DAMAGED_ROWS[name]
+    raw = damage if isinstance(damage, bytes) else damage.encode("latin-1" if name == "latin-1" else "utf-8")
+    path = write(tmp_path, GOOD.encode() + b"\n" + raw)
+    with pytest.raises(DataError) as caught:
+        read(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:2: ")
+    assert why in message
+    assert "(row " in message
+    assert SECRET not in message
+    assert caught.value.reason == reason
+    # Skipped, it is counted, and the good row is read.
+    rows = read(path, on_bad_row="skip")
+    assert len(rows) == 1
+    assert rows.bad_rows == {reason: 1}
+
+
+FOREIGN_FILES = {
+    "gzip": (b"\x1f\x8b\x08\x00" + bytes(20), "rows.jsonl", "is gzip data: decompress it first"),
+    "zip": (b"PK\x03\x04" + bytes(20), "rows.jsonl", "is a zip archive"),
+    "parquet": (b"PAR1" + bytes(20), "rows.json", "is Parquet: give the file the ending .parquet"),
+    "utf-16": (GOOD.encode("utf-16"), "rows.jsonl", "is UTF-16: convert it to UTF-8"),
+    "utf-16 without mark": (GOOD.encode("utf-16-le"), "rows.jsonl", "holds NUL bytes"),
+    "pickle": (b"\x80\x04\x95" + bytes(20), "rows.jsonl", "is a pickle, which is never read"),
+    "lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", "rows.jsonl", "run git lfs pull"),
+    "web page": (b"<!DOCTYPE html><html>", "rows.jsonl", "is a web page: the download went wrong"),
+    "gzip called text": (b"\x1f\x8b\x08\x00" + bytes(20), "rows.txt", "is gzip data"),
+    "latin-1 text": ("eins\nzwei\ndrü".encode("latin-1"), "rows.md", ":3: not UTF-8: byte 0xfc at byte 13"),
+    "text with NUL": (b"x" * 600 + b"\n\0", "rows.txt", ":2: holds a NUL character"),
+    "empty": (b"", "rows.jsonl", "has no rows: it is empty (source 'rows')"),
+    "empty text": (b"\n \n", "rows.txt", "has no rows: it is empty"),
+    "only blank lines": (b"\n\n \n", "rows.jsonl", "has no rows: it is empty"),
+    "empty list": (b"[]", "rows.json", "has no rows: it is empty"),
+    "cut list": (b'[{"text": "a"},\n {"text": "b"}', "rows.json", ":2: the file ends inside the list"),
+    "cut inside an item": (b'[{"text": "a"},\n {"text": "b', "rows.json", ":2: not valid JSON: Unterminated string"),
+    "list without comma": (b'[{"text": "a"}\n {"text": "b"}]', "rows.json", ":2: not valid JSON: a comma or ]"),
+    "more after the list": (b'[{"text": "a"}]\n[]', "rows.json", ":2: not valid JSON: more follows after the list"),
+    "duplicate key in a list": (b'[\n{"text": "a", "text": "b"}]', "rows.json", ":2: 'text' is written twice"),
+    "unknown ending": (b"a,b\n", "rows.csv", "can't tell what it holds by its ending '.csv'"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN_FILES)
+def test_file_that_is_something_else(tmp_path, name):
+    content, file_name, why = FOREIGN_FILES[name]
+    path = write(tmp_path, content, file_name)
+    for on_bad_row in ("error", "skip"):  # a broken file is no matter of single rows
+        with pytest.raises(DataError) as caught:
+            read(path, on_bad_row=on_bad_row)
+        assert str(caught.value).startswith(str(path))
+        assert why in str(caught.value)
+
+
+def test_paths_that_are_no_files(tmp_path):
+    with pytest.raises(DataError, match=r"no such file \(working directory: .*\) \(source 'rows'\)"):
+        read(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="is a folder; name a file"):
+        read(tmp_path)
+    with pytest.raises(DataError, match="cut: headings is for text files"):
+        read(write(tmp_path, GOOD), cut="headings")
+
+
+def test_line_of_a_hundred_megabytes(tmp_path):
+    path = write(tmp_path, GOOD + "\n")
+    with path.open("ab") as file:
+        file.write(b'{"text": "')
+        for _ in range(100):
+            file.write(b"x" * (1 << 20))
+        file.write(b'"}\n' + GOOD.encode())
+    with pytest.raises(DataError, match=r":2: a line of more than 64 MiB"):
+        read(path)
+    rows = read(path, on_bad_row="skip")
+    assert [row.place.rsplit(":", 1)[1] for row in rows] == ["1", "3"]
+    assert rows.bad_rows == {"long_line": 1}
+
+
+def test_too_many_bad_rows_stop_the_run_all_the_same(tmp_path):
+    path = write(tmp_path, GOOD + "\n" + "{}\n" * 3 + "[1\n" * 2)
+    with pytest.raises(DataError, match=r":5: .*bad row number 4, more than max_bad_rows \(3\): 3 missing_field, 1"):
+        read(path, on_bad_row="skip", max_bad_rows=3)
+    assert read(path, on_bad_row="skip", max_bad_rows=5).bad_rows == {"missing_field": 3, "not_json": 2}
+    with pytest.raises(DataError, match=r"has no rows: all its rows are bad \(3 missing_field\)"):
+        read(write(tmp_path, "{}\n" * 3), on_bad_row="skip")
+
+
+def test_any_cut_and_any_flipped_byte_is_an_error_or_rows(tmp_path):
+    """1000 random damages: a DataError with the file's name, or rows; never another exception."""
+    draw = random.Random(0)
+    whole = ("\n".join([GOOD, line({"messages": [USER, CHAT]}), line({"text": "naïve 東京"})]) + "\n").encode()
+    for _ in range(1000):
+        damaged = bytearray(whole[: draw.randrange(1, len(whole) + 1)])
+        for _ in range(draw.randrange(3)):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        try:
+            assert read(write(tmp_path, bytes(damaged)))
+        except DataError as error:
+            assert str(tmp_path) in str(error)  # noqa: PT017
+            assert SECRET not in str(error)  # noqa: PT017
+
+
+# --- chains of thought between tags -------------------------------------------------------------------------
+
+
+def test_of_several_closing_tags_the_one_alone_on_its_line_counts():
+    text = "<think>\nThe tag </think> ends a thought.\n</think>\n\nUse </think> so."
+    assert split_cot(text) == ("The tag </think> ends a thought.", "Use </think> so.")
+    assert split_cot("What does <think> mean?") == (None, "What does <think> mean?")
+
+
+# --- text files ---------------------------------------------------------------------------------------------
+
+MARKDOWN = """\
+preface
+
+# One {#one}
+## Bare
+### Deep
+deep text
+```sh
+# no heading
+```
+~~~~xml
+~~~
+# nor this
+~~~~
+## Next
+#hashtag, no heading
+# Two
+"""
+
+
+def test_cut_at_headings():
+    sections = list(cut_at_headings(MARKDOWN))
+    assert [(s.line, s.context) for s in sections] == [
+        (1, ()), (3, ()), (14, ("# One {#one}",)), (16, ())]
+    assert sections[1].body.startswith("# One {#one}\n## Bare\n### Deep\ndeep text\n```sh\n# no heading")
+    assert sections[2].text == "# One {#one}\n\n## Next\n#hashtag, no heading\n"
+    assert "".join(s.body for s in sections) == MARKDOWN
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# a", "# a\n# b\n# c", "## a\n# b\n### c\n## d\ntext",
+                                  "a\r\n# b\r\nc\x0b# d"])
+def test_nothing_is_lost_at_headings(text):
+    assert "".join(s.body for s in cut_at_headings(text)) == text
+
+
+def test_whole_text_file_is_one_document(tmp_path):
+    (row,) = read(write(tmp_path, MARKDOWN, "spec.md"))
+    assert row.text == MARKDOWN
+
+
+# --- holdout ------------------------------------------------------------------------------------------------
+
+
+def test_holdout_depends_on_each_row_alone(tmp_path):
+    rows = read(write(tmp_path, "\n".join(line({"text": f"text {i}"}) for i in range(2000))))
+    train, held_out = split_holdout(rows, 0.1)
+    assert 150 < len(held_out) < 250
+    assert sorted([*train, *held_out], key=lambda r: rows.index(r)) == list(rows)
+    fewer = rows[::3]
+    held = {row.digest for row in held_out}
+    assert {row.digest for row in split_holdout(fewer, 0.1)[1]} == held & {row.digest for row in fewer}
+    assert held < {row.digest for row in split_holdout(rows, 0.2)[1]}
+    assert split_holdout(rows, 0.0) == (list(rows), [])
+
+
+def test_holdout_that_leaves_nothing_is_refused(tmp_path):
+    rows = read(write(tmp_path, GOOD))
+    with pytest.raises(ValueError, match="leaves none for evaluation"):
+        split_holdout(rows, 0.0001)
+    with pytest.raises(ValueError, match="at least 0 and below 1"):
+        split_holdout(rows, 1.0)
+
+
+# --- real data ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is absent")
+class TestRealData:
+    def test_star1(self):
+        rows = read(DATA / "star1.json")
+        assert len(rows) == 1000
+        assert all(row.cot and row.response and "think>" not in row.cot + row.response for row in rows)
+        raw = json.loads((DATA / "star1.json").read_text())
+        assert [r.messages[0].content for r in rows] == [item["question"] for item in raw]
+        assert all(f"<think>\n{r.cot}\n</think>" in item["response"] for r, item in zip(rows, raw, strict=True))
+
+    def test_model_spec_at_its_headings(self):
+        rows = read(DATA / "model_spec.md", cut="headings")
+        assert 60 < len(rows) < 120
+        text = (DATA / "model_spec.md").read_text()
+        assert "".join(s.body for s in cut_at_headings(text)) == text
+        assert all(row.text.startswith("#") for row in rows)
+
+    def test_gsm8k(self):
+        rows = read(DATA / "gsm8k_train.jsonl")
+        assert len(rows) == 7473
+        assert all(row.cot and row.response.startswith("#### ") for row in rows)
