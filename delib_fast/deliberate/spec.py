@@ -1,0 +1,201 @@
+"""A spec, cut into sections: what `spec(category)` is made of.
+
+    spec = Spec.read("spec.md", model_name="Quill", provider_name="Fern")
+    spec.sections[3].id                         "v3-care-for-those-who-are-not-in-the-room"
+    spec.for_categories(["rule-5"], summaries)  summaries of all sections + the full text of rule 5
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from delib_fast.config import ConfigError
+
+_HEADING = re.compile(r"^(#{1,6})[ \t]+(.+?)[ \t]*#*[ \t]*$")
+_UNDERLINE = re.compile(r"^(=+|-{3,})[ \t]*$")
+_FENCE = re.compile(r"^[ \t]*(```|~~~)")
+_NUMBERED = re.compile(r"^(\d{1,3})[.)][ \t]+(.*)$")
+_ANCHOR = re.compile(r"[ \t]*\{#([\w.-]+)[^}]*\}[ \t]*$")
+_PLACEHOLDER = re.compile(r"\{(model_name|provider_name)\}")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the spec under one heading, or one numbered item of such a part."""
+
+    id: str
+    """Short, stable name: the category of a row."""
+    title: str
+    path: tuple[str, ...]
+    """The headings above it, the outermost first."""
+    text: str
+    """Its text as in the spec, heading included."""
+    line: int
+    """Line of the spec where it begins."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    text: str
+    """The whole spec, placeholders filled in."""
+    sha256: str
+    """Of the filled-in text."""
+    sections: tuple[Section, ...]
+
+    @staticmethod
+    def read(path: str | os.PathLike[str], *, model_name: str, provider_name: str,
+             cut_numbered_items: bool = True) -> Spec:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: the spec can't be read: {error}") from None
+        return Spec.of(text, model_name=model_name, provider_name=provider_name,
+                       cut_numbered_items=cut_numbered_items, where=str(path))
+
+    @staticmethod
+    def of(text: str, *, model_name: str = "the assistant", provider_name: str = "its developer",
+           cut_numbered_items: bool = True, where: str = "spec") -> Spec:
+        """Fill in the placeholders and cut at the headings; a text without headings is one section."""
+        names = {"model_name": model_name, "provider_name": provider_name}
+        text = _PLACEHOLDER.sub(lambda m: names[m[1]], text.replace("\r\n", "\n").lstrip("\ufeff"))
+        if not text.strip():
+            raise ConfigError(f"{where}: the spec is empty")
+        parts = _by_headings(text.split("\n"), fallback=Path(where).stem)
+        if cut_numbered_items:
+            parts = [piece for part in parts for piece in _by_items(part)]
+        return Spec(text, hashlib.sha256(text.encode()).hexdigest(), tuple(_named(parts)))
+
+    def section(self, name: str) -> Section | None:
+        """By id, or by title (case and punctuation aside)."""
+        wanted = _slug(name)
+        return next((s for s in self.sections if s.id == name or s.id == wanted or _slug(s.title) == wanted), None)
+
+    def for_categories(self, categories: Iterable[str], summaries: Mapping[str, str]) -> str:
+        """`spec(category)`: a line for every section, then the full text of the relevant ones, in spec order.
+
+        What a section adds under its own heading is given; what stands in its sub-sections is theirs.
+        """
+        wanted = set(categories)
+        lines = [f"- {s.id} ({' › '.join((*s.path, s.title))}): {summaries[s.id]}" for s in self.sections]
+        relevant = [f"[{s.id}]\n{s.text.strip()}" for s in self.sections if s.id in wanted]
+        return ("Summary of every section:\n" + "\n".join(lines)
+                + "\n\nFull text of the relevant sections:\n\n" + "\n\n".join(relevant))
+
+
+def first_sentence(section: Section, limit: int = 240) -> str:
+    """The section's opening sentence without its heading: a summary that costs nothing."""
+    body = " ".join(line for line in section.text.split("\n") if not _HEADING.match(line))
+    body = re.sub(r"[*`]+", "", re.sub(r"\s+", " ", body)).strip() or section.title
+    body = _NUMBERED.sub(r"\2", body)
+    end = re.search(r"(?<=[.!?])\s", body)
+    sentence = body[: end.start()] if end else body
+    return sentence if len(sentence) <= limit else sentence[:limit].rsplit(" ", 1)[0] + " …"
+
+
+# --- cutting ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    path: tuple[str, ...]
+    title: str
+    lines: tuple[str, ...]
+    line: int
+    number: str | None = None
+    anchor: str | None = None
+
+
+def _by_headings(lines: Sequence[str], fallback: str) -> list[_Part]:
+    parts: list[_Part] = []
+    above: list[tuple[int, str]] = []
+    start, title, path, anchor = 0, fallback, (), None
+    fenced = False
+
+    def close(end: int) -> None:
+        body = lines[start:end]
+        has_own_text = any(line.strip() and not _HEADING.match(line) and not _UNDERLINE.match(line)
+                           for line in body[1 if parts or above else 0:])
+        if has_own_text:
+            parts.append(_Part(path, title, tuple(body), start + 1, anchor=anchor))
+
+    for i, line in enumerate(lines):
+        if _FENCE.match(line):
+            fenced = not fenced
+        found = None if fenced else _heading_at(lines, i)
+        if found is None:
+            continue
+        close(i)
+        level, name = found
+        anchor = match[1] if (match := _ANCHOR.search(name)) else None
+        name = _ANCHOR.sub("", name) or name
+        above = [(lv, t) for lv, t in above if lv < level]
+        start, title, path = i, name, tuple(t for _, t in above)
+        above.append((level, name))
+    close(len(lines))
+    return parts
+
+
+def _heading_at(lines: Sequence[str], i: int) -> tuple[int, str] | None:
+    if match := _HEADING.match(lines[i]):
+        return len(match[1]), match[2].strip()
+    following = lines[i + 1] if i + 1 < len(lines) else ""
+    before = lines[i - 1] if i else ""
+    if lines[i].strip() and not before.strip() and _UNDERLINE.match(following):
+        return (1 if following[0] == "=" else 2), lines[i].strip()
+    return None
+
+
+def _by_items(part: _Part) -> list[_Part]:
+    """A part that is a list of rules: its opening, then each item.
+
+    It is one if three items or more are numbered from 1 on, and each begins with bold words or the list is nearly
+    all of the part: numbered steps inside an explanation are no rules.
+    """
+    starts = [(i, m) for i, line in enumerate(part.lines) if (m := _NUMBERED.match(line))]
+    if len(starts) < 3 or [int(m[1]) for _, m in starts] != list(range(1, len(starts) + 1)):
+        return [part]
+    opening = part.lines[: starts[0][0]]
+    opens_with_text = any(line.strip() and not _HEADING.match(line) for line in opening)
+    in_list = len("".join(part.lines[starts[0][0] :])) / max(1, len("".join(part.lines)))
+    if in_list < 0.8 and not all(m[2].startswith("**") for _, m in starts):
+        return [part]
+    pieces = []
+    if opens_with_text:
+        pieces.append(_Part(part.path, part.title, opening, part.line, anchor=part.anchor))
+    ends = [i for i, _ in starts[1:]] + [len(part.lines)]
+    for (i, match), end in zip(starts, ends, strict=True):
+        bold = re.match(r"\*\*(.+?)\*\*", match[2])
+        title = (bold[1] if bold else re.split(r"(?<=[.:;])\s", match[2])[0]).strip(" .:")
+        pieces.append(_Part((*part.path, part.title), title, part.lines[i:end], part.line + i, match[1]))
+    return pieces
+
+
+def _named(parts: Iterable[_Part]) -> list[Section]:
+    """Ids: `rule-5` for item 5 of "Rules", else the heading's words; a number tells equal ones apart."""
+    sections: list[Section] = []
+    taken: set[str] = set()
+    for part in parts:
+        if part.number is not None:
+            base = f"{_singular(_slug(part.path[-1]))}-{part.number}"
+        else:
+            base = part.anchor or _slug(part.title)
+        name, copy = base, 2
+        while name in taken:
+            name, copy = f"{base}-{copy}", copy + 1
+        taken.add(name)
+        sections.append(Section(name, part.title, part.path, "\n".join(part.lines).strip("\n"), part.line))
+    return sections
+
+
+def _slug(title: str) -> str:
+    words = re.sub(r"['’]", "", title.casefold())
+    return re.sub(r"[^\w]+", "-", words).strip("-_")[:60].rstrip("-") or "section"
+
+
+def _singular(word: str) -> str:
+    return word[:-1] if word.endswith("s") and not word.endswith("ss") else word
