@@ -121,7 +121,8 @@ def _key(settings: EndpointSettings, secrets: Secrets) -> str:
 def _answer(reply: Any) -> Answer:
     """The first choice of a chat completion; endpoints differ, so each field is looked at before it is trusted."""
     choices = getattr(reply, "choices", None)
-    message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    message = getattr(choice, "message", None)
     if message is None:
         raise Retry("malformed_body", detail="the answer holds no choice with a message")
     text = getattr(message, "content", None)
@@ -132,7 +133,7 @@ def _answer(reply: Any) -> Answer:
     reasoning = next((r for name in ("reasoning_content", "reasoning")
                       if isinstance(r := getattr(message, name, None), str) and r.strip()), None)
     usage = getattr(reply, "usage", None)
-    return Answer(text=text or "", finish=str(getattr(choices[0], "finish_reason", None) or "unknown"),
+    return Answer(text=text or "", finish=str(getattr(choice, "finish_reason", None) or "unknown"),
                   reasoning=reasoning, prompt_tokens=_count(usage, "prompt_tokens"),
                   completion_tokens=_count(usage, "completion_tokens"), served_by=str(getattr(reply, "model", "")))
 

@@ -65,8 +65,8 @@ def mentions_spec(text: str, labels: Sequence[Label], *, asked_about: str = "") 
             return match[0]
     runs = set(_runs(words_of(text)))
     for label in labels:
-        if (match := _label_word(label.category).search(text)) and match[0] not in asked_about:
-            return match[0]
+        if (named := _label_word(label.category).search(text)) and named[0] not in asked_about:
+            return named[0]
         if quoted := sorted(runs & label.quotations):
             return quoted[0]
     return None

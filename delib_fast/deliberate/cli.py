@@ -1,4 +1,4 @@
-"""`delib-fast deliberate`, `delib-fast document` and `delib-fast data-report`: made here, wired in by delib_fast/cli.py."""
+"""`delib-fast deliberate`, `document` and `data-report`: made here, wired in by delib_fast/cli.py."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ _BACKEND = Annotated[str | None, typer.Option(help="openai (an endpoint) or tran
 _JUDGE = Annotated[str | None, typer.Option("--judge-model", help="the judge's name; by default the generator judges")]
 _JUDGE_URL = Annotated[str | None, typer.Option("--judge-base-url", help="the judge's address")]
 _CONCURRENCY = Annotated[int | None, typer.Option(help="requests in flight at a time")]
-_PROMPTS = Annotated[Path | None, typer.Option("--prompts", metavar="DIR", help="prompt files that replace the built-in "
-                                                                                "ones by name")]
+_PROMPTS = Annotated[Path | None, typer.Option("--prompts", metavar="DIR", help="prompt files in the place of the "
+                                                                                "built-in ones of that name")]
 _NAME = Annotated[str | None, typer.Option("--model-name", help="fills {model_name} of the spec")]
 _PROVIDER = Annotated[str | None, typer.Option("--provider-name", help="fills {provider_name} of the spec")]
 

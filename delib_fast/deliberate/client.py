@@ -127,8 +127,9 @@ class Endpoint:
         self._open_at = 0.0  # nothing is sent before: the endpoint has asked for a pause
         self._last_answer = 0.0
         self._given_up = 0
-        limit = {settings.token_limit_name: settings.max_tokens}
-        self._params = {"temperature": settings.temperature, "top_p": settings.top_p, **limit, **settings.extra}
+        self._params: dict[str, Any] = {
+            "temperature": settings.temperature, "top_p": settings.top_p,
+            str(settings.token_limit_name): settings.max_tokens, **settings.extra}
 
     async def ask(self, chat: Chat, *, purpose: str, sample: int = 0) -> Answer:
         """The answer to a chat, from the ledger if it is there. Equal requests are sent once.

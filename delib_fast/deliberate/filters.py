@@ -12,7 +12,8 @@ from .parsing import COT_TAG, RESPONSE_TAG, Deliberation
 from .settings import DeliberateSettings
 
 _SCAFFOLDING = re.compile(
-    rf"</?(?:{COT_TAG}|{RESPONSE_TAG}|think|thinking|reasoning|answer|scratchpad|conversation|cot|response)(?: [0-9a-f]{{8}})?>"
+    rf"</?(?:{COT_TAG}|{RESPONSE_TAG}|think|thinking|reasoning|answer|scratchpad|conversation|cot|response)"
+    r"(?: [0-9a-f]{8})?>"
     r"|<\|[^|<>\n]{1,40}\|>|<[｜|][^<>\n]{1,40}[｜|]>|\[/?INST\]|</?s>|\{\{|\}\}|\{(?:model_name|provider_name)\}",
     re.IGNORECASE)
 _CUT_FINISH = {"length", "max_tokens"}

@@ -32,7 +32,8 @@ class TransformersBackend:
         self._tokenizer: Any = build_tokenizer(config, tuple)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if self._device == "cuda" else torch.float32
-        self._model: Any = build_model(model_config, self._tokenizer, dtype=dtype).to(self._device).eval()
+        model: Any = build_model(model_config, self._tokenizer, dtype=dtype)
+        self._model = model.to(self._device).eval()
         self._batch = settings.concurrency
         self._limit = settings.token_limit_name
         self._waiting: list[tuple[Request, asyncio.Future[Answer]]] = []

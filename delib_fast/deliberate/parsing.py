@@ -20,7 +20,7 @@ _THINKING = re.compile(r"^\s*(?:<think>)?.*?</think>", re.DOTALL)
 _decoder = json.JSONDecoder()
 
 
-class Malformed(ValueError):
+class Malformed(ValueError):  # noqa: N818 (it says what the answer is)
     """The model's answer is not in the form that was asked for."""
 
 

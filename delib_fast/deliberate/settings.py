@@ -8,8 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError, field_validator
-from pydantic import model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from delib_fast.config import ConfigError, Section, read_yaml
 
@@ -38,7 +45,7 @@ class EndpointSettings(Section):
     """Tokens of an answer. An answer that reaches it is counted as truncated and never becomes a row."""
     token_limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """What the endpoint calls that limit."""
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = Field(default_factory=dict)
     """Further fields of the request's body, e.g. {chat_template_kwargs: {enable_thinking: true}}."""
     timeout_s: PositiveFloat = 600.0
     attempts: PositiveInt = 8
@@ -74,7 +81,7 @@ class EndpointSettings(Section):
 class RunSettings(Section):
     """What both commands share."""
 
-    generator: EndpointSettings = EndpointSettings()
+    generator: EndpointSettings = Field(default_factory=lambda: EndpointSettings.model_validate({}))
     judge: EndpointSettings | None = None
     """The model that rates (rows) or critiques (documents); by default the generator."""
     model_name: str = "the assistant"

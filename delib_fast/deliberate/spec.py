@@ -113,7 +113,9 @@ class _Part:
 def _by_headings(lines: Sequence[str], fallback: str) -> list[_Part]:
     parts: list[_Part] = []
     above: list[tuple[int, str]] = []
-    start, title, path, anchor = 0, fallback, (), None
+    start, title = 0, fallback
+    path: tuple[str, ...] = ()
+    anchor: str | None = None
     fenced = False
 
     def close(end: int) -> None:

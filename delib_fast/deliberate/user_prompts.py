@@ -97,7 +97,7 @@ def _items(path: Path, text: str) -> list[tuple[str, Any]]:
         try:
             found.append((place, decode(line)))
         except DataError as error:
-            raise ConfigError(f"{place}: {error}; a prompts file is .jsonl, .json, or .txt with one prompt a line") from None
+            raise ConfigError(f"{place}: {error}; prompts are .jsonl, .json, or .txt with one a line") from None
     return found
 
 
@@ -147,8 +147,8 @@ def _categories(value: Any, place: str, spec: Spec) -> tuple[str, ...]:
         section = spec.section(name)
         if section is None:
             known = ", ".join(s.id for s in spec.sections[:20])
-            raise ConfigError(f"{place}: the spec has no section {name!r} (it has {known}); give one of these, or leave "
-                            "'category' out to have the model choose")
+            raise ConfigError(f"{place}: the spec has no section {name!r} (it has {known}); give one of these, or "
+                              "leave 'category' out to have the model choose")
         found.append(section.id)
     return tuple(dict.fromkeys(found))
 
