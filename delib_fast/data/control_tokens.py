@@ -18,6 +18,7 @@ import tokenizers
 from .rows import DataError
 
 _FIRST = 0x100000  # the plane of private-use characters that carries the control tokens
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _MARKUP = re.compile(r"<[^<>\s]+>|\[/?[A-Z0-9_]+\]")
 
 
@@ -76,6 +77,8 @@ class ControlTokens:
 
 def _is_control(token: dict[str, Any], template_text: str) -> bool:
     content = token["content"]
+    if _BYTE.fullmatch(content):  # what a vocabulary falls back to for a byte it has no piece for: text
+        return False
     if token["special"]:
         return True
     # White space that a tokenizer adds as tokens (runs of spaces) is ordinary text, and so are added words.

@@ -1,0 +1,200 @@
+"""PackedBatch and the steps of a stage: shifted targets, weights, isolation marks, order, shares of ranks."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from delib_fast.data import (
+    IGNORE_INDEX,
+    EncodedSet,
+    Example,
+    PackedBatches,
+    empty_pack,
+    evaluation_batches,
+)
+
+WEIGHTS = (0.0, 0.5, 1.0, 2.0)
+
+
+def make(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        Example(rng.integers(0, 1000, n).astype(np.int32), rng.integers(0, 4, n).astype(np.int8), f"f:{i}",
+                float(rng.choice([0.5, 1.0, 3.0])))
+        for i, n in enumerate(lengths)
+    ]
+
+
+def batches(examples, *, rank=0, world_size=1, packs_per_step=4, capacity=64, seed=1, epochs=2, **more):
+    return PackedBatches(examples, pack_capacity=capacity, packs_per_step=packs_per_step, segment_weights=WEIGHTS,
+                         seed=seed, epochs=epochs, rank=rank, world_size=world_size, **more)
+
+
+def check(batch, examples):
+    """Everything a batch says, against the plain definition, token by token."""
+    at = 0
+    spans = itertools.pairwise(batch.cu_seqlens_host)
+    for i, (start, end) in zip(batch.example_ids, spans, strict=True):
+        example = examples[i]
+        assert (start, end) == (at, at + len(example))
+        for k in range(len(example)):
+            token = at + k
+            assert batch.input_ids[token] == example.input_ids[k]
+            assert batch.position_ids[token] == k
+            if k + 1 < len(example):
+                assert batch.targets[token] == example.input_ids[k + 1]
+                assert batch.segment_ids[token] == example.segments[k + 1]
+                assert batch.loss_weights[token] == np.float32(WEIGHTS[example.segments[k + 1]] * example.weight)
+            else:
+                assert batch.targets[token] == IGNORE_INDEX
+                assert batch.segment_ids[token] == 0
+                assert batch.loss_weights[token] == 0
+        at = end
+    assert batch.num_tokens == at == len(batch.input_ids)
+    assert batch.cu_seqlens.tolist() == list(batch.cu_seqlens_host)
+    assert batch.max_seqlen == max(np.diff(batch.cu_seqlens_host))
+    supervised = (batch.loss_weights > 0) & (batch.targets != IGNORE_INDEX)
+    assert batch.loss_positions.tolist() == supervised.nonzero()[:, 0].tolist()
+    for name in ("input_ids", "targets", "position_ids", "loss_positions"):
+        assert getattr(batch, name).dtype == torch.int64
+    assert [batch.loss_weights.dtype, batch.segment_ids.dtype, batch.cu_seqlens.dtype] == [
+        torch.float32, torch.int8, torch.int32]
+
+
+@given(lengths=st.lists(st.integers(1, 64), min_size=1, max_size=60), seed=st.integers(0, 9),
+       packs_per_step=st.sampled_from([1, 2, 4, 8]), epochs=st.integers(1, 3))
+@settings(max_examples=40, deadline=None)
+def test_every_example_once_an_epoch_and_every_token_right(lengths, seed, packs_per_step, epochs):
+    examples = make([*lengths, 5], seed)
+    all_steps = batches(examples, packs_per_step=packs_per_step, epochs=epochs, seed=seed)
+    assert all_steps.num_steps == len(all_steps) == epochs * all_steps.steps_per_epoch
+    assert all_steps.tokens_per_epoch == sum(map(len, examples))
+    for epoch in range(epochs):
+        seen = []
+        for step in range(epoch * all_steps.steps_per_epoch, (epoch + 1) * all_steps.steps_per_epoch):
+            assert all_steps.epoch_of(step) == epoch
+            packs = all_steps.step(step)
+            assert len(packs) == packs_per_step
+            ids = [i for pack in packs for i in pack.example_ids]
+            assert ids == all_steps.step_example_ids(step)
+            seen += ids
+            for pack in packs:
+                assert pack.num_tokens <= 64
+                if not pack.is_empty:
+                    check(pack, examples)
+        assert sorted(seen) == list(range(len(examples)))
+
+
+def test_the_last_example_of_the_set_reads_nothing_behind_it():
+    examples = make([7])
+    (pack,) = batches(examples, packs_per_step=1).step(0)
+    check(pack, examples)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_steps_do_not_depend_on_the_world_size(world_size):
+    examples = make(np.random.default_rng(3).integers(1, 64, 300))
+    alone = batches(examples, packs_per_step=8)
+    ranks = [batches(examples, packs_per_step=8, rank=r, world_size=world_size) for r in range(world_size)]
+    assert {r.num_steps for r in ranks} == {alone.num_steps}
+    for step in range(alone.num_steps):
+        shares = [r.step(step) for r in ranks]
+        assert {len(share) for share in shares} == {8 // world_size}
+        everywhere = [shares[p % world_size][p // world_size].example_ids for p in range(8)]
+        assert everywhere == [pack.example_ids for pack in alone.step(step)]
+
+
+def test_any_step_can_be_reached_first():
+    examples = make(np.random.default_rng(3).integers(1, 64, 300))
+    forward = batches(examples, epochs=4)
+    expected = [forward.step_example_ids(i) for i in range(forward.num_steps)]
+    for step in (forward.num_steps - 1, 0, forward.num_steps // 2, 1):
+        assert batches(examples, epochs=4).step_example_ids(step) == expected[step]
+    backward = batches(examples, epochs=4)
+    assert [backward.step_example_ids(i) for i in range(forward.num_steps)][::-1] == expected[::-1]
+
+
+def test_order_and_company_change_with_seed_and_epoch():
+    examples = make(np.random.default_rng(3).integers(1, 64, 300))
+    one, other = batches(examples, seed=1), batches(examples, seed=2)
+    assert one.step_example_ids(0) != other.step_example_ids(0)
+    assert one.step_example_ids(0) != one.step_example_ids(one.steps_per_epoch)
+    assert one.num_steps == other.num_steps
+
+
+def test_order_is_pinned():
+    """A resumed run depends on it: the order of a given seed never changes."""
+    assert batches(make(range(1, 20))).step_example_ids(0) == [15, 14, 13, 12, 5, 11, 10, 8, 7, 6, 4, 3, 2, 1, 0, 18,
+                                                           17, 16, 9]
+
+
+def test_a_short_last_step_is_filled_with_empty_packs():
+    examples = make([64] * 5)
+    everything = batches(examples, packs_per_step=4, rank=1, world_size=2)
+    assert everything.steps_per_epoch == 2
+    assert [pack.is_empty for pack in everything.step(1)] == [True, True]
+    assert [pack.is_empty for pack in batches(examples, packs_per_step=4).step(3)] == [False, True, True, True]
+    empty = empty_pack()
+    assert (empty.num_tokens, empty.num_supervised, empty.max_seqlen) == (1, 0, 1)
+    assert (empty.targets == IGNORE_INDEX).all()
+    assert empty.loss_weights.sum() == 0
+    assert len(empty.loss_positions) == 0
+
+
+def test_max_steps():
+    examples = make([64] * 8)
+    assert batches(examples, max_steps=3, epochs=5).num_steps == 3
+    assert batches(examples, max_steps=100, epochs=5).num_steps == 10
+    with pytest.raises(IndexError, match="step 3 of 3"):
+        batches(examples, max_steps=3, epochs=5).step(3)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_evaluation_sees_each_example_once_with_equally_many_packs(world_size):
+    examples = EncodedSet(make(np.random.default_rng(3).integers(1, 64, 50)))
+    shares = [evaluation_batches(examples, pack_capacity=64, segment_weights=WEIGHTS, rank=r, world_size=world_size)
+              for r in range(world_size)]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(i for share in shares for pack in share for i in pack.example_ids) == list(range(50))
+    for pack in shares[0]:
+        check(pack, examples)
+
+
+def test_to_device_keeps_everything():
+    examples = make([5, 9, 30])
+    (pack,) = batches(examples, packs_per_step=1, capacity=64).step(0)
+    moved = pack.to("cpu")
+    check(moved, examples)
+    assert (moved.cu_seqlens_host, moved.example_ids) == (pack.cu_seqlens_host, pack.example_ids)
+    assert pack.to("meta").input_ids.device.type == "meta"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"packs_per_step": 3, "world_size": 2}, "3 packs a step can't be shared out evenly over 2 ranks: set "
+     "tokens_per_step to a multiple of pack_capacity × 2 (the nearest is 4 packs)"),
+    ({"packs_per_step": 1, "world_size": 4}, "1 packs a step can't be shared out evenly over 4 ranks"),
+    ({"rank": 2, "world_size": 2}, "rank 2 of world_size 2 does not exist"),
+    ({"segment_weights": (0, 1, 1)}, "segment_weights is [0, 1, 1]: four finite numbers ≥ 0 are needed"),
+    ({"segment_weights": (0, -1, 1, 1)}, "four finite numbers ≥ 0 are needed, for PROMPT, COT, RESPONSE and DOCUMENT"),
+    ({"segment_weights": (0, float("nan"), 1, 1)}, "four finite numbers"),
+    ({"pack_capacity": 16}, "example 1 has 30 tokens, more than the pack capacity 16"),
+    ({"segment_weights": (1, 0, 0, 0)}, "no token is supervised: segment_weights is [1.0, 0.0, 0.0, 0.0] and the data "
+     "has only segments [2]"),
+])
+def test_refuses(change, message):
+    examples = [Example(np.arange(n, dtype=np.int32), np.full(n, 2, np.int8), "f:1") for n in (5, 30)]
+    arguments = {"pack_capacity": 64, "packs_per_step": 4, "segment_weights": WEIGHTS, "seed": 0, "epochs": 1,
+                 "rank": 0, "world_size": 1} | change
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        PackedBatches(examples, **arguments)
+    assert message in str(caught.value)
+
+
+def test_only_the_first_token_supervised_is_nothing_supervised():
+    example = Example(np.arange(3, dtype=np.int32), np.array([2, 0, 0], np.int8), "f:1")
+    with pytest.raises(ValueError, match="no token is supervised"):
+        batches([example])

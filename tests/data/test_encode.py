@@ -1,0 +1,517 @@
+"""Segments are exact to the token against an oracle of characters, and ids are the template's own.
+
+The oracle writes each family's chat by hand, character by character with its segment, places control tokens as
+ids, and tokenises what stands between them with a tokenizer that has no added token at all: it shares neither
+the rendering with slots nor the renamed control tokens with the code under test.
+"""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers_for_tests import CORPUS, FAMILIES, LLAMA3, QWEN3, _trained, tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from delib_fast.config import AFTConfig, MSMConfig
+from delib_fast.data import (
+    PLAIN_TEMPLATE,
+    DataError,
+    Example,
+    Message,
+    Row,
+    Segment,
+    encode_row,
+    encode_rows,
+    read_source,
+    segment_weights,
+    split_document,
+)
+from delib_fast.data.encode import Encoder
+
+P, C, R, D = Segment.PROMPT, Segment.COT, Segment.RESPONSE, Segment.DOCUMENT
+KNOWS_REASONING = ("qwen3", "qwen35", "plain")
+
+
+def chat(prompt, cot, response, *, system=None, history=(), **more):
+    messages = [Message("system", system)] if system is not None else []
+    messages += [*history, Message("user", prompt)]
+    return Row(kind="chat", place="rows.jsonl:1", source="s", digest="0", messages=tuple(messages), cot=cot,
+               response=response, **more)
+
+
+def document(text, **more):
+    return Row(kind="document", place="docs.jsonl:1", source="s", digest="0", text=text, **more)
+
+
+# --- the oracle -----------------------------------------------------------------------------------------------
+
+
+def written(family, row):
+    """[(text, is it one control token, segment)] as the family's template writes the row."""
+    out = []
+
+    def put(segment, *texts):
+        for text in texts:
+            out.append((text.removeprefix("\0"), text.startswith("\0"), segment))
+
+    def turn(role, content):
+        if family == "llama3":
+            put(P, "\0<|start_header_id|>", role, "\0<|end_header_id|>", "\n\n", content.strip(), "\0<|eot_id|>")
+        elif family == "r1":
+            put(P, *(["\0<|User|>"] if role == "user" else []), content)
+        elif family == "plain":
+            put(P, role.capitalize() + ":\n", content, "\n\n")
+        else:
+            put(P, "\0<|im_start|>", role, "\n", content.strip() if family == "qwen35" else content,
+                "\0<|im_end|>", "\n")
+
+    opening, closing = ("\0<think>", "\0</think>") if family in ("qwen3", "qwen35", "r1") else ("<think>", "</think>")
+    has_cot = bool((row.cot or "").strip())
+    cot, response = row.cot or "", row.response
+    if family in ("llama3", "r1"):
+        put(P, "\0<|begin_of_text|>" if family == "llama3" else "\0<|bos|>")
+    if family == "qwen25" and row.messages[0].role != "system":
+        turn("system", "You are a helpful assistant.")
+    for message in row.messages:
+        turn(message.role, message.content)
+    if family == "llama3":
+        put(P, "\0<|start_header_id|>", "assistant", "\0<|end_header_id|>", "\n\n")
+        # trimmed as one text: `<think>…` and the response together
+        whole = (f"<think>\n{cot}\n</think>\n\n{response}" if has_cot else response).strip()
+        if has_cot and response.strip():
+            put(C, whole[: len(whole) - len(response.strip())])
+            put(R, response.strip(), "\0<|eot_id|>")
+        else:
+            put(C if has_cot else R, whole)
+            put(R, "\0<|eot_id|>")
+        return out
+    if family == "r1":
+        put(P, "\0<|Assistant|>")
+    else:
+        put(P, *(["Assistant:\n"] if family == "plain" else ["\0<|im_start|>", "assistant", "\n"]))
+    if family == "qwen3":
+        cot, response = cot.strip("\n"), response.lstrip("\n")
+    if family == "qwen35":
+        cot, response = cot.strip(), response.strip()
+    core = response.lstrip()
+    lead = response[: len(response) - len(core)]
+    if has_cot:
+        put(P if family in ("qwen35", "r1") else C, opening, "\n")
+        put(C, cot, "\n", closing, "\n\n", lead)
+        put(R, core)
+    elif family in ("qwen3", "qwen35"):
+        put(P, opening, "\n", "\n", closing, "\n\n", lead)
+        put(R, core)
+    else:
+        put(R, response)
+    end = {"r1": "\0<|eos|>", "plain": "\0<|endoftext|>"}.get(family, "\0<|im_end|>")
+    put(R, end)
+    if end == "\0<|im_end|>":
+        put(P, "\n")
+    return out
+
+
+def oracle(family, row):
+    """(ids, segments) of what `written` says; a token is what its first character is."""
+    specials = FAMILIES[family][1]
+    plain = Tokenizer.from_str(_trained(specials, False).to_str())
+    plain.post_processor = None
+    names = tokenizer(family).get_vocab()
+    ids, segments = [], []
+    run, marks = "", []
+
+    def flush():
+        nonlocal run, marks
+        encoding = plain.encode(run, add_special_tokens=False)
+        ids.extend(encoding.ids)
+        segments.extend(marks[start] for start, _ in encoding.offsets)
+        run, marks = "", []
+
+    for text, is_control, segment in written(family, row):
+        if is_control:
+            flush()
+            ids.append(names[text])
+            segments.append(segment)
+        else:
+            run += text
+            marks += [segment] * len(text)
+    flush()
+    return ids, segments
+
+
+NASTY = ["<|im_end|>", "<|im_start|>", "<|im_start|>assistant\n", "</think>", "<think>", "<think>\n\n</think>\n\n",
+         "<|eot_id|>", "<|endoftext|>", "<|eos|>", "<|Assistant|>", "<tool_response>", "</tool_response>", "|im_end|>",
+         "<", ">", "<|", ".", "\n", "\n\n", "\n\n\n", " ", "  ", "\t", "\r\n", ".\n", "?\n\n", "\u00a0", "\u3000",
+         "é", "e\u0301", "\u0301", "🙂", "\U0001f469\u200d\U0001f680", "東京", "ﬁ", "\u2028", "\ufeff", "\ue000",
+         "User:", "Assistant:\n", "assistant", "the policy", " says", " to", " refuse", "1", "22", "'s", "{{ x }}",
+         "{%"]
+
+
+def nasty_text(draw, most=12, *, empty=True):
+    text = "".join(draw.choice(NASTY) for _ in range(draw.randrange(0 if empty else 1, most)))
+    return text if empty or text.strip() else text + "x"
+
+
+@pytest.mark.parametrize("in_vocabulary", [False, True], ids=["added", "in-vocabulary"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adversarial_rows_match_the_oracle(family, in_vocabulary):
+    draw = random.Random(f"{family}{in_vocabulary}")
+    ours = tokenizer(family, in_vocabulary=in_vocabulary)
+    theirs = tokenizer(family)
+    name_of = {token: name for name, token in ours.get_vocab().items()}
+    for _ in range(150):
+        cot = draw.choice([None, nasty_text(draw, empty=False)])
+        response = nasty_text(draw, empty=cot is not None)
+        system = draw.choice([None, "sys" + nasty_text(draw)])
+        row = chat(nasty_text(draw, empty=False), cot, response, system=system)
+        example = encode_row(row, ours)
+        ids, segments = oracle(family, row)
+        got = [name_of[int(i)] for i in example.input_ids]
+        assert got == [theirs.convert_ids_to_tokens(i) for i in ids]
+        assert example.segments.tolist() == segments
+
+
+CLEAN = ["I", " think", "\n", ".", ".\n", "\n\n", " naïve", " 東京", "🙂", " 1", "2", "  ", "\t", "?", ")\n", "e\u0301"]
+
+
+def clean_text(draw):
+    return "".join(draw.choice(CLEAN) for _ in range(draw.randrange(1, 15))) + draw.choice(["", "x"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("in_vocabulary", [False, True], ids=["added", "in-vocabulary"])
+def test_clean_rows_have_the_ids_of_apply_chat_template(family, in_vocabulary):
+    draw = random.Random(family)
+    made = tokenizer(family, in_vocabulary=in_vocabulary)
+    for _ in range(80):
+        cot = draw.choice([None, "c" + clean_text(draw)])
+        row = chat("p" + clean_text(draw), cot, "r" + clean_text(draw), system=draw.choice([None, clean_text(draw)]),
+                   history=draw.choice([(), (Message("user", "h" + clean_text(draw)),
+                                             Message("assistant", "a" + clean_text(draw), draw.choice([None, "hc"])))]))
+        messages = [{"role": m.role, "content": m.content} | ({"reasoning_content": m.cot} if m.cot else {})
+                    for m in row.messages]
+        reply = {"role": "assistant", "content": row.response}
+        if cot and family in KNOWS_REASONING:
+            reply["reasoning_content"] = cot
+        elif cot:
+            reply["content"] = f"<think>\n{cot}\n</think>\n\n{row.response}"
+        if family == "r1" and cot:  # its template cuts the thought out: ours stands behind the generation prompt
+            prompt = made.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            expected = made(f"{prompt}{cot}\n</think>\n\n{row.response}<|eos|>", add_special_tokens=False)["input_ids"]
+        else:
+            kwargs = {"chat_template": PLAIN_TEMPLATE} if made.chat_template is None else {}
+            expected = made.apply_chat_template([*messages, reply], return_dict=False, **kwargs)
+        assert encode_row(row, made).input_ids.tolist() == list(expected)
+
+
+def spell(tok, example):
+    """[(segment, text)] of an example."""
+    runs = []
+    for token, segment in zip(example.input_ids.tolist(), example.segments.tolist(), strict=True):
+        if not runs or runs[-1][0] != segment:
+            runs.append((segment, []))
+        runs[-1][1].append(token)
+    return [(Segment(segment).name, tok.decode(ids)) for segment, ids in runs]
+
+
+# --- what is whose --------------------------------------------------------------------------------------------
+
+
+def test_the_model_learns_the_tags_it_has_to_write():
+    row = chat("Hi.", "Think.", "Yes.")
+    assert spell(tokenizer("qwen3"), encode_row(row, tokenizer("qwen3")))[1:] == [
+        ("COT", "<think>\nThink.\n</think>\n\n"), ("RESPONSE", "Yes.<|im_end|>"), ("PROMPT", "\n")]
+    # Qwen3.5's generation prompt opens the thought, so the model never writes that tag
+    assert spell(tokenizer("qwen35"), encode_row(row, tokenizer("qwen35")))[0][1].endswith("assistant\n<think>\n")
+    assert spell(tokenizer("qwen35"), encode_row(row, tokenizer("qwen35")))[1:] == [
+        ("COT", "Think.\n</think>\n\n"), ("RESPONSE", "Yes.<|im_end|>"), ("PROMPT", "\n")]
+    assert spell(tokenizer("r1"), encode_row(row, tokenizer("r1")))[0][1].endswith("<|Assistant|><think>\n")
+
+
+def test_an_empty_think_block_of_the_template_is_not_learnt():
+    for family in ("qwen3", "qwen35"):
+        for row, cot in ((chat("Hi.", None, "Yes."), "train"), (chat("Hi.", "Think.", "Yes."), "strip")):
+            runs = spell(tokenizer(family), encode_row(row, tokenizer(family), cot=cot))
+            assert runs[0][1].endswith("<think>\n\n</think>\n\n")
+            assert runs[1:] == [("RESPONSE", "Yes.<|im_end|>"), ("PROMPT", "\n")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cot_modes(family):
+    tok = tokenizer(family)
+    row = chat("Hi.", "Think twice.", "Yes.")
+    train, context, strip = (encode_row(row, tok, cot=cot) for cot in ("train", "context", "strip"))
+    assert np.array_equal(train.input_ids, context.input_ids)
+    assert np.array_equal(train.segments, context.segments)
+    assert C in train.segments
+    assert C not in strip.segments
+    assert "twice" not in tok.decode(strip.input_ids)
+    assert np.array_equal(strip.input_ids, encode_row(chat("Hi.", None, "Yes."), tok).input_ids)
+    stage = AFTConfig(train=["s"], cot_weight=0.5, response_weight=2.0)
+    assert segment_weights(stage) == (0.0, 0.5, 2.0, 1.0)
+    assert segment_weights(stage.model_copy(update={"cot": "context"})) == (0.0, 0.0, 2.0, 1.0)
+    assert segment_weights(MSMConfig(train=["s"])) == (0.0, 1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_turn_end_is_learnt_and_nothing_after_it(family):
+    tok = tokenizer(family)
+    example = encode_row(chat("Hi.", None, "Yes."), tok)
+    learnt = example.input_ids[example.segments == R].tolist()
+    assert learnt[-1] == tok.eos_token_id
+    assert learnt.count(tok.eos_token_id) == 1
+
+
+def test_thought_of_an_earlier_turn_is_dropped_as_inference_drops_it():
+    history = (Message("user", "a"), Message("assistant", "b", "old thought"))
+    for family in ("qwen3", "qwen35", "chatml", "plain"):
+        tok = tokenizer(family)
+        text = tok.decode(encode_row(chat("c", "new thought", "d", history=history), tok).input_ids)
+        assert "old thought" not in text
+        assert "new thought" in text
+
+
+def test_system_prompt_goes_before_rows_that_bring_none():
+    tok = tokenizer("qwen25")
+    with_ours = tok.decode(encode_row(chat("p", None, "r"), tok, system_prompt="Be kind.").input_ids)
+    assert with_ours.startswith("<|im_start|>system\nBe kind.<|im_end|>")
+    own = encode_row(chat("p", None, "r", system="Be brief."), tok, system_prompt="Be kind.")
+    assert "Be kind." not in tok.decode(own.input_ids)
+
+
+def test_document_is_bos_text_eos():
+    tok = tokenizer("qwen3")
+    text = "A spec may mention <|im_end|> and </think>.\n"
+    example = encode_row(document(text), tok)
+    assert example.input_ids[-1] == tok.eos_token_id
+    assert tok.eos_token_id not in example.input_ids[:-1]
+    assert tok.decode(example.input_ids[:-1]) == text
+    assert set(example.segments.tolist()) == {D}
+    from tokenizers.processors import TemplateProcessing
+
+    with_bos = tokenizer("llama3")
+    backend = Tokenizer.from_str(with_bos.backend_tokenizer.to_str())
+    bos = with_bos.bos_token
+    backend.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, with_bos.bos_token_id)])
+    with_bos = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token="<|eot_id|>")
+    ids = encode_row(document("one"), with_bos).input_ids
+    assert (ids[0], ids[-1]) == (with_bos.bos_token_id, with_bos.eos_token_id)
+    # and the plain template starts with it too, once
+    ids = encode_row(chat("p", None, "r"), with_bos).input_ids.tolist()
+    assert (ids[0], ids.count(with_bos.bos_token_id)) == (with_bos.bos_token_id, 1)
+
+
+def test_merge_across_a_border_belongs_to_where_it_begins():
+    tok = tokenizer("chatml")  # its think tags are plain text, so `.\n` may be one token over the border
+    assert ".\n" in [tok.decode(i) for i in range(len(tok))]
+    example = encode_row(chat("p.", "thought.", "Yes."), tok)
+    assert spell(tok, example)[1] == ("COT", "<think>\nthought.\n</think>\n\n")
+    # a reply that begins with newlines: the merged token begins in the prompt, and the prompt is never learnt
+    runs = spell(tok, encode_row(chat("p", None, "\n\nYes."), tok))
+    assert "".join(text for _, text in runs).count("assistant\n\n\nYes.<|im_end|>") == 1
+    assert runs[1][0] == "RESPONSE"
+    assert runs[1][1].endswith("Yes.<|im_end|>")
+
+
+# --- other kinds of tokenizer ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_sentencepiece_like_tokenizers(kind, scheme):
+    backend = Tokenizer(models.Unigram() if kind == "unigram" else models.BPE(unk_token="<unk>", byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    specials = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    if kind == "unigram":
+        trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=specials[:3], unk_token="<unk>",
+                                          show_progress=False)
+    else:
+        trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=specials, show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.add_special_tokens(["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<|eot_id|>", unk_token="<unk>")
+    tok.chat_template = LLAMA3
+    row = chat("How to fix a bug. ", "I look at\n the code.", "It said: be honest.")
+    messages = [{"role": "user", "content": row.messages[0].content},
+                {"role": "assistant", "content": f"<think>\n{row.cot}\n</think>\n\n{row.response}"}]
+    example = encode_row(row, tok)
+    assert example.input_ids.tolist() == tok.apply_chat_template(messages, return_dict=False)
+    learnt = tok.decode(example.input_ids[example.segments == R])
+    assert learnt.replace(" ", "").replace("\u2581", "").endswith("behonest.<|eot_id|>")
+    typed = encode_row(chat("a <|eot_id|> <s>b", None, "r"), tok).input_ids.tolist()
+    assert typed.count(tok.eos_token_id) == 2  # the two of the template
+    assert typed.count(tok.bos_token_id) == 1
+
+
+def test_added_words_and_spaces_are_text_like_any_other():
+    backend = Tokenizer.from_str(tokenizer("chatml").backend_tokenizer.to_str())
+    backend.add_tokens([AddedToken("  ", normalized=False), AddedToken("proteinX"), AddedToken("user")])
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tok.chat_template = tokenizer("chatml").chat_template
+    row = chat("a  proteinX user  b", None, "  proteinX")
+    messages = [{"role": "user", "content": row.messages[0].content}, {"role": "assistant", "content": row.response}]
+    example = encode_row(row, tok)
+    assert example.input_ids.tolist() == tok.apply_chat_template(messages, return_dict=False)
+    assert tok.convert_tokens_to_ids("proteinX") in example.input_ids
+
+
+def test_template_replaced_later_is_seen():
+    tok = PreTrainedTokenizerFast(tokenizer_object=tokenizer("chatml").backend_tokenizer, eos_token="<|im_end|>")
+    before = encode_row(chat("p", None, "r"), tok)
+    tok.chat_template = QWEN3
+    after = encode_row(chat("p", None, "r"), tok)
+    assert not np.array_equal(before.input_ids, after.input_ids)
+
+
+# --- many rows ------------------------------------------------------------------------------------------------
+
+
+def test_encode_rows_is_encode_row_with_an_account():
+    tok = tokenizer("qwen3")
+    draw = random.Random(1)
+    rows = [chat(nasty_text(draw, empty=False), "c", "r") for _ in range(1100)] + [document("some text")]
+    done = []
+    stage = AFTConfig(train=["s"], pack_capacity=4096)
+    encoded = encode_rows(rows, tok, stage, progress=lambda *counts: done.append(counts))
+    assert done == [(512, 1101), (1024, 1101), (1101, 1101)]
+    for i in (0, 511, 512, 1099, 1100, -1):
+        single = encode_row(rows[i], tok)
+        assert np.array_equal(encoded[i].input_ids, single.input_ids)
+        assert np.array_equal(encoded[i].segments, single.segments)
+    assert len(encoded) == encoded.counts.examples == encoded.counts.rows == 1101
+    assert encoded.counts.tokens == sum(map(len, encoded)) == encoded.lengths.sum()
+    targets = np.bincount(np.concatenate([e.segments[1:] for e in encoded]), minlength=4).tolist()
+    assert list(encoded.counts.targets.values()) == targets
+    assert list(encoded.counts.targets) == ["prompt", "cot", "response", "document"]
+
+
+def test_over_long():
+    tok = tokenizer("qwen3")
+    short, long_chat, long_text = chat("p", None, "r"), chat("p " * 500, None, "r"), document("one two " * 400)
+    dropped = encode_rows([short, long_chat, long_text], tok, AFTConfig(train=["s"], pack_capacity=128))
+    assert (dropped.counts.rows, dropped.counts.examples, dropped.counts.dropped_over_long) == (3, 1, 2)
+    split = encode_rows([short, long_chat, long_text], tok, MSMConfig(train=["s"], pack_capacity=128))
+    assert (split.counts.dropped_over_long, split.counts.split_documents) == (1, 1)
+    assert max(split.lengths) <= 128
+    with pytest.raises(DataError, match=r"rows.jsonl:1: \d+ tokens, more than pack_capacity \(128\): raise it, or set "
+                                        "over_long: drop in stage 'aft'"):
+        encode_rows([short, long_chat], tok, AFTConfig(train=["s"], pack_capacity=128, over_long="error"))
+    with pytest.raises(DataError, match=r"all 1 examples are longer than pack_capacity \(128 tokens\) and were"):
+        encode_rows([long_chat], tok, AFTConfig(train=["s"], pack_capacity=128))
+
+
+@pytest.mark.parametrize("n", [3, 4, 5, 127, 128, 1000])
+@pytest.mark.parametrize("capacity", [2, 3, 4, 100])
+def test_split_loses_nothing(n, capacity):
+    whole = Example(np.arange(n, dtype=np.int32), np.full(n, D, np.int8), "place", 0.5)
+    pieces = list(split_document(whole, capacity)) if n > capacity else [whole]
+    assert all(2 <= len(piece) <= capacity for piece in pieces) or n <= capacity
+    targets = np.concatenate([piece.input_ids[1:] for piece in pieces])
+    assert targets.tolist() == list(range(1, n))  # every token but the first is a target, once, in order
+    assert all(b.input_ids[0] == a.input_ids[-1] for a, b in itertools.pairwise(pieces))
+    assert {(p.place, p.weight) for p in pieces} == {("place", 0.5)}
+
+
+# --- refusals -------------------------------------------------------------------------------------------------
+
+
+def with_template(template, family="chatml"):
+    tok = PreTrainedTokenizerFast(tokenizer_object=tokenizer(family).backend_tokenizer, eos_token="<|im_end|>")
+    tok.chat_template = template
+    return tok
+
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.mark.parametrize(("template", "message"), [
+    ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "writes nothing after the response: the model would"),
+    (TURNS.replace("m.content", "m.content | upper"), "changes the texts it is given"),
+    (TURNS.replace("messages", "messages[1:]"), "drops the user message"),
+    (TURNS.replace("{{ m.content }}", "{{ m.content }}{{ m.content }}"), "drops the response, or writes it twice"),
+    (TURNS + "{{ raise_exception('no such role') }}", "the chat template refuses the row: no such role"),
+    (TURNS + "{% if add_generation_prompt %}ASSISTANT:{% endif %}", "differently before a reply than as a prompt"),
+    (TURNS + "{{ messages[0].x.y }}", "the chat template refuses the row: 'dict object' has no attribute 'x'"),
+])
+def test_templates_that_cannot_be_trained_with(template, message):
+    with pytest.raises(DataError) as caught:
+        encode_row(chat("secret", None, "secret"), with_template(template))
+    assert str(caught.value).startswith("rows.jsonl:1: ")
+    assert message in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_nothing_to_supervise():
+    tok = tokenizer("qwen3")
+    assert encode_row(chat("p", "c", ""), tok) is not None
+    for cot in ("context", "strip"):
+        with pytest.raises(DataError, match=f"rows.jsonl:1: there is nothing to supervise: .* cot: {cot}"):
+            encode_row(chat("p", "c", " "), tok, cot=cot)
+
+
+def test_other_refusals():
+    with pytest.raises(DataError, match=r"rows.jsonl:1: holds the private-use character U\+100000"):
+        encode_row(chat("a\U00100000", None, "r"), tokenizer("qwen3"))
+    with pytest.raises(ValueError, match="cot is 'keep'; it must be 'train', 'context' or 'strip'"):
+        encode_row(chat("p", None, "r"), tokenizer("qwen3"), cot="keep")
+    no_eos = PreTrainedTokenizerFast(tokenizer_object=tokenizer("chatml").backend_tokenizer)
+    with pytest.raises(ValueError, match="the tokenizer has no eos_token"):
+        encode_row(document("x"), no_eos)
+    several = with_template({"default": TURNS, "rag": TURNS})
+    with pytest.raises(ValueError, match="several chat templates"):
+        Encoder(several)
+    with pytest.raises(ValueError, match="str has no fast backend"):
+        encode_row(chat("p", None, "r"), FakeSlow())
+
+
+class FakeSlow(str):
+    chat_template = None
+    eos_token_id = bos_token_id = None
+    __slots__ = ("__weakref__",)
+
+
+FakeSlow.__name__ = "str"
+
+
+def test_a_vocabulary_that_spells_a_control_token_is_refused():
+    backend = Tokenizer.from_str(_trained("plain", False).to_str())
+    backend.train_from_iterator(["ab ab ab"] * 9, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    backend.add_special_tokens(["ab"])
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="ab")
+    with pytest.raises(ValueError, match="control token 'ab' is also spelled by a merge"):
+        encode_row(document("x"), tok)
+
+
+# --- real data ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.data
+class TestRealData:
+    def test_star1_is_exact_throughout(self, shared_data):
+        from delib_fast.config import SourceConfig
+
+        rows = read_source("star1", SourceConfig(path=str(shared_data / "star1.json")))
+        for family in ("qwen3", "llama3"):
+            tok = tokenizer(family)
+            some = rows if family == "qwen3" else rows[:100]
+            encoded = encode_rows(some, tok, AFTConfig(train=["s"], pack_capacity=8192))
+            assert encoded.counts.dropped_over_long == 0
+            for row, example in zip(rows[:100], encoded, strict=False):
+                user = {"role": "user", "content": row.messages[0].content}
+                tagged = {"role": "assistant", "content": f"<think>\n{row.cot}\n</think>\n\n{row.response}"}
+                assert example.input_ids.tolist() == tok.apply_chat_template([user, tagged], return_dict=False)
+                learnt = [run for run in spell(tok, example) if run[0] != "PROMPT"]
+                assert learnt == [("COT", f"<think>\n{row.cot}\n</think>\n\n"),
+                                  ("RESPONSE", f"{row.response.rstrip()}{tok.eos_token}")]
+
+    def test_model_spec_splits_without_loss(self, shared_data):
+        from delib_fast.config import SourceConfig
+
+        rows = read_source("spec", SourceConfig(path=str(shared_data / "model_spec.md"), cut="headings"))
+        tok = tokenizer("qwen3")
+        encoded = encode_rows(rows, tok, MSMConfig(train=["s"], pack_capacity=512))
+        whole = encode_rows(rows, tok, MSMConfig(train=["s"], pack_capacity=8192))
+        assert encoded.counts.dropped_over_long == 0
+        assert encoded.counts.targets == whole.counts.targets
