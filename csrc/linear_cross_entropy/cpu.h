@@ -1,0 +1,106 @@
+// What the two CPU paths share: the supervised rows of a call, and its five results.
+//
+// T packed tokens, H hidden size, V vocabulary, C tokens of a chunk. Logits are kept transposed, (V, C): dz is
+// then laid out as the weight gradient's GEMM wants it, and softmax runs along tokens.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "linear_cross_entropy/row_kernels.h"
+
+namespace delib_fast {
+
+// The supervised rows: where they are, what they are to predict, with what weight.
+struct LiveRows {
+  std::vector<std::int64_t> positions;
+  std::vector<std::int64_t> targets;
+  std::vector<double> weights;
+  std::int64_t size() const { return static_cast<std::int64_t>(positions.size()); }
+};
+
+struct Results {
+  at::Tensor nll;          // (T,) float32, or float64 for float64 inputs; zeros on entry
+  at::Tensor correct;      // (T,) bool; false on entry
+  at::Tensor grad_hidden;  // (T, H) of the inputs' dtype, zeros on entry; empty if not wanted
+  at::Tensor grad_weight;  // (V, H) float32 or float64, uninitialised on entry; empty if not wanted
+  double loss_sum = 0;
+  bool want_grad_hidden = false;
+  bool want_grad_weight = false;
+  bool want_gradient() const { return want_grad_hidden || want_grad_weight; }
+};
+
+inline double value_of(const float* x) { return *x; }
+inline double value_of(const double* x) { return *x; }
+inline double value_of(const bf16_bits* x) { return c10::BFloat16(*x, c10::BFloat16::from_bits()); }
+inline void assign(float* to, float x) { *to = x; }
+inline void assign(double* to, double x) { *to = x; }
+inline void assign(bf16_bits* to, float x) { *to = c10::BFloat16(x).x; }
+
+// One chunk of live rows, in the type it is computed in, with its softmax statistics. Rows [begin, end) of
+// `rows`, which must outlive it.
+template <typename acc_t>
+struct Chunk {
+  Chunk(const at::Tensor& all_hidden, const LiveRows& rows, std::int64_t begin, std::int64_t end,
+        at::ScalarType dtype);
+
+  // Takes a block of logits into the statistics, while it is in cache. (V block, C) as `block` says.
+  template <typename scalar_t>
+  void add_logits(Block<scalar_t> block, StatisticsFn<scalar_t, acc_t> statistics) {
+    const Running<acc_t> running{max.data(), sum.data(), shift.data(), partial.data(), argmax.data()};
+    at::parallel_for(0, size, COLUMNS, [&](std::int64_t begin, std::int64_t end) {
+      statistics(block, running, begin, end);
+    });
+    for (std::int64_t c = 0; c < size; ++c) {
+      const std::int64_t row = targets[c] - block.first_row;
+      if (row >= 0 && row < block.rows) target_logit[c] = value_of(block.data + row * block.leading + c);
+    }
+  }
+
+  // After the last block: what the gradient needs and, written to `results`, nll and correct.
+  void finish(Results& results);
+
+  // Turns a block of logits into dz = weight * (softmax - one_hot), in place; the target's entry is computed in
+  // full precision, and only then rounded.
+  template <typename scalar_t>
+  void to_gradient(Block<scalar_t> block, GradientFn<scalar_t, acc_t> gradient) {
+    at::parallel_for(0, size, COLUMNS, [&](std::int64_t begin, std::int64_t end) {
+      gradient(block, max.data(), factor.data(), begin, end);
+    });
+    for (std::int64_t c = 0; c < size; ++c) {
+      const std::int64_t row = targets[c] - block.first_row;
+      if (row >= 0 && row < block.rows) assign(block.data + row * block.leading + c, target_gradient[c]);
+    }
+  }
+
+  // Fewest columns worth a thread: a cache line of float32, so that threads share none.
+  static constexpr std::int64_t COLUMNS = 16;
+
+  std::int64_t size;
+  const std::int64_t* live_positions;
+  const std::int64_t* targets;
+  const double* weights;
+  std::vector<acc_t> max, sum, shift, partial, target_logit, factor, target_gradient;
+  std::vector<std::int32_t> argmax;
+  at::Tensor positions;  // (C,) int64
+  at::Tensor hidden;     // (C, H)
+};
+
+// A large buffer on huge pages where the system gives them: first touches of fresh pages cost more than the loss.
+at::Tensor large_empty(at::IntArrayRef sizes, at::ScalarType dtype);
+
+// Chunks of nearly equal size, each at most `most` rows.
+std::int64_t equal_chunk(std::int64_t rows, std::int64_t most);
+
+// Any float dtype: blocks of the weight are widened as they are used, and every GEMM is float32 (or float64).
+void run_widened(const at::Tensor& hidden, const at::Tensor& weight, const LiveRows& rows,
+                 std::int64_t chunk_tokens, Results& results);
+
+// bfloat16 in, bfloat16 GEMMs (AMX, AVX-512), weight gradient accumulated in float32.
+void run_bfloat16(const at::Tensor& hidden, const at::Tensor& weight, const LiveRows& rows,
+                  std::int64_t chunk_tokens, Results& results);
+
+}  // namespace delib_fast

@@ -1,0 +1,197 @@
+// The loss for bfloat16 inputs on processors with bfloat16 GEMMs (AMX, AVX-512 BF16).
+//
+// Per chunk of C live rows: logits^T (V, C) = W . X^T; softmax statistics; dz in place, and a copy of it laid out
+// (C, V); dX = that copy . W; dW += dz . X in float32. The copy costs one pass and saves more: the product of the
+// transposed view runs at half the speed. Bytes moved per chunk: the weight twice, the logits once out and twice
+// back, dz and its copy once out and once in, dW (float32) once in and once out.
+// dW is the one product that ATen cannot do (bfloat16 in, float32 out and accumulated); it runs on oneDNN's
+// brgemm, tile by tile, with X packed once a chunk.
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+
+#include <algorithm>
+
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
+#include "linear_cross_entropy/cpu.h"
+
+namespace delib_fast {
+namespace {
+
+constexpr std::int64_t LOGITS_BYTES = std::int64_t{320} << 20;  // both copies together
+constexpr std::int64_t MOST_TOKENS = 1024;
+constexpr std::int64_t BLOCK_ROWS = 1024;  // of the vocabulary: dz and its copy of one block stay in cache
+constexpr std::int64_t TILE_M = 64;        // of dW: vocabulary entries ...
+constexpr std::int64_t TILE_N = 64;        // ... by hidden units
+
+// to[c][r] = from[r][c] for an (8, 8) tile.
+inline void transpose_8x8(const bf16_bits* from, std::int64_t from_ld, bf16_bits* to, std::int64_t to_ld) {
+#if defined(__x86_64__)
+  __m128i row[8], pair[8], quad[8];
+  for (int i = 0; i < 8; ++i) row[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * from_ld));
+  for (int i = 0; i < 4; ++i) {
+    pair[2 * i] = _mm_unpacklo_epi16(row[2 * i], row[2 * i + 1]);
+    pair[2 * i + 1] = _mm_unpackhi_epi16(row[2 * i], row[2 * i + 1]);
+  }
+  for (int half = 0; half < 2; ++half) {
+    const int at = 4 * half;
+    quad[at] = _mm_unpacklo_epi32(pair[at], pair[at + 2]);
+    quad[at + 1] = _mm_unpackhi_epi32(pair[at], pair[at + 2]);
+    quad[at + 2] = _mm_unpacklo_epi32(pair[at + 1], pair[at + 3]);
+    quad[at + 3] = _mm_unpackhi_epi32(pair[at + 1], pair[at + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m128i low = _mm_unpacklo_epi64(quad[i], quad[i + 4]);
+    const __m128i high = _mm_unpackhi_epi64(quad[i], quad[i + 4]);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + (2 * i) * to_ld), low);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + (2 * i + 1) * to_ld), high);
+  }
+#else
+  for (int r = 0; r < 8; ++r)
+    for (int c = 0; c < 8; ++c) to[c * to_ld + r] = from[r * from_ld + c];
+#endif
+}
+
+// Columns [begin, end) of a (rows, C) block into rows [begin, end) of `to`.
+void transpose(Block<bf16_bits> block, std::int64_t begin, std::int64_t end, bf16_bits* to, std::int64_t to_ld) {
+  const std::int64_t whole_rows = block.rows / 8 * 8;
+  const std::int64_t whole_end = begin + (end - begin) / 8 * 8;
+  for (std::int64_t c = begin; c < whole_end; c += 8)
+    for (std::int64_t r = 0; r < whole_rows; r += 8)
+      transpose_8x8(block.data + r * block.leading + c, block.leading, to + c * to_ld + r, to_ld);
+  for (std::int64_t c = begin; c < end; ++c)
+    for (std::int64_t r = c < whole_end ? whole_rows : 0; r < block.rows; ++r)
+      to[c * to_ld + r] = block.data[r * block.leading + c];
+}
+
+// X (C, H) as brgemm wants its second operand: by pairs of tokens, (C/2, width, 2) for each TILE_N columns of H.
+// Odd C is filled up with a row of zeros.
+class PackedHidden {
+ public:
+  explicit PackedHidden(const at::Tensor& hidden)
+      : tokens_(hidden.size(0)), width_(hidden.size(1)), pairs_((tokens_ + 1) / 2) {
+    packed_ = at::empty({tiles() * pairs_ * TILE_N * 2}, hidden.options());
+    const auto* from = reinterpret_cast<const bf16_bits*>(hidden.const_data_ptr());
+    at::parallel_for(0, tiles() * pairs_, 64, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) pack_pair(from, i / pairs_, i % pairs_);
+    });
+  }
+  std::int64_t tiles() const { return (width_ + TILE_N - 1) / TILE_N; }
+  std::int64_t pairs() const { return pairs_; }
+  std::int64_t columns(std::int64_t tile) const { return std::min(TILE_N, width_ - tile * TILE_N); }
+  const bf16_bits* tile(std::int64_t i) const { return data() + i * pairs_ * TILE_N * 2; }
+
+ private:
+  bf16_bits* data() const { return reinterpret_cast<bf16_bits*>(packed_.data_ptr()); }
+  void pack_pair(const bf16_bits* from, std::int64_t tile, std::int64_t pair) const {
+    bf16_bits* to = data() + (tile * pairs_ + pair) * TILE_N * 2;
+    const bf16_bits* even = from + 2 * pair * width_ + tile * TILE_N;
+    const bool has_odd = 2 * pair + 1 < tokens_;
+    for (std::int64_t n = 0; n < columns(tile); ++n) {
+      to[2 * n] = even[n];
+      to[2 * n + 1] = has_odd ? even[width_ + n] : bf16_bits{0};
+    }
+  }
+  std::int64_t tokens_, width_, pairs_;
+  at::Tensor packed_;
+};
+
+#if defined(CPUBLAS_BRGEMM_BF16BF16F32)
+bool has_brgemm() { return at::native::cpublas::could_pack(at::kBFloat16); }
+#else
+bool has_brgemm() { return false; }
+#endif
+
+// One tile, c (m, n) (+)= a (m, 2 pairs) . b, for a processor without brgemm: slow, and only what tests need.
+void plain_tile(std::int64_t m, std::int64_t n, std::int64_t pairs, std::int64_t lda, std::int64_t ldc, bool add,
+                const bf16_bits* a, const bf16_bits* b, float* c) {
+  for (std::int64_t i = 0; i < m; ++i) {
+    for (std::int64_t j = 0; j < n; ++j) {
+      double total = add ? c[i * ldc + j] : 0.0;
+      for (std::int64_t k = 0; k < 2 * pairs; ++k)
+        total += value_of(a + i * lda + k) * value_of(b + (k / 2 * TILE_N + j) * 2 + k % 2);
+      c[i * ldc + j] = static_cast<float>(total);
+    }
+  }
+}
+
+void tile_gemm(bool brgemm, std::int64_t m, std::int64_t n, std::int64_t pairs, std::int64_t lda, std::int64_t ldc,
+               bool add, const bf16_bits* a, const bf16_bits* b, float* c) {
+#if defined(CPUBLAS_BRGEMM_BF16BF16F32)
+  if (brgemm) {
+    at::native::cpublas::brgemm(m, n, 2 * pairs, lda, TILE_N, ldc, add, reinterpret_cast<const at::BFloat16*>(a),
+                                reinterpret_cast<const at::BFloat16*>(b), c, /*is_vnni=*/true);
+    return;
+  }
+#endif
+  plain_tile(m, n, pairs, lda, ldc, add, a, b, c);
+}
+
+// dW (V, H) float32 (+)= dz (V, C) . X. Rows of dz are `leading` apart and hold a zero where C is odd.
+void accumulate_grad_weight(const bf16_bits* dz, std::int64_t leading, const PackedHidden& hidden, bool add,
+                            at::Tensor& grad_weight) {
+  float* out = grad_weight.data_ptr<float>();
+  const std::int64_t vocabulary = grad_weight.size(0), width = grad_weight.size(1);
+  const bool brgemm = has_brgemm();
+  at::parallel_for(0, (vocabulary + TILE_M - 1) / TILE_M, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      const std::int64_t v = i * TILE_M, m = std::min(TILE_M, vocabulary - v);
+      for (std::int64_t j = 0; j < hidden.tiles(); ++j) {
+        tile_gemm(brgemm, m, hidden.columns(j), hidden.pairs(), leading, width, add, dz + v * leading,
+                  hidden.tile(j), out + v * width + j * TILE_N);
+      }
+    }
+#if defined(CPUBLAS_BRGEMM_BF16BF16F32)
+    if (brgemm) at::native::cpublas::brgemm_release(/*is_vnni=*/true);
+#endif
+  });
+}
+
+}  // namespace
+
+void run_bfloat16(const at::Tensor& hidden, const at::Tensor& weight, const LiveRows& rows,
+                  std::int64_t chunk_tokens, Results& results) {
+  const std::int64_t vocabulary = weight.size(0);
+  const RowKernels& kernels = row_kernels();
+  const std::int64_t fits = LOGITS_BYTES / (vocabulary * 2 * static_cast<std::int64_t>(sizeof(bf16_bits)));
+  const std::int64_t most = chunk_tokens > 0 ? chunk_tokens : std::clamp<std::int64_t>(fits, 16, MOST_TOKENS);
+  const std::int64_t step = std::min(equal_chunk(rows.size(), most), rows.size());
+  const at::Tensor transposed = large_empty({vocabulary * (step + 1)}, at::kBFloat16);
+  const at::Tensor straight = results.want_grad_hidden ? large_empty({vocabulary * step}, at::kBFloat16) : at::Tensor();
+  for (std::int64_t begin = 0; begin < rows.size(); begin += step) {
+    Chunk<float> chunk(hidden, rows, begin, std::min(begin + step, rows.size()), at::kBFloat16);
+    const std::int64_t leading = chunk.size + chunk.size % 2;  // tokens in pairs, for brgemm
+    at::Tensor padded = transposed.narrow(0, 0, vocabulary * leading).view({vocabulary, leading});
+    at::Tensor logits = padded.narrow(1, 0, chunk.size);
+    auto* data = reinterpret_cast<bf16_bits*>(logits.data_ptr());
+    at::mm_out(logits, weight, chunk.hidden.t());
+    for (std::int64_t v = 0; v < vocabulary; v += BLOCK_ROWS) {
+      const std::int64_t count = std::min(BLOCK_ROWS, vocabulary - v);
+      chunk.add_logits(Block<bf16_bits>{data + v * leading, leading, v, count}, kernels.statistics_bf16);
+    }
+    chunk.finish(results);
+    if (!results.want_gradient()) continue;
+    if (leading > chunk.size) padded.select(1, chunk.size).zero_();
+    auto* copy = results.want_grad_hidden ? reinterpret_cast<bf16_bits*>(straight.data_ptr()) : nullptr;
+    for (std::int64_t v = 0; v < vocabulary; v += BLOCK_ROWS) {
+      const Block<bf16_bits> block{data + v * leading, leading, v, std::min(BLOCK_ROWS, vocabulary - v)};
+      chunk.to_gradient(block, kernels.gradient_bf16);
+      if (copy == nullptr) continue;
+      at::parallel_for(0, chunk.size, 16, [&](std::int64_t first, std::int64_t last) {
+        transpose(block, first, last, copy + v, vocabulary);
+      });
+    }
+    if (copy != nullptr) {
+      const at::Tensor dz = straight.narrow(0, 0, chunk.size * vocabulary).view({chunk.size, vocabulary});
+      results.grad_hidden.index_copy_(0, chunk.positions, at::mm(dz, weight));
+    }
+    if (results.want_grad_weight) {
+      accumulate_grad_weight(data, leading, PackedHidden(chunk.hidden), begin > 0, results.grad_weight);
+    }
+  }
+}
+
+}  // namespace delib_fast

@@ -1,0 +1,153 @@
+// Parts that both CPU paths use; and the kernel that is registered for torch.ops.delib_fast.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <tuple>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "linear_cross_entropy/cpu.h"
+
+namespace delib_fast {
+
+at::Tensor large_empty(at::IntArrayRef sizes, at::ScalarType dtype) {
+  at::Tensor tensor = at::empty(sizes, at::TensorOptions().dtype(dtype));
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t HUGE = std::uintptr_t{1} << 21;
+  const auto begin = (reinterpret_cast<std::uintptr_t>(tensor.data_ptr()) + HUGE - 1) / HUGE * HUGE;
+  const auto end = (reinterpret_cast<std::uintptr_t>(tensor.data_ptr()) + tensor.nbytes()) / HUGE * HUGE;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: may be refused
+#endif
+  return tensor;
+}
+
+std::int64_t equal_chunk(std::int64_t rows, std::int64_t most) {
+  constexpr std::int64_t VECTOR = 16;
+  const std::int64_t chunks = std::max<std::int64_t>((rows + most - 1) / most, 1);
+  const std::int64_t even = (rows + chunks - 1) / chunks;
+  return std::min(std::max<std::int64_t>((even + VECTOR - 1) / VECTOR * VECTOR, 1), std::max(most, VECTOR));
+}
+
+template <typename acc_t>
+Chunk<acc_t>::Chunk(const at::Tensor& all_hidden, const LiveRows& rows, std::int64_t begin, std::int64_t end,
+                    at::ScalarType dtype)
+    : size(end - begin),
+      live_positions(rows.positions.data() + begin),
+      targets(rows.targets.data() + begin),
+      weights(rows.weights.data() + begin),
+      max(size, -std::numeric_limits<acc_t>::infinity()),
+      sum(size, 0),
+      shift(size),
+      partial(size),
+      target_logit(size),
+      factor(size),
+      target_gradient(size),
+      argmax(size, -1) {
+  positions = at::from_blob(const_cast<std::int64_t*>(live_positions), {size}, at::kLong);
+  hidden = at::index_select(all_hidden, 0, positions).to(dtype);
+}
+
+template <typename acc_t>
+void Chunk<acc_t>::finish(Results& results) {
+  acc_t* nll = results.nll.data_ptr<acc_t>();
+  bool* correct = results.correct.data_ptr<bool>();
+  for (std::int64_t c = 0; c < size; ++c) {
+    // not (max + log sum) - target: that would round at the size of the logits
+    const acc_t loss = (max[c] - target_logit[c]) + std::log(sum[c]);
+    factor[c] = static_cast<acc_t>(weights[c]) / sum[c];
+    // p - 1 of the target, without cancellation where p is near 1
+    target_gradient[c] = static_cast<acc_t>(weights[c]) * std::expm1(-loss);
+    nll[live_positions[c]] = loss;
+    correct[live_positions[c]] = argmax[c] == targets[c];
+    results.loss_sum += weights[c] * static_cast<double>(loss);
+  }
+}
+
+template struct Chunk<float>;
+template struct Chunk<double>;
+
+namespace {
+
+// Supervised: a target that is not `ignore_index`, a weight that is not 0 and, if given, among loss_positions.
+LiveRows find_live_rows(const at::Tensor& targets, const std::optional<at::Tensor>& loss_weights,
+                        const std::optional<at::Tensor>& loss_positions, std::int64_t ignore_index,
+                        std::int64_t vocabulary) {
+  const at::Tensor target = targets.contiguous();
+  const at::Tensor weight = loss_weights ? loss_weights->to(at::kDouble).contiguous() : at::Tensor();
+  const at::Tensor where = loss_positions ? loss_positions->contiguous() : at::Tensor();
+  const auto* target_at = target.const_data_ptr<std::int64_t>();
+  const auto* weight_at = weight.defined() ? weight.const_data_ptr<double>() : nullptr;
+  const auto* where_at = where.defined() ? where.const_data_ptr<std::int64_t>() : nullptr;  // null if empty too
+  const std::int64_t tokens = target.size(0);
+  const std::int64_t candidates = where.defined() ? where.size(0) : tokens;
+  LiveRows rows;
+  for (std::int64_t i = 0; i < candidates; ++i) {
+    const std::int64_t position = where_at ? where_at[i] : i;
+    TORCH_CHECK_VALUE(position >= 0 && position < tokens, "loss_positions[", i, "] is ", position,
+                      ", but there are ", tokens, " rows: take positions from the same packed batch");
+    if (target_at[position] == ignore_index || (weight_at && weight_at[position] == 0)) continue;
+    TORCH_CHECK_VALUE(target_at[position] >= 0 && target_at[position] < vocabulary, "targets[", position, "] is ",
+                      target_at[position], ", outside the vocabulary of ", vocabulary,
+                      ": check that the tokenizer is the model's, or mark the row with ignore_index");
+    rows.positions.push_back(position);
+    rows.targets.push_back(target_at[position]);
+    rows.weights.push_back(weight_at ? weight_at[position] : 1.0);
+  }
+  return rows;
+}
+
+// Elsewhere torch's bfloat16 GEMM is many times slower than its float32 one, and widening pays.
+bool native_bfloat16() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Outputs linear_cross_entropy_cpu(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
+                                 const std::optional<at::Tensor>& loss_weights,
+                                 const std::optional<at::Tensor>& loss_positions, std::int64_t ignore_index,
+                                 std::int64_t chunk_tokens, bool need_grad_hidden, bool need_grad_weight,
+                                 std::string_view gemm) {
+  const auto acc = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto options = hidden.options();
+  const LiveRows rows = find_live_rows(targets, loss_weights, loss_positions, ignore_index, weight.size(0));
+  Results results;
+  results.want_grad_hidden = need_grad_hidden;
+  results.want_grad_weight = need_grad_weight;
+  results.nll = at::zeros({hidden.size(0)}, options.dtype(acc));
+  results.correct = at::zeros({hidden.size(0)}, options.dtype(at::kBool));
+  results.grad_hidden = need_grad_hidden ? at::zeros(hidden.sizes(), options) : at::empty({0}, options);
+  results.grad_weight = need_grad_weight ? large_empty(weight.sizes(), acc) : at::empty({0}, options.dtype(acc));
+  if (rows.size() == 0) {
+    results.grad_weight.zero_();
+  } else {
+    const bool can = hidden.scalar_type() == at::kBFloat16;
+    TORCH_CHECK_VALUE(gemm == "auto" || gemm == "widened" || (gemm == "bfloat16" && can), "gemm=", gemm,
+                      " for ", hidden.scalar_type(), ": it is auto, widened, or (for bfloat16) bfloat16");
+    const bool native = gemm == "bfloat16" || (gemm == "auto" && can && native_bfloat16());
+    (native ? run_bfloat16 : run_widened)(hidden, weight, rows, chunk_tokens, results);
+  }
+  at::Tensor loss_sum = at::full({}, results.loss_sum, options.dtype(acc));
+  return {loss_sum, results.nll, results.correct, results.grad_hidden, results.grad_weight};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(delib_fast, CPU, m) { m.impl("linear_cross_entropy_cpu", &linear_cross_entropy_cpu); }
+
+}  // namespace delib_fast

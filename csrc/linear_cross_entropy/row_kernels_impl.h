@@ -1,0 +1,116 @@
+// The loops behind row_kernels.h, compiled once per instruction set: the file that includes this one sets the
+// target, defines ROW_KERNELS (the table's name) and ROW_KERNELS_NAME. Everything here has internal linkage and
+// calls no inline function of a library: else the linker could take the AVX-512 copy of one for all callers.
+//
+// Two sweeps: the statistics read a block once while it is in cache (max first, then sums, `SUB_ROWS` rows at a
+// time, so that a running sum is rescaled once per sub-block and not once per element); the gradient reads and
+// overwrites it.
+#include <math.h>
+
+#include <cstdint>
+
+#include "linear_cross_entropy/row_kernels.h"
+
+namespace delib_fast {
+namespace {
+
+constexpr std::int64_t SUB_ROWS = 32;
+
+inline float bits_to_float(std::uint32_t bits) { return __builtin_bit_cast(float, bits); }
+inline std::uint32_t float_to_bits(float x) { return __builtin_bit_cast(std::uint32_t, x); }
+
+inline float load(const float* p) { return *p; }
+inline double load(const double* p) { return *p; }
+inline float load(const bf16_bits* p) { return bits_to_float(static_cast<std::uint32_t>(*p) << 16); }
+
+inline void store(float* p, float x) { *p = x; }
+inline void store(double* p, double x) { *p = x; }
+inline void store(bf16_bits* p, float x) {  // to nearest even; a NaN stays one
+  const std::uint32_t bits = float_to_bits(x);
+  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  *p = static_cast<bf16_bits>(x != x ? 0x7fc0u : rounded);
+}
+
+inline double exp_of(double x) { return exp(x); }
+
+// e**x for x <= 0 (logits minus a maximum or an lse), about one ulp; 0 below the normal range, NaN for NaN.
+// Cephes' reduction and polynomial, in branch-free form so that compilers vectorise it.
+inline float exp_of(float x) {
+  constexpr float LOWEST = -87.33654f;
+  constexpr float ROUND = 12582912.0f;  // 1.5 * 2**23: adding it leaves the nearest integer in the low bits
+  const float clamped = x < LOWEST ? LOWEST : (x > 88.0f ? 88.0f : x);
+  const float shifted = clamped * 1.44269504088896341f + ROUND;
+  const float n = shifted - ROUND;
+  const float r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const float mantissa = (p * r) * r + r + 1.0f;
+  const float scale = bits_to_float((float_to_bits(shifted) << 23) + (127u << 23));
+  return x < LOWEST ? 0.0f : mantissa * scale;
+}
+
+template <typename scalar_t, typename acc_t>
+void statistics(Block<scalar_t> block, Running<acc_t> running, std::int64_t begin, std::int64_t end) {
+  acc_t* __restrict max = running.max;
+  acc_t* __restrict sum = running.sum;
+  acc_t* __restrict shift = running.shift;
+  acc_t* __restrict partial = running.partial;
+  std::int32_t* __restrict argmax = running.argmax;
+  for (std::int64_t row = 0; row < block.rows; row += SUB_ROWS) {
+    const std::int64_t stop = row + SUB_ROWS < block.rows ? row + SUB_ROWS : block.rows;
+    for (std::int64_t c = begin; c < end; ++c) shift[c] = max[c];
+    for (std::int64_t r = row; r < stop; ++r) {
+      const scalar_t* __restrict logits = block.data + r * block.leading;
+      const auto entry = static_cast<std::int32_t>(block.first_row + r);
+      for (std::int64_t c = begin; c < end; ++c) {
+        const acc_t x = load(logits + c);
+        const bool larger = x > max[c];  // strictly: the first of equals is the argmax, as torch has it
+        argmax[c] = larger ? entry : argmax[c];
+        max[c] = larger ? x : max[c];
+      }
+    }
+    for (std::int64_t c = begin; c < end; ++c) {
+      // where every logit so far is -inf, subtract 0: the sum stays 0 and not NaN
+      const acc_t now = max[c] == -static_cast<acc_t>(INFINITY) ? acc_t(0) : max[c];
+      sum[c] *= exp_of(shift[c] - now);
+      shift[c] = now;
+      partial[c] = 0;
+    }
+    for (std::int64_t r = row; r < stop; ++r) {
+      const scalar_t* __restrict logits = block.data + r * block.leading;
+      for (std::int64_t c = begin; c < end; ++c) partial[c] += exp_of(load(logits + c) - shift[c]);
+    }
+    // by partial sums: small probabilities are not lost one by one beside a sum of 1
+    for (std::int64_t c = begin; c < end; ++c) sum[c] += partial[c];
+  }
+}
+
+template <typename scalar_t, typename acc_t>
+void gradient(Block<scalar_t> block, const acc_t* __restrict max, const acc_t* __restrict factor,
+              std::int64_t begin, std::int64_t end) {
+  for (std::int64_t r = 0; r < block.rows; ++r) {
+    scalar_t* __restrict logits = block.data + r * block.leading;
+    for (std::int64_t c = begin; c < end; ++c) {
+      store(logits + c, factor[c] * exp_of(load(logits + c) - max[c]));
+    }
+  }
+}
+
+}  // namespace
+
+extern const RowKernels ROW_KERNELS;
+const RowKernels ROW_KERNELS = {
+    ROW_KERNELS_NAME,
+    &statistics<float, float>,
+    &statistics<double, double>,
+    &statistics<bf16_bits, float>,
+    &gradient<float, float>,
+    &gradient<double, double>,
+    &gradient<bf16_bits, float>,
+};
+
+}  // namespace delib_fast

@@ -1,0 +1,217 @@
+"""The loss head: hidden states times the vocabulary, softmax and cross-entropy, without ever holding (T, V) logits."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from delib_fast.ops._dispatch import Backend, choose
+from delib_fast.ops.linear_cross_entropy import _cpu, _triton
+from delib_fast.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
+
+OP = "linear_cross_entropy"
+
+
+class LossOutput(NamedTuple):
+    """What linear_cross_entropy returns; T packed tokens."""
+
+    loss_sum: Tensor  # ()   float32: Σ loss_weights · nll, the only differentiable output
+    nll: Tensor  # (T,) float32, detached: 0 where nothing is supervised
+    correct: Tensor  # (T,) bool: the target is the argmax (the first, of equal logits)
+
+
+def _no_reason(hidden: Tensor, weight: Tensor) -> str | None:
+    return None
+
+
+def _run_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    loss_weights: Tensor | None,
+    loss_positions: Tensor | None,
+    ignore_index: int,
+    *_gradients_and_chunks: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return linear_cross_entropy_reference(
+        hidden, weight, targets, loss_weights, ignore_index=ignore_index, loss_positions=loss_positions
+    )
+
+
+BACKENDS = (  # in order of speed; triton comes after cpu because on a CPU it is the interpreter
+    Backend("cpu", _cpu.run, _cpu.why_not),
+    Backend("triton", _triton.run, _triton.why_not),
+    Backend("reference", _run_reference, _no_reason),
+)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    loss_weights: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    loss_positions: Tensor | None = None,
+    chunk_tokens: int | None = None,
+    backend: str = "auto",
+) -> LossOutput:
+    """The weighted sum of cross-entropies of hidden @ weight.T, with memory for one chunk of logits.
+
+        rows     = the t with targets[t] != ignore_index and loss_weights[t] != 0
+        nll[t]   = logsumexp(hidden[t] @ weight.T) - hidden[t] @ weight[targets[t]]
+        loss_sum = Σ loss_weights[t] * nll[t]                        over rows; a sum, never a mean
+
+    Args:
+        hidden: (T, H) float32, bfloat16 or float16 (float64 on the reference and cpu backends).
+        weight: (V, H), the dtype and device of `hidden`; the weight of lm_head as nn.Linear has it.
+        targets: (T,) int64, already shifted: targets[t] is what position t is to predict.
+        loss_weights: (T,) floating; 1 everywhere if None. Rows of weight 0 are not computed.
+        ignore_index: the target of rows that are not supervised.
+        loss_positions: (L,) int64 on the same device: which rows to compute, each once, if the host knows. Rows
+            that are not listed count as not supervised. With it a GPU backend never waits for the device.
+        chunk_tokens: rows of logits held at a time; by default a few thousand on a GPU, on a CPU what fits 320 MiB.
+        backend: "auto", "triton", "cpu" or "reference".
+
+    Returns:
+        LossOutput(loss_sum, nll, correct). float32, or float64 for float64 inputs. Gradients of `loss_sum` flow to
+        `hidden` and `weight`, to whichever requires them; the work for one that does not is not done.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; a target outside the vocabulary (a GPU backend, which
+            does not wait, makes that row's loss NaN instead).
+        BackendUnavailable: the backend asked for cannot run here.
+
+    Numerics: softmax and loss in float32; the gradient of a logit is rounded once to the inputs' dtype, the
+    target's entry after being computed in float32; the weight's gradient accumulates in float32 over all chunks.
+    A row that is not supervised is skipped: not even a NaN in it can reach a loss or a gradient. With no
+    supervised row the loss is 0 and so are the gradients. Deterministic on every backend.
+
+    Cost: 6·L·H·V FLOPs for L supervised rows (4 with one gradient, 2 with none); both gradients are computed in
+    the forward pass, so nothing is recomputed. Memory: dX, dW (V·H float32) and chunk_tokens·V logits.
+
+    Source: the gradient-in-forward scheme of Liger Kernel (arXiv 2410.10989), row compaction as in Cut
+    Cross-Entropy (arXiv 2411.09009).
+    """
+    hidden, weight = _autocast(hidden, weight)
+    _check(hidden, weight, targets, loss_weights, loss_positions, chunk_tokens)
+    chosen = choose(OP, BACKENDS, backend, hidden, weight)
+    with torch.autocast(hidden.device.type, enabled=False):
+        outputs = chosen.run(
+            hidden,
+            weight,
+            targets,
+            loss_weights,
+            loss_positions,
+            ignore_index,
+            0 if chunk_tokens is None else chunk_tokens,
+            torch.is_grad_enabled() and hidden.requires_grad,
+            torch.is_grad_enabled() and weight.requires_grad,
+        )
+    return LossOutput(outputs[0], outputs[1].detach(), outputs[2])
+
+
+class FusedLossHead(nn.Module):
+    """linear_cross_entropy as a module in the place of lm_head.
+
+    Its weight is the very Parameter of the head it replaces, so tied embeddings stay tied; it is used inside this
+    module's own forward alone, so that ZeRO-3 gathers it, and reduces its gradient, by the hooks of this module.
+    """
+
+    def __init__(self, weight: nn.Parameter, *, backend: str = "auto", chunk_tokens: int | None = None):
+        super().__init__()
+        self.weight = weight  # (V, H)
+        self.backend = backend
+        self.chunk_tokens = chunk_tokens
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, *, backend: str = "auto") -> "FusedLossHead":
+        """The head with the weight of `linear`; ValueError for a head that is more than a matrix."""
+        if type(linear) is not nn.Linear:
+            raise ValueError(
+                f"{type(linear).__module__}.{type(linear).__qualname__} is not a plain nn.Linear: replacing it by a "
+                "fused head would leave out what it adds (an adapter on lm_head, say). Take lm_head out of the "
+                "adapter's target modules, or merge the adapter first"
+            )
+        if linear.bias is not None:
+            raise ValueError("lm_head has a bias, which FusedLossHead does not add: set lm_head.bias to None")
+        return cls(linear.weight, backend=backend)
+
+    def forward(
+        self,
+        hidden: Tensor,  # (T, H)
+        targets: Tensor,  # (T,)
+        loss_weights: Tensor | None = None,  # (T,)
+        loss_positions: Tensor | None = None,  # (L,)
+    ) -> LossOutput:
+        return linear_cross_entropy(
+            hidden,
+            self.weight,
+            targets,
+            loss_weights,
+            loss_positions=loss_positions,
+            chunk_tokens=self.chunk_tokens,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        V, H = self.weight.shape
+        return f"hidden={H}, vocabulary={V}, backend={self.backend!r}"
+
+
+def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    loss_weights: Tensor | None,
+    loss_positions: Tensor | None,
+    chunk_tokens: int | None,
+) -> None:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"{OP}: hidden must be (T, H) and weight (V, H), got {_shape(hidden)} and {_shape(weight)}; "
+            "flatten batch and sequence first: hidden.flatten(0, 1)"
+        )
+    if hidden.dtype != weight.dtype or not hidden.dtype.is_floating_point:
+        raise ValueError(f"{OP}: hidden is {hidden.dtype} and weight {weight.dtype}; both must have one floating dtype")
+    rows = hidden.shape[:1]
+    _check_rows("targets", targets, rows, torch.int64)
+    if loss_weights is not None:
+        _check_rows("loss_weights", loss_weights, rows, None)
+        if loss_weights.requires_grad:
+            raise ValueError(f"{OP}: loss_weights requires a gradient, which is not computed; detach it")
+    if loss_positions is not None and (loss_positions.dim() != 1 or loss_positions.dtype != torch.int64):
+        raise ValueError(
+            f"{OP}: loss_positions must be (L,) torch.int64, got {_shape(loss_positions)} {loss_positions.dtype}"
+        )
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"{OP}: chunk_tokens={chunk_tokens}; it must be at least 1, or None for the default")
+    for name, tensor in (
+        ("weight", weight),
+        ("targets", targets),
+        ("loss_weights", loss_weights),
+        ("loss_positions", loss_positions),
+    ):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{OP}: {name} is on {tensor.device}, hidden on {hidden.device}; move one of them")
+
+
+def _check_rows(name: str, tensor: Tensor, rows: torch.Size, dtype: torch.dtype | None) -> None:
+    good = tensor.dtype == dtype if dtype is not None else tensor.dtype.is_floating_point
+    if tensor.shape != rows or not good:
+        raise ValueError(
+            f"{OP}: {name} must be ({rows[0]},) {dtype or 'floating'}, one entry a row of hidden; "
+            f"got {_shape(tensor)} {tensor.dtype}"
+        )

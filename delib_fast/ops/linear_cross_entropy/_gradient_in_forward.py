@@ -1,0 +1,88 @@
+"""What every backend that computes its gradients in the forward pass registers: schema, fake, autograd.
+
+The op returns (loss_sum, nll, correct, grad_hidden, grad_weight); the two gradients are those of loss_sum, saved
+for the backward pass, which multiplies them by the upstream gradient. A gradient that nobody wants is an empty
+tensor, and its GEMM is not done.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from delib_fast.ops._library import LIBRARY
+
+ARGUMENTS = (
+    "(Tensor hidden, Tensor weight, Tensor targets, Tensor? loss_weights, Tensor? loss_positions, "
+    "int ignore_index, int chunk_tokens, bool need_grad_hidden, bool need_grad_weight{more}) -> "
+    "(Tensor loss_sum, Tensor nll, Tensor correct, Tensor grad_hidden, Tensor grad_weight)"
+)
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32: the loss, and the weight gradient until the backward pass."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def empty_results(hidden: Tensor, weight: Tensor, need_grad_hidden: bool, need_grad_weight: bool) -> Results:
+    wide = accumulator_dtype(hidden.dtype)
+    return (
+        hidden.new_empty((), dtype=wide),
+        hidden.new_empty(hidden.shape[0], dtype=wide),
+        hidden.new_empty(hidden.shape[0], dtype=torch.bool),
+        hidden.new_empty(hidden.shape if need_grad_hidden else (0,)),
+        weight.new_empty(weight.shape if need_grad_weight else (0,), dtype=wide),
+    )
+
+
+def _fake(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    loss_weights: Tensor | None,
+    loss_positions: Tensor | None,
+    ignore_index: int,
+    chunk_tokens: int,
+    need_grad_hidden: bool,
+    need_grad_weight: bool,
+    *_more: Any,
+) -> Results:
+    return empty_results(hidden, weight, need_grad_hidden, need_grad_weight)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    hidden, weight = inputs[0], inputs[1]
+    _, nll, correct, grad_hidden, grad_weight = output
+    ctx.mark_non_differentiable(nll, correct, grad_hidden, grad_weight)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(grad_hidden, grad_weight)
+    ctx.needs = (inputs[7], inputs[8])
+    ctx.dtypes = (hidden.dtype, weight.dtype)
+    ctx.num_inputs = len(inputs)
+
+
+def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * scale in one pass, multiplied in the wider dtype and rounded once.
+
+    A new tensor, since the saved one may be needed again (retain_graph). The scale gets dimensions because a
+    tensor without any would be rounded to a bfloat16 gradient's dtype first.
+    """
+    scale = scale.to(accumulator_dtype(gradient.dtype)).reshape([1] * gradient.dim())
+    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_unused: Any) -> tuple[Tensor | None, ...]:
+    grads: list[Tensor | None] = [None] * ctx.num_inputs
+    if grad_loss is not None:
+        for i, (needed, saved) in enumerate(zip(ctx.needs, ctx.saved_tensors, strict=True)):
+            if needed:
+                grads[i] = scaled(saved, grad_loss, ctx.dtypes[i])
+    return tuple(grads)
+
+
+def define(name: str, *, more: str = "") -> None:
+    """Define delib_fast::name with its fake and its autograd; kernels are registered by the backend."""
+    LIBRARY.define(name + ARGUMENTS.format(more=more))
+    torch.library.register_fake(f"delib_fast::{name}", _fake, lib=LIBRARY)
+    torch.library.register_autograd(f"delib_fast::{name}", _backward, setup_context=_setup_context, lib=LIBRARY)
