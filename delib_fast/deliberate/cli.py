@@ -19,6 +19,7 @@ from .client import BudgetSpent, Interrupted, NoAnswer
 from .documents import make_documents
 from .guard import SpecLeakError
 from .ledger import LedgerError
+from .progress import money
 from .rows import deliberate as make_rows
 from .settings import DeliberateSettings, DocumentSettings, RunSettings, load_settings
 from .spec import Spec
@@ -182,7 +183,7 @@ def _end(text: str, status: int) -> NoReturn:
 
 def _tell(out: Path, summary: Mapping[str, Any], made: str, file: str) -> None:
     paid = summary["paid"]
-    cost = f", cost {paid['cost']:.2f}" if paid["cost"] is not None else ""
+    cost = f", cost {money(paid['cost'])}" if paid["cost"] is not None else ""
     typer.echo(f"{made} → {out / file}")
     if summary["dropped"]:
         typer.echo("dropped: " + ", ".join(f"{reason} {n}" for reason, n in summary["dropped"].items()))

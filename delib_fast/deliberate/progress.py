@@ -99,7 +99,7 @@ class Meter:
             parts.append(f"{self.retries.total()} retries")
         cost = self.ledger.totals.cost if self.ledger else None
         if cost is not None:
-            parts.append(f"cost {cost:.2f}")
+            parts.append(f"cost {money(cost)}")
         if 0 < self._done < self._total:
             spent = time.monotonic() - self._began
             parts.append(f"{_duration(spent / self._done * (self._total - self._done))} left")
@@ -116,6 +116,10 @@ class Meter:
             self._last_line = now
             unit = f" {self._unit}" if self._unit else ""
             self._console.print(Text(f"{self._what} {self._done:,.0f}/{self._total:,.0f}{unit}  {self.told()}"))
+
+
+def money(amount: float) -> str:
+    return f"{amount:,.2f}" if amount >= 1 else f"{amount:.4f}"
 
 
 def _duration(seconds: float) -> str:
