@@ -1,0 +1,130 @@
+"""Planning, assembling and encoding: the work between rows of text and tensors.
+
+    pytest bench/bench_packing.py --benchmark-only
+
+Lengths are those of long chains of thought: lognormal, median 6k, sigma 0.9, clipped to 64 … 32,768, at a capacity
+of 32,768. TRL is measured where it is installed (extra `peers`): its packing as `SFTTrainer` calls it, on batches of
+1000 rows, and on the whole set at once. TRL moves the rows as it packs, ours plans and moves tokens later
+(bench_assemble): add the two to compare.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+
+import numpy as np
+import pytest
+
+from delib_fast.config import AFTConfig
+from delib_fast.data import EncodedSet, Example, Message, PackedBatches, Row, encode_rows, plan_packs
+from delib_fast.data.packing import _compiled
+
+CAPACITY = 32_768
+
+
+def long_cot_lengths(N: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return np.clip(np.exp(rng.normal(np.log(6000), 0.9, N)), 64, CAPACITY).astype(np.int64)
+
+
+def note(benchmark, **more) -> None:
+    benchmark.extra_info.update(machine=platform.processor() or platform.machine(), cores=os.cpu_count(), **more)
+
+
+# --- planning -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("N", [10_000, 100_000, 1_000_000])
+@pytest.mark.parametrize("backend", [
+    pytest.param("cpp", marks=pytest.mark.skipif(_compiled() is None, reason="delib_fast._C is not built")),
+    "python",
+])
+def bench_plan_packs(benchmark, backend, N):
+    lengths = long_cot_lengths(N)
+    plan = plan_packs(lengths, CAPACITY, backend=backend)
+    assert np.array_equal(np.sort(plan.examples), np.arange(N))
+    sizes = np.add.reduceat(lengths[plan.examples], plan.pack_offsets[:-1])
+    assert sizes.max() <= CAPACITY
+    benchmark.pedantic(plan_packs, (lengths, CAPACITY), {"backend": backend}, rounds=5 if backend == "cpp" else 1,
+                       warmup_rounds=1 if backend == "cpp" else 0)
+    note(benchmark, fill=plan.fill, packs=plan.num_packs, least_packs=int(-(-lengths.sum() // CAPACITY)),
+         lengths_per_s=N / benchmark.stats.stats.min)
+
+
+@pytest.mark.parametrize("batch", [1000, None], ids=["batches-of-1000", "whole-set"])
+def bench_plan_packs_trl(benchmark, batch):
+    """TRL's bfd on 20,000 rows of one id a token: seconds and fill."""
+    data_utils = pytest.importorskip("trl.data_utils", reason="trl is not installed (extra: peers)")
+    datasets = pytest.importorskip("datasets")
+    N = 20_000
+    lengths = long_cot_lengths(N)
+    rows = datasets.Dataset.from_dict({"input_ids": [np.zeros(n, np.int32) for n in lengths // 16]})
+    capacity = CAPACITY // 16  # a sixteenth of the tokens, so that 20,000 rows fit in memory; the packing is alike
+
+    def pack():
+        return data_utils.pack_dataset(rows, capacity, "bfd", {"batch_size": batch or N, "keep_in_memory": True})
+
+    packed = benchmark.pedantic(pack, rounds=1)
+    tokens = sum(map(len, packed["input_ids"]))
+    note(benchmark, fill=tokens / (len(packed) * capacity), packs=len(packed),
+         lengths_per_s=N / benchmark.stats.stats.min)
+
+
+# --- assembling -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("median", [100, 1000, 6000])
+def bench_assemble(benchmark, median):
+    """Packs as tensors: ids, shifted targets, weights, positions, run borders. One core."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(median), 0.9, 2_000_000 // median), 16, CAPACITY).astype(int)
+    examples = EncodedSet([
+        Example(rng.integers(0, 50_000, n).astype(np.int32), (np.arange(n) * 3 // n).astype(np.int8), f"row {i}")
+        for i, n in enumerate(lengths)
+    ])
+    batches = PackedBatches(examples, pack_capacity=CAPACITY, packs_per_step=4, segment_weights=(0, 1, 1, 1), seed=0,
+                            epochs=1, rank=0, world_size=1)
+
+    def epoch() -> int:
+        return sum(pack.num_tokens for step in range(len(batches)) for pack in batches.step(step) if not pack.is_empty)
+
+    assert epoch() == lengths.sum()
+    benchmark.pedantic(epoch, rounds=5)
+    note(benchmark, tokens_per_s=lengths.sum() / benchmark.stats.stats.min, fill=batches.fill)
+
+
+# --- encoding -------------------------------------------------------------------------------------------------
+
+
+def bench_encode(benchmark):
+    """Rows to ids and segments with a byte-level BPE of 4096 tokens and Qwen3's behaviour; all cores."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    draw = random.Random(0)
+    words = ["the", "policy", "says", "user", "asks", "therefore", "harm", "honest", "answer", "step", "because", "so"]
+
+    def text(n: int) -> str:
+        return " ".join(draw.choice(words) + draw.choice(["", "", "", ",", ".\n", "?"]) for _ in range(n))
+
+    rows = [Row(kind="chat", place=f"rows.jsonl:{i}", source="s", digest="", messages=(Message("user", text(40)),),
+                cot=text(300), response=text(100)) for i in range(1000)]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=4096, special_tokens=["<|im_start|>", "<|im_end|>"],
+                                             show_progress=False)
+    backend.train_from_iterator((part for row in rows[:100] for part in row.texts), trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}{% if m.reasoning_content %}"
+        "{{ '<think>\n' ~ m.reasoning_content ~ '\n</think>\n\n' }}{% endif %}{{ m.content ~ '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    stage = AFTConfig(train=["s"], pack_capacity=8192)
+    encoded = encode_rows(rows, tokenizer, stage)
+    message = {"role": "assistant", "reasoning_content": rows[0].cot, "content": rows[0].response}
+    user = {"role": "user", "content": rows[0].messages[0].content}
+    assert encoded[0].input_ids.tolist() == tokenizer.apply_chat_template([user, message], return_dict=False)
+    benchmark.pedantic(encode_rows, (rows, tokenizer, stage), rounds=3)
+    note(benchmark, tokens_per_s=encoded.counts.tokens / benchmark.stats.stats.min,
+         rows_per_s=len(rows) / benchmark.stats.stats.min)
