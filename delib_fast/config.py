@@ -50,6 +50,12 @@ class SourceConfig(Section):
     stays the same when rows are added."""
     limit: PositiveInt | None = None
     """Read this many rows at most."""
+    turns: Literal["last", "each"] = "last"
+    """Chats of several assistant turns: learn the last one, or make an example of each, so that every turn's
+    chain of thought can be learnt (the chat template drops those of earlier turns)."""
+    think_tags: tuple[str, str] | None = None
+    """How these rows write a chain of thought inside a reply, if not as <think>, <thinking>, <reasoning> or
+    <SCRATCHPAD_REASONING>. The model sees its own template's tags all the same."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Stop at the first bad row, or leave it out and count it by reason."""
     max_bad_rows: PositiveInt = 100
