@@ -4,7 +4,7 @@
     train, held_out = split_holdout(rows, 0.1)
     examples = encode_rows(train, tokenizer, stage)                     # Example: ids, a segment a token
     batches = PackedBatches(examples, pack_capacity=…, packs_per_step=…, seed=0, epochs=1, rank=0,
-                            world_size=1, segment_weights=segment_weights(stage))
+                            world_size=1, segment_weights=…)
     for micro_batch in batches.step(0): …                               # PackedBatch: tensors
 
 The tokenizer is handed in (a fast Hugging Face one); nothing here imports transformers.
@@ -12,7 +12,7 @@ The tokenizer is handed in (a fast Hugging Face one); nothing here imports trans
 
 from .batch import IGNORE_INDEX, PackedBatch, PackedBatches, empty_pack, evaluation_batches
 from .chat import PLAIN_TEMPLATE
-from .encode import Counts, EncodedSet, Example, encode_row, encode_rows, segment_weights, split_document
+from .encode import Counts, EncodedSet, Example, encode_row, encode_rows, split_document
 from .packing import PackPlan, plan_packs
 from .rows import DataError, Message, Row, Segment, split_holdout
 from .sources import SourceRows, read_source
@@ -37,7 +37,6 @@ __all__ = [
     "evaluation_batches",
     "plan_packs",
     "read_source",
-    "segment_weights",
     "split_document",
     "split_holdout",
 ]

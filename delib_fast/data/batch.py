@@ -127,7 +127,7 @@ class PackedBatches:
         examples: encoded examples, each at most pack_capacity long.
         pack_capacity: tokens a pack may hold.
         packs_per_step: packs of a global step, a multiple of world_size.
-        segment_weights: (4,) loss weight of a target by its `Segment`; see `segment_weights(stage)`.
+        segment_weights: (4,) loss weight of a target by its `Segment`.
         seed: the order is a pure function of (lengths, seed, epoch, packs_per_step).
         epochs: how often every example is seen.
         rank, world_size: this process and how many there are.

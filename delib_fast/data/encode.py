@@ -95,13 +95,6 @@ def _count(examples: Sequence[Example]) -> Counts:
     return counts
 
 
-def segment_weights(stage: MSMConfig | AFTConfig) -> tuple[float, float, float, float]:
-    """What a target of each `Segment` weighs in the loss of a stage."""
-    if isinstance(stage, MSMConfig):
-        return (0.0, 1.0, 1.0, 1.0)
-    return (0.0, stage.cot_weight if stage.cot == "train" else 0.0, stage.response_weight, 1.0)
-
-
 # --- one row ------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..config import SourceConfig
+from .cot_tags import TAGS
 from .formats import Reading, document_row, rows_of
 from .jsonl import HashingFile, Item, decode_text, read_items, refuse_foreign_bytes
 from .rows import DataError, Row
@@ -102,7 +103,8 @@ def _text_rows(name: str, path: Path, config: SourceConfig, file: HashingFile) -
 
 def _item_rows(name: str, path: Path, config: SourceConfig, items: Iterator[Item],
                bad_rows: Counter[str]) -> Iterator[Row]:
-    reading = Reading(name)
+    tags = TAGS if config.think_tags is None else (config.think_tags,)
+    reading = Reading(name, turns=config.turns, tags=tags)
     for item in items:
         place = f"{path}:{item.line}"
         try:

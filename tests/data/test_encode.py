@@ -25,7 +25,6 @@ from delib_fast.data import (
     encode_row,
     encode_rows,
     read_source,
-    segment_weights,
     split_document,
 )
 from delib_fast.data.encode import Encoder
@@ -249,10 +248,6 @@ def test_cot_modes(family):
     assert C not in strip.segments
     assert "twice" not in tok.decode(strip.input_ids)
     assert np.array_equal(strip.input_ids, encode_row(chat("Hi.", None, "Yes."), tok).input_ids)
-    stage = AFTConfig(train=["s"], cot_weight=0.5, response_weight=2.0)
-    assert segment_weights(stage) == (0.0, 0.5, 2.0, 1.0)
-    assert segment_weights(stage.model_copy(update={"cot": "context"})) == (0.0, 0.0, 2.0, 1.0)
-    assert segment_weights(MSMConfig(train=["s"])) == (0.0, 1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

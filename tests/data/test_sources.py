@@ -94,6 +94,28 @@ def test_system_and_history(tmp_path):
     assert one(tmp_path, {"prompt": "p", "system": "s", "response": "r"}).messages[0].role == "system"
 
 
+def test_each_turn_makes_an_example_of_its_own(tmp_path):
+    turns = [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "a"},
+             {"role": "assistant", "content": "<think>h</think>b"}, {"role": "user", "content": "c"},
+             {"role": "assistant", "content": "skip", "loss": False}, {"role": "user", "content": "e"},
+             {"role": "assistant", "content": "<think>i</think>f", "weight": 2}]
+    path = write(tmp_path, json.dumps({"messages": turns, "weight": 0.5}))
+    rows = read(path, turns="each")
+    assert [(row.cot, row.response, len(row.messages), row.weight) for row in rows] == [
+        ("h", "b", 2, 0.5), ("i", "f", 6, 1.0)]
+    assert [row.place for row in rows] == [f"{path}:1 (message 2)", f"{path}:1 (message 6)"]
+    assert len({row.digest for row in rows}) == 1  # a conversation is held out as a whole
+    (last,) = read(path)
+    assert (last.response, last.place) == ("f", f"{path}:1")
+    assert [m.cot for m in last.messages] == [None, None, "h", None, None, None]
+
+
+def test_think_tags_by_config(tmp_path):
+    path = write(tmp_path, json.dumps({"prompt": "p", "response": "[THINK]c[/THINK]<think>r"}))
+    (row,) = read(path, think_tags=("[THINK]", "[/THINK]"))
+    assert (row.cot, row.response) == ("c", "<think>r")
+
+
 def test_json_list_has_the_line_of_each_item(tmp_path):
     rows = read(write(tmp_path, '\n[\n {"text": "a"},\n\n {"text":\n "b"}, {"text": "c"}]\n', "rows.json"))
     assert [row.place.rsplit(":", 1)[1] for row in rows] == ["3", "5", "6"]
