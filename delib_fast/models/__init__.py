@@ -1,0 +1,19 @@
+"""Models and tokenizers: the only part of the project that knows transformers."""
+
+from delib_fast.models.attention import UnsupportedModelError
+from delib_fast.models.build import build_model
+from delib_fast.models.export import export_model
+from delib_fast.models.isolation import LeakError, check_isolation
+from delib_fast.models.lm import TrainableLM
+from delib_fast.models.tokenizer import build_tokenizer, train_tokenizer
+
+__all__ = [
+    "LeakError",
+    "TrainableLM",
+    "UnsupportedModelError",
+    "build_model",
+    "build_tokenizer",
+    "check_isolation",
+    "export_model",
+    "train_tokenizer",
+]

@@ -1,0 +1,147 @@
+"""The check before the first step: does the model, as it stands, keep the runs of a pack apart?
+
+Packed training is silently wrong where attention (or a convolution, or a recurrent state) reads across a
+document's border: the losses look fine, better even. So nothing is believed of architectures and backends: a
+pack of three short runs goes through the whole model, one token is changed, and only that run's later tokens
+may notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor, nn
+
+from delib_fast.data import PackedBatch
+from delib_fast.models.lm import TrainableLM
+
+# The runs are of different lengths, so that an error in their borders shows; the middle one has both
+# neighbours.
+_LENGTHS = (7, 6, 5)
+# How much of a change's proper effect may show where it must not. Kernels that keep runs apart show none, bit
+# for bit; but a matrix product whose tiling depends on other rows (experts) may round differently.
+_LEAST_LEAK = 1e-2
+# Packed against alone, relative to the largest nll: rounding only. A wrong position is far above it.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+class LeakError(ValueError):
+    """Runs of one pack influence each other: says which way, how much, and what to do."""
+
+
+def check_isolation(trainable: TrainableLM | nn.Module, device: torch.device | str) -> None:
+    """Refuse a model in which a pack's runs are not as if each were alone.
+
+        for each token changed:   nll of other runs, and of the run's earlier tokens, must stay as they were
+        for each run:             nll in the pack = nll alone
+
+    Args:
+        trainable: a `TrainableLM`, or what wraps one and passes its forward on (a DeepSpeed engine, DDP).
+            With ZeRO-3 every rank calls this together, as with any forward pass.
+        device: where its inputs go.
+    Raises:
+        LeakError: naming what leaks. Also where a changed token has no effect at all, since then nothing was
+            seen.
+
+    Eight forward passes on at most 18 tokens, without gradients: leaks in the mode (train or eval) that the model is
+    in, with the same random numbers each time, packed against alone in eval mode. Modes and global generators are left
+    as they were.
+    """
+    device = torch.device(device)
+    vocab_size, dtype = _facts(trainable)
+    tokens = torch.arange(sum(_LENGTHS)) * 7919 % vocab_size  # all over the vocabulary
+    run = _Probe(trainable, device)
+    packed = run(tokens, _LENGTHS)
+    if not torch.isfinite(packed).all():
+        raise LeakError("the isolation check can't see: the model's nll is not finite on a probe of 18 "
+                        "tokens; look at its weights")
+    borders = list(pairwise(accumulate(_LENGTHS, initial=0)))
+    for index, (start, end) in enumerate(borders):
+        changed = tokens.clone()
+        place = start + 2
+        changed[place] = (changed[place] + vocab_size // 2) % vocab_size
+        _judge(index, place, (start, end), (run(changed, _LENGTHS) - packed).abs(), packed)
+    _compare_alone(run.in_eval_mode(), tokens, borders, _TOLERANCE.get(dtype, 5e-2))
+
+
+def _compare_alone(run: _Probe, tokens: Tensor, borders: Sequence[tuple[int, int]], tolerance: float) -> None:
+    packed = run(tokens, _LENGTHS)
+    for index, (start, end) in enumerate(borders):
+        alone = run(tokens[start:end], (end - start,))
+        off = ((alone - packed[start:end]).abs().max() / packed.abs().max().clamp_min(1e-6)).item()
+        if off > tolerance:
+            raise LeakError(
+                f"run {index + 1} of a pack has another loss than alone (relative difference {off:.1e}), "
+                "though no other run reaches it: the model does not heed the batch's position_ids. Use an "
+                "architecture that does, or train without packing (one example a pack)")
+
+
+def _judge(index: int, place: int, border: tuple[int, int], moved: Tensor, packed: Tensor) -> None:
+    start, end = border
+    # The nll at place - 1 is that of predicting the changed token, the nll at place is that of the token itself
+    # even where nothing mixes tokens: both move, and say nothing.
+    proper = moved[place + 1:end].max().item()
+    if proper <= 1e-6 * packed.abs().max().item():
+        raise LeakError(
+            f"the isolation check can't see: changing token {place - start + 1} of run {index + 1} changes "
+            "no loss behind it, so a leak would not show either. The model does not use its context (a layer "
+            "initialised to zero?); give it weights that do")
+    for name, part in (("the runs before it", moved[:start]), ("the runs behind it", moved[end:]),
+                       ("the tokens before it in its own run", moved[start:place - 1])):
+        leak = part.max().item() if part.numel() else 0.0
+        if leak > _LEAST_LEAK * proper:
+            raise LeakError(
+                f"packed documents leak: changing token {place - start + 1} of run {index + 1} changes the "
+                f"loss of {name} by {leak:.1e} (of its own run's later tokens by {proper:.1e}). The model's "
+                "attention or another layer that mixes tokens ignores cu_seqlens. Train with "
+                "model.attention: auto on an architecture whose every layer takes its attention from "
+                "transformers' AttentionInterface")
+
+
+class _Probe:
+    """Runs token ids through the model as packs and gives the nll of every token but the last of each run."""
+
+    def __init__(self, trainable: nn.Module, device: torch.device, *, eval_mode: bool = False) -> None:
+        self._trainable, self._device, self._eval_mode = trainable, device, eval_mode
+
+    def in_eval_mode(self) -> _Probe:
+        return _Probe(self._trainable, self._device, eval_mode=True)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        modes = {module: module.training for module in self._trainable.modules()}
+        devices = [self._device] if self._device.type == "cuda" else []
+        try:
+            if self._eval_mode:
+                self._trainable.eval()
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(0)  # dropout elsewhere in the model is then the same in every pass
+                return self._trainable(_pack(tokens, lengths).to(self._device)).nll.double().cpu()
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+def _pack(tokens: Tensor, lengths: Sequence[int]) -> PackedBatch:
+    borders = tuple(accumulate(lengths, initial=0))
+    targets = tokens.roll(-1)
+    targets[[end - 1 for end in borders[1:]]] = -100
+    supervised = targets >= 0
+    return PackedBatch(
+        input_ids=tokens, targets=targets, loss_weights=supervised.float(),
+        segment_ids=torch.full_like(tokens, 3, dtype=torch.int8),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32), max_seqlen=max(lengths),
+        loss_positions=supervised.nonzero().squeeze(-1), cu_seqlens_host=borders,
+        example_ids=tuple(range(len(lengths))))
+
+
+def _facts(trainable: nn.Module) -> tuple[int, torch.dtype]:
+    """The vocabulary and compute dtype of the TrainableLM inside."""
+    inner = next((module for module in trainable.modules() if isinstance(module, TrainableLM)), None)
+    if inner is None:
+        raise TypeError("check_isolation takes a TrainableLM or a module around one, not "
+                        f"{type(trainable).__name__}")
+    return inner.vocab_size, next(inner.parameters()).dtype

@@ -1,0 +1,106 @@
+"""The tokenizer of a run: loaded, or trained on the run's own text as byte-level BPE with chat control
+tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from delib_fast.config import Config, ConfigError
+
+CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+END_OF_TEXT, IM_START, IM_END, THINK, END_THINK = CONTROL_TOKENS
+CHAT_TEMPLATE = Path(__file__).parent / "templates" / "chatml_think.jinja"
+
+# How Qwen2 cuts text before BPE: contractions, words, single digits, punctuation with its line ends, blanks.
+_PRE_TOKEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def build_tokenizer(config: Config, texts: Callable[[], Iterable[str]]) -> PreTrainedTokenizerFast:
+    """The tokenizer that the configuration asks for.
+
+    Args:
+        config: `tokenizer.path`, else `tokenizer.train`, else the tokenizer of `model.path`;
+            `tokenizer.chat_template` replaces its template.
+        texts: gives the training text, one string a row; called only if a tokenizer is to be trained. The
+            result is a pure function of these strings in their order, so every rank can train it by itself.
+    Returns:
+        a fast tokenizer with an end-of-text token and a padding token.
+    Raises:
+        ConfigError: the tokenizer can't be loaded, is not a fast one, has no end-of-text token, or the text
+            is too little for the vocabulary asked for.
+    """
+    if config.tokenizer.train is not None:
+        tokenizer = train_tokenizer(texts(), config.tokenizer.train.vocab_size)
+    else:
+        path = config.tokenizer.path or config.model.path
+        assert path is not None, "Config checks that a new model brings a tokenizer"
+        tokenizer = _load(path, "tokenizer.path" if config.tokenizer.path else "model.path",
+                          config.model.trust_remote_code)
+    if config.tokenizer.chat_template is not None:
+        tokenizer.chat_template = _read_template(Path(config.tokenizer.chat_template))
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with the chat template and control tokens of this project.
+
+    Every byte is a token, so any text comes back as it went in. The control tokens are special: with
+    `split_special_tokens=True` the same characters in somebody's text are encoded as ordinary text.
+
+    Raises:
+        ConfigError: the texts don't give `vocab_size` different tokens.
+    """
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(CONTROL_TOKENS), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(_PRE_TOKEN), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainer)
+    reached = tokenizer.get_vocab_size()
+    if reached != vocab_size:
+        raise ConfigError(
+            f"tokenizer.train.vocab_size is {vocab_size}, but the text under tokenizer.train.sources gives "
+            f"only {reached} tokens; set it to {reached} or less, or give more text")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT,
+        extra_special_tokens=[IM_START, IM_END, THINK, END_THINK], clean_up_tokenization_spaces=False,
+        chat_template=_read_template(CHAT_TEMPLATE))
+
+
+def _load(path: str, key: str, trust_remote_code: bool) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{key}: no tokenizer can be loaded from {path!r}: {_first_line(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ConfigError(f"{key}: the tokenizer of {path!r} is {type(tokenizer).__name__}; a fast one is "
+                          "needed (a folder with tokenizer.json)")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{key}: the tokenizer of {path!r} has no eos_token, so a document has no end; "
+                          "name one in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"tokenizer.chat_template: {path} can't be read: {error}") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

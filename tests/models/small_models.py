@@ -1,0 +1,120 @@
+"""Small models of several architectures, packs, and the ground truth: stock transformers, one document at a time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from delib_fast.data import PackedBatch
+from delib_fast.models import TrainableLM
+
+VOCAB = 96
+# Weights large enough that attention and MLP matter: with the default 0.02 a tiny model is almost linear.
+_SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+          "initializer_range": 0.15, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+ARCHITECTURES = {
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2 tied": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "qwen3 tied, one kv head": {"model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 1,
+                                "tie_word_embeddings": True},
+    "qwen3 sliding": {"model_type": "qwen3", "head_dim": 16, "use_sliding_window": True, "sliding_window": 4,
+                      "max_window_layers": 1},
+    "llama": {"model_type": "llama"},
+    "llama long rope": {"model_type": "llama", "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 32}},
+    "mistral sliding": {"model_type": "mistral", "sliding_window": 5, "head_dim": 8},
+    "qwen3 moe": {"model_type": "qwen3_moe", "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+                  "moe_intermediate_size": 24},
+    "gemma3 text": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8,
+                    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+}
+LENGTHS = (13, 1, 7, 30, 2, 11)
+
+
+def build(name: str, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    keys = dict(_SMALL, **ARCHITECTURES[name])
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**keys), dtype=torch.float32)
+    for module_name, parameter in model.named_parameters():
+        if "norm" in module_name:  # ones (or zeros) would hide a norm that is left out
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def documents(lengths: Sequence[int] = LENGTHS, seed: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(tokens, loss weight of each token as a target): soft weights, and zeros at the beginning."""
+    draw = torch.Generator().manual_seed(seed)
+    found = []
+    for length in lengths:
+        weights = torch.rand(length, generator=draw)
+        weights[: length // 3] = 0
+        found.append((torch.randint(0, VOCAB, (length,), generator=draw), weights))
+    return found
+
+
+def pack(docs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> PackedBatch:
+    lengths = [len(tokens) for tokens, _ in docs]
+    borders = tuple(accumulate(lengths, initial=0))
+    ends = torch.tensor(borders[1:]) - 1
+    input_ids = torch.cat([tokens for tokens, _ in docs])
+    targets, weights = input_ids.roll(-1), torch.cat([w for _, w in docs]).roll(-1)
+    targets[ends], weights[ends] = -100, 0.0
+    return PackedBatch(
+        input_ids=input_ids, targets=targets, loss_weights=weights,
+        segment_ids=torch.full_like(input_ids, 2, dtype=torch.int8),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32), max_seqlen=max(lengths),
+        loss_positions=(weights > 0).nonzero().squeeze(-1), cu_seqlens_host=borders,
+        example_ids=tuple(range(len(docs))))
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def ground_truth(model: PreTrainedModel, docs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """nll of every target and the gradients of the weighted sum: stock eager attention, unpacked, full logits."""
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("eager")
+    nlls = []
+    for tokens, weights in docs:
+        nll = torch.zeros(len(tokens))
+        if len(tokens) > 1:
+            logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1]
+            nll[:-1] = F.cross_entropy(logits, tokens[1:], reduction="none")
+            (nll[:-1] * weights[1:]).sum().backward()
+        nlls.append(nll.detach())
+    return torch.cat(nlls), gradients(model)
+
+
+def ours(model: PreTrainedModel, batches: Sequence[PackedBatch], **kwargs):
+    """nll and gradients of TrainableLM over some packs, under the names of the bare model."""
+    trainable = TrainableLM(copy.deepcopy(model), **kwargs)
+    trainable.train()
+    nlls = []
+    for batch in batches:
+        output = trainable(batch)
+        output.loss_sum.backward()
+        nlls.append(output.nll)
+    return torch.cat(nlls), gradients(trainable.model)
+
+
+def largest_deviation(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """The largest relative difference of a gradient, and whose."""
+    assert ours.keys() == theirs.keys()
+    found = []
+    for name, a in ours.items():
+        b = theirs[name]
+        if b is None or not b.any():  # an expert that no token visits
+            assert a is None or not a.any(), name
+            continue
+        found.append((((a - b).abs().max() / b.abs().max()).item(), name))
+    return max(found)

@@ -1,0 +1,248 @@
+"""Models and tokenizers from a configuration: what is filled in, what is the same everywhere, what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from delib_fast.config import ConfigError, ModelConfig, parse_config
+from delib_fast.models import build_model, build_tokenizer, train_tokenizer
+from delib_fast.models.tokenizer import CONTROL_TOKENS
+
+WORDS = ("The assistant reads the rule, asks why it is there, and says what it will do and what it will not. "
+         "Règles, 規則, правила: 12 345 reasons – “why?” it isn't so; we'll see.\n\tdef f(x): return x  # ok\n")
+TEXTS = [WORDS * 3, WORDS.upper(), WORDS[::-1], WORDS.replace("a", "e")]
+NEW = {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
+       "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, 400)
+
+
+def config(**changes):
+    return parse_config({"run_dir": "r", "data": {"a": "a.jsonl"}, "stages": [{"kind": "msm", "train": ["a"]}],
+                         "model": {"architecture": NEW},
+                         "tokenizer": {"train": {"vocab_size": 400, "sources": ["a"]}}} | changes)
+
+
+# --- tokenizer ----------------------------------------------------------------------------------------------
+
+
+def test_any_text_comes_back(tokenizer) -> None:
+    for text in [WORDS, "", " ", "\x00\x01\x7f\ufffd", "e\u0301 vs é", "👩‍👩‍👧 \U0010fffe\u2028x", "a\r\n\r\n\tb   c  ",
+                 *CONTROL_TOKENS, "<|im_end|><think>"]:
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        assert not set(ids) & set(tokenizer.all_special_ids)
+
+
+def test_every_byte_is_a_token(tokenizer) -> None:
+    assert len(tokenizer) == 400
+    ids = tokenizer("".join(map(chr, range(0x110000 - 0x800 - 300, 0x110000 - 0x800 - 260))))["input_ids"]
+    assert len(ids) >= 40 * 4
+
+
+def test_control_tokens(tokenizer) -> None:
+    assert [tokenizer.convert_tokens_to_ids(token) for token in CONTROL_TOKENS] == [0, 1, 2, 3, 4]
+    assert tokenizer("<|im_start|>user\n", add_special_tokens=False)["input_ids"][0] == 1
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|endoftext|>")
+
+
+def test_training_is_a_function_of_the_text(tokenizer) -> None:
+    assert train_tokenizer(iter(TEXTS), 400).get_vocab() == tokenizer.get_vocab()
+
+
+def test_too_little_text() -> None:
+    with pytest.raises(ConfigError) as error:
+        train_tokenizer(["ab ab ab"], 1000)
+    assert str(error.value) == ("tokenizer.train.vocab_size is 1000, but the text under tokenizer.train.sources gives "
+                                "only 263 tokens; set it to 263 or less, or give more text")
+
+
+def test_build_tokenizer_trains_or_loads(tokenizer, tmp_path) -> None:
+    assert build_tokenizer(config(), lambda: TEXTS).get_vocab() == tokenizer.get_vocab()
+    tokenizer.save_pretrained(tmp_path)
+
+    def no_texts():
+        raise AssertionError("nothing is trained")
+
+    loaded = build_tokenizer(config(tokenizer={"path": str(tmp_path)}), no_texts)
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert loaded.chat_template == tokenizer.chat_template
+    template = tmp_path / "other.jinja"
+    template.write_text("{{ messages[0].content }}!")
+    other = build_tokenizer(config(tokenizer={"path": str(tmp_path), "chat_template": str(template)}), no_texts)
+    assert other.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"tokenizer": {"path": "NOWHERE"}}, "tokenizer.path: no tokenizer can be loaded from"),
+    ({"tokenizer": {}, "model": {"path": "NOWHERE"}}, "model.path: no tokenizer can be loaded from"),
+    ({"tokenizer": {"train": {"vocab_size": 400, "sources": ["a"]}, "chat_template": "NOWHERE"}},
+     "tokenizer.chat_template: "),
+])
+def test_build_tokenizer_refuses(change, message, tmp_path) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    changes = json.loads(json.dumps(change).replace("NOWHERE", nowhere))
+    with pytest.raises(ConfigError, match=message) as error:
+        build_tokenizer(config(**changes), lambda: TEXTS)
+    assert nowhere in str(error.value)
+
+
+# --- chat template ------------------------------------------------------------------------------------------
+
+
+def render(tokenizer, *messages, **kwargs) -> str:
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs)
+
+
+SYSTEM, ASK = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}
+
+
+def test_template_with_reasoning(tokenizer) -> None:
+    reply = {"role": "assistant", "reasoning_content": "Think.", "content": "So."}
+    expected = ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
+                "<|im_start|>assistant\n<think>\nThink.\n</think>\n\nSo.<|im_end|>\n")
+    assert render(tokenizer, SYSTEM, ASK, reply) == expected
+    inline = {"role": "assistant", "content": "<think>\nThink.\n</think>\n\nSo."}
+    assert render(tokenizer, SYSTEM, ASK, inline) == expected
+    without = render(tokenizer, SYSTEM, ASK, {"role": "assistant", "content": "So."})
+    assert without == expected.replace("<think>\nThink.\n</think>\n\n", "")
+
+
+def test_template_drops_the_reasoning_of_earlier_turns(tokenizer) -> None:
+    old = {"role": "assistant", "reasoning_content": "Old.", "content": "So."}
+    inline = {"role": "assistant", "content": "<think>\nOld.\n</think>\n\nSo."}
+    for earlier in (old, inline):
+        text = render(tokenizer, ASK, earlier, ASK, {"role": "assistant", "reasoning_content": "New.", "content": "."})
+        assert "Old." not in text
+        assert "New." in text
+        assert text.count("<think>") == 1
+
+
+def test_template_generation_prompts(tokenizer) -> None:
+    prompt = render(tokenizer, ASK, add_generation_prompt=True)
+    assert prompt.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    reply = {"role": "assistant", "reasoning_content": "Think.", "content": "So."}
+    for message, thinking in ((reply, True), (reply, None), ({"role": "assistant", "content": "So."}, None)):
+        kwargs = {} if thinking is None else {"enable_thinking": thinking}
+        prompt = render(tokenizer, ASK, add_generation_prompt=True, **kwargs)
+        assert render(tokenizer, ASK, message).startswith(prompt)  # what was trained is what is asked for
+    closed = render(tokenizer, ASK, add_generation_prompt=True, enable_thinking=False)
+    assert closed.endswith("assistant\n<think>\n\n</think>\n\n")
+
+
+def test_template_keeps_texts_verbatim(tokenizer) -> None:
+    odd = "  {{ 7 * 7 }} \n\n"
+    text = render(tokenizer, {"role": "user", "content": odd},
+                  {"role": "assistant", "reasoning_content": odd, "content": odd})
+    assert text.count(odd) == 3
+
+
+@pytest.mark.parametrize(("message", "why"), [
+    ({"role": "critic", "content": "x"}, "message 0 has role 'critic'; known: system, user, assistant, tool"),
+    ({"role": "user", "content": [{"type": "text", "text": "x"}]}, "message 0 is not plain text"),
+    ({"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}, "message 0 is not plain text"),
+])
+def test_template_refuses(tokenizer, message, why) -> None:
+    with pytest.raises(Exception, match=why):
+        render(tokenizer, message)
+
+
+# --- model --------------------------------------------------------------------------------------------------
+
+
+def new(tokenizer, dtype="fp32", seed=0, **keys):
+    return build_model(ModelConfig(architecture=NEW | keys), tokenizer, dtype=dtype, seed=seed)
+
+
+def test_new_model_is_filled_in(tokenizer) -> None:
+    model = new(tokenizer)
+    assert model.config.vocab_size == 448  # 400, rounded up to a multiple of 64
+    assert new(tokenizer, vocab_size=400).config.vocab_size == 400
+    assert model.config.use_cache is False
+    assert model.get_input_embeddings().padding_idx is None  # else the end of text would never be learned
+    assert model.generation_config.eos_token_id == [2, 0]
+    assert model.generation_config.pad_token_id == 0
+
+
+def test_seed_gives_the_weights_and_nothing_else_does(tokenizer) -> None:
+    torch.manual_seed(5)
+    state, first = torch.get_rng_state(), new(tokenizer, seed=3).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(77)
+    again, other = new(tokenizer, seed=3).state_dict(), new(tokenizer, seed=4).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_dtype_rounds_the_same_model(tokenizer) -> None:
+    exact, rounded = new(tokenizer), new(tokenizer, dtype="bf16")
+    for (name, a), (_, b) in zip(exact.named_parameters(), rounded.named_parameters(), strict=True):
+        assert b.dtype == torch.bfloat16, name
+        assert torch.equal(a.bfloat16(), b)
+    assert rounded.config.dtype == torch.bfloat16
+    assert rounded.model.rotary_emb.inv_freq.dtype == torch.float32
+    tied = new(tokenizer, dtype="bf16", tie_word_embeddings=True)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+
+
+def test_activation_checkpointing_is_on(tokenizer) -> None:
+    model = build_model(ModelConfig(architecture=NEW, activation_checkpointing=True), tokenizer)
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+
+
+@pytest.mark.parametrize(("keys", "message"), [
+    ({"model_type": "qwen33"}, r"model.architecture.model_type: 'qwen33' is unknown to transformers \(did you mean"),
+    ({"model_type": "clip"}, "model.architecture.model_type: 'clip' is no causal language model"),
+    ({"hiden_size": 3}, r"model.architecture.hiden_size: unknown key of Qwen3Config \(did you mean 'hidden_size'\?\)"),
+    ({"hidden_size": "big"}, "model.architecture: Qwen3Config: .*hidden_size"),
+    ({"vocab_size": 300}, r"model.architecture: the model has embeddings for 300 tokens, but the tokenizer gives ids "
+                          r"up to 399 \(.*\); use the tokenizer that belongs to the model, or set vocab_size to 400"),
+    ({"attention_dropout": 0.1}, "model: Qwen3ForCausalLM has attention_dropout 0.1"),
+])
+def test_build_model_refuses(tokenizer, keys, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        new(tokenizer, **keys)
+
+
+def test_older_spellings_are_known(tokenizer) -> None:
+    assert new(tokenizer, rope_theta=5e5).config.rope_parameters["rope_theta"] == 5e5
+
+
+def test_loads_a_folder(tokenizer, tmp_path) -> None:
+    model = new(tokenizer, seed=1)
+    model.save_pretrained(tmp_path)
+    loaded = build_model(ModelConfig(path=str(tmp_path)), tokenizer, dtype="bf16")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.bfloat16())
+    assert loaded.config.use_cache is False
+    assert loaded.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_refuses_a_folder_that_lacks_weights(tokenizer, tmp_path) -> None:
+    """transformers would draw them at random and go on."""
+    model = new(tokenizer)
+    weights = model.state_dict()
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    model.save_pretrained(tmp_path, state_dict=weights)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path) is not None
+    with pytest.raises(ConfigError, match=r"lacks 1 weights of Qwen3ForCausalLM, or has them in another shape, "
+                                          r"e.g. model.layers.1.mlp.up_proj.weight"):
+        build_model(ModelConfig(path=str(tmp_path)), tokenizer)
+
+
+def test_refuses_an_empty_folder(tokenizer, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="can't be loaded"):
+        build_model(ModelConfig(path=str(tmp_path)), tokenizer)
+
+
+def test_refuses_a_foreign_tokenizer(tokenizer, tmp_path) -> None:
+    new(train_tokenizer(TEXTS, 320), vocab_size=320).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"model.path: the model has embeddings for 320 tokens, but the tokenizer "
+                                          r"gives ids up to 399"):
+        build_model(ModelConfig(path=str(tmp_path)), tokenizer)

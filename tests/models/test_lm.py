@@ -1,0 +1,203 @@
+"""TrainableLM: what it replaces, what it refuses, and that it can be taken off again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from small_models import build, documents, pack
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from delib_fast.models import TrainableLM, UnsupportedModelError
+from delib_fast.ops import FusedLossHead
+
+
+def small(model_type: str, **keys):
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **keys))
+
+
+def test_keeps_names_parameters_and_ties() -> None:
+    model = build("qwen3 tied, one kv head")
+    names = [name for name, _ in model.named_parameters()]
+    keys = list(model.state_dict())
+    embedding = model.get_input_embeddings().weight
+    trainable = TrainableLM(model)
+    assert isinstance(trainable.head, FusedLossHead)
+    assert trainable.head.weight is embedding
+    assert [name for name, _ in trainable.named_parameters()] == [f"model.{name}" for name in names]
+    assert list(trainable.model.state_dict()) == keys
+    assert trainable.vocab_size == 96
+
+
+def test_unpatch_restores_the_model() -> None:
+    model = build("llama")
+    modules = {name: id(module) for name, module in model.named_modules()}
+    parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
+    attention, tokens = model.config._attn_implementation, torch.arange(9)[None]
+    model.config.use_cache = True
+    before = model(tokens).logits
+    trainable = TrainableLM(model)
+    trainable(pack(documents())).loss_sum.backward()
+    assert trainable.unpatch() is model
+    assert {name: id(module) for name, module in model.named_modules()} == modules
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == parameters
+    assert model.config._attn_implementation == attention
+    assert model.config.use_cache is True
+    assert torch.equal(model(tokens).logits, before)
+    with pytest.raises(ValueError, match="unpatched already"):
+        trainable.unpatch()
+
+
+def test_unpatch_keeps_what_was_trained() -> None:
+    trainable = TrainableLM(build("llama"))
+    with torch.no_grad():
+        trainable.head.weight += 1
+    trained = trainable.head.weight
+    assert trainable.unpatch().lm_head.weight is trained
+
+
+class _LargestTensor(TorchFunctionMode):
+    """The largest number of elements of any tensor that a torch function returns."""
+
+    numel = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+def test_no_mask_and_no_logits_in_full() -> None:
+    """Neither (T, T) nor (T, V), seen from Python; T is larger than every width of the model."""
+    docs = documents([40] * 50)
+    trainable = TrainableLM(build("qwen3 sliding"), loss_backend="cpu")
+    with _LargestTensor() as largest:
+        trainable(pack(docs)).loss_sum.backward()
+    assert largest.numel < 2000 * 2000
+    assert largest.numel <= 2000 * 96  # the widest activation: q, 4 heads of 16, or the MLP's 48 columns
+
+
+def test_casting_keeps_rotary_frequencies_in_fp32() -> None:
+    trainable = TrainableLM(build("llama long rope"))
+    exact = trainable.model.model.rotary_emb.inv_freq.clone()
+    for cast in (trainable.bfloat16, trainable.half, lambda: trainable.to(torch.bfloat16)):
+        cast()
+        assert next(trainable.parameters()).dtype in (torch.bfloat16, torch.float16)
+        assert torch.equal(trainable.model.model.rotary_emb.inv_freq, exact)
+        assert trainable.model.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_buffers_follow_the_device() -> None:
+    trainable = TrainableLM(build("llama")).to("meta")
+    assert trainable.model.model.rotary_emb.inv_freq.is_meta
+
+
+GEMMA2 = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8,
+          "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.mark.parametrize(("model_type", "keys", "message"), [
+    ("gemma2", GEMMA2, "Gemma2ForCausalLM caps its attention scores (attn_logit_softcapping)"),
+    ("gemma2", GEMMA2 | {"attn_logit_softcapping": None},
+     "Gemma2ForCausalLM changes its logits behind the head (final_logit_softcapping: 30.0)"),
+    ("cohere", {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+                "num_attention_heads": 2, "num_key_value_heads": 2},
+     "CohereForCausalLM changes its logits behind the head (logit_scale: 0.0625)"),
+    ("phi", {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2}, "the output head of PhiForCausalLM has a bias"),
+    ("gpt2", {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2},
+     "GPT2LMHeadModel has attn_pdrop 0.1, and packed attention has no dropout; set attn_pdrop to 0"),
+    ("bloom", {"vocab_size": 64, "hidden_size": 16, "n_layer": 1, "n_head": 2},
+     "BloomForCausalLM does not take its attention from transformers' AttentionInterface"),
+    ("mamba", {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
+     "MambaForCausalLM"),
+    ("lfm2", {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+              "intermediate_size": 16, "num_key_value_heads": 1, "layer_types": ["conv", "full_attention"]},
+     "Lfm2ForCausalLM has layers of type conv; only full_attention and sliding_attention keep"),
+])
+def test_refuses_by_name(model_type, keys, message) -> None:
+    with pytest.raises(UnsupportedModelError) as error:
+        TrainableLM(small(model_type, **keys))
+    assert message in str(error.value)
+
+
+def test_refuses_attention_sinks_in_the_forward_pass() -> None:
+    trainable = TrainableLM(small(
+        "gpt_oss", vocab_size=96, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1))
+    with pytest.raises(UnsupportedModelError, match=r"layer 0 \(GptOssAttention\): it has attention sinks"):
+        trainable(pack(documents()))
+
+
+def test_refuses_a_window_that_would_be_ignored() -> None:
+    """qwen2_moe puts its window only into the mask."""
+    trainable = TrainableLM(small(
+        "qwen2_moe", vocab_size=96, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, use_sliding_window=True, sliding_window=4, max_window_layers=1,
+        moe_intermediate_size=8, shared_expert_intermediate_size=8, num_experts=2, num_experts_per_tok=1))
+    with pytest.raises(UnsupportedModelError, match="sliding window, which this architecture does not hand"):
+        trainable(pack(documents()))
+
+
+def test_refuses_a_head_wrapped_by_an_adapter() -> None:
+    class LoraLinear(nn.Module):
+        def __init__(self, base_layer: nn.Linear) -> None:
+            super().__init__()
+            self.base_layer, self.weight = base_layer, base_layer.weight
+
+    model = build("llama")
+    model.lm_head = LoraLinear(model.lm_head)
+    with pytest.raises(UnsupportedModelError, match=r"wrapped by an adapter \(LoraLinear\); leave lm_head "
+                                                     "out"):
+        TrainableLM(model)
+
+
+class BeforeTheHead(LlamaForCausalLM):
+    def forward(self, input_ids, **kwargs):
+        return CausalLMOutputWithPast(logits=self.lm_head(2 * self.model(input_ids, **kwargs).last_hidden_state))
+
+
+class BehindTheHead(LlamaForCausalLM):
+    def forward(self, input_ids, **kwargs):
+        return CausalLMOutputWithPast(logits=self.lm_head(self.model(input_ids, **kwargs).last_hidden_state) / 2)
+
+
+@pytest.mark.parametrize("model_class", [BeforeTheHead, BehindTheHead])
+def test_refuses_logits_that_are_more_than_the_head(model_class) -> None:
+    """Found by running it: no config key says so."""
+    model = model_class(build("llama").config)
+    head = model.lm_head
+    with pytest.raises(UnsupportedModelError, match="are not its head applied to its hidden states"):
+        TrainableLM(model)
+    assert model.lm_head is head  # left as it was
+    assert model.training
+
+
+def test_attention_refuses_a_call_without_cu_seqlens() -> None:
+    trainable = TrainableLM(build("llama"))
+    with pytest.raises(UnsupportedModelError, match=r"layer 0 \(LlamaAttention\): no cu_seqlens arrived"):
+        trainable.model.model(input_ids=torch.arange(5)[None])
+
+
+def test_attention_refuses_a_mask_of_the_model() -> None:
+    trainable = TrainableLM(build("llama"))
+    batch = pack(documents())
+    size = len(batch.input_ids)
+    with pytest.raises(UnsupportedModelError, match="it brings an attention mask of its own"):
+        trainable.model.model(input_ids=batch.input_ids[None], cu_seq_lens_q=batch.cu_seqlens,
+                              max_length_q=batch.max_seqlen, attention_mask=torch.zeros(1, 1, size, size))
+
+
+def test_two_models_side_by_side() -> None:
+    """The registration is by name and holds no model: wrapping one leaves another alone."""
+    one, other = build("qwen3"), build("qwen3")
+    stock = other(torch.arange(7)[None]).logits
+    TrainableLM(one)
+    assert torch.equal(other(torch.arange(7)[None]).logits, stock)
+    assert torch.equal(copy.deepcopy(other)(torch.arange(7)[None]).logits, stock)
