@@ -19,6 +19,7 @@ import pytest
 
 from delib_fast.config import AFTConfig
 from delib_fast.data import EncodedSet, Example, Message, PackedBatches, Row, encode_rows, plan_packs
+from delib_fast.data.batch import pack_costs
 from delib_fast.data.packing import _compiled
 
 CAPACITY = 32_768
@@ -70,6 +71,27 @@ def bench_plan_packs_trl(benchmark, batch):
     tokens = sum(map(len, packed["input_ids"]))
     note(benchmark, fill=tokens / (len(packed) * capacity), packs=len(packed),
          lengths_per_s=N / benchmark.stats.stats.min)
+
+
+@pytest.mark.parametrize("model", ["Qwen3-1.7B", "Qwen3-8B"])
+@pytest.mark.parametrize("ranks", [8, 32])
+def bench_cost_balance(benchmark, model, ranks):
+    """Max over mean cost of the ranks of a step (what the slowest costs all), in random order and balanced."""
+    q = {"Qwen3-1.7B": 28 * 2048 / 1.7e9, "Qwen3-8B": 36 * 4096 / 8.2e9}[model]
+    lengths = np.clip(long_cot_lengths(200_000), 64, CAPACITY)
+    examples = EncodedSet([Example(np.zeros(n, np.int32), np.full(n, 2, np.int8), "") for n in (2, 2)])
+    examples.lengths = lengths  # only lengths matter here: 1.8 billion tokens need not be made
+
+    def ratio(quadratic_cost: float) -> float:
+        batches = PackedBatches(examples, pack_capacity=2 * CAPACITY, packs_per_step=ranks, epochs=1, rank=0,
+                                segment_weights=(0, 1, 1, 1), seed=0, world_size=1, quadratic_cost=quadratic_cost)
+        plan, order = batches._plan(0)
+        costs = pack_costs(plan, lengths, q)[order[: len(order) // ranks * ranks]].reshape(-1, ranks)
+        return float((costs.max(1) / costs.mean(1)).mean())
+
+    balanced = benchmark.pedantic(ratio, (q,), rounds=3)
+    note(benchmark, random_order=ratio(0.0), balanced=balanced)
+    assert balanced < 1.005
 
 
 # --- assembling -----------------------------------------------------------------------------------------------

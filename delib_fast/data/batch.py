@@ -132,6 +132,9 @@ class PackedBatches:
         epochs: how often every example is seen.
         rank, world_size: this process and how many there are.
         max_steps: end after this many steps.
+        quadratic_cost: q, where an example of n tokens costs n + q·n² (for a transformer about
+            layers × attention width / parameters). Above 0, packs of like cost share a step, so that no rank
+            waits for another one's long attention; the order of the steps stays shuffled.
     Raises:
         ValueError: packs_per_step can't be shared out over the ranks; an example is longer than the capacity;
             or no example of the whole set has a target with a weight above 0.
@@ -149,6 +152,7 @@ class PackedBatches:
         rank: int,
         world_size: int,
         max_steps: int | None = None,
+        quadratic_cost: float = 0.0,
     ) -> None:
         _check_ranks(packs_per_step, rank, world_size)
         self.examples = _encoded(examples)
@@ -156,7 +160,7 @@ class PackedBatches:
         self.packs_per_step, self.pack_capacity = packs_per_step, pack_capacity
         self._weight_of = _weight_table(segment_weights)
         _check_something_supervised(self.examples, self._weight_of)
-        self._seed = seed
+        self._seed, self._quadratic_cost = seed, quadratic_cost
         self._plan = lru_cache(maxsize=2)(self._plan_epoch)  # the epoch at hand, and its neighbour
         first = self._plan(0)[0]
         self.fill = first.fill
@@ -192,7 +196,29 @@ class PackedBatches:
     def _plan_epoch(self, epoch: int) -> tuple[PackPlan, NDArray[np.int64]]:
         seed = self._seed * 1_000_003 + epoch
         plan = plan_packs(self.examples.lengths, self.pack_capacity, seed=seed)
-        return plan, seeded_permutation(plan.num_packs, seed ^ 0x5EED)
+        order = seeded_permutation(plan.num_packs, seed ^ 0x5EED)
+        if self._quadratic_cost > 0:
+            costs = pack_costs(plan, self.examples.lengths, self._quadratic_cost)
+            order = _like_with_like(order, costs, self.packs_per_step, seed ^ 0xC057)
+        return plan, order
+
+
+def pack_costs(plan: PackPlan, lengths: NDArray[np.int64], quadratic_cost: float) -> NDArray[np.float64]:
+    """(P,) Σ n + q·n² over the examples of each pack."""
+    n = lengths[plan.examples].astype(np.float64)
+    return np.add.reduceat(n + quadratic_cost * n * n, plan.pack_offsets[:-1])
+
+
+def _like_with_like(
+    order: NDArray[np.int64], costs: NDArray[np.float64], packs_per_step: int, seed: int
+) -> NDArray[np.int64]:
+    """Neighbours by cost in one step, the steps shuffled; the short step, of the cheapest packs, comes last."""
+    by_cost = order[np.argsort(costs[order], kind="stable")]  # packs of one cost stay in their drawn order
+    short = len(by_cost) % packs_per_step
+    steps = by_cost[short:].reshape(-1, packs_per_step)
+    if len(steps):
+        steps = steps[seeded_permutation(len(steps), seed)]
+    return np.concatenate([steps.ravel(), by_cost[:short]])
 
 
 def evaluation_batches(

@@ -15,7 +15,10 @@ from delib_fast.data import (
     PackedBatches,
     empty_pack,
     evaluation_batches,
+    plan_packs,
 )
+from delib_fast.data.batch import _like_with_like, pack_costs
+from delib_fast.data.packing import seeded_permutation
 
 WEIGHTS = (0.0, 0.5, 1.0, 2.0)
 
@@ -143,6 +146,43 @@ def test_a_short_last_step_is_filled_with_empty_packs():
     assert (empty.targets == IGNORE_INDEX).all()
     assert empty.loss_weights.sum() == 0
     assert len(empty.loss_positions) == 0
+
+
+@pytest.mark.parametrize("packs", [1, 7, 8, 9, 300])
+def test_packs_of_like_cost_share_a_step(packs):
+    rng = np.random.default_rng(0)
+    lengths = [n for _ in range(packs) for n in ([64] if rng.random() < 0.3 else [16] * 4)]
+    examples = make(lengths)
+    even = batches(examples, packs_per_step=8, quadratic_cost=0.1, epochs=2)
+    for epoch in range(2):
+        steps = range(epoch * even.steps_per_epoch, (epoch + 1) * even.steps_per_epoch)
+        assert sorted(i for s in steps for i in even.step_example_ids(s)) == list(range(len(examples)))
+        kinds = [{lengths[i] for i in even.step_example_ids(s)} for s in steps]
+        assert sum(len(kind) > 1 for kind in kinds) <= 2  # at most where one kind ends and the short step
+        if packs == 300:  # and the order of the steps is still shuffled
+            assert sum(a != b for a, b in itertools.pairwise(kinds)) > 4
+    shares = [batches(examples, packs_per_step=8, quadratic_cost=0.1, rank=r, world_size=4) for r in range(4)]
+    for step in range(even.num_steps):
+        parts = [share.step(step) for share in shares]
+        everywhere = [parts[p % 4][p // 4].example_ids for p in range(8)]
+        assert everywhere == [pack.example_ids for pack in even.step(step)]
+
+
+def test_cost_balance_at_scale():
+    """Max over mean cost of 32 ranks, a pack a rank, 64k packs of long chains of thought (random order: over 1.3)."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(np.exp(rng.normal(np.log(6000), 0.9, 100_000)), 64, 65536).astype(np.int64)
+    plan = plan_packs(lengths, 65536)
+    q = 28 * 2048 / 1.7e9  # Qwen3-1.7B: layers × attention width / parameters
+    costs = pack_costs(plan, lengths, q)
+    random_order = seeded_permutation(plan.num_packs, 0)
+
+    def imbalance(order):
+        steps = costs[order[: len(order) // 32 * 32]].reshape(-1, 32)
+        return (steps.max(1) / steps.mean(1)).mean()
+
+    assert imbalance(random_order) > 1.3
+    assert imbalance(_like_with_like(random_order, costs, 32, 0)) < 1.005
 
 
 def test_max_steps():
