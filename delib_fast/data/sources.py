@@ -14,7 +14,7 @@ from .jsonl import HashingFile, Item, decode_text, read_items, refuse_foreign_by
 from .rows import DataError, Row
 from .text_files import cut_at_headings
 
-ROW_FILES = (".jsonl", ".ndjson", ".json")
+ROW_FILES = (".jsonl", ".ndjson", ".json", ".parquet")
 TEXT_FILES = (".txt", ".md", ".markdown")
 
 
@@ -57,7 +57,7 @@ def read_source(name: str, config: SourceConfig) -> SourceRows:
         if path.suffix.lower() in TEXT_FILES:
             rows = _text_rows(name, path, config, file)
         else:
-            rows = _item_rows(name, path, config, read_items(file, path), bad_rows)
+            rows = _item_rows(name, path, config, _items(path, file), bad_rows)
         kept = list(itertools.islice(rows, config.limit))
         sha256 = file.hexdigest()
     finally:
@@ -99,6 +99,14 @@ def _text_rows(name: str, path: Path, config: SourceConfig, file: HashingFile) -
     for line, piece in pieces:
         if piece.strip():
             yield document_row(piece, source=name, place=f"{path}:{line}")
+
+
+def _items(path: Path, file: HashingFile) -> Iterator[Item]:
+    if path.suffix.lower() != ".parquet":
+        return read_items(file, path)
+    from .parquet import read_parquet_items  # pyarrow takes half a second to import
+
+    return read_parquet_items(path)
 
 
 def _item_rows(name: str, path: Path, config: SourceConfig, items: Iterator[Item],

@@ -1,9 +1,12 @@
 """read_source: every format, every kind of damage with its file and line, and never a word of the row."""
 
+import hashlib
 import json
 import random
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from delib_fast.config import SourceConfig
@@ -136,6 +139,33 @@ def test_limit_and_hash(tmp_path):
     assert len(rows) == 2
     assert rows.sha256 == read(path).sha256  # of the whole file, though less was used
     assert rows[0].digest == rows[1].digest
+
+
+def test_parquet(tmp_path):
+    items = [{"prompt": "p", "cot": "c", "response": "r"}, {"text": "a document"},
+             {"messages": [{"role": "user", "content": "p"},
+                           {"role": "assistant", "content": "r", "reasoning_content": "c"}]}]
+    path = tmp_path / "rows.parquet"
+    columns = {key: [item.get(key) for item in items] for key in ("prompt", "cot", "response", "text", "messages")}
+    pq.write_table(pa.table(columns), path, row_group_size=2)
+    rows = read(path)  # the columns of the other rows are null in each
+    lines = read(write(tmp_path, "\n".join(map(json.dumps, items))))
+    assert [(r.kind, r.text, r.messages, r.cot, r.response, r.digest) for r in rows] == [
+        (r.kind, r.text, r.messages, r.cot, r.response, r.digest) for r in lines]
+    assert [r.place for r in rows] == [f"{path}:{n}" for n in (1, 2, 3)]
+    assert rows.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_damaged_parquet(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist([{"text": SECRET}, {"text": ""}]), path)
+    with pytest.raises(DataError, match=r"rows.parquet:2: 'text' is empty: .* \(row [0-9a-f]{12}\)"):
+        read(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"rows\.parquet: can't be read as Parquet: "):
+        read(path)
+    with pytest.raises(DataError, match=r"rows\.parquet: can't be read as Parquet: "):
+        read(write(tmp_path, GOOD, "rows.parquet"))
 
 
 # --- damage -------------------------------------------------------------------------------------------------
