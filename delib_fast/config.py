@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class ConfigError(ValueError):
@@ -196,8 +196,10 @@ class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO: 0 replicate all, 1 shard optimizer state, 2 also gradients, 3 also parameters. In bf16 and
     fp16 stage 0 runs as stage 1, which accumulates gradients in fp32."""
-    precision: Precision = "bf16"
-    """Compute dtype. bf16 and fp16 keep fp32 master weights in the optimizer."""
+    precision: Precision = "auto"
+    """Compute dtype; bf16 and fp16 keep fp32 master weights in the optimizer. `auto` is bf16 where the device
+    multiplies it natively (a GPU, a CPU with AVX-512 BF16 or AMX) and fp32 elsewhere; the run directory keeps
+    which."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False
     """Ask torch for deterministic kernels."""
@@ -288,7 +290,7 @@ _UniqueKeyLoader.add_implicit_resolver(
 
 def read_yaml(text: str, *, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""

@@ -136,7 +136,7 @@ class Saver:
 
     def due(self) -> bool:
         rules, step = self._context.config.checkpoint, self._engine.step
-        if step == self._saved_step or not self._context.ranks.rank == 0:
+        if step == self._saved_step or self._context.ranks.rank != 0:
             return False
         minutes = (time.monotonic() - self._saved_at) / 60
         return bool((rules.every_steps and step % rules.every_steps == 0)
@@ -227,8 +227,9 @@ def run_stage(context: Context, index: int) -> None:
     parent = parent_of(context, index)
     batches = context.corpus.batches(stage)
     context.reporter.say(f"{stage.name}: {context.corpus.describe(stage)}")
-    module = TrainableLM(build_stage_model(context, parent), loss_backend=config.model.loss)
-    check_isolation(module, ranks.device)
+    module = TrainableLM(build_stage_model(context, parent), attention_backend=config.model.attention,
+                         loss_backend=config.model.loss)
+    check_isolation(module.to(ranks.device), ranks.device)
     engine = Engine(module, config, stage, batches.num_steps, ranks)
     root = run.checkpoints(stage.name)
     found = engine.resume(root, context.reporter.say)
@@ -267,7 +268,7 @@ class Weights:
 
 def parent_of(context: Context, index: int) -> Weights:
     """The weights that a stage starts from: the base model, or what the stage before exported (checked)."""
-    from delib_fast.models import weights_sha256
+    from delib_fast.engine.checkpoint import weights_sha256
 
     config = context.config
     if index == 0:
@@ -296,15 +297,15 @@ def build_stage_model(context: Context, parent: Weights) -> Any:
 
 def export(context: Context, engine: Engine, module: Any, index: int) -> Weights:
     """Write the stage's model as a Hugging Face folder (rank 0; every rank takes part in gathering it)."""
-    from delib_fast.engine.engine import DTYPES
-    from delib_fast.models import export_model, weights_sha256
+    from delib_fast.engine.checkpoint import weights_sha256
+    from delib_fast.models import export_model
 
     config = context.config
     stage = config.stages[index]
     folder = context.run.exported(stage.name, last=index == len(config.stages) - 1)
     weights = engine.full_weights()
     if context.ranks.rank == 0:
-        export_model(module, weights, context.corpus.tokenizer, folder, dtype=DTYPES[config.engine.precision])
+        export_model(module, context.corpus.tokenizer, folder, state_dict=weights)
     context.ranks.barrier()
     return Weights(str(folder), weights_sha256(folder))
 
@@ -334,6 +335,7 @@ def run(config: Config) -> RunResult:
     from delib_fast.run_directory import RunDirectory
 
     ranks = Ranks(config.engine.device)
+    config = with_precision(config, ranks)
     first = ranks.rank == 0
     directory = RunDirectory(config.run_dir, writes=first)
     try:
@@ -356,6 +358,16 @@ def run(config: Config) -> RunResult:
         return RunResult(directory.path, model, directory.ledger)
     finally:
         directory.close()
+
+
+def with_precision(config: Config, ranks: Ranks) -> Config:
+    """The configuration with `engine.precision: auto` decided by the device."""
+    from delib_fast.engine import native_precision
+
+    if config.engine.precision != "auto":
+        return config
+    engine = config.engine.model_copy(update={"precision": native_precision(ranks.device)})
+    return config.model_copy(update={"engine": engine})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -388,9 +400,11 @@ def _is_told_plainly(error: Exception) -> bool:
     """Errors of ours: their message is written for the user and says all; a traceback would bury it."""
     from delib_fast.data import DataError
     from delib_fast.engine.checkpoint import CheckpointError
-    from delib_fast.models import LeakError, ModelError
+    from delib_fast.models import LeakError, UnsupportedModelError
+    from delib_fast.ops import BackendUnavailable
 
-    return isinstance(error, DataError | CheckpointError | LeakError | ModelError | TrainingError)
+    return isinstance(error, DataError | CheckpointError | LeakError | UnsupportedModelError | TrainingError
+                      | BackendUnavailable)
 
 
 def _fail(message: str, speaks: bool, code: int) -> int:

@@ -61,6 +61,14 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_sha256(folder: Path) -> str:
+    """One hash over the names and contents of a model folder's safetensors files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
 def write_synced(path: Path, data: bytes) -> None:
     """Write a whole file so that after a crash it holds either the old bytes or the new."""
     beside = path.with_name(path.name + ".tmp")
