@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import ARCHITECTURES, build
+from small_models import build
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from delib_fast.models import LeakError, TrainableLM, check_isolation
 from delib_fast.models.attention import packed_inputs
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["qwen2 tied", "qwen3 sliding", "llama", "qwen3 moe", "gemma3 text"])
 def test_passes(name) -> None:
     check_isolation(TrainableLM(build(name)), "cpu")
 

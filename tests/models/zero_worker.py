@@ -1,0 +1,84 @@
+"""Run by test_zero.py on each rank: TrainableLM under DeepSpeed, against the whole batch on one process.
+
+The head's weight is used inside the head's own forward alone, so ZeRO-3's hooks find it; with tied embeddings it is
+gathered twice. Each rank has its own packs, of different sizes; the gradient is that of the sum over both ranks.
+"""
+
+from __future__ import annotations
+
+import json
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from small_models import build, documents, pack
+
+from delib_fast.models import TrainableLM, check_isolation, export_model, train_tokenizer
+from delib_fast.models.build import enable_activation_checkpointing
+
+LR, STEPS = 0.05, 3
+TIED = "qwen3 tied, one kv head"
+RUNS = [(TIED, 0, False), (TIED, 3, False), (TIED, 3, True), ("llama", 3, True)]
+
+
+def batches(step: int):
+    """What each of two ranks has: uneven packs, one with very little to learn."""
+    return [pack(documents((13, 1, 30), seed=10 * step)), pack(documents((4, 3), seed=10 * step + 1))]
+
+
+def one_process(name: str) -> dict[str, torch.Tensor]:
+    model = TrainableLM(build(name))
+    optimizer = torch.optim.SGD(model.parameters(), LR)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        both = batches(step)
+        normalizer = sum(float(batch.loss_weights.sum()) for batch in both)
+        for batch in both:
+            (model(batch).loss_sum / normalizer).backward()
+        optimizer.step()
+    return {key: weight.detach().clone() for key, weight in model.named_parameters()}
+
+
+def under_zero(name: str, stage: int, checkpointing: bool, folder: str) -> dict[str, torch.Tensor]:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    bare = build(name)
+    if checkpointing:
+        enable_activation_checkpointing(bare)
+    model = TrainableLM(bare).train()
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), LR), config={
+            "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}})
+    check_isolation(engine, "cpu")
+    for step in range(STEPS):
+        both = batches(step)
+        normalizer = sum(float(batch.loss_weights.sum()) for batch in both)
+        loss = engine(both[rank]).loss_sum
+        engine.backward(loss * (world_size / normalizer), scale_wrt_gas=False)
+        engine.step()
+    weights = {}
+    for key, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
+            weights[key] = parameter.detach().clone()
+    if rank == 0:  # ZeRO-3's model holds nothing itself: what was gathered is what is exported
+        export_model(engine.module, train_tokenizer(["a b"], 261), folder, state_dict=weights)
+    return weights
+
+
+def main(folder: str) -> None:
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    deviations = {}
+    for name, stage, checkpointing in RUNS:
+        expected = one_process(name)
+        found = under_zero(name, stage, checkpointing, f"{folder}/{len(deviations)}")
+        off = max(((found[key] - expected[key]).abs().max() / expected[key].abs().max()).item() for key in expected)
+        deviations[f"{name} z{stage} {'checkpointed' if checkpointing else 'plain'}"] = off
+    if dist.get_rank() == 0:
+        print("RESULT " + json.dumps(deviations))
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1])
