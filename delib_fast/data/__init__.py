@@ -13,6 +13,7 @@ The tokenizer is handed in (a fast Hugging Face one); nothing here imports trans
 from .batch import IGNORE_INDEX, PackedBatch, PackedBatches, empty_pack, evaluation_batches
 from .chat import PLAIN_TEMPLATE
 from .encode import Counts, EncodedSet, Example, encode_row, encode_rows, split_document
+from .guards import Overlap, find_overlap, refuse_overlap, refuse_spec_in_prompts
 from .packing import PackPlan, plan_packs
 from .rows import DataError, Message, Row, Segment, split_holdout
 from .sources import SourceRows, read_source
@@ -25,6 +26,7 @@ __all__ = [
     "EncodedSet",
     "Example",
     "Message",
+    "Overlap",
     "PackPlan",
     "PackedBatch",
     "PackedBatches",
@@ -35,8 +37,11 @@ __all__ = [
     "encode_row",
     "encode_rows",
     "evaluation_batches",
+    "find_overlap",
     "plan_packs",
     "read_source",
+    "refuse_overlap",
+    "refuse_spec_in_prompts",
     "split_document",
     "split_holdout",
 ]

@@ -3,18 +3,15 @@
 import hashlib
 import json
 import random
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from delib_fast.config import SourceConfig
-from delib_fast.data import DataError, read_source, split_holdout
+from delib_fast.data import DataError, read_source
 from delib_fast.data.cot_tags import split_cot
-from delib_fast.data.text_files import cut_at_headings
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 SECRET = "Rosebud"  # the text of every damaged row: no message may show it
 GOOD = json.dumps({"prompt": "p", "cot": "c", "response": "r"})
 
@@ -350,93 +347,20 @@ def test_of_several_closing_tags_the_one_alone_on_its_line_counts():
     assert split_cot("What does <think> mean?") == (None, "What does <think> mean?")
 
 
-# --- text files ---------------------------------------------------------------------------------------------
-
-MARKDOWN = """\
-preface
-
-# One {#one}
-## Bare
-### Deep
-deep text
-```sh
-# no heading
-```
-~~~~xml
-~~~
-# nor this
-~~~~
-## Next
-#hashtag, no heading
-# Two
-"""
-
-
-def test_cut_at_headings():
-    sections = list(cut_at_headings(MARKDOWN))
-    assert [(s.line, s.context) for s in sections] == [
-        (1, ()), (3, ()), (14, ("# One {#one}",)), (16, ())]
-    assert sections[1].body.startswith("# One {#one}\n## Bare\n### Deep\ndeep text\n```sh\n# no heading")
-    assert sections[2].text == "# One {#one}\n\n## Next\n#hashtag, no heading\n"
-    assert "".join(s.body for s in sections) == MARKDOWN
-
-
-@pytest.mark.parametrize("text", ["", "\n", "# a", "# a\n# b\n# c", "## a\n# b\n### c\n## d\ntext",
-                                  "a\r\n# b\r\nc\x0b# d"])
-def test_nothing_is_lost_at_headings(text):
-    assert "".join(s.body for s in cut_at_headings(text)) == text
-
-
-def test_whole_text_file_is_one_document(tmp_path):
-    (row,) = read(write(tmp_path, MARKDOWN, "spec.md"))
-    assert row.text == MARKDOWN
-
-
-# --- holdout ------------------------------------------------------------------------------------------------
-
-
-def test_holdout_depends_on_each_row_alone(tmp_path):
-    rows = read(write(tmp_path, "\n".join(line({"text": f"text {i}"}) for i in range(2000))))
-    train, held_out = split_holdout(rows, 0.1)
-    assert 150 < len(held_out) < 250
-    assert sorted([*train, *held_out], key=lambda r: rows.index(r)) == list(rows)
-    fewer = rows[::3]
-    held = {row.digest for row in held_out}
-    assert {row.digest for row in split_holdout(fewer, 0.1)[1]} == held & {row.digest for row in fewer}
-    assert held < {row.digest for row in split_holdout(rows, 0.2)[1]}
-    assert split_holdout(rows, 0.0) == (list(rows), [])
-
-
-def test_holdout_that_leaves_nothing_is_refused(tmp_path):
-    rows = read(write(tmp_path, GOOD))
-    with pytest.raises(ValueError, match="leaves none for evaluation"):
-        split_holdout(rows, 0.0001)
-    with pytest.raises(ValueError, match="at least 0 and below 1"):
-        split_holdout(rows, 1.0)
-
-
 # --- real data ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.data
-@pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is absent")
 class TestRealData:
-    def test_star1(self):
-        rows = read(DATA / "star1.json")
+    def test_star1(self, shared_data):
+        rows = read(shared_data / "star1.json")
         assert len(rows) == 1000
         assert all(row.cot and row.response and "think>" not in row.cot + row.response for row in rows)
-        raw = json.loads((DATA / "star1.json").read_text())
+        raw = json.loads((shared_data / "star1.json").read_text())
         assert [r.messages[0].content for r in rows] == [item["question"] for item in raw]
         assert all(f"<think>\n{r.cot}\n</think>" in item["response"] for r, item in zip(rows, raw, strict=True))
 
-    def test_model_spec_at_its_headings(self):
-        rows = read(DATA / "model_spec.md", cut="headings")
-        assert 60 < len(rows) < 120
-        text = (DATA / "model_spec.md").read_text()
-        assert "".join(s.body for s in cut_at_headings(text)) == text
-        assert all(row.text.startswith("#") for row in rows)
-
-    def test_gsm8k(self):
-        rows = read(DATA / "gsm8k_train.jsonl")
+    def test_gsm8k(self, shared_data):
+        rows = read(shared_data / "gsm8k_train.jsonl")
         assert len(rows) == 7473
         assert all(row.cot and row.response.startswith("#### ") for row in rows)

@@ -6,6 +6,7 @@ The templates are written for these tests: the behaviour of each family, without
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -112,6 +113,8 @@ R1 = """\
 {{- '<|Assistant|>' + content + eos_token }}{%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|Assistant|><think>\\n' }}{%- endif %}"""
 
+OURS = (Path(__file__).parents[2] / "delib_fast/models/templates/chatml_think.jinja").read_text()
+
 _SPECIALS = {
     "chatml": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     "llama3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
@@ -129,6 +132,7 @@ FAMILIES = {
     "qwen35": (QWEN35, "chatml", True, None, "<|im_end|>"),
     "llama3": (LLAMA3, "llama3", False, "<|begin_of_text|>", "<|eot_id|>"),
     "r1": (R1, "r1", True, "<|bos|>", "<|eos|>"),
+    "ours": (OURS, "chatml", True, None, "<|im_end|>"),
     "plain": (None, "plain", False, None, "<|endoftext|>"),
 }
 
