@@ -1,0 +1,45 @@
+"""Evaluation: segment nll, chain-of-thought monitorability, refusal, agentic misalignment.
+
+Functions take a loaded model with its tokenizer (a `Scorer`, or a `Replier` where replies are sampled) and rows, and
+give plain dataclasses in which every figure is an `Estimate` with its interval.
+
+    scorer = Scorer(TrainableLM(model), tokenizer)
+    segment_figures(scorer, rows)            # held-out nll and accuracy
+    drift_from_base(scorer, rows, base)      # KL from the base, base perplexity
+    early_answering(scorer, rows)            # the answer after 0 … 100 % of the chain of thought
+    reliance(scorer, rows)                   # full, empty, shuffled, foreign, corrupted, filler
+    margins(scorer)                          # agentic misalignment, teacher-forced
+
+    sampler = Sampler(model, tokenizer, Sampling(max_new_tokens=256))
+    hint_figures(hint_outcomes(sampler, choices_from_gsm8k(rows)))
+    cot_necessity(sampler, rows)
+
+`delib-fast eval` runs them as suites and writes JSON, a table and a page.
+"""
+
+from __future__ import annotations
+
+from delib_fast.evals.agentic import margins
+from delib_fast.evals.choices import choices_from_gsm8k
+from delib_fast.evals.dose import cot_dose, gradient_share
+from delib_fast.evals.drift import drift_from_base
+from delib_fast.evals.hints import hint_figures, hint_outcomes
+from delib_fast.evals.intervals import Estimate, bootstrap, mean, newcombe, ratio, wilson
+from delib_fast.evals.legibility import legibility, vocabulary
+from delib_fast.evals.monitors import WordMonitor, compare_views, transcripts_from_solutions
+from delib_fast.evals.necessity import cot_necessity
+from delib_fast.evals.policy import PolicyClassifier, policy_retrieval
+from delib_fast.evals.refusal import classifier_figures, classify_reply, read_prompts, refusal_figures
+from delib_fast.evals.reliance import early_answering, reliance
+from delib_fast.evals.sampling import Replier, Reply, Sampler
+from delib_fast.evals.scoring import Scorer
+from delib_fast.evals.segments import categories_of, segment_figures
+from delib_fast.models.generate import Sampling
+
+__all__ = [
+    "Estimate", "PolicyClassifier", "Replier", "Reply", "Sampler", "Sampling", "Scorer", "WordMonitor", "bootstrap",
+    "categories_of", "choices_from_gsm8k", "classifier_figures", "classify_reply", "compare_views", "cot_dose",
+    "cot_necessity", "drift_from_base", "early_answering", "gradient_share", "hint_figures", "hint_outcomes",
+    "legibility", "margins", "mean", "newcombe", "policy_retrieval", "ratio", "read_prompts", "refusal_figures",
+    "reliance", "segment_figures", "transcripts_from_solutions", "vocabulary", "wilson",
+]

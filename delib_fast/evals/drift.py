@@ -1,0 +1,102 @@
+"""How far the model's chains of thought have moved from the base model's."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from delib_fast.data import Row, Segment
+from delib_fast.evals.intervals import Estimate, ratio
+from delib_fast.evals.scoring import Scorer, adapters_off, frozen, hidden_states
+from delib_fast.models import TrainableLM
+
+CHUNK_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """One segment's distance from the base, bootstrap by row."""
+
+    segment: str
+    kl: Estimate
+    """nats a token: mean of KL(base ‖ model)"""
+    base_nll: Estimate
+    nll: Estimate
+    tokens: int
+
+    @property
+    def base_perplexity(self) -> float:
+        """exp(base_nll): how strange the text is to the base model."""
+        return math.exp(self.base_nll.value) if not math.isnan(self.base_nll.value) else math.nan
+
+
+def drift_from_base(scorer: Scorer, rows: Sequence[Row], base: TrainableLM | None, *,
+                    chunk_tokens: int = CHUNK_TOKENS) -> list[Drift]:
+    """KL from the base, and the base's perplexity, on the chains of thought and responses of these rows.
+
+        kl = mean_t Σ_v π0(v | before t) · (log π0(v | before t) − log π(v | before t))
+
+    Args:
+        scorer: holds π, the trained model.
+        rows: held-out chats. Give rows whose chain of thought the base wrote to measure how far the model has left
+            the base's own thinking; on other rows it is the distance along those rows' thinking.
+        base: π0, of the same vocabulary; None for a model with a LoRA adapter, whose base is itself with the
+            adapter off (one more forward pass, no second model).
+        chunk_tokens: how many rows of (V,) logits are held at a time, of each of the two models.
+    Numerics: exact over the vocabulary, log-softmax in float32 (float64 for float64 weights).
+    What it can't show: whether a monitor reads the moved text better or worse.
+    """
+    examples = scorer.encode([row for row in rows if row.kind == "chat"])
+    segments = [s for s in (Segment.COT, Segment.RESPONSE) if any((e.segments[1:] == s).any() for e in examples)]
+    sums = np.zeros((len(examples), len(Segment), 4))
+    models = [scorer.model] if base is None else [scorer.model, base]
+    with frozen(*models):
+        for batch, hidden in scorer.batched_hidden(examples, segments):
+            with adapters_off(scorer.model) if base is None else contextlib.nullcontext():
+                base_hidden = hidden_states(scorer.model if base is None else base, batch)
+            at = batch.loss_positions
+            figures = _compare(hidden[at], _head(scorer.model), base_hidden[at],
+                               _head(scorer.model if base is None else base), batch.targets[at], chunk_tokens)
+            owner = np.searchsorted(np.array(batch.cu_seqlens_host), at.cpu().numpy(), side="right") - 1
+            index = np.array(batch.example_ids)[owner], batch.segment_ids[at].cpu().numpy()
+            np.add.at(sums, index, np.column_stack([figures, np.ones(len(figures))]))
+    return [_figures(segment, sums[:, segment]) for segment in segments]
+
+
+def _figures(segment: Segment, sums: np.ndarray) -> Drift:
+    kl, base_nll, nll, tokens = sums.T
+    return Drift(segment.name.lower(), ratio(kl, tokens), ratio(base_nll, tokens), ratio(nll, tokens),
+                 int(tokens.sum()))
+
+
+def _head(model: TrainableLM) -> Tensor:
+    weight: Tensor = model.head.weight  # type: ignore[assignment]
+    return weight
+
+
+def _compare(hidden: Tensor, weight: Tensor, base_hidden: Tensor, base_weight: Tensor, targets: Tensor,
+             chunk_tokens: int) -> np.ndarray:
+    """(L, 3) of each position: KL(base ‖ model), nll under the base, nll under the model."""
+    if weight.shape[0] != base_weight.shape[0]:
+        raise ValueError(f"the model has a vocabulary of {weight.shape[0]} and the base one of "
+                         f"{base_weight.shape[0]}: their predictions can't be compared")
+    parts = []
+    for rows in torch.arange(len(hidden), device=hidden.device).split(chunk_tokens):
+        log_p = _log_softmax(hidden[rows], weight)
+        log_p0 = _log_softmax(base_hidden[rows], base_weight)
+        target = targets[rows].unsqueeze(1)
+        nll, base_nll = -log_p.gather(1, target).squeeze(1), -log_p0.gather(1, target).squeeze(1)
+        kl = (log_p0.exp() * log_p.neg_().add_(log_p0)).sum(1)
+        parts.append(torch.stack([kl, base_nll, nll], 1))
+    return torch.cat(parts).double().cpu().numpy() if parts else np.zeros((0, 3))
+
+
+def _log_softmax(hidden: Tensor, weight: Tensor) -> Tensor:
+    logits = hidden.to(weight.dtype) @ weight.T
+    return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)

@@ -1,0 +1,173 @@
+"""Replies sampled from a model: prompts as chats in, chain of thought and response out, kept as they come.
+
+    sampler = Sampler(model, tokenizer, Sampling(max_new_tokens=256))
+    replies = sampler([[Message("user", "How are you?")]], thinking=True)
+
+Whatever takes chats and gives `Reply`s is a `Replier`: a model behind an endpoint, or constructed answers in a test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from delib_fast.data import Message
+from delib_fast.data.encode import Encoder
+from delib_fast.models.generate import Sampling, generate_ids
+
+Tags = Literal["none", "closed", "unclosed", "stray"]
+_OPEN, _CLOSE = "<think>", "</think>"
+_MARK = "\uf8ff"  # stands for what the model will write; the last one in the text is ours
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a model wrote."""
+
+    cot: str | None
+    response: str
+    tags: Tags
+    """of the think block: "none" there, "closed", "unclosed" (no response came), "stray" (a closing tag alone)"""
+    finished: bool
+    """ended by an end token, not by the limit"""
+    tokens: int
+
+
+class Replier(Protocol):
+    def __call__(self, chats: Sequence[Sequence[Message]], *, thinking: bool | None = None, sample: int = 0
+                 ) -> list[Reply]:
+        """One reply a chat. thinking: True opens the think block, False closes it empty, None lets the model choose;
+        sample: a number that makes another draw."""
+        ...
+
+
+class Sampler:
+    """A loaded model as a `Replier`.
+
+    Args:
+        model: a TrainableLM or a transformers model; see `models.generate`.
+        tokenizer: its fast tokenizer; the chat template says how a prompt and a think block are written.
+        sampling: length, temperature, seed.
+        system_prompt: put before chats that bring no system message.
+        cache: a .jsonl file in which every finished batch is kept, so that a killed evaluation goes on. `identity`
+            must name the weights (their hash): replies are found by it, the prompt's ids and the sampling.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, sampling: Sampling, *, system_prompt: str | None = None,
+                 cache: Path | None = None, identity: str = "") -> None:
+        self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
+        self._system_prompt = system_prompt
+        self._encoder = _PromptEncoder(tokenizer)
+        self._cache = _ReplyCache(cache) if cache is not None else None
+        self._identity = identity
+        self.drawn = 0
+        """replies that were not in the cache"""
+
+    def __call__(self, chats: Sequence[Sequence[Message]], *, thinking: bool | None = None, sample: int = 0
+                 ) -> list[Reply]:
+        prompts = [self._encoder.prompt(chat, thinking, self._system_prompt) for chat in chats]
+        keys = [self._key(prompt, sample) for prompt in prompts]
+        known = {key: reply for key in keys if self._cache and (reply := self._cache.get(key))}
+        left = [i for i, key in enumerate(keys) if key not in known]
+        size = self._sampling.batch_size * 4
+        for start in range(0, len(left), size):
+            part = left[start : start + size]
+            for i, reply in zip(part, self._draw([prompts[i] for i in part], thinking, sample), strict=True):
+                known[keys[i]] = reply
+                if self._cache:
+                    self._cache.put(keys[i], reply)
+        return [known[key] for key in keys]
+
+    def _draw(self, prompts: Sequence[Sequence[int]], thinking: bool | None, sample: int) -> list[Reply]:
+        settings = {**asdict(self._sampling), "seed": self._sampling.seed + 7919 * sample}
+        ends = self._encoder.end_ids
+        replies = generate_ids(self._model, prompts, Sampling(**settings), end_ids=ends,
+                               pad_id=self._tokenizer.pad_token_id or 0)
+        self.drawn += len(replies)
+        return [parse_reply(self._text(ids, ends), opened=thinking, finished=bool(ids and ids[-1] in ends),
+                            tokens=len(ids)) for ids in replies]
+
+    def _text(self, ids: list[int], ends: Sequence[int]) -> str:
+        kept = ids[:-1] if ids and ids[-1] in ends else ids
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+    def _key(self, prompt: Sequence[int], sample: int) -> str:
+        parts = [self._identity, list(prompt), asdict(self._sampling), sample]
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def parse_reply(text: str, *, opened: bool | None, finished: bool = True, tokens: int = 0) -> Reply:
+    """Part a reply into chain of thought and response; never refuses, whatever a model wrote.
+
+    Args:
+        opened: the prompt opened the think block (True), closed it (False), or said nothing (None).
+    """
+    body = text.lstrip()
+    inside = bool(opened)
+    if body.startswith(_OPEN):
+        body, inside = body[len(_OPEN) :], True
+    before, closing, after = body.partition(_CLOSE)
+    if inside and not closing:
+        return Reply(body.strip() or None, "", "unclosed", finished, tokens)
+    if inside:
+        return Reply(before.strip() or None, after.strip(), "closed", finished, tokens)
+    return Reply(None, text.strip(), "stray" if _CLOSE in text or _OPEN in text else "none", finished, tokens)
+
+
+class _PromptEncoder(Encoder):
+    """Prompts as ids, in which only the chat template can write control tokens."""
+
+    @property
+    def end_ids(self) -> list[int]:
+        """What ends a reply: the template's turn end, and the tokenizer's end of text."""
+        text, borders = self._filled([Message("user", "a")], "", "b", has_cot=False)
+        last = self.control.encode_batch([text[: borders[2]]])[0].ids[-1]
+        return sorted({last, *([self._eos] if self._eos is not None else [])})
+
+    def prompt(self, chat: Sequence[Message], thinking: bool | None, system_prompt: str | None) -> list[int]:
+        messages = list(chat)
+        if system_prompt is not None and messages[0].role != "system":
+            messages.insert(0, Message("system", system_prompt))
+        for message in messages:
+            self.control.refuse_reserved(message.content, "a prompt")
+        if thinking is None:
+            text, borders = self._filled(messages, _MARK, "", has_cot=True)
+            return list(self.control.encode_batch([text[: borders[0]]])[0].ids)
+        cot, response = (_MARK, "") if thinking else ("", _MARK)
+        text, _ = self._filled(messages, cot, response, has_cot=True)
+        return list(self.control.encode_batch([text[: text.rindex(_MARK)]])[0].ids)
+
+    def _filled(self, messages: Sequence[Message], cot: str, response: str, *, has_cot: bool
+                ) -> tuple[str, tuple[int, ...]]:
+        texts = [text for m in messages for text in (m.content, m.cot or "")]
+        shape = [*texts, "thought" if has_cot else "", "reply"]
+        skeleton = self._renderer.skeleton(tuple(m.role for m in messages), shape, has_cot, "a prompt")
+        return skeleton.fill([*(text.strip() for text in texts), cot, response])
+
+
+class _ReplyCache:
+    """Replies by key in a .jsonl file; a line cut by a crash is drawn again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[str, Reply] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    record = json.loads(line)
+                    self._known[record["key"]] = Reply(**record["reply"])
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    continue
+
+    def get(self, key: str) -> Reply | None:
+        return self._known.get(key)
+
+    def put(self, key: str, reply: Reply) -> None:
+        self._known[key] = reply
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": key, "reply": asdict(reply)}) + "\n")

@@ -1,0 +1,179 @@
+"""Per-token losses of examples under one model, on packed batches.
+
+    scorer = Scorer(TrainableLM(model), tokenizer)
+    losses = scorer.losses(examples)                      # one TokenLosses an example, in order
+    variants = scorer.encode_with_cots(row, ["", "half of it", row.cot])
+
+Variants of one prompt are packed plainly, each with its own copy of the prompt: `PackedBatch` has no shared
+runs yet (PROMPT_SHARING says so in every result).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from delib_fast.data import Example, Message, PackedBatch, Row, Segment, evaluation_batches
+from delib_fast.data.encode import Encoder
+from delib_fast.models import TrainableLM
+from delib_fast.models.attention import packed_inputs
+
+PROMPT_SHARING = "none: every variant is packed with its own copy of the prompt"
+ANSWER = (Segment.COT, Segment.RESPONSE, Segment.DOCUMENT)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenLosses:
+    """The losses of one example of n tokens: entry t is about its token t + 1."""
+
+    nll: NDArray[np.float64]
+    """(n−1,) nats; 0 where it was not asked for"""
+    correct: NDArray[np.bool_]
+    """(n−1,) the token is the model's most likely one"""
+    segments: NDArray[np.int8]
+    """(n−1,) `Segment` of the token"""
+
+    def of(self, segment: Segment) -> NDArray[np.float64]:
+        return self.nll[self.segments == segment]
+
+    def total(self, segment: Segment) -> float:
+        """Σ nll of a segment: −log p of all of it given what stands before."""
+        return float(self.of(segment).sum())
+
+    def tokens(self, segment: Segment) -> int:
+        return int((self.segments == segment).sum())
+
+    def all_correct(self, segment: Segment) -> bool:
+        """Whether greedy decoding, given what stands before the segment, writes exactly it."""
+        return bool(self.correct[self.segments == segment].all())
+
+
+class Scorer:
+    """One model with its tokenizer, ready to score examples.
+
+    Args:
+        model: wrapped once; it is not changed, and its training mode is put back after every call.
+        tokenizer: the model's, a fast one.
+        pack_capacity: tokens of a pack; a longer example gets a pack of its own length.
+        system_prompt: put before chats that bring no system message, as the stage did in training.
+    """
+
+    def __init__(self, model: TrainableLM, tokenizer: Any, *, pack_capacity: int = 4096,
+                 system_prompt: str | None = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.pack_capacity = pack_capacity
+        self.system_prompt = system_prompt
+        self._encoder = _VariantEncoder(tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
+        """One example a row, its chain of thought included."""
+        return self._encoder.encode(rows, cot="train", system_prompt=self.system_prompt)
+
+    def encode_with_cots(self, row: Row, cots: Sequence[str]) -> list[Example]:
+        """The row with each of these chains of thought in the place of its own; "" leaves an empty think block."""
+        return self._encoder.with_cots(row, cots, self.system_prompt)
+
+    def batches(self, examples: Sequence[Example], segments: Sequence[Segment] = ANSWER) -> list[PackedBatch]:
+        """The examples packed, with loss on these segments alone (weight 1)."""
+        longest = max((len(e) for e in examples), default=1)
+        weights = [float(segment in segments) for segment in Segment]
+        return evaluation_batches(examples, pack_capacity=max(self.pack_capacity, longest),
+                                  segment_weights=weights, rank=0, world_size=1)
+
+    def losses(self, examples: Sequence[Example], segments: Sequence[Segment] = ANSWER) -> list[TokenLosses]:
+        """Losses of every token of these segments, one entry an example, in their order."""
+        found: list[TokenLosses | None] = [None] * len(examples)
+        with frozen(self.model):
+            for batch in self.batches(examples, segments):
+                output = self.model(batch.to(self.device))
+                nll, correct = output.nll.double().cpu().numpy(), output.correct.cpu().numpy()
+                wanted = np.zeros(batch.num_tokens, bool)
+                wanted[batch.loss_positions.numpy()] = True
+                for index, (start, end) in zip(batch.example_ids, pairwise(batch.cu_seqlens_host), strict=False):
+                    span = slice(start, end - 1)
+                    found[index] = TokenLosses(np.where(wanted[span], nll[span], 0.0), correct[span],
+                                               examples[index].segments[1:].copy())
+        return [losses for losses in found if losses is not None]
+
+    def batched_hidden(self, examples: Sequence[Example], segments: Sequence[Segment]
+                       ) -> Iterator[tuple[PackedBatch, Tensor]]:
+        """Each pack on the device with the hidden states (T, H) of its tokens."""
+        for batch in self.batches(examples, segments):
+            moved = batch.to(self.device)
+            yield moved, hidden_states(self.model, moved)
+
+
+def hidden_states(model: TrainableLM, batch: PackedBatch) -> Tensor:
+    """(T, H) what the head of the model would be given for this pack."""
+    return model.model.base_model(**packed_inputs(batch, model.attention_backend)).last_hidden_state.squeeze(0)
+
+
+@contextlib.contextmanager
+def frozen(*models: nn.Module) -> Iterator[None]:
+    """No gradients and no dropout inside; the training mode of every module is put back."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def adapters(model: nn.Module) -> list[Any]:
+    """The LoRA layers (PEFT's) in a model."""
+    return [module for module in model.modules() if hasattr(module, "enable_adapters") and hasattr(module, "lora_A")]
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model without its LoRA adapter inside: the base, from the same weights.
+
+    Raises ValueError for a model that has none: it would be compared with itself.
+    """
+    layers = adapters(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no LoRA adapter to turn off; give the base model as `base`")
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+class _VariantEncoder(Encoder):
+    """Writes several chains of thought into one row's skeleton, so that nothing else differs between them."""
+
+    def with_cots(self, row: Row, cots: Sequence[str], system_prompt: str | None) -> list[Example]:
+        if row.kind != "chat" or not (row.cot or "").strip():
+            raise ValueError(f"{row.place}: the row has no chain of thought that others could take the place of")
+        messages = row.messages
+        if system_prompt is not None and messages[0].role != "system":
+            messages = (Message("system", system_prompt), *messages)
+        for text in (*row.texts, *cots):
+            self.control.refuse_reserved(text, row.place)
+        texts = [text for message in messages for text in (message.content, message.cot or "")]
+        texts += [(row.cot or "").strip(), row.response]
+        skeleton = self._renderer.skeleton(tuple(m.role for m in messages), texts, True, row.place)
+        cores = [text.strip() for text in texts]
+        filled = [skeleton.fill([*cores[:-2], cot.strip(), cores[-1]]) for cot in cots]
+        encodings = self.control.encode_batch([text for text, _ in filled])
+        return [self._example(row, encoding, borders)
+                for encoding, (_, borders) in zip(encodings, filled, strict=True)]

@@ -1,0 +1,134 @@
+"""Sampling from a model with Hugging Face's generate: prompts as token ids in, new token ids out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from delib_fast.models.attention import NAME
+from delib_fast.models.lm import TrainableLM
+
+# Attention with a key-value cache and left padding. Packed attention has neither.
+_ATTENTION = "sdpa"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    """0 is greedy"""
+    top_p: float = 1.0
+    seed: int = 0
+    batch_size: int = 16
+
+
+def generate_ids(model: TrainableLM | PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, *,
+                 end_ids: Sequence[int], pad_id: int) -> list[list[int]]:
+    """Continue each prompt until an end token.
+
+    Args:
+        model: any causal LM of transformers. A `TrainableLM` is given its own head, attention and cache back for the
+            while, so it can be sampled between two training steps (not under ZeRO-3, which has its weights in parts).
+        prompts: token ids, control tokens included.
+        end_ids: any of these ends a reply; it is the last id of what comes back.
+        pad_id: fills up the left of a batch; masked.
+    Returns:
+        The new ids of each prompt, in the order of the prompts. With `temperature` above 0 they depend on seed and on
+        which prompts share a batch; the global generators are left as they were.
+    Raises:
+        ValueError: an empty prompt, or one that leaves no room for a new token.
+    """
+    if any(not prompt for prompt in prompts):
+        raise ValueError("a prompt has no tokens; generation needs at least one")
+    replies: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    with stock(model) as plain, _evaluating(plain):
+        _check_room(plain, max(map(len, prompts), default=0), sampling)
+        config = _generation_config(sampling, end_ids, pad_id)
+        devices = [plain.device] if plain.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(sampling.seed)
+            for start in range(0, len(order), sampling.batch_size):
+                members = order[start : start + sampling.batch_size]
+                new = _batch(plain, [prompts[i] for i in members], config, pad_id)
+                for i, ids in zip(members, new, strict=True):
+                    replies[i] = _until_end(ids, end_ids)
+    return replies
+
+
+@contextlib.contextmanager
+def stock(model: TrainableLM | PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The model as transformers made it, with a cache and an attention for it; a `TrainableLM` is patched again after.
+
+    Its weights are the same Parameters throughout.
+    """
+    if not isinstance(model, TrainableLM):
+        attention, model.config.use_cache = model.config._attn_implementation, True
+        model.set_attn_implementation(_ATTENTION)
+        try:
+            yield model
+        finally:
+            model.config.use_cache = False
+            model.set_attn_implementation(attention)
+        return
+    if model._stock is None:
+        raise ValueError("this TrainableLM has been unpatched; sample from what unpatch() returned")
+    fused, inner = model.head, model.model
+    linear = model._stock[0]
+    linear.weight = fused.weight
+    inner.set_submodule(model._head_name, linear)
+    inner.set_attn_implementation(_ATTENTION)
+    inner.config.use_cache = True
+    try:
+        yield inner
+    finally:
+        inner.set_submodule(model._head_name, fused)
+        inner.set_attn_implementation(NAME)
+        inner.config.use_cache = False
+
+
+@contextlib.contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _generation_config(sampling: Sampling, end_ids: Sequence[int], pad_id: int) -> GenerationConfig:
+    chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} \
+        if sampling.temperature > 0 else {"do_sample": False}
+    return GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=list(end_ids), pad_token_id=pad_id,
+                            use_cache=True, **chosen)
+
+
+def _batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig,
+           pad_id: int) -> list[list[int]]:
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    out = model.generate(ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+    return [row[longest:] for row in out.tolist()]
+
+
+def _until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
+    """Behind the first end token everything is padding."""
+    end = next((k for k, token in enumerate(ids) if token in end_ids), len(ids) - 1)
+    return ids[: end + 1]
+
+
+def _check_room(model: PreTrainedModel, longest: int, sampling: Sampling) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest + sampling.max_new_tokens > limit:
+        raise ValueError(f"a prompt of {longest} tokens and max_new_tokens {sampling.max_new_tokens} make more than "
+                         f"the model's max_position_embeddings ({limit}); lower max_new_tokens or shorten the prompts")
