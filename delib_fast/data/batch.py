@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
@@ -69,8 +70,11 @@ class PackedBatch:
         return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
 
 
-def assemble(examples: EncodedSet, members: NDArray[np.int64], weight_of: NDArray[np.float32]) -> PackedBatch:
-    """Put examples into one pack. `weight_of` is the loss weight of a target by segment, (4,)."""
+def assemble(
+    examples: EncodedSet, members: NDArray[np.int64], weight_of: NDArray[np.float32], weights: NDArray[np.float32]
+) -> PackedBatch:
+    """Put examples into one pack. `weight_of` (4,) is the loss weight of a target by segment, `weights` (N of the
+    set,) that of an example."""
     lengths = examples.lengths[members]
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     T = int(cu_seqlens[-1])
@@ -83,7 +87,7 @@ def assemble(examples: EncodedSet, members: NDArray[np.int64], weight_of: NDArra
     targets[last] = IGNORE_INDEX
     segments = examples.segments[next_at]
     segments[last] = 0
-    loss_weights = weight_of[segments] * np.repeat(examples.weights[members], lengths)
+    loss_weights = weight_of[segments] * np.repeat(weights[members], lengths)
     loss_weights[last] = 0
     return PackedBatch(
         input_ids=torch.from_numpy(examples.input_ids[at].astype(np.int64)),
@@ -135,6 +139,9 @@ class PackedBatches:
         quadratic_cost: q, where an example of n tokens costs n + q·n² (for a transformer about
             layers × attention width / parameters). Above 0, packs of like cost share a step, so that no rank
             waits for another one's long attention; the order of the steps stays shuffled.
+        loss_average: over the "token"s of a step, or over its "example"s: then the weights of each example are
+            scaled so that all examples of the set weigh the same (but for their rows' own weights), however
+            long they are; the set's total weight stays.
     Raises:
         ValueError: packs_per_step can't be shared out over the ranks; an example is longer than the capacity;
             or no example of the whole set has a target with a weight above 0.
@@ -153,6 +160,7 @@ class PackedBatches:
         world_size: int,
         max_steps: int | None = None,
         quadratic_cost: float = 0.0,
+        loss_average: Literal["token", "example"] = "token",
     ) -> None:
         _check_ranks(packs_per_step, rank, world_size)
         self.examples = _encoded(examples)
@@ -160,6 +168,11 @@ class PackedBatches:
         self.packs_per_step, self.pack_capacity = packs_per_step, pack_capacity
         self._weight_of = _weight_table(segment_weights)
         _check_something_supervised(self.examples, self._weight_of)
+        self._weights = self.examples.weights
+        if loss_average == "example":
+            self._weights = _example_weights(self.examples, self._weight_of)
+        elif loss_average != "token":
+            raise ValueError(f"loss_average is {loss_average!r}; it must be 'token' or 'example'")
         self._seed, self._quadratic_cost = seed, quadratic_cost
         self._plan = lru_cache(maxsize=2)(self._plan_epoch)  # the epoch at hand, and its neighbour
         first = self._plan(0)[0]
@@ -175,7 +188,7 @@ class PackedBatches:
 
     def step(self, index: int) -> list[PackedBatch]:
         """This rank's packs of a global step, always packs_per_step / world_size of them."""
-        packs = [assemble(self.examples, members, self._weight_of)
+        packs = [assemble(self.examples, members, self._weight_of, self._weights)
                  for members in self._members(index)[self.rank :: self.world_size]]
         return packs + [empty_pack() for _ in range(self.packs_per_step // self.world_size - len(packs))]
 
@@ -234,7 +247,8 @@ def evaluation_batches(
     encoded = _encoded(examples)
     weight_of = _weight_table(segment_weights)
     plan = plan_packs(encoded.lengths, pack_capacity)
-    mine = [assemble(encoded, plan.pack(p), weight_of) for p in range(rank, plan.num_packs, world_size)]
+    mine = [assemble(encoded, plan.pack(p), weight_of, encoded.weights)
+            for p in range(rank, plan.num_packs, world_size)]
     return mine + [empty_pack() for _ in range(-(-plan.num_packs // world_size) - len(mine))]
 
 
@@ -258,6 +272,17 @@ def _weight_table(segment_weights: Sequence[float]) -> NDArray[np.float32]:
         raise ValueError(f"segment_weights is {list(segment_weights)}: four finite numbers ≥ 0 are needed, for "
                          "PROMPT, COT, RESPONSE and DOCUMENT")
     return table
+
+
+def _example_weights(examples: EncodedSet, weight_of: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Row weights times a factor that makes Σ weight over the targets of each example the same."""
+    of_token = weight_of[examples.segments].astype(np.float64)
+    of_token[examples.offsets[:-1]] = 0  # an example's first token is no target
+    totals = np.add.reduceat(of_token, examples.offsets[:-1])
+    learnt = totals > 0
+    factor = np.zeros(len(totals))
+    factor[learnt] = totals[learnt].mean() / totals[learnt]
+    return (examples.weights * factor).astype(np.float32)
 
 
 def _check_something_supervised(examples: EncodedSet, weight_of: NDArray[np.float32]) -> None:

@@ -18,7 +18,7 @@ from .rows import DataError, Message, Row, Segment
 
 Cot = Literal["train", "context", "strip"]
 NUM_SEGMENTS = len(Segment)
-_CHUNK_ROWS = 512
+_CHUNK_ROWS, _CHUNK_CHARS = 512, 4 << 20  # an encoding takes about a hundred bytes a token while it is at work
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,7 +127,7 @@ class Encoder:
         if row.kind == "document":
             return row.text, None
         messages = row.messages
-        if system_prompt is not None and messages[0].role != "system":
+        if system_prompt is not None and messages[0].role not in ("system", "developer"):
             messages = (Message("system", system_prompt), *messages)
         thought = row.cot or "" if cot != "strip" else ""
         if not row.response.strip() and (cot != "train" or not thought.strip()):
@@ -240,20 +240,32 @@ def encode_rows(
     system_prompt = stage.system_prompt if isinstance(stage, AFTConfig) else None
     counts = Counts(rows=len(rows))
     examples: list[Example] = []
-    for start in range(0, len(rows), _CHUNK_ROWS):
-        chunk = rows[start : start + _CHUNK_ROWS]
+    done = 0
+    for chunk in _chunks(rows):
         encoded = encoder.encode(chunk, cot=cot, system_prompt=system_prompt)
         for row, whole in zip(chunk, encoded, strict=True):
             for example in _fitting(row, whole, stage, counts):
                 counts.add(example)
                 examples.append(example)
         if progress is not None:
-            progress(start + len(chunk), len(rows))
+            progress(done := done + len(chunk), len(rows))
     if rows and not examples:
         raise DataError(f"all {len(rows)} examples are longer than pack_capacity ({stage.pack_capacity} "
                         f"tokens) and were dropped: raise stages.{stage.name}.pack_capacity",
                         reason="over_long")
     return EncodedSet(examples, counts)
+
+
+def _chunks(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    start = chars = 0
+    for i, row in enumerate(rows):
+        size = sum(map(len, row.texts))
+        if i > start and (i - start == _CHUNK_ROWS or chars + size > _CHUNK_CHARS):
+            yield rows[start:i]
+            start, chars = i, 0
+        chars += size
+    if start < len(rows):
+        yield rows[start:]
 
 
 def _fitting(row: Row, example: Example, stage: MSMConfig | AFTConfig, counts: Counts) -> Iterator[Example]:

@@ -185,6 +185,23 @@ def test_cost_balance_at_scale():
     assert imbalance(_like_with_like(random_order, costs, 32, 0)) < 1.005
 
 
+def test_average_over_examples():
+    lengths = [3, 60, 17, 40]
+    examples = [Example(np.arange(n, dtype=np.int32), np.full(n, 2, np.int8), "f:1", w)
+                for n, w in zip(lengths, [1.0, 1.0, 1.0, 2.0], strict=True)]
+    examples.append(Example(np.arange(5, dtype=np.int32), np.zeros(5, np.int8), "f:1"))  # nothing to learn in it
+
+    def weight_by_example(loss_average):
+        packs = batches(examples, packs_per_step=2, epochs=1, loss_average=loss_average).step(0)
+        return {i: float(pack.loss_weights[start:end].sum()) for pack in packs
+                for i, (start, end) in zip(pack.example_ids, itertools.pairwise(pack.cu_seqlens_host), strict=True)}
+
+    assert weight_by_example("token") == {0: 2, 1: 59, 2: 16, 3: 78, 4: 0}
+    assert weight_by_example("example") == pytest.approx({0: 29, 1: 29, 2: 29, 3: 58, 4: 0})
+    with pytest.raises(ValueError, match="loss_average is 'row'; it must be 'token' or 'example'"):
+        batches(examples, loss_average="row")
+
+
 def test_max_steps():
     examples = make([64] * 8)
     assert batches(examples, max_steps=3, epochs=5).num_steps == 3

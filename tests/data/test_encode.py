@@ -254,6 +254,15 @@ def test_encode_rows_is_encode_row_with_an_account():
     assert list(encoded.counts.targets) == ["prompt", "cot", "response", "document"]
 
 
+def test_chunks_are_bounded_by_characters_too(monkeypatch):
+    monkeypatch.setattr("delib_fast.data.encode._CHUNK_CHARS", 100)
+    rows = [document("x" * n) for n in (10, 60, 40, 500, 1, 1)]
+    done = []
+    encoded = encode_rows(rows, tokenizer("plain"), MSMConfig(train=["s"]), progress=lambda n, _: done.append(n))
+    assert done == [2, 3, 4, 6]
+    assert [len(tokenizer("plain").decode(e.input_ids[:-1])) for e in encoded] == [10, 60, 40, 500, 1, 1]
+
+
 def test_over_long():
     tok = tokenizer("qwen3")
     short, long_chat, long_text = chat("p", None, "r"), chat("p " * 500, None, "r"), document("one two " * 400)
