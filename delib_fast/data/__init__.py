@@ -10,13 +10,13 @@
 The tokenizer is handed in (a fast Hugging Face one); nothing here imports transformers.
 """
 
-from .batch import IGNORE_INDEX, PackedBatch, PackedBatches, empty_pack, evaluation_batches
-from .chat import PLAIN_TEMPLATE
-from .encode import Counts, EncodedSet, Example, encode_row, encode_rows, split_document
-from .guards import Overlap, find_overlap, refuse_overlap, refuse_spec_in_prompts
-from .packing import PackPlan, plan_packs
-from .rows import DataError, Message, Row, Segment, split_holdout
-from .sources import SourceRows, read_source
+from delib_fast.data.batch import IGNORE_INDEX, PackedBatch, PackedBatches, empty_pack, evaluation_batches
+from delib_fast.data.chat import PLAIN_TEMPLATE
+from delib_fast.data.encode import Counts, EncodedSet, Example, encode_row, encode_rows, split_document
+from delib_fast.data.guards import Overlap, find_overlap, refuse_overlap, refuse_spec_in_prompts
+from delib_fast.data.packing import PackPlan, plan_packs
+from delib_fast.data.rows import DataError, Message, Row, Segment, split_holdout
+from delib_fast.data.sources import SourceRows, read_source
 
 __all__ = [
     "IGNORE_INDEX",

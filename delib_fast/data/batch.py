@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .encode import NUM_SEGMENTS, EncodedSet, Example
-from .packing import PackPlan, plan_packs, seeded_permutation
+from delib_fast.data.encode import NUM_SEGMENTS, EncodedSet, Example
+from delib_fast.data.packing import PackPlan, plan_packs, seeded_permutation
 
 IGNORE_INDEX = -100
 _TENSORS = ("input_ids", "targets", "loss_weights", "segment_ids", "position_ids", "cu_seqlens",

@@ -14,8 +14,8 @@ from typing import Any
 
 import jinja2
 
-from .control_tokens import ControlTokens
-from .rows import DataError
+from delib_fast.data.control_tokens import ControlTokens
+from delib_fast.data.rows import DataError
 
 THINK = ("<think>", "</think>")
 PLAIN_TEMPLATE = """\

@@ -15,7 +15,7 @@ from typing import Any
 
 import tokenizers
 
-from .rows import DataError
+from delib_fast.data.rows import DataError
 
 _FIRST = 0x100000  # the plane of private-use characters that carries the control tokens
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .rows import DataError
+from delib_fast.data.rows import DataError
 
 TAGS: tuple[tuple[str, str], ...] = (
     ("<think>", "</think>"),

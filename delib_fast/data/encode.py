@@ -11,10 +11,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..config import AFTConfig, MSMConfig
-from .chat import PLAIN_TEMPLATE, THINK, ChatRenderer
-from .control_tokens import ControlTokens
-from .rows import DataError, Message, Row, Segment
+from delib_fast.config import AFTConfig, MSMConfig
+from delib_fast.data.chat import PLAIN_TEMPLATE, THINK, ChatRenderer
+from delib_fast.data.control_tokens import ControlTokens
+from delib_fast.data.rows import DataError, Message, Row, Segment
 
 Cot = Literal["train", "context", "strip"]
 NUM_SEGMENTS = len(Segment)

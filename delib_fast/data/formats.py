@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from .cot_tags import TAGS, split_cot
-from .rows import DataError, Message, Row, content_digest
-from .strict_json import SAFE_KEY
+from delib_fast.data.cot_tags import TAGS, split_cot
+from delib_fast.data.rows import DataError, Message, Row, content_digest
+from delib_fast.data.strict_json import SAFE_KEY
 
 PROMPT_KEYS = ("prompt", "question", "instruction")
 RESPONSE_KEYS = ("response", "answer", "completion", "output")

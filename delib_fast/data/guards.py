@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .rows import DataError, Row
+from delib_fast.data.rows import DataError, Row
 
 RUN_WORDS = 13
 _WORD = re.compile(r"\w+")

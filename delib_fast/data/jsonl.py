@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from .rows import DataError, fingerprint
-from .strict_json import decode, strict_decoder
+from delib_fast.data.rows import DataError, fingerprint
+from delib_fast.data.strict_json import decode, strict_decoder
 
 MAX_LINE_BYTES = 64 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .jsonl import Item
-from .rows import DataError
+from delib_fast.data.jsonl import Item
+from delib_fast.data.rows import DataError
 
 _BATCH_ROWS = 1024
 

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ..config import SourceConfig
-from .cot_tags import TAGS
-from .formats import Reading, document_row, rows_of
-from .jsonl import HashingFile, Item, decode_text, read_items, refuse_foreign_bytes
-from .rows import DataError, Row
-from .text_files import cut_at_headings
+from delib_fast.config import SourceConfig
+from delib_fast.data.cot_tags import TAGS
+from delib_fast.data.formats import Reading, document_row, rows_of
+from delib_fast.data.jsonl import HashingFile, Item, decode_text, read_items, refuse_foreign_bytes
+from delib_fast.data.rows import DataError, Row
+from delib_fast.data.text_files import cut_at_headings
 
 ROW_FILES = (".jsonl", ".ndjson", ".json", ".parquet")
 TEXT_FILES = (".txt", ".md", ".markdown")
@@ -104,7 +104,7 @@ def _text_rows(name: str, path: Path, config: SourceConfig, file: HashingFile) -
 def _items(path: Path, file: HashingFile) -> Iterator[Item]:
     if path.suffix.lower() != ".parquet":
         return read_items(file, path)
-    from .parquet import read_parquet_items  # pyarrow takes half a second to import
+    from delib_fast.data.parquet import read_parquet_items  # pyarrow takes half a second to import
 
     return read_parquet_items(path)
 

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any, NoReturn
 
-from .rows import DataError
+from delib_fast.data.rows import DataError
 
 SAFE_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
 """Keys of this form are shown in messages; anything else might be text of the row."""
