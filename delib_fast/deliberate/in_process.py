@@ -30,6 +30,7 @@ class TransformersBackend:
         # build_tokenizer reads the model's and the tokenizer's part; there is no run around them here.
         config = Config.model_construct(model=model_config, tokenizer=TokenizerConfig())
         self._tokenizer: Any = build_tokenizer(config, tuple)
+        self._tokenizer.padding_side = "left"  # as an argument of apply_chat_template it is passed over in silence
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if self._device == "cuda" else torch.float32
         model: Any = build_model(model_config, self._tokenizer, dtype=dtype)
@@ -76,7 +77,7 @@ class TransformersBackend:
         params, tokenizer = requests[0].params, self._tokenizer  # one endpoint: its parameters are all alike
         inputs = tokenizer.apply_chat_template(
             [list(request.messages) for request in requests], add_generation_prompt=True, return_tensors="pt",
-            return_dict=True, padding=True, padding_side="left").to(self._device)
+            return_dict=True, padding=True).to(self._device)
         length, limit = inputs["input_ids"].shape[1], params[self._limit]
         sampling = {"do_sample": True, "temperature": params["temperature"], "top_p": params["top_p"], "top_k": 0}
         with torch.random.fork_rng(devices=[0] if self._device == "cuda" else []):
