@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
@@ -33,6 +34,17 @@ if TYPE_CHECKING:
 _EVERYTHING_COUNTS = tuple(0.0 if segment == Segment.PROMPT else 1.0 for segment in Segment)
 
 
+@contextlib.contextmanager
+def told_as_data_error(where: str) -> Iterator[None]:
+    """A ValueError of `data/` about the user's rows, with the place in the configuration put before it."""
+    try:
+        yield
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
 class Source(NamedTuple):
     """One source, parted into what is trained on and what is held out."""
 
@@ -55,7 +67,8 @@ class Corpus:
         if name not in self._sources:
             settings = self._config.data[name]
             rows = read_source(name, settings)
-            train, held_out = split_holdout(rows, settings.holdout) if settings.holdout else (list(rows), [])
+            with told_as_data_error(f"data.{name}"):
+                train, held_out = split_holdout(rows, settings.holdout) if settings.holdout else (list(rows), [])
             self._sources[name] = Source(train, held_out, rows.sha256, rows.bad_rows)
         return self._sources[name]
 
@@ -91,16 +104,18 @@ class Corpus:
 
     def encoded(self, stage: StageBase) -> EncodedSet:
         if stage.name not in self._encoded:
-            self._encoded[stage.name] = encode_rows(self.rows(stage), self.tokenizer, stage)
+            with told_as_data_error(f"stage {stage.name!r}"):
+                self._encoded[stage.name] = encode_rows(self.rows(stage), self.tokenizer, stage)
         return self._encoded[stage.name]
 
     def batches(self, stage: StageBase) -> PackedBatches:
         """The stage's packs. Raises DataError where they make fewer steps than the stage asks for."""
         if stage.name not in self._batches:
-            batches = PackedBatches(
-                self.encoded(stage), pack_capacity=stage.pack_capacity, packs_per_step=stage.packs_per_step,
-                segment_weights=segment_weights(stage), seed=self._config.seed, epochs=stage.epochs,
-                rank=self._ranks.rank, world_size=self._ranks.world_size, max_steps=stage.max_steps)
+            with told_as_data_error(f"stage {stage.name!r}"):
+                batches = PackedBatches(
+                    self.encoded(stage), pack_capacity=stage.pack_capacity, packs_per_step=stage.packs_per_step,
+                    segment_weights=segment_weights(stage), seed=self._config.seed, epochs=stage.epochs,
+                    rank=self._ranks.rank, world_size=self._ranks.world_size, max_steps=stage.max_steps)
             if batches.num_steps < stage.min_steps:
                 tokens = self.encoded(stage).counts.tokens * stage.epochs
                 fits = max(1, tokens // (stage.min_steps * stage.pack_capacity)) * stage.pack_capacity

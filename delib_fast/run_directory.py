@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from delib_fast.config import Config, ConfigError, dump_config
+from delib_fast.config import Config, ConfigError, dump_config, parse_config
 from delib_fast.engine.checkpoint import write_synced
 
 # What may differ when a run goes on: where and how fast it computes and what it tells, not what it learns.
@@ -89,6 +89,8 @@ class RunDirectory:
                               "wait for it to end") from None
 
     def _refuse_other_config(self, saved: Any, config: Config) -> None:
+        with contextlib.suppress(ConfigError):  # keys that a newer version added have their defaults there
+            saved = yaml.safe_load(dump_config(parse_config(saved)))
         there, here = _flat(saved), _flat(yaml.safe_load(dump_config(config)))
         differ = [key for key in sorted(there.keys() | here.keys())
                   if there.get(key) != here.get(key) and not key.startswith(_MAY_CHANGE)]
@@ -133,13 +135,17 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         if not self._writes or not path.exists():
             return
-        kept = []
-        for line in path.read_text().splitlines():
+        kept, lines = [], path.read_text().splitlines()
+        for line in lines:
             with contextlib.suppress(json.JSONDecodeError):  # a line cut by a crash is made again
                 record = json.loads(line)
                 if record["stage"] != stage or record["step"] <= step:
                     kept.append(line)
-        write_synced(path, "".join(f"{line}\n" for line in kept).encode())
+        if len(kept) < len(lines):
+            if self._metrics is not None:  # the file is replaced: what is open would be written to the old one
+                self._metrics.close()
+                self._metrics = None
+            write_synced(path, "".join(f"{line}\n" for line in kept).encode())
 
     def write_metrics(self, record: Mapping[str, Any]) -> None:
         if not self._writes:

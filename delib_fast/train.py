@@ -229,8 +229,8 @@ def run_stage(context: Context, index: int) -> None:
     context.reporter.say(f"{stage.name}: {context.corpus.describe(stage)}")
     module = TrainableLM(build_stage_model(context, parent), attention_backend=config.model.attention,
                          loss_backend=config.model.loss)
-    check_isolation(module.to(ranks.device), ranks.device)
     engine = Engine(module, config, stage, batches.num_steps, ranks)
+    check_isolation(engine.wrapped, ranks.device)  # as it will train: in its precision, on its backend
     root = run.checkpoints(stage.name)
     found = engine.resume(root, context.reporter.say)
     if found is not None:
@@ -347,17 +347,27 @@ def run(config: Config) -> RunResult:
         reporter = Reporter(speaks=first)
         corpus = Corpus(config, directory, ranks)
         context = Context(config, ranks, directory, reporter, corpus, StopRequest())
+        finished = {entry["name"]: entry for entry in directory.ledger["stages"] if entry["status"] == "finished"}
+        check_stages(context, [stage for stage in config.stages if stage.name not in finished])
         for index, stage in enumerate(config.stages):
-            entry = directory.stage(stage.name)
-            if entry is None or entry["status"] != "finished":
+            if stage.name not in finished:
                 run_stage(context, index)
             else:
-                reporter.say(f"{stage.name}: finished already ({entry['updates']} updates)")
+                reporter.say(f"{stage.name}: finished already ({finished[stage.name]['updates']} updates)")
         model = directory.exported(config.stages[-1].name, last=True)
         reporter.table(directory.ledger, [("run directory", str(directory.path)), ("model", str(model))])
         return RunResult(directory.path, model, directory.ledger)
     finally:
         directory.close()
+
+
+def check_stages(context: Context, stages: Sequence[StageBase]) -> None:
+    """Read, encode and plan every stage before the first one trains: what is wrong with the last is said now."""
+    from delib_fast.engine.deepspeed_json import deepspeed_json
+
+    for stage in stages:
+        deepspeed_json(context.config, stage, context.ranks.world_size)
+        context.corpus.batches(stage)
 
 
 def with_precision(config: Config, ranks: Ranks) -> Config:

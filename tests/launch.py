@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,22 +27,36 @@ def rank_environment(rank: int, world_size: int, port: int, **extra: str) -> dic
         "MASTER_PORT": str(port), "OMP_NUM_THREADS": threads, "PYTHONPATH": path, **extra}
 
 
-def start_ranks(command: Sequence[str], world_size: int, **extra: str) -> list[subprocess.Popen[str]]:
-    """Start `python command...` once for each rank; output is captured, stderr with stdout."""
+class Rank:
+    """One started rank; its output goes to a file, so that no pipe can fill up and hold it."""
+
+    def __init__(self, command: Sequence[str], env: dict[str, str]) -> None:
+        self._output = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen([sys.executable, *command], env=env, stdout=self._output,
+                                        stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+    def output(self) -> str:
+        self._output.seek(0)
+        return self._output.read()
+
+
+def start_ranks(command: Sequence[str], world_size: int, **extra: str) -> list[Rank]:
+    """Start `python command...` once for each rank."""
     port = free_port()
-    return [subprocess.Popen([sys.executable, *command], env=rank_environment(rank, world_size, port, **extra),
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
-            for rank in range(world_size)]
+    return [Rank(command, rank_environment(rank, world_size, port, **extra)) for rank in range(world_size)]
 
 
-def run_ranks(command: Sequence[str], world_size: int, *, timeout: float = 240, **extra: str) -> list[str]:
-    """Run to the end and return each rank's output. Fails the test, with the output, if a rank fails."""
-    processes = start_ranks(command, world_size, **extra)
+def run_ranks(command: Sequence[str], world_size: int, *, timeout: float = 300, exit_code: int = 0,
+              **extra: str) -> list[str]:
+    """Run to the end and return each rank's output. Fails the test, with the output, if a rank ends otherwise."""
+    ranks = start_ranks(command, world_size, **extra)
     try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+        for rank in ranks:
+            rank.process.wait(timeout)
     finally:
-        for process in processes:
-            process.kill()
-    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank} of {world_size} exited with {process.returncode}:\n{output}"
-    return outputs
+        for rank in ranks:
+            rank.process.kill()
+    for number, rank in enumerate(ranks):
+        code = rank.process.returncode
+        assert code == exit_code, f"rank {number} of {world_size} exited with {code}:\n{rank.output()}"
+    return [rank.output() for rank in ranks]

@@ -99,6 +99,8 @@ class Engine:
         self.step = 0
         self._stage, self._num_steps = stage, num_steps
         self._seed = config.seed
+        self._zero_stage = effective_zero_stage(config)
+        self._plain_norm: Tensor | None = None
         module.to(device=self.device, dtype=DTYPES[config.engine.precision])
         self.basic_optimizer = build_optimizer(module, stage.optimizer)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints memory figures whatever its log level
@@ -107,7 +109,7 @@ class Engine:
                 config=deepspeed_json(config, stage, ranks.world_size),
             )
         self.module = module
-        self.state = TrainingState(module, self.basic_optimizer, optimizer, effective_zero_stage(config))
+        self.state = TrainingState(module, self.basic_optimizer, optimizer, self._zero_stage)
 
     # --- the step -------------------------------------------------------------------------------------------
 
@@ -126,6 +128,9 @@ class Engine:
     def backward(self, loss_sum: Tensor, normalizer: float) -> None:
         """Accumulate a micro-batch's gradient; with the step's last one DeepSpeed also makes the update."""
         self._engine.backward(loss_sum * (self.dp_size / normalizer), scale_wrt_gas=False)
+        if self._zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            self._plain_norm = torch.nn.utils.get_total_norm(gradients)  # DeepSpeed tells it at stages 1 to 3
         self._engine.step()
 
     def end_step(self) -> None:
@@ -133,14 +138,19 @@ class Engine:
 
     @property
     def gradient_norm(self) -> float | None:
-        """Norm of the last step's gradient before clipping, where DeepSpeed computes it."""
-        norm = self._engine.get_global_grad_norm()
+        """Norm of the last step's gradient before clipping."""
+        norm = self._plain_norm if self._zero_stage == 0 else self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
     @property
     def skipped_steps(self) -> int:
         """Updates that DeepSpeed dropped because the gradient was not finite."""
         return int(self._engine.skipped_steps)
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """The module as DeepSpeed calls it (ZeRO-3 gathers its parameters on the way)."""
+        return self._engine
 
     # --- evaluation and export ------------------------------------------------------------------------------
 

@@ -1,0 +1,107 @@
+"""Run by test_invariance.py on each rank: three SGD steps in every way that must not matter, against one big batch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from delib_fast.config import parse_config
+from delib_fast.data import EncodedSet, Example, PackedBatches, Segment
+from delib_fast.engine import Engine, Ranks
+from delib_fast.losses import loss_normalizer, segment_weights
+from delib_fast.models import TrainableLM
+
+STEPS, TOKENS, LR = 3, 2048, 0.5
+
+
+def examples() -> EncodedSet:
+    """Rows of very different lengths, and of very different shares of supervised tokens."""
+    random = np.random.default_rng(0)
+    rows = []
+    for i in range(40):
+        prompt, cot, response = random.integers(2, 30), random.integers(0, 25), random.integers(1, 9)
+        ids = random.integers(0, 97, prompt + cot + response).astype(np.int32)
+        segments = np.repeat([Segment.PROMPT, Segment.COT, Segment.RESPONSE], [prompt, cot, response]).astype(np.int8)
+        rows.append(Example(ids, segments, f"made:{i}", weight=1.0 + (i % 3)))
+    return EncodedSet(rows)
+
+
+def model() -> TrainableLM:
+    torch.manual_seed(0)
+    config = Qwen3Config(vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=2, head_dim=16,
+                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, use_cache=False)
+    return TrainableLM(Qwen3ForCausalLM(config))
+
+
+def stage_config(zero_stage: int, capacity: int, precision: str = "fp32"):
+    return parse_config({
+        "run_dir": "unused", "model": {"path": "unused"}, "data": {"a": "unused"}, "seed": capacity,
+        "engine": {"zero_stage": zero_stage, "precision": precision},
+        "stages": [{"kind": "aft", "train": ["a"], "cot_weight": 0.3, "epochs": STEPS, "pack_capacity": capacity,
+                    "tokens_per_step": TOKENS, "optimizer": {
+                        "name": "sgd", "lr": LR, "schedule": "constant", "warmup": 0, "grad_clip": 0,
+                        "weight_decay": 0}}],
+    })
+
+
+def reference(rows: EncodedSet) -> dict[str, torch.Tensor]:
+    """Plain torch: all rows in one pack, one division, SGD by hand."""
+    config = stage_config(0, TOKENS)
+    trainable = model()
+    batches = PackedBatches(rows, pack_capacity=TOKENS, packs_per_step=1, epochs=1, seed=0, rank=0, world_size=1,
+                            segment_weights=segment_weights(config.stages[0]))
+    (batch,) = batches.step(0)
+    for _ in range(STEPS):
+        trainable.zero_grad()
+        (trainable(batch).loss_sum / loss_normalizer([batch])).backward()
+        with torch.no_grad():
+            for parameter in trainable.parameters():
+                parameter -= LR * parameter.grad
+    return {name: p.detach().clone() for name, p in trainable.named_parameters()}
+
+
+def trained(ranks: Ranks, rows: EncodedSet, zero_stage: int, capacity: int) -> dict[str, torch.Tensor]:
+    config = stage_config(zero_stage, capacity)
+    stage = config.stages[0]
+    batches = PackedBatches(rows, pack_capacity=capacity, packs_per_step=stage.packs_per_step, epochs=STEPS,
+                            seed=config.seed, rank=ranks.rank, world_size=ranks.world_size,
+                            segment_weights=segment_weights(stage))
+    assert batches.num_steps == STEPS, "every step must hold all the rows"
+    engine = Engine(model(), config, stage, STEPS, ranks)
+    for step in range(STEPS):
+        micro_batches = batches.step(step)
+        (normalizer,) = ranks.sum(loss_normalizer(micro_batches))
+        engine.begin_step()
+        for batch in micro_batches:
+            engine.backward(engine.forward(batch).loss_sum, normalizer)
+        engine.end_step()
+    weights = engine.full_weights()
+    engine.close()
+    return weights
+
+
+def main(folder: Path) -> None:
+    ranks = Ranks("cpu")
+    rows = examples()
+    start = {name: p.detach().clone() for name, p in model().named_parameters()}
+    truth = reference(rows)
+    found = {}
+    for zero_stage in (0, 1, 2, 3):
+        for capacity in (64, 256, 1024):
+            weights = trained(ranks, rows, zero_stage, capacity)
+            for name, weight in weights.items():
+                moved = float((truth[name] - start[name]).abs().max())
+                off = float((weight - truth[name]).abs().max())
+                key = f"z{zero_stage} capacity {capacity}"
+                found[key] = max(found.get(key, 0.0), off / moved)
+    if ranks.rank == 0:
+        print("RESULT " + json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

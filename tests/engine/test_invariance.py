@@ -1,0 +1,31 @@
+"""A step's gradient is that of Σ w·nll / Σ w over all its tokens, however the tokens are shared out.
+
+Three SGD steps in fp32 with real DeepSpeed ranks, against one big batch in plain torch. The deviation is
+relative to how far training moved each parameter, which is what the gradient decides: the parameter's own size
+would hide an error.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from launch import run_ranks
+
+CASES = [(stage, capacity) for stage in (0, 1, 2, 3) for capacity in (64, 256, 1024)]
+
+
+@pytest.fixture(scope="module")
+def deviations(tmp_path_factory):
+    found = {}
+    for world_size in (1, 2):
+        first = run_ranks(["tests/engine/invariance_worker.py", str(tmp_path_factory.mktemp("run"))], world_size)[0]
+        line = next(line for line in first.splitlines() if line.startswith("RESULT "))
+        found[world_size] = json.loads(line.removeprefix("RESULT "))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("stage", "capacity"), CASES)
+def test_sharing_out_does_not_matter(deviations, world_size, stage, capacity):
+    assert deviations[world_size][f"z{stage} capacity {capacity}"] <= 1e-5
