@@ -9,9 +9,8 @@ import time
 from typing import Any, Protocol
 
 from delib_fast.config import ConfigError
-
-from .ledger import Answer, Request
-from .settings import EndpointSettings
+from delib_fast.deliberate.ledger import Answer, Request
+from delib_fast.deliberate.settings import EndpointSettings
 
 
 class Retry(Exception):  # noqa: N818 (the request may yet be answered)

@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .dedup import words_of
-from .spec import Section, Spec
+from delib_fast.deliberate.dedup import words_of
+from delib_fast.deliberate.spec import Section, Spec
 
 _QUOTED_WORDS = 7  # so many words of a section in a row are a quotation of it
 _NUMBERED_ID = re.compile(r"^(?P<word>[a-z]+)-(?P<number>\d{1,3})$")

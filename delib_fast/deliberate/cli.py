@@ -13,17 +13,16 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from delib_fast.config import ConfigError
-
-from .backends import EndpointError
-from .client import BudgetSpent, Interrupted, NoAnswer
-from .documents import make_documents
-from .guard import SpecLeakError
-from .ledger import LedgerError
-from .progress import money
-from .rows import deliberate as make_rows
-from .settings import DeliberateSettings, DocumentSettings, RunSettings, load_settings
-from .spec import Spec
-from .workshop import Workshop
+from delib_fast.deliberate.backends import EndpointError
+from delib_fast.deliberate.client import BudgetSpent, Interrupted, NoAnswer
+from delib_fast.deliberate.documents import make_documents
+from delib_fast.deliberate.guard import SpecLeakError
+from delib_fast.deliberate.ledger import LedgerError
+from delib_fast.deliberate.progress import money
+from delib_fast.deliberate.rows import deliberate as make_rows
+from delib_fast.deliberate.settings import DeliberateSettings, DocumentSettings, RunSettings, load_settings
+from delib_fast.deliberate.spec import Spec
+from delib_fast.deliberate.workshop import Workshop
 
 _SPEC = Annotated[Path, typer.Argument(metavar="SPEC", help="the spec, Markdown or text")]
 _OUT = Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="folder of the run; the same command goes on "
@@ -123,7 +122,7 @@ def data_report(
                                                                                 "by default beside the data")] = None,
 ) -> None:
     """Report on the quality of made data, as HTML and JSON."""
-    from .report import write_report
+    from delib_fast.deliberate.report import write_report
 
     for path in write_report(data, spec=spec, out=out):
         typer.echo(path)

@@ -15,11 +15,11 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any, TypeVar
 
-from .backends import Backend, EndpointError, OpenAIBackend, Refused, Retry, Secrets
-from .ledger import Answer, LedgerError, Request, RequestLedger
-from .progress import Meter
-from .prompt_files import Chat
-from .settings import EndpointSettings
+from delib_fast.deliberate.backends import Backend, EndpointError, OpenAIBackend, Refused, Retry, Secrets
+from delib_fast.deliberate.ledger import Answer, LedgerError, Request, RequestLedger
+from delib_fast.deliberate.progress import Meter
+from delib_fast.deliberate.prompt_files import Chat
+from delib_fast.deliberate.settings import EndpointSettings
 
 _GIVE_UPS_IN_A_ROW = 10  # so many requests given up with no answer between them: the endpoint is not working
 
@@ -239,7 +239,7 @@ class Endpoint:
 
 def make_backend(settings: EndpointSettings, secrets: Secrets) -> Backend:
     if settings.backend == "transformers":
-        from .in_process import TransformersBackend
+        from delib_fast.deliberate.in_process import TransformersBackend
 
         return TransformersBackend(settings)
     return OpenAIBackend(settings, secrets)

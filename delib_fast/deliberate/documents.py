@@ -15,14 +15,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .client import NoAnswer
-from .dedup import NearDuplicates, words_of
-from .filters import leaked_scaffolding, was_cut
-from .ledger import Answer
-from .parsing import Malformed, after_thinking, json_values, read_strings
-from .prompt_files import quoted
-from .settings import DocumentSettings
-from .workshop import Workshop
+from delib_fast.deliberate.client import NoAnswer
+from delib_fast.deliberate.dedup import NearDuplicates, words_of
+from delib_fast.deliberate.filters import leaked_scaffolding, was_cut
+from delib_fast.deliberate.ledger import Answer
+from delib_fast.deliberate.parsing import Malformed, after_thinking, json_values, read_strings
+from delib_fast.deliberate.prompt_files import quoted
+from delib_fast.deliberate.settings import DocumentSettings
+from delib_fast.deliberate.workshop import Workshop
 
 _FIRST_WAVE = 16  # documents, to learn how long they are
 _GUESS_TOKENS = 1000

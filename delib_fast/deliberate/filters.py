@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from .citations import Label, cited, mentions_spec
-from .dedup import words_of
-from .ledger import Answer
-from .parsing import COT_TAG, RESPONSE_TAG, Deliberation
-from .settings import DeliberateSettings
+from delib_fast.deliberate.citations import Label, cited, mentions_spec
+from delib_fast.deliberate.dedup import words_of
+from delib_fast.deliberate.ledger import Answer
+from delib_fast.deliberate.parsing import COT_TAG, RESPONSE_TAG, Deliberation
+from delib_fast.deliberate.settings import DeliberateSettings
 
 _SCAFFOLDING = re.compile(
     rf"</?(?:{COT_TAG}|{RESPONSE_TAG}|think|thinking|reasoning|answer|scratchpad|conversation|cot|response)"

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .dedup import words_of
-from .spec import Spec
+from delib_fast.deliberate.dedup import words_of
+from delib_fast.deliberate.spec import Spec
 
 _LEAST_SENTENCE = 5
 

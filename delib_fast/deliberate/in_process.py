@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from delib_fast.config import Config, ModelConfig, TokenizerConfig
-
-from .ledger import Answer, Request
-from .settings import EndpointSettings
+from delib_fast.deliberate.ledger import Answer, Request
+from delib_fast.deliberate.settings import EndpointSettings
 
 _GATHER_S = 0.02  # how long the first request of a batch waits for others
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .parsing import read_scores
-from .prompt_files import quoted
-from .settings import AXES, Axis, DeliberateSettings
-from .workshop import Workshop
+from delib_fast.deliberate.parsing import read_scores
+from delib_fast.deliberate.prompt_files import quoted
+from delib_fast.deliberate.settings import AXES, Axis, DeliberateSettings
+from delib_fast.deliberate.workshop import Workshop
 
 
 @dataclass

@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from delib_fast.config import ConfigError
-
-from .prompt_files import Chat
+from delib_fast.deliberate.prompt_files import Chat
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 from delib_fast.data.cot_tags import split_cot
 from delib_fast.data.rows import DataError
-
-from .ledger import Answer
-from .settings import AXES, Axis
+from delib_fast.deliberate.ledger import Answer
+from delib_fast.deliberate.settings import AXES, Axis
 
 COT_TAG, RESPONSE_TAG = "deliberation", "reply"
 _THINKING = re.compile(r"^\s*(?:<think>)?.*?</think>", re.DOTALL)

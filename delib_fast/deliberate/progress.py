@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from .ledger import Answer, RequestLedger
+    from delib_fast.deliberate.ledger import Answer, RequestLedger
 
 _PLAIN_EVERY_S = 5.0
 

@@ -12,12 +12,11 @@ from typing import Any
 from delib_fast.config import ConfigError, SourceConfig
 from delib_fast.data import DataError, Row, read_source
 from delib_fast.data.jsonl import HashingFile, read_items
-
-from .citations import labels_of_names, labels_of_spec
-from .ledger import read_answers
-from .report_page import page
-from .spec import Spec
-from .text_statistics import (
+from delib_fast.deliberate.citations import labels_of_names, labels_of_spec
+from delib_fast.deliberate.ledger import read_answers
+from delib_fast.deliberate.report_page import page
+from delib_fast.deliberate.spec import Spec
+from delib_fast.deliberate.text_statistics import (
     by_quantile,
     citation_accuracy,
     count_by,

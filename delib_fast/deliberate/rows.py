@@ -14,18 +14,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .citations import Label, labels_of_spec
-from .client import NoAnswer
-from .dedup import NearDuplicates, text_key
-from .filters import format_fault
-from .guard import SpecGuard
-from .judge import Judgement, judge_row
-from .ledger import Answer
-from .parsing import Malformed, json_values, part_answer
-from .prompt_files import quoted
-from .settings import DeliberateSettings
-from .user_prompts import UserPrompt, make_prompts, read_prompts
-from .workshop import Workshop
+from delib_fast.deliberate.citations import Label, labels_of_spec
+from delib_fast.deliberate.client import NoAnswer
+from delib_fast.deliberate.dedup import NearDuplicates, text_key
+from delib_fast.deliberate.filters import format_fault
+from delib_fast.deliberate.guard import SpecGuard
+from delib_fast.deliberate.judge import Judgement, judge_row
+from delib_fast.deliberate.ledger import Answer
+from delib_fast.deliberate.parsing import Malformed, json_values, part_answer
+from delib_fast.deliberate.prompt_files import quoted
+from delib_fast.deliberate.settings import DeliberateSettings
+from delib_fast.deliberate.user_prompts import UserPrompt, make_prompts, read_prompts
+from delib_fast.deliberate.workshop import Workshop
 
 _MOST_CATEGORIES = 4
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .citations import Label, cited, policy_sentences
-from .dedup import NearDuplicates, words_of
+from delib_fast.deliberate.citations import Label, cited, policy_sentences
+from delib_fast.deliberate.dedup import NearDuplicates, words_of
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 

@@ -15,13 +15,12 @@ from delib_fast.config import ConfigError
 from delib_fast.data.formats import CHAT_KEYS, PROMPT_KEYS, ROLES
 from delib_fast.data.rows import DataError
 from delib_fast.data.strict_json import decode
-
-from .client import NoAnswer
-from .dedup import NearDuplicates
-from .parsing import read_strings
-from .settings import DeliberateSettings
-from .spec import Spec
-from .workshop import Workshop
+from delib_fast.deliberate.client import NoAnswer
+from delib_fast.deliberate.dedup import NearDuplicates
+from delib_fast.deliberate.parsing import read_strings
+from delib_fast.deliberate.settings import DeliberateSettings
+from delib_fast.deliberate.spec import Spec
+from delib_fast.deliberate.workshop import Workshop
 
 _MESSAGES_A_SITUATION = 4
 _DOMAINS = 10

@@ -13,16 +13,15 @@ from typing import Any, TypeVar
 import yaml
 
 from delib_fast.config import redact
-
-from .backends import Backend, Secrets
-from .client import Client, Endpoint, NoAnswer, for_each
-from .filters import was_cut
-from .ledger import Answer, FolderLock, RequestLedger
-from .parsing import Malformed, after_thinking
-from .progress import Meter
-from .prompt_files import PromptFiles
-from .settings import EndpointSettings, RunSettings
-from .spec import Section, Spec, first_sentence
+from delib_fast.deliberate.backends import Backend, Secrets
+from delib_fast.deliberate.client import Client, Endpoint, NoAnswer, for_each
+from delib_fast.deliberate.filters import was_cut
+from delib_fast.deliberate.ledger import Answer, FolderLock, RequestLedger
+from delib_fast.deliberate.parsing import Malformed, after_thinking
+from delib_fast.deliberate.progress import Meter
+from delib_fast.deliberate.prompt_files import PromptFiles
+from delib_fast.deliberate.settings import EndpointSettings, RunSettings
+from delib_fast.deliberate.spec import Section, Spec, first_sentence
 
 T = TypeVar("T")
 _SHORT_SECTION_WORDS = 30

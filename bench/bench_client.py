@@ -1,0 +1,84 @@
+"""Requests/s that the generation client sustains against a loopback server, ledger and fsync included.
+
+    python -m pytest bench/bench_client.py --benchmark-only -q
+
+Peers: `openai`, the package's own client under a semaphore, which keeps nothing; `ceiling`, what the delay and the
+concurrency allow at most. The server is another process on this machine, so on two cores it takes one of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+openai = pytest.importorskip("openai", reason="generation needs the openai package (extra `generate`)")
+
+from delib_fast.deliberate.backends import Secrets  # noqa: E402
+from delib_fast.deliberate.client import Client, for_each  # noqa: E402
+from delib_fast.deliberate.ledger import RequestLedger  # noqa: E402
+from delib_fast.deliberate.progress import Meter  # noqa: E402
+from delib_fast.deliberate.settings import EndpointSettings  # noqa: E402
+
+_REQUESTS = 200 if os.environ.get("DELIB_FAST_BENCH") == "quick" else 1000
+_SYSTEM = "A spec of some length, as the context of every request. " * 100  # 5.6 kB
+
+
+def chat(i: int) -> tuple[dict[str, str], ...]:
+    return ({"role": "system", "content": _SYSTEM}, {"role": "user", "content": f"prompt {i} " * 20})
+
+
+@pytest.fixture(params=[0, 100], ids=lambda ms: f"delay_{ms}ms")
+def served(request: pytest.FixtureRequest) -> Iterator[tuple[str, float]]:
+    command = [sys.executable, str(Path(__file__).parent / "loopback_server.py"), str(request.param)]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    yield f"http://127.0.0.1:{int(server.stdout.readline())}/v1", request.param / 1000
+    server.communicate()
+
+
+async def with_ledger(url: str, concurrency: int, folder: Path) -> int:
+    settings = EndpointSettings.model_validate({"model": "loopback", "base_url": url, "concurrency": concurrency})
+    folder.mkdir(parents=True)
+    ledger = RequestLedger(folder / "requests.jsonl")
+    client = Client(ledger, Meter(ledger), Secrets())
+    endpoint = client.endpoint(settings)
+    async with client.running():
+        await for_each(range(_REQUESTS), lambda i: endpoint.ask(chat(i), purpose="p"), client, at_once=2 * concurrency)
+    ledger.close()
+    return len(RequestLedger(folder / "requests.jsonl"))
+
+
+async def plain_openai(url: str, concurrency: int, _: Path) -> int:
+    slots = asyncio.Semaphore(concurrency)
+    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        async def one(i: int) -> int:
+            async with slots:
+                reply = await client.chat.completions.create(model="loopback", messages=list(chat(i)), temperature=1.0)
+                return len(reply.choices)
+
+        return sum(await asyncio.gather(*map(one, range(_REQUESTS))))
+
+
+@pytest.mark.parametrize("concurrency", [16, 64])
+@pytest.mark.parametrize("backend", [with_ledger, plain_openai], ids=lambda f: f.__name__)
+def bench_client(benchmark, served: tuple[str, float], backend, concurrency: int, tmp_path: Path) -> None:
+    url, delay_s = served
+    run = iter(range(1000))
+
+    def once() -> None:
+        assert asyncio.run(backend(url, concurrency, tmp_path / str(next(run)))) == _REQUESTS
+
+    benchmark.pedantic(once, rounds=3, warmup_rounds=1)
+    rate = _REQUESTS / benchmark.stats.stats.median
+    benchmark.extra_info |= {
+        "requests": _REQUESTS, "concurrency": concurrency, "delay_s": delay_s, "requests_per_s": round(rate, 1),
+        "ceiling_requests_per_s": round(concurrency / delay_s, 1) if delay_s else None,
+        "openai": openai.__version__, "cores": os.cpu_count(),
+    }
+    print(f"\n{backend.__name__} concurrency {concurrency} delay {delay_s * 1000:.0f} ms: {rate:.0f} requests/s")
