@@ -39,6 +39,10 @@ template <typename scalar_t, typename acc_t>
 using GradientFn = void (*)(Block<scalar_t>, const acc_t* max, const acc_t* factor, std::int64_t begin,
                             std::int64_t end);
 
+// to[i] = from[i] * scale, multiplied in the wider type and rounded once.
+template <typename from_t, typename to_t>
+using ScaleFn = void (*)(const from_t* from, to_t* to, std::int64_t count, float scale);
+
 struct RowKernels {
   const char* name;
   StatisticsFn<float, float> statistics_f32;
@@ -47,6 +51,9 @@ struct RowKernels {
   GradientFn<float, float> gradient_f32;
   GradientFn<double, double> gradient_f64;
   GradientFn<bf16_bits, float> gradient_bf16;
+  ScaleFn<float, float> scale_f32;
+  ScaleFn<float, bf16_bits> scale_f32_to_bf16;
+  ScaleFn<bf16_bits, bf16_bits> scale_bf16;
 };
 
 extern const RowKernels row_kernels_generic;

@@ -100,6 +100,11 @@ void gradient(Block<scalar_t> block, const acc_t* __restrict max, const acc_t* _
   }
 }
 
+template <typename from_t, typename to_t>
+void scale(const from_t* __restrict from, to_t* __restrict to, std::int64_t count, float factor) {
+  for (std::int64_t i = 0; i < count; ++i) store(to + i, load(from + i) * factor);
+}
+
 }  // namespace
 
 extern const RowKernels ROW_KERNELS;
@@ -111,6 +116,9 @@ const RowKernels ROW_KERNELS = {
     &gradient<float, float>,
     &gradient<double, double>,
     &gradient<bf16_bits, float>,
+    &scale<float, float>,
+    &scale<float, bf16_bits>,
+    &scale<bf16_bits, bf16_bits>,
 };
 
 }  // namespace delib_fast

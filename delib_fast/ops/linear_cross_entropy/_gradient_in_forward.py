@@ -62,8 +62,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     ctx.num_inputs = len(inputs)
 
 
-def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * scale in one pass, multiplied in the wider dtype and rounded once.
+LIBRARY.define("scale_gradient(Tensor gradient, Tensor scale, ScalarType dtype) -> Tensor")
+
+
+def _scale_gradient(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * scale in one pass, multiplied in the wider dtype and rounded once; the compiled module has a
+    faster one for the CPU.
 
     A new tensor, since the saved one may be needed again (retain_graph). The scale gets dimensions because a
     tensor without any would be rounded to a bfloat16 gradient's dtype first.
@@ -72,12 +76,20 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
 
+torch.library.impl("delib_fast::scale_gradient", "CompositeExplicitAutograd", _scale_gradient, lib=LIBRARY)
+torch.library.register_fake(
+    "delib_fast::scale_gradient",
+    lambda gradient, scale, dtype: torch.empty_like(gradient, dtype=dtype),
+    lib=LIBRARY,
+)
+
+
 def _backward(ctx: Any, grad_loss: Tensor | None, *_unused: Any) -> tuple[Tensor | None, ...]:
     grads: list[Tensor | None] = [None] * ctx.num_inputs
     if grad_loss is not None:
         for i, (needed, saved) in enumerate(zip(ctx.needs, ctx.saved_tensors, strict=True)):
             if needed:
-                grads[i] = scaled(saved, grad_loss, ctx.dtypes[i])
+                grads[i] = torch.ops.delib_fast.scale_gradient(saved, grad_loss, ctx.dtypes[i])
     return tuple(grads)
 
 

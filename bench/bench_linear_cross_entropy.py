@@ -1,0 +1,261 @@
+"""The loss head, forward and backward: every backend of ours, and every peer that runs here.
+
+    pytest bench/bench_linear_cross_entropy.py --quick                 # what CI runs, under a minute
+    pytest bench/bench_linear_cross_entropy.py -k "T4096 and bfloat16"
+
+The roof is the time of three bare GEMMs on the supervised rows (logits, hidden gradient, weight gradient), each in
+the fastest layout and dtype that is as exact, into memory that is already there. It is measured before every round.
+Before anything is timed, each contender's loss and gradients are compared with float64 on these very inputs.
+
+T packed tokens, H hidden size, V vocabulary, L supervised tokens.
+"""
+
+import functools
+import importlib.util
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from delib_fast.ops import linear_cross_entropy
+from delib_fast.ops.linear_cross_entropy import BACKENDS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+UPSTREAM = 0.5  # what the step multiplies the sum with; peers get it as well
+SAMPLE = 48  # rows of hidden, and entries of the vocabulary, that are compared with float64
+
+QUICK = [(256, 128, 4096)]
+FULL = [(2048, 896, 151_936), (4096, 1024, 32_768), (8192, 256, 8192)]
+GPU = [(32_768, 2048, 151_936), (32_768, 4096, 151_936)]
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    positions: Tensor  # (L,) the supervised rows
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor]:
+        return self.hidden, self.weight
+
+
+@functools.lru_cache(maxsize=1)
+def make_inputs(T: int, H: int, V: int, share: float, dtype: torch.dtype) -> Inputs:
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    normal = functools.partial(torch.randn, device=DEVICE, generator=generator)
+    targets = torch.randint(V, (T,), device=DEVICE, generator=generator)
+    targets[torch.rand(T, device=DEVICE, generator=generator) >= share] = -100
+    hidden, weight = normal(T, H).to(dtype), (normal(V, H) * 2 / H**0.5).to(dtype)
+    positions = (targets != -100).nonzero().squeeze(1)
+    return Inputs(hidden.requires_grad_(), weight.requires_grad_(), targets, positions)
+
+
+# --- contenders: each gives (loss, gradient of hidden, gradient of weight) of UPSTREAM * the summed loss ----------
+
+Contender = Callable[[Inputs], tuple[Tensor, ...]]
+
+
+def _finish(loss: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
+    return loss.detach(), *torch.autograd.grad(loss * UPSTREAM, inputs.leaves)
+
+
+def ours(backend: str, inputs: Inputs) -> tuple[Tensor, ...]:
+    hidden, weight, targets, positions = inputs
+    output = linear_cross_entropy(hidden, weight, targets, loss_positions=positions, backend=backend)
+    return _finish(output.loss_sum, inputs)
+
+
+def eager(inputs: Inputs) -> tuple[Tensor, ...]:
+    logits = F.linear(inputs.hidden, inputs.weight).float()
+    return _finish(F.cross_entropy(logits, inputs.targets, reduction="sum"), inputs)
+
+
+def _compact_loss(hidden: Tensor, weight: Tensor, targets: Tensor, positions: Tensor) -> Tensor:
+    logits = F.linear(hidden.index_select(0, positions), weight).float()
+    return F.cross_entropy(logits, targets.index_select(0, positions), reduction="sum")
+
+
+def eager_compact(inputs: Inputs) -> tuple[Tensor, ...]:
+    return _finish(_compact_loss(*inputs), inputs)
+
+
+_compiled_loss = torch.compile(_compact_loss, dynamic=False)
+
+
+def compiled_compact(inputs: Inputs) -> tuple[Tensor, ...]:
+    return _finish(_compiled_loss(*inputs), inputs)
+
+
+def torch_fused(inputs: Inputs) -> tuple[Tensor, ...]:
+    from torch.nn import LinearCrossEntropyOptions
+
+    rows = inputs.hidden.index_select(0, inputs.positions)
+    targets = inputs.targets.index_select(0, inputs.positions)
+    options = LinearCrossEntropyOptions()
+    loss = F.linear_cross_entropy(rows, inputs.weight, targets, reduction="sum", options=options)
+    return _finish(loss.float(), inputs)
+
+
+def liger(inputs: Inputs) -> tuple[Tensor, ...]:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")(inputs.weight, inputs.hidden, inputs.targets)
+    return _finish(loss, inputs)
+
+
+def cut_cross_entropy(inputs: Inputs) -> tuple[Tensor, ...]:
+    from cut_cross_entropy import linear_cross_entropy as cce
+
+    impl = "cce" if DEVICE == "cuda" else "torch_compile"
+    return _finish(cce(inputs.hidden, inputs.weight, inputs.targets, reduction="sum", impl=impl), inputs)
+
+
+def _why_not_native() -> str | None:
+    return None if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has none"
+
+
+def _why_not_package(name: str, *, cuda: bool = False) -> str | None:
+    if importlib.util.find_spec(name) is None:
+        return f"{name} is not installed (extra: peers)"
+    return f"{name} needs a GPU" if cuda and DEVICE != "cuda" else None
+
+
+CONTENDERS: dict[str, Contender] = {
+    **{f"ours-{backend.name}": functools.partial(ours, backend.name) for backend in BACKENDS},
+    "eager": eager,
+    "eager-compact": eager_compact,
+    "compile-compact": compiled_compact,
+    "torch-fused": torch_fused,
+    "liger": liger,
+    "cut-cross-entropy": cut_cross_entropy,
+}
+WHY_NOT: dict[str, Callable[[], str | None]] = {
+    "torch-fused": _why_not_native,
+    "liger": lambda: _why_not_package("liger_kernel", cuda=True),
+    "cut-cross-entropy": lambda: _why_not_package("cut_cross_entropy"),
+}
+
+
+def skip_unless_it_runs(name: str, inputs: Inputs) -> None:
+    if name in WHY_NOT and (reason := WHY_NOT[name]()):
+        pytest.skip(reason)
+    for backend in BACKENDS:
+        if name == f"ours-{backend.name}" and (reason := backend.why_not(inputs.hidden, inputs.weight)):
+            pytest.skip(reason)
+
+
+# --- correctness and roof -----------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def exact_sample(inputs_key: tuple) -> tuple[Tensor, Tensor, Tensor]:
+    """float64: the summed loss, and SAMPLE rows of each gradient; in pieces, since (L, V) is large."""
+    hidden, weight, targets, positions = make_inputs(*inputs_key)
+    wide_weight = weight.detach().double()
+    rows = hidden.detach().double()[positions]
+    target = targets[positions]
+    entries = torch.arange(SAMPLE, device=DEVICE)
+    loss = 0.0
+    grad_weight = torch.zeros(SAMPLE, rows.shape[1], dtype=torch.float64, device=DEVICE)
+    grad_hidden = []
+    for begin in range(0, rows.shape[0], 256):
+        part, part_target = rows[begin : begin + 256], target[begin : begin + 256]
+        logits = part @ wide_weight.T
+        loss += F.cross_entropy(logits, part_target, reduction="sum").item()
+        dz = logits.softmax(1).scatter_add_(1, part_target[:, None], -torch.ones_like(part[:, :1]))
+        grad_weight += dz[:, entries].T @ part
+        if begin == 0:
+            grad_hidden.append(dz[:SAMPLE] @ wide_weight)
+    return torch.tensor(loss, device=DEVICE), UPSTREAM * grad_hidden[0], UPSTREAM * grad_weight
+
+
+def assert_correct(outputs: tuple[Tensor, ...], key: tuple) -> dict[str, float]:
+    """Largest error relative to the largest entry; the bound is what eager in the same dtype keeps to."""
+    loss, grad_hidden, grad_weight = outputs
+    positions = make_inputs(*key).positions[:SAMPLE]
+    sample = (loss, grad_hidden[positions], grad_weight[:SAMPLE])
+    bound = 2e-4 if key[-1] == torch.float32 else 6e-2
+    errors = {}
+    for name, value, exact in zip(("loss", "grad_hidden", "grad_weight"), sample, exact_sample(key), strict=True):
+        errors[f"error_{name}"] = ((value.double() - exact).abs().max() / exact.abs().max()).item()
+        assert errors[f"error_{name}"] < bound, (name, errors)
+    return errors
+
+
+@functools.lru_cache(maxsize=1)
+def make_roof(key: tuple) -> Callable[[], None]:
+    """The three GEMMs, each by the fastest of its candidates here."""
+    hidden, weight, _, positions = make_inputs(*key)
+    rows, weight = hidden.detach()[positions], weight.detach()
+    if DEVICE == "cuda":
+        rows, weight = rows[:8192], weight  # logits of all rows may not fit; the time is scaled by repeating
+    repeats = max(positions.shape[0] // rows.shape[0], 1)
+    chosen = []
+    for candidates in _gemm_candidates(rows, weight):
+        timed = []
+        for candidate in candidates:
+            candidate()
+            begin = time.perf_counter()
+            candidate()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            timed.append((time.perf_counter() - begin, candidate))
+        chosen.append(min(timed, key=lambda pair: pair[0])[1])
+
+    def roof() -> None:
+        for _ in range(repeats):
+            for gemm in chosen:
+                gemm()
+
+    return roof
+
+
+def _gemm_candidates(rows: Tensor, weight: Tensor) -> list[list[Callable[[], Tensor]]]:
+    """For each of the three GEMMs: logits straight or transposed and, on a CPU, in the inputs' dtype or widened.
+    All write to buffers that exist."""
+    found: list[list[Callable[[], Tensor]]] = [[], [], []]
+    for dtype in {rows.dtype, torch.float32} if DEVICE == "cpu" else {rows.dtype}:
+        x, w = rows.to(dtype), weight.to(dtype)
+        z, dx, dw = x.new_empty(x.shape[0], w.shape[0]), torch.empty_like(x), torch.empty_like(w)
+        z.normal_()
+        zt = z.T.contiguous()
+        found[0] += [functools.partial(torch.mm, x, w.T, out=z), functools.partial(torch.mm, w, x.T, out=zt)]
+        found[1] += [functools.partial(torch.mm, z, w, out=dx), functools.partial(torch.mm, zt.T, w, out=dx)]
+        found[2] += [functools.partial(torch.mm, z.T, x, out=dw), functools.partial(torch.mm, zt, x, out=dw)]
+    return found
+
+
+# --- the bench ----------------------------------------------------------------------------------------------------
+
+
+def _cases() -> list[tuple[int, int, int]]:
+    return QUICK + (GPU if DEVICE == "cuda" else FULL)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.1], ids=lambda share: f"{share:.0%}")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize(("T", "H", "V"), _cases(), ids=lambda size: str(size))
+@pytest.mark.parametrize("name", CONTENDERS)
+def bench_linear_cross_entropy(benchmark, against_roof, quick, name, T, H, V, dtype, share):
+    if quick and ((T, H, V) not in QUICK or share != 0.5):
+        pytest.skip("--quick: the smallest case, half of it supervised")
+    key = (T, H, V, share, dtype)
+    inputs = make_inputs(*key)
+    skip_unless_it_runs(name, inputs)
+    call = functools.partial(CONTENDERS[name], inputs)
+    torch._dynamo.reset()
+    begin = time.perf_counter()
+    errors = assert_correct(call(), key)
+    slow = time.perf_counter() - begin > 5
+    L = inputs.positions.shape[0]
+    flops = 6 * L * H * V
+    benchmark.group = f"T={T} H={H} V={V} {share:.0%} {dtype}"
+    against_roof(call, make_roof(key), rounds=3 if quick or slow else 7, flops=flops, supervised=L, **errors)
+    benchmark.extra_info["tflop_per_s"] = flops / benchmark.stats.stats.median / 1e12
+    # Bytes that must move: both inputs and both gradients, each once
+    benchmark.extra_info["least_bytes"] = 2 * (L * H + V * H) * inputs.hidden.element_size()
