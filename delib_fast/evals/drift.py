@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -31,9 +31,10 @@ class Drift:
     tokens: int
 
     @property
-    def base_perplexity(self) -> float:
+    def base_perplexity(self) -> Estimate:
         """exp(base_nll): how strange the text is to the base model."""
-        return math.exp(self.base_nll.value) if not math.isnan(self.base_nll.value) else math.nan
+        nll = self.base_nll
+        return replace(nll, value=math.exp(nll.value), low=math.exp(nll.low), high=math.exp(nll.high))
 
 
 def drift_from_base(scorer: Scorer, rows: Sequence[Row], base: TrainableLM | None, *,

@@ -31,7 +31,7 @@ class Estimate:
     n: int
     """how many rows (or trials) it rests on"""
     method: str
-    """"wilson", "newcombe", "bootstrap by row" or "bootstrap by group" """
+    """"wilson", "newcombe", "bootstrap by row" or "bootstrap by group" (questions, conditions)"""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -89,7 +89,7 @@ def ratio(numerators: ArrayLike, denominators: ArrayLike, *, confidence: float =
             without a denominator (0) are left out.
         draws, seed: how often the rows are drawn again, and the generator's seed: the same rows give the same
             interval.
-    With fewer than about 20 rows the percentile bootstrap is too narrow.
+    With fewer than about 20 rows the percentile bootstrap is too narrow; from one row there is no interval (NaN).
     """
     top, bottom = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
     used = bottom > 0
@@ -97,6 +97,8 @@ def ratio(numerators: ArrayLike, denominators: ArrayLike, *, confidence: float =
     n = len(top)
     if n == 0:
         return nothing("bootstrap by row")
+    if n == 1:
+        return Estimate(float(top[0] / bottom[0]), math.nan, math.nan, 1, "bootstrap by row")
     values = np.concatenate([
         (w := _row_weights(n, size, seed + k)) @ top / (w @ bottom) for k, size in enumerate(_portions(n, draws))])
     low, high = _percentiles(values, confidence)
@@ -122,6 +124,8 @@ def bootstrap(statistic: Callable[[NDArray[np.int64]], float], groups: Sequence[
     method = "bootstrap by row" if n == len(group_of) else "bootstrap by group"
     if n == 0:
         return nothing(method)
+    if n == 1:
+        return Estimate(float(statistic(np.arange(len(group_of)))), math.nan, math.nan, 1, method)
     order = np.argsort(group_of, kind="stable")
     members = np.split(order, np.cumsum(np.bincount(group_of, minlength=n))[:-1])
     generator = np.random.default_rng(seed)
@@ -129,6 +133,20 @@ def bootstrap(statistic: Callable[[NDArray[np.int64]], float], groups: Sequence[
                        for _ in range(draws)])
     low, high = _percentiles(values[~np.isnan(values)], confidence)
     return Estimate(float(statistic(np.arange(len(group_of)))), low, high, n, method)
+
+
+def share_by_group(hits: Sequence[bool] | NDArray[Any], groups: Sequence[Any], *, confidence: float = CONFIDENCE,
+                   seed: int = 0) -> Estimate:
+    """The share of hits, where rows of one group do alike (samples of one question).
+
+    Bootstrap by group. Where every row hits, or none does, the bootstrap can't tell how sure that is: then Wilson's
+    interval with the groups as trials, which takes the rows of a group as one.
+    """
+    array = np.asarray(hits, np.float64)
+    n = len(set(map(str, groups)))
+    if len(array) and array.min() == array.max():
+        return wilson(n if array[0] else 0, n, confidence)
+    return bootstrap(lambda rows: float(array[rows].mean()), groups, confidence=confidence, draws=400, seed=seed)
 
 
 def _portions(n: int, draws: int) -> list[int]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from delib_fast.data import Message, Row
 from delib_fast.evals.choices import result_of
-from delib_fast.evals.intervals import Estimate, bootstrap, newcombe, wilson
+from delib_fast.evals.intervals import Estimate, bootstrap, newcombe, share_by_group, wilson
 from delib_fast.evals.sampling import Replier
 
 Cell = Literal["cot_necessary", "one_shot", "too_hard"]
@@ -65,8 +65,8 @@ def necessity_figures(with_cot: np.ndarray, without_cot: np.ndarray) -> Necessit
         uplift = newcombe(hits[0], questions, hits[1], questions)
     else:
         groups = list(range(questions))
-        parts = (bootstrap(lambda i: float(rates[0][i].mean()), groups),
-                 bootstrap(lambda i: float(rates[1][i].mean()), groups))
+        each = [q for q in groups for _ in range(samples)]
+        parts = share_by_group(with_cot.ravel(), each), share_by_group(without_cot.ravel(), each)
         uplift = bootstrap(lambda i: float((rates[0] - rates[1])[i].mean()), groups)
     counts = Counter(_cell(a, b) for a, b in zip(*rates, strict=True))
     names: tuple[Cell, ...] = ("cot_necessary", "one_shot", "too_hard")

@@ -31,6 +31,8 @@ class EarlyPoint:
     fraction: float
     nll: Estimate
     """nats for the whole answer: −log p(answer | prompt, CoT[:fraction]), mean over rows"""
+    change: Estimate
+    """nll(fraction) − nll(1), paired by row"""
     greedy_match: Estimate
     """share of rows whose answer greedy decoding would write word for word, Wilson"""
 
@@ -92,9 +94,9 @@ def early_answering(scorer: Scorer, rows: Sequence[Row], fractions: Sequence[flo
     examples = [example for row in rows
                 for example in scorer.encode_with_cots(row, [truncated(row.cot or "", f) for f in fractions])]
     nll, match = (array.reshape(len(rows), len(fractions)) for array in _answers(scorer, examples))
-    points = tuple(EarlyPoint(f, mean(nll[:, k]), wilson(int(match[:, k].sum()), len(rows)))
-                   for k, f in enumerate(fractions))
     changed = np.asarray(nll - nll[:, -1:], np.float64)
+    points = tuple(EarlyPoint(f, mean(nll[:, k]), mean(changed[:, k]), wilson(int(match[:, k].sum()), len(rows)))
+                   for k, f in enumerate(fractions))
     unmatched = np.asarray(1.0 - (match[match[:, -1]] if len(rows) else match), np.float64)
     return EarlyAnswering(points, mean(_area(changed, fractions)), mean(_area(unmatched, fractions)))
 

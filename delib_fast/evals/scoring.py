@@ -26,7 +26,7 @@ from delib_fast.data.encode import Encoder
 from delib_fast.models import TrainableLM
 from delib_fast.models.attention import packed_inputs
 
-PROMPT_SHARING = "none: every variant is packed with its own copy of the prompt"
+PROMPT_SHARING = "none, every variant is packed with its own copy of the prompt"
 ANSWER = (Segment.COT, Segment.RESPONSE, Segment.DOCUMENT)
 
 

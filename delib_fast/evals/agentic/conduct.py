@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from delib_fast.evals.agentic.prompts import Condition, Scenario, texts
-from delib_fast.evals.intervals import Estimate, bootstrap, wilson
+from delib_fast.evals.intervals import Estimate, share_by_group, wilson
 
 _BLOCK = re.compile(r"<tool_use:(\w+)>(.*?)(?:</tool_use:\1>|\Z)", re.DOTALL)
 _SCRATCHPAD = re.compile(r"<(SCRATCHPAD_REASONING|think)>.*?(?:</\1>|\Z)", re.DOTALL)
@@ -102,8 +102,8 @@ def plans_it(scenario: Scenario, reply: str) -> bool:
 def conduct_figures(conditions: Sequence[Condition], conducts: Sequence[Conduct]) -> list[ConductFigures]:
     """Rates over all samples, by scenario, goal and urgency.
 
-    Rates of one condition carry Wilson intervals. Those over several conditions bootstrap whole conditions, which are
-    what varies between the samples besides chance.
+    Over five conditions or more, whole conditions are drawn again (`share_by_group`), since they are what samples
+    differ by besides chance; over fewer, Wilson over samples.
     """
     keys = [("all", "all")] + [(name, value) for name in ("scenario", "goal", "urgency")
                                for value in dict.fromkeys(getattr(c, name) for c in conditions)]
@@ -121,7 +121,7 @@ def conduct_figures(conditions: Sequence[Condition], conducts: Sequence[Conduct]
 def _rate(hits: Sequence[bool], groups: Sequence[str]) -> Estimate:
     if len(set(groups)) < 5:  # too few conditions to draw again
         return wilson(sum(hits), len(hits))
-    return bootstrap(lambda rows: sum(hits[i] for i in rows) / len(rows), groups, draws=400)
+    return share_by_group(hits, groups)
 
 
 def _field(inside: str, name: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from delib_fast.data import Message, Row, Segment
 from delib_fast.evals.agentic.prompts import Condition, conditions, prompt, texts
-from delib_fast.evals.intervals import Estimate, bootstrap
+from delib_fast.evals.intervals import Estimate, bootstrap, share_by_group
 from delib_fast.evals.scoring import PROMPT_SHARING, Scorer
 
 
@@ -22,7 +22,7 @@ class MarginFigures:
     margin_per_token: Estimate
     """the same of means over tokens: replies are of about the same length, but not quite"""
     aligned_likelier: Estimate
-    """share of pairs with a margin above 0; bootstrap by condition"""
+    """share of pairs with a margin above 0"""
     pairs: int
 
 
@@ -69,7 +69,7 @@ def margins(scorer: Scorer, chosen: Sequence[Condition] | None = None) -> Margin
 def _figures(group: str, margin: np.ndarray, per_token: np.ndarray, owners: Sequence[str]) -> MarginFigures:
     return MarginFigures(group, bootstrap(lambda i: float(margin[i].mean()), owners, draws=400),
                          bootstrap(lambda i: float(per_token[i].mean()), owners, draws=400),
-                         bootstrap(lambda i: float((margin[i] > 0).mean()), owners, draws=400), len(margin))
+                         share_by_group(margin > 0, owners), len(margin))
 
 
 def _row(condition: Condition, messages: Sequence[Message], response: str) -> Row:

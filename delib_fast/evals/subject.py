@@ -1,0 +1,179 @@
+"""What is evaluated: a run directory or a model folder, loaded with its tokenizer, its base and its held-out rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from delib_fast.config import (
+    AFTConfig,
+    Config,
+    ConfigError,
+    ModelConfig,
+    SourceConfig,
+    TokenizerConfig,
+    parse_config,
+    read_yaml,
+)
+from delib_fast.data import Row, read_source, split_holdout
+from delib_fast.evals.scoring import Scorer
+from delib_fast.evals.segments import categories_of
+from delib_fast.evals.settings import EvalConfig
+from delib_fast.models import TrainableLM, build_model, build_tokenizer
+
+
+@dataclass
+class Subject:
+    """A model to evaluate; weights are read when they are first needed.
+
+    Args:
+        path: a run directory (it has config.yaml and model/) or a model folder.
+        settings: rows and base, where they are not the run's own.
+    Raises:
+        ConfigError: the path is neither, or a file that it names is missing.
+    """
+
+    path: Path
+    settings: EvalConfig
+
+    def __post_init__(self) -> None:
+        if not self.path.is_dir():
+            raise ConfigError(f"{self.path}: no such folder; give a run directory or a model folder")
+        saved = self.path / "config.yaml"
+        self.config: Config | None = None
+        self.folder = self.path
+        if saved.exists():
+            self.config = parse_config(read_yaml(saved.read_text(encoding="utf-8"), where=str(saved)), where=str(saved))
+            self.folder = self.path / "model"
+        if not (self.folder / "config.json").exists():
+            unfinished = " (the run has not finished)" if self.config is not None else ""
+            raise ConfigError(f"{self.folder}: holds no model: config.json is missing{unfinished}")
+
+    @property
+    def device(self) -> str:
+        if self.settings.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        return self.settings.device
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the model's weights."""
+        return weights_hash(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return build_tokenizer(Config.model_construct(tokenizer=TokenizerConfig(),
+                                                      model=ModelConfig(path=str(self.folder))), lambda: iter(()))
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        return Scorer(self._load(ModelConfig(path=str(self.folder))), self.tokenizer,
+                      pack_capacity=self.settings.pack_capacity, system_prompt=self.system_prompt)
+
+    @property
+    def system_prompt(self) -> str | None:
+        stages = self.config.stages if self.config is not None else []
+        return next((s.system_prompt for s in stages if isinstance(s, AFTConfig) and s.system_prompt), None)
+
+    # --- base -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def base_config(self) -> tuple[ModelConfig, str] | None:
+        """What to load as the base, and what to call it."""
+        if self.settings.base is not None:
+            return ModelConfig(path=self.settings.base), self.settings.base
+        if self.config is None:
+            return None
+        name = self.config.model.path or "the run's start (random weights)"
+        return self.config.model, name
+
+    @cached_property
+    def base_key(self) -> str | None:
+        """Tells bases apart: the hash of the weights, or of what they are drawn from."""
+        if self.base_config is None:
+            return None
+        config = self.base_config[0]
+        if config.path is not None and Path(config.path).is_dir():
+            return weights_hash(Path(config.path))
+        seed = self.config.seed if self.config is not None else 0
+        return hashlib.sha256(f"{config.model_dump_json()} {seed}".encode()).hexdigest()
+
+    @cached_property
+    def base(self) -> TrainableLM | None:
+        if self.base_config is None:
+            return None
+        return self._load(self.base_config[0])
+
+    def _load(self, config: ModelConfig) -> TrainableLM:
+        seed = self.config.seed if self.config is not None else 0
+        model = build_model(config, self.tokenizer, dtype=self.settings.precision, seed=seed)
+        return TrainableLM(model, attention_backend=config.attention, loss_backend=config.loss).to(self.device)
+
+    # --- rows -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def held_out(self) -> list[Row]:
+        """Rows that were not trained on: the evaluation's own, else those that the run holds out."""
+        if self.settings.rows:
+            return [row for name, source in self.settings.rows.items() for row in read_source(name, source)]
+        rows: dict[str, list[Row]] = {}
+        for stage in self.config.stages if self.config is not None else ():
+            for name in stage.train:
+                rows.setdefault(name, self._split(name)[1])
+            for name in stage.eval:
+                rows[name] = [row for part in self._split(name) for row in part]
+        found = [row for part in rows.values() for row in part]
+        if not found:
+            raise ConfigError(f"{self.path}: there are no held-out rows to evaluate on; give some under rows: in "
+                              "the evaluation's config (--config), or holdout: in the run's")
+        return found
+
+    @cached_property
+    def trained_on(self) -> list[Row]:
+        """The chat rows of the run's AFT stages; empty for a model folder."""
+        names = dict.fromkeys(name for stage in self.aft_stages for name in stage.train)
+        return [row for name in names for row in self._split(name)[0] if row.kind == "chat"]
+
+    @property
+    def aft_stages(self) -> list[AFTConfig]:
+        return [s for s in (self.config.stages if self.config is not None else ()) if isinstance(s, AFTConfig)]
+
+    def categories(self, rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
+        """Category names by place, read from the files of these rows."""
+        sources: dict[str, SourceConfig] = {**(self.config.data if self.config is not None else {}),
+                                            **self.settings.rows}
+        found: dict[str, tuple[str, ...]] = {}
+        for name in dict.fromkeys(row.source for row in rows):
+            if name in sources:
+                found |= categories_of(sources[name].path, self.settings.category)
+        return found
+
+    def _split(self, name: str) -> tuple[list[Row], list[Row]]:
+        assert self.config is not None
+        source = self.config.data[name]
+        rows = read_source(name, source)
+        return split_holdout(rows, source.holdout) if source.holdout else (list(rows), [])
+
+
+def weights_hash(folder: Path) -> str:
+    """sha256 over the weight files of a model folder, in the order of their names."""
+    digest = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"{folder}: holds no *.safetensors; export the model in that format")
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as handle:
+            _feed(handle.read, digest.update)
+    return digest.hexdigest()
+
+
+def _feed(read: Callable[[int], bytes], update: Callable[[bytes], None]) -> None:
+    while chunk := read(1 << 22):
+        update(chunk)
