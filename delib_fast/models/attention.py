@@ -1,7 +1,7 @@
 """Attention of packed runs inside a transformers model: one function for every architecture and backend.
 
-transformers looks up its attention by name. Under the name `delib_fast_varlen` it finds `_attend`, which
-hands the pack to `ops.varlen_attention` with the `cu_seqlens` of the batch, and `_no_mask`, so that no mask
+transformers looks up its attention by name. Under the name `delib_fast_varlen` it finds `attend`, which
+hands the pack to `ops.varlen_attention` with the `cu_seqlens` of the batch, and `no_mask`, so that no mask
 is ever built. The names of transformers (`cu_seq_lens_q`, `max_length_q`, …) are translated here and nowhere
 else.
 
@@ -46,7 +46,7 @@ def packed_inputs(batch: PackedBatch, backend: str = "auto") -> dict[str, Any]:
         "input_ids": input_ids,
         "position_ids": batch.position_ids.unsqueeze(0),
         # All ones. It spares a sync: without a mask, transformers looks in the position ids, on the device,
-        # for packed runs that we know already. `_no_mask` makes nothing of it.
+        # for packed runs that we know already. `no_mask` makes nothing of it.
         "attention_mask": torch.ones_like(input_ids, dtype=torch.bool),
         "use_cache": False,
         "cu_seq_lens_q": batch.cu_seqlens,
@@ -107,7 +107,7 @@ def _window(module: nn.Module, sliding_window: int | None) -> int | None:
     return sliding_window
 
 
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
             scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
             is_causal: bool | None = None, cu_seq_lens_q: Tensor | None = None,
             max_length_q: int | None = None, cu_seqlens_host: tuple[int, ...] | None = None,
@@ -138,7 +138,7 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attent
     return out.unsqueeze(0), None
 
 
-def _no_mask(*_: Any, mask_function: Any = None, use_vmap: bool = False,
+def no_mask(*_: Any, mask_function: Any = None, use_vmap: bool = False,
              config: PreTrainedConfig | None = None, **__: Any) -> None:
     """transformers' mask signature. `use_vmap` says that the model lays a mask of its own over the causal
     one."""
@@ -150,5 +150,5 @@ def _no_mask(*_: Any, mask_function: Any = None, use_vmap: bool = False,
 
 # Idempotent, and the only thing that importing this module does to transformers: two names that it does not
 # use.
-AttentionInterface.register(NAME, _attend)
-AttentionMaskInterface.register(NAME, _no_mask)
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, no_mask)

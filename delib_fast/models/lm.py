@@ -46,7 +46,7 @@ class TrainableLM(nn.Module):
     def __init__(self, model: PreTrainedModel, *, attention_backend: str = "auto",
                  loss_backend: str = "auto") -> None:
         super().__init__()
-        if reason := unsupported(model) or _unsupported_head(model):
+        if reason := unsupported(model) or unsupported_head(model):
             raise UnsupportedModelError(reason)
         head = model.get_output_embeddings()
         self.model = model
@@ -54,7 +54,7 @@ class TrainableLM(nn.Module):
         self._head_name = next(name for name, module in model.named_modules() if module is head)
         self._stock: tuple[nn.Module, str, bool | None] | None = \
             (head, model.config._attn_implementation, getattr(model.config, "use_cache", None))
-        _check_logits(model, self._head_name)
+        check_logits(model, self._head_name)
         model.set_attn_implementation(NAME)
         model.config.use_cache = False
         fused = FusedLossHead.from_linear(head)
@@ -106,7 +106,7 @@ class TrainableLM(nn.Module):
         return self
 
 
-def _unsupported_head(model: PreTrainedModel) -> str | None:
+def unsupported_head(model: PreTrainedModel) -> str | None:
     name, head = type(model).__name__, model.get_output_embeddings()
     if head is None or model.base_model is model:
         return f"{name} has no output embeddings over a base model; a causal language model is needed"
@@ -134,7 +134,7 @@ class _Echo(nn.Module):
 
 
 @torch.no_grad()
-def _check_logits(model: PreTrainedModel, head_name: str) -> None:
+def check_logits(model: PreTrainedModel, head_name: str) -> None:
     """Refuses a model whose logits are not simply head(base_model(…)), whatever its config calls the
     difference.
 
