@@ -128,3 +128,13 @@ def test_refuses_weights_that_are_not_whole(tokenizer, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"model.norm.weight has shape \(0,\), not \(32,\)"):
         export_model(model, tokenizer, tmp_path / "model", state_dict=empty)
     assert not list(tmp_path.iterdir())
+
+
+def test_prints_nothing(tokenizer, tmp_path, capfd) -> None:
+    """transformers would draw a progress bar; whether it may elsewhere stays as it was."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    export_model(build("llama"), tokenizer, tmp_path / "model")
+    assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled() == shown
