@@ -53,4 +53,5 @@ def _log_once(op: str, name: str, passed_over: list[str]) -> None:
         return
     _logged.add((op, name))
     reasons = f" ({'; '.join(passed_over)})" if passed_over else ""
-    _log.info("%s runs on %s%s", op, name, reasons)
+    # the reference is there to be right, not to be used: say so where nobody has asked to hear
+    _log.log(logging.WARNING if name == "reference" else logging.INFO, "%s runs on %s%s", op, name, reasons)

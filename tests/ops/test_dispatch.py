@@ -1,0 +1,59 @@
+"""The choice of a backend: the first that can, the one asked for, or the reasons; and life without a compiler."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+
+from delib_fast.ops import _dispatch
+from delib_fast.ops._dispatch import Backend, BackendUnavailable, choose
+
+CAN = Backend("can", run=lambda: None, why_not=lambda *args: None)
+OTHER = Backend("other", run=lambda: None, why_not=lambda *args: None)
+CANNOT = Backend("cannot", run=lambda: None, why_not=lambda *args: "it rains")
+
+
+def test_auto_takes_the_first_that_can_and_logs_it_once(caplog, monkeypatch):
+    monkeypatch.setattr(_dispatch, "_logged", set())
+    with caplog.at_level(logging.INFO, "delib_fast.ops"):
+        assert choose("op", (CANNOT, CAN, OTHER), "auto") is CAN
+        assert choose("op", (CANNOT, CAN, OTHER), "auto") is CAN
+    assert [record.getMessage() for record in caplog.records] == ["op runs on can (cannot: it rains)"]
+
+
+def test_a_name_means_that_backend_or_an_error():
+    assert choose("op", (CAN, OTHER), "other") is OTHER
+    with pytest.raises(BackendUnavailable) as error:
+        choose("op", (CANNOT, CAN), "cannot")
+    expected = "op: no backend for backend='cannot' (cannot: it rains); these inputs can run on can"
+    assert str(error.value) == expected
+    with pytest.raises(ValueError, match="backend='cna' does not exist; choose from auto, cannot, can"):
+        choose("op", (CANNOT, CAN), "cna")
+
+
+def test_nothing_can():
+    with pytest.raises(BackendUnavailable, match=r"no backend for backend='auto' \(cannot: it rains\)$"):
+        choose("op", (CANNOT,), "auto")
+
+
+def test_without_the_compiled_module_it_runs_on_the_reference_and_says_so():
+    program = """
+import sys
+sys.modules["delib_fast._C"] = None
+import torch
+from delib_fast.ops import BackendUnavailable, linear_cross_entropy
+hidden = torch.randn(5, 4, requires_grad=True)
+inputs = (hidden, torch.randn(9, 4, requires_grad=True), torch.arange(5))
+linear_cross_entropy(*inputs).loss_sum.backward()
+assert hidden.grad.abs().sum() > 0
+try:
+    linear_cross_entropy(*inputs, backend="cpu")
+except BackendUnavailable as error:
+    print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert "cpu: delib_fast._C is not built; install a C++ compiler" in done.stdout
+    assert "linear_cross_entropy runs on reference" in done.stderr
