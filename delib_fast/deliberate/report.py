@@ -70,7 +70,7 @@ def _spec(path: Path, folder: Path | None) -> Spec:
     """The spec with the names that the run gave it, so that its hash is the rows' spec_sha256."""
     names = {"model_name": "the assistant", "provider_name": "its developer", "cut_numbered_items": True}
     if folder is not None and (folder / "settings.yaml").exists():
-        from delib_fast.config import read_yaml
+        from delib_fast.config_file import read_yaml
 
         kept = read_yaml((folder / "settings.yaml").read_text(encoding="utf-8"), where="settings.yaml")
         names = {key: kept.get(key, value) for key, value in names.items()}

@@ -18,7 +18,8 @@ from pydantic import (
     model_validator,
 )
 
-from delib_fast.config import ConfigError, Section, read_yaml
+from delib_fast.config import ConfigError, Section
+from delib_fast.config_file import read_yaml
 
 Axis = Literal["compliance", "helpfulness", "reasoning"]
 AXES: tuple[Axis, ...] = ("compliance", "helpfulness", "reasoning")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from delib_fast.config import redact
+from delib_fast.config_file import redact
 from delib_fast.deliberate.backends import Backend, Secrets
 from delib_fast.deliberate.client import Client, Endpoint, NoAnswer, for_each
 from delib_fast.deliberate.filters import was_cut
