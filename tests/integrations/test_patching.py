@@ -279,6 +279,7 @@ def test_nothing_is_kept_alive() -> None:
 
 
 def test_import_stays_light() -> None:
-    code = "import sys, delib_fast, delib_fast.ops; print([m for m in ('transformers', 'trl', 'peft') if m in sys.modules])"
+    code = """import sys, delib_fast, delib_fast.ops
+print([m for m in ("transformers", "trl", "peft") if m in sys.modules])"""
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
