@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from delib_fast.config import ConfigError, dump_config, json_schema, load_config
+from delib_fast.config import ConfigError
+from delib_fast.config_file import dump_config, json_schema, load_config
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 

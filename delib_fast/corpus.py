@@ -8,9 +8,9 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from delib_fast.config import AFTConfig, Config, StageBase
+from delib_fast.config import AFTConfig, Config, ConfigError, StageConfig
 from delib_fast.data import (
     DataError,
     EncodedSet,
@@ -39,10 +39,10 @@ def told_as_data_error(where: str) -> Iterator[None]:
     """A ValueError of `data/` about the user's rows, with the place in the configuration put before it."""
     try:
         yield
-    except DataError:
+    except (DataError, ConfigError):
         raise
     except ValueError as error:
-        raise DataError(f"{where}: {error}") from error
+        raise DataError(f"{where}: {error}", reason="data") from error
 
 
 class Source(NamedTuple):
@@ -99,16 +99,16 @@ class Corpus:
 
     # --- training -------------------------------------------------------------------------------------------
 
-    def rows(self, stage: StageBase) -> list[Row]:
+    def rows(self, stage: StageConfig) -> list[Row]:
         return [row for name in stage.train for row in self.source(name).train]
 
-    def encoded(self, stage: StageBase) -> EncodedSet:
+    def encoded(self, stage: StageConfig) -> EncodedSet:
         if stage.name not in self._encoded:
             with told_as_data_error(f"stage {stage.name!r}"):
                 self._encoded[stage.name] = encode_rows(self.rows(stage), self.tokenizer, stage)
         return self._encoded[stage.name]
 
-    def batches(self, stage: StageBase) -> PackedBatches:
+    def batches(self, stage: StageConfig) -> PackedBatches:
         """The stage's packs. Raises DataError where they make fewer steps than the stage asks for."""
         if stage.name not in self._batches:
             with told_as_data_error(f"stage {stage.name!r}"):
@@ -126,7 +126,7 @@ class Corpus:
             self._batches[stage.name] = batches
         return self._batches[stage.name]
 
-    def fingerprint(self, stage: StageBase) -> str:
+    def fingerprint(self, stage: StageConfig) -> str:
         """Changes when the examples of a stage or their order do: a checkpoint's steps are then other steps."""
         encoded = self.encoded(stage)
         digest = hashlib.sha256()
@@ -135,7 +135,7 @@ class Corpus:
         digest.update(repr((stage.pack_capacity, stage.packs_per_step, stage.epochs, self._config.seed)).encode())
         return digest.hexdigest()
 
-    def describe(self, stage: StageBase) -> str:
+    def describe(self, stage: StageConfig) -> str:
         """One line for a person: what the stage trains on."""
         batches, counts = self.batches(stage), self.encoded(stage).counts
         left_out = self._left_out(stage)
@@ -144,13 +144,13 @@ class Corpus:
         return (f"{counts.rows:,} rows, {counts.tokens:,} tokens, {batches.packs_per_epoch} packs filled to "
                 f"{batches.fill:.1%}, {batches.num_steps} steps{dropped}{split}")
 
-    def _left_out(self, stage: StageBase) -> dict[str, int]:
+    def _left_out(self, stage: StageConfig) -> dict[str, int]:
         bad = sum((self.source(name).bad_rows for name in stage.train), Counter())
         over_long = self.encoded(stage).counts.dropped_over_long
         return {**{reason.replace("_", " "): n for reason, n in bad.items()},
                 **({"over-long": over_long} if over_long else {})}
 
-    def ledger(self, stage: StageBase) -> dict[str, Any]:
+    def ledger(self, stage: StageConfig) -> dict[str, Any]:
         """What the ledger keeps of a stage's data: files and their hashes, and tokens over all its updates."""
         batches, encoded = self.batches(stage), self.encoded(stage)
         weights = segment_weights(stage)
@@ -183,7 +183,7 @@ class Corpus:
         rows = self._held_out_rows()
         if not rows:
             return
-        variants = [("", "train")]
+        variants: list[tuple[str, Literal["train", "strip"]]] = [("", "train")]
         if any(isinstance(stage, AFTConfig) and stage.cot == "strip" for stage in self._config.stages):
             variants.append(("no CoT: ", "strip"))
         system = next((s.system_prompt for s in self._config.stages if isinstance(s, AFTConfig)), None)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from delib_fast.config import AFTConfig, StageBase
 from delib_fast.data import PackedBatch, Segment
-
-
-class HasLosses(Protocol):
-    nll: Tensor
-    correct: Tensor
+from delib_fast.ops import LossOutput
 
 
 def segment_weights(stage: StageBase) -> tuple[float, ...]:
@@ -55,7 +50,7 @@ class Meter:
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(len(Segment), len(self._COLUMNS), dtype=torch.float64, device=device)
 
-    def add(self, batch: PackedBatch, output: HasLosses) -> None:
+    def add(self, batch: PackedBatch, output: LossOutput) -> None:
         at = batch.loss_positions
         nll = output.nll[at].double()
         columns = torch.stack([nll, nll * batch.loss_weights[at], torch.ones_like(nll),

@@ -22,7 +22,8 @@ from typing import Any, TextIO
 
 import yaml
 
-from delib_fast.config import Config, ConfigError, dump_config, parse_config
+from delib_fast.config import Config, ConfigError
+from delib_fast.config_file import dump_config, parse_config
 from delib_fast.engine.checkpoint import write_synced
 
 # What may differ when a run goes on: where and how fast it computes and what it tells, not what it learns.

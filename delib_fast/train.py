@@ -16,30 +16,22 @@ if __name__ == "__main__" and sys.path and os.path.basename(sys.path[0]) == "del
     sys.path[0] = os.path.dirname(os.path.abspath(sys.path[0]))
 
 import argparse
-import contextlib
 import platform
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delib_fast.config import Config, ConfigError, ModelConfig, StageBase, load_config
+from delib_fast.bookkeeping import Saver, StepLog, Stopped, StopRequest, TrainingError
+from delib_fast.config import Config, ConfigError, ModelConfig, StageConfig
+from delib_fast.config_file import load_config
 
 if TYPE_CHECKING:
     from delib_fast.corpus import Corpus
     from delib_fast.engine import Engine, Ranks
     from delib_fast.progress import Reporter
     from delib_fast.run_directory import RunDirectory
-
-
-class Stopped(Exception):  # noqa: N818 (it is no error)
-    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
-
-
-class TrainingError(RuntimeError):
-    """The run can't go on; says at which step and why."""
 
 
 @dataclass(frozen=True)
@@ -63,35 +55,10 @@ class Context:
     stop: StopRequest
 
 
-class StopRequest:
-    """Remembers SIGINT and SIGTERM so that the loop can end between two steps; a second SIGINT ends at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        try:
-            before = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread, e.g. in a notebook's worker: nothing to listen to
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: Any) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
 # --- one stage ----------------------------------------------------------------------------------------------
 
 
-def train_stage(context: Context, engine: Engine, stage: StageBase) -> dict[str, Any]:
+def train_stage(context: Context, engine: Engine, stage: StageConfig) -> dict[str, Any]:
     """The training loop: from the engine's step to the stage's last. Returns what the ledger keeps of it.
 
     Raises Stopped after saving a checkpoint when the run was asked to stop, TrainingError when a step can't be
@@ -125,79 +92,6 @@ def train_stage(context: Context, engine: Engine, stage: StageBase) -> dict[str,
         if engine.step % context.config.log.every_steps == 0 or engine.step == batches.num_steps:
             log.write(engine, meter, lr)
     return log.totals()
-
-
-class Saver:
-    """Decides when a checkpoint is due and writes it. Rank 0's clock decides for all."""
-
-    def __init__(self, context: Context, engine: Engine, stage: StageBase) -> None:
-        self._context, self._engine, self._stage = context, engine, stage
-        self._saved_at, self._saved_step = time.monotonic(), engine.step
-
-    def due(self) -> bool:
-        rules, step = self._context.config.checkpoint, self._engine.step
-        if step == self._saved_step or self._context.ranks.rank != 0:
-            return False
-        minutes = (time.monotonic() - self._saved_at) / 60
-        return bool((rules.every_steps and step % rules.every_steps == 0)
-                    or (rules.every_minutes and minutes >= rules.every_minutes))
-
-    def save(self) -> None:
-        root = self._context.run.checkpoints(self._stage.name)
-        extra = {"stage": self._stage.name, "data": self._context.corpus.fingerprint(self._stage)}
-        self._engine.save(root, extra, self._context.config.checkpoint.keep_last)
-        self._saved_at, self._saved_step = time.monotonic(), self._engine.step
-
-
-class StepLog:
-    """Counts tokens and time on the host and writes a line of metrics where one is due."""
-
-    def __init__(self, context: Context, stage: StageBase, batches: Any, *, first_step: int) -> None:
-        self._context, self._stage, self._batches = context, stage, batches
-        self._first_step = first_step
-        self._tokens = 0
-        self._normalizer = 0.0
-        self._all_tokens = self._all_supervised = 0
-        self._seconds, self._since = 0.0, time.perf_counter()
-        context.reporter.stage(stage.name, first_step, batches.num_steps)
-
-    def count(self, micro_batches: Sequence[Any], normalizer: float) -> None:
-        self._tokens += sum(batch.num_tokens for batch in micro_batches)
-        self._normalizer += normalizer
-
-    def write(self, engine: Engine, meter: Any, lr: float) -> None:
-        from delib_fast.losses import segment_report, tokens_of, weighted_loss
-
-        ranks = self._context.ranks
-        sums = ranks.sum_tensor(meter.sums).cpu()
-        (tokens,) = ranks.sum(self._tokens)
-        report = segment_report(sums)
-        loss, supervised = weighted_loss(sums, self._normalizer), tokens_of(report)
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise TrainingError(f"stage {self._stage.name!r} step {engine.step}: the loss is {loss}; the last "
-                                "checkpoint is from before. Lower the learning rate or look at the step's rows: "
-                                f"{self._batches.step_example_ids(engine.step - 1)[:8]}")
-        seconds = time.perf_counter() - self._since
-        record = {
-            "stage": self._stage.name, "step": engine.step, "loss": loss, "lr": lr,
-            "gradient_norm": engine.gradient_norm, "skipped_steps": engine.skipped_steps, "segments": report,
-            "tokens": int(tokens), "supervised_tokens": supervised, "seconds": seconds,
-            "tokens_per_s": tokens / seconds, "supervised_tokens_per_s": supervised / seconds,
-        }
-        self._context.run.write_metrics(record)
-        self._context.reporter.update(engine.step, record)
-        self._all_tokens += int(tokens)
-        self._all_supervised += supervised
-        self._seconds += seconds
-        meter.reset()
-        self._tokens, self._normalizer, self._since = 0, 0.0, time.perf_counter()
-
-    def totals(self) -> dict[str, Any]:
-        self._context.reporter.end_stage()
-        seconds = max(self._seconds, 1e-9)
-        return {"train_s": self._seconds, "tokens_per_s": self._all_tokens / seconds,
-                "supervised_tokens_per_s": self._all_supervised / seconds,
-                "resumed_at_step": self._first_step or None}
 
 
 def evaluate(context: Context, engine: Engine, moment: str) -> None:
@@ -273,11 +167,11 @@ def parent_of(context: Context, index: int) -> Weights:
     config = context.config
     if index == 0:
         path = config.model.path
-        known = path is not None and Path(path).is_dir()
-        return Weights(path, weights_sha256(Path(path)) if known else None)
+        known = Path(path) if path is not None and Path(path).is_dir() else None
+        return Weights(path, weights_sha256(known) if known is not None else None)
     before = config.stages[index - 1]
     folder = context.run.exported(before.name, last=False)
-    recorded = context.run.stage(before.name)["model"]
+    recorded = (context.run.stage(before.name) or {})["model"]
     actual = weights_sha256(folder)
     if actual != recorded["sha256"]:
         raise TrainingError(f"{folder} is not what stage {before.name!r} exported (sha256 {actual[:12]}, the "
@@ -361,7 +255,7 @@ def run(config: Config) -> RunResult:
         directory.close()
 
 
-def check_stages(context: Context, stages: Sequence[StageBase]) -> None:
+def check_stages(context: Context, stages: Sequence[StageConfig]) -> None:
     """Read, encode and plan every stage before the first one trains: what is wrong with the last is said now."""
     from delib_fast.engine.deepspeed_json import deepspeed_json
 

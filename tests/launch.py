@@ -31,7 +31,7 @@ class Rank:
     """One started rank; its output goes to a file, so that no pipe can fill up and hold it."""
 
     def __init__(self, command: Sequence[str], env: dict[str, str]) -> None:
-        self._output = tempfile.TemporaryFile("w+")
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the rank is)
         self.process = subprocess.Popen([sys.executable, *command], env=env, stdout=self._output,
                                         stderr=subprocess.STDOUT, text=True, cwd=ROOT)
 

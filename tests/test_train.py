@@ -16,7 +16,7 @@ import yaml
 from launch import ROOT, free_port
 from safetensors.torch import load_file
 
-from delib_fast.config import load_config
+from delib_fast.config_file import load_config
 from delib_fast.stages import AFT, MSM, Recipe
 from delib_fast.train import main
 

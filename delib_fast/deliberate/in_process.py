@@ -27,7 +27,7 @@ class TransformersBackend:
 
         model_config = ModelConfig(path=settings.model)
         # build_tokenizer reads the model's and the tokenizer's part; there is no run around them here.
-        config = Config.model_construct(model=model_config, tokenizer=TokenizerConfig())
+        config = Config.model_construct(model=model_config, tokenizer=TokenizerConfig())  # type: ignore[call-arg]
         self._tokenizer: Any = build_tokenizer(config, tuple)
         self._tokenizer.padding_side = "left"  # as an argument of apply_chat_template it is passed over in silence
         self._device = "cuda" if torch.cuda.is_available() else "cpu"

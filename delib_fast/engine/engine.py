@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,11 +42,11 @@ class Ranks:
         self.device = torch.device("cuda", self.local_rank) if on_gpu else torch.device("cpu")
         if on_gpu:
             torch.cuda.set_device(self.device)
-        if "RANK" not in os.environ:
-            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-            os.environ["MASTER_PORT"] = str(_free_port())
-        if not dist.is_initialized():
-            deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+        backend = "nccl" if on_gpu else "gloo"
+        if "RANK" not in os.environ and not dist.is_initialized():  # no launcher: alone, and no port to find
+            os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed asks for it
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._host_group = dist.new_group(backend="gloo") if on_gpu else dist.group.WORLD
 
@@ -197,11 +196,3 @@ class Engine:
 
     def close(self) -> None:
         self._engine.destroy()
-
-
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -8,6 +8,8 @@ stage and number of ranks, without pickle.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from deepspeed.utils import (
@@ -25,7 +27,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class TrainingState:
     """Access to one DeepSpeed engine's weights and moments by parameter name."""
 
-    def __init__(self, module: nn.Module, basic: torch.optim.Optimizer, zero: object, stage: int) -> None:
+    def __init__(self, module: nn.Module, basic: torch.optim.Optimizer, zero: Any, stage: int) -> None:
         self._module = module
         self._basic = basic  # the torch optimizer
         self._zero = zero  # DeepSpeed's wrapper around it (or the same object)
@@ -39,9 +41,9 @@ class TrainingState:
     def tensors(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """Every (key, function that assembles the tensor). All ranks must call the functions in this order."""
         for name, parameter in self.named_parameters():
-            yield f"weight/{name}", lambda p=parameter: self._get(p, None)
+            yield f"weight/{name}", partial(self._get, parameter, None)
             for moment in self._moments:
-                yield f"{moment}/{name}", lambda p=parameter, m=moment: self._get(p, m)
+                yield f"{moment}/{name}", partial(self._get, parameter, moment)
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
         """The parameter's fp32 weight in full. A collective: call it on all ranks."""
@@ -76,7 +78,7 @@ class TrainingState:
             full = safe_get_full_optimizer_state(parameter, moment)
         return full.detach().view(_full_shape(parameter))
 
-    def _set(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
+    def _set(self, parameter: Any, value: Tensor, moment: str | None) -> None:
         if tuple(value.shape) != _full_shape(parameter):
             raise ValueError(f"a saved tensor has shape {tuple(value.shape)}, the model has {_full_shape(parameter)}")
         value = value.to(torch.float32)
@@ -94,7 +96,7 @@ class TrainingState:
         else:
             safe_set_full_optimizer_state(parameter, value, moment)
 
-    def _zero3_partition(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+    def _zero3_partition(self, parameter: Any, value: Tensor) -> Tensor:
         """This rank's slice of a full tensor, padded as ZeRO-3 pads the last rank's."""
         size = parameter.partition_numel()
         rank = parameter._z3_optimizer._get_param_partition_rank(parameter)

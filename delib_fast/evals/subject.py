@@ -11,16 +11,8 @@ from typing import Any
 
 import torch
 
-from delib_fast.config import (
-    AFTConfig,
-    Config,
-    ConfigError,
-    ModelConfig,
-    SourceConfig,
-    TokenizerConfig,
-    parse_config,
-    read_yaml,
-)
+from delib_fast.config import AFTConfig, Config, ConfigError, ModelConfig, SourceConfig, TokenizerConfig
+from delib_fast.config_file import parse_config, read_yaml
 from delib_fast.data import Row, read_source, split_holdout
 from delib_fast.evals.scoring import Scorer
 from delib_fast.evals.segments import categories_of
@@ -68,7 +60,7 @@ class Subject:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return build_tokenizer(Config.model_construct(tokenizer=TokenizerConfig(),
+        return build_tokenizer(Config.model_construct(tokenizer=TokenizerConfig(),  # type: ignore[call-arg]
                                                       model=ModelConfig(path=str(self.folder))), lambda: iter(()))
 
     @cached_property

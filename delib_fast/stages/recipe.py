@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from delib_fast.config import Config, ConfigError, SourceConfig, dump_config, parse_config
+from delib_fast.config import Config, ConfigError, SourceConfig
+from delib_fast.config_file import dump_config, parse_config
 from delib_fast.train import RunResult
 from delib_fast.train import run as run_config
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from delib_fast.config import parse_config
+from delib_fast.config_file import parse_config
 from delib_fast.data import EncodedSet, Example, PackedBatches, Segment
 from delib_fast.engine import Engine, Ranks
 from delib_fast.losses import loss_normalizer, segment_weights

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from delib_fast.config import parse_config
+from delib_fast.config_file import parse_config
 from delib_fast.engine import Engine, Ranks
 from delib_fast.ops import LossOutput
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from delib_fast.config import ConfigError, ModelConfig, parse_config
+from delib_fast.config import ConfigError, ModelConfig
+from delib_fast.config_file import parse_config
 from delib_fast.models import build_model, build_tokenizer, train_tokenizer
 from delib_fast.models.tokenizer import CONTROL_TOKENS
 
