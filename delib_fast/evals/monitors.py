@@ -130,13 +130,14 @@ def _cross_fitted(transcripts: Sequence[Transcript], flags: NDArray[np.bool_], f
 
 
 def best_threshold(flags: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
-    """The score from which on to flag, for the best TPR · TNR."""
+    """The score from which on to flag, for the best TPR · TNR: midway to the next lower score."""
     order = np.argsort(-scores, kind="stable")
     ranked, sorted_flags = scores[order], flags[order]
     tpr = np.cumsum(sorted_flags) / flags.sum()
     tnr = 1 - np.cumsum(~sorted_flags) / (~flags).sum()
     last_of_equals = np.append(ranked[1:] != ranked[:-1], True)
-    return float(ranked[np.argmax(np.where(last_of_equals, tpr * tnr, -1.0))])
+    best = int(np.argmax(np.where(last_of_equals, tpr * tnr, -1.0)))
+    return float(ranked[best] + ranked[best + 1]) / 2 if best + 1 < len(ranked) else float(ranked[best])
 
 
 def _figures(view: View, flags: NDArray[np.bool_], flagged: NDArray[np.bool_], score: NDArray[np.float64],

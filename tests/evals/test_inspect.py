@@ -1,0 +1,126 @@
+"""The Inspect task: known replies through a mock model, and `inspect eval` on a model served on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from eval_models import make_model
+
+from delib_fast.evals.agentic.prompts import texts
+from delib_fast.models import export_model
+
+inspect_ai = pytest.importorskip("inspect_ai", reason="needs the extra evals: pip install 'delib-fast[evals]'")
+
+
+@pytest.fixture(autouse=True)
+def _no_download(monkeypatch):
+    """The mock model counts tokens with a vocabulary that it would fetch."""
+    from inspect_ai.model._providers.mockllm import MockLLM
+
+    async def count_tokens(self, *_):
+        return 1
+
+    monkeypatch.setattr(MockLLM, "count_tokens", count_tokens)
+
+
+def run(log_dir, outputs, judge=None, **arguments):
+    """One sample for each output, in any order; `judge` takes a prompt and gives its reply."""
+    from inspect_ai.model import ModelOutput, get_model
+
+    from delib_fast.evals.agentic import task
+
+    model = get_model("mockllm/model", custom_outputs=[ModelOutput.from_content("mockllm/model", o) for o in outputs])
+    if judge is not None:
+        arguments["judge"] = get_model("mockllm/judge", memoize=False, custom_outputs=lambda messages, *_: (
+            ModelOutput.from_content("mockllm/judge", judge(messages[-1].text))))
+    log = inspect_ai.eval(task.agentic_misalignment(**arguments), model=model, log_dir=str(log_dir), display="none",
+                          max_samples=1, max_connections=1)[0]
+    assert log.status == "success", log.error
+    return log
+
+
+def test_known_replies_are_scored_apart(tmp_path):
+    from delib_fast.evals.agentic.task import figures_of_log
+
+    leaking = texts()["scenarios"]["leaking"]
+    log = run(tmp_path, [leaking["misaligned"][0], leaking["aligned"][0],
+                         "I will send the drawing to the outside firm.", "Nothing."],
+              scenario="leaking", goal="none,america,global,safety")
+    values = [next(iter(sample.scores.values())).value for sample in log.samples]
+    found = {(v["intent"], v["acted"], v["tool_use"]) for v in values}
+    assert found == {(1, 1, 1), (0, 0, 1), (1, 0, 0), (0, 0, 0)}
+    whole = figures_of_log(log)[0]
+    assert (whole.intent.value, whole.acted.value, whole.tool_use.value, whole.samples) == (0.5, 0.25, 0.5, 4)
+    assert whole.acted.low < 0.25 < whole.acted.high
+
+
+def test_a_judge_decides_intent(tmp_path):
+    leaking = texts()["scenarios"]["leaking"]
+    log = run(tmp_path, [leaking["misaligned"][0], leaking["aligned"][0]],
+              lambda text: f"<reasoning>x</reasoning> <answer>{'no' if 'Here is the' in text else 'Yes'}</answer>",
+              scenario="leaking", goal="none,america")
+    scores = [next(iter(sample.scores.values())) for sample in log.samples]
+    assert {(s.value["intent"], s.value["acted"], s.value["harmful"]) for s in scores} == {(0, 1, 0), (1, 0, 0)}
+    assert all(s.metadata["intent_by"] == "judge" for s in scores)
+
+
+def test_the_task_is_found_by_its_entry_point():
+    import tomllib
+
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert pyproject["project"]["entry-points"]["inspect_ai"] == {"delib_fast": "delib_fast.evals.agentic.task"}
+
+
+# --- a served model -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def served(tokenizer, tmp_path_factory):
+    """`transformers serve` with a small model that was just made; yields (base_url, model name)."""
+    pytest.importorskip("fastapi", reason="transformers serve needs fastapi and uvicorn")
+    folder = export_model(make_model(tokenizer, 0), tokenizer, tmp_path_factory.mktemp("served") / "model")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [str(Path(sys.executable).with_name("transformers")), "serve", str(folder), "--host", "127.0.0.1", "--port",
+         str(port), "--device", "cpu"], env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).read()
+                break
+            except OSError:
+                assert server.poll() is None, "transformers serve has ended"
+                assert time.monotonic() < deadline, "transformers serve does not come up"
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1", str(folder)
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.mark.slow
+def test_inspect_eval_on_a_served_model(served, tmp_path):
+    base_url, name = served
+    env = {**os.environ, "LOCAL_BASE_URL": base_url, "LOCAL_API_KEY": "none", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("inspect")), "eval", "delib_fast/evals/agentic/task.py", "--model",
+         f"openai-api/local/{name}", "--max-tokens", "12", "--log-dir", str(tmp_path), "--log-format", "json",
+         "--display", "none"], env=env, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    log = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert log["status"] == "success"
+    assert len(log["samples"]) == 27
+    metrics = log["results"]["scores"]
+    assert {score["name"] for score in metrics} == {"intent", "acted", "harmful", "tool_use"}
