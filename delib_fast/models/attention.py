@@ -11,6 +11,7 @@ let one document read another.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class UnsupportedModelError(ValueError):
     """The model does something that training on packed runs can't do exactly: says what, and what to do."""
 
 
-def packed_inputs(batch: PackedBatch, backend: str = "auto") -> dict[str, Any]:
+def packed_inputs(batch: PackedBatch, backend: str = "auto", prefix: Sequence[int] | None = None) -> dict[str, Any]:
     """The keyword arguments with which a transformers model runs a pack: the only place with transformers'
     names."""
     input_ids = batch.input_ids.unsqueeze(0)
@@ -55,6 +56,7 @@ def packed_inputs(batch: PackedBatch, backend: str = "auto") -> dict[str, Any]:
         "max_length_k": batch.max_seqlen,
         "cu_seqlens_host": batch.cu_seqlens_host,
         "varlen_backend": backend,
+        "varlen_prefix": prefix,
     }
 
 
@@ -108,10 +110,10 @@ def _window(module: nn.Module, sliding_window: int | None) -> int | None:
 
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-            scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-            is_causal: bool | None = None, cu_seq_lens_q: Tensor | None = None,
-            max_length_q: int | None = None, cu_seqlens_host: tuple[int, ...] | None = None,
-            varlen_backend: str = "auto", **others: Any) -> tuple[Tensor, None]:
+           scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+           is_causal: bool | None = None, cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None,
+           cu_seqlens_host: tuple[int, ...] | None = None, varlen_backend: str = "auto",
+           varlen_prefix: Sequence[int] | None = None, **others: Any) -> tuple[Tensor, None]:
     """transformers' attention signature: (1, H, T, D) in, (1, T, H, D) out."""
     if cu_seq_lens_q is None or max_length_q is None:
         raise _refuse(module, "no cu_seqlens arrived at its attention function, so documents can't be kept "
@@ -134,7 +136,7 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     out = varlen_attention(
         query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), cu_seq_lens_q,
         max_length_q, scale=scaling, window=_window(module, sliding_window), cu_seqlens_host=cu_seqlens_host,
-        backend=varlen_backend)
+        prefix=varlen_prefix, backend=varlen_backend)
     return out.unsqueeze(0), None
 
 

@@ -9,7 +9,7 @@ Sizes: T packed tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,10 +61,16 @@ class TrainableLM(nn.Module):
         fused.backend = loss_backend
         model.set_submodule(self._head_name, fused)
 
-    def forward(self, batch: PackedBatch) -> LossOutput:
+    def forward(self, batch: PackedBatch, prefix: Sequence[int] | None = None) -> LossOutput:
         """The loss of a pack: `loss_sum` () float32, `nll` (T,) float32 and `correct` (T,) bool, both
-        detached."""
-        hidden = self.model.base_model(**packed_inputs(batch, self.attention_backend)).last_hidden_state
+        detached.
+
+        prefix: the run that each run continues, or -1, as of `ops.varlen_attention`: several completions of one
+            prompt. Then the position ids of a run go on from its prefix's, and a completion begins with a copy of the
+            prompt's last token, which its prefix leaves out.
+        """
+        inputs = packed_inputs(batch, self.attention_backend, prefix)
+        hidden = self.model.base_model(**inputs).last_hidden_state
         return self.head(hidden.squeeze(0), batch.targets, batch.loss_weights, batch.loss_positions)
 
     @property

@@ -60,8 +60,9 @@ def test_catches_stock_attention(attention, how, monkeypatch) -> None:
     trainable = TrainableLM(build("qwen3"))
     trainable.model.set_attn_implementation(attention)
     if how == "cache":
-        monkeypatch.setattr("delib_fast.models.lm.packed_inputs", lambda batch, backend: packed_inputs(batch, backend)
-                            | {"use_cache": True, "attention_mask": None})
+        cached = {"use_cache": True, "attention_mask": None}
+        monkeypatch.setattr("delib_fast.models.lm.packed_inputs",
+                            lambda batch, backend, _: packed_inputs(batch, backend) | cached)
     with pytest.raises(LeakError, match=r"changing token 3 of run 1 changes the loss of the runs behind it"):
         check_isolation(trainable, "cpu")
 
@@ -108,7 +109,7 @@ def test_catches_positions_that_do_not_restart(monkeypatch) -> None:
     trainable = TrainableLM(model)  # in train mode, with dropout between its layers
     check_isolation(trainable, "cpu")
 
-    def counting_on(batch, backend):
+    def counting_on(batch, backend, _):
         return packed_inputs(replace(batch, position_ids=torch.arange(len(batch.input_ids))), backend)
 
     monkeypatch.setattr("delib_fast.models.lm.packed_inputs", counting_on)

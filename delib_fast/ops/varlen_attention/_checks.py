@@ -35,6 +35,18 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
         raise ValueError(f"window must be at least 1 (the token itself) or None; it is {window}")
 
 
+def check_prefix(prefix: Sequence[int], runs: int) -> None:
+    """Each run continues none (-1) or one that stands before it, so there are no rings."""
+    if isinstance(prefix, Tensor) or not all(isinstance(parent, int) for parent in prefix):
+        raise ValueError("prefix must be host ints, one a run: the run that it continues, or -1; it is "
+                         f"{type(prefix).__name__}")
+    if len(prefix) != runs:
+        raise ValueError(f"prefix must have one entry a run; it has {len(prefix)} for {runs} runs")
+    for run, parent in enumerate(prefix):
+        if not -1 <= parent < run:
+            raise ValueError(f"prefix[{run}] is {parent}; a run continues one that stands before it, or none (-1)")
+
+
 def check_runs(cu_seqlens: Sequence[int], tokens: int, max_seqlen: int) -> None:
     """What the runs must fulfil, on host values: a kernel would read past its inputs, or leave tokens
     unwritten."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from delib_fast.ops.varlen_attention._checks import check_runs
+from delib_fast.ops.varlen_attention._prefix import plan, register
 
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -31,19 +32,28 @@ _SHORT_TOKENS = 32
 _LEAST_WINDOW_BLOCK = 128
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> str | None:
+def why_not(q: Tensor, k: Tensor, v: Tensor, window: int | None, shared: bool = False) -> str | None:
     """The reason that this backend can't take these tensors, or None."""
     if q.device.type != "cpu":
         return f"it runs on CPU tensors; these are on {q.device.type}"
     if q.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float64, float32, bfloat16 or float16, not {q.dtype}"
+    if shared and window is not None:
+        return "a sliding window across a shared prefix is not done by two attentions"
     return None
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
                      scale: float | None = None, window: int | None = None,
-                     cu_seqlens_host: Sequence[int] | None = None) -> Tensor:
+                     cu_seqlens_host: Sequence[int] | None = None,
+                     prefix: Sequence[int] | None = None) -> Tensor:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if prefix is not None:
+        host = tuple(cu_seqlens.tolist()) if cu_seqlens_host is None else tuple(cu_seqlens_host)
+        if shared := plan(host, tuple(prefix), q.device):
+            # in float32 throughout, so that the halves are merged before anything is rounded
+            wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)]
+            return _with_prefix(*wide, cu_seqlens, max_seqlen, scale, *shared)[0].to(q.dtype)
     window = 0 if window is None or window >= max_seqlen else window  # 0 is none, in the op's schema
     return torch.ops.delib_fast.varlen_attention_cpu(q, k, v, cu_seqlens, max_seqlen, scale, window)[0]
 
@@ -166,3 +176,41 @@ def _autograd(ctx, d_out: Tensor, _d_lse: Tensor | None):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _half(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool,
+          scale: float) -> tuple[Tensor, Tensor]:
+    if causal:
+        return _forward(q, k, v, cu_q, max_q, scale, 0)
+    out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty((*q.shape[:2], 1), dtype=q.dtype)
+    for rows, keys in _pairs(cu_q, cu_k):
+        o, e = _forward_kernel(_heads(q, rows), _heads(k, keys), _heads(v, keys), 0.0, False, scale=scale)
+        out[rows], lse[rows] = o[0].transpose(0, 1), e[0].T.unsqueeze(-1)
+    return out, lse
+
+
+def _half_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
+                   max_q: int, max_k: int, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    if causal:
+        return _backward(d_out, q, k, v, out, lse, cu_q, scale, 0)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    for rows, keys in _pairs(cu_q, cu_k):
+        grads = _backward_kernel(_heads(d_out, rows), _heads(q, rows), _heads(k, keys), _heads(v, keys),
+                                 _heads(out, rows), _heads(lse, rows).squeeze(-1), 0.0, False, scale=scale)
+        for whole, places, grad in zip((dq, dk, dv), (rows, keys, keys), grads, strict=True):
+            whole[places] = grad[0].transpose(0, 1)
+    return dq, dk, dv
+
+
+def _pairs(cu_q: Tensor, cu_k: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Of each prefix: the queries and the keys."""
+    for queries, keys in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+        yield slice(*queries), slice(*keys)
+
+
+def _heads(x: Tensor, places: slice) -> Tensor:
+    """(T, H, D) to (1, H, L, D)"""
+    return x[places].transpose(0, 1).unsqueeze(0)
+
+
+_with_prefix = register("varlen_attention_prefix_cpu", _half, _half_backward)

@@ -50,12 +50,14 @@ def _function(module: str) -> Callable[..., Any]:
     return importlib.import_module(module).flash_attn_varlen_func
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> str | None:
+def why_not(q: Tensor, k: Tensor, v: Tensor, window: int | None, shared: bool = False) -> str | None:
     """The reason that this backend can't take these tensors, or None."""
     if q.device.type != "cuda":
         return f"it runs on CUDA tensors; these are on {q.device.type}"
     if not any(_installed(g.module) for g in _GENERATIONS):
         return "no flash-attention package is installed (flash-attn, flash-attn-3 or flash-attn-4)"
+    if shared:
+        return "its interface takes no merged log-sum-exp in the backward pass, which a shared prefix needs"
     major, minor = torch.cuda.get_device_capability(q.device)
     if _generation(major) is None:
         return f"the installed flash-attention package has no kernels for compute capability {major}.{minor}"
@@ -68,7 +70,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> str | None:
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
                      scale: float | None = None, window: int | None = None,
-                     cu_seqlens_host: Sequence[int] | None = None) -> Tensor:
+                     cu_seqlens_host: Sequence[int] | None = None,
+                     prefix: Sequence[int] | None = None) -> Tensor:
     generation = _generation(torch.cuda.get_device_capability(q.device)[0])
     assert generation is not None, "why_not was not asked"
     # flash-attention counts the tokens *before* this one, so a window of 1 (the token alone) is (0, 0).

@@ -1,0 +1,90 @@
+"""Several completions of one prompt, the prompt computed once: the nll and every gradient of separate rows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from small_models import VOCAB, build, gradients, ground_truth, largest_deviation, pack
+
+from delib_fast.data import PackedBatch
+from delib_fast.models import TrainableLM
+
+ALLOWED = 1e-5  # relative, fp32
+# prompt length, completion lengths; the prompts share one pack, and a document of its own stands between them
+GROUPS = ((11, (4, 9, 2)), (1, (5,)), (23, (3, 3)))
+
+
+def rows() -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Of each group: the prompt, the completions."""
+    draw = torch.Generator().manual_seed(4)
+    return [(torch.randint(VOCAB, (n,), generator=draw), [torch.randint(VOCAB, (m,), generator=draw) for m in lengths])
+            for n, lengths in GROUPS]
+
+
+def weights_of(prompt: torch.Tensor, completion: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.zeros(len(prompt)), torch.linspace(0.5, 1.5, len(completion))])
+
+
+def shared_pack() -> tuple[PackedBatch, list[int]]:
+    """Prompts without their last token; each completion behind a copy of it, positions going on."""
+    documents, prefix, first_positions = [], [], []
+    for prompt, completions in rows():
+        parent = len(documents)
+        documents.append((prompt[:-1], torch.zeros(len(prompt) - 1)))
+        prefix.append(-1)
+        first_positions.append(0)
+        for completion in completions:
+            documents.append((torch.cat([prompt[-1:], completion]), weights_of(prompt[-1:], completion)))
+            prefix.append(parent)
+            first_positions.append(len(prompt) - 1)
+    lengths = [len(tokens) for tokens, _ in documents]
+    batch = pack_with_empty_runs(documents, lengths)
+    positions = torch.cat([torch.arange(n) + first for n, first in zip(lengths, first_positions, strict=True)])
+    return dataclasses.replace(batch, position_ids=positions), prefix
+
+
+def pack_with_empty_runs(documents, lengths) -> PackedBatch:
+    """`pack` marks the last token of every run, which an empty one does not have."""
+    batch = pack([d for d in documents if len(d[0])])
+    borders = [0]
+    for n in lengths:
+        borders.append(borders[-1] + n)
+    return dataclasses.replace(batch, cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+                               cu_seqlens_host=tuple(borders), example_ids=tuple(range(len(lengths))))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3 tied, one kv head", "llama"])
+def test_shared_equals_separate_rows(name, backend, record_property) -> None:
+    model = build(name)
+    separate = [(torch.cat([prompt, c]), weights_of(prompt, c)) for prompt, completions in rows() for c in completions]
+    true_nll, true_gradients = ground_truth(model, separate)
+    true_weights = torch.cat([torch.cat([w[1:], torch.zeros(1)]) for _, w in separate])
+
+    batch, prefix = shared_pack()
+    trainable = TrainableLM(model, attention_backend=backend).train()
+    output = trainable(batch, prefix)
+    output.loss_sum.backward()
+
+    supervised = output.nll[batch.loss_positions]
+    expected = true_nll[true_weights > 0]
+    off = ((supervised - expected).abs().max() / expected.abs().max()).item()
+    worst, whose = largest_deviation(gradients(trainable.model), true_gradients)
+    record_property("nll", off)
+    record_property("gradient", worst)
+    assert off <= ALLOWED
+    assert worst <= ALLOWED, whose
+    assert len(batch.input_ids) < sum(len(tokens) for tokens, _ in separate)
+
+
+def test_a_sliding_window_counts_through_the_prefix() -> None:
+    model = build("qwen3 sliding")
+    separate = [(torch.cat([prompt, c]), weights_of(prompt, c)) for prompt, completions in rows() for c in completions]
+    _, true_gradients = ground_truth(model, separate)
+    batch, prefix = shared_pack()
+    trainable = TrainableLM(model).train()
+    trainable(batch, prefix).loss_sum.backward()
+    worst, whose = largest_deviation(gradients(trainable.model), true_gradients)
+    assert worst <= ALLOWED, whose
