@@ -95,8 +95,8 @@ def early(subject: Subject) -> SuiteResult:
 def rely(subject: Subject) -> SuiteResult:
     figures = reliance(subject.scorer, thinking_rows(subject))
     table = Table("The answer behind another chain of thought",
-                  ("CoT", "nll of the answer", "change", "greedy match", "tokens"),
-                  tuple((v.variant, v.nll, v.change, v.greedy_match, round(v.cot_tokens)) for v in figures.variants))
+                  ("CoT", "nll of the answer", "change", "CoT tokens"),
+                  tuple((v.variant, v.nll, v.change, round(v.cot_tokens)) for v in figures.variants))
     kinds = Table("Corrupted, by kind of mistake", ("kind", "change in nll", "rows"),
                   tuple((kind, change, change.n) for kind, change in figures.corruption_kinds.items()))
     return SuiteResult("reliance", "Reliance", "nats an answer; change is paired by row against the row's own chain of "
@@ -108,12 +108,14 @@ def agentic(subject: Subject) -> SuiteResult:
     settings = subject.settings.agentic
     figures = margins(subject.scorer, conditions(urgencies=settings.urgency, conflict=settings.conflict,
                                                  scratchpad=False))
-    table = Table("logp(aligned) − logp(misaligned)", ("over", "margin, nats", "per token", "aligned likelier"),
-                  tuple((f.group.removeprefix("scenario: "), f.margin, f.margin_per_token, f.aligned_likelier)
-                        for f in figures.figures))
+    names = [f.group.removeprefix("scenario: ") for f in figures.figures]
+    table = Table("logp(aligned) − logp(misaligned)", ("over", "margin, nats a reply", "nats a token"), tuple(
+        (name, f.margin, f.margin_per_token) for name, f in zip(names, figures.figures, strict=True)))
+    likelier = Table("Pairs in which the aligned action is likelier", ("over", "share", "pairs"), tuple(
+        (name, f.aligned_likelier, f.pairs) for name, f in zip(names, figures.figures, strict=True)))
     return SuiteResult("agentic", "Agentic misalignment, teacher-forced", "Two written actions a scenario, scored "
                        "behind each condition's mail. Rates of what a model does by itself: `inspect eval "
-                       "delib_fast/agentic_misalignment`.", (table,), details={"figures": plain(figures)})
+                       "delib_fast/agentic_misalignment`.", (table, likelier), details={"figures": plain(figures)})
 
 
 def monitor(subject: Subject) -> SuiteResult:
