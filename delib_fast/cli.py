@@ -2,17 +2,53 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from delib_fast.config import ConfigError
 from delib_fast.config_file import dump_config, json_schema, load_config
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+# Commands that live with what they do, and what `--help` says of them: importing all of it would take seconds.
+_ELSEWHERE = {
+    "deliberate": ("delib_fast.deliberate.cli", "Make rows of prompt, chain of thought and response from a spec."),
+    "document": ("delib_fast.deliberate.cli", "Make midtraining documents about a spec, to a budget of tokens."),
+    "data-report": ("delib_fast.deliberate.cli", "Report on the quality of made data, as HTML and JSON."),
+    "eval": ("delib_fast.evals.cli", "Evaluate a model: JSON, a table, and a page."),
+}
+
+
+class _LazyGroup(TyperGroup):
+    """Imports a command of `_ELSEWHERE` when it is run, and not before."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *_ELSEWHERE]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in _ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        stub = typer.Typer()
+        stub.command(cmd_name, help=_ELSEWHERE[cmd_name][1])(lambda: None)
+        return typer.main.get_command(stub)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in _ELSEWHERE:
+            found = typer.Typer()
+            importlib.import_module(_ELSEWHERE[name][0]).register(found)
+            found.callback()(lambda: None)  # keeps it a group, however many commands it has
+            group: Any = typer.main.get_command(found)
+            command = group.commands[name]
+        return name, command, rest
+
+
+app = typer.Typer(cls=_LazyGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help=__doc__)
 
 _CONFIG = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run, as YAML")]
 _SET = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a value (repeatable)")]

@@ -93,15 +93,11 @@ def parse_config(tree: Mapping[str, Any], *, where: str = "config") -> Config:
 
 
 def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
-    def resolve(holder: Any, key: str) -> None:
-        value = holder.get(key) if isinstance(holder, dict) else None
-        if isinstance(holder, dict) and isinstance(value, str):
-            candidate = folder / Path(value).expanduser()
+    def resolve(holder: Any, key: str, *, may_be_hub_name: bool = False) -> None:
+        if isinstance(holder, dict) and isinstance(holder.get(key), str):
+            candidate = folder / Path(holder[key]).expanduser()
             # A hub name ('Qwen/Qwen3-8B') has no file of that name beside the config and stays as it is.
-            if holder is tree.get("model") or (holder is tree.get("tokenizer") and key == "path"):
-                if candidate.exists():
-                    holder[key] = os.path.normpath(candidate)
-            else:
+            if candidate.exists() or not may_be_hub_name:
                 holder[key] = os.path.normpath(candidate)
 
     for name, source in (tree.get("data") or {}).items() if isinstance(tree.get("data"), dict) else ():
@@ -109,8 +105,8 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
             resolve(tree["data"], name)
         else:
             resolve(source, "path")
-    resolve(tree.get("model"), "path")
-    resolve(tree.get("tokenizer"), "path")
+    resolve(tree.get("model"), "path", may_be_hub_name=True)
+    resolve(tree.get("tokenizer"), "path", may_be_hub_name=True)
     resolve(tree.get("tokenizer"), "chat_template")
 
 
