@@ -22,17 +22,23 @@ def eval_command(
     limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="rows a suite at most")] = None,
 ) -> None:
     """Evaluate a model: JSON, a table, and a page. The same command goes on where it stopped."""
+    from delib_fast.data import DataError
+    from delib_fast.evals.judge import JudgeError
     from delib_fast.evals.report import print_tables, write_page
     from delib_fast.evals.run import evaluate
     from delib_fast.evals.settings import load_eval_config
     from delib_fast.evals.subject import Subject
+    from delib_fast.models import UnsupportedModelError
 
     suites = [part.strip() for item in suite or () for part in item.split(",")] or None
     settings = load_eval_config(config, model=model, suites=suites, base=base,
                                 out=None if out is None else str(out), limit=limit)
     if settings.model is None:
         raise ConfigError("give a run directory or a model folder to evaluate")
-    evaluation = evaluate(Subject(Path(settings.model), settings), say=lambda text: typer.echo(text, err=True))
+    try:
+        evaluation = evaluate(Subject(Path(settings.model), settings), say=lambda text: typer.echo(text, err=True))
+    except (DataError, UnsupportedModelError, JudgeError) as error:
+        raise ConfigError(str(error)) from None  # told plainly, as every fault of what the user gave
     print_tables(evaluation)
     page = write_page(evaluation)
     typer.echo(f"results       {evaluation.folder / 'report.json'}\npage          {page}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -39,17 +40,22 @@ class GradientShare:
     examples: int
 
 
-def cot_dose(examples: Sequence[Example], segment_weights: Sequence[float]) -> Dose:
+def cot_dose(examples: Sequence[Example], segment_weights: Sequence[float],
+             loss_average: Literal["token", "example"] = "token") -> Dose:
     """The CoT supervision dose of examples under a stage's segment weights.
 
         dose = Σ_{t in CoT} w_t / Σ_t w_t         w_t = segment_weights[segment of t] · weight of t's row
 
-    Exact, from the rows alone. What it can't show: what that signal does; a CoT that the model writes already gives
+    With `loss_average` "example" the weights of each example are first scaled to a sum of its row's weight, as
+    `PackedBatches` does. Exact, from the rows alone. What it can't show: what that signal does; a CoT that the model writes already gives
     no gradient whatever it weighs (see `gradient_share`).
     """
     targets = [np.bincount(e.segments[1:], minlength=len(Segment)) for e in examples]
     weights = np.array([counts * np.asarray(segment_weights) * e.weight
                         for counts, e in zip(targets, examples, strict=True)]).reshape(-1, len(Segment))
+    if loss_average == "example":
+        sums = np.maximum(weights.sum(1, keepdims=True), 1e-30)
+        weights = weights / sums * np.array([[e.weight] for e in examples]).reshape(-1, 1)
     supervised = np.array(targets).reshape(-1, len(Segment)) * (np.asarray(segment_weights) > 0)
     share = ratio(weights[:, Segment.COT], weights.sum(1))
     return Dose(share, int(supervised[:, Segment.COT].sum()), int(supervised.sum()))

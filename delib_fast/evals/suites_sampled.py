@@ -122,7 +122,8 @@ def refusal(subject: Subject, reply: Replier) -> SuiteResult:
         ("separation", figures.separation), ("no reply at all", figures.empty)))
     by = Table("By type", ("type", "comply", "partial", "refuse"),
                tuple((name, v["comply"], v["partial"], v["refuse"]) for name, v in figures.by_type.items()))
-    tables, details = [rates, *([by] if by.rows else [])], {"figures": plain(figures), "by": "judge" if settings.judge else "words"}
+    tables = [rates, *([by] if by.rows else [])]
+    details = {"figures": plain(figures), "by": "judge" if settings.judge else "words"}
     if settings.refusal_labelled is not None:
         known = classifier_figures(read_labelled(settings.refusal_labelled))
         tables.append(Table("The offline classifier on labelled replies", ("accuracy", "refusals found", "precision"),

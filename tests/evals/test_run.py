@@ -182,6 +182,15 @@ def test_the_command(folder, tmp_path):
     assert (tmp_path / "out" / "index.html").exists()
 
 
+def test_bad_rows_are_said_plainly(folder, tmp_path):
+    config = tmp_path / "eval.yaml"
+    config.write_text("rows: {held: rows.jsonl}\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    result = command(folder / "model", "--config", config, "--suite", "segments")
+    assert isinstance(result.exception, ConfigError)
+    assert "rows.jsonl:1" in str(result.exception)
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ((), "give a run directory or a model folder"), (("/nowhere",), "no such folder"),
     ((ROOT / "docs",), "holds no model"), (("x", "--suite", "segment"), "'segment' is no suite")])

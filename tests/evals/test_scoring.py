@@ -88,6 +88,8 @@ def test_dose_is_counted_exactly(scorer):
     assert dose.weight_share.value == pytest.approx(0.3 * cot[0] / (0.3 * cot[0] + 2 * sum(response)))
     assert dose.cot_tokens == cot[0]
     assert dose.tokens == cot[0] + sum(response)
+    by_example = 0.3 * cot[0] / (0.3 * cot[0] + 2 * response[0]) / 2  # the second example has no CoT
+    assert cot_dose(examples, (0.0, 0.3, 2.0, 1.0), "example").weight_share.value == pytest.approx(by_example)
     assert cot_dose(examples, (0, 0, 1, 1)).weight_share.value == 0
     assert cot_dose(examples, (0, 0, 1, 1)).cot_tokens == 0
 
