@@ -47,8 +47,9 @@ def cot_dose(examples: Sequence[Example], segment_weights: Sequence[float],
         dose = Σ_{t in CoT} w_t / Σ_t w_t         w_t = segment_weights[segment of t] · weight of t's row
 
     With `loss_average` "example" the weights of each example are first scaled to a sum of its row's weight, as
-    `PackedBatches` does. Exact, from the rows alone. What it can't show: what that signal does; a CoT that the model writes already gives
-    no gradient whatever it weighs (see `gradient_share`).
+    `PackedBatches` does. Exact, from the rows alone.
+    What it can't show: what that signal does; a CoT that the model writes already gives no gradient whatever it weighs
+    (see `gradient_share`).
     """
     targets = [np.bincount(e.segments[1:], minlength=len(Segment)) for e in examples]
     weights = np.array([counts * np.asarray(segment_weights) * e.weight
