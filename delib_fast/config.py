@@ -35,7 +35,12 @@ class SourceConfig(Section):
     """Rows of one file. A source is named once under `data:`, and stages refer to it by that name."""
 
     path: str
-    """A file of rows (.jsonl, .json, .parquet), or of text (.txt, .md)."""
+    """A file of rows (.jsonl, .json, .parquet), or of text (.txt, .md); a folder that `datasets` saved; or
+    `hub:owner/name[@revision]`, a data set of the Hugging Face hub."""
+    split: str = "train"
+    """Of a `datasets` folder or hub name: which split."""
+    subset: str | None = None
+    """Of a hub name: which configuration of the data set."""
     cut: Literal["none", "headings"] = "none"
     """Text files: one document a file, or one a Markdown heading (each keeps the headings above it)."""
     holdout: float = Field(0.0, ge=0.0, lt=1.0)
@@ -43,6 +48,10 @@ class SourceConfig(Section):
     stays the same when rows are added."""
     limit: PositiveInt | None = None
     """Read this many rows at most."""
+    repeat: float = Field(1.0, gt=0.0, le=1000.0)
+    """How often its training tokens are seen in an epoch: 2 each example twice, 0.5 a drawn half of them."""
+    max_tokens: PositiveInt | None = None
+    """At most so many of its tokens in an epoch: whole examples, drawn by the seed."""
     turns: Literal["last", "each"] = "last"
     """Chats of several assistant turns: learn the last one, or make an example of each, so that every turn's
     chain of thought can be learnt (the chat template drops those of earlier turns)."""
@@ -135,6 +144,13 @@ class StageBase(Section):
     max_steps: PositiveInt | None = None
     min_steps: int = Field(1, ge=1)
     """Fewer updates than this end the run before it starts: a handful of huge steps teaches nothing."""
+    mix: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Of several sources: what part of an epoch's tokens each gives (3 and 1 are three quarters and one). The epoch is
+    as long as the scarcest source allows, given its `repeat` and `max_tokens`. Without it each source gives all."""
+    loss_average: Literal["token", "example"] = "token"
+    """Each token weighs the same, or each example, however long it is."""
+    balance: Literal["cost", "none"] = "cost"
+    """Let packs whose attention costs alike share a step, so that no rank waits for another; or draw them freely."""
     optimizer: OptimizerConfig = OptimizerConfig()
 
     @model_validator(mode="after")
@@ -143,6 +159,14 @@ class StageBase(Section):
             nearest = max(1, round(self.tokens_per_step / self.pack_capacity)) * self.pack_capacity
             raise ValueError(f"tokens_per_step ({self.tokens_per_step}) must be a multiple of pack_capacity "
                              f"({self.pack_capacity}); the nearest is {nearest}")
+        return self
+
+    @model_validator(mode="after")
+    def _mix_of_train(self) -> StageBase:
+        if self.mix and set(self.mix) != set(self.train):
+            odd = sorted(set(self.mix) ^ set(self.train))[0]
+            raise ValueError(f"mix names {sorted(self.mix)} and train {sorted(self.train)}: both must name the same "
+                             f"sources ({odd!r} is only in one)")
         return self
 
     @property
@@ -172,6 +196,9 @@ class AFTConfig(StageBase):
     """Weight of each response token in the loss."""
     system_prompt: str | None = None
     """A system message put before each row that brings none."""
+    spec: str | None = None
+    """The file of the spec that earlier stages taught: a prompt that holds its text ends the run, since the model must
+    know the spec and not read it there."""
     over_long: Literal["drop", "error"] = "drop"
     """Examples longer than a pack are left out and counted, or are an error. Never cut."""
 
@@ -223,6 +250,10 @@ class Config(Section):
     data: dict[str, SourceConfig] = Field(min_length=1)
     """The sources, by name. Relative paths are taken from the folder of the file that names them."""
     stages: list[StageConfig] = Field(min_length=1)
+    overlap: Literal["error", "allow"] = "error"
+    """An evaluation row that training has seen, or has seen most of (runs of 13 words), ends the run."""
+    cache_dir: str | None = None
+    """Where encoded data is kept between runs; by default $DELIB_FAST_CACHE or ~/.cache/delib_fast."""
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

@@ -59,9 +59,9 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """Read a YAML configuration and apply `a.b=c` overrides to it.
 
     Args:
-        path: the YAML file. Relative paths under `data:`, `model.path`, `tokenizer.path` and
-            `tokenizer.chat_template` are taken from its folder; those in an override, and `run_dir`, from the
-            working directory.
+        path: the YAML file. Relative paths under `data:`, `model.path`, `tokenizer.path`,
+            `tokenizer.chat_template` and a stage's `spec` are taken from its folder; those in an override, and
+            `run_dir`, from the working directory.
         overrides: strings `key.sub=value`; the value is read as YAML; list items are named by position
             (`stages.1.optimizer.lr=1e-5`), stages also by their name (`stages.aft.cot=strip`).
     Raises:
@@ -94,7 +94,7 @@ def parse_config(tree: Mapping[str, Any], *, where: str = "config") -> Config:
 
 def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
     def resolve(holder: Any, key: str, *, may_be_hub_name: bool = False) -> None:
-        if isinstance(holder, dict) and isinstance(holder.get(key), str):
+        if isinstance(holder, dict) and isinstance(holder.get(key), str) and not holder[key].startswith("hub:"):
             candidate = folder / Path(holder[key]).expanduser()
             # A hub name ('Qwen/Qwen3-8B') has no file of that name beside the config and stays as it is.
             if candidate.exists() or not may_be_hub_name:
@@ -108,6 +108,8 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
     resolve(tree.get("model"), "path", may_be_hub_name=True)
     resolve(tree.get("tokenizer"), "path", may_be_hub_name=True)
     resolve(tree.get("tokenizer"), "chat_template")
+    for stage in tree["stages"] if isinstance(tree.get("stages"), list) else ():
+        resolve(stage, "spec")
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
