@@ -1,0 +1,266 @@
+"""Attention inside the runs of a pack, forward and backward, and what sharing a prompt among completions saves.
+
+    pytest bench/bench_varlen_attention.py --quick                     # what CI runs
+    pytest bench/bench_varlen_attention.py -k "mixed or completions"
+
+The roof is the time of the seven bare GEMMs (two forward, five backward) on the causal half of each run's scores,
+without softmax, measured before every round. Peers: sdpa with one dense (T, T) mask over the pack, as transformers'
+sdpa does packed rows, and sdpa run by run in a Python loop. Each contender's output and gradients are first compared
+with the reference in float64 on these very inputs.
+
+T packed tokens, Hq query heads, Hkv key heads, D head size.
+"""
+
+import functools
+import json
+from collections.abc import Callable
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from delib_fast.ops import varlen_attention
+from delib_fast.ops.varlen_attention import _BACKENDS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+ALLOWED = 2e-2 if DEVICE == "cuda" else 1e-5  # relative to the largest entry
+Hq, Hkv, D = (32, 8, 128) if DEVICE == "cuda" else (8, 2, 64)
+SCALE_UP = 16 if DEVICE == "cuda" else 1
+MATH_COT = Path(__file__).parents[2] / "shared" / "data" / "math_cot_100x8.jsonl"
+
+# name: (lengths in full, lengths in quick mode)
+RUNS = {
+    "one": ([2048], [512]),
+    "mixed": ([1500, 900, 600, 400, 250, 180, 120, 80, 40, 26], [180, 120, 90, 60, 40, 22]),
+    "short": ([32, 48, 20, 60, 40, 56] * 16, [32, 48, 20, 60, 40, 56] * 2),
+}
+
+
+class Inputs(NamedTuple):
+    lengths: list[int]
+    prefix: list[int] | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    upstream: Tensor
+
+    @property
+    def borders(self) -> tuple[int, ...]:
+        return (0, *accumulate(self.lengths))
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        return torch.tensor(self.borders, dtype=torch.int32, device=DEVICE)
+
+    def finish(self, out: Tensor) -> tuple[Tensor, ...]:
+        return out.detach(), *torch.autograd.grad(out, (self.q, self.k, self.v), self.upstream)
+
+
+def make_inputs(lengths: list[int], prefix: list[int] | None = None, dtype: torch.dtype = DTYPE) -> Inputs:
+    draw = torch.Generator(DEVICE).manual_seed(1)
+    q, k, v, g = (torch.randn(sum(lengths), heads, D, device=DEVICE, generator=draw).to(dtype)
+                  for heads in (Hq, Hkv, Hkv, Hq))
+    return Inputs(lengths, prefix, q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), g)
+
+
+def ours(backend: str, window: int | None, inputs: Inputs) -> tuple[Tensor, ...]:
+    return inputs.finish(varlen_attention(
+        inputs.q, inputs.k, inputs.v, inputs.cu_seqlens, max(inputs.lengths), window=window, prefix=inputs.prefix,
+        cu_seqlens_host=inputs.borders, backend=backend))
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **how)[0].transpose(0, 1)
+
+
+def sdpa_dense(window: int | None, inputs: Inputs) -> tuple[Tensor, ...]:
+    run = torch.repeat_interleave(torch.arange(len(inputs.lengths), device=DEVICE),
+                                  torch.tensor(inputs.lengths, device=DEVICE))
+    place = torch.arange(len(run), device=DEVICE)
+    mask = (run[:, None] == run) & (place[:, None] >= place)
+    if window is not None:
+        mask &= place[:, None] - place < window
+    return inputs.finish(_sdpa(inputs.q, inputs.k, inputs.v, attn_mask=mask))
+
+
+def sdpa_loop(window: int | None, inputs: Inputs) -> tuple[Tensor, ...]:
+    return inputs.finish(torch.cat([_sdpa(inputs.q[a:b], inputs.k[a:b], inputs.v[a:b], is_causal=True)
+                                    for a, b in pairwise(inputs.borders)]))
+
+
+def contenders() -> dict[str, Callable[[int | None, Inputs], tuple[Tensor, ...]]]:
+    tensors = make_inputs([8])[2:5]
+    found: dict[str, Any] = {b.name: functools.partial(ours, b.name) for b in _BACKENDS
+                             if b.why_not(*tensors, None) is None}
+    return {**found, "sdpa_dense": sdpa_dense, "sdpa_loop": sdpa_loop}
+
+
+@functools.lru_cache(maxsize=1)  # contenders of one case come one after another
+def exact_results(lengths: tuple[int, ...], window: int | None) -> tuple[Tensor, ...]:
+    inputs = make_inputs(list(lengths))
+    wide = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs[2:]]
+    return ours("reference", window, Inputs(inputs.lengths, None, *wide))
+
+
+def assert_correct(results: tuple[Tensor, ...], inputs: Inputs, window: int | None) -> float:
+    """The largest error against float64 of the output or a gradient, relative to the largest entry of it."""
+    exact = exact_results(tuple(inputs.lengths), window)
+    error = max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(results, exact, strict=True))
+    assert error < ALLOWED, f"off by {error:.1e}"
+    return error
+
+
+def score_gemms(inputs: Inputs, window: int | None) -> Callable[[], None]:
+    """Seven GEMMs a run, of half as many keys as it has tokens (its causal half; less under a window)."""
+    shapes = []
+    for n in inputs.lengths:
+        keys = max(1, n // 2 if window is None else min(n // 2, window))
+        shapes.append([torch.randn(Hq, *shape, device=DEVICE, dtype=DTYPE)
+                       for shape in ((n, D), (keys, D), (n, keys))])
+
+    def roof() -> None:
+        for tall, keys, scores in shapes:
+            for _ in range(3):  # scores; their recomputation; d_probabilities
+                tall @ keys.mT
+            for _ in range(2):  # out; dq
+                scores @ keys
+            for _ in range(2):  # dk; dv
+                scores.mT @ tall
+
+    return roof
+
+
+def flops(lengths: list[int], window: int | None) -> int:
+    pairs = sum(n * (n + 1) // 2 if window is None or n <= window else window * n - window * (window - 1) // 2
+                for n in lengths)
+    return 7 * 2 * Hq * D * pairs
+
+
+@pytest.mark.parametrize("name", [*contenders()])  # the innermost loop
+@pytest.mark.parametrize("window", [None, 256], ids=["full", "window256"])
+@pytest.mark.parametrize("runs", RUNS)
+def bench_varlen_attention(against_roof, quick, runs, window, name):
+    if window is not None and name == "sdpa_loop":
+        pytest.skip("sdpa has no window without a mask")
+    lengths = [n * SCALE_UP for n in RUNS[runs][quick]]
+    inputs, call = make_inputs(lengths), contenders()[name]
+    error = assert_correct(call(window, inputs), inputs, window)
+    tokens = sum(lengths)
+    size = torch.finfo(DTYPE).bits // 8
+    against_roof(lambda: call(window, inputs), score_gemms(inputs, window), rounds=3 if quick else 5,
+                 flops=flops(lengths, window), bytes=size * tokens * D * (6 * Hq + 8 * Hkv), tokens=tokens,
+                 longest=max(lengths), error=error, dtype=str(DTYPE))
+
+
+# --- completions of one prompt ------------------------------------------------------------------------------------
+
+
+def written_out(prompts: list[tuple[int, list[int]]]) -> tuple[list[int], list[int] | None]:
+    return [prompt + n for prompt, completions in prompts for n in completions], None
+
+
+def shared(prompts: list[tuple[int, list[int]]]) -> tuple[list[int], list[int]]:
+    """The prompt without its last token; each completion behind a copy of that."""
+    lengths, prefix = [], []
+    for prompt, completions in prompts:
+        parent = len(lengths)
+        lengths += [prompt - 1, *(n + 1 for n in completions)]
+        prefix += [-1, *[parent] * len(completions)]
+    return lengths, prefix
+
+
+def long_prompt(quick: bool) -> list[tuple[int, list[int]]]:
+    return [(256, [32] * 8)] if quick else [(4096, [512] * 8)]
+
+
+def math_cot(quick: bool) -> list[tuple[int, list[int]]]:
+    """Lengths of the first prompts of the file, 8 completions each, by a byte-level BPE trained on it."""
+    if not MATH_COT.exists():
+        pytest.skip(f"{MATH_COT} is not there")
+    from delib_fast.models import train_tokenizer
+
+    rows = [json.loads(line) for line in MATH_COT.read_text().splitlines()]
+    tokenizer = train_tokenizer([row["question"] + "\n" + code for row in rows for code in row["code"]], 4096)
+
+    def count(text: str) -> int:
+        return len(tokenizer(text).input_ids)
+
+    return [(count(row["system"] + row["question"]), [count(code) for code in row["code"]])
+            for row in rows[:1 if quick else 16]]
+
+
+@pytest.mark.parametrize("layout", [written_out, shared])
+@pytest.mark.parametrize("prompts", [long_prompt, math_cot])
+def bench_step_of_completions(benchmark, quick, prompts, layout):
+    """One forward and backward pass of a small Qwen3: the shared prompt computed once, or with every completion."""
+    from conftest import machine, peak_extra_mib
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from delib_fast.data import PackedBatch
+    from delib_fast.models import TrainableLM
+
+    cases = prompts(quick)
+    lengths, prefix = layout(cases)
+    torch.manual_seed(0)
+    model = TrainableLM(AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "qwen3", hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, vocab_size=8192, max_position_embeddings=8192)).to(DEVICE)).train()
+    batch = completions_pack(cases, lengths, prefix, PackedBatch)
+
+    def step() -> float:
+        model.zero_grad()
+        output = model(batch, prefix)
+        output.loss_sum.backward()
+        return output.loss_sum.item()
+
+    alone = completions_pack(cases, *written_out(cases), PackedBatch)
+    if quick:  # the same loss, whichever way; in full this would take as long as what is measured
+        with torch.no_grad():
+            assert step_loss(model, batch, prefix) == pytest.approx(step_loss(model, alone, None), rel=1e-5)
+    extra = peak_extra_mib(step)  # and warms up
+    benchmark.pedantic(step, rounds=2 if quick else 1)
+    seconds, supervised = benchmark.stats.stats.median, batch.num_supervised
+    benchmark.extra_info.update(
+        machine(), tokens_computed=sum(lengths), tokens_written_out=alone.num_tokens, supervised=supervised,
+        supervised_per_s=supervised / seconds, peak_extra_mib=extra, dtype="torch.float32")
+
+
+def step_loss(model, batch, prefix) -> float:
+    return model(batch, prefix).loss_sum.item()
+
+
+def completions_pack(cases, lengths, prefix, packed_batch):
+    """Made tokens: the same prompt and completion texts in both layouts."""
+    draw = torch.Generator().manual_seed(2)
+    texts = [(torch.randint(8192, (n,), generator=draw), [torch.randint(8192, (m,), generator=draw) for m in ms])
+             for n, ms in cases]
+    tokens, weights, first = [], [], []
+    for prompt, completions in texts:
+        if prefix is not None:
+            tokens.append(prompt[:-1])
+            weights.append(torch.zeros(len(prompt) - 1))
+            first.append(0)
+        head = prompt if prefix is None else prompt[-1:]
+        for completion in completions:
+            tokens.append(torch.cat([head, completion]))
+            weights.append(torch.cat([torch.zeros(len(head)), torch.ones(len(completion))]))
+            first.append(len(prompt) - len(head))
+    assert [len(t) for t in tokens] == lengths
+    borders = (0, *accumulate(lengths))
+    ids, weight = torch.cat(tokens), torch.cat(weights).roll(-1)
+    targets = ids.roll(-1)
+    ends = torch.tensor(borders[1:]) - 1
+    targets[ends], weight[ends] = -100, 0.0
+    batch = packed_batch(
+        input_ids=ids, targets=targets, loss_weights=weight, segment_ids=torch.zeros_like(ids, dtype=torch.int8),
+        position_ids=torch.cat([torch.arange(n) + at for n, at in zip(lengths, first, strict=True)]),
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32), max_seqlen=max(lengths),
+        loss_positions=(weight > 0).nonzero().squeeze(-1), cu_seqlens_host=borders,
+        example_ids=tuple(range(len(lengths))))
+    return batch.to(DEVICE)
