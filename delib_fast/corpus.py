@@ -129,9 +129,7 @@ class Corpus:
     def fingerprint(self, stage: StageConfig) -> str:
         """Changes when the examples of a stage or their order do: a checkpoint's steps are then other steps."""
         encoded = self.encoded(stage)
-        digest = hashlib.sha256()
-        for array in (encoded.offsets, encoded.input_ids, encoded.segments, encoded.weights):
-            digest.update(array.tobytes())
+        digest = hashlib.sha256(encoded.digest().encode())
         digest.update(repr((stage.pack_capacity, stage.packs_per_step, stage.epochs, self._config.seed)).encode())
         return digest.hexdigest()
 

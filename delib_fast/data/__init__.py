@@ -12,8 +12,10 @@ The tokenizer is handed in (a fast Hugging Face one); nothing here imports trans
 
 from delib_fast.data.batch import IGNORE_INDEX, PackedBatch, PackedBatches, empty_pack, evaluation_batches
 from delib_fast.data.chat import PLAIN_TEMPLATE
-from delib_fast.data.encode import Counts, EncodedSet, Example, encode_row, encode_rows, split_document
+from delib_fast.data.encode import encode_row, encode_rows, split_document
+from delib_fast.data.encoded_set import Counts, EncodedSet, Example
 from delib_fast.data.guards import Overlap, find_overlap, refuse_overlap, refuse_spec_in_prompts
+from delib_fast.data.mixing import SourceShare, mix_sources
 from delib_fast.data.packing import PackPlan, plan_packs
 from delib_fast.data.rows import DataError, Message, Row, Segment, split_holdout
 from delib_fast.data.sources import SourceRows, read_source
@@ -33,11 +35,13 @@ __all__ = [
     "Row",
     "Segment",
     "SourceRows",
+    "SourceShare",
     "empty_pack",
     "encode_row",
     "encode_rows",
     "evaluation_batches",
     "find_overlap",
+    "mix_sources",
     "plan_packs",
     "read_source",
     "refuse_overlap",

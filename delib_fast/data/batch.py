@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from delib_fast.data.encode import NUM_SEGMENTS, EncodedSet, Example
+from delib_fast.data.encoded_set import NUM_SEGMENTS, EncodedSet, Example
 from delib_fast.data.packing import PackPlan, plan_packs, seeded_permutation
 
 IGNORE_INDEX = -100
+_UNEVEN = 1.02  # below this, packs cost so much alike that their order is better left to the draw
 _TENSORS = ("input_ids", "targets", "loss_weights", "segment_ids", "position_ids", "cu_seqlens",
             "loss_positions")
 
@@ -79,18 +80,16 @@ def assemble(
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     T = int(cu_seqlens[-1])
     positions = np.arange(T) - np.repeat(cu_seqlens[:-1], lengths)
-    at = positions + np.repeat(examples.offsets[members], lengths)  # of each token in the flat arrays
     last = cu_seqlens[1:] - 1
-    next_at = at + 1
-    next_at[last] = at[last]  # stays inside the arrays; what is read there is overwritten below
-    targets = examples.input_ids[next_at].astype(np.int64)
-    targets[last] = IGNORE_INDEX
-    segments = examples.segments[next_at]
-    segments[last] = 0
+    ids, own_segments = examples.gather(members)
+    input_ids = ids.astype(np.int64)
+    targets, segments = np.empty_like(input_ids), np.empty_like(own_segments)
+    targets[:-1], segments[:-1] = input_ids[1:], own_segments[1:]
+    targets[last], segments[last] = IGNORE_INDEX, 0
     loss_weights = weight_of[segments] * np.repeat(weights[members], lengths)
     loss_weights[last] = 0
     return PackedBatch(
-        input_ids=torch.from_numpy(examples.input_ids[at].astype(np.int64)),
+        input_ids=torch.from_numpy(input_ids),
         targets=torch.from_numpy(targets),
         loss_weights=torch.from_numpy(loss_weights),
         segment_ids=torch.from_numpy(segments),
@@ -137,7 +136,8 @@ class PackedBatches:
         rank, world_size: this process and how many there are.
         max_steps: end after this many steps.
         quadratic_cost: q, where an example of n tokens costs n + q·n² (for a transformer about
-            layers × attention width / parameters). Above 0, packs of like cost share a step, so that no rank
+            layers × attention width / parameters). Above 0, packs of like cost share a step (where costs
+            differ by more than 2 %), so that no rank
             waits for another one's long attention; the order of the steps stays shuffled.
         loss_average: over the "token"s of a step, or over its "example"s: then the weights of each example are
             scaled so that all examples of the set weigh the same (but for their rows' own weights), however
@@ -212,7 +212,8 @@ class PackedBatches:
         order = seeded_permutation(plan.num_packs, seed ^ 0x5EED)
         if self._quadratic_cost > 0:
             costs = pack_costs(plan, self.examples.lengths, self._quadratic_cost)
-            order = _like_with_like(order, costs, self.packs_per_step, seed ^ 0xC057)
+            if costs.max() > _UNEVEN * costs.mean():
+                order = _like_with_like(order, costs, self.packs_per_step, seed ^ 0xC057)
         return plan, order
 
 
@@ -276,9 +277,7 @@ def _weight_table(segment_weights: Sequence[float]) -> NDArray[np.float32]:
 
 def _example_weights(examples: EncodedSet, weight_of: NDArray[np.float32]) -> NDArray[np.float32]:
     """Row weights times a factor that makes Σ weight over the targets of each example the same."""
-    of_token = weight_of[examples.segments].astype(np.float64)
-    of_token[examples.offsets[:-1]] = 0  # an example's first token is no target
-    totals = np.add.reduceat(of_token, examples.offsets[:-1])
+    totals = examples.target_counts @ weight_of.astype(np.float64)
     learnt = totals > 0
     factor = np.zeros(len(totals))
     factor[learnt] = totals[learnt].mean() / totals[learnt]
@@ -286,9 +285,8 @@ def _example_weights(examples: EncodedSet, weight_of: NDArray[np.float32]) -> ND
 
 
 def _check_something_supervised(examples: EncodedSet, weight_of: NDArray[np.float32]) -> None:
-    starts = np.zeros(len(examples.segments), bool)
-    starts[examples.offsets[:-1]] = True  # an example's first token is no target
-    if not (weight_of[examples.segments][~starts] > 0).any():
-        present = sorted({int(s) for s in np.unique(examples.segments)})
+    targets = examples.target_counts.sum(0)
+    if not (targets[weight_of > 0] > 0).any():
+        present = np.flatnonzero(targets).tolist()
         raise ValueError(f"no token is supervised: segment_weights is {weight_of.tolist()} and the data has "
                          f"only segments {present} (0 prompt, 1 CoT, 2 response, 3 document)")

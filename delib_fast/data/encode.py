@@ -5,94 +5,18 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from delib_fast.config import AFTConfig, MSMConfig
 from delib_fast.data.chat import PLAIN_TEMPLATE, THINK, ChatRenderer
 from delib_fast.data.control_tokens import ControlTokens
+from delib_fast.data.encoded_set import Counts, EncodedSet, Example
 from delib_fast.data.rows import DataError, Message, Row, Segment
 
 Cot = Literal["train", "context", "strip"]
-NUM_SEGMENTS = len(Segment)
 _CHUNK_ROWS, _CHUNK_CHARS = 512, 4 << 20  # an encoding takes about a hundred bytes a token while it is at work
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Example:
-    """One run of tokens that see each other and nothing else."""
-
-    input_ids: NDArray[np.int32]
-    """(n,)"""
-    segments: NDArray[np.int8]
-    """(n,) `Segment` of each token itself"""
-    place: str
-    """`file:line` of the row"""
-    weight: float = 1.0
-    """factor on the loss weight of each of its tokens"""
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-
-@dataclass(slots=True)
-class Counts:
-    """What became of the rows."""
-
-    rows: int = 0
-    examples: int = 0
-    dropped_over_long: int = 0
-    split_documents: int = 0
-    """documents cut into several examples"""
-    tokens: int = 0
-    targets: dict[str, int] = field(default_factory=lambda: {s.name.lower(): 0 for s in Segment})
-    """tokens that can be predicted (all but the first of an example), by segment"""
-
-    def add(self, example: Example) -> None:
-        self.examples += 1
-        self.tokens += len(example)
-        targets = np.bincount(example.segments[1:], minlength=NUM_SEGMENTS)
-        for segment, count in zip(Segment, targets.tolist(), strict=True):
-            self.targets[segment.name.lower()] += count
-
-
-class EncodedSet(Sequence[Example]):
-    """Examples, end to end in flat arrays, and the account of how they came about."""
-
-    def __init__(self, examples: Sequence[Example], counts: Counts | None = None) -> None:
-        self.counts = counts if counts is not None else _count(examples)
-        self.lengths = np.fromiter((len(e) for e in examples), np.int64, len(examples))
-        self.offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-        self.input_ids = _joined([e.input_ids for e in examples], np.int32)
-        self.segments = _joined([e.segments for e in examples], np.int8)
-        self.weights = np.fromiter((e.weight for e in examples), np.float32, len(examples))
-        self.places = [e.place for e in examples]
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
-        i = index % len(self)
-        span = slice(self.offsets[i], self.offsets[i + 1])
-        return Example(self.input_ids[span], self.segments[span], self.places[i], float(self.weights[i]))
-
-
-def _joined(arrays: list[NDArray[Any]], dtype: type) -> NDArray[Any]:
-    return np.concatenate(arrays) if arrays else np.zeros(0, dtype)
-
-
-def _count(examples: Sequence[Example]) -> Counts:
-    counts = Counts(rows=len(examples))
-    for example in examples:
-        counts.add(example)
-    return counts
 
 
 # --- one row ------------------------------------------------------------------------------------------------

@@ -1,0 +1,190 @@
+"""Encoded examples, wherever their tokens lie: in memory, or in memory-mapped files (cache.py).
+
+Sizes: N examples, T tokens of a part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from delib_fast.data.rows import Segment
+
+NUM_SEGMENTS = len(Segment)
+_HASH_TOKENS = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """One run of tokens that see each other and nothing else."""
+
+    input_ids: NDArray[np.int32]
+    """(n,)"""
+    segments: NDArray[np.int8]
+    """(n,) `Segment` of each token itself"""
+    place: str
+    """`file:line` of the row"""
+    weight: float = 1.0
+    """factor on the loss weight of each of its tokens"""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def target_counts(self) -> NDArray[np.int64]:
+        """(4,) tokens that can be predicted (all but the first), by segment."""
+        return np.bincount(self.segments[1:], minlength=NUM_SEGMENTS)
+
+
+@dataclass(slots=True)
+class Counts:
+    """What became of the rows."""
+
+    rows: int = 0
+    examples: int = 0
+    dropped_over_long: int = 0
+    split_documents: int = 0
+    """documents cut into several examples"""
+    tokens: int = 0
+    targets: dict[str, int] = field(default_factory=lambda: {s.name.lower(): 0 for s in Segment})
+    """tokens that can be predicted (all but the first of an example), by segment"""
+
+    def add(self, example: Example) -> None:
+        self.examples += 1
+        self.tokens += len(example)
+        for segment, count in zip(Segment, example.target_counts.tolist(), strict=True):
+            self.targets[segment.name.lower()] += count
+
+    def __add__(self, other: Counts) -> Counts:
+        ours, theirs = asdict(self), asdict(other)
+        targets = {name: n + theirs["targets"][name] for name, n in ours.pop("targets").items()}
+        return Counts(**{name: n + theirs[name] for name, n in ours.items()}, targets=targets)
+
+
+class EncodedSet(Sequence[Example]):
+    """Examples as spans of flat arrays, and the account of how they came about.
+
+    The arrays come in one or more parts, so that sets can be joined, and examples repeated, without a copy.
+    """
+
+    def __init__(self, examples: Sequence[Example], counts: Counts | None = None) -> None:
+        self.counts = counts if counts is not None else _count(examples)
+        self.lengths = np.fromiter((len(e) for e in examples), np.int64, len(examples))
+        self.starts = np.cumsum(self.lengths) - self.lengths
+        self.part_of = np.zeros(len(examples), np.int32)
+        self.parts = [(_joined([e.input_ids for e in examples], np.int32),
+                       _joined([e.segments for e in examples], np.int8))]
+        self.weights = np.fromiter((e.weight for e in examples), np.float32, len(examples))
+        self.places: Sequence[str] = [e.place for e in examples]
+        self.target_counts = np.array([e.target_counts for e in examples], np.int64).reshape(-1, NUM_SEGMENTS)
+        """(N, 4) tokens of each example that can be predicted, by segment"""
+
+    @classmethod
+    def of_arrays(cls, *, input_ids: NDArray[np.int32], segments: NDArray[np.int8], lengths: NDArray[np.int64],
+                  weights: NDArray[np.float32], target_counts: NDArray[np.int64], places: Sequence[str],
+                  counts: Counts) -> EncodedSet:
+        """Examples that stand end to end in arrays, which are kept as they are (memory-mapped ones too)."""
+        made = cls([], counts)
+        made.lengths, made.weights, made.target_counts, made.places = lengths, weights, target_counts, places
+        made.starts = np.cumsum(lengths) - lengths
+        made.part_of = np.zeros(len(lengths), np.int32)
+        made.parts = [(input_ids, segments)]
+        return made
+
+    @classmethod
+    def join(cls, sets: Sequence[EncodedSet]) -> EncodedSet:
+        """The examples of several sets, one set after another; no token is copied."""
+        made = cls([], sum((s.counts for s in sets), Counts()))
+        first_part = np.cumsum([0, *(len(s.parts) for s in sets)])
+        made.parts = [part for s in sets for part in s.parts]
+        made.part_of = np.concatenate([s.part_of + first for s, first in zip(sets, first_part, strict=False)])
+        made.lengths = np.concatenate([s.lengths for s in sets])
+        made.starts = np.concatenate([s.starts for s in sets])
+        made.weights = np.concatenate([s.weights for s in sets])
+        made.target_counts = np.concatenate([s.target_counts for s in sets])
+        made.places = JoinedPlaces([s.places for s in sets])
+        return made
+
+    def take(self, indices: NDArray[np.int64]) -> EncodedSet:
+        """The examples at these indices, repeats allowed; no token is copied. `counts` stays that of the whole."""
+        made = EncodedSet([], self.counts)
+        made.parts = self.parts
+        for name in ("part_of", "lengths", "starts", "weights", "target_counts"):
+            setattr(made, name, getattr(self, name)[indices])
+        made.places = TakenPlaces(self.places, indices)
+        return made
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        i = int(index) % len(self)
+        ids, segments = self.parts[self.part_of[i]]
+        span = slice(self.starts[i], self.starts[i] + self.lengths[i])
+        return Example(ids[span], segments[span], self.places[i], float(self.weights[i]))
+
+    def gather(self, members: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
+        """Ids and segments of some examples, end to end."""
+        spans = [(self.parts[part], slice(start, start + length)) for part, start, length in
+                 zip(self.part_of[members].tolist(), self.starts[members].tolist(), self.lengths[members].tolist(),
+                     strict=True)]
+        return (np.concatenate([ids[span] for (ids, _), span in spans]),
+                np.concatenate([segments[span] for (_, segments), span in spans]))
+
+    def digest(self) -> str:
+        """Changes when any token, segment, weight or the order of the examples does."""
+        digest = hashlib.sha256()
+        for array in (self.part_of, self.starts, self.lengths, self.weights):
+            digest.update(np.ascontiguousarray(array).data)
+        for array in (array for part in self.parts for array in part):
+            for start in range(0, len(array), _HASH_TOKENS):  # a piece at a time: the array may be a file's
+                digest.update(np.ascontiguousarray(array[start : start + _HASH_TOKENS]).data)
+        return digest.hexdigest()
+
+
+class JoinedPlaces(Sequence[str]):
+    """Several sequences of places, one after another."""
+
+    def __init__(self, parts: Sequence[Sequence[str]]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return self._parts[part][int(index) - int(self._ends[part]) + len(self._parts[part])]
+
+
+class TakenPlaces(Sequence[str]):
+    """Some of a sequence of places."""
+
+    def __init__(self, places: Sequence[str], indices: NDArray[np.int64]) -> None:
+        self._places, self._indices = places, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._places[int(self._indices[index])]
+
+
+def _joined(arrays: list[NDArray[Any]], dtype: type) -> NDArray[Any]:
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype)
+
+
+def _count(examples: Sequence[Example]) -> Counts:
+    counts = Counts(rows=len(examples))
+    for example in examples:
+        counts.add(example)
+    return counts
