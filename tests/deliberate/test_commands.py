@@ -11,6 +11,9 @@ from typer.testing import CliRunner
 
 from delib_fast.config import ConfigError
 from delib_fast.deliberate.cli import register
+from delib_fast.deliberate.settings import DeliberateSettings, DocumentSettings, load_settings
+from delib_fast.deliberate.spec import Spec
+from delib_fast.deliberate.user_prompts import read_prompts
 
 
 @pytest.fixture
@@ -66,6 +69,16 @@ def test_mistakes_are_told(command: str, fault: str, give) -> None:
     with pytest.raises(ConfigError) as error:
         give(command)
     assert fault in str(error.value)
+
+
+def test_example_settings_are_settings() -> None:
+    examples = Path(__file__).parents[2] / "examples" / "deliberate"
+    made = load_settings(DeliberateSettings, examples / "settings.yaml", {})
+    assert made.thresholds() == {"compliance": 8, "helpfulness": 7, "reasoning": 7}
+    load_settings(DeliberateSettings, examples / "local.yaml", {})
+    load_settings(DocumentSettings, examples / "local_documents.yaml", {})
+    short = Spec.read(examples / "short_spec.md", model_name="Quill", provider_name="Fern")
+    assert len(read_prompts(examples / "prompts.jsonl", short)) == 20
 
 
 def test_lost_endpoint_is_told(give, model: ScriptedModel, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# One command from a spec and an endpoint to an evaluation table: rows and documents, MSM, AFT.
+#
+#   bash examples/deliberate/end_to_end.sh                                   # a small teacher of our own, on loopback
+#   OPENAI_API_KEY=… BASE_URL=https://…/v1 MODEL=NAME SPEC=spec.md PROMPTS=prompts.jsonl \
+#     bash examples/deliberate/end_to_end.sh                                 # a real endpoint
+#
+# Give it again after a stop: every step goes on where it was. BIN is the folder of the environment's commands.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+BIN=${BIN:-.venv/bin}
+OUT=${OUT:-runs/end_to_end}
+HERE=examples/deliberate
+RANKS=${RANKS:-1}
+server=""
+# The child is named by its id; it ends with this script, whatever ends the script.
+trap '[ -z "$server" ] || kill "$server" 2>/dev/null || true' EXIT
+mkdir -p "$OUT"
+
+free_port() { "$BIN/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+train() { "$BIN/deepspeed" --num_accelerators "$RANKS" --master_port "$(free_port)" delib_fast/train.py "$@"; }
+
+if [ -z "${BASE_URL:-}" ]; then
+  # No endpoint: teach a small model the forms of the answers, and serve it here.
+  MODEL=$OUT/teacher/model
+  SPEC=$HERE/short_spec.md PROMPTS=$HERE/prompts.jsonl
+  ROW_SETTINGS=(--config $HERE/local.yaml --set "generator.model=$MODEL")
+  DOCUMENT_SETTINGS=(--config $HERE/local_documents.yaml --set "generator.model=$MODEL" --tokens "${TOKENS:-6k}")
+  if [ ! -d "$MODEL" ]; then
+    "$BIN/python" $HERE/make_lessons.py runs/end_to_end/lessons.jsonl
+    train --config $HERE/teacher.yaml --set "run_dir=$OUT/teacher"
+  fi
+  # transformers serve samples only if the model folder says so; otherwise it is greedy at every temperature.
+  "$BIN/python" - "$MODEL/generation_config.json" <<'PY'
+import json, pathlib, sys
+file = pathlib.Path(sys.argv[1])
+file.write_text(json.dumps({**json.loads(file.read_text()), "do_sample": True}, indent=2))
+PY
+  port=$(free_port)
+  BASE_URL=http://127.0.0.1:$port/v1
+  HF_HUB_OFFLINE=1 "$BIN/transformers" serve "$MODEL" --host 127.0.0.1 --port "$port" --device cpu > "$OUT/serve.log" 2>&1 &
+  server=$!
+  echo "waiting for transformers serve on port $port"
+  for _ in $(seq 120); do
+    if "$BIN/python" -c "import urllib.request as u; u.urlopen('http://127.0.0.1:$port/health', timeout=2)" 2>/dev/null; then break; fi
+    kill -0 "$server" || { tail -5 "$OUT/serve.log"; exit 1; }
+    sleep 1
+  done
+else
+  ROW_SETTINGS=(--model "${MODEL:?the name of the model at BASE_URL}" -n "${SAMPLES:-4}" --best-of "${BEST_OF:-1}")
+  DOCUMENT_SETTINGS=(--model "$MODEL" --tokens "${TOKENS:-1M}")
+fi
+
+"$BIN/delib-fast" deliberate "${SPEC:?}" "${PROMPTS:?}" -o "$OUT/rows" --base-url "$BASE_URL" --also-no-cot "${ROW_SETTINGS[@]}"
+"$BIN/delib-fast" document "$SPEC" -o "$OUT/documents" --base-url "$BASE_URL" "${DOCUMENT_SETTINGS[@]}"
+for made in rows documents; do "$BIN/delib-fast" data-report "$OUT/$made" --spec "$SPEC"; done
+[ -z "$server" ] || { kill "$server"; wait "$server" 2>/dev/null || true; server=""; }
+
+train --config "${CONFIG:-$HERE/end_to_end.yaml}" --set "run_dir=$OUT/run" \
+  --set "data.documents.path=$OUT/documents/documents.jsonl" --set "data.rows.path=$OUT/rows/rows.jsonl"
