@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from loss_cases import FUSED, NAMES, skip_if_unavailable
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -25,3 +26,17 @@ def poisoned_empty() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(20)
+
+
+@pytest.fixture(params=NAMES)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend of linear_cross_entropy; those that cannot run here skip and say why."""
+    skip_if_unavailable(request.param)
+    return request.param
+
+
+@pytest.fixture(params=FUSED)
+def fused(request: pytest.FixtureRequest) -> str:
+    """Every backend of linear_cross_entropy but the reference."""
+    skip_if_unavailable(request.param)
+    return request.param

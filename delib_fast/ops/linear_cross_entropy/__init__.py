@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from delib_fast.ops._dispatch import Backend, choose
-from delib_fast.ops.linear_cross_entropy import _cpu, _triton
+from delib_fast.ops.linear_cross_entropy import _cpu, _cuda, _triton
 from delib_fast.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
 
 OP = "linear_cross_entropy"
@@ -41,6 +41,7 @@ def _run_reference(
 BACKENDS = (  # in order of speed; triton comes after cpu because on a CPU it is the interpreter
     Backend("cpu", _cpu.run, _cpu.why_not),
     Backend("triton", _triton.run, _triton.why_not),
+    Backend("cuda", _cuda.run, _cuda.why_not),  # after triton until it has been measured to be faster
     Backend("reference", _run_reference, _no_reason),
 )
 
@@ -71,7 +72,7 @@ def linear_cross_entropy(
         loss_positions: (L,) int64 on the same device: which rows to compute, each once, if the host knows. Rows
             that are not listed count as not supervised. With it a GPU backend never waits for the device.
         chunk_tokens: rows of logits held at a time; by default a few thousand on a GPU, on a CPU what fits 320 MiB.
-        backend: "auto", "triton", "cpu" or "reference".
+        backend: "auto", "cpu", "triton", "cuda" or "reference".
 
     Returns:
         LossOutput(loss_sum, nll, correct). float32, or float64 for float64 inputs. Gradients of `loss_sum` flow to

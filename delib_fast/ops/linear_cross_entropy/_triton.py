@@ -1,10 +1,4 @@
-"""The Triton backend: cuBLAS GEMMs around one kernel that turns a chunk of logits into its gradient in place.
-
-T packed tokens, H hidden size, V vocabulary, L supervised tokens, C rows of a chunk. Per chunk: logits (C, V) =
-X · Wᵀ; the kernel (_triton_kernel.py); dX = dz · W; dW += dzᵀ · X in float32.
-
-Nothing here waits for the device if loss_positions is given; without, finding the supervised rows waits once.
-"""
+"""The Triton backend: _chunked.py around the kernel of _triton_kernel.py."""
 
 import importlib.util
 import os
@@ -13,16 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from delib_fast.ops.linear_cross_entropy._gradient_in_forward import (
-    Results,
-    accumulator_dtype,
-    define,
-    empty_results,
-)
+from delib_fast.ops.linear_cross_entropy._chunked import run_chunks
+from delib_fast.ops.linear_cross_entropy._gradient_in_forward import Results, define
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEFAULT_CHUNK_TOKENS = 4096  # fewer, and reading and writing the float32 dW once a chunk begins to show
-ROW_ALIGNMENT = 128
 
 define("linear_cross_entropy_triton")
 
@@ -41,71 +29,11 @@ def why_not(hidden: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-def _accumulate(grad_weight: Tensor, dz: Tensor, rows: Tensor, first: bool) -> None:
-    """grad_weight (V, H) float32 (+)= dzᵀ · rows, accumulated in float32 whatever the inputs."""
-    if not dz.is_cuda or dz.dtype == torch.float32:
-        torch.addmm(grad_weight, dz.T.float(), rows.float(), beta=0 if first else 1, out=grad_weight)
-    elif first:
-        torch.mm(dz.T, rows, out_dtype=torch.float32, out=grad_weight)
-    else:
-        torch.addmm(grad_weight, dz.T, rows, out_dtype=torch.float32, out=grad_weight)
-
-
-def _supervised(targets: Tensor, loss_weights: Tensor | None, ignore_index: int) -> Tensor:
-    live = targets != ignore_index
-    return live if loss_weights is None else live & (loss_weights != 0)
-
-
-def _chunk_rows(num_rows: int, chunk_tokens: int) -> int:
-    """Chunks of nearly equal size: a small last one would cost a whole pass over dW."""
-    most = chunk_tokens if chunk_tokens > 0 else DEFAULT_CHUNK_TOKENS
-    chunks = max(-(-num_rows // most), 1)
-    even = -(-num_rows // chunks)
-    return max(min(-(-even // ROW_ALIGNMENT) * ROW_ALIGNMENT, most), 1)
-
-
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    loss_weights: Tensor | None,
-    loss_positions: Tensor | None,
-    ignore_index: int,
-    chunk_tokens: int,
-    need_grad_hidden: bool,
-    need_grad_weight: bool,
-) -> Results:
+def _forward(*args: Any) -> Results:
     # imported at the first launch, so that TRITON_INTERPRET counts when it is needed, and triton only then
     from delib_fast.ops.linear_cross_entropy._triton_kernel import launch
 
-    loss_sum, nll, correct, grad_hidden, grad_weight = empty_results(hidden, weight, need_grad_hidden, need_grad_weight)
-    nll.zero_(), correct.zero_(), grad_hidden.zero_()
-    live = _supervised(targets, loss_weights, ignore_index)
-    positions = live.nonzero().squeeze(1) if loss_positions is None else loss_positions.contiguous()
-    V, num_rows = weight.shape[0], positions.shape[0]
-    step = _chunk_rows(num_rows, chunk_tokens)
-    buffer = hidden.new_empty(min(step, num_rows) * V)
-    targets = targets.contiguous()
-    row_weights = None if loss_weights is None else loss_weights.float().contiguous()
-    for begin in range(0, num_rows, step):
-        chunk = positions[begin : begin + step]
-        rows = hidden.index_select(0, chunk)
-        if loss_positions is not None:  # a dead row that is listed: not even its NaN may reach dW
-            rows.masked_fill_(~live.index_select(0, chunk)[:, None], 0)
-        logits = buffer[: chunk.shape[0] * V].view(-1, V)
-        torch.mm(rows, weight.T, out=logits)
-        need_gradient = need_grad_hidden or need_grad_weight
-        launch(logits, chunk, targets, row_weights, nll, correct, ignore_index, need_gradient)
-        if need_grad_hidden:
-            grad_hidden.index_copy_(0, chunk, logits @ weight)
-        if need_grad_weight:
-            _accumulate(grad_weight, logits, rows, first=begin == 0)
-    if num_rows == 0:
-        grad_weight.zero_()
-    wide = accumulator_dtype(hidden.dtype)
-    weighted = nll if row_weights is None else torch.where(live, nll * row_weights, 0)
-    loss_sum.copy_(weighted.sum(dtype=wide))
-    return loss_sum, nll, correct, grad_hidden, grad_weight
+    return run_chunks(launch, *args)
 
 
 for _key in ("CUDA", "CPU"):  # CPU: under Triton's interpreter

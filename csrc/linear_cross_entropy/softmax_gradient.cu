@@ -1,0 +1,338 @@
+// One chunk of logits (C, V) becomes losses and, in place, the gradient of the logits.
+//
+// A row belongs to a cluster of 1, 2 or 4 thread blocks, each with a slice of it. A block reads its slice from HBM
+// once, into shared memory and into its softmax statistics; the blocks of a cluster exchange statistics through
+// distributed shared memory; then each writes dz over its slice, from shared memory. So HBM moves 4 bytes a bfloat16
+// logit, one read and one write. Clusters need sm_90. Without them (sm_80) one block has the whole row, and what of
+// it does not fit shared memory is read a second time, mostly from L2. The ends of a slice that are not aligned to
+// 16 bytes, fewer than 8 entries each, are read twice. Overwritten in place: the logits. Written besides: nll, loss
+// (if asked for) and correct, at the row's position. A dead row is not read: its gradient is zeros.
+// The arithmetic is in row_math.h.
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "linear_cross_entropy/row_math.h"
+
+namespace delib_fast {
+namespace {
+
+constexpr int THREADS = 512;
+constexpr int WARPS = THREADS / 32;
+constexpr int UNROLL = 4;  // vectors in flight a thread: 32 KiB a block
+constexpr int MOST_BLOCKS_A_ROW = 4;
+
+struct Arguments {
+  void* logits;                   // (C, V), 16-byte alignment not needed
+  const std::int64_t* positions;  // (C,) into the arrays over T
+  const std::int64_t* targets;    // (T,)
+  const float* weights;           // (T,) or null: 1
+  const float* bias;              // (V,) or null: 0
+  float* nll;                     // (T,)
+  float* loss;                    // (T,) or null
+  std::uint8_t* correct;          // (T,)
+  std::int64_t vocabulary;
+  std::int64_t ignore_index;
+  RowOptions options;
+  int cached_vectors;  // of a slice, in shared memory
+  bool need_gradient;
+};
+
+// ---- device helpers
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ void round_to(float* to, float x) { *to = x; }
+__device__ __forceinline__ void round_to(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
+__device__ __forceinline__ void round_to(__half* to, float x) { *to = __float2half_rn(x); }
+
+template <typename scalar_t>
+union Vector {
+  static constexpr int WIDTH = 16 / sizeof(scalar_t);
+  uint4 raw;
+  scalar_t at[WIDTH];
+  __device__ Vector() {}
+};
+
+__device__ __forceinline__ Statistics shuffled(const Statistics& s, int distance) {
+  Statistics other;
+  other.max = __shfl_xor_sync(0xffffffffu, s.max, distance);
+  other.sum = __shfl_xor_sync(0xffffffffu, s.sum, distance);
+  other.total = __shfl_xor_sync(0xffffffffu, s.total, distance);
+  other.argmax = __shfl_xor_sync(0xffffffffu, s.argmax, distance);
+  return other;
+}
+
+__device__ __forceinline__ Statistics warp_total(Statistics s) {
+  for (int distance = 16; distance > 0; distance /= 2) s = merge(s, shuffled(s, distance));
+  return s;
+}
+
+// One row's slice, as the threads of a block walk over it.
+template <typename scalar_t, bool PLAIN>
+struct SliceWalker {
+  using Vec = Vector<scalar_t>;
+  scalar_t* row;
+  uint4* cache;
+  const Arguments& a;
+  Slice slice;
+
+  __device__ float logit(scalar_t z, std::int32_t entry) const {
+    const float bias = !PLAIN && a.bias != nullptr ? a.bias[entry] : 0.0f;
+    return final_logit<PLAIN>(widen(z), bias, a.options);
+  }
+
+  __device__ uint4* vector_at(std::int32_t v) const { return reinterpret_cast<uint4*>(row + slice.head_end) + v; }
+
+  // The entries outside the vectors, the i-th of them for thread i; -1 if this thread has none.
+  __device__ std::int32_t odd_entry() const {
+    const std::int32_t thread = static_cast<std::int32_t>(threadIdx.x);
+    const std::int32_t head = slice.head_end - slice.begin;
+    if (thread < head) return slice.begin + thread;
+    const std::int32_t tail = slice.tail_begin + thread - head;
+    return tail < slice.end ? tail : -1;
+  }
+
+  __device__ Statistics statistics() const {
+    Statistics s = no_statistics(), odd = no_statistics();
+    for (std::int32_t v = threadIdx.x; v < slice.vectors; v += UNROLL * THREADS) {
+      Vec vec[UNROLL];
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u)
+        if (v + u * THREADS < slice.vectors) vec[u].raw = *vector_at(v + u * THREADS);
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u) {
+        const std::int32_t here = v + u * THREADS;
+        if (here >= slice.vectors) break;
+        if (here < a.cached_vectors) cache[here] = vec[u].raw;
+        const std::int32_t first = slice.head_end + here * Vec::WIDTH;
+        float x[Vec::WIDTH];
+#pragma unroll
+        for (int i = 0; i < Vec::WIDTH; ++i) x[i] = logit(vec[u].at[i], first + i);
+        add<PLAIN>(s, x, first);
+      }
+    }
+    const std::int32_t entry = odd_entry();
+    if (entry >= 0) {
+      const float x[1] = {logit(row[entry], entry)};
+      add<PLAIN>(odd, x, entry);
+    }
+    return merge(s, odd);
+  }
+
+  // What was cached is read by the thread that wrote it: nothing to wait for.
+  __device__ void write_gradient(const RowResult& result, std::int64_t target) const {
+    for (std::int32_t v = threadIdx.x; v < slice.vectors; v += THREADS) {
+      Vec vec;
+      vec.raw = v < a.cached_vectors ? cache[v] : *vector_at(v);
+      const std::int32_t first = slice.head_end + v * Vec::WIDTH;
+#pragma unroll
+      for (int i = 0; i < Vec::WIDTH; ++i) {
+        const float dz = gradient<PLAIN>(logit(vec.at[i], first + i), result, a.options);
+        round_to(&vec.at[i], first + i == target ? result.target_gradient : dz);
+      }
+      *vector_at(v) = vec.raw;
+    }
+    const std::int32_t entry = odd_entry();
+    if (entry >= 0) {
+      const float dz = gradient<PLAIN>(logit(row[entry], entry), result, a.options);
+      round_to(row + entry, entry == target ? result.target_gradient : dz);
+    }
+  }
+
+  __device__ void write_zeros() const {
+    for (std::int32_t v = threadIdx.x; v < slice.vectors; v += THREADS) *vector_at(v) = make_uint4(0, 0, 0, 0);
+    const std::int32_t entry = odd_entry();
+    if (entry >= 0) round_to(row + entry, 0.0f);
+  }
+};
+
+// ---- the kernel
+
+template <typename scalar_t, int BLOCKS_A_ROW, bool PLAIN>
+__global__ void __launch_bounds__(THREADS, 2) softmax_gradient_kernel(const Arguments a) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if constexpr (BLOCKS_A_ROW > 1) {
+    __trap();  // the launcher never asks for it
+    return;
+  }
+#endif
+  extern __shared__ uint4 cache[];
+  __shared__ Statistics of_warp[WARPS];
+  __shared__ Statistics of_block;
+  const std::int64_t i_row = blockIdx.x / BLOCKS_A_ROW;
+  const int part = static_cast<int>(blockIdx.x % BLOCKS_A_ROW);  // the rank in the cluster
+  const std::int64_t position = a.positions[i_row];
+  const std::int64_t target = a.targets[position];
+  const float weight = a.weights == nullptr ? 1.0f : a.weights[position];
+  const bool live = target != a.ignore_index && weight != 0.0f;
+  const bool reports = part == 0 && threadIdx.x == 0;
+
+  scalar_t* row = static_cast<scalar_t*>(a.logits) + i_row * a.vocabulary;
+  const SliceWalker<scalar_t, PLAIN> walker{
+      row, cache, a,
+      slice_of(reinterpret_cast<std::uint64_t>(row), a.vocabulary, sizeof(scalar_t), part, BLOCKS_A_ROW)};
+  if (!live) {  // the same for every block of the cluster
+    if (a.need_gradient) walker.write_zeros();
+    if (reports) {
+      a.nll[position] = 0;
+      a.correct[position] = 0;
+      if (a.loss != nullptr) a.loss[position] = 0;
+    }
+    return;
+  }
+
+  // before any block of the row writes
+  const bool known = target >= 0 && target < a.vocabulary;
+  const float target_logit = known ? walker.logit(row[target], static_cast<std::int32_t>(target)) : NAN;
+  const Statistics mine = warp_total(walker.statistics());
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = mine;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    const Statistics all = warp_total(threadIdx.x < WARPS ? of_warp[threadIdx.x] : no_statistics());
+    if (threadIdx.x == 0) of_block = all;
+  }
+  Statistics of_row = no_statistics();
+  if constexpr (BLOCKS_A_ROW == 1) {
+    __syncthreads();
+    of_row = of_block;
+  } else {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    namespace cg = cooperative_groups;
+    cg::this_cluster().sync();
+    for (int block = 0; block < BLOCKS_A_ROW; ++block)  // in one order everywhere: one result everywhere
+      of_row = merge(of_row, *cg::this_cluster().map_shared_rank(&of_block, block));
+    cg::this_cluster().barrier_arrive();  // have read; waited for at the end, since a block must not leave before
+#endif
+  }
+
+  const RowResult result = finish<PLAIN>(of_row, target_logit, weight, a.vocabulary, a.options);
+  if (reports) {
+    a.nll[position] = result.nll;
+    a.correct[position] = of_row.argmax == target;
+    if (a.loss != nullptr) a.loss[position] = result.loss;
+  }
+  if (a.need_gradient) walker.write_gradient(result, target);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (BLOCKS_A_ROW > 1) cooperative_groups::this_cluster().barrier_wait();
+#endif
+}
+
+// ---- the launcher
+
+struct Device {
+  int most_shared_bytes;      // that one block may ask for
+  int shared_bytes_of_an_sm;
+  bool clusters;
+};
+
+template <typename scalar_t>
+cudaError_t look_at_device(Device& device) {
+  int index = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&index);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&device.most_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&device.shared_bytes_of_an_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+  // a later device runs the PTX for sm_80, in which clusters are not compiled
+  cudaFuncAttributes compiled{};
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, softmax_gradient_kernel<scalar_t, 2, true>);
+  device.clusters = major >= 9 && compiled.ptxVersion >= 90;
+  return error;
+}
+
+template <typename scalar_t, int BLOCKS_A_ROW, bool PLAIN>
+cudaError_t launch(Arguments a, std::int64_t rows, const Device& device, cudaStream_t stream) {
+  auto* kernel = softmax_gradient_kernel<scalar_t, BLOCKS_A_ROW, PLAIN>;
+  constexpr int STATIC_BYTES = (WARPS + 1) * sizeof(Statistics);
+  const std::int64_t wanted = slice_size(a.vocabulary, sizeof(scalar_t), BLOCKS_A_ROW) * std::int64_t{sizeof(scalar_t)};
+  const std::int64_t most = (device.most_shared_bytes - STATIC_BYTES) / 16 * 16;
+  const int bytes = static_cast<int>(!a.need_gradient ? 0 : wanted < most ? (wanted + 15) / 16 * 16 : most);
+  a.cached_vectors = bytes / 16;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = BLOCKS_A_ROW;
+  cluster.val.clusterDim.y = 1;
+  cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(rows * BLOCKS_A_ROW));
+  config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = BLOCKS_A_ROW > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, a);
+}
+
+// The fewest blocks a row of which two fit a multiprocessor: one reads while the other writes.
+template <typename scalar_t>
+int blocks_a_row(std::int64_t vocabulary, const Device& device) {
+  constexpr int RESERVED_BYTES = 2048;  // a block: the system's 1 KiB, and ours
+  const int half = device.shared_bytes_of_an_sm / 2 - RESERVED_BYTES;
+  int blocks = 1;
+  while (device.clusters && blocks < MOST_BLOCKS_A_ROW &&
+         slice_size(vocabulary, sizeof(scalar_t), blocks) * std::int64_t{sizeof(scalar_t)} > half)
+    blocks *= 2;
+  return blocks;
+}
+
+template <typename scalar_t>
+cudaError_t run(const Arguments& a, std::int64_t rows, bool plain, cudaStream_t stream) {
+  Device device{};
+  const cudaError_t error = look_at_device<scalar_t>(device);
+  if (error != cudaSuccess) return error;
+  switch (blocks_a_row<scalar_t>(a.vocabulary, device)) {
+    case 1:
+      return plain ? launch<scalar_t, 1, true>(a, rows, device, stream)
+                   : launch<scalar_t, 1, false>(a, rows, device, stream);
+    case 2:
+      return plain ? launch<scalar_t, 2, true>(a, rows, device, stream)
+                   : launch<scalar_t, 2, false>(a, rows, device, stream);
+    default:
+      return plain ? launch<scalar_t, 4, true>(a, rows, device, stream)
+                   : launch<scalar_t, 4, false>(a, rows, device, stream);
+  }
+}
+
+}  // namespace
+}  // namespace delib_fast
+
+extern "C" {
+
+// dtype: 0 float32, 1 bfloat16, 2 float16. Pointers to the device; `weights`, `bias` and `loss` may be null. Returns
+// a cudaError_t; waits for nothing.
+int delib_fast_softmax_gradient(void* logits, int dtype, std::int64_t rows, std::int64_t vocabulary,
+                                const std::int64_t* positions, const std::int64_t* targets, const float* weights,
+                                const float* bias, float* nll, float* loss, std::uint8_t* correct,
+                                std::int64_t ignore_index, float scale, float softcap, float z_loss, float smoothing,
+                                int need_gradient, void* stream) {
+  using namespace delib_fast;
+  constexpr std::int64_t MOST = (std::int64_t{1} << 31) - 64;
+  if (rows == 0) return cudaSuccess;
+  if (rows < 0 || rows > MOST / MOST_BLOCKS_A_ROW || vocabulary < 1 || vocabulary > MOST) return cudaErrorInvalidValue;
+  const RowOptions options{scale, softcap, z_loss, smoothing};
+  const Arguments a{logits, positions, targets, weights, bias, nll, loss, correct, vocabulary, ignore_index,
+                    options, 0, need_gradient != 0};
+  const bool plain = bias == nullptr && scale == 1 && softcap == 0 && z_loss == 0 && smoothing == 0;
+  auto* on = static_cast<cudaStream_t>(stream);
+  switch (dtype) {
+    case 0:
+      return run<float>(a, rows, plain, on);
+    case 1:
+      return run<__nv_bfloat16>(a, rows, plain, on);
+    case 2:
+      return run<__half>(a, rows, plain, on);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+// What a cudaError_t means.
+const char* delib_fast_cuda_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+}  // extern "C"

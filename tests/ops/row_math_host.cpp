@@ -1,0 +1,97 @@
+// csrc/linear_cross_entropy/row_math.h, walked over on the host the way softmax_gradient.cu walks on a GPU: parts of
+// a row for the blocks of a cluster, vectors dealt out to threads, statistics merged by a butterfly. One float row.
+#include "linear_cross_entropy/row_math.h"
+
+#include <vector>
+
+using namespace delib_fast;
+
+namespace {
+
+constexpr int WIDTH = 4;  // float32
+
+template <bool PLAIN>
+struct HostRow {
+  float* row;
+  const float* bias;
+  RowOptions options;
+  int threads;
+
+  float logit(std::int32_t entry) const {
+    return final_logit<PLAIN>(row[entry], !PLAIN && bias != nullptr ? bias[entry] : 0.0f, options);
+  }
+  Statistics of_thread(const Slice& slice, int thread) const {
+    Statistics s = no_statistics(), odd = no_statistics();
+    for (std::int32_t v = thread; v < slice.vectors; v += threads) {
+      const std::int32_t first = slice.head_end + v * WIDTH;
+      float x[WIDTH];
+      for (int i = 0; i < WIDTH; ++i) x[i] = logit(first + i);
+      add<PLAIN>(s, x, first);
+    }
+    const std::int32_t head = slice.head_end - slice.begin;
+    std::int32_t entry = slice.begin + thread;
+    if (thread >= head) entry = slice.tail_begin + thread - head;
+    if (entry < slice.end) {
+      const float x[1] = {logit(entry)};
+      add<PLAIN>(odd, x, entry);
+    }
+    return merge(s, odd);
+  }
+  Statistics of_part(const Slice& slice) const {
+    std::vector<Statistics> all;
+    for (int thread = 0; thread < threads; ++thread) all.push_back(of_thread(slice, thread));
+    for (std::size_t distance = all.size() / 2; distance > 0; distance /= 2) {
+      std::vector<Statistics> next = all;
+      for (std::size_t i = 0; i < all.size(); ++i) next[i] = merge(all[i], all[i ^ distance]);
+      all = next;
+    }
+    return all[0];
+  }
+};
+
+template <bool PLAIN>
+void run(float* row, std::int64_t vocabulary, const float* bias, std::int64_t target, float weight,
+         const RowOptions& options, int parts, int threads, float* loss_and_nll, std::int32_t* argmax) {
+  const HostRow<PLAIN> host{row, bias, options, threads};
+  Statistics all = no_statistics();
+  for (int part = 0; part < parts; ++part)
+    all = merge(all, host.of_part(slice_of(reinterpret_cast<std::uint64_t>(row), vocabulary, 4, part, parts)));
+  const bool known = target >= 0 && target < vocabulary;
+  const float target_logit = known ? host.logit(static_cast<std::int32_t>(target)) : NAN;
+  const RowResult result = finish<PLAIN>(all, target_logit, weight, vocabulary, options);
+  loss_and_nll[0] = result.loss;
+  loss_and_nll[1] = result.nll;
+  *argmax = all.argmax;
+  for (std::int32_t v = 0; v < vocabulary; ++v) {
+    const float dz = gradient<PLAIN>(host.logit(v), result, options);
+    row[v] = v == target ? result.target_gradient : dz;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// `threads` is a power of two, and more than the 6 entries that an unaligned slice may have at its ends.
+void row_on_host(float* row, std::int64_t vocabulary, const float* bias, std::int64_t target, float weight,
+                 float scale, float softcap, float z_loss, float smoothing, int parts, int threads,
+                 float* loss_and_nll, std::int32_t* argmax) {
+  const RowOptions options{scale, softcap, z_loss, smoothing};
+  const bool plain = bias == nullptr && scale == 1 && softcap == 0 && z_loss == 0 && smoothing == 0;
+  (plain ? run<true> : run<false>)(row, vocabulary, bias, target, weight, options, parts, threads, loss_and_nll,
+                                   argmax);
+}
+
+// begin, head_end, vectors, tail_begin, end
+void slice_on_host(std::uint64_t address, std::int64_t vocabulary, int element_bytes, int part, int parts,
+                   std::int32_t* out) {
+  const Slice s = slice_of(address, vocabulary, element_bytes, part, parts);
+  const std::int32_t all[5] = {s.begin, s.head_end, s.vectors, s.tail_begin, s.end};
+  for (int i = 0; i < 5; ++i) out[i] = all[i];
+}
+
+std::int32_t slice_size_on_host(std::int64_t vocabulary, int element_bytes, int parts) {
+  return slice_size(vocabulary, element_bytes, parts);
+}
+
+}  // extern "C"
