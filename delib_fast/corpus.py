@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
+import sys
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
 
 from delib_fast.config import AFTConfig, Config, ConfigError, StageConfig
 from delib_fast.data import (
@@ -18,13 +24,22 @@ from delib_fast.data import (
     PackedBatches,
     Row,
     Segment,
+    SourceShare,
+    cached,
+    default_folder,
     encode_rows,
+    encode_stream,
     evaluation_batches,
+    fingerprint_of,
+    mix_sources,
     read_source,
+    refuse_overlap,
+    refuse_spec_in_prompts,
     split_holdout,
+    tokenizer_fingerprint,
 )
 from delib_fast.losses import segment_weights
-from delib_fast.models import build_tokenizer
+from delib_fast.models import ModelShape, build_tokenizer, model_shape
 
 if TYPE_CHECKING:
     from delib_fast.engine import Ranks
@@ -45,6 +60,21 @@ def told_as_data_error(where: str) -> Iterator[None]:
         raise DataError(f"{where}: {error}", reason="data") from error
 
 
+def progress_line(what: str, speaks: bool, every_s: float = 5.0) -> Callable[[int, int], None]:
+    """Tells (done, in all) on stderr now and then; nothing at all of what is done in a moment."""
+    began = told = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if speaks and now - told >= every_s:
+            told = now
+            left = (now - began) / done * (total - done)
+            print(f"{what}: {done:,} of {total:,} rows, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    return tell
+
+
 class Source(NamedTuple):
     """One source, parted into what is trained on and what is held out."""
 
@@ -61,7 +91,9 @@ class Corpus:
         self._config, self._run, self._ranks = config, run, ranks
         self._sources: dict[str, Source] = {}
         self._encoded: dict[str, EncodedSet] = {}
+        self._mixed: dict[str, tuple[EncodedSet, list[SourceShare]]] = {}
         self._batches: dict[str, PackedBatches] = {}
+        self._overlap_checked = False
 
     def source(self, name: str) -> Source:
         if name not in self._sources:
@@ -103,21 +135,81 @@ class Corpus:
         return [row for name in stage.train for row in self.source(name).train]
 
     def encoded(self, stage: StageConfig) -> EncodedSet:
+        """Every example of the stage's sources once, source after source; kept in the cache."""
         if stage.name not in self._encoded:
             with told_as_data_error(f"stage {stage.name!r}"):
-                self._encoded[stage.name] = encode_rows(self.rows(stage), self.tokenizer, stage)
+                self._encoded[stage.name] = EncodedSet.join([self._encoded_source(stage, n) for n in stage.train])
         return self._encoded[stage.name]
+
+    def _encoded_source(self, stage: StageConfig, name: str) -> EncodedSet:
+        settings = self._config.data[name].model_dump(mode="json", exclude={"repeat", "max_tokens"})
+        aft = isinstance(stage, AFTConfig)
+        fingerprint = fingerprint_of({
+            "source": name, "settings": settings, "sha256": self.source(name).sha256,
+            "tokenizer": self._tokenizer_fingerprint, "cot": stage.cot if aft else None,
+            "system_prompt": stage.system_prompt if aft else None, "pack_capacity": stage.pack_capacity,
+            "over_long": stage.over_long})
+        rows, tell = self.source(name).train, progress_line(f"encoding {name}", self._ranks.rank == 0)
+        folder = Path(self._config.cache_dir) if self._config.cache_dir else default_folder()
+        try:
+            return cached(folder, fingerprint, lambda counts: encode_stream(
+                rows, self.tokenizer, stage, counts, progress=tell), facts={"source": name, **settings})[0]
+        except OSError as error:
+            raise ConfigError(f"cache_dir: {folder} can't be used: {error.strerror or error}; set cache_dir or "
+                              "$DELIB_FAST_CACHE to a folder that can be written") from error
+
+    @cached_property
+    def _tokenizer_fingerprint(self) -> str:
+        return tokenizer_fingerprint(self.tokenizer)
+
+    def mixed(self, stage: StageConfig) -> tuple[EncodedSet, list[SourceShare]]:
+        """The examples of an epoch, repeats and all, and what each source gives."""
+        if stage.name not in self._mixed:
+            encoded, settings = self.encoded(stage), self._config.data
+            ends = np.cumsum([len(self._encoded_source(stage, name)) for name in stage.train])[:-1]
+            with told_as_data_error(f"stage {stage.name!r}"):
+                chosen, shares = mix_sources(
+                    dict(zip(stage.train, np.split(encoded.lengths, ends), strict=True)),
+                    repeat={name: settings[name].repeat for name in stage.train},
+                    max_tokens={name: settings[name].max_tokens for name in stage.train},
+                    mix=stage.mix, seed=self._config.seed)
+            everything_once = len(chosen) == len(encoded) and (np.diff(chosen) == 1).all()
+            self._mixed[stage.name] = (encoded if everything_once else encoded.take(chosen), shares)
+        return self._mixed[stage.name]
+
+    def refuse_leaks(self, stage: StageConfig) -> None:
+        """Raise DataError if the spec stands in a prompt, or evaluation rows among those trained on."""
+        if isinstance(stage, AFTConfig) and stage.spec is not None:
+            try:
+                spec = Path(stage.spec).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"stage {stage.name!r}: spec: {stage.spec} can't be read: {error}") from None
+            refuse_spec_in_prompts(self.rows(stage), [spec])
+        if not self._overlap_checked and self._config.overlap == "error":
+            names = {name: None for stage in self._config.stages for name in stage.train}
+            try:
+                refuse_overlap([row for name in names for row in self.source(name).train], self._held_out_rows())
+            except DataError as error:
+                raise DataError(f"{error}, or set overlap: allow", reason=error.reason) from None
+        self._overlap_checked = True
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        return model_shape(self._config.model, self.tokenizer)
 
     def batches(self, stage: StageConfig) -> PackedBatches:
         """The stage's packs. Raises DataError where they make fewer steps than the stage asks for."""
         if stage.name not in self._batches:
+            self.refuse_leaks(stage)
             with told_as_data_error(f"stage {stage.name!r}"):
                 batches = PackedBatches(
-                    self.encoded(stage), pack_capacity=stage.pack_capacity, packs_per_step=stage.packs_per_step,
+                    self.mixed(stage)[0], pack_capacity=stage.pack_capacity, packs_per_step=stage.packs_per_step,
                     segment_weights=segment_weights(stage), seed=self._config.seed, epochs=stage.epochs,
-                    rank=self._ranks.rank, world_size=self._ranks.world_size, max_steps=stage.max_steps)
+                    rank=self._ranks.rank, world_size=self._ranks.world_size, max_steps=stage.max_steps,
+                    quadratic_cost=self.shape.quadratic_cost if stage.balance == "cost" else 0.0,
+                    loss_average=stage.loss_average)
             if batches.num_steps < stage.min_steps:
-                tokens = self.encoded(stage).counts.tokens * stage.epochs
+                tokens = batches.tokens_per_epoch * stage.epochs
                 fits = max(1, tokens // (stage.min_steps * stage.pack_capacity)) * stage.pack_capacity
                 raise DataError(
                     f"stage {stage.name!r}: {tokens:,} tokens at {stage.tokens_per_step:,} a step make "
@@ -128,44 +220,51 @@ class Corpus:
 
     def fingerprint(self, stage: StageConfig) -> str:
         """Changes when the examples of a stage or their order do: a checkpoint's steps are then other steps."""
-        encoded = self.encoded(stage)
+        encoded = self.mixed(stage)[0]
         digest = hashlib.sha256(encoded.digest().encode())
-        digest.update(repr((stage.pack_capacity, stage.packs_per_step, stage.epochs, self._config.seed)).encode())
+        digest.update(repr((stage.pack_capacity, stage.packs_per_step, stage.epochs, self._config.seed,
+                            stage.balance, stage.loss_average)).encode())
         return digest.hexdigest()
 
     def describe(self, stage: StageConfig) -> str:
         """One line for a person: what the stage trains on."""
         batches, counts = self.batches(stage), self.encoded(stage).counts
         left_out = self._left_out(stage)
-        dropped = "".join(f"; left out {count} {reason}" for reason, count in left_out.items())
+        of = counts.rows + self._bad_rows(stage).total()
+        dropped = "".join(f"; left out {n:,} {reason} ({n / of:.1%})" for reason, n in left_out.items())
+        shares = self.mixed(stage)[1]
+        mixed = "; an epoch shows " + ", ".join(f"{s.name} {s.times:.3g}× ({s.share:.1%})" for s in shares) \
+            if any(s.times != 1 for s in shares) else ""
         split = f"; {counts.split_documents} documents cut to fit" if counts.split_documents else ""
         return (f"{counts.rows:,} rows, {counts.tokens:,} tokens, {batches.packs_per_epoch} packs filled to "
-                f"{batches.fill:.1%}, {batches.num_steps} steps{dropped}{split}")
+                f"{batches.fill:.1%}, {batches.num_steps} steps{mixed}{dropped}{split}")
+
+    def _bad_rows(self, stage: StageConfig) -> Counter[str]:
+        return sum((self.source(name).bad_rows for name in stage.train), Counter())
 
     def _left_out(self, stage: StageConfig) -> dict[str, int]:
-        bad = sum((self.source(name).bad_rows for name in stage.train), Counter())
         over_long = self.encoded(stage).counts.dropped_over_long
-        return {**{reason.replace("_", " "): n for reason, n in bad.items()},
+        return {**{reason.replace("_", " "): n for reason, n in self._bad_rows(stage).items()},
                 **({"over-long": over_long} if over_long else {})}
 
     def ledger(self, stage: StageConfig) -> dict[str, Any]:
         """What the ledger keeps of a stage's data: files and their hashes, and tokens over all its updates."""
-        batches, encoded = self.batches(stage), self.encoded(stage)
-        weights = segment_weights(stage)
-        seen = Counter(i for step in range(batches.num_steps) for i in batches.step_example_ids(step))
-        supervised = Counter[str]()
-        for i, times in seen.items():
-            segments = encoded[i].segments[1:]
-            for segment in Segment:
-                if weights[segment] > 0:
-                    supervised[segment.name.lower()] += times * int((segments == segment).sum())
+        batches, (encoded, shares) = self.batches(stage), self.mixed(stage)
+        weights, counts = segment_weights(stage), self.encoded(stage).counts
+        steps = [batches.step_example_ids(step) for step in range(batches.num_steps)]
+        seen = np.array([i for ids in steps for i in ids], np.int64)
+        targets = encoded.target_counts[seen].sum(0).tolist()
+        left_out = self._left_out(stage)
         data = [{"name": name, "path": self._config.data[name].path, "sha256": self.source(name).sha256,
                  "rows": len(self.source(name).train), "held_out": len(self.source(name).held_out)}
                 for name in stage.train]
-        return {"data": data, "examples": len(encoded), "left_out": self._left_out(stage),
-                "split_documents": encoded.counts.split_documents, "epochs": stage.epochs,
-                "tokens": sum(int(encoded.lengths[i]) * times for i, times in seen.items()),
-                "supervised_tokens": {name: n for name, n in supervised.items() if n},
+        return {"data": data, "examples": len(encoded), "left_out": left_out,
+                "left_out_share": sum(left_out.values()) / (counts.rows + self._bad_rows(stage).total()),
+                "mix": [dataclasses.asdict(share) for share in shares],
+                "split_documents": counts.split_documents, "epochs": stage.epochs,
+                "tokens": int(encoded.lengths[seen].sum()), "loss_average": stage.loss_average,
+                "supervised_tokens": {segment.name.lower(): targets[segment] for segment in Segment
+                                      if weights[segment] > 0 and targets[segment]},
                 "segment_weights": {s.name.lower(): weights[s] for s in Segment},
                 "packs_per_epoch": batches.packs_per_epoch, "fill": batches.fill}
 

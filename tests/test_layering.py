@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "delib_fast"
 
 # Each may import itself and what stands before it.
-ORDER = ("config", "ops", "data", "losses", "models", "engine", "train", "stages", "evals", "study", "cli")
+ORDER = ("config", "ops", "data", "losses", "models", "engine", "train", "stages", "evals", "looking", "study", "cli")
 # Modules beside the folders of the design, and the layer each belongs to.
 LAYER = {"config_file": "config", "bookkeeping": "train", "corpus": "train", "progress": "train",
          "run_directory": "train", "environment": "train"}

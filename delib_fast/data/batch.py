@@ -196,6 +196,19 @@ class PackedBatches:
         """The examples of a global step, over all ranks."""
         return [int(i) for members in self._members(index) for i in members]
 
+    @property
+    def example_weights(self) -> NDArray[np.float32]:
+        """(N,) factor on the loss weight of each target of an example: its row's, and that of `loss_average`."""
+        return self._weights
+
+    def cost_of_ranks(self, index: int, world_size: int, quadratic_cost: float) -> NDArray[np.float64]:
+        """(world_size,) Σ n + q·n² over the packs that each rank takes of a global step."""
+        costs = np.zeros(world_size)
+        for place, members in enumerate(self._members(index)):
+            n = self.examples.lengths[members].astype(np.float64)
+            costs[place % world_size] += (n + quadratic_cost * n * n).sum()
+        return costs
+
     def epoch_of(self, index: int) -> int:
         return index // self.steps_per_epoch
 

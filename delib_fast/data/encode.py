@@ -159,25 +159,32 @@ def encode_rows(
         DataError: a row can't be encoded or leaves nothing to supervise; an example is longer than the
             capacity and over_long is "error"; or every row was dropped.
     """
+    counts = Counts()
+    examples = list(encode_stream(rows, tokenizer, stage, counts, progress=progress))
+    return EncodedSet(examples, counts)
+
+
+def encode_stream(
+    rows: Sequence[Row], tokenizer: Any, stage: MSMConfig | AFTConfig, counts: Counts, *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Example]:
+    """`encode_rows`, an example at a time; `counts` is filled in on the way."""
     encoder = encoder_for(tokenizer)
     cot: Cot = stage.cot if isinstance(stage, AFTConfig) else "train"
     system_prompt = stage.system_prompt if isinstance(stage, AFTConfig) else None
-    counts = Counts(rows=len(rows))
-    examples: list[Example] = []
-    done = 0
     for chunk in _chunks(rows):
+        counts.rows += len(chunk)
         encoded = encoder.encode(chunk, cot=cot, system_prompt=system_prompt)
         for row, whole in zip(chunk, encoded, strict=True):
             for example in _fitting(row, whole, stage, counts):
                 counts.add(example)
-                examples.append(example)
+                yield example
         if progress is not None:
-            progress(done := done + len(chunk), len(rows))
-    if rows and not examples:
+            progress(counts.rows, len(rows))
+    if rows and not counts.examples:
         raise DataError(f"all {len(rows)} examples are longer than pack_capacity ({stage.pack_capacity} "
                         f"tokens) and were dropped: raise stages.{stage.name}.pack_capacity",
                         reason="over_long")
-    return EncodedSet(examples, counts)
 
 
 def _chunks(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:

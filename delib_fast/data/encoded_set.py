@@ -143,7 +143,7 @@ class EncodedSet(Sequence[Example]):
     def digest(self) -> str:
         """Changes when any token, segment, weight or the order of the examples does."""
         digest = hashlib.sha256()
-        for array in (self.part_of, self.starts, self.lengths, self.weights):
+        for array in (self.part_of, self.starts, self.lengths, self.weights, self.target_counts):
             digest.update(np.ascontiguousarray(array).data)
         for array in (array for part in self.parts for array in part):
             for start in range(0, len(array), _HASH_TOKENS):  # a piece at a time: the array may be a file's

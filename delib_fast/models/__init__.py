@@ -5,15 +5,18 @@ from delib_fast.models.build import build_model
 from delib_fast.models.export import export_model
 from delib_fast.models.isolation import LeakError, check_isolation
 from delib_fast.models.lm import TrainableLM
+from delib_fast.models.shape import ModelShape, model_shape
 from delib_fast.models.tokenizer import build_tokenizer, train_tokenizer
 
 __all__ = [
     "LeakError",
+    "ModelShape",
     "TrainableLM",
     "UnsupportedModelError",
     "build_model",
     "build_tokenizer",
     "check_isolation",
     "export_model",
+    "model_shape",
     "train_tokenizer",
 ]

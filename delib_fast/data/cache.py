@@ -1,0 +1,189 @@
+"""Encoded data kept between runs: memory-mapped Arrow under a name that says what it was made from.
+
+    CACHE/ab/abcd…/tokens.arrow      input_ids int32, segments int8: one row a token
+    CACHE/ab/abcd…/examples.arrow    length, weight, targets by segment, place; counts and a digest as metadata
+
+The name is a hash of the data, the tokenizer, the template and the settings of encoding: a change of any of them
+makes another entry, nothing else does. An entry is written beside its place, synced, and renamed into it, under a
+lock: a process that is killed leaves nothing that a later one takes for whole, and of two that start at once one
+encodes and the other waits. What was damaged on the disk does not match its digest and is made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from delib_fast.data.encoded_set import NUM_SEGMENTS, Counts, EncodedSet, Example
+
+ENCODING = 1
+"""Raised whenever the same rows would be encoded in another way."""
+_TARGETS = [f"targets_{k}" for k in range(NUM_SEGMENTS)]
+
+
+def default_folder() -> Path:
+    given = os.environ.get("DELIB_FAST_CACHE")
+    return Path(given) if given else Path.home() / ".cache" / "delib_fast"
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Of everything that decides how the tokenizer encodes a row."""
+    parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token_id,
+             tokenizer.bos_token_id, tokenizer("a")["input_ids"]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def fingerprint_of(parts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps({"encoding": ENCODING, **parts}, sort_keys=True).encode()).hexdigest()
+
+
+def cached(
+    folder: Path, fingerprint: str, make: Callable[[Counts], Iterable[Example]], *,
+    facts: Mapping[str, Any] | None = None,
+) -> tuple[EncodedSet, bool]:
+    """The examples under a fingerprint; made and kept if they are not there.
+
+    Args:
+        folder: of the cache; made if absent.
+        fingerprint: of what they are made from.
+        make: given Counts to fill in, yields the examples; they are written as they come and not held.
+        facts: put into the entry, for people.
+    Returns:
+        The examples, their tokens memory-mapped, and whether they were there already.
+    Raises:
+        OSError: the folder can't be written.
+    """
+    place = folder / fingerprint[:2] / fingerprint
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(place.with_suffix(".lock")):
+        found = _open(place)
+        if found is not None:
+            return found, True
+        for dead in place.parent.glob(f"{fingerprint}.*.part"):  # whoever wrote it held the lock, and is gone
+            shutil.rmtree(dead, ignore_errors=True)
+        part = place.with_suffix(f".{uuid.uuid4().hex[:8]}.part")
+        part.mkdir()
+        try:
+            _write(part, make, facts or {})
+            if place.exists():
+                shutil.rmtree(place)  # damaged: _open refused it
+            part.rename(place)
+            _sync(place.parent)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        made = _open(place)
+        assert made is not None, f"{place} can't be read though it was just written"
+        return made, False
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # goes with the process, however it ends
+        yield
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+def _write(part: Path, make: Callable[[Counts], Iterable[Example]], facts: Mapping[str, Any]) -> None:
+    counts = Counts()
+    lengths: list[int] = []
+    weights: list[float] = []
+    places: list[str] = []
+    targets: list[Any] = []
+    with (part / "ids").open("wb") as ids, (part / "segments").open("wb") as segments:
+        for example in make(counts):
+            ids.write(np.ascontiguousarray(example.input_ids).data)
+            segments.write(np.ascontiguousarray(example.segments).data)
+            lengths.append(len(example))
+            weights.append(example.weight)
+            places.append(example.place)
+            targets.append(example.target_counts)
+    T = sum(lengths)
+    columns = [_column_of_file(part / "ids", pa.int32(), T), _column_of_file(part / "segments", pa.int8(), T)]
+    _write_arrow(part / "tokens.arrow", pa.record_batch(columns, names=["input_ids", "segments"]))
+    del columns
+    (part / "ids").unlink()
+    (part / "segments").unlink()
+    table = np.array(targets, np.int64).reshape(-1, NUM_SEGMENTS)
+    examples = pa.record_batch(
+        [pa.array(lengths, pa.int64()), pa.array(weights, pa.float32()), *(pa.array(c) for c in table.T),
+         pa.array(places, pa.large_string())], names=["length", "weight", *_TARGETS, "place"])
+    digest = _set_of(part / "tokens.arrow", examples, counts).digest()
+    about = {"counts": asdict(counts), "digest": digest, "tokens": T, "facts": dict(facts)}
+    _write_arrow(part / "examples.arrow", examples.replace_schema_metadata({"delib_fast": json.dumps(about)}))
+    _sync(part)
+
+
+def _column_of_file(path: Path, kind: pa.DataType, rows: int) -> pa.Array:
+    """A file of numbers as an Arrow column that is not in memory."""
+    with pa.memory_map(str(path)) as file:
+        return pa.Array.from_buffers(kind, rows, [None, file.read_buffer()])
+
+
+def _write_arrow(path: Path, batch: pa.RecordBatch) -> None:
+    with path.open("wb") as file:
+        with pa.ipc.new_file(file, batch.schema) as writer:
+            writer.write_batch(batch)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- opening ------------------------------------------------------------------------------------------------
+
+
+def _open(place: Path) -> EncodedSet | None:
+    """The entry, or None where there is none or it is damaged."""
+    try:
+        examples = _batch(place / "examples.arrow")
+        about = json.loads(examples.schema.metadata[b"delib_fast"])
+        found = _set_of(place / "tokens.arrow", examples, Counts(**about["counts"]))
+        return found if found.digest() == about["digest"] else None
+    except (OSError, pa.ArrowInvalid, pa.ArrowException, KeyError, TypeError, ValueError, IndexError):
+        return None
+
+
+def _batch(path: Path) -> pa.RecordBatch:
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_file(file).get_batch(0)
+
+
+def _set_of(tokens_path: Path, examples: pa.RecordBatch, counts: Counts) -> EncodedSet:
+    tokens = _batch(tokens_path)
+    return EncodedSet.of_arrays(
+        input_ids=tokens.column("input_ids").to_numpy(), segments=tokens.column("segments").to_numpy(),
+        lengths=examples.column("length").to_numpy(), weights=examples.column("weight").to_numpy(),
+        target_counts=np.stack([examples.column(name).to_numpy() for name in _TARGETS], axis=1),
+        places=_ArrowPlaces(examples.column("place")), counts=counts)
+
+
+class _ArrowPlaces(Sequence[str]):
+    def __init__(self, column: Any) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._column[int(index)].as_py()
