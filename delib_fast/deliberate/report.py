@@ -98,21 +98,22 @@ def _chats(rows: Sequence[tuple[Row, Mapping[str, Any]]], spec: Spec | None) -> 
     cots = [row.cot or "" for row, _ in rows]
     responses = [row.response for row, _ in rows]
     prompts = ["\n".join(m.content for m in row.messages) for row, _ in rows]
+    different = list(dict.fromkeys(prompts))  # several samples of one prompt repeat nothing
     categories = [_categories(raw) for _, raw in rows]
     scores = [_scores(raw) for _, raw in rows]
     shown = [_shown(*parts) for parts in zip(rows, prompts, categories, scores, strict=True)]
     scored = len({item["score"] for item in shown}) > 2  # else every quantile is the same score
     refusals = [is_refusal(response) for response in responses]
     return {
-        "count": len(rows), "with_cot": sum(map(bool, cots)),
+        "count": len(rows), "prompts": len(different), "with_cot": sum(map(bool, cots)),
         "by_category": count_by(c for names in categories for c in names),
         "by_style": count_by(raw["style"] for _, raw in rows if "style" in raw),
         "scores": {axis: {**quantiles(v := [s[axis] for s in scores if axis in s]), "histogram": _score_bars(v)}
                    for axis in sorted({axis for s in scores for axis in s})},
         "words": _lengths({"prompt": prompts, "cot": [c for c in cots if c], "response": responses}),
-        "diversity": {"prompt": diversity(prompts), "cot": diversity([c for c in cots if c]),
+        "diversity": {"prompt": diversity(different), "cot": diversity([c for c in cots if c]),
                       "response": diversity(responses)},
-        "near_duplicates": {"prompts": near_duplicates(prompts, 0.9),
+        "near_duplicates": {"prompts": near_duplicates(different, 0.9),
                             "rows": near_duplicates([f"{c}\n{r}" for c, r in zip(cots, responses, strict=True)])},
         "refusals": {"share": round(sum(refusals) / len(rows), 4),
                      "by_category": _share_by(categories, refusals)},
