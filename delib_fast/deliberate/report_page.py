@@ -76,7 +76,8 @@ def _run(run: Mapping[str, Any]) -> str:
 def _part(name: str, part: Mapping[str, Any]) -> str:
     citations, refusals = part.get("citations"), part.get("refusals")
     duplicates = part["near_duplicates"]
-    tiles = [("rows", part["count"]), ("different prompts", part.get("prompts")), ("with a CoT", part.get("with_cot")), ("tokens", part.get("tokens")),
+    tiles = [("rows", part["count"]), ("different prompts", part.get("prompts")),
+             ("with a CoT", part.get("with_cot")), ("tokens", part.get("tokens")),
              ("refusals", _percent(refusals["share"]) if refusals else None),
              ("CoTs that cite a right section", _percent(citations["accuracy"]) if citations else None),
              *((f"near-duplicate {kind}", found["count"]) for kind, found in duplicates.items())]
