@@ -27,8 +27,11 @@ def test_head_replaces_a_linear():
     head = FusedLossHead.from_linear(linear)
     assert head.weight is linear.weight
     assert [name for name, _ in head.named_parameters()] == ["weight"]
-    with pytest.raises(ValueError, match="lm_head has a bias"):
-        FusedLossHead.from_linear(torch.nn.Linear(4, 8))
+    assert list(head.state_dict()) == ["weight"]
+    with_bias = torch.nn.Linear(4, 8)
+    head = FusedLossHead.from_linear(with_bias, logit_scale=0.5)
+    assert head.bias is with_bias.bias
+    assert head.logit_scale == 0.5
 
     class LoraLinear(torch.nn.Linear):
         pass

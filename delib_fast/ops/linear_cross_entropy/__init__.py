@@ -1,8 +1,10 @@
 """The loss head: hidden states times the vocabulary, softmax and cross-entropy, without ever holding (T, V) logits."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from delib_fast.ops._dispatch import Backend, choose
@@ -10,6 +12,7 @@ from delib_fast.ops.linear_cross_entropy import _cpu, _cuda, _triton
 from delib_fast.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
 
 OP = "linear_cross_entropy"
+BIAS_COLUMNS = 8  # one is the bias; the rest are zeros, so that rows of 16-bit numbers stay aligned for the GEMMs
 
 
 class LossOutput(NamedTuple):
@@ -52,6 +55,8 @@ def linear_cross_entropy(
     targets: Tensor,
     loss_weights: Tensor | None = None,
     *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
     ignore_index: int = -100,
     loss_positions: Tensor | None = None,
     chunk_tokens: int | None = None,
@@ -60,7 +65,8 @@ def linear_cross_entropy(
     """The weighted sum of cross-entropies of hidden @ weight.T, with memory for one chunk of logits.
 
         rows     = the t with targets[t] != ignore_index and loss_weights[t] != 0
-        nll[t]   = logsumexp(hidden[t] @ weight.T) - hidden[t] @ weight[targets[t]]
+        z[t]     = logit_scale * (hidden[t] @ weight.T + bias)
+        nll[t]   = logsumexp(z[t]) - z[t, targets[t]]
         loss_sum = Σ loss_weights[t] * nll[t]                        over rows; a sum, never a mean
 
     Args:
@@ -68,6 +74,8 @@ def linear_cross_entropy(
         weight: (V, H), the dtype and device of `hidden`; the weight of lm_head as nn.Linear has it.
         targets: (T,) int64, already shifted: targets[t] is what position t is to predict.
         loss_weights: (T,) floating; 1 everywhere if None. Rows of weight 0 are not computed.
+        bias: (V,), the dtype and device of `weight`; none if None.
+        logit_scale: a model's constant factor of its logits, a finite number.
         ignore_index: the target of rows that are not supervised.
         loss_positions: (L,) int64 on the same device: which rows to compute, each once, if the host knows. Rows
             that are not listed count as not supervised. With it a GPU backend never waits for the device.
@@ -76,7 +84,7 @@ def linear_cross_entropy(
 
     Returns:
         LossOutput(loss_sum, nll, correct). float32, or float64 for float64 inputs. Gradients of `loss_sum` flow to
-        `hidden` and `weight`, to whichever requires them; the work for one that does not is not done.
+        `hidden`, `weight` and `bias`, to whichever requires them; the work for one that does not is not done.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; a target outside the vocabulary (a GPU backend, which
@@ -85,17 +93,24 @@ def linear_cross_entropy(
 
     Numerics: softmax and loss in float32; the gradient of a logit is rounded once to the inputs' dtype, the
     target's entry after being computed in float32; the weight's gradient accumulates in float32 over all chunks.
+    logit_scale multiplies `hidden`, rounded to its dtype (exactly, where the scale is a power of two).
     A row that is not supervised is skipped: not even a NaN in it can reach a loss or a gradient. With no
     supervised row the loss is 0 and so are the gradients. Deterministic on every backend.
 
     Cost: 6·L·H·V FLOPs for L supervised rows (4 with one gradient, 2 with none); both gradients are computed in
-    the forward pass, so nothing is recomputed. Memory: dX, dW (V·H float32) and chunk_tokens·V logits.
+    the forward pass, so nothing is recomputed. Memory: dX, dW (V·H float32) and chunk_tokens·V logits. A bias
+    costs a copy of `weight` with 8 more columns, and of its gradient; without one nothing is copied.
 
     Source: the gradient-in-forward scheme of Liger Kernel (arXiv 2410.10989), row compaction as in Cut
     Cross-Entropy (arXiv 2411.09009).
     """
-    hidden, weight = _autocast(hidden, weight)
+    hidden, weight = _autocast(hidden), _autocast(weight)
     _check(hidden, weight, targets, loss_weights, loss_positions, chunk_tokens)
+    _check_logits(weight, bias, logit_scale)
+    if bias is not None:
+        hidden, weight = _with_bias(hidden, weight, _autocast(bias))
+    if logit_scale != 1:
+        hidden = hidden * logit_scale
     chosen = choose(OP, BACKENDS, backend, hidden, weight)
     with torch.autocast(hidden.device.type, enabled=False):
         outputs = chosen.run(
@@ -119,24 +134,36 @@ class FusedLossHead(nn.Module):
     module's own forward alone, so that ZeRO-3 gathers it, and reduces its gradient, by the hooks of this module.
     """
 
-    def __init__(self, weight: nn.Parameter, *, backend: str = "auto", chunk_tokens: int | None = None):
+    weight: nn.Parameter  # (V, H)
+    bias: nn.Parameter | None  # (V,)
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None = None,
+        *,
+        logit_scale: float = 1.0,
+        backend: str = "auto",
+        chunk_tokens: int | None = None,
+    ):
         super().__init__()
-        self.weight = weight  # (V, H)
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.logit_scale = logit_scale
         self.backend = backend
         self.chunk_tokens = chunk_tokens
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, *, backend: str = "auto") -> "FusedLossHead":
-        """The head with the weight of `linear`; ValueError for a head that is more than a matrix."""
+    def from_linear(cls, linear: nn.Module, *, logit_scale: float = 1.0, backend: str = "auto") -> "FusedLossHead":
+        """The head with the weight, and the bias, of `linear`; ValueError for a head that is more than a matrix."""
         if type(linear) is not nn.Linear:
             raise ValueError(
                 f"{type(linear).__module__}.{type(linear).__qualname__} is not a plain nn.Linear: replacing it by a "
                 "fused head would leave out what it adds (an adapter on lm_head, say). Take lm_head out of the "
                 "adapter's target modules, or merge the adapter first"
             )
-        if linear.bias is not None:
-            raise ValueError("lm_head has a bias, which FusedLossHead does not add: set lm_head.bias to None")
-        return cls(linear.weight, backend=backend)
+        weight: Any = linear.weight  # a Parameter, though nn.Linear says Tensor
+        return cls(weight, linear.bias, logit_scale=logit_scale, backend=backend)
 
     def forward(
         self,
@@ -150,6 +177,8 @@ class FusedLossHead(nn.Module):
             self.weight,
             targets,
             loss_weights,
+            bias=self.bias,
+            logit_scale=self.logit_scale,
             loss_positions=loss_positions,
             chunk_tokens=self.chunk_tokens,
             backend=self.backend,
@@ -160,12 +189,18 @@ class FusedLossHead(nn.Module):
         return f"hidden={H}, vocabulary={V}, backend={self.backend!r}"
 
 
-def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
-        return hidden, weight
-    dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype)
+def _autocast(tensor: Tensor) -> Tensor:
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+def _with_bias(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden · weightᵀ + bias as one product: a column of ones, and the bias as the column that it meets."""
+    ones = F.pad(hidden.new_ones(hidden.shape[0], 1), (0, BIAS_COLUMNS - 1))
+    column = F.pad(bias[:, None], (0, BIAS_COLUMNS - 1))
+    return torch.cat([hidden, ones], 1), torch.cat([weight, column], 1)
 
 
 def _shape(tensor: Tensor) -> str:
@@ -207,6 +242,18 @@ def _check(
     ):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{OP}: {name} is on {tensor.device}, hidden on {hidden.device}; move one of them")
+
+
+def _check_logits(weight: Tensor, bias: Tensor | None, logit_scale: float) -> None:
+    if bias is not None and (bias.shape, bias.device) != (weight.shape[:1], weight.device):
+        raise ValueError(
+            f"{OP}: bias must be ({weight.shape[0]},) on {weight.device}, one entry a row of weight; "
+            f"got {_shape(bias)} on {bias.device}"
+        )
+    if bias is not None and _autocast(bias).dtype != weight.dtype:
+        raise ValueError(f"{OP}: bias is {bias.dtype} and weight {weight.dtype}; cast one of them")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"{OP}: logit_scale={logit_scale}; it must be a finite number, 1 for none")
 
 
 def _check_rows(name: str, tensor: Tensor, rows: torch.Size, dtype: torch.dtype | None) -> None:

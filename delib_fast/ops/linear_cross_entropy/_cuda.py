@@ -18,7 +18,7 @@ LIBRARY_PATH = Path(__file__).parents[2] / "libdelib_fast_cuda.so"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the numbers of the C interface
 OLDEST = (8, 0)  # what it is compiled for; earlier devices cannot run it
 _POINTER, _INT64, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-ARGUMENT_TYPES = [
+ARGUMENT_TYPES: list[Any] = [
     *(_POINTER, _INT, _INT64, _INT64),  # logits, dtype, rows, vocabulary
     *[_POINTER] * 7,  # positions, targets, weights, bias, nll, loss, correct
     *(_INT64, _FLOAT, _FLOAT, _FLOAT, _FLOAT),  # ignore_index, scale, softcap, z_loss, smoothing
