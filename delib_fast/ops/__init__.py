@@ -1,7 +1,14 @@
 """Fused ops, usable alone: they need torch (and triton on a GPU), and nothing else of this project."""
 
 from delib_fast.ops._dispatch import BackendUnavailable
-from delib_fast.ops.linear_cross_entropy import FusedLossHead, LossOutput, linear_cross_entropy
+from delib_fast.ops.linear_cross_entropy import FusedLossHead, LossOutput, gather_weight, linear_cross_entropy
 from delib_fast.ops.varlen_attention import varlen_attention
 
-__all__ = ["BackendUnavailable", "FusedLossHead", "LossOutput", "linear_cross_entropy", "varlen_attention"]
+__all__ = [
+    "BackendUnavailable",
+    "FusedLossHead",
+    "LossOutput",
+    "gather_weight",
+    "linear_cross_entropy",
+    "varlen_attention",
+]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from delib_fast.ops._dispatch import Backend, choose
 from delib_fast.ops.linear_cross_entropy import _cpu, _cuda, _triton
+from delib_fast.ops.linear_cross_entropy._sharded import gather_weight, is_sharded
 from delib_fast.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
 
 OP = "linear_cross_entropy"
@@ -104,6 +105,7 @@ def linear_cross_entropy(
     Source: the gradient-in-forward scheme of Liger Kernel (arXiv 2410.10989), row compaction as in Cut
     Cross-Entropy (arXiv 2411.09009).
     """
+    _check_whole(hidden, weight, bias)
     hidden, weight = _autocast(hidden), _autocast(weight)
     _check(hidden, weight, targets, loss_weights, loss_positions, chunk_tokens)
     _check_logits(weight, bias, logit_scale)
@@ -132,6 +134,7 @@ class FusedLossHead(nn.Module):
 
     Its weight is the very Parameter of the head it replaces, so tied embeddings stay tied; it is used inside this
     module's own forward alone, so that ZeRO-3 gathers it, and reduces its gradient, by the hooks of this module.
+    FSDP2's hooks do so too; a weight that is a DTensor all the same is gathered once a forward pass (gather_weight).
     """
 
     weight: nn.Parameter  # (V, H)
@@ -174,10 +177,10 @@ class FusedLossHead(nn.Module):
     ) -> LossOutput:
         return linear_cross_entropy(
             hidden,
-            self.weight,
+            gather_weight(self.weight),
             targets,
             loss_weights,
-            bias=self.bias,
+            bias=None if self.bias is None else gather_weight(self.bias),
             logit_scale=self.logit_scale,
             loss_positions=loss_positions,
             chunk_tokens=self.chunk_tokens,
@@ -242,6 +245,14 @@ def _check(
     ):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{OP}: {name} is on {tensor.device}, hidden on {hidden.device}; move one of them")
+
+
+def _check_whole(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if is_sharded(hidden):
+        raise ValueError(f"{OP}: hidden is a DTensor: pass this rank's rows, hidden.to_local()")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if is_sharded(tensor):
+            raise ValueError(f"{OP}: {name} is a DTensor: gather it once a step, {name} = gather_weight({name})")
 
 
 def _check_logits(weight: Tensor, bias: Tensor | None, logit_scale: float) -> None:
