@@ -25,19 +25,16 @@ from delib_fast.data import (
     Row,
     Segment,
     SourceShare,
-    cached,
-    default_folder,
     encode_rows,
     encode_stream,
     evaluation_batches,
-    fingerprint_of,
     mix_sources,
     read_source,
     refuse_overlap,
     refuse_spec_in_prompts,
     split_holdout,
-    tokenizer_fingerprint,
 )
+from delib_fast.data.cache import cached, default_folder, fingerprint_of, tokenizer_fingerprint
 from delib_fast.losses import segment_weights
 from delib_fast.models import ModelShape, build_tokenizer, model_shape
 
@@ -143,12 +140,11 @@ class Corpus:
 
     def _encoded_source(self, stage: StageConfig, name: str) -> EncodedSet:
         settings = self._config.data[name].model_dump(mode="json", exclude={"repeat", "max_tokens"})
-        aft = isinstance(stage, AFTConfig)
+        cot, system = (stage.cot, stage.system_prompt) if isinstance(stage, AFTConfig) else (None, None)
         fingerprint = fingerprint_of({
             "source": name, "settings": settings, "sha256": self.source(name).sha256,
-            "tokenizer": self._tokenizer_fingerprint, "cot": stage.cot if aft else None,
-            "system_prompt": stage.system_prompt if aft else None, "pack_capacity": stage.pack_capacity,
-            "over_long": stage.over_long})
+            "tokenizer": self._tokenizer_fingerprint, "cot": cot, "system_prompt": system,
+            "pack_capacity": stage.pack_capacity, "over_long": stage.over_long})
         rows, tell = self.source(name).train, progress_line(f"encoding {name}", self._ranks.rank == 0)
         folder = Path(self._config.cache_dir) if self._config.cache_dir else default_folder()
         try:

@@ -11,7 +11,6 @@ The tokenizer is handed in (a fast Hugging Face one); nothing here imports trans
 """
 
 from delib_fast.data.batch import IGNORE_INDEX, PackedBatch, PackedBatches, empty_pack, evaluation_batches
-from delib_fast.data.cache import cached, default_folder, fingerprint_of, tokenizer_fingerprint
 from delib_fast.data.chat import PLAIN_TEMPLATE
 from delib_fast.data.encode import encode_row, encode_rows, encode_stream, split_document
 from delib_fast.data.encoded_set import Counts, EncodedSet, Example
@@ -37,15 +36,12 @@ __all__ = [
     "Segment",
     "SourceRows",
     "SourceShare",
-    "cached",
-    "default_folder",
     "empty_pack",
     "encode_row",
     "encode_rows",
     "encode_stream",
     "evaluation_batches",
     "find_overlap",
-    "fingerprint_of",
     "mix_sources",
     "plan_packs",
     "read_source",
@@ -53,5 +49,4 @@ __all__ = [
     "refuse_spec_in_prompts",
     "split_document",
     "split_holdout",
-    "tokenizer_fingerprint",
 ]

@@ -182,3 +182,12 @@ def decode_text(data: bytes, path: Path) -> str:
 def _skip_space(text: str, at: int) -> int:
     match = _SPACE.match(text, at)
     return match.end() if match else at
+
+
+def without_nulls(value: Any) -> Any:
+    """Columns are the same for all rows, so what a row has not is null in it; also inside messages."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value

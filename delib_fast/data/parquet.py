@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from delib_fast.data.jsonl import Item
+from delib_fast.data.jsonl import Item, without_nulls
 from delib_fast.data.rows import DataError
 
 _BATCH_ROWS = 1024
@@ -24,19 +23,10 @@ def read_parquet_items(path: Path) -> Iterator[Item]:
             for batch in file.iter_batches(_BATCH_ROWS):
                 for row in batch.to_pylist():
                     number += 1
-                    yield Item(number, _without_nulls(row), raw=json.dumps(row, default=str).encode())
+                    yield Item(number, without_nulls(row), raw=json.dumps(row, default=str).encode())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"can't be read as Parquet: {first_line}", reason="foreign_file", place=path) from None
     except (UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(f"holds text that is not UTF-8 or a damaged column ({type(error).__name__})",
                         reason="invalid_utf8", place=path) from None
-
-
-def _without_nulls(value: Any) -> Any:
-    """Columns are the same for all rows, so what a row has not is null in it; also inside messages."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value

@@ -10,6 +10,7 @@ from pathlib import Path
 from delib_fast.config import SourceConfig
 from delib_fast.data.cot_tags import TAGS
 from delib_fast.data.formats import Reading, document_row, rows_of
+from delib_fast.data.hub import is_data_set, open_data_set, read_data_set_items
 from delib_fast.data.jsonl import HashingFile, Item, decode_text, read_items, refuse_foreign_bytes
 from delib_fast.data.rows import DataError, Row
 from delib_fast.data.text_files import cut_at_headings
@@ -45,6 +46,8 @@ def read_source(name: str, config: SourceConfig) -> SourceRows:
             be read as what its ending says; a row is bad and `on_bad_row` is "error"; more than
             `max_bad_rows` are; or no row is left.
     """
+    if is_data_set(config.path):
+        return _read_data_set(name, config)
     path = Path(config.path)
     _refuse_path(name, path, config)
     try:
@@ -62,10 +65,26 @@ def read_source(name: str, config: SourceConfig) -> SourceRows:
         sha256 = file.hexdigest()
     finally:
         file.close()
+    _refuse_nothing(kept, name, path, bad_rows)
+    return SourceRows(kept, name=name, path=path, sha256=sha256, bad_rows=bad_rows)
+
+
+def _read_data_set(name: str, config: SourceConfig) -> SourceRows:
+    path, bad_rows = Path(config.path), Counter[str]()
+    if config.cut != "none":
+        raise DataError(f"cut: {config.cut} is for text files ({', '.join(TEXT_FILES)}); this is a data set "
+                        f"(source {name!r})", reason="no_file", place=path)
+    data_set, sha256 = open_data_set(config)
+    rows = _item_rows(name, path, config, read_data_set_items(data_set), bad_rows)
+    kept = list(itertools.islice(rows, config.limit))
+    _refuse_nothing(kept, name, path, bad_rows)
+    return SourceRows(kept, name=name, path=path, sha256=sha256, bad_rows=bad_rows)
+
+
+def _refuse_nothing(kept: list[Row], name: str, path: Path, bad_rows: Counter[str]) -> None:
     if not kept:
         why = f"all its rows are bad ({_by_reason(bad_rows)})" if bad_rows else "it is empty"
         raise DataError(f"has no rows: {why} (source {name!r})", reason="no_rows", place=path)
-    return SourceRows(kept, name=name, path=path, sha256=sha256, bad_rows=bad_rows)
 
 
 def _refuse_path(name: str, path: Path, config: SourceConfig) -> None:
@@ -74,7 +93,7 @@ def _refuse_path(name: str, path: Path, config: SourceConfig) -> None:
     if not path.exists():
         what = f"no such file (working directory: {Path.cwd()})"
     elif path.is_dir():
-        what = "is a folder; name a file"
+        what = "is a folder, and none that datasets saved; name a file"
     elif suffix not in (*ROW_FILES, *TEXT_FILES):
         known = ", ".join((*ROW_FILES, *TEXT_FILES))
         what = f"can't tell what it holds by its ending {path.suffix!r}; known are {known}"

@@ -294,7 +294,7 @@ def test_file_that_is_something_else(tmp_path, name):
 def test_paths_that_are_no_files(tmp_path):
     with pytest.raises(DataError, match=r"no such file \(working directory: .*\) \(source 'rows'\)"):
         read(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="is a folder; name a file"):
+    with pytest.raises(DataError, match="is a folder, and none that datasets saved; name a file"):
         read(tmp_path)
     with pytest.raises(DataError, match="cut: headings is for text files"):
         read(write(tmp_path, GOOD), cut="headings")

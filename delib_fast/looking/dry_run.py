@@ -1,0 +1,59 @@
+"""A run's data without its ranks: nothing is distributed, and nothing is written into the run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from delib_fast.config import Config, ConfigError
+from delib_fast.config_file import load_config, parse_config
+from delib_fast.corpus import Corpus
+from delib_fast.data.sources import ROW_FILES, TEXT_FILES
+
+SMALLEST_VOCABULARY = 300
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """What `Corpus` asks of the process group."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def barrier(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """What `Corpus` asks of the run directory."""
+
+    tokenizer: Path
+
+
+@contextlib.contextmanager
+def dry_run(config: Config) -> Iterator[Corpus]:
+    """The corpus of a configuration; a tokenizer that it trains is forgotten at the end."""
+    with tempfile.TemporaryDirectory(prefix="delib-fast-") as folder:
+        run: Any = _Folder(Path(folder) / "tokenizer")
+        run.tokenizer.mkdir()
+        ranks: Any = _Alone()
+        yield Corpus(config, run, ranks)
+
+
+def config_of(path: Path, overrides: list[str], *, tokenizer: str | None, kind: str, capacity: int) -> Config:
+    """The configuration in a YAML file; or for a file of rows or text, one that trains on it alone."""
+    if path.suffix.lower() not in (*ROW_FILES, *TEXT_FILES):
+        return load_config(path, overrides)
+    if overrides:
+        raise ConfigError(f"--set {overrides[0]}: {path} is data and no configuration; nothing can be set in it")
+    own = {"path": tokenizer} if tokenizer else {"train": {"vocab_size": SMALLEST_VOCABULARY, "sources": ["rows"]}}
+    return parse_config({
+        "run_dir": "-", "model": {"architecture": {"model_type": "qwen3"}}, "tokenizer": own,
+        "data": {"rows": {"path": str(path), "on_bad_row": "skip", "max_bad_rows": 10**9}},
+        "stages": [{"kind": kind, "train": ["rows"], "pack_capacity": capacity, "tokens_per_step": capacity}],
+    }, where=str(path))

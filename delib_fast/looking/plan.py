@@ -1,0 +1,149 @@
+"""What a stage will do, found by doing all of it but the arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from delib_fast.config import Config, ConfigError, StageConfig
+from delib_fast.corpus import Corpus
+from delib_fast.data import SourceShare
+from delib_fast.looking.memory import GIB, MemoryPart, memory_parts
+
+_BARS = 10
+_BAR_WIDTH = 30
+_STEPS_WEIGHED = 500
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage before it is run."""
+
+    stage: StageConfig
+    rows: int
+    left_out: dict[str, int]
+    """rows by reason"""
+    shares: list[SourceShare]
+    targets: dict[str, int]
+    """tokens of an epoch that can be predicted, by segment"""
+    lengths: np.ndarray
+    packs: int
+    fill: float
+    tokens_per_epoch: int
+    steps_per_epoch: int
+    updates: int
+    ranks: int
+    balance: float
+    """Σ over steps of the slowest rank's cost / Σ of the mean rank's"""
+    memory: list[MemoryPart]
+
+
+def plan_stage(corpus: Corpus, config: Config, stage: StageConfig, *, ranks: int, precision: str) -> StagePlan:
+    """Read, encode and pack a stage's data. Raises what training would raise about it, and ConfigError where
+    the ranks can't share out a step."""
+    if stage.packs_per_step % ranks:
+        step = stage.pack_capacity * ranks
+        nearest = max(1, round(stage.tokens_per_step / step)) * step
+        raise ConfigError(f"stage {stage.name!r}: {stage.packs_per_step} packs a step can't be shared out over {ranks} "
+                          f"ranks; the nearest tokens_per_step that can is {nearest}, or give --gpus")
+    batches = corpus.batches(stage)
+    encoded, shares = corpus.mixed(stage)
+    q = corpus.shape.quadratic_cost
+    steps = range(batches.num_steps) if batches.num_steps <= _STEPS_WEIGHED else \
+        np.linspace(0, batches.num_steps - 1, _STEPS_WEIGHED).astype(int).tolist()
+    costs = np.array([batches.cost_of_ranks(step, ranks, q) for step in steps])
+    entry = corpus.ledger(stage)
+    counts = corpus.encoded(stage).counts
+    return StagePlan(
+        stage=stage, rows=counts.rows + sum(n for why, n in entry["left_out"].items() if why != "over-long"),
+        left_out=entry["left_out"], shares=shares,
+        targets=dict(zip(counts.targets, encoded.target_counts.sum(0).tolist(), strict=True)),
+        lengths=encoded.lengths, packs=batches.packs_per_epoch, fill=batches.fill,
+        tokens_per_epoch=batches.tokens_per_epoch, steps_per_epoch=batches.steps_per_epoch, updates=batches.num_steps,
+        ranks=ranks, balance=float(costs.max(1).sum() / costs.mean(1).sum()),
+        memory=memory_parts(config, stage, corpus.shape, ranks, precision))
+
+
+# --- telling ------------------------------------------------------------------------------------------------
+
+
+def rendered(plan: StagePlan, card_gib: float) -> RenderableType:
+    """The plan in 80 columns."""
+    stage = plan.stage
+    return Group(
+        Text(f"\n{stage.name} ({stage.kind})", "bold"), _facts(plan), *_mix(plan), Text("lengths of the examples"),
+        _histogram(plan), Text(f"memory of a rank, estimated, of {card_gib:g} GiB"), _memory(plan, card_gib))
+
+
+def _grid() -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="left", style="dim", width=12)
+    table.add_column(justify="left", max_width=64)
+    return table
+
+
+def _facts(plan: StagePlan) -> Table:
+    stage, table = plan.stage, _grid()
+    out = ", ".join(f"{n:,} {why}" for why, n in plan.left_out.items())
+    share = sum(plan.left_out.values()) / plan.rows
+    table.add_row("rows", f"{plan.rows:,}" + (f"; left out {out} ({share:.1%})" if out else "; none left out"))
+    table.add_row("tokens", f"{plan.tokens_per_epoch:,} an epoch, as targets: " + ", ".join(
+        f"{n:,} {name}" for name, n in plan.targets.items() if n))
+    table.add_row("packs", f"{plan.packs:,} of {stage.pack_capacity:,} tokens, filled to {plan.fill:.2%}")
+    epochs = f"{stage.epochs} epoch{'s' if stage.epochs > 1 else ''}"
+    table.add_row("updates", f"{plan.updates:,} in {epochs}, {plan.steps_per_epoch:,} each, of "
+                  f"{stage.tokens_per_step:,} tokens")
+    table.add_row("ranks", f"{plan.ranks}; packs of each a step: {stage.packs_per_step // plan.ranks}; the slowest "
+                  f"costs {plan.balance:.3f} × the mean")
+    return table
+
+
+def _mix(plan: StagePlan) -> list[RenderableType]:
+    if len(plan.shares) == 1 and plan.shares[0].times == 1:
+        return []
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("source", "examples", "tokens", "shown", "share", "wanted"):
+        table.add_column(name, justify="left" if name == "source" else "right", header_style="dim")
+    for s in plan.shares:
+        table.add_row(s.name, f"{s.examples:,}", f"{s.tokens:,}", f"{s.times:.3f}×", f"{s.share:.2%}",
+                      "" if s.wanted is None else f"{s.wanted:.2%}")
+    return [Text("an epoch's mix"), table]
+
+
+def _histogram(plan: StagePlan) -> Table:
+    """Ten bars on a logarithmic axis: examples, and how many of the tokens they hold."""
+    low, high = int(plan.lengths.min()), int(plan.lengths.max())
+    edges = np.unique(np.round(np.geomspace(low, high + 1, _BARS + 1)).astype(int))
+    examples, _ = np.histogram(plan.lengths, edges)
+    tokens, _ = np.histogram(plan.lengths, edges, weights=plan.lengths)
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(justify="right", width=15)
+    table.add_column(width=_BAR_WIDTH)
+    table.add_column(justify="right", width=9)
+    table.add_column(justify="right", style="dim")
+    for k, n in enumerate(examples.tolist()):
+        bar = "█" * max(round(_BAR_WIDTH * n / examples.max()), 1 if n else 0)
+        table.add_row(f"{edges[k]:,}–{edges[k + 1] - 1:,}", bar, f"{n:,}", f"{tokens[k] / tokens.sum():.0%} of tokens")
+    return table
+
+
+def _memory(plan: StagePlan, card_gib: float) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(width=12)
+    table.add_column(justify="right", width=10)
+    table.add_column(max_width=50)
+    for part in plan.memory:
+        table.add_row(part.name, _gib(part.bytes), Text(part.why, "dim"))
+    total = sum(part.bytes for part in plan.memory) / GIB
+    fits = f"{total / card_gib:.0%} of the card" if total <= card_gib else \
+        f"does NOT fit in {card_gib:g} GiB: a higher engine.zero_stage, activation_checkpointing, or smaller packs"
+    table.add_row(Text("in all", "bold"), Text(_gib(total * GIB), "bold"), fits)
+    return table
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / (1 << 20):,.1f} MiB"
