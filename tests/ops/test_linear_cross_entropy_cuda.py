@@ -157,6 +157,22 @@ def test_the_ctypes_signature_is_that_of_the_launcher():
     assert [names[kind] for kind in _cuda.ARGUMENT_TYPES] == theirs
 
 
+def test_the_library_loads_and_refuses_without_a_device():
+    library = _cuda._library()
+    if isinstance(library, str):
+        pytest.skip(library)
+
+    def launch(rows: int, vocabulary: int, dtype: int) -> str:
+        nothing = [None] * 7
+        error = library.delib_fast_softmax_gradient(
+            None, dtype, rows, vocabulary, *nothing, -100, 1.0, 0.0, 0.0, 0.0, 1, None
+        )
+        return library.delib_fast_cuda_error(error).decode()
+
+    assert launch(0, 10, 1) == "no error"
+    assert launch(-1, 10, 1) == launch(1, 0, 1) == launch(1, 2**31, 1) == launch(1, 10, 7) == "invalid argument"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("vocabulary", [151_936, 151_937, 40_000, 400_003])
