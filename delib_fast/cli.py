@@ -16,6 +16,8 @@ from delib_fast.config_file import dump_config, json_schema, load_config
 
 # Commands that live with what they do, and what `--help` says of them: importing all of it would take seconds.
 _ELSEWHERE = {
+    "inspect": ("delib_fast.looking.cli", "Show the exact tokens the model will see, by segment and weight."),
+    "plan": ("delib_fast.looking.cli", "Dry run: rows, tokens, packs, steps, balance, and the memory a rank needs."),
     "deliberate": ("delib_fast.deliberate.cli", "Make rows of prompt, chain of thought and response from a spec."),
     "document": ("delib_fast.deliberate.cli", "Make midtraining documents about a spec, to a budget of tokens."),
     "data-report": ("delib_fast.deliberate.cli", "Report on the quality of made data, as HTML and JSON."),

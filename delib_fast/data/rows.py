@@ -89,11 +89,17 @@ def fingerprint(raw: bytes) -> str:
     return hashlib.blake2b(raw, digest_size=FINGERPRINT_HEX // 2).hexdigest()
 
 
+def _what_it_is_about(row: Row) -> bytes:
+    opening = next((m.content for m in row.messages if m.role == "user"), None)
+    return (row.digest if opening is None else content_digest([opening])).encode()
+
+
 def split_holdout(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
-    """Part the rows into (train, held out) by a hash of each row's content.
+    """Part the rows into (train, held out) by a hash of a document's text, or of the message a chat begins with.
 
     Args:
-        rows: any rows; equal ones, and the turns of one conversation, land on the same side.
+        rows: any rows; equal ones, several replies to one prompt, and the turns of one conversation land on the
+            same side: what is held out was never trained on in another version.
         share: how much is held out, 0 ≤ share < 1; about so many rows, since each is judged alone.
     Returns:
         Two lists in the order of the rows. Adding or removing rows never moves another one.
@@ -107,7 +113,7 @@ def split_holdout(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Ro
     held_out: list[Row] = []
     for row in rows:
         # A second hash, so that the held-out share has nothing in common with other uses of the digest.
-        judged = hashlib.blake2b(row.digest.encode(), digest_size=8, person=b"holdout").digest()
+        judged = hashlib.blake2b(_what_it_is_about(row), digest_size=8, person=b"holdout").digest()
         (held_out if int.from_bytes(judged, "big") < threshold else train).append(row)
     if share > 0 and rows and not (train and held_out):
         empty = "training" if not train else "evaluation"

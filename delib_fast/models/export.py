@@ -6,17 +6,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import logging as hf_logging
 
 from delib_fast.models.lm import TrainableLM
+from delib_fast.models.progress_bar import without_progress_bar
 
 
 def export_model(model: TrainableLM | PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
@@ -86,7 +85,7 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, weights: 
            folder: Path) -> None:
     use_cache, model.config.use_cache = model.config.use_cache, True  # off is for training only
     try:
-        with _without_progress_bar():
+        with without_progress_bar():
             model.save_pretrained(folder, state_dict=dict(weights))  # it empties what it is given
     finally:
         model.config.use_cache = use_cache
@@ -101,18 +100,6 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, weights: 
     for file in folder.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-
-
-@contextmanager
-def _without_progress_bar() -> Iterator[None]:
-    """transformers draws a bar over the shards it writes, in the middle of a run's log."""
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()
 
 
 def _numbers(file: Path) -> int:
