@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from delib_fast.config import ConfigError, ModelConfig
 from delib_fast.models.attention import unsupported
+from delib_fast.models.progress_bar import without_progress_bar
 from delib_fast.models.tokenizer import IM_END
 
 # A new model's embedding is rounded up to a multiple of this: GEMMs of other widths leave tensor cores idle.
@@ -72,9 +73,10 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
 
 def _load(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(config.path), dtype=dtype, trust_remote_code=config.trust_remote_code,
-            output_loading_info=True)
+        with without_progress_bar():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(config.path), dtype=dtype, trust_remote_code=config.trust_remote_code,
+                output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(f"model.path: {config.path!r} can't be loaded: {first}") from error
