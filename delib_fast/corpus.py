@@ -72,6 +72,24 @@ def progress_line(what: str, speaks: bool, every_s: float = 5.0) -> Callable[[in
     return tell
 
 
+def refuse_empty_steps(stage: StageConfig, batches: PackedBatches) -> None:
+    """Raise DataError if a step has no supervised token: its loss would be 0/0.
+
+    Encoding refuses rows without a response, so this can only be where responses or whole rows weigh nothing.
+    """
+    encoded, weights = batches.examples, segment_weights(stage)
+    if weights[Segment.RESPONSE] > 0 and float(encoded.weights.min()) > 0:
+        return
+    learns = [example.weight > 0 and any(weights[s] > 0 for s in set(example.segments[1:].tolist()))
+              for example in encoded]
+    for step in range(batches.num_steps):
+        examples = batches.step_example_ids(step)
+        if not any(learns[i] for i in examples):
+            raise DataError(f"stage {stage.name!r}: none of the tokens of step {step} is supervised (rows "
+                            f"{', '.join(encoded.places[i] for i in examples[:4])}); give those rows a weight, or "
+                            "raise tokens_per_step or the weights of the stage", reason="nothing_supervised")
+
+
 class Source(NamedTuple):
     """One source, parted into what is trained on and what is held out."""
 
@@ -211,6 +229,7 @@ class Corpus:
                     f"stage {stage.name!r}: {tokens:,} tokens at {stage.tokens_per_step:,} a step make "
                     f"{batches.num_steps} updates, fewer than min_steps ({stage.min_steps}); tokens_per_step "
                     f"{fits:,} would make about enough, or train more epochs", reason="too_few_updates")
+            refuse_empty_steps(stage, batches)
             self._batches[stage.name] = batches
         return self._batches[stage.name]
 

@@ -83,9 +83,7 @@ def train_stage(context: Context, engine: Engine, stage: StageConfig) -> dict[st
             raise Stopped(f"stopped after step {step} of {batches.num_steps} of stage {stage.name!r}")
         if save:
             saver.save()
-        if normalizer == 0:
-            raise TrainingError(f"stage {stage.name!r} step {step}: none of its tokens is supervised (examples "
-                                f"{batches.step_example_ids(step)[:8]}); check the rows and the segment weights")
+        assert normalizer > 0, "Corpus.batches refuses a step without a supervised token"
         lr = engine.begin_step()
         for micro_batch in micro_batches:
             batch = micro_batch.to(engine.device)

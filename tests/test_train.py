@@ -248,11 +248,21 @@ def spoil(path: Path, name: str, line: str) -> None:
         file.write(line + "\n")
 
 
+def strip_cots(path: Path) -> None:
+    """All rows but one lose their CoT: where only the CoT is supervised, most steps have nothing to learn."""
+    file = path.parent / "deliberation.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[1:] = [{**row, "cot": ""} for row in rows[1:]]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.mark.parametrize(("break_it", "overrides", "message"), [
     (lambda p: spoil(p, "deliberation.jsonl", '{"prompt": "a", "cot": "b"'), [], "deliberation.jsonl:25: "),
     (lambda p: spoil(p, "deliberation.jsonl", '{"prompt": "a", "cot": "b"}'), [], "deliberation.jsonl:25: "),
     (lambda p: spoil(p, "deliberation.jsonl", '{"prompt": "a", "cot": "", "response": ""}'), [],
      "there is nothing to supervise"),
+    (lambda p: strip_cots(p), ["stages.aft.response_weight=0", "stages.aft.tokens_per_step=1024"],
+     "is supervised (rows "),
     (None, ["stages.aft.over_long=error", "stages.aft.pack_capacity=128", "stages.aft.tokens_per_step=128"],
      "more than pack_capacity (128)"),
     (None, ["stages.aft.pack_capacity=64", "stages.aft.tokens_per_step=64"], "are longer than pack_capacity (64"),
