@@ -8,6 +8,8 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 # Two ranks share a small machine badly; leave the cores to one.
 RANKS  ?= 1
+# Processes that share the tests.
+WORKERS ?= 2
 
 .PHONY: help setup quickstart test test-fast lint bench bench-quick cuda clean
 
@@ -24,7 +26,7 @@ quickstart: setup ## train a small model on the example data: MSM, then AFT with
 	$(BIN)/deepspeed --num_accelerators $(RANKS) delib_fast/train.py --config examples/quickstart.yaml
 
 test: setup     ## all tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 test-fast: setup ## the tests a laptop runs between two edits
 	$(BIN)/python -m pytest -q -m "not slow"

@@ -1,74 +1,16 @@
-"""The whole way, small: rows of text to an exported model, stopped, killed, resumed, and given bad input."""
+"""The whole way, small: rows of text to an exported model, its ledger and metrics, and bad input."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from launch import ROOT, free_port
-from safetensors.torch import load_file
+from tiny_run import metrics, run, tiny
 
 from delib_fast.config_file import load_config
 from delib_fast.stages import AFT, MSM, Recipe
-from delib_fast.train import main
-
-DATA = ROOT / "examples" / "data"
-
-
-def tiny(folder: Path, **changes) -> Path:
-    """A two-stage run of a few seconds on a few of the example rows."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("documents", 8), ("documents_heldout", 2), ("deliberation", 24), ("deliberation_heldout", 4)):
-        lines = (DATA / f"{name}.jsonl").read_text().splitlines(keepends=True)
-        (folder / f"{name}.jsonl").write_text("".join(lines[:rows]))
-    tree = {
-        "run_dir": str(folder / "run"),
-        "model": {"architecture": {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 64,
-                                   "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-                                   "head_dim": 16, "tie_word_embeddings": True}},
-        "tokenizer": {"train": {"vocab_size": 512, "sources": ["documents", "deliberation"]}},
-        "data": {name: f"{name}.jsonl" for name in ("documents", "documents_heldout", "deliberation",
-                                                    "deliberation_heldout")},
-        "stages": [
-            {"kind": "msm", "train": ["documents"], "eval": ["documents_heldout"], "pack_capacity": 1024,
-             "tokens_per_step": 2048, "epochs": 2, "optimizer": {"lr": 0.01}},
-            {"kind": "aft", "train": ["deliberation"], "eval": ["deliberation_heldout"], "cot_weight": 0.5,
-             "pack_capacity": 1024, "tokens_per_step": 2048, "epochs": 2, "optimizer": {"lr": 0.01}},
-        ],
-        "engine": {"precision": "fp32", "device": "cpu"},
-        **changes,
-    }
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(tree, sort_keys=False))
-    return path
-
-
-def run(path: Path, *overrides: str) -> int:
-    return main(["--config", str(path), *(word for item in overrides for word in ("--set", item))])
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "model" / "model.safetensors")
-
-
-def metrics(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run that nothing disturbed; the others must equal it."""
-    folder = tmp_path_factory.mktemp("finished")
-    assert run(tiny(folder)) == 0
-    return folder / "run"
 
 
 def test_run_directory(finished):
@@ -139,105 +81,6 @@ def test_table_fits_80_columns(finished, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert run(finished.parent / "run.yaml") == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80 + len(str(finished))
-
-
-def start(path: Path, *overrides: str) -> subprocess.Popen[str]:
-    words = [word for item in overrides for word in ("--set", item)]
-    return subprocess.Popen([sys.executable, "-m", "delib_fast.train", "--config", str(path), *words], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for_step(run_dir: Path, process: subprocess.Popen[str], stage: str, step: int) -> None:
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline and process.poll() is None:
-        if (run_dir / "metrics.jsonl").exists() and any(
-                line["stage"] == stage and line["step"] >= step for line in metrics(run_dir)):
-            return
-        time.sleep(0.02)
-    pytest.fail(f"the run ended or hung before step {step} of {stage}:\n{process.communicate(timeout=5)[0]}")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["msm", "aft"])
-def test_stopped_run_goes_on_bitwise(tmp_path, finished, stage):
-    path = tiny(tmp_path)
-    process = start(path)
-    wait_for_step(tmp_path / "run", process, stage, 2)
-    process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, output
-    assert "the same command goes on from there" in output
-    assert list((tmp_path / "run" / "checkpoints" / stage).glob("step-*/manifest.json"))
-    assert run(path) == 0
-    for name, weight in weights(finished).items():
-        assert torch.equal(weights(tmp_path / "run")[name], weight), name
-    assert [(m["stage"], m["step"], m["loss"]) for m in metrics(tmp_path / "run")] == \
-        [(m["stage"], m["step"], m["loss"]) for m in metrics(finished)]
-
-
-@pytest.mark.slow
-def test_killed_run_goes_on_bitwise(tmp_path, finished):
-    path = tiny(tmp_path)
-    process = start(path, "checkpoint.every_steps=1")
-    wait_for_step(tmp_path / "run", process, "aft", 2)
-    process.kill()
-    process.communicate()
-    assert run(path) == 0
-    for name, weight in weights(finished).items():
-        assert torch.equal(weights(tmp_path / "run")[name], weight), name
-    assert [(m["stage"], m["step"], m["loss"]) for m in metrics(tmp_path / "run")] == \
-        [(m["stage"], m["step"], m["loss"]) for m in metrics(finished)]
-
-
-LAUNCHERS = {
-    "deepspeed": ["deepspeed", "--num_accelerators", "1", "--master_port", "{port}", "delib_fast/train.py"],
-    "deepspeed --module": ["deepspeed", "--num_accelerators", "1", "--master_port", "{port}", "--module",
-                           "delib_fast.train"],
-    "torchrun": ["torchrun", "--nproc_per_node", "1", "--master_port", "{port}", "delib_fast/train.py"],
-    "python": ["python", "delib_fast/train.py"],
-}
-
-
-def launch(launcher: list[str], path: Path, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    binary = Path(sys.executable).parent / launcher[0]
-    command = [word.format(port=free_port()) for word in [str(binary), *launcher[1:]]]
-    return subprocess.run([*command, "--config", str(path), *words], cwd=ROOT, text=True, timeout=timeout, check=False,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          env=os.environ | {"DS_ACCELERATOR": "cpu"})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LAUNCHERS)
-def test_launchers_give_the_same_model(tmp_path, finished, name):
-    done = launch(LAUNCHERS[name], tiny(tmp_path))
-    assert done.returncode == 0, done.stdout
-    for key, weight in weights(finished).items():
-        assert torch.equal(weights(tmp_path / "run")[key], weight), key
-
-
-@pytest.mark.slow
-def test_two_ranks_under_zero_3(tmp_path, finished):
-    launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", "{port}", "delib_fast/train.py"]
-    done = launch(launcher, tiny(tmp_path), "--set", "engine.zero_stage=3")
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.count("Held-out nll") == 1, "only the first rank speaks"
-    for ours, alone in zip(metrics(tmp_path / "run"), metrics(finished), strict=True):
-        assert (ours["stage"], ours["step"], ours["tokens"]) == (alone["stage"], alone["step"], alone["tokens"])
-        assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-4)  # AdamW magnifies the order of sums
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arm", ["aft_no_cot", "aft_cot", "msm_aft_no_cot", "msm_aft_cot"])
-def test_arms_run(tmp_path, arm):
-    path = ROOT / "examples" / "arms" / f"{arm}.yaml"
-    shrink = [f"run_dir={tmp_path / 'run'}", "model.architecture.num_hidden_layers=1", "stages.aft.max_steps=2"]
-    if arm.startswith("msm"):
-        shrink.append("stages.msm.max_steps=2")
-    assert run(path, *shrink) == 0
-    ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
-    assert set(ledger["stages"][-1]["supervised_tokens"]) == ({"response"} if arm.endswith("no_cot")
-                                                              else {"cot", "response"})
-    assert ("no CoT: response" in ledger["evaluations"][-1]["segments"]) == arm.endswith("no_cot")
 
 
 # --- bad input: exit code 2, one message, nothing half-written ---------------------------------------------
