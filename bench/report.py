@@ -60,11 +60,15 @@ def quickstart_block() -> str:
 
 
 def figures_block() -> str:
-    return "\n".join([
-        "A whole step (`pytest bench/bench_step.py`): the same model, rows and update on both sides, one run, medians.",
-        "", step_table(), "",
-        "The loss with both gradients (`pytest bench/bench_linear_cross_entropy.py`), against the three bare matrix "
-        "products on the supervised rows, measured in the same run:", "", loss_table()])
+    parts = []
+    if benchmarks("step"):
+        parts += ["A whole step (`pytest bench/bench_step.py`): the same model, rows and update on both sides, "
+                  "one run, medians.", "", step_table(), ""]
+    if benchmarks("linear_cross_entropy"):
+        parts += ["The loss with both gradients (`pytest bench/bench_linear_cross_entropy.py`), against the three "
+                  "bare matrix products on the supervised rows, measured in the same run:", "", loss_table(), ""]
+    parts.append("What was measured while building, with its commands: [bench/README.md](bench/README.md).")
+    return "\n".join(parts)
 
 
 def replaced(text: str, name: str, block: str) -> str:
