@@ -68,18 +68,17 @@ class RunDirectory:
             raise ConfigError(f"run_dir {self.path} can't be made: {error}") from None
         if self._writes:
             self._take_lock()
-        saved = self.path / "config.yaml"
-        if saved.exists():
+        saved, ledger = self.path / "config.yaml", self.path / "ledger.json"
+        if ledger.exists():
+            self.ledger = json.loads(ledger.read_text())
+        if ledger.exists() or (self.path / "checkpoints").exists():
             self._refuse_other_config(yaml.safe_load(saved.read_text()), config)
-        elif self._writes:
+        elif self._writes:  # nothing was trained: a configuration that failed gives way to the mended one
             strangers = sorted(p.name for p in self.path.iterdir() if p.name != ".lock")
-            if strangers:
+            if strangers and not saved.exists():
                 raise ConfigError(f"run_dir {self.path} is not empty and holds no run (it has {strangers[0]!r}); "
                                   "give a new folder")
             write_synced(saved, dump_config(config).encode())
-        ledger = self.path / "ledger.json"
-        if ledger.exists():
-            self.ledger = json.loads(ledger.read_text())
 
     def _take_lock(self) -> None:
         self._lock = (self.path / ".lock").open("a")

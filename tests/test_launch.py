@@ -113,3 +113,13 @@ def test_arms_run(tmp_path, arm):
     assert set(ledger["stages"][-1]["supervised_tokens"]) == ({"response"} if arm.endswith("no_cot")
                                                               else {"cot", "response"})
     assert ("no CoT: response" in ledger["evaluations"][-1]["segments"]) == arm.endswith("no_cot")
+
+
+@pytest.mark.slow
+def test_teacher_of_the_end_to_end_example_starts(tmp_path):
+    """Its lessons are made by a script: what training refuses of them would stop the example before its first step."""
+    lessons = tmp_path / "lessons.jsonl"
+    subprocess.run([sys.executable, "examples/deliberate/make_lessons.py", str(lessons)], cwd=ROOT, check=True)
+    assert run(ROOT / "examples" / "deliberate" / "teacher.yaml", f"run_dir={tmp_path / 'run'}",
+               f"data.lessons.path={lessons}", "model.architecture.num_hidden_layers=1",
+               "stages.teach.max_steps=1") == 0

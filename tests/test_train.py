@@ -137,6 +137,16 @@ def test_other_configuration_is_refused(finished, capsys):
     assert "stages.1.optimizer.lr: 0.01 there, 0.02 here" in capsys.readouterr().err
 
 
+def test_mended_configuration_takes_the_folder_of_one_that_failed(tmp_path, capsys):
+    """A typo found before anything was trained costs one more command, not a deleted folder."""
+    path = tiny(tmp_path)
+    assert run(path, "stages.aft.min_steps=1000") == 2
+    capsys.readouterr()
+    assert run(path, "stages.msm.max_steps=1", "stages.aft.max_steps=1") == 0
+    assert run(path, "stages.msm.max_steps=1", "stages.aft.max_steps=2") == 2
+    assert "stages.1.max_steps: 1 there, 2 here" in capsys.readouterr().err
+
+
 def test_damaged_parent_is_refused(tmp_path, capsys):
     path = tiny(tmp_path)
     assert run(path, "stages.aft.max_steps=1") == 0

@@ -9,6 +9,7 @@ on after a stop, or to try another threshold, is to run the same thing again.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,8 +102,9 @@ class _Maker:
             samples = [Sample(prompt, 0, (), list(prompt.request_ids), dropped=error.reason)]
         else:
             spec_text = shop.spec.for_categories(categories, shop.summaries)
-            samples = [await self._sample(prompt, number, categories, spec_text, [*prompt.request_ids, *ids])
-                       for number in range(settings.samples)]
+            samples = await asyncio.gather(*(
+                self._sample(prompt, number, categories, spec_text, [*prompt.request_ids, *ids])
+                for number in range(settings.samples)))
         _best_of(samples, settings.best_of)
         for sample in samples:
             shop.meter.keep() if sample.dropped is None else shop.meter.drop(sample.dropped)

@@ -27,8 +27,8 @@ if [ -z "${BASE_URL:-}" ]; then
   ROW_SETTINGS=(--config $HERE/local.yaml --set "generator.model=$MODEL")
   DOCUMENT_SETTINGS=(--config $HERE/local_documents.yaml --set "generator.model=$MODEL" --tokens "${TOKENS:-6k}")
   if [ ! -d "$MODEL" ]; then
-    "$BIN/python" $HERE/make_lessons.py runs/end_to_end/lessons.jsonl
-    train --config $HERE/teacher.yaml --set "run_dir=$OUT/teacher"
+    "$BIN/python" $HERE/make_lessons.py "$OUT/lessons.jsonl"
+    train --config $HERE/teacher.yaml --set "run_dir=$OUT/teacher" --set "data.lessons.path=$OUT/lessons.jsonl"
   fi
   # transformers serve samples only if the model folder says so; otherwise it is greedy at every temperature.
   "$BIN/python" - "$MODEL/generation_config.json" <<'PY'
@@ -58,3 +58,4 @@ for made in rows documents; do "$BIN/delib-fast" data-report "$OUT/$made" --spec
 
 train --config "${CONFIG:-$HERE/end_to_end.yaml}" --set "run_dir=$OUT/run" \
   --set "data.documents.path=$OUT/documents/documents.jsonl" --set "data.rows.path=$OUT/rows/rows.jsonl"
+"$BIN/delib-fast" eval "$OUT/run"
