@@ -19,7 +19,7 @@ import pytest
 
 from delib_fast.config import AFTConfig
 from delib_fast.data import EncodedSet, Example, Message, PackedBatches, Row, encode_rows, plan_packs
-from delib_fast.data.batch import pack_costs
+from delib_fast.data.epochs import pack_costs
 from delib_fast.data.packing import _compiled
 
 CAPACITY = 32_768
@@ -85,7 +85,7 @@ def bench_cost_balance(benchmark, model, ranks):
     def ratio(quadratic_cost: float) -> float:
         batches = PackedBatches(examples, pack_capacity=2 * CAPACITY, packs_per_step=ranks, epochs=1, rank=0,
                                 segment_weights=(0, 1, 1, 1), seed=0, world_size=1, quadratic_cost=quadratic_cost)
-        plan, order = batches._plan(0)
+        plan, order = batches._epochs.plan(0)
         costs = pack_costs(plan, lengths, q)[order[: len(order) // ranks * ranks]].reshape(-1, ranks)
         return float((costs.max(1) / costs.mean(1)).mean())
 

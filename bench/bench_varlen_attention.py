@@ -215,14 +215,14 @@ def bench_step_of_completions(benchmark, quick, prompts, layout):
 
     def step() -> float:
         model.zero_grad()
-        output = model(batch, prefix)
+        output = model(batch)
         output.loss_sum.backward()
         return output.loss_sum.item()
 
     alone = completions_pack(cases, *written_out(cases), PackedBatch)
     if quick:  # the same loss, whichever way; in full this would take as long as what is measured
         with torch.no_grad():
-            assert step_loss(model, batch, prefix) == pytest.approx(step_loss(model, alone, None), rel=1e-5)
+            assert step_loss(model, batch) == pytest.approx(step_loss(model, alone), rel=1e-5)
     extra = peak_extra_mib(step)  # and warms up
     benchmark.pedantic(step, rounds=2 if quick else 1)
     seconds, supervised = benchmark.stats.stats.median, batch.num_supervised
@@ -231,8 +231,8 @@ def bench_step_of_completions(benchmark, quick, prompts, layout):
         supervised_per_s=supervised / seconds, peak_extra_mib=extra, dtype="torch.float32")
 
 
-def step_loss(model, batch, prefix) -> float:
-    return model(batch, prefix).loss_sum.item()
+def step_loss(model, batch) -> float:
+    return model(batch).loss_sum.item()
 
 
 def completions_pack(cases, lengths, prefix, packed_batch):
@@ -262,5 +262,5 @@ def completions_pack(cases, lengths, prefix, packed_batch):
         position_ids=torch.cat([torch.arange(n) + at for n, at in zip(lengths, first, strict=True)]),
         cu_seqlens=torch.tensor(borders, dtype=torch.int32), max_seqlen=max(lengths),
         loss_positions=(weight > 0).nonzero().squeeze(-1), cu_seqlens_host=borders,
-        example_ids=tuple(range(len(lengths))))
+        example_ids=tuple(range(len(lengths))), prefix=None if prefix is None else tuple(prefix))
     return batch.to(DEVICE)

@@ -149,6 +149,9 @@ class StageBase(Section):
     as long as the scarcest source allows, given its `repeat` and `max_tokens`. Without it each source gives all."""
     loss_average: Literal["token", "example"] = "token"
     """Each token weighs the same, or each example, however long it is."""
+    share_prompts: Literal["auto", "never"] = "auto"
+    """Replies to one prompt go into one pack with the prompt once, where that saves work: the same loss and gradient,
+    of fewer tokens. A step then holds more rows, so an epoch has fewer steps."""
     balance: Literal["cost", "none"] = "cost"
     """Let packs whose attention costs alike share a step, so that no rank waits for another; or draw them freely."""
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -80,14 +80,13 @@ def refuse_empty_steps(stage: StageConfig, batches: PackedBatches) -> None:
     encoded, weights = batches.examples, segment_weights(stage)
     if weights[Segment.RESPONSE] > 0 and float(encoded.weights.min()) > 0:
         return
-    learns = [example.weight > 0 and any(weights[s] > 0 for s in set(example.segments[1:].tolist()))
-              for example in encoded]
-    for step in range(batches.num_steps):
+    learnt = [segment for segment in Segment if weights[segment] > 0]
+    step = batches.first_step_without((encoded.weights > 0) & (encoded.target_counts[:, learnt] > 0).any(1))
+    if step is not None:
         examples = batches.step_example_ids(step)
-        if not any(learns[i] for i in examples):
-            raise DataError(f"stage {stage.name!r}: none of the tokens of step {step} is supervised (rows "
-                            f"{', '.join(encoded.places[i] for i in examples[:4])}); give those rows a weight, or "
-                            "raise tokens_per_step or the weights of the stage", reason="nothing_supervised")
+        raise DataError(f"stage {stage.name!r}: none of the tokens of step {step} is supervised (rows "
+                        f"{', '.join(encoded.places[i] for i in examples[:4])}); give those rows a weight, or "
+                        "raise tokens_per_step or the weights of the stage", reason="nothing_supervised")
 
 
 class Source(NamedTuple):
@@ -221,7 +220,8 @@ class Corpus:
                     segment_weights=segment_weights(stage), seed=self._config.seed, epochs=stage.epochs,
                     rank=self._ranks.rank, world_size=self._ranks.world_size, max_steps=stage.max_steps,
                     quadratic_cost=self.shape.quadratic_cost if stage.balance == "cost" else 0.0,
-                    loss_average=stage.loss_average)
+                    loss_average=stage.loss_average,
+                    share_prompts=self._shares_prompts(stage))
             if batches.num_steps < stage.min_steps:
                 tokens = batches.tokens_per_epoch * stage.epochs
                 fits = max(1, tokens // (stage.min_steps * stage.pack_capacity)) * stage.pack_capacity
@@ -233,12 +233,15 @@ class Corpus:
             self._batches[stage.name] = batches
         return self._batches[stage.name]
 
+    def _shares_prompts(self, stage: StageConfig) -> bool:
+        return stage.share_prompts == "auto" and self.shape.no_shared_prompts is None
+
     def fingerprint(self, stage: StageConfig) -> str:
         """Changes when the examples of a stage or their order do: a checkpoint's steps are then other steps."""
         encoded = self.mixed(stage)[0]
         digest = hashlib.sha256(encoded.digest().encode())
         digest.update(repr((stage.pack_capacity, stage.packs_per_step, stage.epochs, self._config.seed,
-                            stage.balance, stage.loss_average)).encode())
+                            stage.balance, stage.loss_average, self.batches(stage).shares_prompts)).encode())
         return digest.hexdigest()
 
     def describe(self, stage: StageConfig) -> str:
@@ -251,8 +254,10 @@ class Corpus:
         mixed = "; an epoch shows " + ", ".join(f"{s.name} {s.times:.3g}× ({s.share:.1%})" for s in shares) \
             if any(s.times != 1 for s in shares) else ""
         split = f"; {counts.split_documents} documents cut to fit" if counts.split_documents else ""
+        shared = f"; shared prompts save {batches.prompt_sharing.share:.1%} of the tokens" \
+            if batches.prompt_sharing else ""
         return (f"{counts.rows:,} rows, {counts.tokens:,} tokens, {batches.packs_per_epoch} packs filled to "
-                f"{batches.fill:.1%}, {batches.num_steps} steps{mixed}{dropped}{split}")
+                f"{batches.fill:.1%}, {batches.num_steps} steps{mixed}{dropped}{split}{shared}")
 
     def _bad_rows(self, stage: StageConfig) -> Counter[str]:
         return sum((self.source(name).bad_rows for name in stage.train), Counter())
@@ -266,9 +271,8 @@ class Corpus:
         """What the ledger keeps of a stage's data: files and their hashes, and tokens over all its updates."""
         batches, (encoded, shares) = self.batches(stage), self.mixed(stage)
         weights, counts = segment_weights(stage), self.encoded(stage).counts
-        steps = [batches.step_example_ids(step) for step in range(batches.num_steps)]
-        seen = np.array([i for ids in steps for i in ids], np.int64)
-        targets = encoded.target_counts[seen].sum(0).tolist()
+        seen = batches.seen()
+        targets = (seen.times @ encoded.target_counts).tolist()
         left_out = self._left_out(stage)
         data = [{"name": name, "path": self._config.data[name].path, "sha256": self.source(name).sha256,
                  "rows": len(self.source(name).train), "held_out": len(self.source(name).held_out)}
@@ -277,7 +281,7 @@ class Corpus:
                 "left_out_share": sum(left_out.values()) / (counts.rows + self._bad_rows(stage).total()),
                 "mix": [dataclasses.asdict(share) for share in shares],
                 "split_documents": counts.split_documents, "epochs": stage.epochs,
-                "tokens": int(encoded.lengths[seen].sum()), "loss_average": stage.loss_average,
+                "tokens": seen.tokens, "shared_prompt_tokens": seen.shared_tokens, "loss_average": stage.loss_average,
                 "supervised_tokens": {segment.name.lower(): targets[segment] for segment in Segment
                                       if weights[segment] > 0 and targets[segment]},
                 "segment_weights": {s.name.lower(): weights[s] for s in Segment},
@@ -306,7 +310,8 @@ class Corpus:
                                   tokens_per_step=capacity, system_prompt=system)
                 yield prefix, evaluation_batches(
                     encode_rows(chosen, self.tokenizer, stage), pack_capacity=capacity,
-                    segment_weights=_EVERYTHING_COUNTS, rank=ranks.rank, world_size=ranks.world_size)
+                    segment_weights=_EVERYTHING_COUNTS, rank=ranks.rank, world_size=ranks.world_size,
+                    share_prompts=self._shares_prompts(stage))
 
     def _held_out_rows(self) -> list[Row]:
         rows: dict[str, list[Row]] = {}

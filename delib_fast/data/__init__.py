@@ -14,6 +14,7 @@ from delib_fast.data.batch import IGNORE_INDEX, PackedBatch, PackedBatches, empt
 from delib_fast.data.chat import PLAIN_TEMPLATE
 from delib_fast.data.encode import encode_row, encode_rows, encode_stream, split_document
 from delib_fast.data.encoded_set import Counts, EncodedSet, Example
+from delib_fast.data.epochs import PromptSharing
 from delib_fast.data.guards import Overlap, find_overlap, refuse_overlap, refuse_spec_in_prompts
 from delib_fast.data.mixing import SourceShare, mix_sources
 from delib_fast.data.packing import PackPlan, plan_packs
@@ -32,6 +33,7 @@ __all__ = [
     "PackPlan",
     "PackedBatch",
     "PackedBatches",
+    "PromptSharing",
     "Row",
     "Segment",
     "SourceRows",

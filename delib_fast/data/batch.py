@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -16,38 +15,43 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from delib_fast.data.encoded_set import NUM_SEGMENTS, EncodedSet, Example
-from delib_fast.data.packing import PackPlan, plan_packs, seeded_permutation
+from delib_fast.data.epochs import Epochs, PromptSharing, Seen, worthwhile_bundles
+from delib_fast.data.packing import PackPlan, plan_packs
+from delib_fast.data.rows import Segment
+from delib_fast.data.shared_prompts import plan_bundles, runs_of
 
 IGNORE_INDEX = -100
-_UNEVEN = 1.02  # below this, packs cost so much alike that their order is better left to the draw
 _TENSORS = ("input_ids", "targets", "loss_weights", "segment_ids", "position_ids", "cu_seqlens",
             "loss_positions")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedBatch:
-    """One pack: N examples one after another, no padding between them."""
+    """One pack: N runs one after another, no padding between them. A run is an example; or, where several replies
+    share a prompt, the prompt, and behind it a run a reply (shared_prompts.py)."""
 
     input_ids: Tensor
     """(T,) int64"""
     targets: Tensor
-    """(T,) int64, already shifted; -100 on the last token of every example"""
+    """(T,) int64, already shifted; -100 on the last token of every run"""
     loss_weights: Tensor
     """(T,) float32, by segment of the target × weight of its row; 0 where there is no target"""
     segment_ids: Tensor
     """(T,) int8, `Segment` of the *target* (PROMPT where there is none)"""
     position_ids: Tensor
-    """(T,) int64, restarts with every example"""
+    """(T,) int64, restarts with every run, or goes on from the prompt that it continues"""
     cu_seqlens: Tensor
     """(N+1,) int32, [0, …, T]"""
     max_seqlen: int
-    """longest example, a Python int: no device sync"""
+    """longest run, a Python int: no device sync"""
     loss_positions: Tensor
     """(L,) int64, rising: where there is a target and its weight is above 0; found on the host"""
     cu_seqlens_host: tuple[int, ...]
     """cu_seqlens again, where it costs no sync"""
     example_ids: tuple[int, ...]
-    """(N,) index of each example in its set; empty in a pack that only fills up a step"""
+    """(N,) index of each run's example in its set, -1 for a shared prompt; empty in a pack that only fills up a step"""
+    prefix: tuple[int, ...] | None = None
+    """(N,) the run that each run continues, or -1, as of `ops.varlen_attention`; None where no prompt is shared"""
 
     @property
     def num_tokens(self) -> int:
@@ -72,21 +76,23 @@ class PackedBatch:
 
 
 def assemble(
-    examples: EncodedSet, members: NDArray[np.int64], weight_of: NDArray[np.float32], weights: NDArray[np.float32]
+    examples: EncodedSet, members: NDArray[np.int64], weight_of: NDArray[np.float32], weights: NDArray[np.float32],
+    continues: NDArray[np.bool_] | None = None,
 ) -> PackedBatch:
     """Put examples into one pack. `weight_of` (4,) is the loss weight of a target by segment, `weights` (N of the
-    set,) that of an example."""
-    lengths = examples.lengths[members]
+    set,) that of an example; `continues` says of each member whether it shares the prompt of the one before it."""
+    runs = runs_of(examples, members, continues)
+    lengths = runs.ends - runs.begins
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     T = int(cu_seqlens[-1])
-    positions = np.arange(T) - np.repeat(cu_seqlens[:-1], lengths)
+    positions = np.arange(T) - np.repeat(cu_seqlens[:-1] - runs.begins, lengths)
     last = cu_seqlens[1:] - 1
-    ids, own_segments = examples.gather(members)
+    ids, own_segments = examples.gather(runs.examples, runs.begins, runs.ends)
     input_ids = ids.astype(np.int64)
     targets, segments = np.empty_like(input_ids), np.empty_like(own_segments)
     targets[:-1], segments[:-1] = input_ids[1:], own_segments[1:]
     targets[last], segments[last] = IGNORE_INDEX, 0
-    loss_weights = weight_of[segments] * np.repeat(weights[members], lengths)
+    loss_weights = weight_of[segments] * np.repeat(weights[runs.examples], lengths)
     loss_weights[last] = 0
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
@@ -98,7 +104,8 @@ def assemble(
         max_seqlen=int(lengths.max()),
         loss_positions=torch.from_numpy(np.flatnonzero(loss_weights)),
         cu_seqlens_host=tuple(cu_seqlens.tolist()),
-        example_ids=tuple(members.tolist()),
+        example_ids=tuple(runs.ids.tolist()),
+        prefix=runs.prefix,
     )
 
 
@@ -142,6 +149,7 @@ class PackedBatches:
         loss_average: over the "token"s of a step, or over its "example"s: then the weights of each example are
             scaled so that all examples of the set weigh the same (but for their rows' own weights), however
             long they are; the set's total weight stays.
+        share_prompts: let replies to one prompt share it in a pack, where that makes no more packs.
     Raises:
         ValueError: packs_per_step can't be shared out over the ranks; an example is longer than the capacity;
             or no example of the whole set has a target with a weight above 0.
@@ -161,6 +169,7 @@ class PackedBatches:
         max_steps: int | None = None,
         quadratic_cost: float = 0.0,
         loss_average: Literal["token", "example"] = "token",
+        share_prompts: bool = False,
     ) -> None:
         _check_ranks(packs_per_step, rank, world_size)
         self.examples = _encoded(examples)
@@ -173,13 +182,14 @@ class PackedBatches:
             self._weights = _example_weights(self.examples, self._weight_of)
         elif loss_average != "token":
             raise ValueError(f"loss_average is {loss_average!r}; it must be 'token' or 'example'")
-        self._seed, self._quadratic_cost = seed, quadratic_cost
-        self._plan = lru_cache(maxsize=2)(self._plan_epoch)  # the epoch at hand, and its neighbour
-        first = self._plan(0)[0]
+        self._epochs = Epochs(
+            self.examples, pack_capacity=pack_capacity, packs_per_step=packs_per_step, seed=seed,
+            quadratic_cost=quadratic_cost, share_prompts=share_prompts and self._weight_of[Segment.PROMPT] == 0)
+        first = self._epochs.plan(0)[0]
         self.fill = first.fill
         self.packs_per_epoch = first.num_packs
         self.tokens_per_epoch = first.num_tokens
-        self.steps_per_epoch = -(-first.num_packs // packs_per_step)
+        self.steps_per_epoch = self._epochs.steps_per_epoch
         steps = epochs * self.steps_per_epoch
         self.num_steps = steps if max_steps is None else min(steps, max_steps)
 
@@ -188,13 +198,32 @@ class PackedBatches:
 
     def step(self, index: int) -> list[PackedBatch]:
         """This rank's packs of a global step, always packs_per_step / world_size of them."""
-        packs = [assemble(self.examples, members, self._weight_of, self._weights)
-                 for members in self._members(index)[self.rank :: self.world_size]]
+        plan, places = self._packs(index)
+        packs = [assemble(self.examples, plan.pack(p), self._weight_of, self._weights, plan.pack_continues(p))
+                 for p in places[self.rank :: self.world_size]]
         return packs + [empty_pack() for _ in range(self.packs_per_step // self.world_size - len(packs))]
 
     def step_example_ids(self, index: int) -> list[int]:
         """The examples of a global step, over all ranks."""
-        return [int(i) for members in self._members(index) for i in members]
+        plan, places = self._packs(index)
+        return [int(i) for p in places for i in plan.pack(p)]
+
+    @property
+    def shares_prompts(self) -> bool:
+        return self._epochs.shares_prompts
+
+    @property
+    def prompt_sharing(self) -> PromptSharing | None:
+        """None where no prompt is shared."""
+        return self._epochs.prompt_sharing()
+
+    def seen(self) -> Seen:
+        """What all the steps together see."""
+        return self._epochs.seen(self.num_steps)
+
+    def first_step_without(self, wanted: NDArray[np.bool_]) -> int | None:
+        """The first step that holds no example of those wanted (N,), or None."""
+        return self._epochs.first_step_without(wanted, self.num_steps)
 
     @property
     def example_weights(self) -> NDArray[np.float32]:
@@ -203,49 +232,18 @@ class PackedBatches:
 
     def cost_of_ranks(self, index: int, world_size: int, quadratic_cost: float) -> NDArray[np.float64]:
         """(world_size,) Σ n + q·n² over the packs that each rank takes of a global step."""
-        costs = np.zeros(world_size)
-        for place, members in enumerate(self._members(index)):
-            n = self.examples.lengths[members].astype(np.float64)
-            costs[place % world_size] += (n + quadratic_cost * n * n).sum()
-        return costs
+        places = self._packs(index)[1]
+        costs = self._epochs.costs(self.epoch_of(index), quadratic_cost)[places]
+        return np.bincount(np.arange(len(places)) % world_size, weights=costs, minlength=world_size).astype(np.float64)
 
     def epoch_of(self, index: int) -> int:
         return index // self.steps_per_epoch
 
-    def _members(self, index: int) -> list[NDArray[np.int64]]:
+    def _packs(self, index: int) -> tuple[PackPlan, NDArray[np.int64]]:
+        """The plan of a step's epoch, and which of its packs are the step's."""
         if not 0 <= index < self.num_steps:
             raise IndexError(f"step {index} of {self.num_steps}")
-        epoch, step = divmod(index, self.steps_per_epoch)
-        plan, order = self._plan(epoch)
-        return [plan.pack(p) for p in order[step * self.packs_per_step : (step + 1) * self.packs_per_step]]
-
-    def _plan_epoch(self, epoch: int) -> tuple[PackPlan, NDArray[np.int64]]:
-        seed = self._seed * 1_000_003 + epoch
-        plan = plan_packs(self.examples.lengths, self.pack_capacity, seed=seed)
-        order = seeded_permutation(plan.num_packs, seed ^ 0x5EED)
-        if self._quadratic_cost > 0:
-            costs = pack_costs(plan, self.examples.lengths, self._quadratic_cost)
-            if costs.max() > _UNEVEN * costs.mean():
-                order = _like_with_like(order, costs, self.packs_per_step, seed ^ 0xC057)
-        return plan, order
-
-
-def pack_costs(plan: PackPlan, lengths: NDArray[np.int64], quadratic_cost: float) -> NDArray[np.float64]:
-    """(P,) Σ n + q·n² over the examples of each pack."""
-    n = lengths[plan.examples].astype(np.float64)
-    return np.add.reduceat(n + quadratic_cost * n * n, plan.pack_offsets[:-1])
-
-
-def _like_with_like(
-    order: NDArray[np.int64], costs: NDArray[np.float64], packs_per_step: int, seed: int
-) -> NDArray[np.int64]:
-    """Neighbours by cost in one step, the steps shuffled; the short step, of the cheapest packs, comes last."""
-    by_cost = order[np.argsort(costs[order], kind="stable")]  # packs of one cost stay in their drawn order
-    short = len(by_cost) % packs_per_step
-    steps = by_cost[short:].reshape(-1, packs_per_step)
-    if len(steps):
-        steps = steps[seeded_permutation(len(steps), seed)]
-    return np.concatenate([steps.ravel(), by_cost[:short]])
+        return self._epochs.step(index)
 
 
 def evaluation_batches(
@@ -255,13 +253,17 @@ def evaluation_batches(
     segment_weights: Sequence[float],
     rank: int,
     world_size: int,
+    share_prompts: bool = False,
 ) -> list[PackedBatch]:
     """This rank's share of all examples, each once; equally many packs on every rank (empty ones fill up)."""
     _check_ranks(world_size, rank, world_size)
     encoded = _encoded(examples)
     weight_of = _weight_table(segment_weights)
-    plan = plan_packs(encoded.lengths, pack_capacity)
-    mine = [assemble(encoded, plan.pack(p), weight_of, encoded.weights)
+    shares = share_prompts and weight_of[Segment.PROMPT] == 0
+    bundles = worthwhile_bundles(encoded, pack_capacity) if shares else None
+    plan = plan_packs(encoded.lengths, pack_capacity) if bundles is None else \
+        plan_bundles(bundles, pack_capacity, seed=0)
+    mine = [assemble(encoded, plan.pack(p), weight_of, encoded.weights, plan.pack_continues(p))
             for p in range(rank, plan.num_packs, world_size)]
     return mine + [empty_pack() for _ in range(-(-plan.num_packs // world_size) - len(mine))]
 

@@ -1,7 +1,7 @@
 """Encoded data kept between runs: memory-mapped Arrow under a name that says what it was made from.
 
     CACHE/ab/abcd…/tokens.arrow      input_ids int32, segments int8: one row a token
-    CACHE/ab/abcd…/examples.arrow    length, weight, targets by segment, place; counts and a digest as metadata
+    CACHE/ab/abcd…/examples.arrow    length, weight, targets by segment, prompt, place; counts and a digest as metadata
 
 The name is a hash of the data, the tokenizer, the template and the settings of encoding: a change of any of them
 makes another entry, nothing else does. An entry is written beside its place, synced, and renamed into it, under a
@@ -28,9 +28,10 @@ import pyarrow as pa
 
 from delib_fast.data.encoded_set import NUM_SEGMENTS, Counts, EncodedSet, Example
 
-ENCODING = 1
+ENCODING = 2
 """Raised whenever the same rows would be encoded in another way."""
 _TARGETS = [f"targets_{k}" for k in range(NUM_SEGMENTS)]
+_PROMPTS = ["prompt_length", "prompt_hash"]
 
 
 def default_folder() -> Path:
@@ -104,6 +105,7 @@ def _write(part: Path, make: Callable[[Counts], Iterable[Example]], facts: Mappi
     weights: list[float] = []
     places: list[str] = []
     targets: list[Any] = []
+    prompts: list[tuple[int, int]] = []
     with (part / "ids").open("wb") as ids, (part / "segments").open("wb") as segments:
         for example in make(counts):
             ids.write(np.ascontiguousarray(example.input_ids).data)
@@ -112,16 +114,18 @@ def _write(part: Path, make: Callable[[Counts], Iterable[Example]], facts: Mappi
             weights.append(example.weight)
             places.append(example.place)
             targets.append(example.target_counts)
+            prompts.append(example.prompt)
     T = sum(lengths)
     columns = [_column_of_file(part / "ids", pa.int32(), T), _column_of_file(part / "segments", pa.int8(), T)]
     _write_arrow(part / "tokens.arrow", pa.record_batch(columns, names=["input_ids", "segments"]))
     del columns
     (part / "ids").unlink()
     (part / "segments").unlink()
-    table = np.array(targets, np.int64).reshape(-1, NUM_SEGMENTS)
+    tables = np.concatenate([np.array(targets, np.int64).reshape(-1, NUM_SEGMENTS),
+                             np.array(prompts, np.int64).reshape(-1, 2)], axis=1)
     examples = pa.record_batch(
-        [pa.array(lengths, pa.int64()), pa.array(weights, pa.float32()), *(pa.array(c) for c in table.T),
-         pa.array(places, pa.large_string())], names=["length", "weight", *_TARGETS, "place"])
+        [pa.array(lengths, pa.int64()), pa.array(weights, pa.float32()), *(pa.array(c) for c in tables.T),
+         pa.array(places, pa.large_string())], names=["length", "weight", *_TARGETS, *_PROMPTS, "place"])
     digest = _set_of(part / "tokens.arrow", examples, counts).digest()
     about = {"counts": asdict(counts), "digest": digest, "tokens": T, "facts": dict(facts)}
     _write_arrow(part / "examples.arrow", examples.replace_schema_metadata({"delib_fast": json.dumps(about)}))
@@ -175,6 +179,7 @@ def _set_of(tokens_path: Path, examples: pa.RecordBatch, counts: Counts) -> Enco
         input_ids=tokens.column("input_ids").to_numpy(), segments=tokens.column("segments").to_numpy(),
         lengths=examples.column("length").to_numpy(), weights=examples.column("weight").to_numpy(),
         target_counts=np.stack([examples.column(name).to_numpy() for name in _TARGETS], axis=1),
+        prompts=np.stack([examples.column(name).to_numpy() for name in _PROMPTS], axis=1),
         places=_ArrowPlaces(examples.column("place")), counts=counts)
 
 

@@ -40,6 +40,17 @@ class Example:
         """(4,) tokens that can be predicted (all but the first), by segment."""
         return np.bincount(self.segments[1:], minlength=NUM_SEGMENTS)
 
+    @property
+    def prompt(self) -> tuple[int, int]:
+        """(tokens, hash) of what other replies to the same prompt share: the prompt but for its last token, which
+        predicts the first token of this reply. (0, 0) where the example begins otherwise, as a document does."""
+        others = np.flatnonzero(self.segments != Segment.PROMPT)
+        shared = (int(others[0]) if len(others) else len(self)) - 1
+        if shared < 1:
+            return 0, 0
+        data = np.ascontiguousarray(self.input_ids[:shared], np.int32).data
+        return shared, int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+
 
 @dataclass(slots=True)
 class Counts:
@@ -83,14 +94,17 @@ class EncodedSet(Sequence[Example]):
         self.places: Sequence[str] = [e.place for e in examples]
         self.target_counts = np.array([e.target_counts for e in examples], np.int64).reshape(-1, NUM_SEGMENTS)
         """(N, 4) tokens of each example that can be predicted, by segment"""
+        self.prompts = np.array([e.prompt for e in examples], np.int64).reshape(-1, 2)
+        """(N, 2) `Example.prompt` of each"""
 
     @classmethod
     def of_arrays(cls, *, input_ids: NDArray[np.int32], segments: NDArray[np.int8], lengths: NDArray[np.int64],
-                  weights: NDArray[np.float32], target_counts: NDArray[np.int64], places: Sequence[str],
-                  counts: Counts) -> EncodedSet:
+                  weights: NDArray[np.float32], target_counts: NDArray[np.int64], prompts: NDArray[np.int64],
+                  places: Sequence[str], counts: Counts) -> EncodedSet:
         """Examples that stand end to end in arrays, which are kept as they are (memory-mapped ones too)."""
         made = cls([], counts)
-        made.lengths, made.weights, made.target_counts, made.places = lengths, weights, target_counts, places
+        made.lengths, made.weights, made.places = lengths, weights, places
+        made.target_counts, made.prompts = target_counts, prompts
         made.starts = np.cumsum(lengths) - lengths
         made.part_of = np.zeros(len(lengths), np.int32)
         made.parts = [(input_ids, segments)]
@@ -107,6 +121,7 @@ class EncodedSet(Sequence[Example]):
         made.starts = np.concatenate([s.starts for s in sets])
         made.weights = np.concatenate([s.weights for s in sets])
         made.target_counts = np.concatenate([s.target_counts for s in sets])
+        made.prompts = np.concatenate([s.prompts for s in sets])
         made.places = JoinedPlaces([s.places for s in sets])
         return made
 
@@ -114,7 +129,7 @@ class EncodedSet(Sequence[Example]):
         """The examples at these indices, repeats allowed; no token is copied. `counts` stays that of the whole."""
         made = EncodedSet([], self.counts)
         made.parts = self.parts
-        for name in ("part_of", "lengths", "starts", "weights", "target_counts"):
+        for name in ("part_of", "lengths", "starts", "weights", "target_counts", "prompts"):
             setattr(made, name, getattr(self, name)[indices])
         made.places = TakenPlaces(self.places, indices)
         return made
@@ -132,18 +147,27 @@ class EncodedSet(Sequence[Example]):
         span = slice(self.starts[i], self.starts[i] + self.lengths[i])
         return Example(ids[span], segments[span], self.places[i], float(self.weights[i]))
 
-    def gather(self, members: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
-        """Ids and segments of some examples, end to end."""
-        spans = [(self.parts[part], slice(start, start + length)) for part, start, length in
-                 zip(self.part_of[members].tolist(), self.starts[members].tolist(), self.lengths[members].tolist(),
-                     strict=True)]
+    def tokens(self, index: int) -> NDArray[np.int32]:
+        """(n,) ids of one example."""
+        start = self.starts[index]
+        return self.parts[self.part_of[index]][0][start : start + self.lengths[index]]
+
+    def gather(
+        self, members: NDArray[np.int64], begins: NDArray[np.int64] | None = None, ends: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
+        """Ids and segments of some examples, end to end; of each all of it, or its tokens from begin to end."""
+        at = self.starts[members]
+        begins = at if begins is None else at + begins
+        ends = at + (self.lengths[members] if ends is None else ends)
+        spans = [(self.parts[part], slice(begin, end)) for part, begin, end in
+                 zip(self.part_of[members].tolist(), begins.tolist(), ends.tolist(), strict=True)]
         return (np.concatenate([ids[span] for (ids, _), span in spans]),
                 np.concatenate([segments[span] for (_, segments), span in spans]))
 
     def digest(self) -> str:
         """Changes when any token, segment, weight or the order of the examples does."""
         digest = hashlib.sha256()
-        for array in (self.part_of, self.starts, self.lengths, self.weights, self.target_counts):
+        for array in (self.part_of, self.starts, self.lengths, self.weights, self.target_counts, self.prompts):
             digest.update(np.ascontiguousarray(array).data)
         for array in (array for part in self.parts for array in part):
             for start in range(0, len(array), _HASH_TOKENS):  # a piece at a time: the array may be a file's

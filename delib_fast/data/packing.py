@@ -36,7 +36,9 @@ class PackPlan:
     """(N,) example indices, pack after pack; every example once"""
     capacity: int
     num_tokens: int
-    """sum of all lengths"""
+    """that the packs hold: the sum of all lengths, a shared prompt counted once"""
+    continues: NDArray[np.bool_] | None = None
+    """(N,) whether each example shares the prompt of the one before it; None where no prompt is shared"""
 
     @property
     def num_packs(self) -> int:
@@ -50,6 +52,11 @@ class PackPlan:
     def pack(self, index: int) -> Int64:
         """The example indices of one pack."""
         return self.examples[self.pack_offsets[index] : self.pack_offsets[index + 1]]
+
+    def pack_continues(self, index: int) -> NDArray[np.bool_] | None:
+        """`continues` of one pack."""
+        span = slice(self.pack_offsets[index], self.pack_offsets[index + 1])
+        return None if self.continues is None else self.continues[span]
 
 
 def plan_packs(

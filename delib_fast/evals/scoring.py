@@ -4,8 +4,7 @@
     losses = scorer.losses(examples)                      # one TokenLosses an example, in order
     variants = scorer.encode_with_cots(row, ["", "half of it", row.cot])
 
-Variants of one prompt are packed plainly, each with its own copy of the prompt: `PackedBatch` has no shared
-runs yet (PROMPT_SHARING says so in every result).
+Variants of one prompt share it in a pack: it is computed once for as many of them as the pack holds.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from delib_fast.data.encode import Encoder
 from delib_fast.models import TrainableLM
 from delib_fast.models.attention import packed_inputs
 
-PROMPT_SHARING = "none, every variant is packed with its own copy of the prompt"
+PROMPT_SHARING = "variants of one prompt are packed with the prompt once, where the model's attention allows"
 ANSWER = (Segment.COT, Segment.RESPONSE, Segment.DOCUMENT)
 
 
@@ -91,7 +90,8 @@ class Scorer:
         longest = max((len(e) for e in examples), default=1)
         weights = [float(segment in segments) for segment in Segment]
         return evaluation_batches(examples, pack_capacity=max(self.pack_capacity, longest),
-                                  segment_weights=weights, rank=0, world_size=1)
+                                  segment_weights=weights, rank=0, world_size=1,
+                                  share_prompts=self.model.shares_prompts)
 
     def losses(self, examples: Sequence[Example], segments: Sequence[Segment] = ANSWER) -> list[TokenLosses]:
         """Losses of every token of these segments, one entry an example, in their order."""
@@ -102,10 +102,13 @@ class Scorer:
                 nll, correct = output.nll.double().cpu().numpy(), output.correct.cpu().numpy()
                 wanted = np.zeros(batch.num_tokens, bool)
                 wanted[batch.loss_positions.numpy()] = True
+                nll[~wanted] = 0.0
                 for index, (start, end) in zip(batch.example_ids, pairwise(batch.cu_seqlens_host), strict=False):
-                    span = slice(start, end - 1)
-                    found[index] = TokenLosses(np.where(wanted[span], nll[span], 0.0), correct[span],
-                                               examples[index].segments[1:].copy())
+                    if index >= 0:  # a prompt alone is nobody's example
+                        shared = np.zeros(len(examples[index]) - (end - start))  # computed with another example
+                        found[index] = TokenLosses(np.concatenate([shared, nll[start : end - 1]]),
+                                                   np.concatenate([shared.astype(bool), correct[start : end - 1]]),
+                                                   examples[index].segments[1:].copy())
         return [losses for losses in found if losses is not None]
 
     def batched_hidden(self, examples: Sequence[Example], segments: Sequence[Segment]

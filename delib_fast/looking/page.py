@@ -43,8 +43,7 @@ hovering. Under each run: its segment, its tokens, and what each weighs in the l
 
 
 def _example(seen: Seen) -> str:
-    head = html.escape(f"{seen.stage}: example {seen.index} of {seen.total}, {seen.place}")
-    return f"<section><h2>{head}</h2>\n" + "\n".join(map(_run, seen.runs)) + "\n</section>"
+    return f"<section><h2>{html.escape(seen.heading)}</h2>\n" + "\n".join(map(_run, seen.runs)) + "\n</section>"
 
 
 def _run(run: Run) -> str:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from delib_fast.config import Config, ConfigError, StageConfig
 from delib_fast.corpus import Corpus
-from delib_fast.data import SourceShare
+from delib_fast.data import PromptSharing, SourceShare
 from delib_fast.looking.memory import GIB, MemoryPart, memory_parts
 
 _BARS = 10
@@ -34,9 +34,14 @@ class StagePlan:
     packs: int
     fill: float
     tokens_per_epoch: int
+    """that packs hold"""
     steps_per_epoch: int
     updates: int
     ranks: int
+    sharing: PromptSharing | None
+    """what shared prompts save"""
+    not_shared: str | None
+    """why prompts can't be shared, if the model is why"""
     balance: float
     """Σ over steps of the slowest rank's cost / Σ of the mean rank's"""
     memory: list[MemoryPart]
@@ -64,7 +69,8 @@ def plan_stage(corpus: Corpus, config: Config, stage: StageConfig, *, ranks: int
         targets=dict(zip(counts.targets, encoded.target_counts.sum(0).tolist(), strict=True)),
         lengths=encoded.lengths, packs=batches.packs_per_epoch, fill=batches.fill,
         tokens_per_epoch=batches.tokens_per_epoch, steps_per_epoch=batches.steps_per_epoch, updates=batches.num_steps,
-        ranks=ranks, balance=float(costs.max(1).sum() / costs.mean(1).sum()),
+        sharing=batches.prompt_sharing, not_shared=corpus.shape.no_shared_prompts, ranks=ranks,
+        balance=float(costs.max(1).sum() / costs.mean(1).sum()),
         memory=memory_parts(config, stage, corpus.shape, ranks, precision))
 
 
@@ -91,9 +97,15 @@ def _facts(plan: StagePlan) -> Table:
     out = ", ".join(f"{n:,} {why}" for why, n in plan.left_out.items())
     share = sum(plan.left_out.values()) / plan.rows
     table.add_row("rows", f"{plan.rows:,}" + (f"; left out {out} ({share:.1%})" if out else "; none left out"))
-    table.add_row("tokens", f"{plan.tokens_per_epoch:,} an epoch, as targets: " + ", ".join(
+    table.add_row("tokens", f"{int(plan.lengths.sum()):,} an epoch, as targets: " + ", ".join(
         f"{n:,} {name}" for name, n in plan.targets.items() if n))
     table.add_row("packs", f"{plan.packs:,} of {stage.pack_capacity:,} tokens, filled to {plan.fill:.2%}")
+    if plan.sharing is not None:
+        saved = plan.sharing
+        table.add_row("prompts", f"{saved.prompts:,} computed once for {saved.examples:,} replies: {saved.tokens:,} "
+                      f"tokens fewer ({saved.share:.1%})")
+    elif plan.not_shared is not None and stage.share_prompts == "auto":
+        table.add_row("prompts", f"not shared between replies: {plan.not_shared}")
     epochs = f"{stage.epochs} epoch{'s' if stage.epochs > 1 else ''}"
     table.add_row("updates", f"{plan.updates:,} in {epochs}, {plan.steps_per_epoch:,} each, of "
                   f"{stage.tokens_per_step:,} tokens")

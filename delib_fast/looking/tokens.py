@@ -13,6 +13,7 @@ from rich.text import Text
 from delib_fast.config import StageConfig
 from delib_fast.corpus import Corpus
 from delib_fast.data import Example, Segment
+from delib_fast.data.shared_prompts import LEAST_SHARED_TOKENS
 from delib_fast.losses import segment_weights
 
 COLOURS = {Segment.PROMPT: "grey62", Segment.COT: "dark_orange3", Segment.RESPONSE: "green4",
@@ -52,6 +53,13 @@ class Seen:
     total: int
     place: str
     runs: tuple[Run, ...]
+    replies: int = 1
+    """to its prompt: above 1, packs hold the prompt once for several of them"""
+
+    @property
+    def heading(self) -> str:
+        shared = f"; its prompt is shared by {self.replies} replies" if self.replies > 1 else ""
+        return f"{self.stage}: example {self.index} of {self.total}, {self.place}{shared}"
 
 
 def look_at(corpus: Corpus, stage: StageConfig, index: int) -> Seen:
@@ -62,7 +70,9 @@ def look_at(corpus: Corpus, stage: StageConfig, index: int) -> Seen:
     example = encoded[index]
     factor = float(batches.example_weights[index])
     runs = tuple(runs_of(example, corpus.tokenizer, [factor * w for w in segment_weights(stage)]))
-    return Seen(stage.name, index, len(encoded), example.place, runs)
+    replies = int((encoded.prompts == encoded.prompts[index]).all(1).sum()) \
+        if batches.shares_prompts and encoded.prompts[index, 0] >= LEAST_SHARED_TOKENS else 1
+    return Seen(stage.name, index, len(encoded), example.place, runs, replies)
 
 
 def runs_of(example: Example, tokenizer: Any, weight_of: Sequence[float]) -> Iterator[Run]:
@@ -95,7 +105,7 @@ def shown(text: str) -> str:
 
 def rendered(seen: Seen) -> RenderableType:
     """For a terminal: each run under its segment, weight and number of tokens; control tokens in reverse."""
-    parts: list[RenderableType] = [Text(f"{seen.stage}  example {seen.index} of {seen.total}  {seen.place}", "bold")]
+    parts: list[RenderableType] = [Text(seen.heading, "bold")]
     for run in seen.runs:
         colour = COLOURS[run.segment]
         parts.append(Text(f"── {run.segment.name}  {run.tokens} tokens  weight {run.weight:.4g}", colour))

@@ -39,7 +39,7 @@ class UnsupportedModelError(ValueError):
     """The model does something that training on packed runs can't do exactly: says what, and what to do."""
 
 
-def packed_inputs(batch: PackedBatch, backend: str = "auto", prefix: Sequence[int] | None = None) -> dict[str, Any]:
+def packed_inputs(batch: PackedBatch, backend: str = "auto") -> dict[str, Any]:
     """The keyword arguments with which a transformers model runs a pack: the only place with transformers'
     names."""
     input_ids = batch.input_ids.unsqueeze(0)
@@ -56,7 +56,7 @@ def packed_inputs(batch: PackedBatch, backend: str = "auto", prefix: Sequence[in
         "max_length_k": batch.max_seqlen,
         "cu_seqlens_host": batch.cu_seqlens_host,
         "varlen_backend": backend,
-        "varlen_prefix": prefix,
+        "varlen_prefix": batch.prefix,
     }
 
 
@@ -82,6 +82,18 @@ def unsupported(model: PreTrainedModel) -> str | None:
         value = getattr(config, key, 0)
         if isinstance(value, int | float) and value > 0:
             return f"{name} has {key} {value}, and packed attention has no dropout; set {key} to 0"
+    return None
+
+
+def why_not_share_prompts(config: PreTrainedConfig, backend: str) -> str | None:
+    """Why replies to one prompt can't share it in a pack (`PackedBatch.prefix`) at full speed, or None."""
+    text = config.get_text_config()
+    types = getattr(text, "layer_types", None)
+    slides = "sliding_attention" in types if types else getattr(text, "sliding_window", None) is not None
+    if slides:
+        return "its attention has a sliding window, which only the slow reference backend takes across a shared prompt"
+    if backend == "flash":
+        return "model.attention: flash can't merge two attentions in its backward pass, which a shared prompt needs"
     return None
 
 

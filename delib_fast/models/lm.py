@@ -9,7 +9,7 @@ Sizes: T packed tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from delib_fast.data import PackedBatch
-from delib_fast.models.attention import NAME, UnsupportedModelError, packed_inputs, unsupported
+from delib_fast.models.attention import (
+    NAME,
+    UnsupportedModelError,
+    packed_inputs,
+    unsupported,
+    why_not_share_prompts,
+)
 from delib_fast.ops import FusedLossHead, LossOutput
 
 # Config keys by which architectures change their logits behind the head, and the value that changes nothing.
@@ -61,21 +67,22 @@ class TrainableLM(nn.Module):
         fused.backend = loss_backend
         model.set_submodule(self._head_name, fused)
 
-    def forward(self, batch: PackedBatch, prefix: Sequence[int] | None = None) -> LossOutput:
+    def forward(self, batch: PackedBatch) -> LossOutput:
         """The loss of a pack: `loss_sum` () float32, `nll` (T,) float32 and `correct` (T,) bool, both
         detached.
-
-        prefix: the run that each run continues, or -1, as of `ops.varlen_attention`: several completions of one
-            prompt. Then the position ids of a run go on from its prefix's, and a completion begins with a copy of the
-            prompt's last token, which its prefix leaves out.
         """
-        inputs = packed_inputs(batch, self.attention_backend, prefix)
+        inputs = packed_inputs(batch, self.attention_backend)
         hidden = self.model.base_model(**inputs).last_hidden_state
         return self.head(hidden.squeeze(0), batch.targets, batch.loss_weights, batch.loss_positions)
 
     @property
     def head(self) -> nn.Module:
         return self.model.get_submodule(self._head_name)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether packs in which replies share their prompt run at full speed."""
+        return why_not_share_prompts(self.model.config, self.attention_backend) is None
 
     @property
     def vocab_size(self) -> int:

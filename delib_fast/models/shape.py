@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from delib_fast.config import ConfigError, ModelConfig
+from delib_fast.models.attention import why_not_share_prompts
 from delib_fast.models.build import _architecture
 
 
@@ -28,6 +29,8 @@ class ModelShape:
     vocabulary: int
     largest_layer: int
     """parameters of one layer"""
+    no_shared_prompts: str | None = None
+    """why replies to one prompt can't share it in a pack, if they can't"""
 
     @property
     def attention_width(self) -> int:
@@ -72,4 +75,5 @@ def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Mode
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or hidden // heads, vocabulary=text.vocab_size,
         largest_layer=max((sum(p.numel() for p in layer.parameters()) for layer in layers[0]), default=0)
-        if layers else 0)
+        if layers else 0,
+        no_shared_prompts=why_not_share_prompts(hf, config.attention))

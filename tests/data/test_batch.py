@@ -17,7 +17,7 @@ from delib_fast.data import (
     evaluation_batches,
     plan_packs,
 )
-from delib_fast.data.batch import _like_with_like, pack_costs
+from delib_fast.data.epochs import like_with_like, pack_costs
 from delib_fast.data.packing import seeded_permutation
 
 WEIGHTS = (0.0, 0.5, 1.0, 2.0)
@@ -182,7 +182,7 @@ def test_cost_balance_at_scale():
         return (steps.max(1) / steps.mean(1)).mean()
 
     assert imbalance(random_order) > 1.3
-    assert imbalance(_like_with_like(random_order, costs, 32, 0)) < 1.005
+    assert imbalance(like_with_like(random_order, costs, 32, 0)) < 1.005
 
 
 def test_average_over_examples():

@@ -40,6 +40,8 @@ def row_of(cot: str | None, response: str = "done", prompt: str = "What now?", p
 class RuleModel(torch.nn.Module):
     """Takes packs as TrainableLM does; nll of every supervised token is `rule(text of its run before it, target)`."""
 
+    shares_prompts = False  # the rule reads a run, which must be all of the text
+
     def __init__(self, tokenizer, rule, segments=(Segment.RESPONSE,)):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))

@@ -44,6 +44,19 @@ def test_model_is_left_as_it_was(scorer, rows):
     assert all(p.grad is None for p in scorer.model.parameters())
 
 
+def test_variants_share_their_prompt_and_score_as_alone(scorer, rows, monkeypatch):
+    examples = [e for row in rows[:3] for e in scorer.encode_with_cots(row, [row.cot, "", "Something else."])]
+    shared, packs = scorer.losses(examples), scorer.batches(examples)
+    assert any(pack.prefix is not None for pack in packs)
+    assert sum(pack.num_tokens for pack in packs) < sum(map(len, examples))
+    monkeypatch.setattr(type(scorer.model), "shares_prompts", False)
+    for one, other in zip(shared, scorer.losses(examples), strict=True):
+        np.testing.assert_allclose(one.nll, other.nll, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(one.segments, other.segments)
+        for segment in (Segment.COT, Segment.RESPONSE):
+            assert one.all_correct(segment) == other.all_correct(segment)
+
+
 def test_variants_differ_between_the_tags_only(scorer, rows):
     row = rows[0]
     own, empty, other = scorer.encode_with_cots(row, [row.cot, "", "Something else."])

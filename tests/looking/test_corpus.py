@@ -10,6 +10,8 @@ from delib_fast.config import ConfigError
 from delib_fast.config_file import load_config
 from delib_fast.data import DataError
 from delib_fast.looking.dry_run import dry_run
+from delib_fast.looking.plan import plan_stage
+from delib_fast.looking.tokens import look_at
 
 SENTENCE = "an assistant says what it knows and what it does not know whenever somebody asks it for advice about {}"
 
@@ -99,3 +101,37 @@ def test_a_changed_row_encodes_again_and_nothing_else_does(tmp_path):
     with dry_run(config) as corpus:
         corpus.batches(config.stages[0])
     assert len(entries() - first) == 1
+
+
+def test_replies_to_one_prompt_share_it(tmp_path):
+    """From rows to packs and accounts; and the switch that turns it off."""
+    prompt = " ".join(f"Please weigh point {k} of the question with care." for k in range(12))
+    items = [{"prompt": f"{prompt} Case {i}.", "cot": f"thought {k}", "response": f"answer {k}"}
+             for i in range(8) for k in range(4)]
+    tokens = {}
+    for share in ("auto", "never"):
+        config = write(tmp_path, {"stage": {"share_prompts": share}}, lessons=items)
+        with dry_run(config) as corpus:
+            stage = config.stages[0]
+            batches, ledger = corpus.batches(stage), corpus.ledger(stage)
+            assert ledger["tokens"] == batches.tokens_per_epoch
+            assert ledger["tokens"] + ledger["shared_prompt_tokens"] == corpus.mixed(stage)[0].lengths.sum()
+            assert ("; shared prompts save" in corpus.describe(stage)) == batches.shares_prompts == (share == "auto")
+            plan = plan_stage(corpus, config, stage, ranks=1, precision="fp32")
+            assert (plan.sharing is not None) == (share == "auto")
+            assert look_at(corpus, stage, 0).replies == (4 if share == "auto" else 1)
+            tokens[share] = ledger["tokens"]
+            fingerprints = tokens.setdefault("fingerprints", set())
+            fingerprints.add(corpus.fingerprint(stage))
+    assert tokens["auto"] < 0.5 * tokens["never"]
+    assert len(tokens["fingerprints"]) == 2
+
+
+def test_prompts_are_not_shared_across_a_sliding_window(tmp_path):
+    model = {"architecture": {"model_type": "qwen3", "hidden_size": 32, "num_hidden_layers": 2,
+                              "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}}
+    config = write(tmp_path, {"model": model}, lessons=[r | {"prompt": SENTENCE * 4} for r in rows(8)])
+    with dry_run(config) as corpus:
+        assert not corpus.batches(config.stages[0]).shares_prompts
+        plan = plan_stage(corpus, config, config.stages[0], ranks=1, precision="fp32")
+    assert "sliding window" in plan.not_shared

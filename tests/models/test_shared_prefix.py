@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
-from small_models import VOCAB, build, gradients, ground_truth, largest_deviation, pack
+from small_models import VOCAB, build, gradients, ground_truth, largest_deviation, ours, pack
 
-from delib_fast.data import PackedBatch
+from delib_fast.data import Example, PackedBatch, PackedBatches, Segment
 from delib_fast.models import TrainableLM
+from delib_fast.models.build import enable_activation_checkpointing
 
 ALLOWED = 1e-5  # relative, fp32
 # prompt length, completion lengths; the prompts share one pack, and a document of its own stands between them
@@ -27,7 +29,7 @@ def weights_of(prompt: torch.Tensor, completion: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.zeros(len(prompt)), torch.linspace(0.5, 1.5, len(completion))])
 
 
-def shared_pack() -> tuple[PackedBatch, list[int]]:
+def shared_pack() -> PackedBatch:
     """Prompts without their last token; each completion behind a copy of it, positions going on."""
     documents, prefix, first_positions = [], [], []
     for prompt, completions in rows():
@@ -42,7 +44,7 @@ def shared_pack() -> tuple[PackedBatch, list[int]]:
     lengths = [len(tokens) for tokens, _ in documents]
     batch = pack_with_empty_runs(documents, lengths)
     positions = torch.cat([torch.arange(n) + first for n, first in zip(lengths, first_positions, strict=True)])
-    return dataclasses.replace(batch, position_ids=positions), prefix
+    return dataclasses.replace(batch, position_ids=positions, prefix=tuple(prefix))
 
 
 def pack_with_empty_runs(documents, lengths) -> PackedBatch:
@@ -63,9 +65,9 @@ def test_shared_equals_separate_rows(name, backend, record_property) -> None:
     true_nll, true_gradients = ground_truth(model, separate)
     true_weights = torch.cat([torch.cat([w[1:], torch.zeros(1)]) for _, w in separate])
 
-    batch, prefix = shared_pack()
+    batch = shared_pack()
     trainable = TrainableLM(model, attention_backend=backend).train()
-    output = trainable(batch, prefix)
+    output = trainable(batch)
     output.loss_sum.backward()
 
     supervised = output.nll[batch.loss_positions]
@@ -83,8 +85,48 @@ def test_a_sliding_window_counts_through_the_prefix() -> None:
     model = build("qwen3 sliding")
     separate = [(torch.cat([prompt, c]), weights_of(prompt, c)) for prompt, completions in rows() for c in completions]
     _, true_gradients = ground_truth(model, separate)
-    batch, prefix = shared_pack()
+    batch = shared_pack()
     trainable = TrainableLM(model).train()
-    trainable(batch, prefix).loss_sum.backward()
+    trainable(batch).loss_sum.backward()
     worst, whose = largest_deviation(gradients(trainable.model), true_gradients)
+    assert worst <= ALLOWED, whose
+
+
+def examples() -> list[Example]:
+    """Replies of the loader's kind: 4 to a prompt of 30, 2 to one of 20, one alone, and a document."""
+    rng = np.random.default_rng(3)
+    found = []
+    for n, lengths in ((30, (9, 4, 7, 5)), (20, (6, 3)), (25, (8,)), (0, (12,))):
+        prompt = rng.integers(0, VOCAB, n)
+        for m in lengths:
+            kind = [Segment.DOCUMENT] * m if n == 0 else [Segment.COT] * (m // 2) + [Segment.RESPONSE] * (m - m // 2)
+            ids, segments = np.concatenate([prompt, rng.integers(0, VOCAB, m)]), [Segment.PROMPT] * n + kind
+            found.append(Example(ids.astype(np.int32), np.array(segments, np.int8), f"row {len(found)}", 1 + m % 2 / 2))
+    return found
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "qwen3 moe"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_what_the_loader_shares_trains_as_rows_alone(name, checkpointed) -> None:
+    """From examples to gradients: every nll, and the gradient of every parameter."""
+    model = build(name)
+    if checkpointed:
+        enable_activation_checkpointing(model)
+    found = []
+    for share in (False, True):
+        batches = PackedBatches(examples(), pack_capacity=100, packs_per_step=4, segment_weights=(0, 0.5, 1, 1), seed=0,
+                                epochs=1, rank=0, world_size=1, share_prompts=share, loss_average="example")
+        packs = batches.step(0)
+        assert any(pack.prefix is not None for pack in packs) == share
+        nll, grads = ours(model, packs)
+        rows = torch.cat([pack.loss_positions + at for pack, at in
+                          zip(packs, np.cumsum([0, *(len(p.input_ids) for p in packs[:-1])]).tolist(), strict=True)])
+        owner = [(pack.example_ids[int(np.searchsorted(pack.cu_seqlens_host, t, side="right")) - 1],
+                  int(pack.position_ids[t])) for pack in packs for t in pack.loss_positions.tolist()]
+        found.append((dict(zip(owner, nll[rows].tolist(), strict=True)), grads))
+    (plain, plain_gradients), (shared, shared_gradients) = found
+    assert plain.keys() == shared.keys()
+    off = max(abs(plain[key] - shared[key]) for key in plain) / max(plain.values())
+    worst, whose = largest_deviation(shared_gradients, plain_gradients)
+    assert off <= ALLOWED
     assert worst <= ALLOWED, whose
