@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "linear_cross_entropy/row_kernels.h"
+#include "linear_cross_entropy/row_math.h"
 
 namespace delib_fast {
 
@@ -28,9 +29,16 @@ struct Results {
   at::Tensor grad_hidden;  // (T, H) of the inputs' dtype, zeros on entry; empty if not wanted
   at::Tensor grad_weight;  // (V, H) float32 or float64, uninitialised on entry; empty if not wanted
   double loss_sum = 0;
+  RowOptions<double> options{1, 0, 0, 0};  // the scale is in the hidden states already
   bool want_grad_hidden = false;
   bool want_grad_weight = false;
   bool want_gradient() const { return want_grad_hidden || want_grad_weight; }
+  // Whether the logits are more to the sweeps than a softmax. (A z-loss only changes a token's factor.)
+  bool shaped() const { return options.softcap != 0 || options.smoothing != 0; }
+  template <typename scalar_t, typename acc_t>
+  Sweeps<scalar_t, acc_t> choose(const Sweeps<scalar_t, acc_t>& plain, const Sweeps<scalar_t, acc_t>& shaped_) const {
+    return shaped() ? shaped_ : plain;
+  }
 };
 
 inline double value_of(const float* x) { return *x; }
@@ -45,14 +53,15 @@ inline void assign(bf16_bits* to, float x) { *to = c10::BFloat16(x).x; }
 template <typename acc_t>
 struct Chunk {
   Chunk(const at::Tensor& all_hidden, const LiveRows& rows, std::int64_t begin, std::int64_t end,
-        at::ScalarType dtype);
+        at::ScalarType dtype, const RowOptions<double>& options);
 
   // Takes a block of logits into the statistics, while it is in cache. (V block, C) as `block` says.
   template <typename scalar_t>
-  void add_logits(Block<scalar_t> block, StatisticsFn<scalar_t, acc_t> statistics) {
-    const Running<acc_t> running{max.data(), sum.data(), shift.data(), partial.data(), argmax.data()};
+  void add_logits(Block<scalar_t> block, const Sweeps<scalar_t, acc_t>& sweeps) {
+    const Running<acc_t> running{max.data(),     sum.data(),           total.data(), shift.data(),
+                                 partial.data(), partial_total.data(), argmax.data()};
     at::parallel_for(0, size, COLUMNS, [&](std::int64_t begin, std::int64_t end) {
-      statistics(block, running, begin, end);
+      sweeps.statistics(block, running, options.softcap, begin, end);
     });
     for (std::int64_t c = 0; c < size; ++c) {
       const std::int64_t row = targets[c] - block.first_row;
@@ -60,15 +69,16 @@ struct Chunk {
     }
   }
 
-  // After the last block: what the gradient needs and, written to `results`, nll and correct.
-  void finish(Results& results);
+  // After the last block: what the gradient needs and, written to `results`, nll, correct and the loss.
+  void finish(std::int64_t vocabulary, Results& results);
 
-  // Turns a block of logits into dz = weight * (softmax - one_hot), in place; the target's entry is computed in
-  // full precision, and only then rounded.
+  // Turns a block of logits into their gradient, in place; the target's entry is computed in full precision, and
+  // only then rounded.
   template <typename scalar_t>
-  void to_gradient(Block<scalar_t> block, GradientFn<scalar_t, acc_t> gradient) {
+  void to_gradient(Block<scalar_t> block, const Sweeps<scalar_t, acc_t>& sweeps) {
+    const Finished<acc_t> finished{max.data(), factor.data(), offset.data()};
     at::parallel_for(0, size, COLUMNS, [&](std::int64_t begin, std::int64_t end) {
-      gradient(block, max.data(), factor.data(), begin, end);
+      sweeps.gradient(block, finished, options.softcap, begin, end);
     });
     for (std::int64_t c = 0; c < size; ++c) {
       const std::int64_t row = targets[c] - block.first_row;
@@ -83,7 +93,8 @@ struct Chunk {
   const std::int64_t* live_positions;
   const std::int64_t* targets;
   const double* weights;
-  std::vector<acc_t> max, sum, shift, partial, target_logit, factor, target_gradient;
+  RowOptions<acc_t> options;
+  std::vector<acc_t> max, sum, total, shift, partial, partial_total, target_logit, factor, offset, target_gradient;
   std::vector<std::int32_t> argmax;
   at::Tensor positions;  // (C,) int64
   at::Tensor hidden;     // (C, H)

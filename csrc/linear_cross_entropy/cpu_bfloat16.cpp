@@ -11,6 +11,7 @@
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <emmintrin.h>
@@ -99,12 +100,6 @@ class PackedHidden {
   at::Tensor packed_;
 };
 
-#if defined(CPUBLAS_BRGEMM_BF16BF16F32)
-bool has_brgemm() { return at::native::cpublas::could_pack(at::kBFloat16); }
-#else
-bool has_brgemm() { return false; }
-#endif
-
 // One tile, c (m, n) (+)= a (m, 2 pairs) . b, for a processor without brgemm: slow, and only what tests need.
 void plain_tile(std::int64_t m, std::int64_t n, std::int64_t pairs, std::int64_t lda, std::int64_t ldc, bool add,
                 const bf16_bits* a, const bf16_bits* b, float* c) {
@@ -117,6 +112,34 @@ void plain_tile(std::int64_t m, std::int64_t n, std::int64_t pairs, std::int64_t
     }
   }
 }
+
+#if defined(CPUBLAS_BRGEMM_BF16BF16F32)
+// brgemm needs AVX-512 BF16 or AMX, and a oneDNN that is not switched off; torch tells only of AMX (could_pack), and
+// without either takes the packed operand for a plain one. So a small product is looked at.
+bool brgemm_is_right() {
+  constexpr std::int64_t M = 3, PAIRS = 2;
+  std::vector<at::BFloat16> a(M * 2 * PAIRS), b(PAIRS * TILE_N * 2);
+  for (std::size_t i = 0; i < a.size(); ++i) a[i] = static_cast<float>(i % 7) - 2.0f;
+  for (std::size_t i = 0; i < b.size(); ++i) b[i] = static_cast<float>(i % 11) - 5.0f;
+  std::vector<float> ours(M * TILE_N, 1.0f), theirs(M * TILE_N, 1.0f);
+  plain_tile(M, TILE_N, PAIRS, 2 * PAIRS, TILE_N, true, reinterpret_cast<const bf16_bits*>(a.data()),
+             reinterpret_cast<const bf16_bits*>(b.data()), ours.data());
+  try {
+    at::native::cpublas::brgemm(M, TILE_N, 2 * PAIRS, 2 * PAIRS, TILE_N, TILE_N, true, a.data(), b.data(),
+                                theirs.data(), /*is_vnni=*/true);
+    at::native::cpublas::brgemm_release(/*is_vnni=*/true);
+  } catch (const c10::Error&) {
+    return false;
+  }
+  return ours == theirs;  // small integers: exact
+}
+bool has_brgemm() {
+  static const bool right = brgemm_is_right();
+  return right;
+}
+#else
+bool has_brgemm() { return false; }
+#endif
 
 void tile_gemm(bool brgemm, std::int64_t m, std::int64_t n, std::int64_t pairs, std::int64_t lda, std::int64_t ldc,
                bool add, const bf16_bits* a, const bf16_bits* b, float* c) {
@@ -155,14 +178,14 @@ void accumulate_grad_weight(const bf16_bits* dz, std::int64_t leading, const Pac
 void run_bfloat16(const at::Tensor& hidden, const at::Tensor& weight, const LiveRows& rows,
                   std::int64_t chunk_tokens, Results& results) {
   const std::int64_t vocabulary = weight.size(0);
-  const RowKernels& kernels = row_kernels();
+  const auto sweeps = results.choose(row_kernels().plain_bf16, row_kernels().shaped_bf16);
   const std::int64_t fits = LOGITS_BYTES / (vocabulary * 2 * static_cast<std::int64_t>(sizeof(bf16_bits)));
   const std::int64_t most = chunk_tokens > 0 ? chunk_tokens : std::clamp<std::int64_t>(fits, 16, MOST_TOKENS);
   const std::int64_t step = std::min(equal_chunk(rows.size(), most), rows.size());
   const at::Tensor transposed = large_empty({vocabulary * (step + 1)}, at::kBFloat16);
   const at::Tensor straight = results.want_grad_hidden ? large_empty({vocabulary * step}, at::kBFloat16) : at::Tensor();
   for (std::int64_t begin = 0; begin < rows.size(); begin += step) {
-    Chunk<float> chunk(hidden, rows, begin, std::min(begin + step, rows.size()), at::kBFloat16);
+    Chunk<float> chunk(hidden, rows, begin, std::min(begin + step, rows.size()), at::kBFloat16, results.options);
     const std::int64_t leading = chunk.size + chunk.size % 2;  // tokens in pairs, for brgemm
     at::Tensor padded = transposed.narrow(0, 0, vocabulary * leading).view({vocabulary, leading});
     at::Tensor logits = padded.narrow(1, 0, chunk.size);
@@ -170,15 +193,15 @@ void run_bfloat16(const at::Tensor& hidden, const at::Tensor& weight, const Live
     at::mm_out(logits, weight, chunk.hidden.t());
     for (std::int64_t v = 0; v < vocabulary; v += BLOCK_ROWS) {
       const std::int64_t count = std::min(BLOCK_ROWS, vocabulary - v);
-      chunk.add_logits(Block<bf16_bits>{data + v * leading, leading, v, count}, kernels.statistics_bf16);
+      chunk.add_logits(Block<bf16_bits>{data + v * leading, leading, v, count}, sweeps);
     }
-    chunk.finish(results);
+    chunk.finish(vocabulary, results);
     if (!results.want_gradient()) continue;
     if (leading > chunk.size) padded.select(1, chunk.size).zero_();
     auto* copy = results.want_grad_hidden ? reinterpret_cast<bf16_bits*>(straight.data_ptr()) : nullptr;
     for (std::int64_t v = 0; v < vocabulary; v += BLOCK_ROWS) {
       const Block<bf16_bits> block{data + v * leading, leading, v, std::min(BLOCK_ROWS, vocabulary - v)};
-      chunk.to_gradient(block, kernels.gradient_bf16);
+      chunk.to_gradient(block, sweeps);
       if (copy == nullptr) continue;
       at::parallel_for(0, chunk.size, 16, [&](std::int64_t first, std::int64_t last) {
         transpose(block, first, last, copy + v, vocabulary);

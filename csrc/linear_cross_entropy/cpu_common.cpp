@@ -40,36 +40,52 @@ std::int64_t equal_chunk(std::int64_t rows, std::int64_t most) {
 
 template <typename acc_t>
 Chunk<acc_t>::Chunk(const at::Tensor& all_hidden, const LiveRows& rows, std::int64_t begin, std::int64_t end,
-                    at::ScalarType dtype)
+                    at::ScalarType dtype, const RowOptions<double>& wide)
     : size(end - begin),
       live_positions(rows.positions.data() + begin),
       targets(rows.targets.data() + begin),
       weights(rows.weights.data() + begin),
+      options{static_cast<acc_t>(wide.scale), static_cast<acc_t>(wide.softcap), static_cast<acc_t>(wide.z_loss),
+              static_cast<acc_t>(wide.smoothing)},
       max(size, -std::numeric_limits<acc_t>::infinity()),
       sum(size, 0),
+      total(size, 0),
       shift(size),
       partial(size),
+      partial_total(size),
       target_logit(size),
       factor(size),
+      offset(size),
       target_gradient(size),
       argmax(size, -1) {
   positions = at::from_blob(const_cast<std::int64_t*>(live_positions), {size}, at::kLong);
   hidden = at::index_select(all_hidden, 0, positions).to(dtype);
 }
 
+void cap_all(std::vector<float>& logits, float softcap) {
+  row_kernels().cap_f32(logits.data(), static_cast<std::int64_t>(logits.size()), softcap);
+}
+void cap_all(std::vector<double>& logits, double softcap) {
+  row_kernels().cap_f64(logits.data(), static_cast<std::int64_t>(logits.size()), softcap);
+}
+
 template <typename acc_t>
-void Chunk<acc_t>::finish(Results& results) {
+void Chunk<acc_t>::finish(std::int64_t vocabulary, Results& results) {
+  if (options.softcap != 0) cap_all(target_logit, options.softcap);
+  const bool plain = !results.shaped() && options.z_loss == 0;
   acc_t* nll = results.nll.data_ptr<acc_t>();
   bool* correct = results.correct.data_ptr<bool>();
   for (std::int64_t c = 0; c < size; ++c) {
-    // not (max + log sum) - target: that would round at the size of the logits
-    const acc_t loss = (max[c] - target_logit[c]) + std::log(sum[c]);
-    factor[c] = static_cast<acc_t>(weights[c]) / sum[c];
-    // p - 1 of the target, without cancellation where p is near 1
-    target_gradient[c] = static_cast<acc_t>(weights[c]) * std::expm1(-loss);
-    nll[live_positions[c]] = loss;
+    const auto weight = static_cast<acc_t>(weights[c]);
+    const RowResult<acc_t> row =
+        plain ? delib_fast::finish<true>(max[c], sum[c], total[c], target_logit[c], weight, vocabulary, options)
+              : delib_fast::finish<false>(max[c], sum[c], total[c], target_logit[c], weight, vocabulary, options);
+    factor[c] = row.factor;
+    offset[c] = row.offset;
+    target_gradient[c] = row.target_gradient;
+    nll[live_positions[c]] = row.nll;
     correct[live_positions[c]] = argmax[c] == targets[c];
-    results.loss_sum += weights[c] * static_cast<double>(loss);
+    results.loss_sum += weights[c] * static_cast<double>(row.loss);
   }
 }
 
@@ -122,13 +138,14 @@ Outputs linear_cross_entropy_cpu(const at::Tensor& hidden, const at::Tensor& wei
                                  const std::optional<at::Tensor>& loss_weights,
                                  const std::optional<at::Tensor>& loss_positions, std::int64_t ignore_index,
                                  std::int64_t chunk_tokens, bool need_grad_hidden, bool need_grad_weight,
-                                 std::string_view gemm) {
+                                 double softcap, double z_loss, double label_smoothing, std::string_view gemm) {
   const auto acc = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto options = hidden.options();
   const LiveRows rows = find_live_rows(targets, loss_weights, loss_positions, ignore_index, weight.size(0));
   Results results;
   results.want_grad_hidden = need_grad_hidden;
   results.want_grad_weight = need_grad_weight;
+  results.options = {1, softcap, z_loss, label_smoothing};
   results.nll = at::zeros({hidden.size(0)}, options.dtype(acc));
   results.correct = at::zeros({hidden.size(0)}, options.dtype(at::kBool));
   results.grad_hidden = need_grad_hidden ? at::zeros(hidden.sizes(), options) : at::empty({0}, options);

@@ -24,13 +24,15 @@ template <typename acc_t>
 struct WidenedTable;
 template <>
 struct WidenedTable<float> {
-  static auto statistics() { return row_kernels().statistics_f32; }
-  static auto gradient() { return row_kernels().gradient_f32; }
+  static auto sweeps(const Results& results) {
+    return results.choose(row_kernels().plain_f32, row_kernels().shaped_f32);
+  }
 };
 template <>
 struct WidenedTable<double> {
-  static auto statistics() { return row_kernels().statistics_f64; }
-  static auto gradient() { return row_kernels().gradient_f64; }
+  static auto sweeps(const Results& results) {
+    return results.choose(row_kernels().plain_f64, row_kernels().shaped_f64);
+  }
 };
 
 // The weight in blocks of rows, each in the type that is computed in.
@@ -54,26 +56,27 @@ class WideWeight {
 };
 
 template <typename acc_t>
-void forward(Chunk<acc_t>& chunk, WideWeight& weight, at::Tensor& logits) {
+void forward(Chunk<acc_t>& chunk, WideWeight& weight, at::Tensor& logits, const Sweeps<acc_t, acc_t>& sweeps) {
   const std::int64_t vocabulary = logits.size(0);
   const at::Tensor hidden_t = chunk.hidden.t();
   for (std::int64_t v = 0; v < vocabulary; v += BLOCK_ROWS) {
     const std::int64_t rows = std::min(BLOCK_ROWS, vocabulary - v);
     at::Tensor out = logits.narrow(0, v, rows);
     at::mm_out(out, weight.block(v, rows), hidden_t);
-    chunk.add_logits(Block<acc_t>{out.data_ptr<acc_t>(), chunk.size, v, rows}, WidenedTable<acc_t>::statistics());
+    chunk.add_logits(Block<acc_t>{out.data_ptr<acc_t>(), chunk.size, v, rows}, sweeps);
   }
 }
 
 template <typename acc_t>
-void backward(Chunk<acc_t>& chunk, WideWeight& weight, at::Tensor& logits, bool first, Results& results) {
+void backward(Chunk<acc_t>& chunk, WideWeight& weight, at::Tensor& logits, const Sweeps<acc_t, acc_t>& sweeps,
+              bool first, Results& results) {
   const std::int64_t vocabulary = logits.size(0);
   at::Tensor grad_rows;
   if (results.want_grad_hidden) grad_rows = at::zeros_like(chunk.hidden);
   for (std::int64_t v = 0; v < vocabulary; v += BLOCK_ROWS) {
     const std::int64_t rows = std::min(BLOCK_ROWS, vocabulary - v);
     at::Tensor dz = logits.narrow(0, v, rows);
-    chunk.to_gradient(Block<acc_t>{dz.data_ptr<acc_t>(), chunk.size, v, rows}, WidenedTable<acc_t>::gradient());
+    chunk.to_gradient(Block<acc_t>{dz.data_ptr<acc_t>(), chunk.size, v, rows}, sweeps);
     if (results.want_grad_hidden) grad_rows.addmm_(dz.t(), weight.block(v, rows));
     if (results.want_grad_weight) {
       at::Tensor grad_block = results.grad_weight.narrow(0, v, rows);
@@ -99,12 +102,13 @@ void run(const at::Tensor& hidden, const at::Tensor& weight, const LiveRows& row
   const std::int64_t step = equal_chunk(rows.size(), most);
   const at::Tensor buffer = large_empty({vocabulary * std::min(step, rows.size())}, dtype);
   WideWeight wide(weight, dtype);
+  const Sweeps<acc_t, acc_t> sweeps = WidenedTable<acc_t>::sweeps(results);
   for (std::int64_t begin = 0; begin < rows.size(); begin += step) {
-    Chunk<acc_t> chunk(hidden, rows, begin, std::min(begin + step, rows.size()), dtype);
+    Chunk<acc_t> chunk(hidden, rows, begin, std::min(begin + step, rows.size()), dtype, results.options);
     at::Tensor logits = buffer.narrow(0, 0, vocabulary * chunk.size).view({vocabulary, chunk.size});
-    forward(chunk, wide, logits);
-    chunk.finish(results);
-    if (results.want_gradient()) backward(chunk, wide, logits, begin == 0, results);
+    forward(chunk, wide, logits, sweeps);
+    chunk.finish(vocabulary, results);
+    if (results.want_gradient()) backward(chunk, wide, logits, sweeps, begin == 0, results);
   }
 }
 

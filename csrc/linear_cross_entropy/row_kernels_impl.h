@@ -32,6 +32,7 @@ inline void store(bf16_bits* p, float x) {  // to nearest even; a NaN stays one
 }
 
 inline double exp_of(double x) { return exp(x); }
+inline double tanh_of(double x) { return tanh(x); }
 
 // e**x for x <= 0 (logits minus a maximum or an lse), about one ulp; 0 below the normal range, NaN for NaN.
 // Cephes' reduction and polynomial, in branch-free form so that compilers vectorise it.
@@ -53,10 +54,33 @@ inline float exp_of(float x) {
   return x < LOWEST ? 0.0f : mantissa * scale;
 }
 
-template <typename scalar_t, typename acc_t>
-void statistics(Block<scalar_t> block, Running<acc_t> running, std::int64_t begin, std::int64_t end) {
+// About one ulp: by exponentials and, near 0, where they cancel, by Cephes' polynomial.
+inline float tanh_of(float x) {
+  const float size = x < 0.0f ? -x : x;
+  const float e = exp_of(-2.0f * size);
+  const float far = (1.0f - e) / (1.0f + e);
+  const float s = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * s + 2.06390887954e-2f;
+  p = p * s - 5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s - 3.33332819422e-1f;
+  const float near = p * s * x + x;
+  return size < 0.625f ? near : (x < 0.0f ? -far : far);
+}
+
+// The logit that the softmax sees.
+template <bool PLAIN, typename acc_t>
+inline acc_t final_logit(acc_t z, acc_t softcap) {
+  return PLAIN || softcap == acc_t(0) ? z : softcap * tanh_of(z / softcap);
+}
+
+template <bool PLAIN, typename scalar_t, typename acc_t>
+void statistics(Block<scalar_t> block, Running<acc_t> running, acc_t softcap, std::int64_t begin, std::int64_t end) {
   acc_t* __restrict max = running.max;
   acc_t* __restrict sum = running.sum;
+  acc_t* __restrict total = running.total;
+  acc_t* __restrict partial_total = running.partial_total;
   acc_t* __restrict shift = running.shift;
   acc_t* __restrict partial = running.partial;
   std::int32_t* __restrict argmax = running.argmax;
@@ -67,7 +91,7 @@ void statistics(Block<scalar_t> block, Running<acc_t> running, std::int64_t begi
       const scalar_t* __restrict logits = block.data + r * block.leading;
       const auto entry = static_cast<std::int32_t>(block.first_row + r);
       for (std::int64_t c = begin; c < end; ++c) {
-        const acc_t x = load(logits + c);
+        const acc_t x = final_logit<PLAIN, acc_t>(load(logits + c), softcap);
         const bool larger = x > max[c];  // strictly: the first of equals is the argmax, as torch has it
         argmax[c] = larger ? entry : argmax[c];
         max[c] = larger ? x : max[c];
@@ -79,25 +103,46 @@ void statistics(Block<scalar_t> block, Running<acc_t> running, std::int64_t begi
       sum[c] *= exp_of(shift[c] - now);
       shift[c] = now;
       partial[c] = 0;
+      if (!PLAIN) partial_total[c] = 0;
     }
     for (std::int64_t r = row; r < stop; ++r) {
       const scalar_t* __restrict logits = block.data + r * block.leading;
-      for (std::int64_t c = begin; c < end; ++c) partial[c] += exp_of(load(logits + c) - shift[c]);
+      for (std::int64_t c = begin; c < end; ++c) {
+        const acc_t x = final_logit<PLAIN, acc_t>(load(logits + c), softcap);
+        partial[c] += exp_of(x - shift[c]);
+        if (!PLAIN) partial_total[c] += x;
+      }
     }
     // by partial sums: small probabilities are not lost one by one beside a sum of 1
-    for (std::int64_t c = begin; c < end; ++c) sum[c] += partial[c];
+    for (std::int64_t c = begin; c < end; ++c) {
+      sum[c] += partial[c];
+      if (!PLAIN) total[c] += partial_total[c];
+    }
   }
 }
 
-template <typename scalar_t, typename acc_t>
-void gradient(Block<scalar_t> block, const acc_t* __restrict max, const acc_t* __restrict factor,
-              std::int64_t begin, std::int64_t end) {
+template <bool PLAIN, typename scalar_t, typename acc_t>
+void gradient(Block<scalar_t> block, Finished<acc_t> token, acc_t softcap, std::int64_t begin, std::int64_t end) {
+  const acc_t* __restrict max = token.max;
+  const acc_t* __restrict factor = token.factor;
+  const acc_t* __restrict offset = token.offset;
   for (std::int64_t r = 0; r < block.rows; ++r) {
     scalar_t* __restrict logits = block.data + r * block.leading;
     for (std::int64_t c = begin; c < end; ++c) {
-      store(logits + c, factor[c] * exp_of(load(logits + c) - max[c]));
+      const acc_t x = final_logit<PLAIN, acc_t>(load(logits + c), softcap);
+      acc_t dz = factor[c] * exp_of(x - max[c]);
+      if (!PLAIN) {
+        const acc_t bent = softcap == acc_t(0) ? acc_t(0) : x / softcap;
+        dz = (dz - offset[c]) * (acc_t(1) - bent * bent);
+      }
+      store(logits + c, dz);
     }
   }
+}
+
+template <typename acc_t>
+void cap(acc_t* logits, std::int64_t count, acc_t softcap) {
+  for (std::int64_t i = 0; i < count; ++i) logits[i] = final_logit<false>(logits[i], softcap);
 }
 
 template <typename from_t, typename to_t>
@@ -110,12 +155,14 @@ void scale(const from_t* __restrict from, to_t* __restrict to, std::int64_t coun
 extern const RowKernels ROW_KERNELS;
 const RowKernels ROW_KERNELS = {
     ROW_KERNELS_NAME,
-    &statistics<float, float>,
-    &statistics<double, double>,
-    &statistics<bf16_bits, float>,
-    &gradient<float, float>,
-    &gradient<double, double>,
-    &gradient<bf16_bits, float>,
+    {&statistics<true, float, float>, &gradient<true, float, float>},
+    {&statistics<false, float, float>, &gradient<false, float, float>},
+    {&statistics<true, double, double>, &gradient<true, double, double>},
+    {&statistics<false, double, double>, &gradient<false, double, double>},
+    {&statistics<true, bf16_bits, float>, &gradient<true, bf16_bits, float>},
+    {&statistics<false, bf16_bits, float>, &gradient<false, bf16_bits, float>},
+    &cap<float>,
+    &cap<double>,
     &scale<float, float>,
     &scale<float, bf16_bits>,
     &scale<bf16_bits, bf16_bits>,

@@ -1,6 +1,6 @@
 // The arithmetic of one row of logits: how it is cut up, its softmax statistics, its loss, its gradient. Used by the
-// CUDA kernel, and compiled for the host by tests/ops/test_linear_cross_entropy_cuda.py, which holds it against
-// float64: it has no CUDA in it but the qualifiers.
+// CUDA kernel (and `finish` by the CPU's), and compiled for the host by tests/ops/test_linear_cross_entropy_cuda.py,
+// which holds it against float64: it has no CUDA in it but the qualifiers.
 //
 //   x    = softcap * tanh(scale * (z + bias) / softcap)        z is what the GEMM left; without options x = z
 //   nll  = logsumexp(x) - x[target]
@@ -20,11 +20,12 @@
 
 namespace delib_fast {
 
+template <typename real_t>
 struct RowOptions {
-  float scale;      // 1: off
-  float softcap;    // 0: off
-  float z_loss;     // 0: off
-  float smoothing;  // 0: off
+  real_t scale;      // 1: off
+  real_t softcap;    // 0: off
+  real_t z_loss;     // 0: off
+  real_t smoothing;  // 0: off
 };
 
 DELIB_FAST_HD float fast_exp(float x) {
@@ -83,57 +84,60 @@ DELIB_FAST_HD Statistics merge(const Statistics& a, const Statistics& b) {
 
 // The logit that the softmax sees.
 template <bool PLAIN>
-DELIB_FAST_HD float final_logit(float z, float bias, const RowOptions& options) {
+DELIB_FAST_HD float final_logit(float z, float bias, const RowOptions<float>& options) {
   if (PLAIN) return z;
   const float scaled = (z + bias) * options.scale;
   return options.softcap > 0 ? options.softcap * tanhf(scaled / options.softcap) : scaled;
 }
 
 // dx/dz, from x.
-DELIB_FAST_HD float slope(float x, const RowOptions& options) {
-  const float bent = options.softcap > 0 ? x / options.softcap : 0.0f;
-  return options.scale * (1.0f - bent * bent);
+template <typename real_t>
+DELIB_FAST_HD real_t slope(real_t x, const RowOptions<real_t>& options) {
+  const real_t bent = options.softcap > 0 ? x / options.softcap : real_t(0);
+  return options.scale * (real_t(1) - bent * bent);
 }
 
 // A finished row: what is reported of it, and what its gradient needs.
+template <typename real_t>
 struct RowResult {
-  float nll;
-  float loss;             // nll with smoothing and z-loss, without the weight
-  float max;
-  float factor;           // of exp(x - max)
-  float offset;           // subtracted from every entry: smoothing
-  float target_gradient;  // computed in float32 without cancellation where p is near 1; rounded once, when stored
+  real_t nll;
+  real_t loss;             // nll with smoothing and z-loss, without the weight
+  real_t max;
+  real_t factor;           // of exp(x - max)
+  real_t offset;           // subtracted from every entry: smoothing
+  real_t target_gradient;  // without cancellation where p is near 1; rounded once, when stored
 };
 
-// `target_logit` is NaN for a target outside the vocabulary, which makes the loss NaN.
-template <bool PLAIN>
-DELIB_FAST_HD RowResult finish(const Statistics& s, float target_logit, float weight, std::int64_t vocabulary,
-                               const RowOptions& options) {
-  RowResult row;
-  const float log_sum = logf(s.sum);
-  row.max = s.max;
-  row.nll = (s.max - target_logit) + log_sum;  // not lse - target: that would round at the size of the logits
+// From a row's max, sum and total as in Statistics. `target_logit`, as the softmax sees it, is NaN for a target
+// outside the vocabulary, which makes the loss NaN.
+template <bool PLAIN, typename real_t>
+DELIB_FAST_HD RowResult<real_t> finish(real_t max, real_t sum, real_t total, real_t target_logit, real_t weight,
+                                       std::int64_t vocabulary, const RowOptions<real_t>& options) {
+  RowResult<real_t> row;
+  const real_t log_sum = log(sum);
+  row.max = max;
+  row.nll = (max - target_logit) + log_sum;  // not lse - target: that would round at the size of the logits
   row.loss = row.nll;
-  row.factor = weight / s.sum;
+  row.factor = weight / sum;
   row.offset = 0;
-  row.target_gradient = weight * expm1f(-row.nll);
+  row.target_gradient = weight * expm1(-row.nll);
   if (PLAIN) return row;
-  const float lse = s.max + log_sum;
-  const float share = options.smoothing / static_cast<float>(vocabulary);
+  const real_t lse = max + log_sum;
+  const real_t share = options.smoothing / static_cast<real_t>(vocabulary);
   // not where it is off: 0 * inf would make a masked-out entry's -inf a NaN
-  if (options.smoothing != 0) row.loss += options.smoothing * target_logit - share * s.total;
+  if (options.smoothing != 0) row.loss += options.smoothing * target_logit - share * total;
   row.loss += options.z_loss * lse * lse;
-  const float z_slope = 2.0f * options.z_loss * lse;
-  row.factor *= 1.0f + z_slope;
+  const real_t z_slope = 2 * options.z_loss * lse;
+  row.factor *= 1 + z_slope;
   row.offset = weight * share;
-  row.target_gradient += weight * (z_slope * fast_exp(-row.nll) + options.smoothing - share);
+  row.target_gradient += weight * (z_slope * exp(-row.nll) + options.smoothing - share);
   row.target_gradient *= slope(target_logit, options);
   return row;
 }
 
 // dz of an entry that is not the target.
 template <bool PLAIN>
-DELIB_FAST_HD float gradient(float x, const RowResult& row, const RowOptions& options) {
+DELIB_FAST_HD float gradient(float x, const RowResult<float>& row, const RowOptions<float>& options) {
   const float p = row.factor * fast_exp(x - row.max);
   return PLAIN ? p : (p - row.offset) * slope(x, options);
 }

@@ -34,7 +34,7 @@ struct Arguments {
   std::uint8_t* correct;          // (T,)
   std::int64_t vocabulary;
   std::int64_t ignore_index;
-  RowOptions options;
+  RowOptions<float> options;
   int cached_vectors;  // of a slice, in shared memory
   bool need_gradient;
 };
@@ -123,7 +123,7 @@ struct SliceWalker {
   }
 
   // What was cached is read by the thread that wrote it: nothing to wait for.
-  __device__ void write_gradient(const RowResult& result, std::int64_t target) const {
+  __device__ void write_gradient(const RowResult<float>& result, std::int64_t target) const {
     for (std::int32_t v = threadIdx.x; v < slice.vectors; v += THREADS) {
       Vec vec;
       vec.raw = v < a.cached_vectors ? cache[v] : *vector_at(v);
@@ -208,7 +208,8 @@ __global__ void __launch_bounds__(THREADS, 2) softmax_gradient_kernel(const Argu
 #endif
   }
 
-  const RowResult result = finish<PLAIN>(of_row, target_logit, weight, a.vocabulary, a.options);
+  const RowResult<float> result =
+      finish<PLAIN>(of_row.max, of_row.sum, of_row.total, target_logit, weight, a.vocabulary, a.options);
   if (reports) {
     a.nll[position] = result.nll;
     a.correct[position] = of_row.argmax == target;
@@ -315,7 +316,7 @@ int delib_fast_softmax_gradient(void* logits, int dtype, std::int64_t rows, std:
   constexpr std::int64_t MOST = (std::int64_t{1} << 31) - 64;
   if (rows == 0) return cudaSuccess;
   if (rows < 0 || rows > MOST / MOST_BLOCKS_A_ROW || vocabulary < 1 || vocabulary > MOST) return cudaErrorInvalidValue;
-  const RowOptions options{scale, softcap, z_loss, smoothing};
+  const RowOptions<float> options{scale, softcap, z_loss, smoothing};
   const Arguments a{logits, positions, targets, weights, bias, nll, loss, correct, vocabulary, ignore_index,
                     options, 0, need_gradient != 0};
   const bool plain = bias == nullptr && scale == 1 && softcap == 0 && z_loss == 0 && smoothing == 0;

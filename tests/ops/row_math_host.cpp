@@ -14,7 +14,7 @@ template <bool PLAIN>
 struct HostRow {
   float* row;
   const float* bias;
-  RowOptions options;
+  RowOptions<float> options;
   int threads;
 
   float logit(std::int32_t entry) const {
@@ -51,14 +51,15 @@ struct HostRow {
 
 template <bool PLAIN>
 void run(float* row, std::int64_t vocabulary, const float* bias, std::int64_t target, float weight,
-         const RowOptions& options, int parts, int threads, float* loss_and_nll, std::int32_t* argmax) {
+         const RowOptions<float>& options, int parts, int threads, float* loss_and_nll, std::int32_t* argmax) {
   const HostRow<PLAIN> host{row, bias, options, threads};
   Statistics all = no_statistics();
   for (int part = 0; part < parts; ++part)
     all = merge(all, host.of_part(slice_of(reinterpret_cast<std::uint64_t>(row), vocabulary, 4, part, parts)));
   const bool known = target >= 0 && target < vocabulary;
   const float target_logit = known ? host.logit(static_cast<std::int32_t>(target)) : NAN;
-  const RowResult result = finish<PLAIN>(all, target_logit, weight, vocabulary, options);
+  const RowResult<float> result =
+      finish<PLAIN>(all.max, all.sum, all.total, target_logit, weight, vocabulary, options);
   loss_and_nll[0] = result.loss;
   loss_and_nll[1] = result.nll;
   *argmax = all.argmax;
@@ -76,7 +77,7 @@ extern "C" {
 void row_on_host(float* row, std::int64_t vocabulary, const float* bias, std::int64_t target, float weight,
                  float scale, float softcap, float z_loss, float smoothing, int parts, int threads,
                  float* loss_and_nll, std::int32_t* argmax) {
-  const RowOptions options{scale, softcap, z_loss, smoothing};
+  const RowOptions<float> options{scale, softcap, z_loss, smoothing};
   const bool plain = bias == nullptr && scale == 1 && softcap == 0 && z_loss == 0 && smoothing == 0;
   (plain ? run<true> : run<false>)(row, vocabulary, bias, target, weight, options, parts, threads, loss_and_nll,
                                    argmax);

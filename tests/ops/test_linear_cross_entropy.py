@@ -228,7 +228,7 @@ def test_both_cpu_paths_in_bfloat16(gemm, T, H):
     skip_if_unavailable("cpu")
     case = make_case(T, H, 1103, torch.bfloat16, device="cpu")
     op = torch.ops.delib_fast.linear_cross_entropy_cpu
-    loss, nll, correct, *grads = op(*case, None, -100, 32, True, True, gemm)
+    loss, nll, correct, *grads = op(*case, None, -100, 32, True, True, gemm=gemm)
     exact, theirs = eager(case.to(torch.float64)), eager(case)
     torch.testing.assert_close(loss, (nll * case.loss_weights).sum())
     assert grads[1].dtype == torch.float32

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from delib_fast.ops._dispatch import Backend, choose
 from delib_fast.ops.linear_cross_entropy import _cpu, _cuda, _triton
+from delib_fast.ops.linear_cross_entropy._gradient_in_forward import Terms
 from delib_fast.ops.linear_cross_entropy._sharded import gather_weight, is_sharded
 from delib_fast.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
 
@@ -19,8 +20,8 @@ BIAS_COLUMNS = 8  # one is the bias; the rest are zeros, so that rows of 16-bit 
 class LossOutput(NamedTuple):
     """What linear_cross_entropy returns; T packed tokens."""
 
-    loss_sum: Tensor  # ()   float32: Σ loss_weights · nll, the only differentiable output
-    nll: Tensor  # (T,) float32, detached: 0 where nothing is supervised
+    loss_sum: Tensor  # ()   float32: Σ loss_weights · (nll + what z_loss and label_smoothing add); differentiable
+    nll: Tensor  # (T,) float32, detached: -log p(target), whatever is added; 0 where nothing is supervised
     correct: Tensor  # (T,) bool: the target is the argmax (the first, of equal logits)
 
 
@@ -35,10 +36,19 @@ def _run_reference(
     loss_weights: Tensor | None,
     loss_positions: Tensor | None,
     ignore_index: int,
-    *_gradients_and_chunks: Any,
+    _chunk_tokens: int,
+    _need_grad_hidden: bool,
+    _need_grad_weight: bool,
+    *terms: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return linear_cross_entropy_reference(
-        hidden, weight, targets, loss_weights, ignore_index=ignore_index, loss_positions=loss_positions
+        hidden,
+        weight,
+        targets,
+        loss_weights,
+        ignore_index=ignore_index,
+        loss_positions=loss_positions,
+        **Terms(*terms)._asdict(),
     )
 
 
@@ -58,6 +68,9 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
     ignore_index: int = -100,
     loss_positions: Tensor | None = None,
     chunk_tokens: int | None = None,
@@ -67,8 +80,11 @@ def linear_cross_entropy(
 
         rows     = the t with targets[t] != ignore_index and loss_weights[t] != 0
         z[t]     = logit_scale * (hidden[t] @ weight.T + bias)
-        nll[t]   = logsumexp(z[t]) - z[t, targets[t]]
-        loss_sum = Σ loss_weights[t] * nll[t]                        over rows; a sum, never a mean
+        x[t]     = softcap * tanh(z[t] / softcap)                    z[t] without a softcap
+        lse[t]   = logsumexp(x[t])
+        nll[t]   = lse[t] - x[t, targets[t]]
+        loss[t]  = nll[t] + z_loss * lse[t]**2 + label_smoothing * (x[t, targets[t]] - mean(x[t]))
+        loss_sum = Σ loss_weights[t] * loss[t]                       over rows; a sum, never a mean
 
     Args:
         hidden: (T, H) float32, bfloat16 or float16 (float64 on the reference and cpu backends).
@@ -77,6 +93,10 @@ def linear_cross_entropy(
         loss_weights: (T,) floating; 1 everywhere if None. Rows of weight 0 are not computed.
         bias: (V,), the dtype and device of `weight`; none if None.
         logit_scale: a model's constant factor of its logits, a finite number.
+        softcap: the bound that tanh holds the logits to (a model's final_logit_softcapping); none if None.
+        z_loss: the factor of lse², which keeps the softmax's normaliser near 1 (1e-4 is usual); 0 for none.
+        label_smoothing: the share, in [0, 1], of a target that is spread evenly over the vocabulary, as in
+            F.cross_entropy. It and z_loss enter loss_sum and the gradients; nll stays -log p(target).
         ignore_index: the target of rows that are not supervised.
         loss_positions: (L,) int64 on the same device: which rows to compute, each once, if the host knows. Rows
             that are not listed count as not supervised. With it a GPU backend never waits for the device.
@@ -92,23 +112,25 @@ def linear_cross_entropy(
             does not wait, makes that row's loss NaN instead).
         BackendUnavailable: the backend asked for cannot run here.
 
-    Numerics: softmax and loss in float32; the gradient of a logit is rounded once to the inputs' dtype, the
+    Numerics: tanh, softmax and loss in float32; the gradient of a logit is rounded once to the inputs' dtype, the
     target's entry after being computed in float32; the weight's gradient accumulates in float32 over all chunks.
     logit_scale multiplies `hidden`, rounded to its dtype (exactly, where the scale is a power of two).
     A row that is not supervised is skipped: not even a NaN in it can reach a loss or a gradient. With no
-    supervised row the loss is 0 and so are the gradients. Deterministic on every backend.
+    supervised row the loss is 0 and so are the gradients. Deterministic on every backend. A logit of -inf (an
+    entry masked out) has a probability of 0; with label_smoothing it makes the loss infinite, as in torch.
 
     Cost: 6·L·H·V FLOPs for L supervised rows (4 with one gradient, 2 with none); both gradients are computed in
     the forward pass, so nothing is recomputed. Memory: dX, dW (V·H float32) and chunk_tokens·V logits. A bias
     costs a copy of `weight` with 8 more columns, and of its gradient; without one nothing is copied.
 
     Source: the gradient-in-forward scheme of Liger Kernel (arXiv 2410.10989), row compaction as in Cut
-    Cross-Entropy (arXiv 2411.09009).
+    Cross-Entropy (arXiv 2411.09009); softcap as in Gemma 2 (arXiv 2408.00118), z-loss as in PaLM (arXiv 2204.02311).
     """
     _check_whole(hidden, weight, bias)
     hidden, weight = _autocast(hidden), _autocast(weight)
     _check(hidden, weight, targets, loss_weights, loss_positions, chunk_tokens)
     _check_logits(weight, bias, logit_scale)
+    terms = _checked_terms(softcap, z_loss, label_smoothing)
     if bias is not None:
         hidden, weight = _with_bias(hidden, weight, _autocast(bias))
     if logit_scale != 1:
@@ -125,6 +147,7 @@ def linear_cross_entropy(
             0 if chunk_tokens is None else chunk_tokens,
             torch.is_grad_enabled() and hidden.requires_grad,
             torch.is_grad_enabled() and weight.requires_grad,
+            *terms,
         )
     return LossOutput(outputs[0], outputs[1].detach(), outputs[2])
 
@@ -146,6 +169,9 @@ class FusedLossHead(nn.Module):
         bias: nn.Parameter | None = None,
         *,
         logit_scale: float = 1.0,
+        softcap: float | None = None,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
         backend: str = "auto",
         chunk_tokens: int | None = None,
     ):
@@ -153,12 +179,16 @@ class FusedLossHead(nn.Module):
         self.weight = weight
         self.register_parameter("bias", bias)
         self.logit_scale = logit_scale
+        self.softcap = softcap
+        self.z_loss = z_loss
+        self.label_smoothing = label_smoothing
         self.backend = backend
         self.chunk_tokens = chunk_tokens
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, *, logit_scale: float = 1.0, backend: str = "auto") -> "FusedLossHead":
-        """The head with the weight, and the bias, of `linear`; ValueError for a head that is more than a matrix."""
+    def from_linear(cls, linear: nn.Module, **options: Any) -> "FusedLossHead":
+        """The head with the weight, and the bias, of `linear`; the options are those of the constructor. ValueError
+        for a head that is more than a matrix and a bias."""
         if type(linear) is not nn.Linear:
             raise ValueError(
                 f"{type(linear).__module__}.{type(linear).__qualname__} is not a plain nn.Linear: replacing it by a "
@@ -166,7 +196,7 @@ class FusedLossHead(nn.Module):
                 "adapter's target modules, or merge the adapter first"
             )
         weight: Any = linear.weight  # a Parameter, though nn.Linear says Tensor
-        return cls(weight, linear.bias, logit_scale=logit_scale, backend=backend)
+        return cls(weight, linear.bias, **options)
 
     def forward(
         self,
@@ -182,6 +212,9 @@ class FusedLossHead(nn.Module):
             loss_weights,
             bias=None if self.bias is None else gather_weight(self.bias),
             logit_scale=self.logit_scale,
+            softcap=self.softcap,
+            z_loss=self.z_loss,
+            label_smoothing=self.label_smoothing,
             loss_positions=loss_positions,
             chunk_tokens=self.chunk_tokens,
             backend=self.backend,
@@ -189,7 +222,8 @@ class FusedLossHead(nn.Module):
 
     def extra_repr(self) -> str:
         V, H = self.weight.shape
-        return f"hidden={H}, vocabulary={V}, backend={self.backend!r}"
+        softcap = "" if self.softcap is None else f", softcap={self.softcap:g}"
+        return f"hidden={H}, vocabulary={V}{softcap}, backend={self.backend!r}"
 
 
 def _autocast(tensor: Tensor) -> Tensor:
@@ -265,6 +299,16 @@ def _check_logits(weight: Tensor, bias: Tensor | None, logit_scale: float) -> No
         raise ValueError(f"{OP}: bias is {bias.dtype} and weight {weight.dtype}; cast one of them")
     if not math.isfinite(logit_scale):
         raise ValueError(f"{OP}: logit_scale={logit_scale}; it must be a finite number, 1 for none")
+
+
+def _checked_terms(softcap: float | None, z_loss: float, label_smoothing: float) -> Terms:
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{OP}: softcap={softcap}; it must be a positive number, None for none")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"{OP}: z_loss={z_loss}; it must be a number of at least 0, 0 for none")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{OP}: label_smoothing={label_smoothing}; it must be in [0, 1], 0 for none")
+    return Terms(softcap or 0.0, float(z_loss), float(label_smoothing))
 
 
 def _check_rows(name: str, tensor: Tensor, rows: torch.Size, dtype: torch.dtype | None) -> None:

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from delib_fast.ops.linear_cross_entropy._gradient_in_forward import Results, accumulator_dtype, empty_results
+from delib_fast.ops.linear_cross_entropy._gradient_in_forward import Results, Terms, accumulator_dtype, empty_results
 
 DEFAULT_CHUNK_TOKENS = 4096  # fewer, and reading and writing the float32 dW once a chunk begins to show
 ROW_ALIGNMENT = 128
@@ -27,9 +27,11 @@ class Pass(Protocol):
         targets: Tensor,  # (T,) int64
         row_weights: Tensor | None,  # (T,) float32
         nll: Tensor,  # (T,) float32, written at positions
+        loss: Tensor | None,  # (T,) float32, written at positions: nll with z-loss and smoothing, if there are any
         correct: Tensor,  # (T,) bool, written at positions
         ignore_index: int,
         need_gradient: bool,
+        terms: Terms,
     ) -> None: ...
 
 
@@ -67,9 +69,12 @@ def run_chunks(
     chunk_tokens: int,
     need_grad_hidden: bool,
     need_grad_weight: bool,
+    *options: float,
 ) -> Results:
+    terms = Terms(*options)
     loss_sum, nll, correct, grad_hidden, grad_weight = empty_results(hidden, weight, need_grad_hidden, need_grad_weight)
     nll.zero_(), correct.zero_(), grad_hidden.zero_()
+    loss = None if terms.loss_is_nll else torch.zeros_like(nll)
     live = _supervised(targets, loss_weights, ignore_index)
     positions = live.nonzero().squeeze(1) if loss_positions is None else loss_positions.contiguous()
     V, num_rows = weight.shape[0], positions.shape[0]
@@ -85,7 +90,7 @@ def run_chunks(
         logits = buffer[: chunk.shape[0] * V].view(-1, V)
         torch.mm(rows, weight.T, out=logits)
         need_gradient = need_grad_hidden or need_grad_weight
-        launch(logits, chunk, targets, row_weights, nll, correct, ignore_index, need_gradient)
+        launch(logits, chunk, targets, row_weights, nll, loss, correct, ignore_index, need_gradient, terms)
         if need_grad_hidden:
             grad_hidden.index_copy_(0, chunk, logits @ weight)
         if need_grad_weight:
@@ -93,6 +98,7 @@ def run_chunks(
     if num_rows == 0:
         grad_weight.zero_()
     wide = accumulator_dtype(hidden.dtype)
-    weighted = nll if row_weights is None else torch.where(live, nll * row_weights, 0)
+    loss = nll if loss is None else loss
+    weighted = loss if row_weights is None else torch.where(live, loss * row_weights, 0)
     loss_sum.copy_(weighted.sum(dtype=wide))
     return loss_sum, nll, correct, grad_hidden, grad_weight

@@ -1,5 +1,7 @@
 """The C++ backend: csrc/linear_cross_entropy, chosen on a CPU wherever the compiled module is there."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,25 +22,5 @@ def why_not(hidden: Tensor, weight: Tensor) -> str | None:
     return WHY_NO_COMPILED
 
 
-def run(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    loss_weights: Tensor | None,
-    loss_positions: Tensor | None,
-    ignore_index: int,
-    chunk_tokens: int,
-    need_grad_hidden: bool,
-    need_grad_weight: bool,
-) -> Results:
-    return torch.ops.delib_fast.linear_cross_entropy_cpu(
-        hidden,
-        weight,
-        targets,
-        loss_weights,
-        loss_positions,
-        ignore_index,
-        chunk_tokens,
-        need_grad_hidden,
-        need_grad_weight,
-    )
+def run(*args: Any) -> Results:
+    return torch.ops.delib_fast.linear_cross_entropy_cpu(*args)

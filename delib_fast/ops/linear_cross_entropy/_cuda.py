@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from delib_fast.ops.linear_cross_entropy._chunked import run_chunks
-from delib_fast.ops.linear_cross_entropy._gradient_in_forward import Results, define
+from delib_fast.ops.linear_cross_entropy._gradient_in_forward import Results, Terms, define
 
 LIBRARY_PATH = Path(__file__).parents[2] / "libdelib_fast_cuda.so"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the numbers of the C interface
@@ -67,9 +67,11 @@ def launch(
     targets: Tensor,  # (T,) int64
     row_weights: Tensor | None,  # (T,) float32
     nll: Tensor,  # (T,) float32, written at positions
+    loss: Tensor | None,  # (T,) float32, written at positions
     correct: Tensor,  # (T,) bool, written at positions
     ignore_index: int,
     need_gradient: bool,
+    terms: Terms,
 ) -> None:
     library = _library()
     if isinstance(library, str):
@@ -87,13 +89,11 @@ def launch(
             _pointer(row_weights),
             None,
             nll.data_ptr(),
-            None,
+            _pointer(loss),
             correct.data_ptr(),
             ignore_index,
-            1.0,
-            0.0,
-            0.0,
-            0.0,
+            1.0,  # logit_scale is in `hidden` already, the bias in the product
+            *terms,
             need_gradient,
             torch.cuda.current_stream().cuda_stream,
         )

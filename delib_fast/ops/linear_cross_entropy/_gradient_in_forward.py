@@ -5,7 +5,7 @@ for the backward pass, which multiplies them by the upstream gradient. A gradien
 tensor, and its GEMM is not done.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,23 @@ from delib_fast.ops._library import LIBRARY
 
 ARGUMENTS = (
     "(Tensor hidden, Tensor weight, Tensor targets, Tensor? loss_weights, Tensor? loss_positions, "
-    "int ignore_index, int chunk_tokens, bool need_grad_hidden, bool need_grad_weight{more}) -> "
+    "int ignore_index, int chunk_tokens, bool need_grad_hidden, bool need_grad_weight, "
+    "float softcap=0.0, float z_loss=0.0, float label_smoothing=0.0{more}) -> "
     "(Tensor loss_sum, Tensor nll, Tensor correct, Tensor grad_hidden, Tensor grad_weight)"
 )
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Terms(NamedTuple):
+    """What is done to the logits, and added to the loss; each is off at 0."""
+
+    softcap: float = 0.0
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+
+    @property
+    def loss_is_nll(self) -> bool:
+        return self.z_loss == 0 and self.label_smoothing == 0
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
