@@ -15,6 +15,7 @@ from delib_fast.data import Row, Segment
 from delib_fast.evals.intervals import Estimate, ratio
 from delib_fast.evals.scoring import Scorer, adapters_off, frozen, hidden_states
 from delib_fast.models import TrainableLM
+from delib_fast.ops import FusedLossHead
 
 CHUNK_TOKENS = 256
 
@@ -62,8 +63,8 @@ def drift_from_base(scorer: Scorer, rows: Sequence[Row], base: TrainableLM | Non
             with adapters_off(scorer.model) if base is None else contextlib.nullcontext():
                 base_hidden = hidden_states(scorer.model if base is None else base, batch)
             at = batch.loss_positions
-            figures = _compare(hidden[at], _head(scorer.model), base_hidden[at],
-                               _head(scorer.model if base is None else base), batch.targets[at], chunk_tokens)
+            figures = _compare(hidden[at], scorer.model.head, base_hidden[at],
+                               (scorer.model if base is None else base).head, batch.targets[at], chunk_tokens)
             owner = np.searchsorted(np.array(batch.cu_seqlens_host), at.cpu().numpy(), side="right") - 1
             index = np.array(batch.example_ids)[owner], batch.segment_ids[at].cpu().numpy()
             np.add.at(sums, index, np.column_stack([figures, np.ones(len(figures))]))
@@ -76,28 +77,18 @@ def _figures(segment: Segment, sums: np.ndarray) -> Drift:
                  int(tokens.sum()))
 
 
-def _head(model: TrainableLM) -> Tensor:
-    weight: Tensor = model.head.weight  # type: ignore[assignment]
-    return weight
-
-
-def _compare(hidden: Tensor, weight: Tensor, base_hidden: Tensor, base_weight: Tensor, targets: Tensor,
+def _compare(hidden: Tensor, head: FusedLossHead, base_hidden: Tensor, base_head: FusedLossHead, targets: Tensor,
              chunk_tokens: int) -> np.ndarray:
     """(L, 3) of each position: KL(base ‖ model), nll under the base, nll under the model."""
-    if weight.shape[0] != base_weight.shape[0]:
-        raise ValueError(f"the model has a vocabulary of {weight.shape[0]} and the base one of "
-                         f"{base_weight.shape[0]}: their predictions can't be compared")
+    if head.vocabulary != base_head.vocabulary:
+        raise ValueError(f"the model has a vocabulary of {head.vocabulary} and the base one of "
+                         f"{base_head.vocabulary}: their predictions can't be compared")
     parts = []
     for rows in torch.arange(len(hidden), device=hidden.device).split(chunk_tokens):
-        log_p = _log_softmax(hidden[rows], weight)
-        log_p0 = _log_softmax(base_hidden[rows], base_weight)
+        log_p = torch.log_softmax(head.logits(hidden[rows]), dim=-1)
+        log_p0 = torch.log_softmax(base_head.logits(base_hidden[rows]), dim=-1)
         target = targets[rows].unsqueeze(1)
         nll, base_nll = -log_p.gather(1, target).squeeze(1), -log_p0.gather(1, target).squeeze(1)
         kl = (log_p0.exp() * log_p.neg_().add_(log_p0)).sum(1)
         parts.append(torch.stack([kl, base_nll, nll], 1))
     return torch.cat(parts).double().cpu().numpy() if parts else np.zeros((0, 3))
-
-
-def _log_softmax(hidden: Tensor, weight: Tensor) -> Tensor:
-    logits = hidden.to(weight.dtype) @ weight.T
-    return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from delib_fast.models.attention import UnsupportedModelError, unsupported
-from delib_fast.models.lm import check_logits, unsupported_head
+from delib_fast.models.lm import check_logits, logit_options, unsupported_head
 from delib_fast.models.switching import configs_with_attention, in_a_pack, set_attention, switching_name
 from delib_fast.models.unpadding import as_pack, why_not_a_pack
 from delib_fast.ops import linear_cross_entropy
@@ -101,15 +101,16 @@ class _Forward:
 class _HeadForward(_Forward):
     """logits = head(hidden) as ever; head(hidden, targets) is the fused loss, of which no (T, V) tensor is made."""
 
-    def __init__(self, module: nn.Module, backend: str) -> None:
+    def __init__(self, module: nn.Module, **options: Any) -> None:
         super().__init__(module)
-        self.backend = backend
+        self.options = options
 
     def patched(self, hidden: Tensor, targets: Tensor | None = None, loss_weights: Tensor | None = None) -> Any:
         if targets is None:
             return self.stock(hidden)
         weight: Any = self.module.weight
-        return linear_cross_entropy(hidden, weight, targets, loss_weights, backend=self.backend)
+        bias: Any = self.module.bias
+        return linear_cross_entropy(hidden, weight, targets, loss_weights, bias=bias, **self.options)
 
 
 class _BaseForward(_Forward):
@@ -270,8 +271,9 @@ def apply(model: nn.Module, *, loss: bool = True, attention: bool = True, layers
     Returns:
         the model that came.
     Raises:
-        UnsupportedModelError: what in the model can't be done exactly, by name: a head with an adapter (LoRA) or a
-            bias, logits capped or scaled, an attention that does not come from transformers' AttentionInterface.
+        UnsupportedModelError: what in the model can't be done exactly, by name: a head with an adapter (LoRA),
+            logits changed by more than a factor and a cap, an attention that does not come from transformers'
+            AttentionInterface.
         ValueError: it has been applied already, or the model is none of transformers'.
     """
     inner = _causal_lm(model)
@@ -285,7 +287,7 @@ def apply(model: nn.Module, *, loss: bool = True, attention: bool = True, layers
     patch = _Patch([], [])
     if loss:
         check_logits(inner, next(name for name, module in inner.named_modules() if module is head))
-        patch.forwards += [_HeadForward(head, loss_backend), _ModelForward(inner)]
+        patch.forwards += [_HeadForward(head, backend=loss_backend, **logit_options(inner)), _ModelForward(inner)]
     if attention:
         patch.forwards.append(_BaseForward(inner.base_model, attention_backend))  # type: ignore[arg-type]
         for config in configs_with_attention(inner):

@@ -82,6 +82,7 @@ def stock(model: TrainableLM | PreTrainedModel) -> Iterator[PreTrainedModel]:
     fused, inner = model.head, model.model
     linear = model._stock[0]
     linear.weight = fused.weight
+    linear.register_parameter("bias", fused.bias)
     inner.set_submodule(model._head_name, linear)
     inner.set_attn_implementation(_ATTENTION)
     inner.config.use_cache = True

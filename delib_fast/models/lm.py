@@ -26,9 +26,6 @@ from delib_fast.models.attention import (
 )
 from delib_fast.ops import FusedLossHead, LossOutput
 
-# Config keys by which architectures change their logits behind the head, and the value that changes nothing.
-_LOGIT_KEYS = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1, "logits_scale": 1,
-               "lm_head_multiplier": 1}
 _PROBE_TOKENS = 4
 
 
@@ -38,6 +35,8 @@ class TrainableLM(nn.Module):
         hidden (T, H)                 = model.base_model(batch)              # each run by itself
         loss_sum, nll (T,), correct   = lm_head(hidden, targets, weights)    # no (T, V) tensor
 
+    The head's bias, and a factor or cap of the logits that the model's config names, are the fused head's too.
+
     Args:
         model: any causal LM of transformers whose attention comes from its AttentionInterface. It is changed
             in place; `unpatch` changes it back.
@@ -45,8 +44,8 @@ class TrainableLM(nn.Module):
         loss_backend: of `ops.linear_cross_entropy`.
     Raises:
         UnsupportedModelError: the model has something that can't be done exactly this way, by name: a head
-            with a bias, wrapped by LoRA or otherwise not an nn.Linear; logits scaled or capped behind the
-            head; an attention that can't keep documents apart.
+            wrapped by LoRA or otherwise not an nn.Linear; logits changed behind the head by what is no factor
+            and no cap; an attention that can't keep documents apart.
     """
 
     def __init__(self, model: PreTrainedModel, *, attention_backend: str = "auto",
@@ -63,8 +62,7 @@ class TrainableLM(nn.Module):
         check_logits(model, self._head_name)
         model.set_attn_implementation(NAME)
         model.config.use_cache = False
-        fused = FusedLossHead.from_linear(head)
-        fused.backend = loss_backend
+        fused = FusedLossHead.from_linear(head, backend=loss_backend, **logit_options(model))
         model.set_submodule(self._head_name, fused)
 
     def forward(self, batch: PackedBatch) -> LossOutput:
@@ -76,8 +74,9 @@ class TrainableLM(nn.Module):
         return self.head(hidden.squeeze(0), batch.targets, batch.loss_weights, batch.loss_positions)
 
     @property
-    def head(self) -> nn.Module:
-        return self.model.get_submodule(self._head_name)
+    def head(self) -> FusedLossHead:
+        head: Any = self.model.get_submodule(self._head_name)
+        return head
 
     @property
     def shares_prompts(self) -> bool:
@@ -95,7 +94,9 @@ class TrainableLM(nn.Module):
         if self._stock is None:
             raise ValueError("this TrainableLM has been unpatched already; wrap the model again to train it")
         linear, attention, use_cache = self._stock
-        linear.weight = self.head.weight  # the same Parameter, unless somebody replaced it in the meantime
+        # the same Parameters, unless somebody replaced them in the meantime
+        linear.weight = self.head.weight
+        linear.register_parameter("bias", self.head.bias)
         self.model.set_submodule(self._head_name, linear)
         self.model.set_attn_implementation(attention)
         self.model.config.use_cache = use_cache
@@ -129,14 +130,21 @@ def unsupported_head(model: PreTrainedModel) -> str | None:
     if type(head) is not nn.Linear:
         kind = f"{type(head).__module__}.{type(head).__name__}"
         return f"the output head of {name} is a {kind}; only nn.Linear is known"
-    if head.bias is not None:
-        return f"the output head of {name} has a bias, which the fused loss does not take"
-    config = model.config.get_text_config()
-    for key, neutral in _LOGIT_KEYS.items():
-        value = getattr(config, key, neutral)
-        if value is not None and value != neutral:
-            return f"{name} changes its logits behind the head ({key}: {value}); the fused loss does not"
     return None
+
+
+def logit_options(model: PreTrainedModel) -> dict[str, Any]:
+    """`logit_scale` and `softcap` of `ops.linear_cross_entropy`, from the model's config; `check_logits` checks them.
+
+    Architectures name their factor differently: Cohere multiplies by `logit_scale`, Falcon-H1 by
+    `lm_head_multiplier`, Granite and MiniCPM3 divide by `logits_scaling`. Gemma 2 and its kin cap at
+    `final_logit_softcapping`.
+    """
+    config = model.config.get_text_config()
+    scale = 1.0
+    for key, power in (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1)):
+        scale *= float(getattr(config, key, None) or 1.0) ** power
+    return {"logit_scale": scale, "softcap": getattr(config, "final_logit_softcapping", None) or None}
 
 
 class _Echo(nn.Module):
@@ -148,12 +156,12 @@ class _Echo(nn.Module):
 
 @torch.no_grad()
 def check_logits(model: PreTrainedModel, head_name: str) -> None:
-    """Refuses a model whose logits are not simply head(base_model(…)), whatever its config calls the
-    difference.
+    """Refuses a model whose logits are not head(base_model(…)) with the factor and the cap of `logit_options`,
+    whatever its config calls the difference.
 
-    With a head that does nothing, the "logits" must come out as the base model's hidden states: a factor
-    before the head, or a factor or a cap behind it, would show. Two forward passes of the trunk on 4 tokens;
-    left out where the weights are not there to run (meta device, ZeRO-3's partitioned initialisation).
+    With a head that does nothing, the "logits" must come out as the base model's hidden states, scaled and
+    capped so: another factor before the head or behind it would show. Two forward passes of the trunk on 4
+    tokens; left out where the weights are not there to run (meta device, ZeRO-3's partitioned initialisation).
     """
     if any(p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") for p in model.parameters()):
         return
@@ -168,7 +176,16 @@ def check_logits(model: PreTrainedModel, head_name: str) -> None:
         model.set_submodule(head_name, head)
         for module, training in modes.items():
             module.training = training
-    if logits.shape != hidden.shape or not torch.equal(logits.to(hidden.dtype), hidden):
+    if logits.shape != hidden.shape or not _is_shaped(hidden, logits, **logit_options(model)):
         raise UnsupportedModelError(
-            f"the logits of {type(model).__name__} are not its head applied to its hidden states: it scales "
-            "or caps them before or behind the head, which the fused loss does not do")
+            f"the logits of {type(model).__name__} are not its head applied to its hidden states: it changes "
+            f"them before or behind the head by more than what its config says ({logit_options(model)})")
+
+
+def _is_shaped(hidden: Tensor, logits: Tensor, logit_scale: float, softcap: float | None) -> bool:
+    """Whether these logits are those hidden states, scaled and capped; to the bit where there is neither."""
+    expected = hidden.float() * logit_scale
+    if softcap is not None:
+        expected = softcap * torch.tanh(expected / softcap)
+    few_roundings = 0 if (logit_scale, softcap) == (1, None) else 8 * torch.finfo(logits.dtype).eps
+    return torch.allclose(logits.float(), expected.to(logits.dtype).float(), rtol=few_roundings, atol=0)

@@ -241,8 +241,10 @@ def test_peft(first) -> None:
 def test_refuses_by_name() -> None:
     with pytest.raises(UnsupportedModelError, match="output head of Qwen3ForCausalLM is wrapped by an adapter"):
         delib_fast.apply(lora(build(), target_modules=["q_proj", "lm_head"]))
-    with pytest.raises(UnsupportedModelError, match="final_logit_softcapping"):
-        delib_fast.apply(build("gemma3 text", final_logit_softcapping=30.0))
+    other = build("gemma2 capped")
+    other.config.logit_scale = 0.5  # a key that this architecture does not read
+    with pytest.raises(UnsupportedModelError, match=r"by more than what its config says \({'logit_scale': 0.5, 'soft"):
+        delib_fast.apply(other)
     with pytest.raises(ValueError, match="layers='fast' does not exist; choose from auto, none"):
         delib_fast.apply(build(), layers="fast")
     with pytest.raises(ValueError, match="Linear is no transformers model"):

@@ -16,6 +16,8 @@ MODELS = {
     "qwen2 tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "llama": {"model_type": "llama"},
     "mistral sliding": {"model_type": "mistral", "sliding_window": 5, "head_dim": 8},
+    "gemma2 capped": {"model_type": "gemma2", "head_dim": 8, "attn_logit_softcapping": None, "sliding_window": 6,
+                      "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
     "gemma3 text": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8,
                     "layer_types": ["sliding_attention", "full_attention"]},
 }

@@ -33,6 +33,12 @@ ARCHITECTURES = {
     "mistral sliding": {"model_type": "mistral", "sliding_window": 5, "head_dim": 8},
     "qwen3 moe": {"model_type": "qwen3_moe", "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
                   "moe_intermediate_size": 24},
+    # what is done to the logits behind the head; caps and factors strong enough to bend them
+    "gemma2, capped logits": {"model_type": "gemma2", "head_dim": 8, "attn_logit_softcapping": None,
+                              "sliding_window": 6, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+    "cohere, scaled logits": {"model_type": "cohere", "logit_scale": 0.3},
+    "granite, divided logits": {"model_type": "granite", "logits_scaling": 3.0},
+    "phi, a head with a bias": {"model_type": "phi", "num_key_value_heads": 4},
     "gemma3 text": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8,
                     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
 }
@@ -44,7 +50,7 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
     keys = dict(_SMALL, **ARCHITECTURES[name])
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**keys), dtype=torch.float32)
     for module_name, parameter in model.named_parameters():
-        if "norm" in module_name:  # ones (or zeros) would hide a norm that is left out
+        if "norm" in module_name or module_name == "lm_head.bias":  # ones (or zeros) would hide one that is left out
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model
 

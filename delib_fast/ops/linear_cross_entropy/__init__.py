@@ -220,6 +220,17 @@ class FusedLossHead(nn.Module):
             backend=self.backend,
         )
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(T, V) float32 (float64 for float64): what the softmax sees, for those who need every one of them."""
+        bias = None if self.bias is None else gather_weight(self.bias)
+        logits = F.linear(hidden.to(self.weight.dtype), gather_weight(self.weight), bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0]
+
     def extra_repr(self) -> str:
         V, H = self.weight.shape
         softcap = "" if self.softcap is None else f", softcap={self.softcap:g}"
