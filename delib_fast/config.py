@@ -223,6 +223,9 @@ class EngineConfig(Section):
     """Compute dtype; bf16 and fp16 keep fp32 master weights in the optimizer. `auto` is bf16 where the device
     multiplies it natively (a GPU, a CPU with AVX-512 BF16 or AMX) and fp32 elsewhere; the run directory keeps
     which."""
+    sequence_parallel: PositiveInt = 1
+    """Ranks that share out the tokens of each pack (Ulysses), so that packs may be longer. Divides the number of
+    ranks and the model's attention heads; neighbouring ranks form a group, best those of one machine."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False
     """Ask torch for deterministic kernels."""
@@ -287,6 +290,31 @@ class Config(Section):
         if self.model.architecture is not None and self.tokenizer.path is None and self.tokenizer.train is None:
             raise ValueError("a new model (model.architecture) needs tokenizer.path or tokenizer.train")
         return self
+
+
+def rank_groups(world_size: int, sequence_parallel: int) -> int:
+    """Groups of ranks that share out a pack's tokens. Raises ConfigError where the ranks don't make whole groups."""
+    if world_size % sequence_parallel:
+        raise ConfigError(f"engine.sequence_parallel is {sequence_parallel}, which does not divide the number of ranks "
+                          f"({world_size}); start a multiple of {sequence_parallel} ranks, or set it to a number that "
+                          f"divides {world_size}")
+    return world_size // sequence_parallel
+
+
+def packs_per_rank(stage: StageBase, world_size: int, sequence_parallel: int = 1) -> int:
+    """Packs (or parts of packs) that one rank computes in a step. Raises ConfigError where the groups of ranks can't
+    share out a step's packs evenly."""
+    groups = rank_groups(world_size, sequence_parallel)
+    if stage.packs_per_step % groups:
+        step = stage.pack_capacity * groups
+        fits = max(1, round(stage.tokens_per_step / step)) * step
+        who = f"{groups} ranks" if sequence_parallel == 1 else f"{groups} groups of {sequence_parallel} ranks"
+        raise ConfigError(
+            f"stage {stage.name!r}: tokens_per_step {stage.tokens_per_step} makes {stage.packs_per_step} packs of "
+            f"{stage.pack_capacity} tokens, which {who} can't share out evenly; "
+            f"the nearest tokens_per_step that fits is {fits}"
+        )
+    return stage.packs_per_step // groups
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -218,7 +218,8 @@ class Corpus:
                 batches = PackedBatches(
                     self.mixed(stage)[0], pack_capacity=stage.pack_capacity, packs_per_step=stage.packs_per_step,
                     segment_weights=segment_weights(stage), seed=self._config.seed, epochs=stage.epochs,
-                    rank=self._ranks.rank, world_size=self._ranks.world_size, max_steps=stage.max_steps,
+                    rank=self._ranks.rank, world_size=self._ranks.world_size,
+                    sequence_parallel=self._ranks.sequence_parallel, max_steps=stage.max_steps,
                     quadratic_cost=self.shape.quadratic_cost if stage.balance == "cost" else 0.0,
                     loss_average=stage.loss_average,
                     share_prompts=self._shares_prompts(stage))
@@ -311,7 +312,7 @@ class Corpus:
                 yield prefix, evaluation_batches(
                     encode_rows(chosen, self.tokenizer, stage), pack_capacity=capacity,
                     segment_weights=_EVERYTHING_COUNTS, rank=ranks.rank, world_size=ranks.world_size,
-                    share_prompts=self._shares_prompts(stage))
+                    sequence_parallel=ranks.sequence_parallel, share_prompts=self._shares_prompts(stage))
 
     def _held_out_rows(self) -> list[Row]:
         rows: dict[str, list[Row]] = {}

@@ -27,8 +27,8 @@ from delib_fast.config_file import dump_config, parse_config
 from delib_fast.engine.checkpoint import write_synced
 
 # What may differ when a run goes on: where and how fast it computes and what it tells, not what it learns.
-_MAY_CHANGE = ("run_dir", "log", "checkpoint", "engine.zero_stage", "engine.device", "model.attention",
-               "model.loss", "model.activation_checkpointing", "deepspeed")
+_MAY_CHANGE = ("run_dir", "log", "checkpoint", "engine.zero_stage", "engine.device", "engine.sequence_parallel",
+               "model.attention", "model.loss", "model.activation_checkpointing", "deepspeed")
 
 
 class RunDirectory:

@@ -125,7 +125,7 @@ def run_stage(context: Context, index: int) -> None:
     batches = context.corpus.batches(stage)
     context.reporter.say(f"{stage.name}: {context.corpus.describe(stage)}")
     module = TrainableLM(build_stage_model(context, parent), attention_backend=config.model.attention,
-                         loss_backend=config.model.loss)
+                         loss_backend=config.model.loss, sequence_group=ranks.sequence_group)
     engine = Engine(module, config, stage, batches.num_steps, ranks)
     check_isolation(engine.wrapped, ranks.device)  # as it will train: in its precision, on its backend
     root = run.checkpoints(stage.name)
@@ -140,7 +140,8 @@ def run_stage(context: Context, index: int) -> None:
         evaluate(context, engine, "start")
     entry = {"name": stage.name, "kind": stage.kind, "status": "running", "parent": parent.describe(),
              **context.corpus.ledger(stage), "updates": batches.num_steps, "ranks": ranks.world_size,
-             "zero_stage": config.engine.zero_stage, "precision": config.engine.precision, "versions": versions()}
+             "sequence_parallel": ranks.sequence_parallel, "zero_stage": config.engine.zero_stage,
+             "precision": config.engine.precision, "versions": versions()}
     run.record_stage(entry)
     began = time.perf_counter()
     with context.stop.listening():
@@ -231,7 +232,7 @@ def run(config: Config) -> RunResult:
     from delib_fast.progress import Reporter
     from delib_fast.run_directory import RunDirectory
 
-    ranks = Ranks(config.engine.device)
+    ranks = Ranks(config.engine.device, config.engine.sequence_parallel)
     config = with_precision(config, ranks)
     first = ranks.rank == 0
     directory = RunDirectory(config.run_dir, writes=first)

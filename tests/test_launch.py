@@ -102,6 +102,29 @@ def test_two_ranks_under_zero_3(tmp_path, finished):
 
 
 @pytest.mark.slow
+def test_two_nodes_share_out_each_pack(tmp_path, finished):
+    """torchrun on two "machines" that meet on loopback, a rank each, and every pack shared out between them."""
+    path, port = tiny(tmp_path), free_port()
+    start = [str(Path(sys.executable).parent / "torchrun"), "--nnodes", "2", "--nproc_per_node", "1",
+             "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "two-nodes"]
+    nodes = [subprocess.Popen([*start, "--node_rank", str(node), "delib_fast/train.py", "--config", str(path), "--set",
+                               "engine.sequence_parallel=2", "engine.zero_stage=3"], cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              env=os.environ | {"DS_ACCELERATOR": "cpu"}) for node in range(2)]
+    outputs = [node.communicate(timeout=400)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    for ours, alone in zip(metrics(tmp_path / "run"), metrics(finished), strict=True):
+        for key in ("stage", "step", "tokens", "supervised_tokens"):
+            assert ours[key] == alone[key], "every token once, though two ranks have each pack"
+        assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-4)  # AdamW magnifies the order of sums
+    told, expected = (json.loads((run / "ledger.json").read_text())["evaluations"][-1]["segments"]
+                      for run in (tmp_path / "run", finished))
+    for segment, figures in expected.items():
+        assert told[segment]["tokens"] == figures["tokens"]
+        assert told[segment]["nll"] == pytest.approx(figures["nll"], rel=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["aft_no_cot", "aft_cot", "msm_aft_no_cot", "msm_aft_cot"])
 def test_arms_run(tmp_path, arm):
     path = ROOT / "examples" / "arms" / f"{arm}.yaml"

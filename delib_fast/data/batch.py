@@ -5,8 +5,9 @@ Sizes: T tokens of a pack, N examples in it, L supervised tokens; P packs of an 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -25,10 +26,25 @@ _TENSORS = ("input_ids", "targets", "loss_weights", "segment_ids", "position_ids
             "loss_positions")
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which part of a pack a batch holds, where several ranks share out its tokens."""
+
+    rank: int
+    size: int
+    """ranks that share the pack"""
+    num_tokens: int
+    """tokens of this part, the padding at the end of the pack not counted"""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedBatch:
     """One pack: N runs one after another, no padding between them. A run is an example; or, where several replies
-    share a prompt, the prompt, and behind it a run a reply (shared_prompts.py)."""
+    share a prompt, the prompt, and behind it a run a reply (shared_prompts.py).
+
+    Where sequence parallelism shares a pack out (`part`), every (T,) tensor and `loss_positions` are this rank's
+    tokens alone; `cu_seqlens`, `max_seqlen`, `example_ids` and `prefix` stay those of the whole pack.
+    """
 
     input_ids: Tensor
     """(T,) int64"""
@@ -52,10 +68,13 @@ class PackedBatch:
     """(N,) index of each run's example in its set, -1 for a shared prompt; empty in a pack that only fills up a step"""
     prefix: tuple[int, ...] | None = None
     """(N,) the run that each run continues, or -1, as of `ops.varlen_attention`; None where no prompt is shared"""
+    part: Part | None = None
+    """None: the whole pack"""
 
     @property
     def num_tokens(self) -> int:
-        return self.cu_seqlens_host[-1]
+        """Tokens that this rank holds (padding of a shared pack not counted)."""
+        return self.cu_seqlens_host[-1] if self.part is None else self.part.num_tokens
 
     @property
     def num_supervised(self) -> int:
@@ -73,6 +92,33 @@ class PackedBatch:
 
     def pin_memory(self) -> PackedBatch:
         return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
+
+    def part_of(self, rank: int, size: int) -> PackedBatch:
+        """The part of a whole pack on the host that rank `rank` of `size` holds: ⌈T / size⌉ tokens, one after another.
+
+        Where size does not divide T, up to size - 1 tokens without a target fill up the last parts: an example of its
+        own at the end of `cu_seqlens`, which no other sees.
+        """
+        assert self.part is None, "a pack is shared out once"
+        T = self.num_tokens
+        share = -(-T // size)
+        start, end, padding = rank * share, (rank + 1) * share, size * share - T
+
+        def cut(tensor: Tensor, filler: Tensor) -> Tensor:
+            return torch.cat([tensor[start:end], filler[max(0, start - T) : max(0, end - T)]])
+
+        zeros, borders, prefix = self.input_ids.new_zeros(padding), self.cu_seqlens_host, self.prefix
+        if padding:
+            borders, prefix = (*borders, size * share), None if prefix is None else (*prefix, -1)
+        at = self.loss_positions
+        return replace(
+            self, input_ids=cut(self.input_ids, zeros), targets=cut(self.targets, zeros + IGNORE_INDEX),
+            loss_weights=cut(self.loss_weights, zeros.float()), segment_ids=cut(self.segment_ids, zeros.char()),
+            position_ids=cut(self.position_ids, torch.arange(padding)),
+            loss_positions=at[(at >= start) & (at < end)] - start,
+            cu_seqlens=torch.tensor(borders, dtype=torch.int32), cu_seqlens_host=borders,
+            max_seqlen=max(self.max_seqlen, padding), prefix=prefix,
+            part=Part(rank, size, max(0, min(end, T) - start)))
 
 
 def assemble(
@@ -131,7 +177,8 @@ class PackedBatches:
     An epoch packs every example exactly once; its packs come in an order drawn from seed and epoch, cut into
     steps of `packs_per_step`. The last step of an epoch may be short and is filled up with empty packs, so
     that no step mixes epochs. Rank r takes packs r, r + world_size, … of each step: the steps themselves do
-    not depend on the world size, and a run goes on with more or fewer ranks.
+    not depend on the world size, and a run goes on with more or fewer ranks. With sequence parallelism, groups
+    of neighbouring ranks take the place of ranks, and those of a group share out each of its packs.
 
     Args:
         examples: encoded examples, each at most pack_capacity long.
@@ -141,6 +188,7 @@ class PackedBatches:
         seed: the order is a pure function of (lengths, seed, epoch, packs_per_step).
         epochs: how often every example is seen.
         rank, world_size: this process and how many there are.
+        sequence_parallel: ranks that share out a pack's tokens; divides world_size.
         max_steps: end after this many steps.
         quadratic_cost: q, where an example of n tokens costs n + q·n² (for a transformer about
             layers × attention width / parameters). Above 0, packs of like cost share a step (where costs
@@ -166,12 +214,14 @@ class PackedBatches:
         epochs: int,
         rank: int,
         world_size: int,
+        sequence_parallel: int = 1,
         max_steps: int | None = None,
         quadratic_cost: float = 0.0,
         loss_average: Literal["token", "example"] = "token",
         share_prompts: bool = False,
     ) -> None:
-        _check_ranks(packs_per_step, rank, world_size)
+        self._share = _Share(rank, world_size, sequence_parallel)
+        self._share.check(packs_per_step)
         self.examples = _encoded(examples)
         self.rank, self.world_size = rank, world_size
         self.packs_per_step, self.pack_capacity = packs_per_step, pack_capacity
@@ -197,11 +247,11 @@ class PackedBatches:
         return self.num_steps
 
     def step(self, index: int) -> list[PackedBatch]:
-        """This rank's packs of a global step, always packs_per_step / world_size of them."""
+        """This rank's packs (or parts of packs) of a global step, packs_per_step / groups of ranks of them."""
         plan, places = self._packs(index)
-        packs = [assemble(self.examples, plan.pack(p), self._weight_of, self._weights, plan.pack_continues(p))
-                 for p in places[self.rank :: self.world_size]]
-        return packs + [empty_pack() for _ in range(self.packs_per_step // self.world_size - len(packs))]
+        return self._share.of(
+            [partial(assemble, self.examples, plan.pack(p), self._weight_of, self._weights, plan.pack_continues(p))
+             for p in places], self.packs_per_step // self._share.groups)
 
     def step_example_ids(self, index: int) -> list[int]:
         """The examples of a global step, over all ranks."""
@@ -253,33 +303,50 @@ def evaluation_batches(
     segment_weights: Sequence[float],
     rank: int,
     world_size: int,
+    sequence_parallel: int = 1,
     share_prompts: bool = False,
 ) -> list[PackedBatch]:
     """This rank's share of all examples, each once; equally many packs on every rank (empty ones fill up)."""
-    _check_ranks(world_size, rank, world_size)
+    share = _Share(rank, world_size, sequence_parallel)
     encoded = _encoded(examples)
     weight_of = _weight_table(segment_weights)
     shares = share_prompts and weight_of[Segment.PROMPT] == 0
     bundles = worthwhile_bundles(encoded, pack_capacity) if shares else None
     plan = plan_packs(encoded.lengths, pack_capacity) if bundles is None else \
         plan_bundles(bundles, pack_capacity, seed=0)
-    mine = [assemble(encoded, plan.pack(p), weight_of, encoded.weights, plan.pack_continues(p))
-            for p in range(rank, plan.num_packs, world_size)]
-    return mine + [empty_pack() for _ in range(-(-plan.num_packs // world_size) - len(mine))]
+    return share.of([partial(assemble, encoded, plan.pack(p), weight_of, encoded.weights, plan.pack_continues(p))
+                     for p in range(plan.num_packs)], -(-plan.num_packs // share.groups))
 
 
 def _encoded(examples: Sequence[Example] | EncodedSet) -> EncodedSet:
     return examples if isinstance(examples, EncodedSet) else EncodedSet(examples)
 
 
-def _check_ranks(packs_per_step: int, rank: int, world_size: int) -> None:
-    if world_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of world_size {world_size} does not exist")
-    if packs_per_step < 1 or packs_per_step % world_size:
-        nearest = max(1, round(packs_per_step / world_size)) * world_size
-        raise ValueError(f"{packs_per_step} packs a step can't be shared out evenly over {world_size} ranks: "
-                         f"set tokens_per_step to a multiple of pack_capacity × {world_size} (the nearest is "
-                         f"{nearest} packs)")
+class _Share:
+    """Which packs a rank takes, and which part of them: neighbouring ranks form a group that shares out a pack."""
+
+    def __init__(self, rank: int, world_size: int, sequence_parallel: int) -> None:
+        if world_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of world_size {world_size} does not exist")
+        if sequence_parallel < 1 or world_size % sequence_parallel:
+            raise ValueError(f"sequence_parallel {sequence_parallel} does not divide world_size {world_size}")
+        self._size = sequence_parallel
+        self.groups = world_size // sequence_parallel
+        self._group, self._rank = divmod(rank, sequence_parallel)
+
+    def check(self, packs_per_step: int) -> None:
+        if packs_per_step < 1 or packs_per_step % self.groups:
+            nearest = max(1, round(packs_per_step / self.groups)) * self.groups
+            what = "ranks" if self._size == 1 else f"groups of {self._size} ranks"
+            raise ValueError(f"{packs_per_step} packs a step can't be shared out evenly over {self.groups} {what}: "
+                             f"set tokens_per_step to a multiple of pack_capacity × {self.groups} (the nearest is "
+                             f"{nearest} packs)")
+
+    def of(self, packs: Sequence[Callable[[], PackedBatch]], number: int) -> list[PackedBatch]:
+        """`number` packs for this rank; only those that it takes are made, and empty ones fill up."""
+        mine = [make() for make in packs[self._group :: self.groups]]
+        mine += [empty_pack() for _ in range(number - len(mine))]
+        return mine if self._size == 1 else [pack.part_of(self._rank, self._size) for pack in mine]
 
 
 def _weight_table(segment_weights: Sequence[float]) -> NDArray[np.float32]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from delib_fast.config import Config, ConfigError, StageBase
+from delib_fast.config import Config, ConfigError, StageBase, packs_per_rank
 
 # What a user's `deepspeed:` block may not set, and where to set it instead.
 _DECIDED = {
@@ -19,19 +19,6 @@ _DECIDED = {
     "fp16.enabled": "engine.precision",
     "zero_optimization.stage": "engine.zero_stage",
 }
-
-
-def packs_per_rank(stage: StageBase, world_size: int) -> int:
-    """Packs that one rank computes in a step. Raises ConfigError where the ranks can't share them out."""
-    if stage.packs_per_step % world_size:
-        step = stage.pack_capacity * world_size
-        nearest = max(1, round(stage.tokens_per_step / step)) * step
-        raise ConfigError(
-            f"stage {stage.name!r}: tokens_per_step {stage.tokens_per_step} makes {stage.packs_per_step} packs of "
-            f"{stage.pack_capacity} tokens, which {world_size} ranks can't share out evenly; "
-            f"the nearest tokens_per_step that fits is {nearest}"
-        )
-    return stage.packs_per_step // world_size
 
 
 def effective_zero_stage(config: Config) -> int:
@@ -49,9 +36,11 @@ def deepspeed_json(config: Config, stage: StageBase, world_size: int) -> dict[st
     Raises:
         ConfigError: the batch arithmetic is impossible, or the block sets what this configuration decides.
     """
-    accumulation = packs_per_rank(stage, world_size)
+    sequence_parallel = config.engine.sequence_parallel
+    accumulation = packs_per_rank(stage, world_size, sequence_parallel)
     generated: dict[str, Any] = {
-        "train_batch_size": stage.packs_per_step,
+        # To DeepSpeed each part of a pack is a micro-batch of its rank: it shards, and averages, over all ranks.
+        "train_batch_size": stage.packs_per_step * sequence_parallel,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         # DeepSpeed 0.19 clips at 1.0 where this is left out.

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from delib_fast.config import Config, ConfigError, StageBase
+from delib_fast.config import Config, ConfigError, StageBase, rank_groups
 from delib_fast.engine import checkpoint
 from delib_fast.engine.deepspeed_json import deepspeed_json, effective_zero_stage
 from delib_fast.engine.optimizer import build_optimizer, learning_rate
@@ -34,7 +34,7 @@ class Ranks:
     and alone. Sums of host numbers go over gloo, so they never wait for a GPU.
     """
 
-    def __init__(self, device: str = "auto") -> None:
+    def __init__(self, device: str = "auto", sequence_parallel: int = 1) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("engine.device is cuda, but torch sees no CUDA device; set engine.device to auto or cpu")
         on_gpu = device != "cpu" and torch.cuda.is_available()
@@ -49,6 +49,10 @@ class Ranks:
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._host_group = dist.new_group(backend="gloo") if on_gpu else dist.group.WORLD
+        rank_groups(self.world_size, sequence_parallel)
+        self.sequence_parallel = sequence_parallel
+        # Neighbours by rank, which launchers put on one machine: an all-to-all in every layer.
+        self.sequence_group = dist.new_subgroups(sequence_parallel)[0] if sequence_parallel > 1 else None
 
     def sum(self, *values: float) -> list[float]:
         """Sums of host numbers over all ranks, in float64; the same on every rank."""
@@ -94,6 +98,7 @@ class Engine:
 
     def __init__(self, module: nn.Module, config: Config, stage: StageBase, num_steps: int, ranks: Ranks) -> None:
         self.ranks, self.device = ranks, ranks.device
+        # What ZeRO shards and averages over: all ranks, also those that share out one pack.
         self.rank, self.dp_size = ranks.rank, ranks.world_size
         self.step = 0
         self._stage, self._num_steps = stage, num_steps

@@ -23,6 +23,7 @@ class _Alone:
 
     rank: int = 0
     world_size: int = 1
+    sequence_parallel: int = 1
 
     def barrier(self) -> None:
         pass

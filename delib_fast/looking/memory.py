@@ -1,7 +1,8 @@
 """What a rank's GPU memory has to hold, by part, from the model's sizes: an estimate that needs no GPU.
 
-    P parameters, R ranks, T tokens of a pack, H hidden, F intermediate, A attention width, V vocabulary; b bytes of
-    the compute dtype (2, or 4 in fp32). Sharded parts count P/R for the ZeRO stages that shard them.
+    P parameters, R ranks, T tokens of a pack that a rank holds (its part, under sequence parallelism), H hidden,
+    F intermediate, A attention width, V vocabulary; b bytes of the compute dtype (2, or 4 in fp32). Sharded parts count
+    P/R for the ZeRO stages that shard them.
 
     weights      b·P                 sharded at stage 3, which gathers two layers and the embeddings at a time
     gradients    b·P, and 4·P fp32 where they are accumulated in fp32       sharded at stages 2 and 3
@@ -39,6 +40,7 @@ def memory_parts(config: Config, stage: StageConfig, shape: ModelShape, ranks: i
         return amount / ranks if zero >= from_stage else amount
 
     gathered = b * (2 * shape.largest_layer + shape.embedding_parameters) if zero == 3 and ranks > 1 else 0
+    T = tokens_of_a_rank(config, stage)
     adam = stage.optimizer.name == "adamw"
     return [
         MemoryPart("weights", shard(b * P, 3) + gathered, f"{precision}{_over(ranks, zero >= 3)}"),
@@ -47,13 +49,18 @@ def memory_parts(config: Config, stage: StageConfig, shape: ModelShape, ranks: i
         MemoryPart("optimiser", shard((8 if adam else 0) * P + (4 * P if half else 0), 1),
                    f"{stage.optimizer.name}{', fp32 master weights' if half else ''}{_over(ranks, zero >= 1)}"),
         _activations(config, stage, shape, b),
-        MemoryPart("loss", 2.0 * min(_LOSS_CHUNK, stage.pack_capacity) * shape.vocabulary * b
-                   + 2.0 * stage.pack_capacity * shape.hidden * b, f"chunks of {_LOSS_CHUNK} tokens, never T × V"),
+        MemoryPart("loss", 2.0 * min(_LOSS_CHUNK, T) * shape.vocabulary * b
+                   + 2.0 * T * shape.hidden * b, f"chunks of {_LOSS_CHUNK} tokens, never T × V"),
     ]
 
 
+def tokens_of_a_rank(config: Config, stage: StageConfig) -> int:
+    """Tokens of a full pack that a rank computes on: ranks that share it out hold a part each."""
+    return -(-stage.pack_capacity // config.engine.sequence_parallel)
+
+
 def _activations(config: Config, stage: StageConfig, shape: ModelShape, b: int) -> MemoryPart:
-    T = stage.pack_capacity
+    T = tokens_of_a_rank(config, stage)
     layer = T * b * (10 * shape.hidden + 4 * shape.attention_width + 3 * shape.intermediate)
     if config.model.activation_checkpointing:
         return MemoryPart("activations", T * b * shape.hidden * shape.layers + layer, "checkpointed: one layer whole")

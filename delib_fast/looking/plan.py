@@ -9,10 +9,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from delib_fast.config import Config, ConfigError, StageConfig
+from delib_fast.config import Config, ConfigError, StageConfig, packs_per_rank
 from delib_fast.corpus import Corpus
 from delib_fast.data import PromptSharing, SourceShare
 from delib_fast.looking.memory import GIB, MemoryPart, memory_parts
+from delib_fast.models import ulysses
 
 _BARS = 10
 _BAR_WIDTH = 30
@@ -42,6 +43,9 @@ class StagePlan:
     """what shared prompts save"""
     not_shared: str | None
     """why prompts can't be shared, if the model is why"""
+    sequence_parallel: int
+    packs_of_a_rank: int
+    """packs of a step that a rank (or a group of ranks that share them out) computes"""
     balance: float
     """Σ over steps of the slowest rank's cost / Σ of the mean rank's"""
     memory: list[MemoryPart]
@@ -50,17 +54,16 @@ class StagePlan:
 def plan_stage(corpus: Corpus, config: Config, stage: StageConfig, *, ranks: int, precision: str) -> StagePlan:
     """Read, encode and pack a stage's data. Raises what training would raise about it, and ConfigError where
     the ranks can't share out a step."""
-    if stage.packs_per_step % ranks:
-        step = stage.pack_capacity * ranks
-        nearest = max(1, round(stage.tokens_per_step / step)) * step
-        raise ConfigError(f"stage {stage.name!r}: {stage.packs_per_step} packs a step can't be shared out over {ranks} "
-                          f"ranks; the nearest tokens_per_step that can is {nearest}, or give --gpus")
+    parallel = config.engine.sequence_parallel
+    packs_of_a_rank = packs_per_rank(stage, ranks, parallel)
+    if reason := ulysses.why_not(corpus.shape.heads, corpus.shape.kv_heads, parallel):
+        raise ConfigError(f"engine.sequence_parallel: {reason}")
     batches = corpus.batches(stage)
     encoded, shares = corpus.mixed(stage)
     q = corpus.shape.quadratic_cost
     steps = range(batches.num_steps) if batches.num_steps <= _STEPS_WEIGHED else \
         np.linspace(0, batches.num_steps - 1, _STEPS_WEIGHED).astype(int).tolist()
-    costs = np.array([batches.cost_of_ranks(step, ranks, q) for step in steps])
+    costs = np.array([batches.cost_of_ranks(step, ranks // parallel, q) for step in steps])
     entry = corpus.ledger(stage)
     counts = corpus.encoded(stage).counts
     return StagePlan(
@@ -70,6 +73,7 @@ def plan_stage(corpus: Corpus, config: Config, stage: StageConfig, *, ranks: int
         lengths=encoded.lengths, packs=batches.packs_per_epoch, fill=batches.fill,
         tokens_per_epoch=batches.tokens_per_epoch, steps_per_epoch=batches.steps_per_epoch, updates=batches.num_steps,
         sharing=batches.prompt_sharing, not_shared=corpus.shape.no_shared_prompts, ranks=ranks,
+        sequence_parallel=parallel, packs_of_a_rank=packs_of_a_rank,
         balance=float(costs.max(1).sum() / costs.mean(1).sum()),
         memory=memory_parts(config, stage, corpus.shape, ranks, precision))
 
@@ -109,7 +113,11 @@ def _facts(plan: StagePlan) -> Table:
     epochs = f"{stage.epochs} epoch{'s' if stage.epochs > 1 else ''}"
     table.add_row("updates", f"{plan.updates:,} in {epochs}, {plan.steps_per_epoch:,} each, of "
                   f"{stage.tokens_per_step:,} tokens")
-    table.add_row("ranks", f"{plan.ranks}; packs of each a step: {stage.packs_per_step // plan.ranks}; the slowest "
+    each = ""
+    if (parallel := plan.sequence_parallel) > 1:
+        each = f", {parallel} to a pack" if plan.ranks == parallel else \
+            f" in groups of {parallel} that share out a pack"
+    table.add_row("ranks", f"{plan.ranks}{each}; packs of each a step: {plan.packs_of_a_rank}; the slowest "
                   f"costs {plan.balance:.3f} × the mean")
     return table
 

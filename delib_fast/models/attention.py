@@ -15,10 +15,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from delib_fast.data import PackedBatch
+from delib_fast.models import ulysses
 from delib_fast.ops import varlen_attention
 
 NAME = "delib_fast_varlen"
@@ -39,7 +41,8 @@ class UnsupportedModelError(ValueError):
     """The model does something that training on packed runs can't do exactly: says what, and what to do."""
 
 
-def packed_inputs(batch: PackedBatch, backend: str = "auto") -> dict[str, Any]:
+def packed_inputs(batch: PackedBatch, backend: str = "auto",
+                  sequence_group: dist.ProcessGroup | None = None) -> dict[str, Any]:
     """The keyword arguments with which a transformers model runs a pack: the only place with transformers'
     names."""
     input_ids = batch.input_ids.unsqueeze(0)
@@ -57,6 +60,7 @@ def packed_inputs(batch: PackedBatch, backend: str = "auto") -> dict[str, Any]:
         "cu_seqlens_host": batch.cu_seqlens_host,
         "varlen_backend": backend,
         "varlen_prefix": batch.prefix,
+        "sequence_group": sequence_group,
     }
 
 
@@ -125,8 +129,12 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
            scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
            is_causal: bool | None = None, cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None,
            cu_seqlens_host: tuple[int, ...] | None = None, varlen_backend: str = "auto",
-           varlen_prefix: Sequence[int] | None = None, **others: Any) -> tuple[Tensor, None]:
-    """transformers' attention signature: (1, H, T, D) in, (1, T, H, D) out."""
+           varlen_prefix: Sequence[int] | None = None, sequence_group: dist.ProcessGroup | None = None,
+           **others: Any) -> tuple[Tensor, None]:
+    """transformers' attention signature: (1, H, T, D) in, (1, T, H, D) out.
+
+    sequence_group: ranks that share out the pack's tokens: then T are this rank's, and cu_seqlens the whole pack's.
+    """
     if cu_seq_lens_q is None or max_length_q is None:
         raise _refuse(module, "no cu_seqlens arrived at its attention function, so documents can't be kept "
                               "apart. Call the model through delib_fast.models.TrainableLM, or set another "
@@ -145,10 +153,14 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     for kwarg, what in _CHANGES_THE_MATHS.items():
         if others.get(kwarg) is not None:
             raise _refuse(module, f"it has {what}, which is not supported")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if sequence_group is not None:
+        q, k, v = ulysses.to_heads(q, k, v, sequence_group)
     out = varlen_attention(
-        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), cu_seq_lens_q,
-        max_length_q, scale=scaling, window=_window(module, sliding_window), cu_seqlens_host=cu_seqlens_host,
-        prefix=varlen_prefix, backend=varlen_backend)
+        q, k, v, cu_seq_lens_q, max_length_q, scale=scaling, window=_window(module, sliding_window),
+        cu_seqlens_host=cu_seqlens_host, prefix=varlen_prefix, backend=varlen_backend)
+    if sequence_group is not None:
+        out = ulysses.to_tokens(out, sequence_group)
     return out.unsqueeze(0), None
 
 

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from delib_fast.data import PackedBatch
 from delib_fast.models.lm import TrainableLM
+from delib_fast.models.ulysses import gather_tokens
 
 # The runs are of different lengths, so that an error in their borders shows; the middle one has both
 # neighbours.
@@ -39,7 +41,8 @@ def check_isolation(trainable: TrainableLM | nn.Module, device: torch.device | s
 
     Args:
         trainable: a `TrainableLM`, or what wraps one and passes its forward on (a DeepSpeed engine, DDP).
-            With ZeRO-3 every rank calls this together, as with any forward pass.
+            With ZeRO-3 every rank calls this together, as with any forward pass; under sequence parallelism the
+            ranks share out the probe as they do a pack.
         device: where its inputs go.
     Raises:
         LeakError: naming what leaks. Also where a changed token has no effect at all, since then nothing was
@@ -50,9 +53,9 @@ def check_isolation(trainable: TrainableLM | nn.Module, device: torch.device | s
     as they were.
     """
     device = torch.device(device)
-    vocab_size, dtype = _facts(trainable)
+    vocab_size, dtype, group = _facts(trainable)
     tokens = torch.arange(sum(_LENGTHS)) * 7919 % vocab_size  # all over the vocabulary
-    run = _Probe(trainable, device)
+    run = _Probe(trainable, device, group)
     packed = run(tokens, _LENGTHS)
     if not torch.isfinite(packed).all():
         raise LeakError("the isolation check can't see: the model's nll is not finite on a probe of 18 "
@@ -103,11 +106,12 @@ def _judge(index: int, place: int, border: tuple[int, int], moved: Tensor, packe
 class _Probe:
     """Runs token ids through the model as packs and gives the nll of every token but the last of each run."""
 
-    def __init__(self, trainable: nn.Module, device: torch.device, *, eval_mode: bool = False) -> None:
-        self._trainable, self._device, self._eval_mode = trainable, device, eval_mode
+    def __init__(self, trainable: nn.Module, device: torch.device, group: dist.ProcessGroup | None, *,
+                 eval_mode: bool = False) -> None:
+        self._trainable, self._device, self._group, self._eval_mode = trainable, device, group, eval_mode
 
     def in_eval_mode(self) -> _Probe:
-        return _Probe(self._trainable, self._device, eval_mode=True)
+        return _Probe(self._trainable, self._device, self._group, eval_mode=True)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -118,10 +122,17 @@ class _Probe:
                 self._trainable.eval()
             with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(0)  # dropout elsewhere in the model is then the same in every pass
-                return self._trainable(_pack(tokens, lengths).to(self._device)).nll.double().cpu()
+                return self._nll(_pack(tokens, lengths)).double().cpu()
         finally:
             for module, training in modes.items():
                 module.training = training
+
+
+    def _nll(self, pack: PackedBatch) -> Tensor:
+        if self._group is None:
+            return self._trainable(pack.to(self._device)).nll
+        part = pack.part_of(dist.get_rank(self._group), dist.get_world_size(self._group))
+        return gather_tokens(self._trainable(part.to(self._device)).nll, self._group)[: pack.num_tokens]
 
 
 def _pack(tokens: Tensor, lengths: Sequence[int]) -> PackedBatch:
@@ -138,10 +149,10 @@ def _pack(tokens: Tensor, lengths: Sequence[int]) -> PackedBatch:
         example_ids=tuple(range(len(lengths))))
 
 
-def _facts(trainable: nn.Module) -> tuple[int, torch.dtype]:
-    """The vocabulary and compute dtype of the TrainableLM inside."""
+def _facts(trainable: nn.Module) -> tuple[int, torch.dtype, dist.ProcessGroup | None]:
+    """The vocabulary, compute dtype and sequence group of the TrainableLM inside."""
     inner = next((module for module in trainable.modules() if isinstance(module, TrainableLM)), None)
     if inner is None:
         raise TypeError("check_isolation takes a TrainableLM or a module around one, not "
                         f"{type(trainable).__name__}")
-    return inner.vocab_size, next(inner.parameters()).dtype
+    return inner.vocab_size, next(inner.parameters()).dtype, inner.sequence_group

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from delib_fast.data import PackedBatch
+from delib_fast.models import ulysses
 from delib_fast.models.attention import (
     NAME,
     UnsupportedModelError,
@@ -42,6 +44,8 @@ class TrainableLM(nn.Module):
             in place; `unpatch` changes it back.
         attention_backend: of `ops.varlen_attention`.
         loss_backend: of `ops.linear_cross_entropy`.
+        sequence_group: the ranks that share out each pack's tokens (`models.ulysses`), in the order of its parts; it
+            then takes this rank's part of a pack, and all ranks of the group call it together.
     Raises:
         UnsupportedModelError: the model has something that can't be done exactly this way, by name: a head
             wrapped by LoRA or otherwise not an nn.Linear; logits changed behind the head by what is no factor
@@ -49,13 +53,14 @@ class TrainableLM(nn.Module):
     """
 
     def __init__(self, model: PreTrainedModel, *, attention_backend: str = "auto",
-                 loss_backend: str = "auto") -> None:
+                 loss_backend: str = "auto", sequence_group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
-        if reason := unsupported(model) or unsupported_head(model):
+        if reason := unsupported(model) or unsupported_head(model) or unsupported_group(model, sequence_group):
             raise UnsupportedModelError(reason)
         head = model.get_output_embeddings()
         self.model = model
         self.attention_backend = attention_backend
+        self.sequence_group = sequence_group
         self._head_name = next(name for name, module in model.named_modules() if module is head)
         self._stock: tuple[nn.Module, str, bool | None] | None = \
             (head, model.config._attn_implementation, getattr(model.config, "use_cache", None))
@@ -69,7 +74,12 @@ class TrainableLM(nn.Module):
         """The loss of a pack: `loss_sum` () float32, `nll` (T,) float32 and `correct` (T,) bool, both
         detached.
         """
-        inputs = packed_inputs(batch, self.attention_backend)
+        size = 1 if self.sequence_group is None else dist.get_world_size(self.sequence_group)
+        if size != (1 if batch.part is None else batch.part.size):
+            raise ValueError(f"{size} ranks share out a pack, but this is " + (
+                "a whole one" if batch.part is None else f"one of {batch.part.size} parts") +
+                "; give PackedBatches sequence_parallel, or TrainableLM sequence_group")
+        inputs = packed_inputs(batch, self.attention_backend, self.sequence_group)
         hidden = self.model.base_model(**inputs).last_hidden_state
         return self.head(hidden.squeeze(0), batch.targets, batch.loss_weights, batch.loss_positions)
 
@@ -118,6 +128,15 @@ class TrainableLM(nn.Module):
             if now.dtype != buffer.dtype and now.is_floating_point() and not buffer.is_meta:
                 setattr(module, leaf, buffer.to(now.device))
         return self
+
+
+def unsupported_group(model: PreTrainedModel, group: dist.ProcessGroup | None) -> str | None:
+    if group is None:
+        return None
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    reason = ulysses.why_not(heads, getattr(config, "num_key_value_heads", None) or heads, dist.get_world_size(group))
+    return reason and f"{type(model).__name__}: {reason}"
 
 
 def unsupported_head(model: PreTrainedModel) -> str | None:

@@ -31,17 +31,17 @@ def examples() -> EncodedSet:
     return EncodedSet(rows)
 
 
-def model() -> TrainableLM:
+def model(sequence_group=None) -> TrainableLM:
     torch.manual_seed(0)
     config = Qwen3Config(vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=2, head_dim=16,
                          num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, use_cache=False)
-    return TrainableLM(Qwen3ForCausalLM(config))
+    return TrainableLM(Qwen3ForCausalLM(config), sequence_group=sequence_group)
 
 
-def stage_config(zero_stage: int, capacity: int, precision: str = "fp32"):
+def stage_config(zero_stage: int, capacity: int, precision: str = "fp32", sequence_parallel: int = 1):
     return parse_config({
         "run_dir": "unused", "model": {"path": "unused"}, "data": {"a": "unused"}, "seed": capacity,
-        "engine": {"zero_stage": zero_stage, "precision": precision},
+        "engine": {"zero_stage": zero_stage, "precision": precision, "sequence_parallel": sequence_parallel},
         "stages": [{"kind": "aft", "train": ["a"], "cot_weight": 0.3, "epochs": STEPS, "pack_capacity": capacity,
                     "tokens_per_step": TOKENS, "optimizer": {
                         "name": "sgd", "lr": LR, "schedule": "constant", "warmup": 0, "grad_clip": 0,
@@ -65,24 +65,45 @@ def reference(rows: EncodedSet) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainable.named_parameters()}
 
 
-def trained(ranks: Ranks, rows: EncodedSet, zero_stage: int, capacity: int) -> dict[str, torch.Tensor]:
-    config = stage_config(zero_stage, capacity)
+def trained(ranks: Ranks, rows: EncodedSet, zero_stage: int, capacity: int, *, steps: int = STEPS,
+            root: Path | None = None) -> dict[str, torch.Tensor]:
+    """The weights after `steps`; with `root`, going on from its newest checkpoint and leaving one."""
+    config = stage_config(zero_stage, capacity, sequence_parallel=ranks.sequence_parallel)
     stage = config.stages[0]
     batches = PackedBatches(rows, pack_capacity=capacity, packs_per_step=stage.packs_per_step, epochs=STEPS,
                             seed=config.seed, rank=ranks.rank, world_size=ranks.world_size,
-                            segment_weights=segment_weights(stage))
+                            sequence_parallel=ranks.sequence_parallel, segment_weights=segment_weights(stage))
     assert batches.num_steps == STEPS, "every step must hold all the rows"
-    engine = Engine(model(), config, stage, STEPS, ranks)
-    for step in range(STEPS):
+    engine = Engine(model(ranks.sequence_group), config, stage, STEPS, ranks)
+    if root is not None:
+        engine.resume(root, print)
+    for step in range(engine.step, steps):
         micro_batches = batches.step(step)
         (normalizer,) = ranks.sum(loss_normalizer(micro_batches))
         engine.begin_step()
         for batch in micro_batches:
             engine.backward(engine.forward(batch).loss_sum, normalizer)
         engine.end_step()
+    if root is not None:
+        engine.save(root, {}, keep_last=2)
     weights = engine.full_weights()
     engine.close()
     return weights
+
+
+def shared_packs(rows: EncodedSet, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """2 or 4 of four ranks share out each pack; and a run that goes from 1 to 4 to 2 of them."""
+    found = {}
+    for zero_stage, size in ((0, 4), (1, 2), (2, 4), (3, 2)):
+        found[f"z{zero_stage} parts {size}"] = trained(Ranks("cpu", size), rows, zero_stage, 256)
+    for steps, size in ((1, 1), (2, 4), (3, 2)):
+        found["z3 parts 1, 4, 2"] = trained(Ranks("cpu", size), rows, 3, 256, steps=steps, root=folder)
+    return found
+
+
+def whole_packs(rows: EncodedSet, ranks: Ranks) -> dict[str, dict[str, torch.Tensor]]:
+    return {f"z{zero_stage} capacity {capacity}": trained(ranks, rows, zero_stage, capacity)
+            for zero_stage in (0, 1, 2, 3) for capacity in (64, 256, 1024)}
 
 
 def main(folder: Path) -> None:
@@ -91,14 +112,11 @@ def main(folder: Path) -> None:
     start = {name: p.detach().clone() for name, p in model().named_parameters()}
     truth = reference(rows)
     found = {}
-    for zero_stage in (0, 1, 2, 3):
-        for capacity in (64, 256, 1024):
-            weights = trained(ranks, rows, zero_stage, capacity)
-            for name, weight in weights.items():
-                moved = float((truth[name] - start[name]).abs().max())
-                off = float((weight - truth[name]).abs().max())
-                key = f"z{zero_stage} capacity {capacity}"
-                found[key] = max(found.get(key, 0.0), off / moved)
+    for key, weights in (shared_packs(rows, folder) if ranks.world_size == 4 else whole_packs(rows, ranks)).items():
+        for name, weight in weights.items():
+            moved = float((truth[name] - start[name]).abs().max())
+            off = float((weight - truth[name]).abs().max())
+            found[key] = max(found.get(key, 0.0), off / moved)
     if ranks.rank == 0:
         print("RESULT " + json.dumps(found))
 

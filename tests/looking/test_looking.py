@@ -9,6 +9,7 @@ import typer
 from launch import ROOT
 from typer.testing import CliRunner
 
+from delib_fast.config import ConfigError
 from delib_fast.config_file import load_config
 from delib_fast.data import Segment
 from delib_fast.looking.cli import register
@@ -115,6 +116,23 @@ def test_memory_by_zero_stage(corpus):
         gathered = 2 * (2 * shape.largest_layer + shape.embedding_parameters) if zero == 3 else 0
         sums = 4 * P / ranks if zero else 0  # gradients accumulated in fp32
         assert state == pytest.approx(expected * P + gathered + sums)
+
+
+def test_sequence_parallelism(corpus):
+    """Half the tokens of a pack: half its activations; the groups share out the packs, and odd numbers are refused."""
+    whole, half = (load_config(CONFIG, [f"engine.sequence_parallel={n}", "tokenizer.train.vocab_size=1024"])
+                   for n in (1, 2))
+    plans = [plan_stage(corpus, config, config.stages[1], ranks=2, precision="bf16") for config in (whole, half)]
+    memory = [{p.name: p.bytes for p in plan.memory} for plan in plans]
+    assert memory[1]["activations"] == memory[0]["activations"] / 2
+    assert memory[1]["weights"] == memory[0]["weights"]
+    assert plans[1].packs_of_a_rank == 2 * plans[0].packs_of_a_rank
+    for ranks, parallel, says in ((3, 2, "does not divide the number of ranks (3)"),
+                                  (6, 3, "query heads and 2 kv heads can't be shared out over 3 ranks; set"),
+                                  (14, 2, "7 groups of 2 ranks can't share out evenly; the nearest tokens_per_step")):
+        config = load_config(CONFIG, [f"engine.sequence_parallel={parallel}"])
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            plan_stage(corpus, config, config.stages[1], ranks=ranks, precision="bf16")
 
 
 def test_shape_is_the_models(corpus):
