@@ -279,3 +279,38 @@ def test_gpu_matches_reference(lengths, window, dim, backend) -> None:
     exact = on_gpu("reference", [x.double() for x in data])
     torchs = [x.cuda() for x in run_eager(lengths, *(x.cpu() for x in data), window=window)]
     assert_close_as_torch(on_gpu(backend, data), exact, torchs, torch.bfloat16)
+
+
+# --- the C++ loops ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(_cpu.WHY_NO_COMPILED is not None, reason=f"{_cpu.WHY_NO_COMPILED}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "dim"), [((4, 2), 48), ((3, 1), 80), ((2, 2), 256)])
+def test_compiled_loops(heads, dim, dtype) -> None:
+    """Runs over several blocks of keys (128) and queries (32), none a multiple of either; dims off the vectors'
+    widths; q as a model hands it over, a transposed view; a NaN in one run stays there."""
+    lengths = [257, 1, 130, 33]
+    data = inputs(lengths, heads, dim, dtype)
+    assert _cpu.compiled_can(data[0], data[1], [0, *accumulate(lengths)], 0)
+    views = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in data]
+    ours = run("cpu", lengths, *views)
+    exact = run("reference", lengths, *(x.double() for x in data))
+    assert_close_as_torch(ours, exact, run_eager(lengths, *data), dtype)
+    spoilt = data[0].clone()
+    spoilt[257] = float("nan")
+    again = run("cpu", lengths, spoilt, *data[1:])
+    kept = [i for i in range(sum(lengths)) if i != 257]
+    for before, after in zip(ours, again, strict=True):
+        assert torch.equal(before[kept], after[kept]), "a run changes another, or two calls differ"
+
+
+def test_a_lone_run_goes_through_torch() -> None:
+    """One run under one kv head is one task of the C++ loops; with more threads the other kernel shares it out."""
+    q, k, *_ = inputs([64], (2, 1), 16)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert not _cpu.compiled_can(q, k, [0, 64], 0)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,5 +1,10 @@
-"""CPU backend: torch's flash kernel (`_scaled_dot_product_flash_attention_for_cpu`), forward and backward.
+"""CPU backend: our own loops in C++ (csrc/varlen_attention), or torch's flash kernel where they don't apply.
 
+Ours take each run under each kv head as a task of its own, so nothing is padded and no key is copied for the query
+heads that share it. They do float32 and bfloat16, head dims that are multiples of 16 up to 256, no window, and packs
+with at least as many runs × kv heads as there are threads.
+
+The rest goes through `_scaled_dot_product_flash_attention_for_cpu`, forward and backward.
 The runs of a pack are put in a few batches of similar length, so that a hundred short runs cost a few kernel
 calls instead of a hundred. A shorter run of a batch is padded behind its end with zeros: the mask is causal,
 so no real token sees the padding, and the padding's own rows are dropped. No (T, T) mask is ever built; a
@@ -18,11 +23,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from delib_fast.ops._library import LIBRARY, WHY_NO_COMPILED
 from delib_fast.ops.varlen_attention._checks import check_runs
 from delib_fast.ops.varlen_attention._prefix import plan, register
 
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+LIBRARY.define("varlen_attention_runs(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale) "
+               "-> (Tensor out, Tensor lse)")
+LIBRARY.define("varlen_attention_runs_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+               "Tensor cu_seqlens, float scale) -> (Tensor dq, Tensor dk, Tensor dv)")
 
 # A batch takes runs down to this share of its longest one: at most 1 - 0.75² of its scores are padding.
 _SHORTEST_SHARE = 0.75
@@ -56,6 +67,14 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
             return _with_prefix(*wide, cu_seqlens, max_seqlen, scale, *shared)[0].to(q.dtype)
     window = 0 if window is None or window >= max_seqlen else window  # 0 is none, in the op's schema
     return torch.ops.delib_fast.varlen_attention_cpu(q, k, v, cu_seqlens, max_seqlen, scale, window)[0]
+
+
+def compiled_can(q: Tensor, k: Tensor, runs: Sequence[int], window: int) -> bool:
+    """Whether the C++ loops take these tensors. They share out runs and kv heads, so a lone long run under few heads
+    would keep most threads waiting."""
+    tasks = k.shape[1] * sum(end > start for start, end in pairwise(runs))
+    return (WHY_NO_COMPILED is None and window == 0 and q.dtype in (torch.float32, torch.bfloat16)
+            and q.shape[-1] % 16 == 0 and q.shape[-1] <= 256 and tasks >= torch.get_num_threads())
 
 
 class _Batch(NamedTuple):
@@ -111,11 +130,13 @@ def _blocks(longest: int, window: int, dtype: torch.dtype) -> Iterator[tuple[sli
 @torch.library.custom_op("delib_fast::varlen_attention_cpu", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
              window: int) -> tuple[Tensor, Tensor]:
+    runs = cu_seqlens.tolist()
+    check_runs(runs, q.shape[0], max_seqlen)
+    if compiled_can(q, k, runs, window):
+        return torch.ops.delib_fast.varlen_attention_runs(q, k, v, cu_seqlens, scale)
     dtype = torch.promote_types(q.dtype, torch.float32)
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((*q.shape[:2], 1), dtype=dtype)  # (T, Hq, 1), so that it gathers like out
-    runs = cu_seqlens.tolist()
-    check_runs(runs, q.shape[0], max_seqlen)
     for batch in _batches(runs):
         q_B, k_B, v_B = (batch.gather(x, dtype) for x in (q, k, v))
         blocks = [
@@ -138,9 +159,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scal
 @torch.library.custom_op("delib_fast::varlen_attention_cpu_backward", mutates_args=())
 def _backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
               scale: float, window: int) -> tuple[Tensor, Tensor, Tensor]:
+    runs = cu_seqlens.tolist()
+    if compiled_can(q, k, runs, window):
+        return torch.ops.delib_fast.varlen_attention_runs_backward(d_out, q, k, v, out, lse, cu_seqlens, scale)
     dtype = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    for batch in _batches(cu_seqlens.tolist()):
+    for batch in _batches(runs):
         g_B, q_B, k_B, v_B, o_B = (batch.gather(x, dtype) for x in (d_out, q, k, v, out))
         e_B = batch.gather(lse, dtype).squeeze(-1)
         dq_B, dk_B, dv_B = (torch.zeros_like(x) for x in (q_B, k_B, v_B))

@@ -1,0 +1,64 @@
+// The loops of packed causal attention, as a table per instruction set. No torch here, and no inline function that
+// a caller shares: see kernels_impl.h.
+//
+// Sizes: L tokens of a run, D head dim, G query heads that share a kv head.
+#pragma once
+
+#include <cstdint>
+
+namespace delib_fast::attention {
+
+using bf16_bits = std::uint16_t;
+
+constexpr std::int64_t QUERIES = 32;   // of a block
+constexpr std::int64_t KEYS = 128;     // of a block: scores of QUERIES x KEYS float32 stay in the first-level cache
+constexpr std::int64_t D_MULTIPLE = 16;
+constexpr std::int64_t LARGEST_D = 256;
+
+// One head, or a group of them, of one run: element (token, head, d) is at data[token * token_stride + head *
+// head_stride + d].
+template <typename scalar_t>
+struct Heads {
+  scalar_t* data;
+  std::int64_t token_stride, head_stride;
+};
+
+// A run's attention under one kv head.
+template <typename scalar_t>
+struct Forward {
+  Heads<const scalar_t> q, k, v;  // q: G heads; k, v: one
+  Heads<scalar_t> out;
+  Heads<float> lse;  // of the scaled scores, (L, G)
+  std::int64_t length, dim, group;
+  float scale;
+};
+
+template <typename scalar_t>
+struct Backward {
+  Heads<const scalar_t> d_out, q, k, v, out;
+  Heads<const float> lse;
+  Heads<scalar_t> dq, dk, dv;
+  std::int64_t length, dim, group;
+  float scale;
+};
+
+inline std::int64_t padded(std::int64_t length) { return (length + KEYS - 1) / KEYS * KEYS; }
+// floats of scratch that a task needs
+inline std::int64_t forward_scratch(std::int64_t length, std::int64_t dim) {
+  return 2 * padded(length) * dim + QUERIES * (2 * dim + KEYS);
+}
+inline std::int64_t backward_scratch(std::int64_t length, std::int64_t dim) {
+  return 5 * padded(length) * dim + QUERIES * (3 * dim + 2 * KEYS);
+}
+
+struct Kernels {
+  const char* name;
+  void (*forward_f32)(const Forward<float>&, float* scratch);
+  void (*forward_bf16)(const Forward<bf16_bits>&, float* scratch);
+  void (*backward_f32)(const Backward<float>&, float* scratch);
+  void (*backward_bf16)(const Backward<bf16_bits>&, float* scratch);
+};
+
+const Kernels& kernels();  // the best that this processor runs
+
+}  // namespace delib_fast::attention

@@ -1,0 +1,251 @@
+// Flash attention (arXiv 2307.08691) of one run under one kv head, in float32 whatever the inputs. Compiled once per
+// instruction set: the file that includes this one sets the target and defines ATTENTION_KERNELS (the table's name),
+// its NAME, WIDTH (floats of a vector) and TILE_ROWS. Everything has internal linkage and calls no inline function of
+// a library: else the linker could take the AVX-512 copy of one for all callers.
+//
+// k and v are laid out once a task, as the products want them: K^T and V^T in blocks of KEYS columns, K and V by rows.
+// Then each block of QUERIES goes over the blocks of keys that it may see. Every product is C (+)= A . B with B's rows
+// along vectors, so one small product does for all seven. Read: q, k, v (and out, d_out) once; written: the results
+// once; everything else stays in `scratch`.
+#include <math.h>
+
+#include <cstdint>
+
+#include "varlen_attention/kernels.h"
+
+namespace delib_fast::attention {
+namespace {
+
+typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef std::int32_t Integers __attribute__((vector_size(4 * WIDTH)));
+
+inline float load(const float* p) { return *p; }
+inline float load(const bf16_bits* p) { return __builtin_bit_cast(float, static_cast<std::uint32_t>(*p) << 16); }
+inline void store(float* p, float x) { *p = x; }
+inline void store(bf16_bits* p, float x) {  // to nearest even; a NaN stays one
+  const std::uint32_t bits = __builtin_bit_cast(std::uint32_t, x);
+  *p = static_cast<bf16_bits>(x != x ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline Vector splat(float x) { return Vector{} + x; }
+inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+
+// e**x for x <= 0, about one ulp; 0 below the normal range and for -inf, NaN for NaN. Cephes' polynomial.
+inline Vector exp_of(Vector x) {
+  const Vector lowest = splat(-87.33654f), round = splat(12582912.0f);  // 1.5 * 2**23
+  const Vector clamped = x < lowest ? lowest : (x > splat(88.0f) ? splat(88.0f) : x);
+  const Vector shifted = clamped * 1.44269504088896341f + round;
+  const Vector n = shifted - round;
+  const Vector r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vector p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const Vector mantissa = (p * r) * r + r + 1.0f;
+  const Integers exponent = (__builtin_bit_cast(Integers, shifted) << 23) + (127 << 23);
+  return x < lowest ? Vector{} : mantissa * __builtin_bit_cast(Vector, exponent);
+}
+
+inline float exp_one(float x) { return exp_of(splat(x))[0]; }
+
+// C (TILE_ROWS, COLUMNS * WIDTH) (+)= A (TILE_ROWS, depth) . B. A's element (i, k) is at a[i * by_row + k * by_depth].
+template <int COLUMNS>
+inline void tile(std::int64_t depth, const float* a, std::int64_t by_row, std::int64_t by_depth, const float* b,
+                 std::int64_t b_stride, float* c, std::int64_t c_stride, bool add) {
+  Vector sum[TILE_ROWS][COLUMNS];
+  for (int i = 0; i < TILE_ROWS; ++i)
+    for (int j = 0; j < COLUMNS; ++j)
+      sum[i][j] = add ? *reinterpret_cast<const Vector*>(c + i * c_stride + j * WIDTH) : Vector{};
+  for (std::int64_t k = 0; k < depth; ++k) {
+    Vector row[COLUMNS];
+    for (int j = 0; j < COLUMNS; ++j) row[j] = *reinterpret_cast<const Vector*>(b + k * b_stride + j * WIDTH);
+    for (int i = 0; i < TILE_ROWS; ++i) {
+      const Vector factor = splat(a[i * by_row + k * by_depth]);
+      for (int j = 0; j < COLUMNS; ++j) sum[i][j] += factor * row[j];
+    }
+  }
+  for (int i = 0; i < TILE_ROWS; ++i)
+    for (int j = 0; j < COLUMNS; ++j) *reinterpret_cast<Vector*>(c + i * c_stride + j * WIDTH) = sum[i][j];
+}
+
+// rows is a multiple of TILE_ROWS, columns one of 16.
+void product(std::int64_t rows, std::int64_t columns, std::int64_t depth, const float* a, std::int64_t by_row,
+             std::int64_t by_depth, const float* b, std::int64_t b_stride, float* c, std::int64_t c_stride, bool add) {
+  for (std::int64_t j = 0; j < columns;) {
+    const bool wide = columns - j >= 2 * WIDTH;
+    for (std::int64_t i = 0; i < rows; i += TILE_ROWS) {
+      if (wide) {
+        tile<2>(depth, a + i * by_row, by_row, by_depth, b + j, b_stride, c + i * c_stride + j, c_stride, add);
+      } else {
+        tile<1>(depth, a + i * by_row, by_row, by_depth, b + j, b_stride, c + i * c_stride + j, c_stride, add);
+      }
+    }
+    j += wide ? 2 * WIDTH : WIDTH;
+  }
+}
+
+inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+inline std::int64_t up(std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Rows [begin, begin + count) of one head as float32 times `factor`; rows up to `total` are zeros.
+template <typename scalar_t>
+void gather(const Heads<const scalar_t>& from, std::int64_t head, std::int64_t begin, std::int64_t count,
+            std::int64_t total, std::int64_t dim, float factor, float* to) {
+  for (std::int64_t t = 0; t < total; ++t) {
+    const scalar_t* row = from.data + (begin + t) * from.token_stride + head * from.head_stride;
+    for (std::int64_t d = 0; d < dim; ++d) to[t * dim + d] = t < count ? load(row + d) * factor : 0.0f;
+  }
+}
+
+// (length, dim) to blocks of (dim, KEYS), zeros behind the end.
+template <typename scalar_t>
+void gather_transposed(const Heads<const scalar_t>& from, std::int64_t length, std::int64_t dim, float* to) {
+  for (std::int64_t first = 0; first < length; first += KEYS, to += dim * KEYS) {
+    for (std::int64_t t = 0; t < KEYS; ++t) {
+      const scalar_t* row = from.data + (first + t) * from.token_stride;
+      for (std::int64_t d = 0; d < dim; ++d) to[d * KEYS + t] = first + t < length ? load(row + d) : 0.0f;
+    }
+  }
+}
+
+template <typename scalar_t>
+void scatter(const float* from, std::int64_t begin, std::int64_t count, std::int64_t dim, std::int64_t head,
+             float factor, const Heads<scalar_t>& to) {
+  for (std::int64_t t = 0; t < count; ++t) {
+    scalar_t* row = to.data + (begin + t) * to.token_stride + head * to.head_stride;
+    for (std::int64_t d = 0; d < dim; ++d) store(row + d, from[t * dim + d] * factor);
+  }
+}
+
+// One row of scores: -inf behind the `seen` keys; brought into max and sum; left as e^(score - max). Returns the
+// factor by which what was summed before is to be multiplied.
+inline float soften(float* scores, std::int64_t columns, std::int64_t seen, float& max, float& sum) {
+  for (std::int64_t j = seen; j < columns; ++j) scores[j] = -INFINITY;
+  Vector most = splat(-INFINITY);
+  for (std::int64_t j = 0; j < columns; j += WIDTH) most = larger(*reinterpret_cast<Vector*>(scores + j), most);
+  float now = max;
+  for (int i = 0; i < WIDTH; ++i) now = most[i] > now ? most[i] : now;
+  const float shift = now == -INFINITY ? 0.0f : now;
+  Vector total{};
+  for (std::int64_t j = 0; j < columns; j += WIDTH) {
+    auto& at = *reinterpret_cast<Vector*>(scores + j);
+    at = exp_of(at - shift);
+    total += at;
+  }
+  const float before = exp_one(max - shift);
+  sum *= before;
+  for (int i = 0; i < WIDTH; ++i) sum += total[i];
+  max = now;
+  return before;
+}
+
+template <typename scalar_t>
+void forward(const Forward<scalar_t>& task, float* scratch) {
+  const std::int64_t L = task.length, D = task.dim;
+  float* k_t = scratch;
+  float* v = k_t + padded(L) * D;
+  float* q = v + padded(L) * D;
+  float* out = q + QUERIES * D;
+  float* scores = out + QUERIES * D;
+  gather_transposed(task.k, L, D, k_t);
+  gather(task.v, 0, 0, L, padded(L), D, 1.0f, v);
+  for (std::int64_t head = 0; head < task.group; ++head) {
+    for (std::int64_t begin = 0; begin < L; begin += QUERIES) {
+      const std::int64_t count = least(QUERIES, L - begin), end = begin + count;
+      float max[QUERIES], sum[QUERIES];
+      for (std::int64_t i = 0; i < QUERIES; ++i) max[i] = -INFINITY, sum[i] = 0.0f;
+      gather(task.q, head, begin, count, QUERIES, D, task.scale, q);
+      for (std::int64_t first = 0; first < end; first += KEYS) {
+        const std::int64_t columns = up(least(KEYS, end - first), D_MULTIPLE);
+        product(QUERIES, columns, D, q, D, 1, k_t + first * D, KEYS, scores, KEYS, false);
+        for (std::int64_t i = 0; i < QUERIES; ++i) {
+          const std::int64_t seen = least(columns, begin + least(i, count - 1) + 1 - first);
+          const float before = soften(scores + i * KEYS, columns, seen, max[i], sum[i]);
+          if (first > 0 && before != 1.0f)
+            for (std::int64_t d = 0; d < D; ++d) out[i * D + d] *= before;
+        }
+        product(QUERIES, D, columns, scores, KEYS, 1, v + first * D, D, out, D, first > 0);
+      }
+      for (std::int64_t i = 0; i < count; ++i) {
+        for (std::int64_t d = 0; d < D; ++d) out[i * D + d] /= sum[i];
+        task.lse.data[(begin + i) * task.lse.token_stride + head * task.lse.head_stride] = max[i] + logf(sum[i]);
+      }
+      scatter(out, begin, count, D, head, 1.0f, task.out);
+    }
+  }
+}
+
+// Scores to probabilities and d_probabilities to d_scores, both in place; zeros where a query does not see the key.
+inline void differentiate(float* scores, float* d_scores, std::int64_t columns, std::int64_t seen, float lse,
+                          float delta) {
+  for (std::int64_t j = 0; j < columns; j += WIDTH) {
+    auto& p = *reinterpret_cast<Vector*>(scores + j);
+    auto& dp = *reinterpret_cast<Vector*>(d_scores + j);
+    p = exp_of(p - lse);
+    dp = p * (dp - delta);
+  }
+  for (std::int64_t j = seen < 0 ? 0 : seen; j < columns; ++j) scores[j] = d_scores[j] = 0.0f;
+}
+
+template <typename scalar_t>
+void backward(const Backward<scalar_t>& task, float* scratch) {
+  const std::int64_t L = task.length, D = task.dim;
+  float* k_t = scratch;
+  float* v_t = k_t + padded(L) * D;
+  float* k = v_t + padded(L) * D;
+  float* dk = k + padded(L) * D;
+  float* dv = dk + padded(L) * D;
+  float* q = dv + padded(L) * D;
+  float* d_out = q + QUERIES * D;
+  float* dq = d_out + QUERIES * D;
+  float* scores = dq + QUERIES * D;
+  float* d_scores = scores + QUERIES * KEYS;
+  gather_transposed(task.k, L, D, k_t);
+  gather_transposed(task.v, L, D, v_t);
+  gather(task.k, 0, 0, L, padded(L), D, 1.0f, k);
+  for (std::int64_t i = 0; i < padded(L) * D; ++i) dk[i] = dv[i] = 0.0f;
+  for (std::int64_t head = 0; head < task.group; ++head) {
+    for (std::int64_t begin = 0; begin < L; begin += QUERIES) {
+      const std::int64_t count = least(QUERIES, L - begin), end = begin + count;
+      float lse[QUERIES], delta[QUERIES];
+      gather(task.out, head, begin, count, QUERIES, D, 1.0f, dq);  // for a moment
+      gather(task.d_out, head, begin, count, QUERIES, D, 1.0f, d_out);
+      gather(task.q, head, begin, count, QUERIES, D, task.scale, q);
+      for (std::int64_t i = 0; i < QUERIES; ++i) {
+        const std::int64_t token = begin + least(i, count - 1);
+        lse[i] = task.lse.data[token * task.lse.token_stride + head * task.lse.head_stride];
+        Vector total{};
+        for (std::int64_t d = 0; d < D; d += WIDTH)
+          total += *reinterpret_cast<Vector*>(dq + i * D + d) * *reinterpret_cast<Vector*>(d_out + i * D + d);
+        delta[i] = 0.0f;
+        for (int w = 0; w < WIDTH; ++w) delta[i] += total[w];
+      }
+      for (std::int64_t first = 0; first < end; first += KEYS) {
+        const std::int64_t columns = up(least(KEYS, end - first), D_MULTIPLE);
+        product(QUERIES, columns, D, q, D, 1, k_t + first * D, KEYS, scores, KEYS, false);
+        product(QUERIES, columns, D, d_out, D, 1, v_t + first * D, KEYS, d_scores, KEYS, false);
+        for (std::int64_t i = 0; i < QUERIES; ++i) {
+          const std::int64_t seen = i < count ? least(columns, begin + i + 1 - first) : 0;
+          differentiate(scores + i * KEYS, d_scores + i * KEYS, columns, seen, lse[i], delta[i]);
+        }
+        product(columns, D, QUERIES, scores, 1, KEYS, d_out, D, dv + first * D, D, true);
+        product(columns, D, QUERIES, d_scores, 1, KEYS, q, D, dk + first * D, D, true);
+        product(QUERIES, D, columns, d_scores, KEYS, 1, k + first * D, D, dq, D, first > 0);
+      }
+      scatter(dq, begin, count, D, head, task.scale, task.dq);
+    }
+  }
+  scatter(dk, 0, L, D, 0, 1.0f, task.dk);
+  scatter(dv, 0, L, D, 0, 1.0f, task.dv);
+}
+
+}  // namespace
+
+extern const Kernels ATTENTION_KERNELS;
+const Kernels ATTENTION_KERNELS = {
+    ATTENTION_KERNELS_NAME, &forward<float>, &forward<bf16_bits>, &backward<float>, &backward<bf16_bits>,
+};
+
+}  // namespace delib_fast::attention
