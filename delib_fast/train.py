@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from delib_fast.bookkeeping import Saver, StepLog, Stopped, StopRequest, TrainingError
 from delib_fast.config import Config, ConfigError, ModelConfig, StageConfig
 from delib_fast.config_file import load_config
+from delib_fast.slurm import adopt_slurm
 
 if TYPE_CHECKING:
     from delib_fast.corpus import Corpus
@@ -288,6 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    adopt_slurm()
     first = os.environ.get("RANK", "0") == "0"
     overrides = [item for group in options.overrides for item in group]
     try:

@@ -30,14 +30,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Ranks:
     """The process group: who we are, where we compute, and sums over all of us.
 
-    Works under `deepspeed`, `torchrun`, `srun` (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR in the environment)
-    and alone. Sums of host numbers go over gloo, so they never wait for a GPU.
+    Works under `deepspeed`, `torchrun`, `srun` (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR in the environment; see
+    slurm.py) and alone. Sums of host numbers go over gloo, so they never wait for a GPU.
     """
 
     def __init__(self, device: str = "auto", sequence_parallel: int = 1) -> None:
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("engine.device is cuda, but torch sees no CUDA device; set engine.device to auto or cpu")
         on_gpu = device != "cpu" and torch.cuda.is_available()
+        if on_gpu:
+            os.environ["LOCAL_RANK"] = str(_gpu_of(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device("cuda", self.local_rank) if on_gpu else torch.device("cpu")
         if on_gpu:
@@ -72,6 +74,16 @@ class Ranks:
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _gpu_of(local_rank: int, gpus: int) -> int:
+    """Which of the GPUs that this process sees is its own: with one (srun --gpus-per-task=1) that one."""
+    if gpus == 1:
+        return 0
+    if local_rank >= gpus:
+        raise ConfigError(f"rank {local_rank} of this machine has no GPU: {gpus} are to be seen; start at most as many "
+                          "ranks a machine")
+    return local_rank
 
 
 def native_precision(device: torch.device) -> Literal["bf16", "fp32"]:
