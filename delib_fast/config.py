@@ -237,6 +237,21 @@ class CheckpointConfig(Section):
     every_minutes: float | None = Field(10.0, gt=0)
     """Save when this long has passed since the last save. An interrupted run saves in any case."""
     keep_last: PositiveInt = 2
+    """So many are kept, the newest."""
+    keep_every_steps: PositiveInt | None = None
+    """Besides, one at every multiple of so many updates is saved, and never deleted."""
+
+
+class GuardConfig(Section):
+    """What must not ruin a run in silence: bad updates, and ranks that hang."""
+
+    max_bad_steps: PositiveInt = 5
+    """An update whose loss or gradient norm is not finite is left out and told, with its rows; so many in a row end the
+    run, at the next line of metrics. The weights are those of the last good update."""
+    spike_factor: float | None = Field(None, gt=1)
+    """Also leave out an update whose gradient norm is more than so many times the running mean (of some 50 updates)."""
+    hang_timeout_s: float | None = Field(600.0, gt=0)
+    """A rank that makes no progress for so long is named, with its stack, and the run ends; null: wait for ever."""
 
 
 class LogConfig(Section):
@@ -262,6 +277,7 @@ class Config(Section):
     """Where encoded data is kept between runs; by default $DELIB_FAST_CACHE or ~/.cache/delib_fast."""
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
     deepspeed: dict[str, Any] = {}
     """Merged over the generated DeepSpeed JSON. A key that this config decides is refused by name."""

@@ -27,8 +27,9 @@ from delib_fast.config_file import dump_config, parse_config
 from delib_fast.engine.checkpoint import write_synced
 
 # What may differ when a run goes on: where and how fast it computes and what it tells, not what it learns.
-_MAY_CHANGE = ("run_dir", "log", "checkpoint", "engine.zero_stage", "engine.device", "engine.sequence_parallel",
-               "model.attention", "model.loss", "model.activation_checkpointing", "deepspeed")
+_MAY_CHANGE = ("run_dir", "log", "checkpoint", "guard.max_bad_steps", "guard.hang_timeout_s", "engine.zero_stage",
+               "engine.device", "engine.sequence_parallel", "model.attention", "model.loss",
+               "model.activation_checkpointing", "deepspeed")
 
 
 class RunDirectory:
@@ -135,13 +136,15 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         if not self._writes or not path.exists():
             return
-        kept, lines = [], path.read_text().splitlines()
+        kept: list[str] = []
+        text = path.read_text()
+        lines = text.splitlines()
         for line in lines:
             with contextlib.suppress(json.JSONDecodeError):  # a line cut by a crash is made again
                 record = json.loads(line)
                 if record["stage"] != stage or record["step"] <= step:
                     kept.append(line)
-        if len(kept) < len(lines):
+        if len(kept) < len(lines) or not text.endswith("\n"):
             if self._metrics is not None:  # the file is replaced: what is open would be written to the old one
                 self._metrics.close()
                 self._metrics = None
@@ -154,6 +157,11 @@ class RunDirectory:
             self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
+
+    def sync_metrics(self) -> None:
+        """Have the lines so far on the disk."""
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -21,9 +21,11 @@ if __name__ == "__main__" and sys.path and os.path.basename(sys.path[0]) == "del
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse
+import errno
+import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,26 +66,25 @@ class Context:
 # --- one stage ----------------------------------------------------------------------------------------------
 
 
-def train_stage(context: Context, engine: Engine, stage: StageConfig) -> dict[str, Any]:
-    """The training loop: from the engine's step to the stage's last. Returns what the ledger keeps of it.
+def train_stage(context: Context, engine: Engine, stage: StageConfig,
+                tallies: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Saver]:
+    """The training loop: from the engine's step to the stage's last. tallies: those of the checkpoint it goes on from.
 
-    Raises Stopped after saving a checkpoint when the run was asked to stop, TrainingError when a step can't be
-    made.
+    Returns what the ledger keeps of it, and the saver, for what comes after the last step.
+    Raises:
+        Stopped: after saving a checkpoint, when the run was asked to stop.
+        TrainingError, CheckpointError: a step can't be made, a checkpoint can't be written.
     """
     from delib_fast.losses import Meter, loss_normalizer
 
     ranks, batches = context.ranks, context.corpus.batches(stage)
-    saver = Saver(context, engine, stage)
-    log = StepLog(context, stage, batches, first_step=engine.step)
     meter = Meter(engine.device)
+    log = StepLog(context, stage, batches, meter, first_step=engine.step, tallies=tallies)
+    saver = Saver(context, engine, stage, log)
     for step in range(engine.step, batches.num_steps):
         micro_batches = batches.step(step)
-        normalizer, stop, save = ranks.sum(loss_normalizer(micro_batches), context.stop.asked, saver.due())
-        if stop:
-            saver.save()
-            raise Stopped(f"stopped after step {step} of {batches.num_steps} of stage {stage.name!r}")
-        if save:
-            saver.save()
+        normalizer, *asked = ranks.sum(loss_normalizer(micro_batches), *saver.asks())
+        saver.attend(*asked)
         assert normalizer > 0, "Corpus.batches refuses a step without a supervised token"
         lr = engine.begin_step()
         for micro_batch in micro_batches:
@@ -92,14 +93,18 @@ def train_stage(context: Context, engine: Engine, stage: StageConfig) -> dict[st
             engine.backward(output.loss_sum, normalizer)
             meter.add(batch, output)
         engine.end_step()
-        log.count(micro_batches, normalizer)
+        log.count(micro_batches)
         if engine.step % context.config.log.every_steps == 0 or engine.step == batches.num_steps:
-            log.write(engine, meter, lr)
-    return log.totals()
+            log.write(engine, lr)
+    saver.finish()
+    return log.totals(), saver
 
 
-def evaluate(context: Context, engine: Engine, moment: str) -> None:
-    """Held-out nll by segment over every evaluation set of the run, into the ledger under `moment`."""
+def evaluate(context: Context, engine: Engine, moment: str, saver: Saver | None = None) -> None:
+    """Held-out nll by segment over every evaluation set of the run, into the ledger under `moment`.
+
+    Raises Stopped, after saving what the saver has not saved yet, when the run was asked to stop.
+    """
     from delib_fast.losses import Meter, segment_report
 
     if context.run.evaluation(moment) is not None:
@@ -108,6 +113,10 @@ def evaluate(context: Context, engine: Engine, moment: str) -> None:
     for prefix, batches in context.corpus.evaluation(context.ranks):
         meter = Meter(engine.device)
         for batch in batches:
+            if any(context.ranks.sum(context.stop.asked)):
+                if saver is not None:
+                    saver.stop()
+                raise Stopped(f"stopped while evaluating ({moment})")
             on_device = batch.to(engine.device)
             meter.add(on_device, engine.evaluate(on_device))
         report = segment_report(context.ranks.sum_tensor(meter.sums).cpu())
@@ -145,12 +154,10 @@ def run_stage(context: Context, index: int) -> None:
              "precision": config.engine.precision, "versions": versions()}
     run.record_stage(entry)
     began = time.perf_counter()
-    with context.stop.listening():
-        figures = train_stage(context, engine, stage)
+    figures, saver = train_stage(context, engine, stage, found.trainer["log"] if found is not None else None)
     entry |= {**figures, "wall_s": time.perf_counter() - began}
-    evaluate(context, engine, f"after {stage.name}")
-    model = export(context, engine, module, index)
-    run.record_stage(entry | {"status": "finished", "model": model.describe()})
+    evaluate(context, engine, f"after {stage.name}", saver)
+    run.record_stage(entry | export(context, engine, module, index) | {"status": "finished"})
     engine.close()
 
 
@@ -167,21 +174,31 @@ class Weights:
 
 def parent_of(context: Context, index: int) -> Weights:
     """The weights that a stage starts from: the base model, or what the stage before exported (checked)."""
-    from delib_fast.engine.checkpoint import weights_sha256
+    from delib_fast.engine.checkpoint import hashes, weights_sha256
 
     config = context.config
-    if index == 0:
-        path = config.model.path
-        known = Path(path) if path is not None and Path(path).is_dir() else None
-        return Weights(path, weights_sha256(known) if known is not None else None)
-    before = config.stages[index - 1]
-    folder = context.run.exported(before.name, last=False)
-    recorded = (context.run.stage(before.name) or {})["model"]
-    actual = weights_sha256(folder)
-    if actual != recorded["sha256"]:
-        raise TrainingError(f"{folder} is not what stage {before.name!r} exported (sha256 {actual[:12]}, the "
-                            f"ledger says {recorded['sha256'][:12]}); delete run_dir to start again")
-    return Weights(str(folder), actual)
+    if index > 0:
+        return exported_by(context, index - 1)
+    path = config.model.path
+    known = Path(path) if path is not None and Path(path).is_dir() else None
+    return Weights(path, weights_sha256(hashes(known)) if known is not None else None)
+
+
+def exported_by(context: Context, index: int) -> Weights:
+    """What a finished stage exported. Raises TrainingError if a file of it is no longer what was written."""
+    from delib_fast.engine.checkpoint import hashes, weights_sha256
+
+    stage = context.config.stages[index]
+    folder = context.run.exported(stage.name, last=index == len(context.config.stages) - 1)
+    entry = context.run.stage(stage.name) or {}
+    mine = hashes(folder) if context.ranks.rank == 0 else {}  # one rank reads it; it may be large
+    actual: dict[str, str] = json.loads(context.ranks.gather_texts(json.dumps(mine))[0])
+    for name, sha256 in entry["model_files"].items():
+        if actual.get(name) != sha256:
+            wrong = "is gone" if name not in actual else "was changed after it was written"
+            raise TrainingError(f"{folder / name} {wrong}: the model is not what stage {stage.name!r} exported; put it "
+                                "back, or delete run_dir to start again")
+    return Weights(str(folder), weights_sha256(entry["model_files"]))
 
 
 def build_stage_model(context: Context, parent: Weights) -> Any:
@@ -194,19 +211,32 @@ def build_stage_model(context: Context, parent: Weights) -> Any:
     return build_model(source, context.corpus.tokenizer, seed=config.seed)
 
 
-def export(context: Context, engine: Engine, module: Any, index: int) -> Weights:
-    """Write the stage's model as a Hugging Face folder (rank 0; every rank takes part in gathering it)."""
-    from delib_fast.engine.checkpoint import weights_sha256
+def export(context: Context, engine: Engine, module: Any, index: int) -> dict[str, Any]:
+    """Write the stage's model as a Hugging Face folder (rank 0; every rank takes part in gathering it).
+
+    Returns what the ledger keeps of it. Raises TrainingError, on every rank, if it can't be written.
+    """
+    from safetensors import SafetensorError
+
+    from delib_fast.engine.checkpoint import hashes, weights_sha256
     from delib_fast.models import export_model
 
     config = context.config
     stage = config.stages[index]
     folder = context.run.exported(stage.name, last=index == len(config.stages) - 1)
     weights = engine.full_weights()
+    files: dict[str, str] = {}
+    wrong = ""
     if context.ranks.rank == 0:
-        export_model(module, context.corpus.tokenizer, folder, state_dict=weights)
-    context.ranks.barrier()
-    return Weights(str(folder), weights_sha256(folder))
+        try:
+            export_model(module, context.corpus.tokenizer, folder, state_dict=weights)
+            files = hashes(folder)
+        except (OSError, SafetensorError) as error:
+            wrong = str(error)
+    if told := context.ranks.gather_texts(wrong)[0]:
+        raise TrainingError(f"the model of stage {stage.name!r} can't be written to {folder}: {told}; make room, and "
+                            "give the same command again: it goes on from the last checkpoint")
+    return {"model": Weights(str(folder), weights_sha256(files)).describe(), "model_files": files}
 
 
 def versions() -> dict[str, str]:
@@ -243,21 +273,32 @@ def run(config: Config) -> RunResult:
         ranks.barrier()
         if not first:
             directory.open(config)
-        reporter = Reporter(speaks=first)
-        corpus = Corpus(config, directory, ranks)
-        context = Context(config, ranks, directory, reporter, corpus, StopRequest())
-        finished = {entry["name"]: entry for entry in directory.ledger["stages"] if entry["status"] == "finished"}
-        check_stages(context, [stage for stage in config.stages if stage.name not in finished])
-        for index, stage in enumerate(config.stages):
-            if stage.name not in finished:
-                run_stage(context, index)
-            else:
-                reporter.say(f"{stage.name}: finished already ({finished[stage.name]['updates']} updates)")
+        reporter, stop = Reporter(speaks=first), StopRequest()
+        context = Context(config, ranks, directory, reporter, Corpus(config, directory, ranks), stop)
+        with stop.listening():
+            run_stages(context)
         model = directory.exported(config.stages[-1].name, last=True)
         reporter.table(directory.ledger, [("run directory", str(directory.path)), ("model", str(model))])
         return RunResult(directory.path, model, directory.ledger)
     finally:
         directory.close()
+
+
+def run_stages(context: Context) -> None:
+    """Every stage that is not finished yet. Raises Stopped where the run was asked to stop."""
+    stages = context.config.stages
+    finished = {entry["name"]: entry for entry in context.run.ledger["stages"] if entry["status"] == "finished"}
+    with context.stop.at_once("reading the data"):
+        check_stages(context, [stage for stage in stages if stage.name not in finished])
+    for index, stage in enumerate(stages):
+        if stage.name not in finished:
+            if any(context.ranks.sum(context.stop.asked)):
+                raise Stopped(f"stopped before stage {stage.name!r}")
+            run_stage(context, index)
+        else:
+            context.reporter.say(f"{stage.name}: finished already ({finished[stage.name]['updates']} updates)")
+    if stages[-1].name in finished:
+        exported_by(context, len(stages) - 1)
 
 
 def check_stages(context: Context, stages: Sequence[StageConfig]) -> None:
@@ -280,7 +321,8 @@ def with_precision(config: Config, ranks: Ranks) -> Config:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line. Exit codes: 0 done or stopped on request, 1 failed while training, 2 bad input."""
+    """Command line. Exit codes: 0 done or stopped on request, 1 failed while training, 2 bad input, 130 interrupted
+    twice."""
     parser = argparse.ArgumentParser(prog="delib_fast/train.py", description="Train a run's stages.")
     parser.add_argument("--config", required=True, metavar="FILE", help="the run, as YAML")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", nargs="+",
@@ -297,8 +339,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         if first:
             print(f"{stopped}; the same command goes on from there", flush=True)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on from the last checkpoint", first, 130)
     except ConfigError as error:
         return _fail(str(error), first, 2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        return _fail(f"{error}. What was saved before is whole: make room or give the right to write, and the same "
+                     "command goes on from the last checkpoint", True, 1)
     except Exception as error:
         if not _is_told_plainly(error):
             raise

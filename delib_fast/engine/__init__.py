@@ -1,5 +1,7 @@
 """Training on DeepSpeed ZeRO: the only package that imports deepspeed."""
 
+from delib_fast.engine.checkpoint_writer import CheckpointWriter
 from delib_fast.engine.engine import Engine, Ranks, native_precision
+from delib_fast.engine.guard import StepVerdict
 
-__all__ = ["Engine", "Ranks", "native_precision"]
+__all__ = ["CheckpointWriter", "Engine", "Ranks", "StepVerdict", "native_precision"]

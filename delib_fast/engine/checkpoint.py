@@ -1,13 +1,20 @@
 """Checkpoints that are either whole or not there.
 
 A checkpoint is a folder of safetensors and JSON. It is written beside its final place, each file is synced
-and hashed into a manifest, the folder is renamed into place, and only then is it a checkpoint. One that does
-not match its manifest is never loaded: the one before it is, and that is said. Nothing in it is pickle.
+and hashed into a manifest, the folder is renamed into place, and only then is it a checkpoint, and named `latest`.
+One that does not match its manifest is never loaded: the one before it is, and that is said. Where none is left the
+run ends, by name: it never starts again in silence. Nothing in it is pickle.
 
-    checkpoints/msm/step-00000012/
-        state-00000-of-00002.safetensors   fp32 weights and moments of the parameters that rank 0 wrote
-        trainer.json                       step, optimizer steps, what the run looked like
-        manifest.json                      bytes and sha256 of every other file
+    checkpoints/msm/
+        latest                                 the name of the last one that was written
+        step-00000012/
+            state-00000-of-00002.safetensors   fp32 weights and moments of the parameters that rank 0 wrote
+            trainer.json                       step, optimizer steps, tallies, what the run looked like
+            manifest.json                      bytes and sha256 of every other file
+        .writing-step-00000016/                one that is being written
+        damaged-step-00000020/                 one that was found damaged; goes with the next one written
+
+`checkpoint_writer` writes them; this module names, checks and reads them.
 """
 
 from __future__ import annotations
@@ -17,21 +24,44 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 MANIFEST = "manifest.json"
+LATEST = "latest"
+FORMAT = 2
 _NAME = re.compile(r"^step-(\d{8})$")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that can't be used, with the reason and what to do."""
+    """A checkpoint that can't be used or written, with the reason and what to do."""
+
+
+class Group(Protocol):
+    """What this package needs of the process group (`engine.Ranks` has it)."""
+
+    rank: int
+    world_size: int
+
+    def barrier(self) -> None: ...
+    def gather_texts(self, text: str) -> list[str]: ...
+
+
+class Alone:
+    """A group of one."""
+
+    rank, world_size = 0, 1
+
+    def barrier(self) -> None:
+        pass
+
+    def gather_texts(self, text: str) -> list[str]:
+        return [text]
 
 
 @dataclass(frozen=True)
@@ -39,13 +69,15 @@ class Checkpoint:
     folder: Path
     step: int
     trainer: dict[str, Any]
+    files: tuple[str, ...] = ()
 
     def reader(self) -> Callable[[str], Tensor]:
         """A function from tensor key to full tensor, over all the files of the checkpoint."""
         where: dict[str, Any] = {}
-        for file in sorted(self.folder.glob("state-*.safetensors")):
-            handle = safe_open(file, framework="pt")
-            where.update(dict.fromkeys(handle.keys(), handle))
+        for name in self.files:
+            if name.endswith(".safetensors"):
+                handle = safe_open(self.folder / name, framework="pt")
+                where.update(dict.fromkeys(handle.keys(), handle))
 
         def read(key: str) -> Tensor:
             if key not in where:
@@ -56,16 +88,26 @@ class Checkpoint:
         return read
 
 
+# --- files that survive a crash -----------------------------------------------------------------------------
+
+
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def weights_sha256(folder: Path) -> str:
-    """One hash over the names and contents of a model folder's safetensors files."""
+def hashes(folder: Path) -> dict[str, str]:
+    """The sha256 of each file of a model folder, by name; hidden files excepted."""
+    return {path.name: file_sha256(path) for path in sorted(folder.glob("*"))
+            if path.is_file() and not path.name.startswith(".")}
+
+
+def weights_sha256(files: Mapping[str, str]) -> str:
+    """One hash over the names and contents of a model's safetensors files, from `hashes`."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{path.name} {file_sha256(path)}\n".encode())
+    for name, sha256 in sorted(files.items()):
+        if name.endswith(".safetensors"):
+            digest.update(f"{name} {sha256}\n".encode())
     return digest.hexdigest()
 
 
@@ -88,97 +130,168 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_file(path: Path) -> None:
+def sync_file(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def save(
-    root: Path,
-    step: int,
-    tensors: Iterable[tuple[str, Callable[[], Tensor]]],
-    trainer: dict[str, Any],
-    *,
-    rank: int,
-    world_size: int,
-    barrier: Callable[[], None],
-    keep_last: int,
-) -> Path:
-    """Write the checkpoint of `step` under `root`. All ranks call it; each writes its share of the tensors.
-
-    Raises:
-        OSError: the disk is full or not writable; earlier checkpoints are untouched.
-    """
-    final = root / f"step-{step:08d}"
-    beside = root / f".writing-step-{step:08d}"
-    if rank == 0:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    barrier()
-    mine: dict[str, Tensor] = {}
-    for index, (key, assemble) in enumerate(tensors):
-        tensor = assemble()  # a collective: every rank assembles, one keeps
-        if index % world_size == rank:
-            mine[key] = tensor.to("cpu", copy=True).contiguous()
-    shard = beside / f"state-{rank:05d}-of-{world_size:05d}.safetensors"
-    save_file(mine, shard)
-    _sync_file(shard)
-    barrier()
-    if rank == 0:
-        write_synced(beside / "trainer.json", json.dumps({**trainer, "step": step}, indent=1).encode())
-        files = sorted(p for p in beside.iterdir() if p.name != MANIFEST)
-        manifest = {"format": 1, "step": step, "files": {
-            p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}}
-        write_synced(beside / MANIFEST, json.dumps(manifest, indent=1).encode())
-        if final.exists():  # the same step again, after a rollback: it never counts as overwritten in place
-            shutil.rmtree(final)
-        beside.rename(final)
-        sync_folder(root)
-        for old in _steps(root)[:-keep_last]:
-            shutil.rmtree(root / f"step-{old:08d}")
-    barrier()
-    return final
+# --- the folder of a stage's checkpoints --------------------------------------------------------------------
 
 
-def _steps(root: Path) -> list[int]:
+def folder_of(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def writing(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is put together."""
+    return root / f".writing-step-{step:08d}"
+
+
+def steps_of(root: Path) -> list[int]:
+    """Steps that a checkpoint stands under the final name of, oldest first."""
     if not root.is_dir():
         return []
     return sorted(int(m.group(1)) for p in root.iterdir() if (m := _NAME.match(p.name)))
 
 
-def verify(folder: Path) -> Checkpoint:
-    """Read a checkpoint's manifest and check every file against it. Raises CheckpointError, saying what is wrong."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: no readable manifest ({error})") from None
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{folder}: {name} is missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{folder}: {name} has {path.stat().st_size} bytes, not {expected['bytes']}")
-        if file_sha256(path) != expected["sha256"]:
-            raise CheckpointError(f"{folder}: {name} does not match its sha256: it was damaged after it was written")
-    trainer = json.loads((folder / "trainer.json").read_text())
-    return Checkpoint(folder, int(manifest["step"]), trainer)
+def publish(root: Path, step: int, trainer: dict[str, Any], shards: dict[str, dict[str, Any]]) -> Path:
+    """Make what lies under `writing(root, step)` the checkpoint of `step`: trainer state and manifest, the rename,
+    and then its name in `latest`. shards: bytes and sha256 of each rank's file, by name."""
+    beside, final = writing(root, step), folder_of(root, step)
+    told = json.dumps({**trainer, "step": step}, indent=1).encode()
+    write_synced(beside / "trainer.json", told)
+    files = {**shards, "trainer.json": {"bytes": len(told), "sha256": hashlib.sha256(told).hexdigest()}}
+    write_synced(beside / MANIFEST, _manifest(step, files))
+    if final.exists():
+        raise CheckpointError(f"{final} is there already; a checkpoint is never overwritten")
+    beside.rename(final)
+    sync_folder(root)
+    write_synced(root / LATEST, f"{final.name}\n".encode())
+    return final
 
 
-def newest(root: Path, complain: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint under `root`, or None. `complain` hears of every damaged one passed over."""
-    for step in reversed(_steps(root)):
-        try:
-            return verify(root / f"step-{step:08d}")
-        except CheckpointError as error:
-            complain(f"{error}; going on from the one before")
-    return None
+def _manifest(step: int, files: dict[str, Any]) -> bytes:
+    return json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1, sort_keys=True).encode()
+
+
+def prune(root: Path, keep_last: int, keep_every: int | None) -> None:
+    """Delete all but the last `keep_last` checkpoints and those at multiples of `keep_every`, and damaged ones.
+
+    A folder is renamed before it is deleted, so that a kill in between leaves none half there under its name.
+    """
+    for step in steps_of(root)[:-keep_last]:
+        if not (keep_every and step % keep_every == 0):
+            folder_of(root, step).rename(root / f".deleting-step-{step:08d}")
+    for pattern in (".deleting-step-*", "damaged-step-*"):
+        for path in root.glob(pattern):
+            shutil.rmtree(path)
 
 
 def remove_leftovers(root: Path) -> None:
-    """Delete what a save that was killed left beside the checkpoints."""
+    """Delete what a save or a pruning that was killed left beside the checkpoints."""
     if root.is_dir():
-        for path in root.glob(".writing-step-*"):
-            shutil.rmtree(path, ignore_errors=True)
+        for pattern in (".writing-step-*", ".deleting-step-*"):
+            for path in root.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
 
 
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def verify(folder: Path, group: Group | None = None) -> Checkpoint:
+    """Read a checkpoint's manifest and check every file against it; the ranks of a group share out the hashing.
+
+    Raises CheckpointError on every rank, saying what is wrong.
+    """
+    group = group or Alone()
+    found: Checkpoint | None = None
+    wrong = ""
+    try:
+        found = _verify_share(folder, group.rank, group.world_size)
+    except CheckpointError as error:
+        wrong = str(error)
+    told = [text for text in group.gather_texts(wrong) if text]
+    if told:
+        raise CheckpointError(told[0])
+    assert found is not None
+    return found
+
+
+def _verify_share(folder: Path, rank: int, world_size: int) -> Checkpoint:
+    try:
+        written = (folder / MANIFEST).read_bytes()
+        manifest = json.loads(written)
+        step, files = int(manifest["step"]), dict(manifest["files"])
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{folder}: its format is {manifest['format']}, this version reads {FORMAT}")
+        if written != _manifest(step, files) or folder.name != f"step-{step:08d}":
+            raise CheckpointError(f"{folder}: {MANIFEST} was changed after it was written")
+        for number, (name, expected) in enumerate(sorted(files.items())):
+            _verify_file(folder / name, expected, hashed=number % world_size == rank)
+        trainer = json.loads((folder / "trainer.json").read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: no readable manifest ({error})") from None
+    return Checkpoint(folder, step, trainer, tuple(sorted(files)))
+
+
+def _verify_file(path: Path, expected: dict[str, Any], *, hashed: bool) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent}: {path.name} is missing")
+    if path.stat().st_size != expected["bytes"]:
+        raise CheckpointError(f"{path.parent}: {path.name} has {path.stat().st_size} bytes, not {expected['bytes']}")
+    if hashed and file_sha256(path) != expected["sha256"]:
+        raise CheckpointError(f"{path.parent}: {path.name} does not match its sha256: it was damaged after it was "
+                              "written")
+
+
+def newest(root: Path, complain: Callable[[str], None], group: Group | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint under `root`; None where none was ever written. All ranks call it.
+
+    `complain` hears of every damaged one passed over; it is set aside under another name.
+    Raises:
+        CheckpointError: there were checkpoints and none is whole, or ranks see different ones.
+    """
+    group = group or Alone()
+    seen = _agreed(root, group)
+    damaged: list[tuple[int, str]] = []
+    found: Checkpoint | None = None
+    for step in reversed(seen):
+        try:
+            found = verify(folder_of(root, step), group)
+            break
+        except CheckpointError as error:
+            damaged.append((step, str(error)))
+    latest = _latest(root)
+    if latest is not None and latest > max(seen, default=-1):
+        damaged.insert(0, (latest, f"{folder_of(root, latest)} is gone, though {LATEST} names it"))
+    if found is None and (damaged or any(root.glob("damaged-step-*"))):
+        raise CheckpointError("\n".join([
+            f"{root}: no checkpoint is left that is whole:", *(f"  {reason}" for _, reason in damaged),
+            f"put one back from a copy, or delete {root} to train the stage again from its start"]))
+    group.barrier()
+    for step, reason in damaged:
+        complain(f"{reason}; going on from the one before")
+        if group.rank == 0 and step in seen:
+            aside = root / f"damaged-step-{step:08d}"
+            shutil.rmtree(aside, ignore_errors=True)
+            folder_of(root, step).rename(aside)
+    if group.rank == 0 and damaged and found is not None:
+        write_synced(root / LATEST, f"{found.folder.name}\n".encode())
+    group.barrier()
+    return found
+
+
+def _agreed(root: Path, group: Group) -> Sequence[int]:
+    steps = steps_of(root)
+    if len(set(group.gather_texts(str(steps[-4:])))) > 1:
+        raise CheckpointError(f"ranks see different checkpoints under {root}: run_dir must be on a file system that "
+                              "all ranks share")
+    return steps
+
+
+def _latest(root: Path) -> int | None:
+    try:
+        match = _NAME.match((root / LATEST).read_text().strip())
+    except (OSError, UnicodeDecodeError):
+        return None
+    return int(match.group(1)) if match else None

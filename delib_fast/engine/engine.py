@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from delib_fast.config import Config, ConfigError, StageBase, rank_groups
 from delib_fast.engine import checkpoint
+from delib_fast.engine.checkpoint_writer import CheckpointWriter
 from delib_fast.engine.deepspeed_json import deepspeed_json, effective_zero_stage
+from delib_fast.engine.guard import StepGuard
 from delib_fast.engine.optimizer import build_optimizer, learning_rate
 from delib_fast.engine.quiet import deepspeed
 from delib_fast.engine.state import TrainingState
@@ -67,6 +69,17 @@ class Ranks:
         total = values.clone()
         dist.all_reduce(total)
         return total
+
+    def gather_texts(self, text: str) -> list[str]:
+        """A short text of each rank, on every rank."""
+        data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
+        longest = torch.tensor(len(data))
+        dist.all_reduce(longest, dist.ReduceOp.MAX, group=self._host_group)
+        padded = torch.zeros(int(longest), dtype=torch.uint8)
+        padded[: len(data)] = data
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(parts, padded, group=self._host_group)
+        return [bytes(part.tolist()).rstrip(b"\0").decode() for part in parts]
 
     def barrier(self) -> None:
         self.sum(0.0)
@@ -120,12 +133,14 @@ class Engine:
         module.to(device=self.device, dtype=DTYPES[config.engine.precision])
         self.basic_optimizer = build_optimizer(module, stage.optimizer)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints memory figures whatever its log level
-            self._engine, optimizer, _, _ = deepspeed.initialize(
+            self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module, optimizer=self.basic_optimizer, dist_init_required=False,
                 config=deepspeed_json(config, stage, ranks.world_size),
             )
         self.module = module
-        self.state = TrainingState(module, self.basic_optimizer, optimizer, self._zero_stage)
+        self.state = TrainingState(module, self.basic_optimizer, self._zero, self._zero_stage)
+        self.guard = StepGuard(self.basic_optimizer, self._norm_before_clipping, self.device,
+                               config.guard.spike_factor)
 
     # --- the step -------------------------------------------------------------------------------------------
 
@@ -139,10 +154,14 @@ class Engine:
         return lr
 
     def forward(self, batch: PackedBatch) -> LossOutput:
-        return LossOutput(*self._engine(batch))
+        output = LossOutput(*self._engine(batch))
+        self.guard.watch(self.step, output.nll)
+        return output
 
     def backward(self, loss_sum: Tensor, normalizer: float) -> None:
-        """Accumulate a micro-batch's gradient; with the step's last one DeepSpeed also makes the update."""
+        """Accumulate a micro-batch's gradient; with the step's last one DeepSpeed also makes the update, unless the
+        guard finds that it would be a bad one."""
+        loss_sum = self.guard.poison(loss_sum)
         self._engine.backward(loss_sum * (self.dp_size / normalizer), scale_wrt_gas=False)
         if self._zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
@@ -150,18 +169,11 @@ class Engine:
         self._engine.step()
 
     def end_step(self) -> None:
+        self.guard.end_step(self.step, applied=self._engine.was_step_applied())
         self.step += 1
 
-    @property
-    def gradient_norm(self) -> float | None:
-        """Norm of the last step's gradient before clipping."""
-        norm = self._plain_norm if self._zero_stage == 0 else self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
-
-    @property
-    def skipped_steps(self) -> int:
-        """Updates that DeepSpeed dropped because the gradient was not finite."""
-        return int(self._engine.skipped_steps)
+    def _norm_before_clipping(self) -> Tensor | float | None:
+        return self._plain_norm if self._zero_stage == 0 else self._zero._global_grad_norm
 
     @property
     def wrapped(self) -> nn.Module:
@@ -189,25 +201,23 @@ class Engine:
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 
-    def save(self, root: Path, extra: dict[str, Any], keep_last: int) -> Path:
-        """Write a checkpoint of this step under `root`, whole or not at all. A collective."""
-        trainer = {"optimizer_steps": self.step - self.skipped_steps, **extra}
-        return checkpoint.save(root, self.step, self.state.tensors(), trainer, rank=self.rank,
-                               world_size=self.dp_size, barrier=self.ranks.barrier, keep_last=keep_last)
+    def save(self, writer: CheckpointWriter, extra: dict[str, Any]) -> None:
+        """Begin to write a checkpoint of this step. A collective; the writer goes on in the background."""
+        trainer = {"optimizer_steps": self.step - self.guard.skipped, "guard": self.guard.state(), **extra}
+        writer.start(self.step, self.state.tensors(), trainer)
 
     def resume(self, root: Path, complain: Callable[[str], None]) -> checkpoint.Checkpoint | None:
-        """Load the newest whole checkpoint under `root`; None where there is none."""
+        """Load the newest whole checkpoint under `root`; None where none was ever written. A collective.
+
+        Raises CheckpointError where there were some and none is whole.
+        """
         if self.rank == 0:
             checkpoint.remove_leftovers(root)
         self.ranks.barrier()
-        found = checkpoint.newest(root, complain)
-        steps = self.ranks.sum(*[found.step if found and r == self.rank else -1 if r == self.rank else 0
-                                 for r in range(self.dp_size)])
-        if len(set(steps)) > 1:
-            raise checkpoint.CheckpointError(f"ranks see different newest checkpoints under {root}: {steps}; "
-                                             "run_dir must be on a file system that all ranks share")
+        found = checkpoint.newest(root, complain, self.ranks)
         if found is not None:
             self.state.restore(found.reader(), found.trainer["optimizer_steps"])
+            self.guard.restore(found.trainer["guard"])
             self.step = found.step
         return found
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from delib_fast.config_file import parse_config
-from delib_fast.engine import Engine, Ranks
+from delib_fast.engine import CheckpointWriter, Engine, Ranks
 from delib_fast.ops import LossOutput
 
 
@@ -50,7 +50,9 @@ def train(ranks: Ranks, stage: int, precision: str, steps: int, *, save: Path | 
             engine.backward(engine.forward((x[rows], y[rows])).loss_sum, 64.0)
         engine.end_step()
     if save is not None:
-        engine.save(save, {}, keep_last=2)
+        writer = CheckpointWriter(save, ranks)
+        engine.save(writer, {})
+        writer.wait()
     weights = engine.full_weights()
     engine.close()
     return weights
