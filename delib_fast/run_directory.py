@@ -31,6 +31,9 @@ _MAY_CHANGE = ("run_dir", "log", "checkpoint", "guard.max_bad_steps", "guard.han
                "engine.device", "engine.sequence_parallel", "model.attention", "model.loss",
                "model.activation_checkpointing", "deepspeed")
 
+# What a run that was killed before it wrote its configuration leaves.
+_LEFT_BY_A_KILL = (".lock", "config.yaml.tmp")
+
 
 class RunDirectory:
     """The folder of one run. Only rank 0 writes; `open` refuses a folder that holds another run."""
@@ -75,7 +78,7 @@ class RunDirectory:
         if ledger.exists() or (self.path / "checkpoints").exists():
             self._refuse_other_config(yaml.safe_load(saved.read_text()), config)
         elif self._writes:  # nothing was trained: a configuration that failed gives way to the mended one
-            strangers = sorted(p.name for p in self.path.iterdir() if p.name != ".lock")
+            strangers = sorted(p.name for p in self.path.iterdir() if p.name not in _LEFT_BY_A_KILL)
             if strangers and not saved.exists():
                 raise ConfigError(f"run_dir {self.path} is not empty and holds no run (it has {strangers[0]!r}); "
                                   "give a new folder")

@@ -33,3 +33,12 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     assert run(tiny(folder)) == 0
     return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def fork_server():
+    """Ranks that start in a moment (`forking`)."""
+    from forking import ForkServer
+
+    with ForkServer() as server:
+        yield server

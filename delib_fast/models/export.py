@@ -40,7 +40,9 @@ def export_model(model: TrainableLM | PreTrainedModel, tokenizer: PreTrainedToke
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
+    for pattern in ("writing", "old"):  # what an export that was killed left
+        for left in folder.parent.glob(f".{folder.name}.{pattern}-*"):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         _write(inner, tokenizer, weights, beside)
         _replace(folder, beside)
@@ -100,6 +102,15 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, weights: 
     for file in folder.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _numbers(file: Path) -> int:
@@ -111,9 +122,11 @@ def _numbers(file: Path) -> int:
 def _replace(folder: Path, beside: Path) -> None:
     if not folder.exists():
         beside.rename(folder)
+        _sync_folder(folder.parent)
         return
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
     shutil.rmtree(old, ignore_errors=True)
     folder.rename(old)
     beside.rename(folder)
+    _sync_folder(folder.parent)
     shutil.rmtree(old)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from delib_fast.config import Config
 from delib_fast.config_file import parse_config
 from delib_fast.engine import CheckpointWriter, Engine, Ranks
 from delib_fast.ops import LossOutput
@@ -29,16 +29,20 @@ class Toy(nn.Module):
         return LossOutput(nll.sum(), nll.detach(), nll.detach() > 0)
 
 
-def train(ranks: Ranks, stage: int, precision: str, steps: int, *, save: Path | None = None,
-          resume: Path | None = None) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x, y = torch.randn(64, 7, generator=generator), torch.randint(0, 5, (64,), generator=generator)
-    config = parse_config({
+def configuration(stage: int, precision: str) -> Config:
+    return parse_config({
         "run_dir": "unused", "model": {"path": "unused"}, "data": {"a": "unused"},
         "engine": {"zero_stage": stage, "precision": precision},
         "stages": [{"kind": "msm", "train": ["a"], "pack_capacity": 1, "tokens_per_step": 4,
                     "optimizer": {"lr": 0.05, "weight_decay": 0.1, "schedule": "cosine", "warmup": 0.2}}],
     })
+
+
+def train(ranks: Ranks, stage: int, precision: str, steps: int, *, save: Path | None = None,
+          resume: Path | None = None) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(64, 7, generator=generator), torch.randint(0, 5, (64,), generator=generator)
+    config = configuration(stage, precision)
     engine = Engine(Toy(), config, config.stages[0], 10, ranks)
     if resume is not None:
         assert engine.resume(resume, print) is not None
@@ -62,7 +66,8 @@ def deviation(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max((float((a[name] - b[name]).abs().max()) for name in a), default=0.0)
 
 
-def main(folder: Path) -> None:
+def main(folder: str | Path) -> int:
+    folder = Path(folder)
     ranks = Ranks("cpu")
     found = {}
     for precision in ("fp32", "bf16"):
@@ -82,7 +87,4 @@ def main(folder: Path) -> None:
             found[f"{precision} against 1 rank"] = deviation(whole[0], torch.load(folder / f"{precision}.pt"))
     if ranks.rank == 0:
         print("RESULT " + json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return 0

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-from launch import run_ranks
-
-WORKER = "tests/engine/state_worker.py"
 
 
 @pytest.fixture(scope="module")
-def deviations(tmp_path_factory):
+def deviations(tmp_path_factory, fork_server):
     folder = tmp_path_factory.mktemp("state")
     found = {}
     for world_size in (1, 2):  # in this order: two ranks take over what one saved
-        first = run_ranks([WORKER, str(folder)], world_size)[0]
+        first = fork_server.run("state_worker:main", [folder], world_size=world_size, LAUNCHED="yes")[0]
         line = next(line for line in first.splitlines() if line.startswith("RESULT "))
         found[world_size] = json.loads(line.removeprefix("RESULT "))
     return found

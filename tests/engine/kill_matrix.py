@@ -1,0 +1,217 @@
+"""Kill a run at every write, sync, rename and deletion it makes, and at random moments; each time give the same
+command again. At the end it must be the run that nothing disturbed: weights bit by bit, every example once, every line
+of metrics once, the ledger right.
+
+    python tests/engine/kill_matrix.py --minutes 6     # a larger matrix than the tests run; prints the table
+
+A *place* is an operation on a kind of file (`faults.label`). The run is killed at the first time that it comes to a
+place, then started again and killed at the next place, and so on in the same folder until it is through; then comes a
+fresh folder. So one run survives many kills, also of the process that was just recovering.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import random
+import shutil
+import signal
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from forking import ForkServer, Job
+from safetensors.torch import load_file
+from tiny_run import metrics, tiny
+
+TIMES = ("seconds", "tokens_per_s", "supervised_tokens_per_s")
+LEDGER_TIMES = ("train_s", "wall_s", "tokens_per_s", "supervised_tokens_per_s", "resumed_at_steps")
+
+
+def short_run(folder: Path, zero_stage: int = 0) -> Path:
+    """A few steps of both stages, that saves at every one and logs every second."""
+    path = tiny(folder)
+    tree = yaml.safe_load(path.read_text())
+    tree["model"]["architecture"]["num_hidden_layers"] = 1
+    for stage, steps in zip(tree["stages"], (3, 4), strict=True):
+        stage |= {"max_steps": steps, "epochs": 2, "pack_capacity": 1024, "tokens_per_step": 4096}
+    tree |= {"checkpoint": {"every_steps": 1, "keep_last": 2}, "log": {"every_steps": 2}}
+    tree["engine"]["zero_stage"] = zero_stage
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return path
+
+
+@dataclass
+class Matrix:
+    """Runs on `world_size` ranks at a ZeRO stage, against the one that nothing disturbs."""
+
+    server: ForkServer
+    folder: Path
+    world_size: int = 1
+    zero_stage: int = 0
+    killed_at: collections.Counter[str] = field(default_factory=collections.Counter)
+    finished: int = 0
+    starts: int = 0
+
+    def __post_init__(self) -> None:
+        self._number = 0
+        reference = self._fresh()
+        traces = [reference / f"trace-{rank}" for rank in range(self.world_size)]
+        for rank, trace in enumerate(traces):
+            if rank == 0:
+                self._end(self._start(reference, FAULT_TRACE=str(trace)))
+                self.seconds = time.monotonic() - self._began
+                self._facts = facts(reference / "run")
+                self._check_examples(reference)
+            else:
+                other = self._fresh()
+                self._end(self._start(other, FAULT_TRACE=str(trace), FAULT_RANK=str(rank)))
+                assert facts(other / "run") == self._facts, "two undisturbed runs differ"
+        self.places = [(rank, place) for rank, trace in enumerate(traces)
+                       for place in dict.fromkeys(trace.read_text().splitlines())]
+        self._current = self._fresh()
+
+    def kill_at_places(self, places: list[tuple[int, str]]) -> None:
+        """One kill at each (rank, place), chained in as few folders as they allow."""
+        for rank, place in places:
+            if not self._dies_at(rank, place):  # this run is past it: it is whole, and a new one begins
+                self._next()
+                assert self._dies_at(rank, place), f"a fresh run of {self.world_size} ranks never comes to {place!r}"
+        self._end(self._start(self._current))
+        self._next()
+
+    def kill_at_random(self, kills: int, generator: random.Random) -> None:
+        """SIGKILL to one rank or to all, at moments drawn evenly over the length of a run."""
+        done = 0
+        while done < kills:
+            job = self._start(self._current)
+            moment = time.monotonic() + generator.uniform(0.05, 1.1) * self.seconds
+            while time.monotonic() < moment and None in self.server.poll(job):
+                time.sleep(0.005)
+            if None in self.server.poll(job):
+                victim = generator.choice([None, *range(self.world_size)])
+                self.server.signal(job, signal.SIGKILL, victim)
+                self.server.wait(job, after_death=20)
+                self.killed_at["a random moment"] += 1
+                done += 1
+            else:
+                self._end(job)
+                self._next()
+        self._end(self._start(self._current))
+        self._next()
+
+    def _dies_at(self, rank: int, place: str) -> bool:
+        job = self._start(self._current, FAULT=place, FAULT_RANK=str(rank))
+        codes = self.server.wait(job, after_death=20)
+        if codes[rank] != -signal.SIGKILL:
+            self._end(job)
+            return False
+        assert all(codes), f"a rank ended well though rank {rank} died: {codes}"
+        self.killed_at[place] += 1
+        return True
+
+    def _start(self, folder: Path, **env: str) -> Job:
+        self.starts += 1
+        self._began = time.monotonic()
+        return self.server.start("tiny_run:run", [folder / "run.yaml"], world_size=self.world_size,
+                                 FAULT_DIR=str(folder / "run"), FAULT_SEEN=str(folder / "seen"), **env)
+
+    def _end(self, job: Job) -> None:
+        codes = self.server.wait(job)
+        assert codes == [0] * self.world_size, f"ranks ended with {codes}:\n" + "\n".join(self.server.output(job))
+
+    def _next(self) -> None:
+        """The current folder is through: hold it against the reference, and take a fresh one."""
+        ours = facts(self._current / "run")
+        for name, fact in self._facts.items():
+            assert ours[name] == fact, f"{name} differs from the undisturbed run's after {self.killed_at}"
+        self._check_examples(self._current)
+        left = [str(p.relative_to(self._current / "run")) for pattern in (".*-step-*", ".*.old-*", "*.tmp")
+                for p in (self._current / "run").rglob(pattern)]
+        assert not left, f"a finished run still holds {left}"
+        shutil.rmtree(self._current)
+        self.finished += 1
+        self._current = self._fresh()
+
+    def _fresh(self) -> Path:
+        self._number += 1
+        folder = self.folder / f"{self.world_size}-{self.zero_stage}-{self._number}"
+        short_run(folder, self.zero_stage)
+        return folder
+
+    def _check_examples(self, folder: Path) -> None:
+        """Of each step the last time counts: the ones before were rolled back."""
+        steps: dict[tuple[str, int, int], list[int]] = {}
+        for rank in range(self.world_size):
+            last = {(digest, epoch, index): ids for digest, epoch, index, ids in
+                    map(json.loads, (folder / f"seen-{rank}").read_text().splitlines())}
+            for key, ids in last.items():
+                steps.setdefault(key, []).extend(ids)
+        epochs: dict[tuple[str, int], list[int]] = {}
+        for (digest, epoch, _), ids in sorted(steps.items()):
+            epochs.setdefault((digest, epoch), []).extend(ids)
+        assert epochs
+        for ids in epochs.values():
+            assert len(ids) == len(set(ids)), "an example was seen twice in an epoch"
+
+
+def facts(run_dir: Path) -> dict[str, Any]:
+    """All that must not depend on whether and when a run was killed."""
+    models = {f.relative_to(run_dir).as_posix(): {k: bits(v) for k, v in load_file(f).items()}
+              for f in sorted(run_dir.rglob("model.safetensors"))}
+    lines = [{k: v for k, v in line.items() if k not in TIMES} for line in metrics(run_dir)]
+    text = (run_dir / "metrics.jsonl").read_text()
+    assert text.endswith("\n")
+    ledger = json.loads((run_dir / "ledger.json").read_text().replace(str(run_dir.parent), ""))
+    for stage in ledger["stages"]:
+        for name in LEDGER_TIMES:
+            stage.pop(name, None)
+    # The folder's name is in the exported tokenizer's configuration; nothing of the weights is.
+    ledger = json.loads(json.dumps(ledger))
+    return {"models": models, "metrics": lines, "ledger": ledger}
+
+
+def bits(tensor: torch.Tensor) -> tuple[tuple[int, ...], bytes]:
+    return tuple(tensor.shape), tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def table(matrices: list[Matrix]) -> str:
+    rows = ["| ranks | ZeRO | places | kills at them | random kills | starts | runs finished, all equal |",
+            "|--:|--:|--:|--:|--:|--:|--:|"]
+    for m in matrices:
+        at_random = m.killed_at["a random moment"]
+        rows.append(f"| {m.world_size} | {m.zero_stage} | {len(m.places)} | {m.killed_at.total() - at_random} | "
+                    f"{at_random} | {m.starts} | {m.finished} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=6.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verbose", action="store_true", help="print every place with its kills")
+    options = parser.parse_args()
+    end = time.monotonic() + 60 * options.minutes
+    generator = random.Random(options.seed)
+    with ForkServer() as server, tempfile.TemporaryDirectory() as folder:
+        matrices = []
+        for world_size, zero_stage in ((1, 0), (2, 0), (2, 3)):
+            matrices.append(Matrix(server, Path(folder), world_size, zero_stage))
+            matrices[-1].kill_at_places(matrices[-1].places)
+            print(table(matrices[-1:]), flush=True)
+        while time.monotonic() < end:
+            for matrix in matrices:
+                matrix.kill_at_random(10, generator)
+        print(table(matrices))
+        if options.verbose:
+            for place, kills in sum((m.killed_at for m in matrices), collections.Counter()).most_common():
+                print(f"{kills:5d} {place}")
+
+
+if __name__ == "__main__":
+    main()

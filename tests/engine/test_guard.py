@@ -1,0 +1,82 @@
+"""A bad update is left out on every rank, at every ZeRO stage and precision, and leaves no trace in the weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from delib_fast.engine.guard import StepGuard
+
+CASES = [("fp32", stage) for stage in (0, 1, 2, 3)] + [("bf16", stage) for stage in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def found(fork_server):
+    result = {}
+    for world_size in (1, 2):
+        first = fork_server.run("guard_worker:main", [], world_size=world_size, LAUNCHED="yes")[0]
+        line = next(line for line in first.splitlines() if line.startswith("RESULT "))
+        result[world_size] = json.loads(line.removeprefix("RESULT "))
+    return result
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("kind", ["not a number in a row", "infinite loss, finite gradient"])
+@pytest.mark.parametrize(("precision", "stage"), CASES)
+def test_bad_step_is_left_out(found, world_size, kind, precision, stage):
+    """DeepSpeed alone poisons the weights at stage 0, says nothing at the others, and takes the step on the ranks that
+    saw nothing where only the loss is infinite."""
+    case = found[world_size][f"{precision} z{stage} {kind}"]
+    assert case["deviation"] == 0.0, "as if the step had not been"
+    assert case["skipped"] == [3]
+    assert case["counted"] == 1
+    assert [norm is None for norm in case["norms"]] == [False, False, False, True, False, False]
+    if kind == "not a number in a row":
+        packs, token = 4 // world_size, 5
+        assert case["packs"] == [{}] * (world_size - 1) + [{"3": [[packs - 1, token]]}], "which rank, pack and token"
+
+
+class Plain(torch.optim.SGD):
+    """One that knows nothing of `found_inf`."""
+
+
+def guard_of(optimizer, norms, factor=10.0):
+    values = iter(norms)
+    return StepGuard(optimizer, lambda: torch.tensor(next(values)), torch.device("cpu"), factor)
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.AdamW(p, lr=0.1, fused=True), lambda p: Plain(p, lr=0.1)])
+def test_spikes_are_left_out_once_the_mean_is_known(make):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = make([weight])
+    norms = [5.0, 60.0, *[1.0] * 40, 35.0, 1.0]  # the first ones are high, as first norms are: nothing is known yet
+    guard, moved = guard_of(optimizer, norms), []
+    for step in range(len(norms)):
+        before = weight.detach().clone()
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        guard.end_step(step, applied=True)
+        moved.append(not torch.equal(weight, before))
+    verdicts, _ = guard.read()
+    mean = (0.98 * 5 + 0.02 * 60) * 0.98**40 + (1 - 0.98**40)
+    assert verdicts[42].mean_norm == pytest.approx(mean, rel=1e-5)
+    assert [v.step for v in verdicts if v.skipped] == [42]
+    assert [step for step, m in enumerate(moved) if not m] == [42]
+
+
+def test_state_goes_through_a_checkpoint():
+    """The verdict of a resumed run must be that of the run that went on."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    norms = [1.0 + 0.1 * i for i in range(30)]
+    whole = guard_of(torch.optim.AdamW([weight], fused=True), norms)
+    again = guard_of(torch.optim.AdamW([weight], fused=True), norms[20:])
+    weight.grad = torch.ones(1)
+    for step in range(30):
+        if step == 20:
+            again.restore(json.loads(json.dumps(whole.state())))
+        for guard in (whole, again)[: 1 + (step >= 20)]:
+            guard._guarded_step()
+            guard.end_step(step, applied=True)
+    assert whole.state() == again.state()
