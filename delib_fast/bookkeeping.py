@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import json
 import signal
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from delib_fast.config import StageConfig
 
 if TYPE_CHECKING:
-    from delib_fast.data import PackedBatches
+    from delib_fast.data import PackedBatch, PackedBatches
     from delib_fast.engine import Engine, StepVerdict
     from delib_fast.losses import Meter
     from delib_fast.train import Context
@@ -248,7 +249,7 @@ class BadSteps:
     def _judge(self, verdict: StepVerdict, packs: Sequence[tuple[int, int]]) -> dict[str, Any] | None:
         """Why an update was left out and which rows to look at; None if fp16 only lowered its loss scale."""
         batches = self._batches
-        mine = [batches.example_at(verdict.step, pack, token) for pack, token in packs]
+        mine = [_example_at(batches.step(verdict.step)[pack], token) for pack, token in packs]
         ids = [int(i) for text in self._context.ranks.gather_texts(json.dumps(mine)) for i in json.loads(text)]
         if ids:
             why = "the loss is not finite"
@@ -260,6 +261,12 @@ class BadSteps:
             why = "its gradient norm is not finite"
         rows = [batches.examples.places[i] for i in ids or batches.step_example_ids(verdict.step)]
         return {"step": verdict.step + 1, "why": why, "rows": rows[:64]}
+
+
+def _example_at(batch: PackedBatch, token: int) -> int:
+    """The example that a token of a pack belongs to (of a shared prompt, the first that continues it)."""
+    run = bisect.bisect_right(batch.cu_seqlens_host, token) - 1
+    return next(i for i in batch.example_ids[run:] if i >= 0)
 
 
 def _some(places: Sequence[str], most: int = 8) -> str:

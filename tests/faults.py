@@ -135,9 +135,10 @@ def _record_examples(path: str) -> None:
     plain = PackedBatches.step
 
     def step(self: PackedBatches, index: int) -> Any:
-        ids = [int(i) for members in self._members(index)[self.rank :: self.world_size] for i in members]
+        packs = plain(self, index)
+        ids = [i for pack in packs for i in pack.example_ids if i >= 0]
         with Path(path).open("a") as file:
             file.write(json.dumps([self.examples.digest(), self.epoch_of(index), index, ids]) + "\n")
-        return plain(self, index)
+        return packs
 
     PackedBatches.step = step

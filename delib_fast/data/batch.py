@@ -275,12 +275,6 @@ class PackedBatches:
         """The first step that holds no example of those wanted (N,), or None."""
         return self._epochs.first_step_without(wanted, self.num_steps)
 
-    def example_at(self, index: int, pack: int, token: int) -> int:
-        """The example that a token belongs to, of this rank's `pack`-th pack of a global step."""
-        members = self._members(index)[self.rank :: self.world_size][pack]
-        ends = np.cumsum(self.examples.lengths[members])
-        return int(members[min(int(np.searchsorted(ends, token, side="right")), len(members) - 1)])
-
     @property
     def example_weights(self) -> NDArray[np.float32]:
         """(N,) factor on the loss weight of each target of an example: its row's, and that of `loss_average`."""
