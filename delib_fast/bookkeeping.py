@@ -265,6 +265,8 @@ class BadSteps:
 
 def _example_at(batch: PackedBatch, token: int) -> int:
     """The example that a token of a pack belongs to (of a shared prompt, the first that continues it)."""
+    if batch.part is not None:  # the token is counted from the start of this rank's part
+        token += batch.part.rank * batch.input_ids.numel()
     run = bisect.bisect_right(batch.cu_seqlens_host, token) - 1
     return next(i for i in batch.example_ids[run:] if i >= 0)
 
