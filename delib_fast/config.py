@@ -75,6 +75,10 @@ class ModelConfig(Section):
     """Backend of `ops.varlen_attention`."""
     loss: Literal["auto", "reference", "cpu", "triton"] = "auto"
     """Backend of `ops.linear_cross_entropy`."""
+    layers: Literal["auto", "eager", "compile"] = "auto"
+    """How a block runs its norms, rotary positions and SwiGLU: as transformers writes them; with `torch.compile` of the
+    block, which takes a minute once and must not be sharded by ZeRO stage 3; or by what was measured to be faster on
+    the device (bench/README.md)."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     trust_remote_code: bool = False
@@ -303,6 +307,9 @@ class Config(Section):
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise ValueError(f"two stages are called {twice[0]!r}: give each its own name")
+        if self.model.layers == "compile" and self.engine.zero_stage == 3:
+            raise ValueError("model.layers is compile, and ZeRO stage 3 gathers weights by hooks inside a block; set "
+                             "model.layers: eager, or engine.zero_stage: 2")
         if self.model.architecture is not None and self.tokenizer.path is None and self.tokenizer.train is None:
             raise ValueError("a new model (model.architecture) needs tokenizer.path or tokenizer.train")
         return self

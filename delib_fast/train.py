@@ -127,7 +127,7 @@ def evaluate(context: Context, engine: Engine, moment: str, saver: Saver | None 
 def run_stage(context: Context, index: int) -> None:
     """Prepare, train and export one stage, from the model the one before it exported."""
     from delib_fast.engine import Engine
-    from delib_fast.models import TrainableLM, check_isolation
+    from delib_fast.models import TrainableLM, check_isolation, resolve_layers
 
     config, ranks, run = context.config, context.ranks, context.run
     stage = config.stages[index]
@@ -135,7 +135,8 @@ def run_stage(context: Context, index: int) -> None:
     batches = context.corpus.batches(stage)
     context.reporter.say(f"{stage.name}: {context.corpus.describe(stage)}")
     module = TrainableLM(build_stage_model(context, parent), attention_backend=config.model.attention,
-                         loss_backend=config.model.loss, sequence_group=ranks.sequence_group)
+                         loss_backend=config.model.loss, sequence_group=ranks.sequence_group,
+                         layers=resolve_layers(config.model.layers, ranks.device, config.engine.zero_stage))
     engine = Engine(module, config, stage, batches.num_steps, ranks)
     check_isolation(engine.wrapped, ranks.device)  # as it will train: in its precision, on its backend
     root = run.checkpoints(stage.name)

@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from delib_fast.models.attention import UnsupportedModelError, unsupported
+from delib_fast.models.layers import plug_layers, resolve_layers
 from delib_fast.models.lm import check_logits, logit_options, unsupported_head
 from delib_fast.models.switching import configs_with_attention, in_a_pack, set_attention, switching_name
 from delib_fast.models.unpadding import as_pack, why_not_a_pack
@@ -30,7 +31,6 @@ from delib_fast.ops import linear_cross_entropy
 
 _log = logging.getLogger("delib_fast")
 _PATCH = "_delib_fast_patch"
-_LAYERS = ("auto", "none")
 
 
 @dataclass
@@ -52,6 +52,7 @@ class _Patch:
 
     forwards: list[_Forward]
     configs: list[tuple[PreTrainedConfig, str | None]]
+    unplug_layers: Callable[[], None]
 
 
 class _Forward:
@@ -266,7 +267,8 @@ def apply(model: nn.Module, *, loss: bool = True, attention: bool = True, layers
             pads, packed rows (`position_ids` that begin again, or `cu_seq_lens_q`, as DataCollatorWithFlattening and
             TRL give them), or plain batches. A call with a cache, or that asks for attentions or hidden states, has
             the model's own attention.
-        layers: "auto" plugs in those fused layers that were measured to win: none so far. "none" keeps to itself.
+        layers: "compile" compiles the decoder blocks (calls that are packs, while gradients are made), "eager" leaves
+            them, "auto" takes what was measured to be faster on the model's device (`models.layers`).
         loss_backend, attention_backend: of `ops.linear_cross_entropy` and `ops.varlen_attention`.
     Returns:
         the model that came.
@@ -279,12 +281,13 @@ def apply(model: nn.Module, *, loss: bool = True, attention: bool = True, layers
     inner = _causal_lm(model)
     if _PATCH in inner.__dict__:
         raise ValueError(f"delib_fast.apply has been applied to this {type(inner).__name__}; unapply it first")
-    if layers not in _LAYERS:
-        raise ValueError(f"layers={layers!r} does not exist; choose from {', '.join(_LAYERS)}")
+    if layers == "compile" and not attention:
+        raise ValueError("layers='compile' compiles blocks as they run packs; it needs attention=True")
+    layers = resolve_layers(layers, next(inner.parameters()).device) if attention else "eager"
     if reason := (unsupported(inner) if attention else None) or (unsupported_head(inner) if loss else None):
         raise UnsupportedModelError(reason)
     head: Any = inner.get_output_embeddings()
-    patch = _Patch([], [])
+    patch = _Patch([], [], lambda: None)
     if loss:
         check_logits(inner, next(name for name, module in inner.named_modules() if module is head))
         patch.forwards += [_HeadForward(head, backend=loss_backend, **logit_options(inner)), _ModelForward(inner)]
@@ -293,12 +296,11 @@ def apply(model: nn.Module, *, loss: bool = True, attention: bool = True, layers
         for config in configs_with_attention(inner):
             patch.configs.append((config, config._attn_implementation))
             set_attention(config, switching_name(config._attn_implementation))
+        patch.unplug_layers = plug_layers(inner, layers)
     for forward in patch.forwards:
         forward.install()
     inner.__dict__[_PATCH] = patch
-    if layers == "auto":
-        _log.info("layers: no fused RMSNorm, RoPE or SwiGLU has been measured to win on %s, so %s keeps its own",
-                  next(inner.parameters()).device.type, type(inner).__name__)
+    _log.info("the layers of %s run: %s", type(inner).__name__, layers)
     return model
 
 
@@ -318,6 +320,7 @@ def unapply(model: nn.Module) -> nn.Module:
                          type(forward.module).__name__, wrapper)
     for config, stock in patch.configs:
         set_attention(config, stock)
+    patch.unplug_layers()
     return model
 
 

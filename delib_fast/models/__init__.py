@@ -4,6 +4,7 @@ from delib_fast.models.attention import UnsupportedModelError
 from delib_fast.models.build import build_model
 from delib_fast.models.export import export_model
 from delib_fast.models.isolation import LeakError, check_isolation
+from delib_fast.models.layers import resolve_layers
 from delib_fast.models.lm import TrainableLM
 from delib_fast.models.shape import ModelShape, model_shape
 from delib_fast.models.tokenizer import build_tokenizer, train_tokenizer
@@ -18,5 +19,6 @@ __all__ = [
     "check_isolation",
     "export_model",
     "model_shape",
+    "resolve_layers",
     "train_tokenizer",
 ]

@@ -111,6 +111,8 @@ def _window(module: nn.Module, sliding_window: int | None) -> int | None:
 
     Some models (qwen2_moe, phimoe) put their window only into the mask that is not built.
     """
+    if torch.compiler.is_compiling():  # asked in the pass before (layers.py); layer_idx would be compiled in
+        return sliding_window
     config: PreTrainedConfig | None = getattr(module, "config", None)
     if sliding_window is None and config is not None:
         types, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)

@@ -26,6 +26,7 @@ from delib_fast.models.attention import (
     unsupported,
     why_not_share_prompts,
 )
+from delib_fast.models.layers import plug_layers
 from delib_fast.ops import FusedLossHead, LossOutput
 
 _PROBE_TOKENS = 4
@@ -44,6 +45,8 @@ class TrainableLM(nn.Module):
             in place; `unpatch` changes it back.
         attention_backend: of `ops.varlen_attention`.
         loss_backend: of `ops.linear_cross_entropy`.
+        layers: how the blocks run what is no attention and no head: "eager", "compile" or, by what was measured on the
+            device that the model is on, "auto" (`models.layers`).
         sequence_group: the ranks that share out each pack's tokens (`models.ulysses`), in the order of its parts; it
             then takes this rank's part of a pack, and all ranks of the group call it together.
     Raises:
@@ -53,7 +56,8 @@ class TrainableLM(nn.Module):
     """
 
     def __init__(self, model: PreTrainedModel, *, attention_backend: str = "auto",
-                 loss_backend: str = "auto", sequence_group: dist.ProcessGroup | None = None) -> None:
+                 loss_backend: str = "auto", layers: str = "eager",
+                 sequence_group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
         if reason := unsupported(model) or unsupported_head(model) or unsupported_group(model, sequence_group):
             raise UnsupportedModelError(reason)
@@ -65,6 +69,7 @@ class TrainableLM(nn.Module):
         self._stock: tuple[nn.Module, str, bool | None] | None = \
             (head, model.config._attn_implementation, getattr(model.config, "use_cache", None))
         check_logits(model, self._head_name)
+        self._unplug_layers = plug_layers(model, layers)
         model.set_attn_implementation(NAME)
         model.config.use_cache = False
         fused = FusedLossHead.from_linear(head, backend=loss_backend, **logit_options(model))
@@ -110,6 +115,7 @@ class TrainableLM(nn.Module):
         self.model.set_submodule(self._head_name, linear)
         self.model.set_attn_implementation(attention)
         self.model.config.use_cache = use_cache
+        self._unplug_layers()
         self._stock = None
         return self.model
 

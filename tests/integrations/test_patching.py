@@ -245,7 +245,7 @@ def test_refuses_by_name() -> None:
     other.config.logit_scale = 0.5  # a key that this architecture does not read
     with pytest.raises(UnsupportedModelError, match=r"by more than what its config says \({'logit_scale': 0.5, 'soft"):
         delib_fast.apply(other)
-    with pytest.raises(ValueError, match="layers='fast' does not exist; choose from auto, none"):
+    with pytest.raises(ValueError, match="layers='fast' does not exist; choose from auto, eager, compile"):
         delib_fast.apply(build(), layers="fast")
     with pytest.raises(ValueError, match="Linear is no transformers model"):
         delib_fast.apply(torch.nn.Linear(2, 2))
@@ -257,7 +257,22 @@ def test_refuses_by_name() -> None:
 def test_says_what_layers_auto_chose(caplog) -> None:
     with caplog.at_level(logging.INFO, "delib_fast"):
         delib_fast.apply(build())
-    assert "no fused RMSNorm, RoPE or SwiGLU has been measured to win on cpu" in caplog.text
+    assert "the layers of Qwen3ForCausalLM run: eager" in caplog.text
+
+
+def test_compiled_layers_of_a_peft_model(monkeypatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr("delib_fast.models.layers.BACKEND", "aot_eager")
+    model = lora(build(), target_modules=["q_proj", "up_proj"])
+    stock = alone(model, rows())
+    with delib_fast.applied(model, layers="compile"):
+        for lengths in ((5, 9), (13, 2, 7, 30, 3, 11)):  # the first pass of a block is not compiled
+            model.zero_grad()
+            loss = model(**batch_of("weighted flattening", rows(lengths))).loss
+            loss.backward()
+    torch.testing.assert_close(loss.detach(), stock[0], rtol=1e-5, atol=0)
+    assert_same(gradients(model), stock[1])
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_saved_while_applied_loads_anywhere(tmp_path) -> None:
