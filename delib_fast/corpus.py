@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -29,12 +29,11 @@ from delib_fast.data import (
     encode_stream,
     evaluation_batches,
     mix_sources,
-    read_source,
     refuse_overlap,
     refuse_spec_in_prompts,
-    split_holdout,
 )
-from delib_fast.data.cache import cached, default_folder, fingerprint_of, tokenizer_fingerprint
+from delib_fast.data.cache import cached, default_folder, fingerprint_of, remembered, tokenizer_fingerprint
+from delib_fast.data.opened import Source, open_source
 from delib_fast.losses import segment_weights
 from delib_fast.models import ModelShape, build_tokenizer, model_shape
 
@@ -89,15 +88,6 @@ def refuse_empty_steps(stage: StageConfig, batches: PackedBatches) -> None:
                         "raise tokens_per_step or the weights of the stage", reason="nothing_supervised")
 
 
-class Source(NamedTuple):
-    """One source, parted into what is trained on and what is held out."""
-
-    train: list[Row]
-    held_out: list[Row]
-    sha256: str
-    bad_rows: Counter[str]
-
-
 class Corpus:
     """Reads, tokenises and packs on demand; everything is read and encoded once."""
 
@@ -111,11 +101,8 @@ class Corpus:
 
     def source(self, name: str) -> Source:
         if name not in self._sources:
-            settings = self._config.data[name]
-            rows = read_source(name, settings)
-            with told_as_data_error(f"data.{name}"):
-                train, held_out = split_holdout(rows, settings.holdout) if settings.holdout else (list(rows), [])
-            self._sources[name] = Source(train, held_out, rows.sha256, rows.bad_rows)
+            with told_as_data_error(f"data.{name}"), self._cache_folder() as folder:
+                self._sources[name] = open_source(name, self._config.data[name], folder)
         return self._sources[name]
 
     @cached_property
@@ -145,8 +132,8 @@ class Corpus:
 
     # --- training -------------------------------------------------------------------------------------------
 
-    def rows(self, stage: StageConfig) -> list[Row]:
-        return [row for name in stage.train for row in self.source(name).train]
+    def rows(self, stage: StageConfig) -> Iterator[Row]:
+        return (row for name in stage.train for row in self.source(name).train)
 
     def encoded(self, stage: StageConfig) -> EncodedSet:
         """Every example of the stage's sources once, source after source; kept in the cache."""
@@ -163,10 +150,15 @@ class Corpus:
             "tokenizer": self._tokenizer_fingerprint, "cot": cot, "system_prompt": system,
             "pack_capacity": stage.pack_capacity, "over_long": stage.over_long})
         rows, tell = self.source(name).train, progress_line(f"encoding {name}", self._ranks.rank == 0)
-        folder = Path(self._config.cache_dir) if self._config.cache_dir else default_folder()
-        try:
+        with self._cache_folder() as folder:
             return cached(folder, fingerprint, lambda counts: encode_stream(
                 rows, self.tokenizer, stage, counts, progress=tell), facts={"source": name, **settings})[0]
+
+    @contextlib.contextmanager
+    def _cache_folder(self) -> Iterator[Path]:
+        folder = Path(self._config.cache_dir) if self._config.cache_dir else default_folder()
+        try:
+            yield folder
         except OSError as error:
             raise ConfigError(f"cache_dir: {folder} can't be used: {error.strerror or error}; set cache_dir or "
                               "$DELIB_FAST_CACHE to a folder that can be written") from error
@@ -197,14 +189,29 @@ class Corpus:
                 spec = Path(stage.spec).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"stage {stage.name!r}: spec: {stage.spec} can't be read: {error}") from None
-            refuse_spec_in_prompts(self.rows(stage), [spec])
+            self._check({"spec": spec, "sources": self._told_apart(stage.train)},
+                        lambda: refuse_spec_in_prompts(self.rows(stage), [spec]))
         if not self._overlap_checked and self._config.overlap == "error":
-            names = {name: None for stage in self._config.stages for name in stage.train}
+            names = list({name: None for stage in self._config.stages for name in stage.train})
+            held_out = self._held_out_rows()
             try:
-                refuse_overlap([row for name in names for row in self.source(name).train], self._held_out_rows())
+                self._check({"overlap": [row.digest for row in held_out], "sources": self._told_apart(names)},
+                            lambda: refuse_overlap((row for n in names for row in self.source(n).train), held_out))
             except DataError as error:
                 raise DataError(f"{error}, or set overlap: allow", reason=error.reason) from None
         self._overlap_checked = True
+
+    def _told_apart(self, names: Sequence[str]) -> list[Any]:
+        return [[self.source(n).sha256, self._config.data[n].model_dump(mode="json")] for n in names]
+
+    def _check(self, about: dict[str, Any], check: Callable[[], None]) -> None:
+        """A check of all rows, once for the same rows: that they passed is remembered in the cache."""
+        def passed() -> dict[str, Any]:
+            check()
+            return {"passed": sorted(about)}
+
+        with self._cache_folder() as folder:
+            remembered(folder / "checks", fingerprint_of(about), passed)
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -318,7 +325,7 @@ class Corpus:
         rows: dict[str, list[Row]] = {}
         for stage in self._config.stages:
             for name in stage.train:
-                rows.setdefault(name, self.source(name).held_out)
+                rows.setdefault(name, list(self.source(name).held_out))
             for name in stage.eval:
                 rows[name] = [*self.source(name).train, *self.source(name).held_out]
         return [row for part in rows.values() for row in part]

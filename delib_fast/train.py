@@ -81,8 +81,7 @@ def train_stage(context: Context, engine: Engine, stage: StageConfig,
     meter = Meter(engine.device)
     log = StepLog(context, stage, batches, meter, first_step=engine.step, tallies=tallies)
     saver = Saver(context, engine, stage, log)
-    for step in range(engine.step, batches.num_steps):
-        micro_batches = batches.step(step)
+    for micro_batches in batches.from_step(engine.step, pin=engine.device.type == "cuda"):
         normalizer, *asked = ranks.sum(loss_normalizer(micro_batches), *saver.asks())
         saver.attend(*asked)
         assert normalizer > 0, "Corpus.batches refuses a step without a supervised token"

@@ -5,7 +5,7 @@ Sizes: T tokens of a pack, N examples in it, L supervised tokens; P packs of an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from delib_fast.data.ahead import ahead
 from delib_fast.data.encoded_set import NUM_SEGMENTS, EncodedSet, Example
 from delib_fast.data.epochs import Epochs, PromptSharing, Seen, worthwhile_bundles
 from delib_fast.data.packing import PackPlan, plan_packs
@@ -252,6 +253,12 @@ class PackedBatches:
         return self._share.of(
             [partial(assemble, self.examples, plan.pack(p), self._weight_of, self._weights, plan.pack_continues(p))
              for p in places], self.packs_per_step // self._share.groups)
+
+    def from_step(self, first: int, *, pin: bool = False) -> Iterator[list[PackedBatch]]:
+        """This rank's packs of each step from `first` on, the next step's made in a thread of its own while the one at
+        hand is trained on. `pin` puts them into pinned memory there."""
+        made = (self.step(index) for index in range(first, self.num_steps))
+        return ahead([pack.pin_memory() for pack in packs] if pin else packs for packs in made)
 
     def step_example_ids(self, index: int) -> list[int]:
         """The examples of a global step, over all ranks."""

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import uuid
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +32,7 @@ from delib_fast.data.encoded_set import NUM_SEGMENTS, Counts, EncodedSet, Exampl
 ENCODING = 2
 """Raised whenever the same rows would be encoded in another way."""
 _TARGETS = [f"targets_{k}" for k in range(NUM_SEGMENTS)]
+_PLACES_AT_ONCE = 1 << 16
 _PROMPTS = ["prompt_length", "prompt_hash"]
 
 
@@ -89,6 +91,21 @@ def cached(
         return made, False
 
 
+def remembered(folder: Path, fingerprint: str, find_out: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What was found out under a fingerprint, as JSON; found out once, by one of the processes that ask."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / f"{fingerprint}.json"
+    with _lock(place.with_suffix(".lock")):
+        try:
+            found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = find_out()
+            part = place.with_suffix(".part")
+            part.write_text(json.dumps(found), encoding="utf-8")
+            part.replace(place)
+        return found
+
+
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     with path.open("w") as file:
@@ -100,36 +117,51 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _write(part: Path, make: Callable[[Counts], Iterable[Example]], facts: Mapping[str, Any]) -> None:
-    counts = Counts()
-    lengths: list[int] = []
-    weights: list[float] = []
-    places: list[str] = []
-    targets: list[Any] = []
-    prompts: list[tuple[int, int]] = []
+    counts, about_each = Counts(), _Columns()
     with (part / "ids").open("wb") as ids, (part / "segments").open("wb") as segments:
         for example in make(counts):
             ids.write(np.ascontiguousarray(example.input_ids).data)
             segments.write(np.ascontiguousarray(example.segments).data)
-            lengths.append(len(example))
-            weights.append(example.weight)
-            places.append(example.place)
-            targets.append(example.target_counts)
-            prompts.append(example.prompt)
-    T = sum(lengths)
+            about_each.add(example)
+    examples = about_each.batch()
+    T = counts.tokens
     columns = [_column_of_file(part / "ids", pa.int32(), T), _column_of_file(part / "segments", pa.int8(), T)]
     _write_arrow(part / "tokens.arrow", pa.record_batch(columns, names=["input_ids", "segments"]))
     del columns
     (part / "ids").unlink()
     (part / "segments").unlink()
-    tables = np.concatenate([np.array(targets, np.int64).reshape(-1, NUM_SEGMENTS),
-                             np.array(prompts, np.int64).reshape(-1, 2)], axis=1)
-    examples = pa.record_batch(
-        [pa.array(lengths, pa.int64()), pa.array(weights, pa.float32()), *(pa.array(c) for c in tables.T),
-         pa.array(places, pa.large_string())], names=["length", "weight", *_TARGETS, *_PROMPTS, "place"])
     digest = _set_of(part / "tokens.arrow", examples, counts).digest()
     about = {"counts": asdict(counts), "digest": digest, "tokens": T, "facts": dict(facts)}
     _write_arrow(part / "examples.arrow", examples.replace_schema_metadata({"delib_fast": json.dumps(about)}))
     _sync(part)
+
+
+class _Columns:
+    """What is kept of each example, in about 100 bytes."""
+
+    def __init__(self) -> None:
+        self._numbers, self._weights = array("q"), array("f")
+        self._places: list[str] = []
+        self._place_chunks: list[pa.Array] = []
+
+    def add(self, example: Example) -> None:
+        self._numbers.extend((len(example), *example.target_counts.tolist(), *example.prompt))
+        self._weights.append(example.weight)
+        self._places.append(example.place)
+        if len(self._places) == _PLACES_AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._place_chunks.append(pa.array(self._places, pa.large_string()))
+        self._places = []
+
+    def batch(self) -> pa.RecordBatch:
+        self._flush()
+        names = ["length", *_TARGETS, *_PROMPTS]
+        numbers = np.frombuffer(self._numbers, np.int64).reshape(-1, len(names))
+        return pa.record_batch(
+            [*(pa.array(column) for column in numbers.T), pa.array(np.frombuffer(self._weights, np.float32)),
+             pa.concat_arrays(self._place_chunks)], names=[*names, "weight", "place"])
 
 
 def _column_of_file(path: Path, kind: pa.DataType, rows: int) -> pa.Array:

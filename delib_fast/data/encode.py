@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from delib_fast.config import AFTConfig, MSMConfig
+from delib_fast.data.ahead import ahead
 from delib_fast.data.chat import PLAIN_TEMPLATE, THINK, ChatRenderer
 from delib_fast.data.control_tokens import ControlTokens
 from delib_fast.data.encoded_set import Counts, EncodedSet, Example
+from delib_fast.data.opened import Rows
 from delib_fast.data.rows import DataError, Message, Row, Segment
 
 Cot = Literal["train", "context", "strip"]
@@ -141,7 +143,7 @@ def encode_row(
 
 
 def encode_rows(
-    rows: Sequence[Row],
+    rows: Rows,
     tokenizer: Any,
     stage: MSMConfig | AFTConfig,
     *,
@@ -165,14 +167,15 @@ def encode_rows(
 
 
 def encode_stream(
-    rows: Sequence[Row], tokenizer: Any, stage: MSMConfig | AFTConfig, counts: Counts, *,
+    rows: Rows, tokenizer: Any, stage: MSMConfig | AFTConfig, counts: Counts, *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Example]:
-    """`encode_rows`, an example at a time; `counts` is filled in on the way."""
+    """`encode_rows`, an example at a time; `counts` is filled in on the way. A chunk of rows is held, and the next one
+    read while the tokenizer is at work on it."""
     encoder = encoder_for(tokenizer)
     cot: Cot = stage.cot if isinstance(stage, AFTConfig) else "train"
     system_prompt = stage.system_prompt if isinstance(stage, AFTConfig) else None
-    for chunk in _chunks(rows):
+    for chunk in ahead(_chunks(rows), 1):
         counts.rows += len(chunk)
         encoded = encoder.encode(chunk, cot=cot, system_prompt=system_prompt)
         for row, whole in zip(chunk, encoded, strict=True):
@@ -181,22 +184,24 @@ def encode_stream(
                 yield example
         if progress is not None:
             progress(counts.rows, len(rows))
-    if rows and not counts.examples:
+    if len(rows) and not counts.examples:
         raise DataError(f"all {len(rows)} examples are longer than pack_capacity ({stage.pack_capacity} "
                         f"tokens) and were dropped: raise stages.{stage.name}.pack_capacity",
                         reason="over_long")
 
 
-def _chunks(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
-    start = chars = 0
-    for i, row in enumerate(rows):
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    chunk: list[Row] = []
+    chars = 0
+    for row in rows:
         size = sum(map(len, row.texts))
-        if i > start and (i - start == _CHUNK_ROWS or chars + size > _CHUNK_CHARS):
-            yield rows[start:i]
-            start, chars = i, 0
+        if chunk and (len(chunk) == _CHUNK_ROWS or chars + size > _CHUNK_CHARS):
+            yield chunk
+            chunk, chars = [], 0
+        chunk.append(row)
         chars += size
-    if start < len(rows):
-        yield rows[start:]
+    if chunk:
+        yield chunk
 
 
 def _fitting(row: Row, example: Example, stage: MSMConfig | AFTConfig, counts: Counts) -> Iterator[Example]:

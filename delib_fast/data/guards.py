@@ -44,27 +44,36 @@ class Overlap:
     """of its runs of words that occur in training rows"""
 
 
-def find_overlap(train: Sequence[Row], evaluation: Sequence[Row], *, share: float = 0.5) -> list[Overlap]:
+def find_overlap(train: Iterable[Row], evaluation: Sequence[Row], *, share: float = 0.5) -> list[Overlap]:
     """Evaluation rows that are equal to a training row, or of whose runs of 13 words `share` or more occur in one
     training row or another.
 
-    A quoted clause of the spec is no overlap: most of the row has to be known.
+    A quoted clause of the spec is no overlap: most of the row has to be known. Training rows are gone through once and
+    not held; memory is that of the evaluation's runs.
     """
-    if not train or not evaluation:
+    if not evaluation:
         return []
-    twins = {row.digest: row.place for row in train}
-    known = np.unique(np.concatenate([word_runs("\n".join(row.texts)) for row in train]))
+    runs = [word_runs("\n".join(row.texts)) for row in evaluation]
+    wanted = np.unique(np.concatenate(runs))
+    known = np.zeros(len(wanted), bool)
+    digests = {row.digest for row in evaluation}
+    twins: dict[str, str] = {}
+    for row in train:
+        if row.digest in digests:
+            twins[row.digest] = row.place
+        theirs = word_runs("\n".join(row.texts))
+        at = np.minimum(np.searchsorted(wanted, theirs), max(len(wanted) - 1, 0))
+        if len(wanted):
+            known[at[wanted[at] == theirs]] = True
     found = []
-    for row in evaluation:
-        runs = word_runs("\n".join(row.texts))
-        at = np.minimum(np.searchsorted(known, runs), max(len(known) - 1, 0))
-        seen = float((known[at] == runs).mean()) if len(runs) and len(known) else 0.0
+    for row, own in zip(evaluation, runs, strict=True):
+        seen = float(known[np.searchsorted(wanted, own)].mean()) if len(own) else 0.0
         if row.digest in twins or seen >= share:
             found.append(Overlap(row.place, twins.get(row.digest), 1.0 if row.digest in twins else seen))
     return found
 
 
-def refuse_overlap(train: Sequence[Row], evaluation: Sequence[Row], *, share: float = 0.5) -> None:
+def refuse_overlap(train: Iterable[Row], evaluation: Sequence[Row], *, share: float = 0.5) -> None:
     """Raise DataError if evaluation rows are among the training rows."""
     found = find_overlap(train, evaluation, share=share)
     if found:

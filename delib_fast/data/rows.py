@@ -108,15 +108,27 @@ def split_holdout(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Ro
     """
     if not 0 <= share < 1:
         raise ValueError(f"the held-out share is {share}; it must be at least 0 and below 1")
-    threshold = int(share * 2**64)
     train: list[Row] = []
     held_out: list[Row] = []
     for row in rows:
-        # A second hash, so that the held-out share has nothing in common with other uses of the digest.
-        judged = hashlib.blake2b(_what_it_is_about(row), digest_size=8, person=b"holdout").digest()
-        (held_out if int.from_bytes(judged, "big") < threshold else train).append(row)
-    if share > 0 and rows and not (train and held_out):
-        empty = "training" if not train else "evaluation"
-        raise ValueError(f"holdout: {share} of the {len(rows)} rows of source {rows[0].source!r} leaves none "
-                         f"for {empty}; use another share, or more rows")
+        (held_out if is_held_out(row, share) else train).append(row)
+    if rows:
+        refuse_empty_side(rows[0].source, share, len(train), len(held_out))
     return train, held_out
+
+
+def is_held_out(row: Row, share: float) -> bool:
+    """Whether `split_holdout` holds the row out."""
+    if share == 0:
+        return False
+    # A second hash, so that the held-out share has nothing in common with other uses of the digest.
+    judged = hashlib.blake2b(_what_it_is_about(row), digest_size=8, person=b"holdout").digest()
+    return int.from_bytes(judged, "big") < int(share * 2**64)
+
+
+def refuse_empty_side(source: str, share: float, train: int, held_out: int) -> None:
+    """Raise ValueError if rows were to be held out and one side of the split has none."""
+    if share > 0 and not (train and held_out):
+        empty = "training" if not train else "evaluation"
+        raise ValueError(f"holdout: {share} of the {train + held_out} rows of source {source!r} leaves none "
+                         f"for {empty}; use another share, or more rows")

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from delib_fast.config import SourceConfig
 from delib_fast.data.cot_tags import TAGS
@@ -46,43 +47,84 @@ def read_source(name: str, config: SourceConfig) -> SourceRows:
             be read as what its ending says; a row is bad and `on_bad_row` is "error"; more than
             `max_bad_rows` are; or no row is left.
     """
-    if is_data_set(config.path):
-        return _read_data_set(name, config)
-    path = Path(config.path)
-    _refuse_path(name, path, config)
-    try:
-        file = HashingFile(path)
-    except OSError as error:
-        raise DataError(f"can't be read: {error.strerror} (source {name!r})", reason="no_file",
-                        place=path) from None
-    bad_rows: Counter[str] = Counter()
-    try:
-        if path.suffix.lower() in TEXT_FILES:
-            rows = _text_rows(name, path, config, file)
+    stream = SourceStream(name, config)
+    rows = list(stream)
+    return SourceRows(rows, name=name, path=stream.path, sha256=stream.sha256, bad_rows=stream.bad_rows)
+
+
+class SourceStream:
+    """The rows of one source, read anew in each pass and never held.
+
+    `sha256` and `bad_rows` are known after a pass, and are those of the last one. Raises DataError as `read_source`
+    does: about the path here, about rows in a pass; and in a pass where the file is not what it was in the one before.
+    """
+
+    def __init__(self, name: str, config: SourceConfig) -> None:
+        self.name, self.config, self.path = name, config, Path(config.path)
+        self.sha256 = ""
+        self.bad_rows: Counter[str] = Counter()
+        self._data_set: Any = None
+        if is_data_set(config.path):
+            if config.cut != "none":
+                raise DataError(f"cut: {config.cut} is for text files ({', '.join(TEXT_FILES)}); this is a data set "
+                                f"(source {name!r})", reason="no_file", place=self.path)
+            self._data_set, self.sha256 = open_data_set(config)
+            self.size_bytes = int(self._data_set.data.nbytes)
         else:
-            rows = _item_rows(name, path, config, _items(path, file), bad_rows)
-        kept = list(itertools.islice(rows, config.limit))
-        sha256 = file.hexdigest()
-    finally:
-        file.close()
-    _refuse_nothing(kept, name, path, bad_rows)
-    return SourceRows(kept, name=name, path=path, sha256=sha256, bad_rows=bad_rows)
+            _refuse_path(name, self.path, config)
+            self.size_bytes = self.path.stat().st_size
+
+    def __iter__(self) -> Iterator[Row]:
+        bad_rows: Counter[str] = Counter()
+        rows, file = 0, None if self._data_set is not None else self._open()
+        try:
+            for row in itertools.islice(self._rows(file, bad_rows), self.config.limit):
+                rows += 1
+                yield row
+            if file is not None:
+                self._know(file.hexdigest())
+        except OSError as error:
+            raise DataError(f"can't be read on: {error.strerror or error} (source {self.name!r})", reason="no_file",
+                            place=self.path) from None
+        finally:
+            if file is not None:
+                file.close()
+        self.bad_rows = bad_rows
+        _refuse_nothing(rows, self.name, self.path, bad_rows)
+
+    def hash(self) -> str:
+        """The content's sha256; reads the file without looking at it, if no pass has told it."""
+        if not self.sha256:
+            file = self._open()
+            try:
+                self._know(file.hexdigest())
+            finally:
+                file.close()
+        return self.sha256
+
+    def _know(self, sha256: str) -> None:
+        if self.sha256 not in ("", sha256):
+            raise DataError(f"was changed while it was being read (source {self.name!r}): start again, and write such "
+                            "a file beside its place and rename it", reason="changed", place=self.path)
+        self.sha256 = sha256
+
+    def _open(self) -> HashingFile:
+        try:
+            return HashingFile(self.path)
+        except OSError as error:
+            raise DataError(f"can't be read: {error.strerror} (source {self.name!r})", reason="no_file",
+                            place=self.path) from None
+
+    def _rows(self, file: HashingFile | None, bad_rows: Counter[str]) -> Iterator[Row]:
+        if file is None:
+            return _item_rows(self.name, self.path, self.config, read_data_set_items(self._data_set), bad_rows)
+        if self.path.suffix.lower() in TEXT_FILES:
+            return _text_rows(self.name, self.path, self.config, file)
+        return _item_rows(self.name, self.path, self.config, _items(self.path, file), bad_rows)
 
 
-def _read_data_set(name: str, config: SourceConfig) -> SourceRows:
-    path, bad_rows = Path(config.path), Counter[str]()
-    if config.cut != "none":
-        raise DataError(f"cut: {config.cut} is for text files ({', '.join(TEXT_FILES)}); this is a data set "
-                        f"(source {name!r})", reason="no_file", place=path)
-    data_set, sha256 = open_data_set(config)
-    rows = _item_rows(name, path, config, read_data_set_items(data_set), bad_rows)
-    kept = list(itertools.islice(rows, config.limit))
-    _refuse_nothing(kept, name, path, bad_rows)
-    return SourceRows(kept, name=name, path=path, sha256=sha256, bad_rows=bad_rows)
-
-
-def _refuse_nothing(kept: list[Row], name: str, path: Path, bad_rows: Counter[str]) -> None:
-    if not kept:
+def _refuse_nothing(rows: int, name: str, path: Path, bad_rows: Counter[str]) -> None:
+    if not rows:
         why = f"all its rows are bad ({_by_reason(bad_rows)})" if bad_rows else "it is empty"
         raise DataError(f"has no rows: {why} (source {name!r})", reason="no_rows", place=path)
 

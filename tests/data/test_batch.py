@@ -255,3 +255,12 @@ def test_only_the_first_token_supervised_is_nothing_supervised():
     example = Example(np.arange(3, dtype=np.int32), np.array([2, 0, 0], np.int8), "f:1")
     with pytest.raises(ValueError, match="no token is supervised"):
         batches([example])
+
+
+def test_steps_made_ahead_are_the_steps():
+    whole = batches(make(range(1, 60)), packs_per_step=2)
+    ahead = list(whole.from_step(3))
+    assert len(ahead) == whole.num_steps - 3
+    for step, packs in enumerate(ahead, start=3):
+        assert [p.example_ids for p in packs] == [p.example_ids for p in whole.step(step)]
+        assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(packs, whole.step(step), strict=True))
