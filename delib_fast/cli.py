@@ -22,6 +22,7 @@ _ELSEWHERE = {
     "document": ("delib_fast.deliberate.cli", "Make midtraining documents about a spec, to a budget of tokens."),
     "data-report": ("delib_fast.deliberate.cli", "Report on the quality of made data, as HTML and JSON."),
     "eval": ("delib_fast.evals.cli", "Evaluate a model: JSON, a table, and a page."),
+    "study": ("delib_fast.study.cli", "Train the arms of a study and set them side by side."),
 }
 
 

@@ -72,7 +72,7 @@ def methods(results: Sequence[SuiteResult]) -> str:
 
 # --- page ---------------------------------------------------------------------------------------------------
 
-_STYLE = """
+PAGE_STYLE = """
 :root { --ink: #1c2024; --soft: #60646c; --line: #e0e2e6; --fill: #f7f8fa; --mark: #2f6feb; --page: #fff }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e8eaed; --soft: #a0a6b0; --line: #33383f; --fill: #1d2126; --mark: #7aa7ff; --page: #14171a } }
@@ -100,7 +100,7 @@ def write_page(evaluation: Evaluation) -> Path:
                        for suite, why in evaluation.left_out.items())
     page = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Evaluation of {html.escape(Path(facts["model"]).name)}</title><style>{_STYLE}</style>
+<title>Evaluation of {html.escape(Path(facts["model"]).name)}</title><style>{PAGE_STYLE}</style>
 <h1>Evaluation</h1>
 <p><code>{html.escape(facts["model"])}</code>{base}<br>weights {html.escape(facts["sha256"][:16])}</p>
 <nav>{links}</nav>

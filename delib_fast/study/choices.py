@@ -1,0 +1,112 @@
+"""How a model chooses between two given replies, teacher-forced: nothing is sampled and nothing judged.
+
+    margin(item) = log p(a | prompt[, cot]) − log p(b | prompt[, cot])
+
+Items are objects of a .jsonl file: `prompt` (or `messages`), `a`, `b`; optionally `cot`, the chain of thought that both
+replies stand behind, and `situation`: items of one situation (its two things named the other way round, say) are drawn
+together by the bootstrap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from delib_fast.config import ConfigError
+from delib_fast.data import Message, Row, Segment
+from delib_fast.data.jsonl import HashingFile, read_items
+from delib_fast.evals.intervals import Estimate, bootstrap, share_by_group
+from delib_fast.evals.scoring import Scorer
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A prompt with two replies."""
+
+    place: str
+    situation: str
+    messages: tuple[Message, ...]
+    cot: str | None
+    a: str
+    b: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceFigures:
+    """Over all items, with intervals by situation."""
+
+    share: Estimate
+    """of items in which `a` is the likelier reply"""
+    probability: Estimate
+    """mean of p(a) / (p(a) + p(b))"""
+    margin: Estimate
+    """mean of log p(a) − log p(b), nats a reply"""
+    margins: tuple[float, ...]
+    """of each item"""
+
+
+def read_choices(path: str | Path) -> list[Item]:
+    """The items of a .jsonl or .json file. Raises ConfigError with the place of a faulty one."""
+    path = Path(path)
+    try:
+        file = HashingFile(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: choices can't be read: {error.strerror}") from None
+    try:
+        items = [_item(found.value, f"{path}:{found.line}") for found in read_items(file, path)]
+    finally:
+        file.close()
+    if not items:
+        raise ConfigError(f"{path}: holds no choices")
+    return items
+
+
+def choose(scorer: Scorer, items: Sequence[Item], *, think: bool) -> ChoiceFigures:
+    """Score both replies of every item.
+
+    Args:
+        think: put the item's chain of thought before both replies; an item without one is then an error.
+    What it can't show: how often the model would say either; both may be unlikely. Replies should differ in nothing
+    but the choice, and items come with the two sides exchanged, or the wording is in the margin too.
+    """
+    rows = [_row(item, reply, think) for item in items for reply in (item.a, item.b)]
+    losses = scorer.losses(scorer.encode(rows), (Segment.RESPONSE,))
+    nll = np.array([loss.total(Segment.RESPONSE) for loss in losses]).reshape(-1, 2)
+    margins = nll[:, 1] - nll[:, 0]
+    probabilities = 1 / (1 + np.exp(-np.clip(margins, -700, 700)))
+    situations = [item.situation for item in items]
+    return ChoiceFigures(
+        share_by_group(margins > 0, situations),
+        bootstrap(lambda i: float(probabilities[i].mean()), situations, draws=400),
+        bootstrap(lambda i: float(margins[i].mean()), situations, draws=400), tuple(margins.tolist()))
+
+
+def _row(item: Item, reply: str, think: bool) -> Row:
+    if think and not (item.cot or "").strip():
+        raise ConfigError(f"{item.place}: has no cot for the replies to stand behind; give one, or set cot: never")
+    return Row(kind="chat", place=item.place, source="choices", digest=item.place, messages=item.messages,
+               cot=item.cot if think else None, response=reply.strip())
+
+
+def _item(value: Any, place: str) -> Item:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{place}: a choice is an object with prompt, a and b")
+    for key in ("a", "b"):
+        if not isinstance(value.get(key), str) or not value[key].strip():
+            raise ConfigError(f"{place}: a choice needs {key!r}, a reply, as text")
+    if value["a"].strip() == value["b"].strip():
+        raise ConfigError(f"{place}: a and b are the same reply")
+    turns = value.get("messages", value.get("prompt"))
+    messages: tuple[Message, ...]
+    if isinstance(turns, str):
+        messages = (Message("user", turns),)
+    elif isinstance(turns, list) and turns and all(isinstance(t, dict) and isinstance(t.get("content"), str)
+                                                   and isinstance(t.get("role"), str) for t in turns):
+        messages = tuple(Message(t["role"], t["content"]) for t in turns)
+    else:
+        raise ConfigError(f"{place}: a choice needs a prompt as text, or messages with role and content")
+    return Item(place, str(value.get("situation", place)), messages, value.get("cot"), value["a"], value["b"])

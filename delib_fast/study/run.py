@@ -1,0 +1,233 @@
+"""Run a study: make its data, train what is missing, measure what is missing, and write what came out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from delib_fast.config import ConfigError
+from delib_fast.evals.intervals import Estimate
+from delib_fast.evals.results import write_whole
+from delib_fast.study.choices import read_choices
+from delib_fast.study.measure import metric_key
+from delib_fast.study.plan import Arm, Node, Plan, content_hash, fill_in, plan_study
+from delib_fast.study.pool import StudyError, Task, run_tasks, worker_environments
+from delib_fast.study.settings import ChoicesMetric, StudyConfig
+from delib_fast.study.summary import arm_called, summary
+
+Say = Callable[[str], None]
+_FILES = ("questions", "solutions", "refusal_prompts", "refusal_labelled")
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """What a study made: study.json as a mapping, and the files."""
+
+    summary: dict[str, Any]
+    json: Path
+    page: Path
+    pictures: tuple[Path, ...]
+
+
+def run_study(study: StudyConfig, say: Say = lambda _: None) -> StudyResult:
+    """Do whatever of the study is not done yet, and write its results.
+
+    Raises:
+        ConfigError: the study can't be run as it is; said before anything is trained.
+        StudyError: some stages failed; everything that does not need them is done.
+    """
+    from delib_fast.study.figures import draw_figures
+    from delib_fast.study.page import write_page
+
+    out = Path(study.out)
+    out.mkdir(parents=True, exist_ok=True)
+    environments = worker_environments(study.workers, str(study.run.get("engine", {}).get("device", "auto")))
+    prepared = prepare_data(study, len(environments), say)
+    plan = _checked_plan(study, prepared)
+    costs = _Costs(out / "cost.jsonl")
+    tasks, measures = _tasks(study, plan, prepared)
+    say(f"{len(plan.arms)} arms × {len(study.seeds)} seeds: {len(plan.nodes)} stages ({plan.stages_without_sharing} "
+        f"without sharing), {sum(n.finished() for n in plan.nodes)} of them there already; {len(tasks)} tasks for "
+        f"{len(environments)} workers")
+    began = time.perf_counter()
+    finished = 0
+
+    def done(task: Task, answer: dict[str, Any]) -> None:
+        nonlocal finished
+        finished += 1
+        costs.add(task.name, answer)
+        say(f"{finished}/{len(tasks)} {task.name}: {answer['wall_s']:.0f} s")
+
+    if tasks:
+        run_tasks(tasks, environments, done)
+    costs.add_wall(time.perf_counter() - began, len(environments))
+    figures = {ends: {name: _estimate(file) for name, file in files.items()} for ends, files in measures.items()}
+    result = summary(study, figures, plan.arms, costs.total(plan))
+    write_whole(out / "study.json", json.dumps(_strict(result), indent=1, ensure_ascii=False) + "\n")
+    pictures = draw_figures(result, out)
+    return StudyResult(result, out / "study.json", write_page(result, pictures, out, published=study.published),
+                       tuple(pictures))
+
+
+def _checked_plan(study: StudyConfig, prepared: Mapping[int, Path | None]) -> Plan:
+    """The plan, with everything looked at that can be before something is trained."""
+    plan = plan_study(study, prepared)
+    for contrast in study.contrasts:
+        arm_called(contrast.a, plan.arms)
+        arm_called(contrast.b, plan.arms)
+    for seed in study.seeds:
+        for metric in study.metrics.values():
+            if isinstance(metric, ChoicesMetric):
+                read_choices(fill_in(metric.path, prepared[seed]))
+    return plan
+
+
+def describe_plan(study: StudyConfig) -> str:
+    """The arms and the stages of a study, and which are there already. Makes the data that a script makes."""
+    plan = _checked_plan(study, prepare_data(study, 1, lambda _: None))
+    lines = [f"{len(plan.arms)} arms × {len(study.seeds)} seeds"]
+    lines += [f"  {arm.name}" for arm in plan.arms]
+    lines += [f"{len(plan.nodes)} stages to train once each; separate runs would train {plan.stages_without_sharing}"]
+    lines += [f"  {node.folder.name}  after {node.parent.folder.name if node.parent else 'the start'}"
+              f"{'  (there already)' if node.finished() else ''}" for node in plan.nodes]
+    return "\n".join(lines)
+
+
+# --- data that a script makes -------------------------------------------------------------------------------
+
+
+def prepare_data(study: StudyConfig, workers: int, say: Say) -> dict[int, Path | None]:
+    """The folder of each seed's data; the script runs where the folder is not there yet."""
+    if study.prepare is None:
+        return dict.fromkeys(study.seeds)
+    script = Path(study.prepare.script)
+    if not script.is_file():
+        raise ConfigError(f"prepare.script: {script}: no such file")
+    arguments = [str(arg) for arg in study.prepare.args]
+    key = hashlib.blake2b(script.read_bytes() + "\0".join(arguments).encode(), digest_size=6).hexdigest()
+    folders = {seed: Path(study.out) / "prepared" / f"seed{seed}-{key}" for seed in study.seeds}
+    missing = [seed for seed in study.seeds if not (folders[seed] / ".whole").exists()]
+    if missing:
+        say(f"{script.name}: making the data of {len(missing)} seeds")
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(lambda seed: _prepare(script, arguments, seed, folders[seed]), missing))
+    return dict(folders)
+
+
+def _prepare(script: Path, arguments: list[str], seed: int, folder: Path) -> None:
+    command = [sys.executable, str(script), "--seed", str(seed), "--out", str(folder), *arguments]
+    made = subprocess.run(command, capture_output=True, text=True)
+    if made.returncode:
+        last = (made.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        raise ConfigError(f"prepare.script: {' '.join(command[1:])} ended with {made.returncode}: {last}")
+    (folder / ".whole").touch()
+
+
+# --- what is to be done -------------------------------------------------------------------------------------
+
+
+def _tasks(study: StudyConfig, plan: Plan, prepared: Mapping[int, Path | None]
+           ) -> tuple[list[Task], dict[tuple[Arm, int], dict[str, Path]]]:
+    """Stages and measures that are missing, and the file of every measure."""
+    logs = Path(study.out) / "logs"
+    tasks = {}
+    for node in plan.nodes:
+        if not node.finished():
+            needs = (f"train {node.parent.folder.name}",) if node.parent and not node.parent.finished() else ()
+            name = f"train {node.folder.name}"
+            tasks[name] = Task(name, {"do": "train", "config": node.config.model_dump(mode="json"),
+                                      "log": str(logs / f"{node.folder.name}.log")}, needs)
+    measures = {}
+    for (arm, seed), end in plan.ends.items():
+        task, files = _measure(study, plan, arm, seed, end, prepared[seed], logs)
+        measures[arm, seed] = files
+        if task is not None and task.name not in tasks:
+            tasks[task.name] = Task(task.name, task.work, tuple(need for need in task.needs if need in tasks))
+    return list(tasks.values()), measures
+
+
+def _measure(study: StudyConfig, plan: Plan, arm: Arm, seed: int, node: Node | None, prepared: Path | None,
+             logs: Path) -> tuple[Task | None, dict[str, Path]]:
+    model_path = str(study.run["model"].get("path"))
+    key = node.key if node is not None else content_hash(model_path)
+    name = node.folder.name if node is not None else f"base-seed{seed}-{key[:16]}"
+    evaluation = fill_in(study.evaluation, prepared)
+    evaluated = {where: content_hash(where) for where in _paths(evaluation)}
+    files, missing = {}, {}
+    for metric_name, metric in study.metrics.items():
+        tree = fill_in(metric.model_dump(mode="json"), prepared)
+        hashes = {"items": content_hash(tree["path"])} if tree["kind"] == "choices" else evaluated
+        unique = metric_key(key, tree, hashes, evaluation, arm.thinks)
+        file = Path(study.out) / "measures" / f"{metric_name}-{unique}.json"
+        files[metric_name] = file
+        if not file.exists():
+            missing[metric_name] = {"metric": tree, "file": str(file)}
+    if not missing:
+        return None, files
+    base = plan.base_of(node)
+    work = {"do": "measure", "folder": str(node.folder) if node is not None else model_path, "thinks": arm.thinks,
+            "device": str(study.run.get("engine", {}).get("device", "auto")), "evaluation": evaluation,
+            "base": None if base is None else str(base), "metrics": missing,
+            "out": str(Path(study.out) / "evals" / name), "log": str(logs / f"{name}.log")}
+    return Task(f"measure {name}", work, (f"train {name}",)), files
+
+
+def _paths(evaluation: Mapping[str, Any]) -> list[str]:
+    """The files that an evaluation's settings name."""
+    rows = evaluation.get("rows") or {}
+    sources = [*rows.values(), *(evaluation.get(key) for key in _FILES)]
+    return [s if isinstance(s, str) else str(s["path"]) for s in sources if s]
+
+
+def _estimate(file: Path) -> Estimate:
+    tree = json.loads(file.read_text(encoding="utf-8"))["estimate"]
+    numbers = [float("nan") if tree[key] is None else float(tree[key]) for key in ("value", "low", "high")]
+    return Estimate(numbers[0], numbers[1], numbers[2], tree["n"], tree["method"])
+
+
+def _strict(tree: Any) -> Any:
+    """Infinities and NaN have no place in JSON: null."""
+    if isinstance(tree, Mapping):
+        return {key: _strict(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_strict(value) for value in tree]
+    return None if isinstance(tree, float) and tree - tree != 0 else tree
+
+
+class _Costs:
+    """What every task took, over all sittings of a study: a line each in cost.jsonl."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def add(self, name: str, answer: Mapping[str, Any]) -> None:
+        self._append({"task": name, "wall_s": round(answer["wall_s"], 2), "cpu_s": round(answer["cpu_s"], 2)})
+
+    def add_wall(self, seconds: float, workers: int) -> None:
+        self._append({"sitting": True, "wall_s": round(seconds, 2), "workers": workers})
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    def total(self, plan: Plan) -> dict[str, Any]:
+        lines = [json.loads(line) for line in self._path.read_text().splitlines()]
+        tasks, sittings = [r for r in lines if "task" in r], [r for r in lines if r.get("sitting")]
+        trained = [r for r in tasks if r["task"].startswith("train")]
+        return {"wall_s": sum(r["wall_s"] for r in sittings), "sittings": len(sittings),
+                "workers": max((r["workers"] for r in sittings), default=0),
+                "cpu_s": sum(r["cpu_s"] for r in tasks), "train_cpu_s": sum(r["cpu_s"] for r in trained),
+                "cores": len(os.sched_getaffinity(0)), "stages": len(plan.nodes),
+                "stages_without_sharing": plan.stages_without_sharing}
+
+
+__all__ = ["StudyError", "StudyResult", "run_study"]

@@ -1,0 +1,135 @@
+"""From the figures of single runs to those of arms: means over seeds, differences paired by seed, curves, frontier."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from delib_fast.config import ConfigError, nearest
+from delib_fast.evals.intervals import Estimate
+from delib_fast.study.efficiency import Multiple, multiples
+from delib_fast.study.plan import Arm
+from delib_fast.study.settings import ChoicesMetric, Metric, StudyConfig
+
+# Student's t at 97.5 %, for 1 … 30 degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+      2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+
+Figures = Mapping[tuple[Arm, int], Mapping[str, Estimate]]
+"""of each arm and seed: the estimate of each metric"""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """MSM + AFT against AFT alone over the size of the AFT set."""
+
+    title: str
+    msm: str
+    points: tuple[Multiple, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Two arms, paired by seed."""
+
+    title: str
+    a: str
+    b: str
+    metric: str
+    estimate: Estimate
+    by_seed: tuple[float, ...]
+
+
+def over_seeds(values: Sequence[Estimate], metric: Metric | None = None) -> Estimate:
+    """The mean over seeds with Student's interval; from one seed, that seed's own interval over its rows.
+
+        mean ± t(0.975, n − 1) · s / √n
+
+    Each seed has its own weights, data and (with `prepare`) items, so that the spread between seeds holds all of these.
+    Shares and probabilities are cut off at 0 and 1.
+    """
+    if len(values) == 1:
+        return values[0]
+    found = student([value.value for value in values])
+    if isinstance(metric, ChoicesMetric) and metric.figure != "margin":
+        return Estimate(found.value, max(0.0, found.low), min(1.0, found.high), found.n, found.method)
+    return found
+
+
+def student(values: Sequence[float]) -> Estimate:
+    """A mean of few numbers with Student's interval; NaN for an interval from one."""
+    n, array = len(values), np.asarray(values, np.float64)
+    centre = float(array.mean())
+    if n < 2:
+        return Estimate(centre, math.nan, math.nan, n, "t over seeds")
+    half = t_quantile(n - 1) * float(array.std(ddof=1)) / math.sqrt(n)
+    return Estimate(centre, centre - half, centre + half, n, "t over seeds")
+
+
+def t_quantile(freedom: int) -> float:
+    """Student's t at 97.5 %: a table, and behind it two terms of Cornish and Fisher's expansion (right to 3 digits)."""
+    if freedom <= len(_T):
+        return _T[freedom - 1]
+    z = NormalDist().inv_cdf(0.975)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+def differences(study: StudyConfig, figures: Figures, arms: Sequence[Arm]) -> list[Difference]:
+    """The contrasts of the study. Raises ConfigError for an arm that is not there."""
+    found = []
+    for contrast in study.contrasts:
+        a, b = (arm_called(label, arms) for label in (contrast.a, contrast.b))
+        values = [figures[a, s][contrast.metric].value - figures[b, s][contrast.metric].value for s in study.seeds]
+        found.append(Difference(contrast.title, a.name, b.name, contrast.metric, student(values), tuple(values)))
+    return found
+
+
+def arm_called(label: str, arms: Sequence[Arm]) -> Arm:
+    """An arm by its label, or by its name with the number of rows; of several sizes the largest."""
+    named = [arm for arm in arms if label in (arm.label, arm.name)]
+    if not named:
+        labels = list(dict.fromkeys(arm.label for arm in arms))
+        raise ConfigError(f"a contrast names the arm {label!r}, which the study has not{nearest(label, labels)}; "
+                          f"it has {'; '.join(labels)}")
+    return max(named, key=lambda arm: arm.size or 0)
+
+
+def curves(study: StudyConfig, figures: Figures, arms: Sequence[Arm], metric: str) -> list[Curve]:
+    """The multiples of each MSM + AFT over the AFT alone that differs in nothing else, where both have ≥ 2 sizes."""
+    higher = study.metrics[metric].better != "lower"
+    found = []
+    for label in dict.fromkeys(arm.label for arm in arms if arm.msm is not None and arm.size is not None):
+        with_msm = sorted((a for a in arms if a.label == label), key=lambda a: a.size or 0)
+        alone = sorted((a for a in arms if a.msm is None and (a.aft, a.cot_weight) ==
+                        (with_msm[0].aft, with_msm[0].cot_weight)), key=lambda a: a.size or 0)
+        sizes = [arm.size for arm in with_msm if arm.size is not None]
+        if len(sizes) < 2 or [arm.size for arm in alone] != sizes:
+            continue
+        grids = [np.array([[figures[arm, seed][metric].value for arm in side] for seed in study.seeds])
+                 for side in (with_msm, alone)]
+        found.append(Curve(f"{label} against {alone[0].label}", str(with_msm[0].msm),
+                           tuple(multiples(sizes, grids[0], grids[1], higher=higher))))
+    return found
+
+
+def summary(study: StudyConfig, figures: Figures, arms: Sequence[Arm], cost: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that study.json holds, and that the page and the pictures are made from."""
+    return {
+        "format": 1, "title": study.title, "seeds": study.seeds, "alignment": study.alignment,
+        "monitorability": study.monitorability,
+        "metrics": {name: metric.model_dump(mode="json") for name, metric in study.metrics.items()},
+        "arms": [{"name": arm.name, "label": arm.label, "msm": arm.msm, "aft": arm.aft, "cot_weight": arm.cot_weight,
+                  "size": arm.size, "figures": {
+                      name: {"over seeds": asdict(over_seeds([figures[arm, s][name] for s in study.seeds], metric)),
+                             "by seed": {str(s): asdict(figures[arm, s][name]) for s in study.seeds}}
+                      for name, metric in study.metrics.items()}} for arm in arms],
+        "contrasts": [asdict(d) for d in differences(study, figures, arms)],
+        "efficiency": {name: [asdict(c) for c in curves(study, figures, arms, name)] for name in study.metrics
+                       if len(study.aft_sizes) > 1 and study.metrics[name].better != "neither"},
+        "cost": dict(cost),
+    }
