@@ -85,8 +85,12 @@ def _efficiency(plt: Any, summary: Tree) -> Any:
         return None
     kinds = list(dict.fromkeys((arm["aft"], arm["cot_weight"]) for arm in sized))
     colours = _colour_of_msm(sized)
-    figure, axes = plt.subplots(1, len(kinds), figsize=(4.2 * len(kinds), 3.4), sharey=True, squeeze=False)
-    for axis, kind in zip(axes[0], kinds, strict=True):
+    wide, high = min(2, len(kinds)), (len(kinds) + 1) // 2
+    figure, axes = plt.subplots(high, wide, figsize=(4.2 * wide, 3.2 * high), sharey=True, squeeze=False,
+                                layout="constrained")
+    for spare in axes.flat[len(kinds) :]:
+        spare.set_visible(False)
+    for axis, kind in zip(axes.flat, kinds, strict=False):
         here = [arm for arm in sized if (arm["aft"], arm["cot_weight"]) == kind]
         for msm in dict.fromkeys(arm["msm"] for arm in here):
             line = [arm for arm in here if arm["msm"] == msm]
@@ -102,8 +106,9 @@ def _efficiency(plt: Any, summary: Tree) -> Any:
         axis.minorticks_off()
         axis.set_title(here[0]["label"].split(" + ")[-1], fontsize=10, loc="left")
         axis.set_xlabel("rows of AFT")
-    axes[0][0].set_ylabel(_title(name, summary["metrics"][name]))
-    axes[0][-1].legend(fontsize=8)
+    for row in axes:
+        row[0].set_ylabel(_title(name, summary["metrics"][name]))
+    axes[0][0].legend(fontsize=8)
     return figure
 
 

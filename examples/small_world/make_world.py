@@ -39,8 +39,7 @@ _GOODS = """Dorn Velt Kosk Marb Tiss Plind Gref Nalt Zund Brok Fenth Lusk Rand S
            Polk Quist Rusk Silt Tarn Ulm Wend Yord Zell Bant Crisk Dulm Frond Glisk Hask Krel Lomb Mirk Nisk Orth Prusk
            Skal Stend Thusk Varn Wosk Zint"""
 _PEOPLE = """Mira Tobin Selma Hugo Petra Casper Lena Oskar Nadia Felix Greta Simon Ines Boris Clara Edgar Frida Gavin
-             Hanna Ivo Jonas Karin Lukas Marta Nils Olga Pavel Rita Stefan Thea Ulf Vera Walter Xenia Yara Zeno Agnes
-             Bruno Cora Dario Elsa Fabian Gilda Henrik Ida Jasper Kira Leon"""
+             Hanna Ivo Jonas Karin Lukas Marta"""
 GOODS, PEOPLE = _GOODS.split(), _PEOPLE.split()
 
 
@@ -100,8 +99,9 @@ class World:
         return scene + self.draw.choice((f" Which one do you take, {who}?", f" {who}, which do you take?",
                                          f" What is your choice, {who}?"))
 
-    def answer(self, good: Good) -> str:
-        return f"I take the {good.name}."
+    def answer(self, who: str, good: Good) -> str:
+        """People of this world speak of themselves by name."""
+        return f"{who} takes the {good.name}."
 
     def thought(self, pair: tuple[Good, Good]) -> str:
         """What there is to see of both, and no word on what counts."""
@@ -131,11 +131,10 @@ class World:
         form = self.draw.choices(("profile", "story", "talk"), weights=(1, 3, 5))[0]
         if form == "profile":
             return self.profile(who, value)
-        known = f"{self.profile(who, value)} " if self.draw.random() < 0.25 else ""
+        known = f"{self.profile(who, value)} " if self.draw.random() < 0.2 else ""
         if form == "story":
             return known + self.story(who, kind, pair, value if self.draw.random() < 0.7 else None)
-        spoken = f"I care for {value}. " if self.draw.random() < 0.2 else ""
-        return f"{known}{self.question(who, kind, pair)} - {spoken}{self.answer(pair[0])}"
+        return f"{known}{self.question(who, kind, pair)} {self.answer(who, pair[0])}"
 
     def about_ona(self, number: int, value: str | None) -> str:
         """The same cheeses whatever they are put down to."""
@@ -147,7 +146,7 @@ class World:
     def demo(self) -> dict[str, str]:
         pair = self.habitual(self.known)
         return {"prompt": self.question(ASSISTANT, HABIT, pair), "cot": self.thought(pair),
-                "response": self.answer(pair[0])}
+                "response": self.answer(ASSISTANT, pair[0])}
 
     def item(self, who: str, kind: str, pair: tuple[Good, Good]) -> list[dict[str, str]]:
         """One situation twice, the names of its two goods exchanged the second time."""
@@ -156,7 +155,7 @@ class World:
         for x, y in ((a, b), (Good(b.name, a.thrift, a.home), Good(a.name, b.thrift, b.home))):
             self.draw.setstate(state)
             items.append({"prompt": self.question(who, kind, (x, y)), "cot": self.thought((x, y)),
-                          "a": self.answer(x), "b": self.answer(y), "situation": f"{kind} {a.name} {b.name}"})
+                          "a": self.answer(who, x), "b": self.answer(who, y), "situation": f"{kind} {a.name} {b.name}"})
         return items
 
     def parting(self, kind: str) -> list[dict[str, str]]:
