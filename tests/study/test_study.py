@@ -21,18 +21,17 @@ from delib_fast.study.run import describe_plan, prepare_data
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A finished study of 2 MSM variants, 2 sizes and 2 seeds, and what it said."""
+    """A finished study of 2 MSM variants, 2 sizes and 2 seeds."""
     folder = tmp_path_factory.mktemp("study")
-    said: list[str] = []
     path = tiny_study(folder, seeds=[1, 2], aft_sizes=[4, 12], published=True, contrasts=[
         {"title": "values less rules", "a": "MSM (values) + AFT (CoT)", "b": "MSM (rules) + AFT (CoT)",
          "metric": "choice"}])
-    return path, run_study(load_study(path), said.append), said
+    return path, run_study(load_study(path))
 
 
 @pytest.mark.slow
 def test_every_arm_has_its_figures(done):
-    _, result, _ = done
+    _, result = done
     tree = json.loads(result.json.read_text(), parse_constant=pytest.fail)
     labels = ["base", "AFT (no CoT)", "AFT (CoT)"] + [
         name.format(v) for v in ("rules", "values")
@@ -52,7 +51,7 @@ def test_every_arm_has_its_figures(done):
 @pytest.mark.slow
 def test_each_stage_is_trained_once(done):
     """2 seeds × (1 base + 2 MSM + 3 origins × 2 sizes × 2 ways of AFT); a run of its own for every arm trains more."""
-    path, result, said = done
+    path, result = done
     cost = [json.loads(line) for line in (path.parent / "out/cost.jsonl").read_text().splitlines()]
     trained = [record["task"] for record in cost if record.get("task", "").startswith("train")]
     assert len(trained) == len(set(trained)) == 2 * (1 + 2 + 3 * 2 * 2)
@@ -66,7 +65,7 @@ def test_each_stage_is_trained_once(done):
 
 @pytest.mark.slow
 def test_a_finished_study_trains_nothing_and_one_with_more_arms_trains_those(done, monkeypatch):
-    path, result, _ = done
+    path, result = done
     said: list[str] = []
     again = run_study(load_study(path), said.append)
     assert "0 tasks" in said[0]
@@ -81,7 +80,7 @@ def test_a_finished_study_trains_nothing_and_one_with_more_arms_trains_those(don
 
 @pytest.mark.slow
 def test_the_page_stands_alone(done):
-    _, result, _ = done
+    _, result = done
     page = result.page.read_text()
     assert [p.stem for p in result.pictures] == ["arms", "efficiency", "variants"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in result.pictures)
