@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jinja2
 
 from delib_fast.data.control_tokens import ControlTokens
 from delib_fast.data.rows import DataError
+from delib_fast.data.tools import NO_TOOLS, Tools
 
 THINK = ("<think>", "</think>")
 PLAIN_TEMPLATE = """\
@@ -81,47 +82,54 @@ class ChatRenderer:
     """whether the plain template starts with BOS (a model's own template decides for itself)"""
     _skeletons: dict[Any, Skeleton] = field(default_factory=dict)
 
-    def skeleton(self, roles: tuple[str, ...], texts: Sequence[str], has_cot: bool, place: str) -> Skeleton:
-        """The skeleton of a row: roles of its messages; texts: content, CoT of each, then CoT, response.
+    def skeleton(
+        self, roles: tuple[str, ...], texts: Sequence[str], has_cot: bool, place: str, tools: Tools = NO_TOOLS
+    ) -> Skeleton:
+        """The skeleton of a row: roles of its messages; texts: content, CoT of each, then CoT, response; its tools.
 
         Raises:
-            DataError: the template refuses the row, drops a text, or writes nothing after the response.
+            DataError: the template refuses the row, drops a text or the tools, or writes nothing after the response.
         """
-        key = (roles, has_cot, tuple(map(shape_of, texts)))
+        key = (roles, has_cot, tuple(map(shape_of, texts)), tools)
         found = self._skeletons.get(key)
         if found is None:
             if len(self._skeletons) >= _MAX_SHAPES:
                 self._skeletons.clear()
             try:
-                found = self._skeletons[key] = self._build(roles, key[2], has_cot)
+                found = self._skeletons[key] = self._build(roles, key[2], has_cot, tools.mapped(self.control.guarded))
             except jinja2.TemplateError as error:
                 raise DataError(f"the chat template refuses the row: {error}", reason="template",
+                                place=place) from None
+            except TypeError as error:  # a template of another kind of tools, given these
+                raise DataError(f"the chat template can't take the row's tools: {error}", reason="template",
                                 place=place) from None
             except DataError as error:
                 raise DataError(str(error), reason=error.reason, place=place) from None
         return found
 
-    def _build(self, roles: tuple[str, ...], shapes: Sequence[Shape], has_cot: bool) -> Skeleton:
+    def _build(self, roles: tuple[str, ...], shapes: Sequence[Shape], has_cot: bool, tools: Tools) -> Skeleton:
         marked = [f"{lead}{chr(_SLOT + k) if core else ''}{trail}"
                   for k, (lead, core, trail) in enumerate(shapes)]
-        text, prompt_chars, way = self._render_reply(roles, marked, has_cot)
+        text, prompt_chars, way = self._render_reply(roles, marked, has_cot, tools)
         for k in range(0, len(shapes) - 2, 2):
             if shapes[k][1] and chr(_SLOT + k) not in text:
                 raise DataError(f"the chat template drops the {roles[k // 2]} message (number {k // 2})",
                                 reason="template")
-        skeleton = _cut(self.control, text, prompt_chars, len(shapes), has_cot)
-        self._check(skeleton, text, roles, shapes, way)
+        if tools:
+            self._refuse_dropped_tools(text, roles, marked, tools, way)
+        skeleton = _cut(self.control, text, prompt_chars, len(shapes), has_cot, tools.replies_with_calls)
+        self._check(skeleton, text, roles, shapes, way, tools)
         return skeleton
 
     # --- rendering ------------------------------------------------------------------------------------------
 
-    def render(self, messages: list[dict[str, str]], **kwargs: Any) -> str:
+    def render(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
         if self.tokenizer.chat_template is None:
             kwargs |= {"chat_template": PLAIN_TEMPLATE, "add_bos": self.add_bos}
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
 
     def _render_reply(
-        self, roles: tuple[str, ...], texts: Sequence[str], has_cot: bool
+        self, roles: tuple[str, ...], texts: Sequence[str], has_cot: bool, tools: Tools
     ) -> tuple[str, int, Way | None]:
         """(rendering, how much of it the generation prompt supplies, the way in which it was rendered).
 
@@ -130,21 +138,25 @@ class ChatRenderer:
         finished turn, behind the generation prompt, where the model will write it (no way then: it is not
         the template that writes it).
         """
-        before = _messages(roles, texts)
+        before = _messages(roles, texts, tools)
         wanted = [text for text in texts[-2:] if _SLOTS.search(text)]
         for way in (_as_reasoning, _in_content) if has_cot else (_as_reasoning,):
-            text = self.render([*before, way(texts[-2] if has_cot else "", texts[-1])])
+            reply = tools.add_to(way(texts[-2] if has_cot else "", texts[-1]), -1)
+            text = self.render([*before, reply], **tools.offer())
             if _once_in_order(text, wanted):
-                return text, self._supplied(before, text, has_cot), way
+                return text, self._supplied(before, text, has_cot, tools), way
+        if tools.replies_with_calls:
+            raise DataError("the chat template drops the text beside a tool call, or the chain of thought before it",
+                            reason="template")
         if not has_cot:
             raise DataError("the chat template drops the response, or writes it twice", reason="template")
-        text, prompt_chars = self._behind_generation_prompt(before, texts[-2], texts[-1])
+        text, prompt_chars = self._behind_generation_prompt(before, texts[-2], texts[-1], tools)
         return text, prompt_chars, None
 
-    def _supplied(self, before: list[dict[str, str]], text: str, has_cot: bool) -> int:
+    def _supplied(self, before: list[dict[str, Any]], text: str, has_cot: bool, tools: Tools) -> int:
         """How many characters of a rendering inference supplies: the model never has to write them."""
-        prompts = [self.render(before, add_generation_prompt=True),
-                   self.render(before, add_generation_prompt=True, enable_thinking=has_cot)]
+        prompts = [self.render(before, add_generation_prompt=True, **more, **tools.offer())
+                   for more in ({}, {"enable_thinking": has_cot})]
         for prompt in prompts:
             if text.startswith(prompt):
                 return len(prompt)
@@ -156,55 +168,74 @@ class ChatRenderer:
         return common
 
     def _behind_generation_prompt(
-        self, before: list[dict[str, str]], cot: str, response: str
+        self, before: list[dict[str, Any]], cot: str, response: str, tools: Tools
     ) -> tuple[str, int]:
         opening, closing = THINK
         for kwargs in ({}, {"enable_thinking": True}):
-            prompt = self.render(before, add_generation_prompt=True, **kwargs)
+            prompt = self.render(before, add_generation_prompt=True, **kwargs, **tools.offer())
             if not prompt.rstrip().endswith(closing):
                 break
         else:
             raise DataError("the chat template cuts the chain of thought out of replies, and its generation "
                             "prompt closes it: it can't be trained with this template (cot: strip can)",
                             reason="template")
-        finished = self.render([*before, _as_reasoning("", _PROBE_SLOT)])
+        finished = self.render([*before, _as_reasoning("", _PROBE_SLOT)], **tools.offer())
         turn_end = finished[finished.rindex(_PROBE_SLOT) + 1 :]
         tag = "" if prompt.rstrip().endswith(opening) else f"{opening}\n"
         return f"{prompt}{tag}{cot}\n{closing}\n\n{response}{turn_end}", len(prompt)
 
     def _check(self, skeleton: Skeleton, text: str, roles: tuple[str, ...], shapes: Sequence[Shape],
-               way: Way | None) -> None:
+               way: Way | None, tools: Tools) -> None:
         """Our ids of a row of this shape are the tokenizer's own."""
+        if self.control.is_guarded(text):
+            return  # its tools spell control tokens, which the tokenizer itself would take for such
         cores = [f"Probe {k}, of no meaning" if core else "" for k, (_, core, _) in enumerate(shapes)]
         ours = self.control.encode_batch([skeleton.fill(cores)[0]])[0].ids
         if way is None:
             whole = _SLOTS.sub(lambda match: cores[ord(match[0]) - _SLOT], text)
         else:
             texts = [lead + core + trail for (lead, _, trail), core in zip(shapes, cores, strict=True)]
-            whole = self.render([*_messages(roles, texts), way(texts[-2], texts[-1])])
+            reply = tools.add_to(way(texts[-2], texts[-1]), -1)
+            whole = self.render([*_messages(roles, texts, tools), reply], **tools.offer())
         theirs = self.tokenizer.backend_tokenizer.encode(whole, add_special_tokens=False).ids
         if ours != theirs:
             raise DataError("the chat template changes the texts it is given (it does more than strip white "
                             "space): masks can't be exact with it", reason="template")
 
 
-Way = Callable[[str, str], dict[str, str]]
+    def _refuse_dropped_tools(self, text: str, roles: tuple[str, ...], marked: Sequence[str], tools: Tools,
+                              way: Way | None) -> None:
+        """Raise DataError where the template writes the same without the tools on offer, or without the calls."""
+        if way is None:
+            return
+        without = [("tools on offer", replace(tools, offered=""))] if tools.offered else []
+        without += [("tool calls", replace(tools, calls=()))] if tools.calls else []
+        for what, fewer in without:
+            reply = fewer.add_to(way(marked[-2], marked[-1]), -1)
+            if self.render([*_messages(roles, marked, fewer), reply], **fewer.offer()) == text:
+                raise DataError(f"the chat template does not write the {what}: use one that does "
+                                "(tokenizer.chat_template), or remove them from the rows", reason="template")
 
 
-def _as_reasoning(cot: str, response: str) -> dict[str, str]:
-    message = {"role": "assistant", "content": response}
+Way = Callable[[str, str], dict[str, Any]]
+
+
+def _as_reasoning(cot: str, response: str) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": response}
     return message | {"reasoning_content": cot} if cot else message
 
 
-def _in_content(cot: str, response: str) -> dict[str, str]:
+def _in_content(cot: str, response: str) -> dict[str, Any]:
     return {"role": "assistant", "content": f"{THINK[0]}\n{cot}\n{THINK[1]}\n\n{response}"}
 
 
-def _messages(roles: Sequence[str], texts: Sequence[str]) -> list[dict[str, str]]:
+def _messages(roles: Sequence[str], texts: Sequence[str], tools: Tools) -> list[dict[str, Any]]:
     messages = []
     for k, role in enumerate(roles):
-        message = {"role": role, "content": texts[2 * k]}
-        messages.append(message | {"reasoning_content": texts[2 * k + 1]} if texts[2 * k + 1] else message)
+        message: dict[str, Any] = {"role": role, "content": texts[2 * k]}
+        if texts[2 * k + 1]:
+            message["reasoning_content"] = texts[2 * k + 1]
+        messages.append(tools.add_to(message, k))
     return messages
 
 
@@ -216,7 +247,8 @@ def _once_in_order(text: str, wanted: Sequence[str]) -> bool:
 # --- cutting ------------------------------------------------------------------------------------------------
 
 
-def _cut(control: ControlTokens, raw: str, prompt_chars: int, num_texts: int, has_cot: bool) -> Skeleton:
+def _cut(control: ControlTokens, raw: str, prompt_chars: int, num_texts: int, has_cot: bool,
+         has_calls: bool) -> Skeleton:
     """Pieces, slots and borders of a rendering with slots."""
     text = control.spell(raw)
     supplied = len(control.spell(raw[:prompt_chars]))
@@ -230,16 +262,18 @@ def _cut(control: ControlTokens, raw: str, prompt_chars: int, num_texts: int, ha
         closed = text.find(closing, thought_from, response_at if response_at >= 0 else len(text))
         after = thought_from + has_cot if closed < 0 else closed + len(closing)
         response_start = after if closed < 0 else after + len(text[after:]) - len(text[after:].lstrip())
-    end = _reply_end(control, text, response_at + 1 if response_at >= 0 else response_start)
+    end = _reply_end(control, text, response_at + 1 if response_at >= 0 else response_start, has_calls)
     positions = (supplied if has_cot else response_start, response_start, end)
     slots = [(match.start(), ord(match[0]) - _SLOT) for match in _SLOTS.finditer(text)]
     borders = tuple((n := sum(at < position for at, _ in slots), position - n) for position in positions)
     return Skeleton(tuple(_SLOTS.split(text)), tuple(slot for _, slot in slots), borders)
 
 
-def _reply_end(control: ControlTokens, text: str, after: int) -> int:
-    """Behind the first control token after the response: generation stops there."""
-    for at in range(after, len(text)):
+def _reply_end(control: ControlTokens, text: str, after: int, has_calls: bool) -> int:
+    """Behind the first control token after the response: generation stops there. Behind calls, which have control
+    tokens of their own, it is the last one."""
+    places = range(after, len(text))
+    for at in reversed(places) if has_calls else places:
         if control.is_control(text[at]):
             return at + 1
     end = len(text.rstrip())

@@ -18,6 +18,8 @@ import tokenizers
 from delib_fast.data.rows import DataError
 
 _FIRST = 0x100000  # the plane of private-use characters that carries the control tokens
+_SLOTS = re.compile("[\U000f0000-\U000fffff]")
+_BREAK = "\U000fffff"  # no character: it keeps a control token that is typed inside a template's values apart
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _MARKUP = re.compile(r"<[^<>\s]+>|\[/?[A-Z0-9_]+\]")
 
@@ -49,8 +51,25 @@ class ControlTokens:
         self._check_ids(backend)
 
     def spell(self, scaffold: str) -> str:
-        """Scaffolding with its control tokens as private-use characters."""
-        return self._in_scaffold.sub(lambda match: self.spelling[match[0]], scaffold)
+        """Scaffolding with its control tokens as private-use characters; what was `guarded` in it stays text."""
+        return self._in_scaffold.sub(lambda match: self.spelling[match[0]], scaffold).replace(_BREAK, "")
+
+    def guarded(self, text: str) -> str:
+        """Text that a template is given as it is (and not as a hole): control tokens typed in it are taken apart until
+        `spell` has run."""
+        return self._in_scaffold.sub(lambda match: match[0][0] + _BREAK + match[0][1:], text)
+
+    @staticmethod
+    def is_guarded(text: str) -> bool:
+        """Whether something was taken apart in it."""
+        return _BREAK in text
+
+    @staticmethod
+    def refuse_slots(text: str, place: str) -> None:
+        """What a template is given as it is may hold none of the characters that stand for a row's texts."""
+        if not text.isascii() and (found := _SLOTS.search(text)):
+            raise DataError(f"a tool holds the private-use character U+{ord(found[0]):X}, which stands for a text "
+                            "while encoding; remove it", reason="private_use", place=place)
 
     def is_control(self, char: str) -> bool:
         return _FIRST <= ord(char) < _FIRST + len(self.spelling)

@@ -11,11 +11,12 @@ import numpy as np
 
 from delib_fast.config import AFTConfig, MSMConfig
 from delib_fast.data.ahead import ahead
-from delib_fast.data.chat import PLAIN_TEMPLATE, THINK, ChatRenderer
+from delib_fast.data.chat import PLAIN_TEMPLATE, THINK, ChatRenderer, Skeleton
 from delib_fast.data.control_tokens import ControlTokens
 from delib_fast.data.encoded_set import Counts, EncodedSet, Example
 from delib_fast.data.opened import Rows
 from delib_fast.data.rows import DataError, Message, Row, Segment
+from delib_fast.data.tools import Tools
 
 Cot = Literal["train", "context", "strip"]
 _CHUNK_ROWS, _CHUNK_CHARS = 512, 4 << 20  # an encoding takes about a hundred bytes a token while it is at work
@@ -56,14 +57,19 @@ class Encoder:
         if system_prompt is not None and messages[0].role not in ("system", "developer"):
             messages = (Message("system", system_prompt), *messages)
         thought = row.cot or "" if cot != "strip" else ""
-        if not row.response.strip() and (cot != "train" or not thought.strip()):
+        if not row.response.strip() and not row.calls and (cot != "train" or not thought.strip()):
             raise DataError(f"there is nothing to supervise: the response is empty, and cot: {cot} learns "
                             "nothing else", reason="nothing_supervised", place=row.place)
         texts = [text for message in messages for text in (message.content, message.cot or "")]
         texts += [thought, row.response]
-        roles = tuple(message.role for message in messages)
-        skeleton = self._renderer.skeleton(roles, texts, bool(thought.strip()), row.place)
+        skeleton = self._skeleton(row, messages, texts, bool(thought.strip()))
         return skeleton.fill([text.strip() for text in texts])
+
+    def _skeleton(self, row: Row, messages: Sequence[Message], texts: Sequence[str], has_cot: bool) -> Skeleton:
+        tools = Tools.of(row, messages)
+        for text in (tools.offered, *tools.calls, *tools.names):
+            self.control.refuse_slots(text, row.place)
+        return self._renderer.skeleton(tuple(m.role for m in messages), texts, has_cot, row.place, tools)
 
     def _example(self, row: Row, encoding: Any, borders: tuple[int, ...] | None) -> Example:
         if borders is None:

@@ -9,7 +9,9 @@ The format is read off the keys:
     {"messages" | "conversation" | "conversations"}       a chat; the last assistant turn is the reply
 
 A reply without a "cot" field may carry its chain of thought between tags (cot_tags.py), or as GSM8K does, as
-steps before a line `#### result`. Other keys ("id", "score", "category" …) are left alone, except "weight".
+steps before a line `#### result`. A chat may bring "tools", and assistant turns "tool_calls" (tools.py): then every
+call since the user's last message is learnt, a row each, as well as the last turn. Other keys ("id", "score",
+"category" …) are left alone, except "weight".
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any, NoReturn
 from delib_fast.data.cot_tags import TAGS, split_cot
 from delib_fast.data.rows import DataError, Message, Row, content_digest
 from delib_fast.data.strict_json import SAFE_KEY
+from delib_fast.data.tools import read_call_text, read_calls, read_tools
 
 PROMPT_KEYS = ("prompt", "question", "instruction")
 RESPONSE_KEYS = ("response", "answer", "completion", "output")
@@ -54,6 +57,8 @@ class _Turn:
     content: str
     cot: str | None = None
     weight: float = 1.0
+    calls: str = ""
+    name: str = ""
 
 
 def rows_of(item: Any, reading: Reading, place: str) -> list[Row]:
@@ -110,7 +115,8 @@ def _pair_rows(item: Mapping[str, Any], reading: Reading, place: str) -> Iterato
     cot_key = _only(item, COT_KEYS, required=False)
     turns = _prompt_turns(item, prompt_key)
     reply = _reply(item, response_key, cot_key, reading)
-    yield from _rows_of_turns([*turns, reply], _weight(item), Reading(reading.source), place)
+    tools = read_tools(item.get("tools")) if isinstance(item[prompt_key], list) else ""
+    yield from _rows_of_turns([*turns, reply], _weight(item), Reading(reading.source), place, tools)
 
 
 def _prompt_turns(item: Mapping[str, Any], key: str) -> list[_Turn]:
@@ -159,37 +165,40 @@ def _chat_rows(item: Mapping[str, Any], reading: Reading, place: str) -> Iterato
         _fail("wrong_type", f"{key!r} is {_a(item[key])}, where a list of messages is expected")
     if not item[key]:
         _fail("empty", f"{key!r} is an empty list")
-    if item.get("tools"):
-        _fail("tools", "'tools' are not rendered: a row that offers tools can't be trained on; remove the "
-              "field to train on the turns alone")
     turns = [_turn(message, f"{key}[{i}]", reading.tags) for i, message in enumerate(item[key])]
     if item.get("system") is not None and turns[0].role != "system":
         turns.insert(0, _Turn("system", _string(item, "system")))
-    yield from _rows_of_turns(turns, _weight(item), reading, place)
+    yield from _rows_of_turns(turns, _weight(item), reading, place, read_tools(item.get("tools")))
 
 
-def _rows_of_turns(turns: list[_Turn], weight: float, reading: Reading, place: str) -> Iterator[Row]:
-    digest = content_digest(part for t in turns for part in (t.role, t.cot, t.content))
+def _rows_of_turns(
+    turns: list[_Turn], weight: float, reading: Reading, place: str, tools: str = ""
+) -> Iterator[Row]:
+    parts = [part for t in turns for part in (t.role, t.cot, t.content, *([t.calls] if t.calls else []))]
+    digest = content_digest([*parts, tools] if tools else parts)
     replies = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
     if turns[-1].role != "assistant":
         _fail("no_reply", f"the last message is the {turns[-1].role}'s: there is no reply to learn")
     asked = min((i for i, turn in enumerate(turns) if turn.role in ("user", "tool")), default=len(turns))
     if replies[-1] < asked:
         _fail("no_prompt", "no user's message stands before the reply: there is no prompt")
-    chosen = [i for i in replies if i > asked] if reading.turns == "each" else replies[-1:]
+    last_question = max((i for i, turn in enumerate(turns[: replies[-1]]) if turn.role == "user"), default=asked)
+    chosen = [i for i in replies if i > asked] if reading.turns == "each" else \
+        [i for i in replies if i > last_question and (turns[i].calls or i == replies[-1])]
     rows = 0
     for i in chosen:
         reply = turns[i]
         if weight * reply.weight == 0:
             continue  # a turn (or row) marked as not to be learnt
-        if not reply.content.strip() and not (reply.cot or "").strip():
+        if not reply.content.strip() and not (reply.cot or "").strip() and not reply.calls:
             which = f" (message {i})" if len(turns) > 2 else ""
             _fail("empty", f"the reply is empty{which}: there is nothing to supervise")
         rows += 1
         yield Row(kind="chat", place=place if len(chosen) == 1 else f"{place} (message {i})",
                   source=reading.source, digest=digest, weight=weight * reply.weight,
-                  messages=tuple(Message(t.role, t.content, t.cot) for t in turns[:i]),
-                  cot=reply.cot if (reply.cot or "").strip() else None, response=reply.content)
+                  messages=tuple(Message(t.role, t.content, t.cot, t.calls, t.name) for t in turns[:i]),
+                  cot=reply.cot if (reply.cot or "").strip() else None, response=reply.content, calls=reply.calls,
+                  tools=tools)
     if not rows:
         _fail("nothing_supervised", "every reply has weight 0: there is nothing to supervise")
 
@@ -205,14 +214,20 @@ def _turn(message: Any, where: str, tags: tuple[tuple[str, str], ...]) -> _Turn:
     if role_key not in message:
         _fail("missing_field", f"{where} has no 'role' (nor ShareGPT's 'from')")
     written = _string(message, role_key, where)
-    role = ROLES.get(written.lower())
+    called = written.lower() == "function_call"
+    role = "assistant" if called else ROLES.get(written.lower())
     if role is None:
         _fail("bad_role", f"{where} has a role that is none of {', '.join(sorted(set(ROLES.values())))} (or "
               "ShareGPT's human, gpt)")
-    if message.get("tool_calls"):
-        _fail("tools", f"{where} calls tools: tool calls are not rendered yet")
-    turn = _Turn(role, "", weight=_message_weight(message, where))
-    _read_content(turn, message, content_key, where)
+    turn = _Turn(role, "", weight=_message_weight(message, where), calls=read_calls(message.get("tool_calls"), where))
+    if turn.calls and role != "assistant":
+        _fail("tools", f"{where} is a {role} message with tool calls: only the assistant calls")
+    if not (turn.calls and message.get(content_key) is None):  # OpenAI: the content of a call is null
+        _read_content(turn, message, content_key, where)
+    if called:
+        turn.calls, turn.content = read_call_text(turn.content, where), ""
+    if role == "tool" and message.get("name") is not None:
+        turn.name = _string(message, "name", where)
     if role != "assistant":
         return turn
     cot_key = _only(message, COT_KEYS, required=False, where=where)

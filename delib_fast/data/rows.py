@@ -41,6 +41,10 @@ class Message:
     content: str
     cot: str | None = None
     """The chain of thought of an earlier assistant turn; the chat template says whether it is shown."""
+    calls: str = ""
+    """The tools that an earlier assistant turn calls, as JSON (tools.py)"""
+    name: str = ""
+    """of the tool whose result it is"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,14 +68,18 @@ class Row:
     """chain of thought of the reply"""
     response: str = ""
     """the reply itself, without its chain of thought"""
+    calls: str = ""
+    """the tools that the reply calls, as JSON (tools.py)"""
+    tools: str = ""
+    """the tools that it may call, as JSON"""
 
     @property
     def texts(self) -> tuple[str, ...]:
         """All the text of the row, to train a tokenizer on or to search."""
         if self.kind == "document":
             return (self.text,)
-        turns = [text for m in self.messages for text in (m.cot, m.content)]
-        return tuple(text for text in (*turns, self.cot, self.response) if text)
+        turns = [text for m in self.messages for text in (m.cot, m.content, m.calls)]
+        return tuple(text for text in (self.tools, *turns, self.cot, self.response, self.calls) if text)
 
 
 def content_digest(parts: Iterable[str | None]) -> str:

@@ -174,7 +174,7 @@ class _VariantEncoder(Encoder):
             self.control.refuse_reserved(text, row.place)
         texts = [text for message in messages for text in (message.content, message.cot or "")]
         texts += [(row.cot or "").strip(), row.response]
-        skeleton = self._renderer.skeleton(tuple(m.role for m in messages), texts, True, row.place)
+        skeleton = self._skeleton(row, messages, texts, True)
         cores = [text.strip() for text in texts]
         filled = [skeleton.fill([*cores[:-2], cot.strip(), cores[-1]]) for cot in cots]
         encodings = self.control.encode_batch([text for text, _ in filled])

@@ -232,7 +232,17 @@ DAMAGED_ROWS = {
                 "bad_block", "messages[0].content[0] is no text"),
     "all turns switched off": (line({"messages": [USER, CHAT | {"loss": False}]}), "nothing_supervised", "weight 0"),
     "loss of a wrong type": (line({"messages": [USER, CHAT | {"loss": "no"}]}), "bad_weight", "messages[1].loss"),
-    "tool call": (line({"messages": [USER, CHAT | {"tool_calls": [{}]}]}), "tools", "messages[1] calls tools"),
+    "tool call": (line({"messages": [USER, CHAT | {"tool_calls": [{}]}]}), "tools",
+                  "messages[1].tool_calls[0] has no function with a name"),
+    "arguments that are no JSON": (line({"messages": [USER, CHAT | {"tool_calls": [
+        {"function": {"name": "f", "arguments": SECRET}}]}]}), "tools", "its arguments: not valid JSON"),
+    "arguments that are no object": (line({"messages": [USER, CHAT | {"tool_calls": [
+        {"function": {"name": "f", "arguments": "[1]"}}]}]}), "tools", "its arguments are no object"),
+    "tools that are no list": (line({"messages": [USER, CHAT], "tools": {"name": "f"}}), "tools", "'tools' is no list"),
+    "a tool without a name": (line({"messages": [USER, CHAT], "tools": [{"description": SECRET}]}), "tools",
+                              "tools[0] has no function with a name"),
+    "a user's call": (line({"messages": [USER | {"tool_calls": [{"function": {"name": "f"}}]}, CHAT]}), "tools",
+                      "messages[0] is a user message with tool calls"),
 }
 
 
