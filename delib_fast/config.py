@@ -64,6 +64,25 @@ class SourceConfig(Section):
     """With `skip`: more bad rows than this stop the run all the same."""
 
 
+class LoraConfig(Section):
+    """Train a low-rank adapter beside frozen weights: W·x + s·B·(A·x), where s is alpha/r. The defaults are those of
+    the published recipe of model spec midtraining."""
+
+    r: PositiveInt = 64
+    """Rank of A and B."""
+    alpha: float = Field(128.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Of what goes into A."""
+    rslora: bool = False
+    """s = alpha/√r instead of alpha/r."""
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Every nn.Linear of the trunk (attention and MLP, never lm_head or embeddings), or names such as q_proj."""
+    path: str | None = None
+    """A peft adapter folder of the same base model and the same settings, for the first stage to go on with."""
+    quantize: Literal["none", "nf4"] = "none"
+    """Keep the frozen matrices in 4 bits (QLoRA; needs bitsandbytes)."""
+
+
 class ModelConfig(Section):
     """The model to start from: a Hugging Face folder or name, or a new one from an architecture."""
 
@@ -81,6 +100,8 @@ class ModelConfig(Section):
     the device (bench/README.md)."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    lora: LoraConfig | None = None
+    """Train an adapter and leave the weights as they are; by default every weight is trained."""
     trust_remote_code: bool = False
     """Run Python code that a model folder brings. Off unless asked for."""
 
@@ -91,6 +112,8 @@ class ModelConfig(Section):
                              "model.architecture (a new model)")
         if self.architecture is not None and "model_type" not in self.architecture:
             raise ValueError("model.architecture needs model_type, e.g. model_type: qwen3")
+        if self.lora is not None and self.lora.quantize != "none" and self.path is None:
+            raise ValueError("model.lora.quantize needs model.path: there is nothing to keep in 4 bits of a new model")
         return self
 
 
@@ -158,6 +181,8 @@ class StageBase(Section):
     of fewer tokens. A step then holds more rows, so an epoch has fewer steps."""
     balance: Literal["cost", "none"] = "cost"
     """Let packs whose attention costs alike share a step, so that no rank waits for another; or draw them freely."""
+    adapter: Literal["continue", "merge"] = "continue"
+    """With model.lora: go on with the adapter of the stage before, or merge it into the weights and begin another."""
     optimizer: OptimizerConfig = OptimizerConfig()
 
     @model_validator(mode="after")
@@ -310,6 +335,13 @@ class Config(Section):
         if self.model.layers == "compile" and self.engine.zero_stage == 3:
             raise ValueError("model.layers is compile, and ZeRO stage 3 gathers weights by hooks inside a block; set "
                              "model.layers: eager, or engine.zero_stage: 2")
+        lora = self.model.lora
+        if lora is not None and lora.quantize != "none" and self.engine.zero_stage == 3:
+            raise ValueError("model.lora.quantize: ZeRO 3 can't shard weights of 4 bits; set engine.zero_stage to 2")
+        for i, stage in enumerate(self.stages):
+            if stage.adapter == "merge" and (i == 0 or lora is None):
+                why = "no stage is before it" if i == 0 else "model.lora is not set"
+                raise ValueError(f"stages.{i}.adapter: merge has nothing to merge ({why}); leave it out")
         if self.model.architecture is not None and self.tokenizer.path is None and self.tokenizer.train is None:
             raise ValueError("a new model (model.architecture) needs tokenizer.path or tokenizer.train")
         return self

@@ -106,6 +106,8 @@ def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
         else:
             resolve(source, "path")
     resolve(tree.get("model"), "path", may_be_hub_name=True)
+    if isinstance(tree.get("model"), dict):
+        resolve(tree["model"].get("lora"), "path")
     resolve(tree.get("tokenizer"), "path", may_be_hub_name=True)
     resolve(tree.get("tokenizer"), "chat_template")
     for stage in tree["stages"] if isinstance(tree.get("stages"), list) else ():

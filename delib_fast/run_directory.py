@@ -6,8 +6,9 @@
         metrics.jsonl    one line for each logged update
         tokenizer/       where the run trained one
         checkpoints/STAGE/step-N/
-        stages/STAGE/    the exported model of each stage but the last
+        stages/STAGE/    what each stage but the last exported: model/, with LoRA adapter/
         model/           the exported model of the last stage
+        adapter/         with LoRA, its adapter as a peft folder
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ class RunDirectory:
 
     def exported(self, stage: str, *, last: bool) -> Path:
         return self.path / "model" if last else self.path / "stages" / stage / "model"
+
+    def adapter(self, stage: str, *, last: bool) -> Path:
+        return self.exported(stage, last=last).with_name("adapter")
 
     # --- opening --------------------------------------------------------------------------------------------
 

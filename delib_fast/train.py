@@ -22,7 +22,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse
 import errno
-import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -31,8 +30,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delib_fast.bookkeeping import Saver, StepLog, Stopped, StopRequest, TrainingError
-from delib_fast.config import Config, ConfigError, ModelConfig, StageConfig
+from delib_fast.config import Config, ConfigError, StageConfig
 from delib_fast.config_file import load_config
+from delib_fast.handover import build_stage_model, export, exported_by, start_of
 from delib_fast.slurm import adopt_slurm
 
 if TYPE_CHECKING:
@@ -130,13 +130,15 @@ def run_stage(context: Context, index: int) -> None:
 
     config, ranks, run = context.config, context.ranks, context.run
     stage = config.stages[index]
-    parent = parent_of(context, index)
+    start = start_of(context, index)
     batches = context.corpus.batches(stage)
     context.reporter.say(f"{stage.name}: {context.corpus.describe(stage)}")
-    module = TrainableLM(build_stage_model(context, parent), attention_backend=config.model.attention,
-                         loss_backend=config.model.loss, sequence_group=ranks.sequence_group,
+    model, exact_weights = build_stage_model(context, start)
+    module = TrainableLM(model, attention_backend=config.model.attention, loss_backend=config.model.loss,
+                         sequence_group=ranks.sequence_group,
                          layers=resolve_layers(config.model.layers, ranks.device, config.engine.zero_stage))
     engine = Engine(module, config, stage, batches.num_steps, ranks)
+    engine.state.set_weights(exact_weights)
     check_isolation(engine.wrapped, ranks.device)  # as it will train: in its precision, on its backend
     root = run.checkpoints(stage.name)
     found = engine.resume(root, context.reporter.say)
@@ -148,101 +150,25 @@ def run_stage(context: Context, index: int) -> None:
     run.rewind_metrics(stage.name, engine.step)
     if index == 0:
         evaluate(context, engine, "start")
-    entry = {"name": stage.name, "kind": stage.kind, "status": "running", "parent": parent.describe(),
+    entry = {"name": stage.name, "kind": stage.kind, "status": "running", **start.describe(),
              **context.corpus.ledger(stage), "updates": batches.num_steps, "ranks": ranks.world_size,
              "sequence_parallel": ranks.sequence_parallel, "zero_stage": config.engine.zero_stage,
-             "precision": config.engine.precision, "versions": versions()}
+             "precision": config.engine.precision, "trained_parameters": engine.trained_parameters,
+             "versions": versions()}
     run.record_stage(entry)
     began = time.perf_counter()
     figures, saver = train_stage(context, engine, stage, found.trainer["log"] if found is not None else None)
     entry |= {**figures, "wall_s": time.perf_counter() - began}
     evaluate(context, engine, f"after {stage.name}", saver)
-    run.record_stage(entry | export(context, engine, module, index) | {"status": "finished"})
+    made = export(context, engine, module, index, start)
+    run.record_stage(entry | made | {"status": "finished"})
     engine.close()
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A model folder and the hash of its weights, as the ledger names a stage's parent and result."""
-
-    path: str | None
-    sha256: str | None
-
-    def describe(self) -> dict[str, Any]:
-        return {"path": self.path, "sha256": self.sha256}
-
-
-def parent_of(context: Context, index: int) -> Weights:
-    """The weights that a stage starts from: the base model, or what the stage before exported (checked)."""
-    from delib_fast.engine.checkpoint import hashes, weights_sha256
-
-    config = context.config
-    if index > 0:
-        return exported_by(context, index - 1)
-    path = config.model.path
-    known = Path(path) if path is not None and Path(path).is_dir() else None
-    return Weights(path, weights_sha256(hashes(known)) if known is not None else None)
-
-
-def exported_by(context: Context, index: int) -> Weights:
-    """What a finished stage exported. Raises TrainingError if a file of it is no longer what was written."""
-    from delib_fast.engine.checkpoint import hashes, weights_sha256
-
-    stage = context.config.stages[index]
-    folder = context.run.exported(stage.name, last=index == len(context.config.stages) - 1)
-    entry = context.run.stage(stage.name) or {}
-    mine = hashes(folder) if context.ranks.rank == 0 else {}  # one rank reads it; it may be large
-    actual: dict[str, str] = json.loads(context.ranks.gather_texts(json.dumps(mine))[0])
-    for name, sha256 in entry["model_files"].items():
-        if actual.get(name) != sha256:
-            wrong = "is gone" if name not in actual else "was changed after it was written"
-            raise TrainingError(f"{folder / name} {wrong}: the model is not what stage {stage.name!r} exported; put it "
-                                "back, or delete run_dir to start again")
-    return Weights(str(folder), weights_sha256(entry["model_files"]))
-
-
-def build_stage_model(context: Context, parent: Weights) -> Any:
-    from delib_fast.models import build_model
-
-    config = context.config
-    source: ModelConfig = config.model
-    if parent.path is not None:
-        source = source.model_copy(update={"path": parent.path, "architecture": None})
-    return build_model(source, context.corpus.tokenizer, seed=config.seed)
-
-
-def export(context: Context, engine: Engine, module: Any, index: int) -> dict[str, Any]:
-    """Write the stage's model as a Hugging Face folder (rank 0; every rank takes part in gathering it).
-
-    Returns what the ledger keeps of it. Raises TrainingError, on every rank, if it can't be written.
-    """
-    from safetensors import SafetensorError
-
-    from delib_fast.engine.checkpoint import hashes, weights_sha256
-    from delib_fast.models import export_model
-
-    config = context.config
-    stage = config.stages[index]
-    folder = context.run.exported(stage.name, last=index == len(config.stages) - 1)
-    weights = engine.full_weights()
-    files: dict[str, str] = {}
-    wrong = ""
-    if context.ranks.rank == 0:
-        try:
-            export_model(module, context.corpus.tokenizer, folder, state_dict=weights)
-            files = hashes(folder)
-        except (OSError, SafetensorError) as error:
-            wrong = str(error)
-    if told := context.ranks.gather_texts(wrong)[0]:
-        raise TrainingError(f"the model of stage {stage.name!r} can't be written to {folder}: {told}; make room, and "
-                            "give the same command again: it goes on from the last checkpoint")
-    return {"model": Weights(str(folder), weights_sha256(files)).describe(), "model_files": files}
 
 
 def versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    names = ("delib-fast", "torch", "deepspeed", "transformers")
+    names = ("delib-fast", "torch", "deepspeed", "transformers", "peft")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
@@ -298,7 +224,7 @@ def run_stages(context: Context) -> None:
         else:
             context.reporter.say(f"{stage.name}: finished already ({finished[stage.name]['updates']} updates)")
     if stages[-1].name in finished:
-        exported_by(context, len(stages) - 1)
+        exported_by(context, len(stages) - 1, "model")
 
 
 def check_stages(context: Context, stages: Sequence[StageConfig]) -> None:

@@ -176,6 +176,11 @@ class Engine:
         return self._plain_norm if self._zero_stage == 0 else self._zero._global_grad_norm
 
     @property
+    def trained_parameters(self) -> int:
+        """Numbers that are trained, on all ranks together."""
+        return sum(getattr(p, "ds_numel", p.numel()) for _, p in self.state.named_parameters())
+
+    @property
     def wrapped(self) -> nn.Module:
         """The module as DeepSpeed calls it (ZeRO-3 gathers its parameters on the way)."""
         return self._engine
@@ -190,10 +195,13 @@ class Engine:
         finally:
             self._engine.train()
 
-    def full_weights(self) -> dict[str, Tensor]:
-        """Every parameter in full, fp32, on the host of rank 0 (an empty dict elsewhere). A collective."""
+    def full_weights(self, *, frozen: bool = True) -> dict[str, Tensor]:
+        """Every parameter in full on the host of rank 0 (an empty dict elsewhere): trained ones in fp32, frozen ones,
+        if they are wanted, as they are. A collective."""
         weights = {}
-        for name, parameter in self.state.named_parameters():
+        for name, parameter in self.module.named_parameters():
+            if not (frozen or parameter.requires_grad):
+                continue
             weight = self.state.weight(parameter)
             if self.rank == 0:
                 weights[name] = weight.to("cpu", copy=True)

@@ -7,7 +7,7 @@ stage and number of ranks, without pickle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,8 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 from torch import Tensor, nn
+
+from delib_fast.engine.quiet import deepspeed
 
 # Moments of the optimizers in `optimizer.py`; SGD has none.
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -46,8 +48,11 @@ class TrainingState:
                 yield f"{moment}/{name}", partial(self._get, parameter, moment)
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
-        """The parameter's fp32 weight in full. A collective: call it on all ranks."""
-        return self._get(parameter, None)
+        """The parameter in full: fp32 if it is trained, as it is if frozen. A collective: call it on all ranks."""
+        if parameter.requires_grad:
+            return self._get(parameter, None)
+        with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
+            return parameter.detach().to("cpu", copy=True)
 
     def restore(self, read: Callable[[str], Tensor], optimizer_steps: int) -> None:
         """Set every weight and moment from `read(key)` (full tensors) and the optimizer's step count."""
@@ -56,6 +61,17 @@ class TrainingState:
                 for key in (None, *self._moments):
                     self._set(parameter, read(f"{key or 'weight'}/{name}"), key)
         self.set_optimizer_steps(optimizer_steps)
+        self._refresh_gathered()
+
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Set the fp32 weights of these trained parameters: exactly, where the module itself holds them rounded."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name in weights:
+                    self._set(parameter, weights[name], None)
+        self._refresh_gathered()
+
+    def _refresh_gathered(self) -> None:
         persistent = getattr(self._zero, "persistent_parameters", [])
         if persistent:  # ZeRO-3 keeps small parameters gathered; they still hold the old values
             persistent[0].partition(persistent)

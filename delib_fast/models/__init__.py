@@ -6,6 +6,7 @@ from delib_fast.models.export import export_model
 from delib_fast.models.isolation import LeakError, check_isolation
 from delib_fast.models.layers import resolve_layers
 from delib_fast.models.lm import TrainableLM
+from delib_fast.models.lora import add_adapter, bare_twin, export_adapter, load_adapter, merged_weights
 from delib_fast.models.shape import ModelShape, model_shape
 from delib_fast.models.tokenizer import build_tokenizer, train_tokenizer
 
@@ -14,10 +15,15 @@ __all__ = [
     "ModelShape",
     "TrainableLM",
     "UnsupportedModelError",
+    "add_adapter",
+    "bare_twin",
     "build_model",
     "build_tokenizer",
     "check_isolation",
+    "export_adapter",
     "export_model",
+    "load_adapter",
+    "merged_weights",
     "model_shape",
     "resolve_layers",
     "train_tokenizer",

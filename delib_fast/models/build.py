@@ -5,13 +5,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import inspect
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError  # what transformers checks its configs with
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -29,7 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *,
-                dtype: torch.dtype | str = torch.float32, seed: int = 0) -> PreTrainedModel:
+                dtype: torch.dtype | str = torch.float32, seed: int = 0, quantize: str = "none") -> PreTrainedModel:
     """The model that the configuration asks for, on the CPU, ready to be wrapped by `TrainableLM`.
 
     Args:
@@ -41,6 +48,8 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *,
             architecture makes them.
         seed: of a new model's weights. They depend on nothing else, so every rank draws the same; the global
             generators are left as they were.
+        quantize: "nf4" keeps the matrices of a loaded model in 4 bits, for an adapter beside them; bitsandbytes
+            computes in `dtype`, and packs the bits into tensors of it, which is what DeepSpeed asks of parameters.
     Raises:
         ConfigError: an unknown architecture or key (with the nearest right name), a folder that can't be
             loaded or lacks weights, a vocabulary that does not fit the tokenizer.
@@ -49,7 +58,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *,
     """
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     new = config.architecture is not None
-    model = _new(config, tokenizer, dtype, seed) if new else _load(config, dtype)
+    model = _new(config, tokenizer, dtype, seed) if new else _load(config, dtype, quantize)
     _check_vocabulary(model, tokenizer, "model.architecture" if new else "model.path")
     if reason := unsupported(model):
         raise ConfigError(f"model: {reason}")
@@ -71,22 +80,35 @@ def enable_activation_checkpointing(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
-def _load(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _load(config: ModelConfig, dtype: torch.dtype, quantize: str) -> PreTrainedModel:
+    more = {} if quantize == "none" else {"quantization_config": _four_bits(dtype)}
     try:
         with without_progress_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(config.path), dtype=dtype, trust_remote_code=config.trust_remote_code,
-                output_loading_info=True)
+                output_loading_info=True, **more)
     except (OSError, ValueError, KeyError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(f"model.path: {config.path!r} can't be loaded: {first}") from error
     model, info = loaded
+    for module in model.modules() if more else ():
+        # On a CPU with AVX-512 BF16, bitsandbytes repacks a weight in the first forward pass of an evaluation, into
+        # a form that has no backward pass.
+        module.support_avx512bf16_for_cpu = False
     # transformers draws these at random and only warns.
     if lacking := sorted(map(str, [*info["missing_keys"], *(info.get("mismatched_keys") or ())])):
         raise ConfigError(f"model.path: {config.path!r} lacks {len(lacking)} weights of "
                           f"{type(model).__name__}, or has them in another shape, e.g. {lacking[0]}; give a "
                           "whole checkpoint of a causal LM")
     return model
+
+
+def _four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError("model.lora.quantize: nf4 needs bitsandbytes, which is not installed; pip install "
+                          "'delib-fast[qlora]', or set it to none")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype)
 
 
 def _new(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype,

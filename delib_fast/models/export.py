@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -37,6 +37,11 @@ def export_model(model: TrainableLM | PreTrainedModel, tokenizer: PreTrainedToke
     """
     inner = model.model if isinstance(model, TrainableLM) else model
     weights = _weights(inner, inner.state_dict() if state_dict is None else state_dict)
+    return whole_folder(folder, lambda beside: _write(inner, tokenizer, weights, beside))
+
+
+def whole_folder(folder: str | Path, write: Callable[[Path], None]) -> Path:
+    """Let `write` fill a folder beside this one, sync its files, and only then put it in this one's place."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
@@ -44,7 +49,10 @@ def export_model(model: TrainableLM | PreTrainedModel, tokenizer: PreTrainedToke
         for left in folder.parent.glob(f".{folder.name}.{pattern}-*"):
             shutil.rmtree(left, ignore_errors=True)
     try:
-        _write(inner, tokenizer, weights, beside)
+        write(beside)
+        for file in beside.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
         _replace(folder, beside)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -99,10 +107,6 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, weights: 
                          "this")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert "delib_fast" not in json.dumps(config), "the training attention must not reach the exported config"
-    for file in folder.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:
