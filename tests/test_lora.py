@@ -199,7 +199,7 @@ def test_frozen_head_makes_no_weight_gradient(monkeypatch):
     op = sys.modules["delib_fast.ops.linear_cross_entropy"]  # the package's attribute of that name is the function
     wanted = []
     monkeypatch.setattr(op, "choose", lambda *_: op.Backend("spy", lambda *args: (
-        wanted.append(args[-2:]), op._run_reference(*args))[1], op._no_reason))
+        wanted.append(args[7:9]), op._run_reference(*args))[1], op._no_reason))
     adapted = model()
     add_adapter(adapted, LoraConfig(r=2), base=None, seed=0)
     trainable = TrainableLM(adapted).train()
