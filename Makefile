@@ -38,8 +38,8 @@ lint: setup     ## ruff and mypy
 bench: setup    ## every benchmark that runs on this machine
 	$(BIN)/python -m pytest bench -q --benchmark-json bench/results/last.json
 
-bench-quick: setup ## small cases of the loss and of the whole step: what CI runs
-	DELIB_FAST_BENCH=quick $(BIN)/python -m pytest bench/bench_linear_cross_entropy.py bench/bench_step.py -q
+bench-quick: setup ## small cases, and whether their shares of the roof hold: what CI runs
+	$(BIN)/python bench/guard.py
 
 cuda:           ## compile every .cu for sm_80 and sm_90a (no GPU needed)
 	bash tools/compile_cuda.sh

@@ -3,16 +3,18 @@
     pytest bench/bench_varlen_attention.py --quick                     # what CI runs
     pytest bench/bench_varlen_attention.py -k "mixed or completions"
 
-The roof is the time of the seven bare GEMMs (two forward, five backward) on the causal half of each run's scores,
-without softmax, measured before every round. Peers: sdpa with one dense (T, T) mask over the pack, as transformers'
-sdpa does packed rows, and sdpa run by run in a Python loop. Each contender's output and gradients are first compared
-with the reference in float64 on these very inputs.
+The roof is the time of one square matrix product of the FLOPs that the seven products of the scores' causal half take
+(two forward, five backward; a window's band where there is one), measured before every round. Peers: sdpa with one
+dense (T, T) mask over the pack, as transformers' sdpa does packed rows, and sdpa run by run in a Python loop. Each
+contender's output and gradients are first compared with the reference in float64 on these very inputs.
 
 T packed tokens, Hq query heads, Hkv key heads, D head size.
 """
 
 import functools
 import json
+import statistics
+import time
 from collections.abc import Callable
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import machine, synchronize
 from torch import Tensor
 
 from delib_fast.ops import varlen_attention
@@ -116,24 +119,11 @@ def assert_correct(results: tuple[Tensor, ...], inputs: Inputs, window: int | No
     return error
 
 
-def score_gemms(inputs: Inputs, window: int | None) -> Callable[[], None]:
-    """Seven GEMMs a run, of half as many keys as it has tokens (its causal half; less under a window)."""
-    shapes = []
-    for n in inputs.lengths:
-        keys = max(1, n // 2 if window is None else min(n // 2, window))
-        shapes.append([torch.randn(Hq, *shape, device=DEVICE, dtype=DTYPE)
-                       for shape in ((n, D), (keys, D), (n, keys))])
-
-    def roof() -> None:
-        for tall, keys, scores in shapes:
-            for _ in range(3):  # scores; their recomputation; d_probabilities
-                tall @ keys.mT
-            for _ in range(2):  # out; dq
-                scores @ keys
-            for _ in range(2):  # dk; dv
-                scores.mT @ tall
-
-    return roof
+def one_product(operations: int) -> Callable[[], Any]:
+    """A square matrix product of as many FLOPs, into memory that is there."""
+    side = max(16, round((operations / 2) ** (1 / 3)))
+    a, b, out = (torch.randn(side, side, device=DEVICE).to(DTYPE) for _ in range(3))
+    return lambda: torch.mm(a, b, out=out)
 
 
 def flops(lengths: list[int], window: int | None) -> int:
@@ -153,9 +143,11 @@ def bench_varlen_attention(against_roof, quick, runs, window, name):
     error = assert_correct(call(window, inputs), inputs, window)
     tokens = sum(lengths)
     size = torch.finfo(DTYPE).bits // 8
-    against_roof(lambda: call(window, inputs), score_gemms(inputs, window), rounds=3 if quick else 5,
-                 flops=flops(lengths, window), bytes=size * tokens * D * (6 * Hq + 8 * Hkv), tokens=tokens,
-                 longest=max(lengths), error=error, dtype=str(DTYPE))
+    against_roof(lambda: call(window, inputs), one_product(flops(lengths, window)), rounds=11 if quick else 5,
+                 case=f"{runs} {'full' if window is None else f'window {window}'}",
+                 contender=name if name.startswith("sdpa") else f"ours-{name}", flops=flops(lengths, window),
+                 least_bytes=size * tokens * D * (6 * Hq + 8 * Hkv), tokens=tokens, longest=max(lengths), error=error,
+                 dtype=str(DTYPE).removeprefix("torch."))
 
 
 # --- completions of one prompt ------------------------------------------------------------------------------------
@@ -195,44 +187,62 @@ def math_cot(quick: bool) -> list[tuple[int, list[int]]]:
             for row in rows[:1 if quick else 16]]
 
 
-@pytest.mark.parametrize("layout", [written_out, shared])
-@pytest.mark.parametrize("prompts", [long_prompt, math_cot])
-def bench_step_of_completions(benchmark, quick, prompts, layout):
-    """One forward and backward pass of a small Qwen3: the shared prompt computed once, or with every completion."""
-    from conftest import machine, peak_extra_mib
+def attention_of(cases: list[tuple[int, list[int]]], layout: Any) -> Callable[[], Any]:
+    """One layer's attention with its gradients."""
+    inputs = make_inputs(*layout(cases))
+    return lambda: ours("auto", None, inputs)
+
+
+def step_of(cases: list[tuple[int, list[int]]], layout: Any) -> Callable[[], float]:
+    """One forward and backward pass of a small Qwen3; gives its summed loss."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from delib_fast.data import PackedBatch
     from delib_fast.models import TrainableLM
 
-    cases = prompts(quick)
-    lengths, prefix = layout(cases)
     torch.manual_seed(0)
     model = TrainableLM(AutoModelForCausalLM.from_config(AutoConfig.for_model(
         "qwen3", hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=64, vocab_size=8192, max_position_embeddings=8192)).to(DEVICE)).train()
-    batch = completions_pack(cases, lengths, prefix, PackedBatch)
+    batch = completions_pack(cases, *layout(cases), PackedBatch)
 
     def step() -> float:
         model.zero_grad()
-        output = model(batch)
-        output.loss_sum.backward()
-        return output.loss_sum.item()
+        loss = model(batch).loss_sum
+        loss.backward()
+        return loss.item()
 
-    alone = completions_pack(cases, *written_out(cases), PackedBatch)
-    if quick:  # the same loss, whichever way; in full this would take as long as what is measured
-        with torch.no_grad():
-            assert step_loss(model, batch) == pytest.approx(step_loss(model, alone), rel=1e-5)
-    extra = peak_extra_mib(step)  # and warms up
-    benchmark.pedantic(step, rounds=2 if quick else 1)
-    seconds, supervised = benchmark.stats.stats.median, batch.num_supervised
+    return step
+
+
+@pytest.mark.parametrize("what", [attention_of, step_of])
+@pytest.mark.parametrize("prompts", [long_prompt, math_cot])
+def bench_completions(benchmark, quick, prompts, what):
+    """A prompt that its completions share, against the same rows in plain packing, in turns."""
+    cases = prompts(quick)
+    plain, sharing = what(cases, written_out), what(cases, shared)
+    first, second = plain(), sharing()  # and warms up
+    if what is step_of:
+        assert first == pytest.approx(second, rel=1e-5 if DEVICE == "cpu" else 1e-3)
+    plain_s: list[float] = []
+
+    def time_plain() -> None:
+        begin = time.perf_counter()
+        plain()
+        synchronize()
+        plain_s.append(time.perf_counter() - begin)
+
+    def timed() -> None:
+        sharing()
+        synchronize()
+
+    benchmark.pedantic(timed, setup=time_plain, rounds=1 if quick else 3)
+    ratios = [a / b for a, b in zip(plain_s, benchmark.stats.stats.data, strict=True)]
+    tokens = [sum(layout(cases)[0]) for layout in (written_out, shared)]
     benchmark.extra_info.update(
-        machine(), tokens_computed=sum(lengths), tokens_written_out=alone.num_tokens, supervised=supervised,
-        supervised_per_s=supervised / seconds, peak_extra_mib=extra, dtype="torch.float32")
-
-
-def step_loss(model, batch) -> float:
-    return model(batch).loss_sum.item()
+        machine(), quick=quick, prompts=prompts.__name__, what=what.__name__.removesuffix("_of"),
+        completions=sum(len(ends) for _, ends in cases), tokens_plain=tokens[0], tokens_shared=tokens[1],
+        plain_ms=statistics.median(plain_s) * 1e3, times_as_fast=statistics.median(ratios))
 
 
 def completions_pack(cases, lengths, prefix, packed_batch):

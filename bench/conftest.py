@@ -1,9 +1,10 @@
 """What every bench shares: --quick, and a measurement that names its roof in the same breath."""
 
+import ctypes
+import functools
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from recording import machine as machine
 
 MIB = 1024 * 1024
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # glibc's mallopt
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,11 +25,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
     config.addinivalue_line("python_functions", "bench_*")
+    if not torch.cuda.is_available():
+        _keep_freed_memory()
 
 
 @pytest.fixture
 def quick(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("--quick") or os.environ.get("DELIB_FAST_BENCH") == "quick"
+
+
+def _libc() -> Any:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc keep what is freed instead of giving it back to the system, for every contender alike: fresh pages
+    cost eager torch 10 to 35 % of its time on a CPU, which is the allocator's doing and not its own."""
+    if libc := _libc():
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TOP_PAD, 256 * MIB)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def synchronize() -> None:
@@ -43,6 +61,8 @@ def peak_extra_mib(call: Callable[[], Any]) -> float | None:
         call()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / MIB
+    if libc := _libc():
+        libc.malloc_trim(0)  # what malloc keeps of earlier calls is not in use
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     except OSError:
@@ -58,33 +78,31 @@ def _status_kib(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
-def machine() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    cuda = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-    }
+@functools.cache
+def bandwidth_gb_per_s() -> float:
+    """Bytes read and written by a copy of 256 MiB; the best of 5."""
+    source = torch.ones(64 * MIB, device="cuda" if torch.cuda.is_available() else "cpu")
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * source.nbytes / min(_seconds(lambda: target.copy_(source)) for _ in range(5)) / 1e9
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    synchronize()
+    begin = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - begin
 
 
 @pytest.fixture
-def against_roof(benchmark: Any) -> Callable[..., None]:
-    """Measure `call`, and before each of its rounds the `roof` that it is compared with: what disturbs the
-    machine disturbs both. extra_info gets the roof's median and the share of it that `call` reaches."""
+def against_roof(benchmark: Any, quick: bool) -> Callable[..., None]:
+    """Measure `call`, and before each of its rounds the `roof` that it is compared with: what disturbs the machine
+    disturbs both. extra_info gets the median over the rounds of roof ÷ call, the share of the roof."""
 
-    def measure(call: Callable[[], Any], roof: Callable[[], Any], *, rounds: int, **extra: Any) -> None:
+    def measure(call: Callable[[], Any], roof: Callable[[], Any], *, rounds: int, case: str, contender: str,
+                **extra: Any) -> None:
         roof_s: list[float] = []
-
-        def time_roof() -> None:
-            synchronize()
-            begin = time.perf_counter()
-            roof()
-            synchronize()
-            roof_s.append(time.perf_counter() - begin)
 
         def timed() -> None:
             call()
@@ -92,11 +110,13 @@ def against_roof(benchmark: Any) -> Callable[..., None]:
 
         extra["peak_extra_mib"] = peak_extra_mib(timed)  # and warms up
         roof()
-        benchmark.pedantic(timed, setup=time_roof, rounds=rounds)
-        ours = benchmark.stats.stats.median
-        floor = statistics.median(roof_s)
+        timed()
+        benchmark.pedantic(timed, setup=lambda: roof_s.append(_seconds(roof)), rounds=rounds)
+        data = benchmark.stats.stats.data
+        share = statistics.median(r / c for r, c in zip(roof_s[-len(data):], data, strict=True))
         benchmark.extra_info.update(
-            machine(), roof_ms=floor * 1e3, share_of_roof=floor / ours, times_the_roof=ours / floor, **extra
-        )
+            machine(), case=case, contender=contender, quick=quick, rounds=rounds, share_of_roof=share,
+            times_the_roof=1 / share, roof_ms=statistics.median(roof_s) * 1e3,
+            bandwidth_gb_per_s=bandwidth_gb_per_s(), **extra)
 
     return measure

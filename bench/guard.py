@@ -1,0 +1,72 @@
+"""What CI runs of the benches: the short set, and whether its shares of the roof have fallen.
+
+    python bench/guard.py             # exits 1 if one of ours has lost more than a fifth of the committed share, twice
+    python bench/guard.py --record    # commit these figures as the ones to hold
+
+Shares of the roof are ratios of two times of the same round, so a slow machine or a busy one slows both. Only a machine
+of the class that the committed figures come from is compared (bench/results/<device>/quick.json); on another this says
+so and keeps nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from recording import device_name, read_results, record, stored
+
+HERE = Path(__file__).parent
+SUITES = ("linear_cross_entropy", "varlen_attention", "step")
+LEAST = 0.8  # of the committed share
+
+
+def run(*arguments: str) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "out.json"
+        command = [sys.executable, "-m", "pytest", *(str(HERE / f"bench_{suite}.py") for suite in SUITES), "--quick",
+                   "-q", "-p", "no:cacheprovider", "--benchmark-json", str(path), *arguments]
+        if code := subprocess.run(command, check=False).returncode:
+            sys.exit(code)
+        return read_results([path])
+
+
+def shares(entries: list[dict[str, Any]]) -> dict[str, float]:
+    return {entry["name"]: entry["extra_info"]["share_of_roof"] for entry in entries
+            if entry["extra_info"].get("contender", "").startswith("ours-") and "share_of_roof" in entry["extra_info"]}
+
+
+def fallen(now: dict[str, float], committed: dict[str, float]) -> list[str]:
+    return [f"{name}: {now[name]:.3f} of its roof, {was:.3f} committed (least allowed {LEAST * was:.3f})"
+            for name, was in committed.items() if name in now and now[name] < LEAST * was]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bench/guard.py")
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    entries = run()
+    if options.record:
+        for path in record(entries):
+            print(path)
+        return 0
+    committed = shares(stored(device_name(), "quick"))
+    if not committed:
+        print(f"guard: no figures are committed for {device_name()}, so nothing was compared")
+        return 0
+    if lost := fallen(shares(entries), committed):
+        print("guard: measuring once more, since these fell:", *lost, sep="\n  ")
+        names = " or ".join(line.partition(":")[0].partition("[")[2].rstrip("]") for line in lost)
+        lost = fallen(shares(run("-k", names)), committed)
+    for line in lost:
+        print(f"guard: {line}", file=sys.stderr)
+    if not lost:
+        print(f"guard: {len(committed)} shares of the roof hold on {device_name()}")
+    return int(bool(lost))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""What bench/ keeps of its measurements: one result a name, a line of history a case of ours, and when CI says no."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+import guard
+import pictures
+import recording
+import report
+
+
+def entry(contender: str, share: float, case: str = "T=8", **more) -> dict:
+    info = {"device": "cpu-x", "commit": "c1", "versions": {"torch": "2"}, "case": case, "contender": contender,
+            "share_of_roof": share, "times_the_roof": 1 / share, "dtype": "float32", "flops": 8e9, "least_bytes": 1e7,
+            "roof_ms": 50.0, "bandwidth_gb_per_s": 20.0, "error_grad_hidden": 1e-6, "error_grad_weight": 2e-6,
+            "peak_extra_mib": 3.0, **more}
+    return {"suite": "linear_cross_entropy", "name": f"bench[{case}-{contender}]", "median_ms": 1.0, "extra_info": info}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    for module in (recording, report):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_records_replace_and_history_grows(results) -> None:
+    recording.record([entry("ours-cpu", 0.8), entry("eager", 0.4), entry("ours-cpu", 0.5, case="T=9")])
+    recording.record([entry("ours-cpu", 0.9), entry("eager", 0.3)])
+    kept = {e["name"]: e["extra_info"]["share_of_roof"] for e in recording.stored("cpu-x", "linear_cross_entropy")}
+    assert kept == {"bench[T=9-ours-cpu]": 0.5, "bench[T=8-ours-cpu]": 0.9, "bench[T=8-eager]": 0.3}
+    lines = [json.loads(line) for line in (results / "cpu-x" / "history.jsonl").read_text().splitlines()]
+    assert [(x["case"], x["share_of_roof"], x["peers"]) for x in lines] == \
+        [("T=8", 0.8, {"eager": 2.0}), ("T=9", 0.5, {}), ("T=8", 0.9, {"eager": 3.0})]
+    table = report.peer_table(report.cases_of("linear_cross_entropy"), "cpu-x")
+    assert "| T=8 | **1.11×** | 3.33× |" in table
+
+
+def test_quick_figures_stay_apart(results) -> None:
+    recording.record([entry("ours-cpu", 0.8, quick=True)])
+    assert recording.stored("cpu-x", "linear_cross_entropy") == []
+    assert guard.shares(recording.stored("cpu-x", "quick")) == {"bench[T=8-ours-cpu]": 0.8}
+
+
+def test_a_fifth_is_what_may_be_lost() -> None:
+    committed = {"a": 0.5, "b": 0.5, "no longer there": 0.5}
+    assert [line.partition(":")[0] for line in guard.fallen({"a": 0.401, "b": 0.399}, committed)] == ["b"]
+
+
+def test_pictures(results) -> None:
+    recording.record([entry("ours-cpu", 0.8), entry("compile-compact", 0.4)])
+    report.draw_rooflines()
+    assert "<!-- torch.compile -->" in (results / "cpu-x" / "roofline.svg").read_text()
+    pictures.history([json.loads(x) for x in (results / "cpu-x" / "history.jsonl").read_text().splitlines()], "cpu-x",
+                     results / "history.svg")
+    assert "<!-- T=8 (ours-cpu) -->" in (results / "history.svg").read_text()
+
+
+def test_the_readme_says_what_is_stored() -> None:
+    readme = (report.ROOT / "README.md").read_text()
+    block = report.replaced(readme, "figures", report.figures_block())
+    assert block == readme, "run: python bench/report.py"
