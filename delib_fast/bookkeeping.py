@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from delib_fast.data import PackedBatch, PackedBatches
     from delib_fast.engine import Engine, StepVerdict
     from delib_fast.losses import Meter
+    from delib_fast.throughput import Throughput
     from delib_fast.train import Context
 
 
@@ -134,9 +135,9 @@ class StepLog:
         tallies: what `state` gave when the checkpoint was written that the stage goes on from; None at its start.
     """
 
-    def __init__(self, context: Context, stage: StageConfig, batches: PackedBatches, meter: Meter, *,
-                 first_step: int, tallies: Mapping[str, Any] | None) -> None:
-        self._context, self._stage, self._batches, self._meter = context, stage, batches, meter
+    def __init__(self, context: Context, stage: StageConfig, batches: PackedBatches, meter: Meter,
+                 speed: Throughput, *, first_step: int, tallies: Mapping[str, Any] | None) -> None:
+        self._context, self._stage, self._meter, self._speed = context, stage, meter, speed
         self._tallies: dict[str, Any] = {"tokens": 0, "pending_s": 0.0, "all_tokens": 0, "all_supervised": 0,
                                          "seconds": 0.0, "resumed_at_steps": []}
         self._bad = BadSteps(context, stage, batches)
@@ -144,6 +145,7 @@ class StepLog:
             self._tallies |= {name: tallies[name] for name in self._tallies}
             self._tallies["resumed_at_steps"] = [*tallies["resumed_at_steps"], first_step]
             self._bad.restore(tallies["bad"])
+            speed.restore(tallies["throughput"])
             if context.ranks.rank == 0:  # the sums over the ranks, of updates that no line has told yet
                 meter.restore(tallies["meter"])
         self._tokens = self._tallies["tokens"] if context.ranks.rank == 0 else 0
@@ -152,6 +154,7 @@ class StepLog:
 
     def count(self, micro_batches: Sequence[Any]) -> None:
         self._tokens += sum(batch.num_tokens for batch in micro_batches)
+        self._speed.count(micro_batches)
 
     def write(self, engine: Engine, lr: float) -> None:
         from delib_fast.losses import segment_report, tokens_of, weighted_loss
@@ -168,9 +171,11 @@ class StepLog:
             "gradient_norm": self._bad.last_norm, "skipped_steps": self._bad.count, "segments": report,
             "tokens": int(tokens), "supervised_tokens": supervised, "seconds": seconds,
             "tokens_per_s": tokens / seconds, "supervised_tokens_per_s": supervised / seconds,
+            **self._speed.read(tokens, seconds),
             **({"left_out": left_out} if left_out else {}),
         }
         self._context.run.write_metrics(record)
+        self._context.trackers.log(record)
         self._bad.written()
         self._context.reporter.update(engine.step, record)
         self._bad.refuse_too_many()
@@ -188,13 +193,14 @@ class StepLog:
         self._bad.refuse_too_many()
         (tokens,) = ranks.sum(self._tokens)
         return {**self._tallies, "tokens": int(tokens), "pending_s": time.perf_counter() - self._since,
-                "meter": ranks.sum_tensor(self._meter.sums).tolist(), "bad": self._bad.state()}
+                "meter": ranks.sum_tensor(self._meter.sums).tolist(), "bad": self._bad.state(),
+                "throughput": self._speed.state()}
 
     def totals(self) -> dict[str, Any]:
         self._context.reporter.end_stage()
         tallies, seconds = self._tallies, max(self._tallies["seconds"], 1e-9)
         return {"train_s": tallies["seconds"], "tokens_per_s": tallies["all_tokens"] / seconds,
-                "supervised_tokens_per_s": tallies["all_supervised"] / seconds,
+                "supervised_tokens_per_s": tallies["all_supervised"] / seconds, **self._speed.totals(seconds),
                 "resumed_at_steps": tallies["resumed_at_steps"], "skipped_steps": self._bad.count,
                 "left_out_steps": self._bad.told}
 

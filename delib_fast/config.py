@@ -286,7 +286,12 @@ class GuardConfig(Section):
 class LogConfig(Section):
     every_steps: PositiveInt = 1
     """Read the meters and write a line of metrics.jsonl after this many updates (the only host sync)."""
-    tensorboard: bool = False
+    tensorboard: bool = True
+    """Write run_dir/tensorboard as well."""
+    trackers: list[Literal["wandb", "mlflow", "trackio"]] = []
+    """Send each line to these services too. They must be installed, and take their keys from their own settings."""
+    project: str = "delib_fast"
+    """Of the trackers: the project (mlflow: experiment). The run is called as its run_dir."""
 
 
 class Config(Section):

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from delib_fast.engine import Engine, Ranks
     from delib_fast.progress import Reporter
     from delib_fast.run_directory import RunDirectory
+    from delib_fast.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Context:
     reporter: Reporter
     corpus: Corpus
     stop: StopRequest
+    trackers: Trackers
 
 
 # --- one stage ----------------------------------------------------------------------------------------------
@@ -76,12 +78,13 @@ def train_stage(context: Context, engine: Engine, stage: StageConfig,
         TrainingError, CheckpointError: a step can't be made, a checkpoint can't be written.
     """
     from delib_fast.losses import Meter, loss_normalizer
+    from delib_fast.throughput import Throughput
 
     ranks, batches = context.ranks, context.corpus.batches(stage)
-    meter = Meter(engine.device)
-    log = StepLog(context, stage, batches, meter, first_step=engine.step, tallies=tallies)
+    meter, speed = Meter(engine.device), Throughput.of(engine, stage)
+    log = StepLog(context, stage, batches, meter, speed, first_step=engine.step, tallies=tallies)
     saver = Saver(context, engine, stage, log)
-    for micro_batches in batches.from_step(engine.step, pin=engine.device.type == "cuda"):
+    for micro_batches in speed.waiting_for(batches.from_step(engine.step, pin=engine.device.type == "cuda")):
         normalizer, *asked = ranks.sum(loss_normalizer(micro_batches), *saver.asks())
         saver.attend(*asked)
         assert normalizer > 0, "Corpus.batches refuses a step without a supervised token"
@@ -156,6 +159,8 @@ def run_stage(context: Context, index: int) -> None:
              "precision": config.engine.precision, "trained_parameters": engine.trained_parameters,
              "versions": versions()}
     run.record_stage(entry)
+    before = [run.stage(other.name) or {} for other in config.stages[:index]]
+    context.trackers.begin_stage(sum(other["updates"] for other in before), engine.step)
     began = time.perf_counter()
     figures, saver = train_stage(context, engine, stage, found.trainer["log"] if found is not None else None)
     entry |= {**figures, "wall_s": time.perf_counter() - began}
@@ -188,25 +193,29 @@ def run(config: Config) -> RunResult:
     from delib_fast.engine import Ranks
     from delib_fast.progress import Reporter
     from delib_fast.run_directory import RunDirectory
+    from delib_fast.trackers import Trackers, refuse_missing_trackers
 
+    refuse_missing_trackers(config)
     ranks = Ranks(config.engine.device, config.engine.sequence_parallel)
     config = with_precision(config, ranks)
     first = ranks.rank == 0
-    directory = RunDirectory(config.run_dir, writes=first)
+    directory, reporter = RunDirectory(config.run_dir, writes=first), Reporter(speaks=first)
+    trackers = Trackers(config, directory.path, speaks=first, complain=reporter.say)
     try:
         if first:
             directory.open(config)
         ranks.barrier()
         if not first:
             directory.open(config)
-        reporter, stop = Reporter(speaks=first), StopRequest()
-        context = Context(config, ranks, directory, reporter, Corpus(config, directory, ranks), stop)
+        stop = StopRequest()
+        context = Context(config, ranks, directory, reporter, Corpus(config, directory, ranks), stop, trackers)
         with stop.listening():
             run_stages(context)
         model = directory.exported(config.stages[-1].name, last=True)
         reporter.table(directory.ledger, [("run directory", str(directory.path)), ("model", str(model))])
         return RunResult(directory.path, model, directory.ledger)
     finally:
+        trackers.close()
         directory.close()
 
 

@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parent.parent / "delib_fast"
 ORDER = ("config", "ops", "data", "losses", "models", "engine", "train", "stages", "evals", "looking", "study", "cli")
 # Modules beside the folders of the design, and the layer each belongs to.
 LAYER = {"config_file": "config", "bookkeeping": "train", "corpus": "train", "progress": "train",
-         "run_directory": "train", "handover": "train", "environment": "train", "slurm": "train"}
+         "run_directory": "train", "handover": "train", "environment": "train", "slurm": "train",
+         "throughput": "train", "trackers": "train"}
 ALLOWED = {
     "deliberate": {"config", "data", "models", "deliberate"},
     "integrations": {"config", "ops", "data", "losses", "models", "integrations"},

@@ -64,6 +64,12 @@ class Ranks:
         dist.all_reduce(total, group=self._host_group)
         return total.tolist()
 
+    def largest(self, *values: float) -> list[float]:
+        """The largest of host numbers over all ranks; the same on every rank."""
+        most = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._host_group)
+        return most.tolist()
+
     def sum_tensor(self, values: Tensor) -> Tensor:
         """Sum of a device tensor over all ranks, as a new tensor."""
         total = values.clone()

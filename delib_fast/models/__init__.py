@@ -2,6 +2,7 @@
 
 from delib_fast.models.attention import UnsupportedModelError
 from delib_fast.models.build import build_model
+from delib_fast.models.cost import StepCost
 from delib_fast.models.export import export_model
 from delib_fast.models.isolation import LeakError, check_isolation
 from delib_fast.models.layers import resolve_layers
@@ -13,6 +14,7 @@ from delib_fast.models.tokenizer import build_tokenizer, train_tokenizer
 __all__ = [
     "LeakError",
     "ModelShape",
+    "StepCost",
     "TrainableLM",
     "UnsupportedModelError",
     "add_adapter",

@@ -29,8 +29,10 @@ from forking import ForkServer, Job
 from safetensors.torch import load_file
 from tiny_run import metrics, tiny
 
-TIMES = ("seconds", "tokens_per_s", "supervised_tokens_per_s")
-LEDGER_TIMES = ("train_s", "wall_s", "tokens_per_s", "supervised_tokens_per_s", "resumed_at_steps")
+TIMES = ("seconds", "tokens_per_s", "supervised_tokens_per_s", "mfu", "model_tflops_per_s", "data_wait_s",
+         "memory_peak_mib")
+LEDGER_TIMES = ("train_s", "wall_s", "tokens_per_s", "supervised_tokens_per_s", "resumed_at_steps", "mfu",
+                "peak_tflops_per_s")
 
 
 def short_run(folder: Path, zero_stage: int = 0) -> Path:
