@@ -1,9 +1,10 @@
 // The loss for bfloat16 inputs on processors with bfloat16 GEMMs (AMX, AVX-512 BF16).
 //
-// Per chunk of C live rows: logits^T (V, C) = W . X^T; softmax statistics; dz in place, and a copy of it laid out
-// (C, V); dX = that copy . W; dW += dz . X in float32. The copy costs one pass and saves more: the product of the
-// transposed view runs at half the speed. Bytes moved per chunk: the weight twice, the logits once out and twice
-// back, dz and its copy once out and once in, dW (float32) once in and once out.
+// Per chunk of C live rows, over blocks of the vocabulary: logits^T block = W block . X^T, taken into the softmax
+// statistics while in cache; then, block by block again, dz in place and dW block += dz . X in float32; then, in one
+// product over the whole vocabulary, dX = dz^T . W. With AMX a copy of dz laid out (C, V) is made on the way for it:
+// it costs one pass and saves more. Bytes moved per chunk: the weight twice, the logits once out and twice back, dz
+// (with AMX and its copy) once out and once in, dW (float32) once in and once out.
 // dW is the one product that ATen cannot do (bfloat16 in, float32 out and accumulated); it runs on oneDNN's
 // brgemm, tile by tile, with X packed once a chunk.
 #include <ATen/native/CPUBlas.h>
@@ -11,6 +12,7 @@
 #include <ATen/ops/mm.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -22,9 +24,9 @@
 namespace delib_fast {
 namespace {
 
-constexpr std::int64_t LOGITS_BYTES = std::int64_t{320} << 20;  // both copies together
+constexpr std::int64_t LOGITS_BYTES = std::int64_t{320} << 20;  // with the copy
 constexpr std::int64_t MOST_TOKENS = 1024;
-constexpr std::int64_t BLOCK_ROWS = 1024;  // of the vocabulary: dz and its copy of one block stay in cache
+constexpr std::int64_t BLOCK_ROWS = 1024;  // of the vocabulary, at least: one block stays in cache
 constexpr std::int64_t TILE_M = 64;        // of dW: vocabulary entries ...
 constexpr std::int64_t TILE_N = 64;        // ... by hidden units
 
@@ -133,11 +135,14 @@ bool brgemm_is_right() {
   }
   return ours == theirs;  // small integers: exact
 }
+// With AMX the product of a transposed view runs at half the speed; without, at the same.
+bool prefers_straight() { return at::native::cpublas::could_pack(at::kBFloat16); }
 bool has_brgemm() {
   static const bool right = brgemm_is_right();
   return right;
 }
 #else
+bool prefers_straight() { return true; }
 bool has_brgemm() { return false; }
 #endif
 
@@ -153,17 +158,17 @@ void tile_gemm(bool brgemm, std::int64_t m, std::int64_t n, std::int64_t pairs, 
   plain_tile(m, n, pairs, lda, ldc, add, a, b, c);
 }
 
-// dW (V, H) float32 (+)= dz (V, C) . X. Rows of dz are `leading` apart and hold a zero where C is odd.
-void accumulate_grad_weight(const bf16_bits* dz, std::int64_t leading, const PackedHidden& hidden, bool add,
-                            at::Tensor& grad_weight) {
-  float* out = grad_weight.data_ptr<float>();
-  const std::int64_t vocabulary = grad_weight.size(0), width = grad_weight.size(1);
+// Rows [first, first + count) of dW (V, H) float32 (+)= those of dz (V, C) . X. Rows of dz are `leading` apart and hold
+// a zero where C is odd.
+void accumulate_grad_weight(const Block<bf16_bits>& dz, const PackedHidden& hidden, bool add, at::Tensor& grad_weight) {
+  const std::int64_t width = grad_weight.size(1);
+  float* out = grad_weight.data_ptr<float>() + dz.first_row * width;
   const bool brgemm = has_brgemm();
-  at::parallel_for(0, (vocabulary + TILE_M - 1) / TILE_M, 1, [&](std::int64_t begin, std::int64_t end) {
+  at::parallel_for(0, (dz.rows + TILE_M - 1) / TILE_M, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t i = begin; i < end; ++i) {
-      const std::int64_t v = i * TILE_M, m = std::min(TILE_M, vocabulary - v);
+      const std::int64_t v = i * TILE_M, m = std::min(TILE_M, dz.rows - v);
       for (std::int64_t j = 0; j < hidden.tiles(); ++j) {
-        tile_gemm(brgemm, m, hidden.columns(j), hidden.pairs(), leading, width, add, dz + v * leading,
+        tile_gemm(brgemm, m, hidden.columns(j), hidden.pairs(), dz.leading, width, add, dz.data + v * dz.leading,
                   hidden.tile(j), out + v * width + j * TILE_N);
       }
     }
@@ -173,48 +178,85 @@ void accumulate_grad_weight(const bf16_bits* dz, std::int64_t leading, const Pac
   });
 }
 
+// The chunks of one call, and the buffers that they share.
+class Bfloat16Run {
+ public:
+  Bfloat16Run(const at::Tensor& hidden, const at::Tensor& weight, const LiveRows& rows, std::int64_t chunk_tokens,
+              Results& results)
+      : hidden_(hidden), weight_(weight), rows_(rows), results_(results), vocabulary_(weight.size(0)),
+        block_rows_(std::max(BLOCK_ROWS, 4 * TILE_M * at::get_num_threads())),
+        sweeps_(results.choose(row_kernels().plain_bf16, row_kernels().shaped_bf16)) {
+    const bool copies = results.want_grad_hidden && prefers_straight();
+    const std::int64_t fits = LOGITS_BYTES / (vocabulary_ * (copies ? 2 : 1) * std::int64_t{sizeof(bf16_bits)});
+    const std::int64_t most = chunk_tokens > 0 ? chunk_tokens : std::clamp<std::int64_t>(fits, 16, MOST_TOKENS);
+    step_ = std::min(equal_chunk(rows.size(), most), rows.size());
+    transposed_ = large_empty({vocabulary_ * (step_ + 1)}, at::kBFloat16);
+    if (copies) straight_ = large_empty({vocabulary_ * step_}, at::kBFloat16);
+  }
+
+  void run() {
+    for (std::int64_t begin = 0; begin < rows_.size(); begin += step_) {
+      const std::int64_t end = std::min(begin + step_, rows_.size());
+      Chunk<float> chunk(hidden_, rows_, begin, end, at::kBFloat16, results_.options);
+      const std::int64_t leading = chunk.size + chunk.size % 2;  // tokens in pairs, for brgemm
+      const at::Tensor padded = transposed_.narrow(0, 0, vocabulary_ * leading).view({vocabulary_, leading});
+      forward(chunk, padded);
+      chunk.finish(vocabulary_, results_);
+      if (results_.want_gradient()) backward(chunk, padded, begin > 0);
+    }
+  }
+
+ private:
+  Block<bf16_bits> block_at(const at::Tensor& padded, std::int64_t v) const {
+    auto* data = reinterpret_cast<bf16_bits*>(padded.data_ptr());
+    return {data + v * padded.size(1), padded.size(1), v, std::min(block_rows_, vocabulary_ - v)};
+  }
+
+  void forward(Chunk<float>& chunk, const at::Tensor& padded) {
+    const at::Tensor hidden_t = chunk.hidden.t();
+    for (std::int64_t v = 0; v < vocabulary_; v += block_rows_) {
+      const Block<bf16_bits> block = block_at(padded, v);
+      at::Tensor logits = padded.narrow(0, v, block.rows).narrow(1, 0, chunk.size);
+      at::mm_out(logits, weight_.narrow(0, v, block.rows), hidden_t);
+      chunk.add_logits(block, sweeps_);
+    }
+  }
+
+  void backward(Chunk<float>& chunk, const at::Tensor& padded, bool add) {
+    if (padded.size(1) > chunk.size) padded.select(1, chunk.size).zero_();
+    std::optional<PackedHidden> packed;
+    if (results_.want_grad_weight) packed.emplace(chunk.hidden);
+    for (std::int64_t v = 0; v < vocabulary_; v += block_rows_) {
+      const Block<bf16_bits> block = block_at(padded, v);
+      chunk.to_gradient(block, sweeps_);
+      if (straight_.defined()) {
+        auto* copy = reinterpret_cast<bf16_bits*>(straight_.data_ptr());
+        at::parallel_for(0, chunk.size, 16, [&](std::int64_t first, std::int64_t last) {
+          transpose(block, first, last, copy + v, vocabulary_);
+        });
+      }
+      if (packed) accumulate_grad_weight(block, *packed, add, results_.grad_weight);
+    }
+    if (!results_.want_grad_hidden) return;
+    const at::Tensor dz = straight_.defined()
+                              ? straight_.narrow(0, 0, chunk.size * vocabulary_).view({chunk.size, vocabulary_})
+                              : padded.narrow(1, 0, chunk.size).t();
+    results_.grad_hidden.index_copy_(0, chunk.positions, at::mm(dz, weight_));
+  }
+
+  const at::Tensor &hidden_, &weight_;
+  const LiveRows& rows_;
+  Results& results_;
+  std::int64_t vocabulary_, block_rows_, step_ = 0;
+  Sweeps<bf16_bits, float> sweeps_;
+  at::Tensor transposed_, straight_;
+};
+
 }  // namespace
 
 void run_bfloat16(const at::Tensor& hidden, const at::Tensor& weight, const LiveRows& rows,
                   std::int64_t chunk_tokens, Results& results) {
-  const std::int64_t vocabulary = weight.size(0);
-  const auto sweeps = results.choose(row_kernels().plain_bf16, row_kernels().shaped_bf16);
-  const std::int64_t fits = LOGITS_BYTES / (vocabulary * 2 * static_cast<std::int64_t>(sizeof(bf16_bits)));
-  const std::int64_t most = chunk_tokens > 0 ? chunk_tokens : std::clamp<std::int64_t>(fits, 16, MOST_TOKENS);
-  const std::int64_t step = std::min(equal_chunk(rows.size(), most), rows.size());
-  const at::Tensor transposed = large_empty({vocabulary * (step + 1)}, at::kBFloat16);
-  const at::Tensor straight = results.want_grad_hidden ? large_empty({vocabulary * step}, at::kBFloat16) : at::Tensor();
-  for (std::int64_t begin = 0; begin < rows.size(); begin += step) {
-    Chunk<float> chunk(hidden, rows, begin, std::min(begin + step, rows.size()), at::kBFloat16, results.options);
-    const std::int64_t leading = chunk.size + chunk.size % 2;  // tokens in pairs, for brgemm
-    at::Tensor padded = transposed.narrow(0, 0, vocabulary * leading).view({vocabulary, leading});
-    at::Tensor logits = padded.narrow(1, 0, chunk.size);
-    auto* data = reinterpret_cast<bf16_bits*>(logits.data_ptr());
-    at::mm_out(logits, weight, chunk.hidden.t());
-    for (std::int64_t v = 0; v < vocabulary; v += BLOCK_ROWS) {
-      const std::int64_t count = std::min(BLOCK_ROWS, vocabulary - v);
-      chunk.add_logits(Block<bf16_bits>{data + v * leading, leading, v, count}, sweeps);
-    }
-    chunk.finish(vocabulary, results);
-    if (!results.want_gradient()) continue;
-    if (leading > chunk.size) padded.select(1, chunk.size).zero_();
-    auto* copy = results.want_grad_hidden ? reinterpret_cast<bf16_bits*>(straight.data_ptr()) : nullptr;
-    for (std::int64_t v = 0; v < vocabulary; v += BLOCK_ROWS) {
-      const Block<bf16_bits> block{data + v * leading, leading, v, std::min(BLOCK_ROWS, vocabulary - v)};
-      chunk.to_gradient(block, sweeps);
-      if (copy == nullptr) continue;
-      at::parallel_for(0, chunk.size, 16, [&](std::int64_t first, std::int64_t last) {
-        transpose(block, first, last, copy + v, vocabulary);
-      });
-    }
-    if (copy != nullptr) {
-      const at::Tensor dz = straight.narrow(0, 0, chunk.size * vocabulary).view({chunk.size, vocabulary});
-      results.grad_hidden.index_copy_(0, chunk.positions, at::mm(dz, weight));
-    }
-    if (results.want_grad_weight) {
-      accumulate_grad_weight(data, leading, PackedHidden(chunk.hidden), begin > 0, results.grad_weight);
-    }
-  }
+  Bfloat16Run(hidden, weight, rows, chunk_tokens, results).run();
 }
 
 }  // namespace delib_fast
