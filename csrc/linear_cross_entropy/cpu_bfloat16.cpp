@@ -190,7 +190,7 @@ class Bfloat16Run {
     const std::int64_t fits = LOGITS_BYTES / (vocabulary_ * (copies ? 2 : 1) * std::int64_t{sizeof(bf16_bits)});
     const std::int64_t most = chunk_tokens > 0 ? chunk_tokens : std::clamp<std::int64_t>(fits, 16, MOST_TOKENS);
     step_ = std::min(equal_chunk(rows.size(), most), rows.size());
-    transposed_ = large_empty({vocabulary_ * (step_ + 1)}, at::kBFloat16);
+    transposed_ = large_empty({vocabulary_ * leading_dimension(step_)}, at::kBFloat16);
     if (copies) straight_ = large_empty({vocabulary_ * step_}, at::kBFloat16);
   }
 
@@ -198,7 +198,7 @@ class Bfloat16Run {
     for (std::int64_t begin = 0; begin < rows_.size(); begin += step_) {
       const std::int64_t end = std::min(begin + step_, rows_.size());
       Chunk<float> chunk(hidden_, rows_, begin, end, at::kBFloat16, results_.options);
-      const std::int64_t leading = chunk.size + chunk.size % 2;  // tokens in pairs, for brgemm
+      const std::int64_t leading = leading_dimension(chunk.size);
       const at::Tensor padded = transposed_.narrow(0, 0, vocabulary_ * leading).view({vocabulary_, leading});
       forward(chunk, padded);
       chunk.finish(vocabulary_, results_);
@@ -223,7 +223,7 @@ class Bfloat16Run {
   }
 
   void backward(Chunk<float>& chunk, const at::Tensor& padded, bool add) {
-    if (padded.size(1) > chunk.size) padded.select(1, chunk.size).zero_();
+    if (chunk.size % 2 != 0) padded.select(1, chunk.size).zero_();  // brgemm takes tokens in pairs
     std::optional<PackedHidden> packed;
     if (results_.want_grad_weight) packed.emplace(chunk.hidden);
     for (std::int64_t v = 0; v < vocabulary_; v += block_rows_) {

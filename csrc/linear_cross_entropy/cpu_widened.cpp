@@ -56,19 +56,19 @@ class WideWeight {
 };
 
 template <typename acc_t>
-void forward(Chunk<acc_t>& chunk, WideWeight& weight, at::Tensor& logits, const Sweeps<acc_t, acc_t>& sweeps) {
+void forward(Chunk<acc_t>& chunk, WideWeight& weight, const at::Tensor& logits, const Sweeps<acc_t, acc_t>& sweeps) {
   const std::int64_t vocabulary = logits.size(0);
   const at::Tensor hidden_t = chunk.hidden.t();
   for (std::int64_t v = 0; v < vocabulary; v += BLOCK_ROWS) {
     const std::int64_t rows = std::min(BLOCK_ROWS, vocabulary - v);
     at::Tensor out = logits.narrow(0, v, rows);
     at::mm_out(out, weight.block(v, rows), hidden_t);
-    chunk.add_logits(Block<acc_t>{out.data_ptr<acc_t>(), chunk.size, v, rows}, sweeps);
+    chunk.add_logits(Block<acc_t>{out.data_ptr<acc_t>(), logits.stride(0), v, rows}, sweeps);
   }
 }
 
 template <typename acc_t>
-void backward(Chunk<acc_t>& chunk, WideWeight& weight, at::Tensor& logits, const Sweeps<acc_t, acc_t>& sweeps,
+void backward(Chunk<acc_t>& chunk, WideWeight& weight, const at::Tensor& logits, const Sweeps<acc_t, acc_t>& sweeps,
               bool first, Results& results) {
   const std::int64_t vocabulary = logits.size(0);
   at::Tensor grad_rows;
@@ -76,7 +76,7 @@ void backward(Chunk<acc_t>& chunk, WideWeight& weight, at::Tensor& logits, const
   for (std::int64_t v = 0; v < vocabulary; v += BLOCK_ROWS) {
     const std::int64_t rows = std::min(BLOCK_ROWS, vocabulary - v);
     at::Tensor dz = logits.narrow(0, v, rows);
-    chunk.to_gradient(Block<acc_t>{dz.data_ptr<acc_t>(), chunk.size, v, rows}, sweeps);
+    chunk.to_gradient(Block<acc_t>{dz.data_ptr<acc_t>(), logits.stride(0), v, rows}, sweeps);
     if (results.want_grad_hidden) grad_rows.addmm_(dz.t(), weight.block(v, rows));
     if (results.want_grad_weight) {
       at::Tensor grad_block = results.grad_weight.narrow(0, v, rows);
@@ -100,12 +100,14 @@ void run(const at::Tensor& hidden, const at::Tensor& weight, const LiveRows& row
   const std::int64_t fits = LOGITS_BYTES / (vocabulary * static_cast<std::int64_t>(sizeof(acc_t)));
   const std::int64_t most = chunk_tokens > 0 ? chunk_tokens : std::clamp<std::int64_t>(fits, 16, MOST_TOKENS);
   const std::int64_t step = equal_chunk(rows.size(), most);
-  const at::Tensor buffer = large_empty({vocabulary * std::min(step, rows.size())}, dtype);
+  const at::Tensor buffer = large_empty({vocabulary * leading_dimension(std::min(step, rows.size()))}, dtype);
   WideWeight wide(weight, dtype);
   const Sweeps<acc_t, acc_t> sweeps = WidenedTable<acc_t>::sweeps(results);
   for (std::int64_t begin = 0; begin < rows.size(); begin += step) {
     Chunk<acc_t> chunk(hidden, rows, begin, std::min(begin + step, rows.size()), dtype, results.options);
-    at::Tensor logits = buffer.narrow(0, 0, vocabulary * chunk.size).view({vocabulary, chunk.size});
+    const std::int64_t leading = leading_dimension(chunk.size);
+    const at::Tensor logits =
+        buffer.narrow(0, 0, vocabulary * leading).view({vocabulary, leading}).narrow(1, 0, chunk.size);
     forward(chunk, wide, logits, sweeps);
     chunk.finish(vocabulary, results);
     if (results.want_gradient()) backward(chunk, wide, logits, sweeps, begin == 0, results);
