@@ -1,0 +1,105 @@
+"""What the loss may cost and how far it reaches: GEMMs that are left out, memory, offsets past 2^31."""
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from loss_cases import Case, gradients, make_case, skip_if_unavailable, supervised
+
+from delib_fast.ops import linear_cross_entropy
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+MIB = 1024 * 1024
+
+
+def gemm_flops(case: Case, backend: str) -> int:
+    """FLOPs of the matrix products, as torch's dispatcher sees them go by."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        output = linear_cross_entropy(*case, chunk_tokens=32, backend=backend)
+        leaves = [t for t in case[:2] if t.requires_grad]
+        if leaves:
+            gradients(output, *leaves)
+    flops = 0
+    for event in profiler.events():
+        if event.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            matrices = [shape for shape in event.input_shapes if len(shape) == 2]
+            if event.name != "aten::mm":  # the first is what is added
+                matrices = matrices[1:]
+            (m, k), (_, n) = matrices[:2]
+            flops += 2 * m * k * n
+    return flops
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize(("trains", "gemms"), [((True, True), 3), ((True, False), 2), ((False, True), 2),
+                                               ((False, False), 1)], ids=str)  # fmt: skip
+def test_a_frozen_head_or_trunk_saves_its_gemm(backend, trains, gemms):
+    # not only the gradient is left out of the results: nobody computes it; nor anything for dead rows
+    skip_if_unavailable(backend)
+    case = make_case(T=96, H=24, V=103, device="cpu")
+    case = Case(*(t.detach().requires_grad_(train) for t, train in zip(case[:2], trains, strict=True)), *case[2:])
+    assert gemm_flops(case, backend) == gemms * 2 * len(supervised(case)) * 24 * 103
+
+
+def _status_mib(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_memory_is_the_weight_gradient_and_a_chunk(dtype):
+    """At Qwen's vocabulary: the float32 weight gradient (twice where it is also handed back in float32) and 400 MiB."""
+    skip_if_unavailable("cpu")
+    T, H, V = 1500, 64, 151_936  # all logits: 435 MiB in bfloat16, 870 in float32
+    torch.use_deterministic_algorithms(False)  # poisoned memory is touched memory
+    hidden = torch.empty(T, H, dtype=dtype).normal_().requires_grad_()
+    weight = torch.empty(V, H, dtype=dtype).normal_().requires_grad_()
+    targets = torch.randint(V, (T,))
+    gradients(linear_cross_entropy(hidden[:2], weight, targets[:2], backend="cpu"), hidden)  # what is made once
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    except OSError as error:
+        pytest.skip(f"the high-water mark can't be reset: {error}")
+    before = _status_mib("VmRSS")
+    grads = gradients(linear_cross_entropy(hidden, weight, targets, backend="cpu"), hidden, weight)
+    extra = _status_mib("VmHWM") - before
+    weight_gradient = V * H * 4 / MIB
+    handed_back = sum(g.numel() * g.element_size() for g in grads) / MIB
+    assert extra <= weight_gradient + handed_back + 400
+
+
+def test_rows_of_logits_lie_past_2_to_the_31(tmp_path):
+    # (V, C) logits of one chunk: 2,500 tokens of a vocabulary of a million
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("no C++ compiler, or no Linux")
+    library = tmp_path / "row_kernels.so"
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([compiler, *flags, str(HERE / "row_kernels_host.cpp"), "-o", library], check=True)
+    out = torch.empty(4, 16)
+    if ctypes.CDLL(str(library)).far_apart_rows(ctypes.c_void_p(out.data_ptr())):
+        pytest.skip("the system gives no 4 GiB of address space")
+    e = torch.tensor(-1.0).exp().item()
+    expected = torch.tensor([1 + e, 1.0, e, 1.0])[:, None].expand(4, 16)
+    torch.testing.assert_close(out, expected, rtol=4e-3, atol=0)  # e^-1 was stored as bfloat16
+
+
+@pytest.mark.slow
+def test_the_triton_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
+    # the interpreter takes what a compiler refuses; and there offsets are Python's, of any size
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(HERE / "compile_triton.py")], env=environment, capture_output=True,
+                          text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
