@@ -255,7 +255,7 @@ class Corpus:
     def describe(self, stage: StageConfig) -> str:
         """One line for a person: what the stage trains on."""
         batches, counts = self.batches(stage), self.encoded(stage).counts
-        left_out = self._left_out(stage)
+        left_out = self.left_out(stage)
         of = counts.rows + self._bad_rows(stage).total()
         dropped = "".join(f"; left out {n:,} {reason} ({n / of:.1%})" for reason, n in left_out.items())
         shares = self.mixed(stage)[1]
@@ -270,7 +270,8 @@ class Corpus:
     def _bad_rows(self, stage: StageConfig) -> Counter[str]:
         return sum((self.source(name).bad_rows for name in stage.train), Counter())
 
-    def _left_out(self, stage: StageConfig) -> dict[str, int]:
+    def left_out(self, stage: StageConfig) -> dict[str, int]:
+        """Rows that are not trained on, by reason."""
         over_long = self.encoded(stage).counts.dropped_over_long
         return {**{reason.replace("_", " "): n for reason, n in self._bad_rows(stage).items()},
                 **({"over-long": over_long} if over_long else {})}
@@ -281,7 +282,7 @@ class Corpus:
         weights, counts = segment_weights(stage), self.encoded(stage).counts
         seen = batches.seen()
         targets = (seen.times @ encoded.target_counts).tolist()
-        left_out = self._left_out(stage)
+        left_out = self.left_out(stage)
         data = [{"name": name, "path": self._config.data[name].path, "sha256": self.source(name).sha256,
                  "rows": len(self.source(name).train), "held_out": len(self.source(name).held_out)}
                 for name in stage.train]

@@ -79,6 +79,10 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="ranks")] = 1,
     memory_gib: Annotated[float, typer.Option(min=0.1, help="memory of each rank's card")] = 80.0,
     precision: Annotated[str, typer.Option(help="what engine.precision auto comes to")] = "bf16",
+    lengths: Annotated[list[str], typer.Option(
+        metavar="[STAGE=]LENGTHS", help="in place of the data: a file with the tokens of an example a line, or "
+        "lognormal:examples=N,median=TOKENS,sigma=S (repeatable)")] = [],  # noqa: B006
+    tflops: Annotated[float | None, typer.Option(min=0.001, help="TFLOP/s of a rank, to tell hours")] = None,
     overrides: _SET = [],  # noqa: B006
 ) -> None:
     """A dry run without a GPU: rows, tokens, lengths, packs, updates, balance, and the memory a rank needs."""
@@ -89,13 +93,14 @@ def plan(
     if chosen not in ("fp32", "bf16", "fp16"):
         raise ConfigError(f"--precision {precision}: it must be fp32, bf16 or fp16")
     console = Console(highlight=False, width=80)
-    with dry_run(config) as corpus:
+    with dry_run(config, lengths) as corpus:
         shape = corpus.shape
         console.print(f"{shape.parameters:,} parameters ({shape.embedding_parameters:,} of them embeddings), "
                       f"{shape.layers} layers of {shape.hidden}; {gpus} × {memory_gib:g} GiB, "
                       f"ZeRO {config.engine.zero_stage}, {chosen}")
         for stage in config.stages:
-            console.print(rendered(plan_stage(corpus, config, stage, ranks=gpus, precision=chosen), memory_gib))
+            made = plan_stage(corpus, config, stage, ranks=gpus, precision=chosen, card_gib=memory_gib)
+            console.print(rendered(made, memory_gib, tflops))
 
 
 def register(app: typer.Typer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from delib_fast.config import Config, ConfigError
 from delib_fast.config_file import load_config, parse_config
 from delib_fast.corpus import Corpus
 from delib_fast.data.sources import ROW_FILES, TEXT_FILES
+from delib_fast.looking.assumed import AssumedCorpus, sizes_of
 
 SMALLEST_VOCABULARY = 300
 
@@ -37,13 +38,15 @@ class _Folder:
 
 
 @contextlib.contextmanager
-def dry_run(config: Config) -> Iterator[Corpus]:
-    """The corpus of a configuration; a tokenizer that it trains is forgotten at the end."""
+def dry_run(config: Config, lengths: Sequence[str] = ()) -> Iterator[Corpus]:
+    """The corpus of a configuration; a tokenizer that it trains is forgotten at the end.
+
+    lengths: as of `assumed.sizes_of`: stages whose data is not read, only assumed."""
     with tempfile.TemporaryDirectory(prefix="delib-fast-") as folder:
         run: Any = _Folder(Path(folder) / "tokenizer")
         run.tokenizer.mkdir()
         ranks: Any = _Alone()
-        yield Corpus(config, run, ranks)
+        yield AssumedCorpus(config, run, ranks, sizes_of(lengths, config)) if lengths else Corpus(config, run, ranks)
 
 
 def config_of(path: Path, overrides: list[str], *, tokenizer: str | None, kind: str, capacity: int) -> Config:

@@ -13,7 +13,7 @@ from delib_fast.config import Config, ConfigError, StageConfig, packs_per_rank
 from delib_fast.corpus import Corpus
 from delib_fast.data import PromptSharing, SourceShare
 from delib_fast.looking.memory import GIB, MemoryPart, memory_parts
-from delib_fast.models import ulysses
+from delib_fast.models import ModelShape, ulysses
 
 _BARS = 10
 _BAR_WIDTH = 30
@@ -48,10 +48,17 @@ class StagePlan:
     """packs of a step that a rank (or a group of ranks that share them out) computes"""
     balance: float
     """Σ over steps of the slowest rank's cost / Σ of the mean rank's"""
+    flops_per_epoch: float
+    """of the model, forward and backward, recomputation not counted"""
+    attention_share: float
+    """of those FLOPs"""
     memory: list[MemoryPart]
+    longest: int | None
+    """tokens of the longest pack that fits the card, by the estimate; None where not even a short one does"""
 
 
-def plan_stage(corpus: Corpus, config: Config, stage: StageConfig, *, ranks: int, precision: str) -> StagePlan:
+def plan_stage(corpus: Corpus, config: Config, stage: StageConfig, *, ranks: int, precision: str,
+               card_gib: float = 80.0) -> StagePlan:
     """Read, encode and pack a stage's data. Raises what training would raise about it, and ConfigError where
     the ranks can't share out a step."""
     parallel = config.engine.sequence_parallel
@@ -64,29 +71,50 @@ def plan_stage(corpus: Corpus, config: Config, stage: StageConfig, *, ranks: int
     steps = range(batches.num_steps) if batches.num_steps <= _STEPS_WEIGHED else \
         np.linspace(0, batches.num_steps - 1, _STEPS_WEIGHED).astype(int).tolist()
     costs = np.array([batches.cost_of_ranks(step, ranks // parallel, q) for step in steps])
-    entry = corpus.ledger(stage)
-    counts = corpus.encoded(stage).counts
+    left_out, counts = corpus.left_out(stage), corpus.encoded(stage).counts
+    tokens, pairs = float(encoded.lengths.sum()), float((encoded.lengths.astype(np.float64) ** 2).sum())
+    products = corpus.shape.layers * corpus.shape.attention_width / q
     return StagePlan(
-        stage=stage, rows=counts.rows + sum(n for why, n in entry["left_out"].items() if why != "over-long"),
-        left_out=entry["left_out"], shares=shares,
+        stage=stage, rows=counts.rows + sum(n for why, n in left_out.items() if why != "over-long"),
+        left_out=left_out, shares=shares,
         targets=dict(zip(counts.targets, encoded.target_counts.sum(0).tolist(), strict=True)),
         lengths=encoded.lengths, packs=batches.packs_per_epoch, fill=batches.fill,
         tokens_per_epoch=batches.tokens_per_epoch, steps_per_epoch=batches.steps_per_epoch, updates=batches.num_steps,
         sharing=batches.prompt_sharing, not_shared=corpus.shape.no_shared_prompts, ranks=ranks,
         sequence_parallel=parallel, packs_of_a_rank=packs_of_a_rank,
         balance=float(costs.max(1).sum() / costs.mean(1).sum()),
-        memory=memory_parts(config, stage, corpus.shape, ranks, precision))
+        flops_per_epoch=6 * products * (tokens + q * pairs), attention_share=q * pairs / (tokens + q * pairs),
+        memory=memory_parts(config, stage, corpus.shape, ranks, precision),
+        longest=longest_pack(config, stage, corpus.shape, ranks, precision, card_gib))
+
+
+def longest_pack(config: Config, stage: StageConfig, shape: ModelShape, ranks: int, precision: str,
+                 card_gib: float) -> int | None:
+    """Tokens, in multiples of 1,024, of the longest pack whose estimated memory fits a card; None if none does."""
+
+    def fits(thousands: int) -> bool:
+        longer = stage.model_copy(update={"pack_capacity": 1024 * thousands, "tokens_per_step": 1024 * thousands})
+        return sum(part.bytes for part in memory_parts(config, longer, shape, ranks, precision)) <= card_gib * GIB
+
+    low, high = 0, 1
+    while fits(high) and high < 1 << 20:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return 1024 * low or None
 
 
 # --- telling ------------------------------------------------------------------------------------------------
 
 
-def rendered(plan: StagePlan, card_gib: float) -> RenderableType:
-    """The plan in 80 columns."""
+def rendered(plan: StagePlan, card_gib: float, tflops: float | None = None) -> RenderableType:
+    """The plan in 80 columns; with `tflops` of a rank, also hours."""
     stage = plan.stage
     return Group(
-        Text(f"\n{stage.name} ({stage.kind})", "bold"), _facts(plan), *_mix(plan), Text("lengths of the examples"),
-        _histogram(plan), Text(f"memory of a rank, estimated, of {card_gib:g} GiB"), _memory(plan, card_gib))
+        Text(f"\n{stage.name} ({stage.kind})", "bold"), _facts(plan, tflops), *_mix(plan),
+        Text("lengths of the examples"), _histogram(plan),
+        Text(f"memory of a rank, estimated, of {card_gib:g} GiB"), _memory(plan, card_gib))
 
 
 def _grid() -> Table:
@@ -96,7 +124,7 @@ def _grid() -> Table:
     return table
 
 
-def _facts(plan: StagePlan) -> Table:
+def _facts(plan: StagePlan, tflops: float | None) -> Table:
     stage, table = plan.stage, _grid()
     out = ", ".join(f"{n:,} {why}" for why, n in plan.left_out.items())
     share = sum(plan.left_out.values()) / plan.rows
@@ -119,11 +147,20 @@ def _facts(plan: StagePlan) -> Table:
             f" in groups of {parallel} that share out a pack"
     table.add_row("ranks", f"{plan.ranks}{each}; packs of each a step: {plan.packs_of_a_rank}; the slowest "
                   f"costs {plan.balance:.3f} × the mean")
+    hours = "" if tflops is None else f"; at {tflops:g} TFLOP/s a rank {_hours(plan, tflops):,.1f} hours in all"
+    table.add_row("compute", f"{plan.flops_per_epoch:.2e} FLOPs an epoch, {plan.attention_share:.0%} of them in "
+                  f"attention{hours}")
     return table
 
 
+def _hours(plan: StagePlan, tflops: float) -> float:
+    """Of all updates, by the slowest rank; recomputation, if there is any, lowers the rate that is reached."""
+    epochs = plan.updates / plan.steps_per_epoch
+    return plan.flops_per_epoch * epochs * plan.balance / (plan.ranks * tflops * 1e12) / 3600
+
+
 def _mix(plan: StagePlan) -> list[RenderableType]:
-    if len(plan.shares) == 1 and plan.shares[0].times == 1:
+    if not plan.shares or (len(plan.shares) == 1 and plan.shares[0].times == 1):
         return []
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in ("source", "examples", "tokens", "shown", "share", "wanted"):
@@ -162,6 +199,8 @@ def _memory(plan: StagePlan, card_gib: float) -> Table:
     fits = f"{total / card_gib:.0%} of the card" if total <= card_gib else \
         f"does NOT fit in {card_gib:g} GiB: a higher engine.zero_stage, activation_checkpointing, or smaller packs"
     table.add_row(Text("in all", "bold"), Text(_gib(total * GIB), "bold"), fits)
+    if plan.longest is not None:
+        table.add_row("longest pack", f"{plan.longest:,}", Text("tokens that would fit with these settings", "dim"))
     return table
 
 
