@@ -12,7 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from delib_fast.config_file import parse_config
 from delib_fast.data import EncodedSet, Example, PackedBatches, Segment
-from delib_fast.engine import Engine, Ranks
+from delib_fast.engine import CheckpointWriter, Engine, Ranks
 from delib_fast.losses import loss_normalizer, segment_weights
 from delib_fast.models import TrainableLM
 
@@ -85,7 +85,9 @@ def trained(ranks: Ranks, rows: EncodedSet, zero_stage: int, capacity: int, *, s
             engine.backward(engine.forward(batch).loss_sum, normalizer)
         engine.end_step()
     if root is not None:
-        engine.save(root, {}, keep_last=2)
+        writer = CheckpointWriter(root, ranks)
+        engine.save(writer, {})
+        writer.wait()
     weights = engine.full_weights()
     engine.close()
     return weights
