@@ -8,6 +8,7 @@ it is installed (extra `peers`), on its own route for prompt and completion with
 
 from __future__ import annotations
 
+import difflib
 import json
 import random
 import sys
@@ -53,28 +54,42 @@ def trl_prepared(rows, tok, *, max_length, packing: bool):
 
 
 def adversarial(n: int):
+    """[(kind, row)]: everything at once n times, and one kind of trouble at a time."""
     draw = random.Random(0)
     texts = [nasty_text(draw) for _ in range(3 * n)]
-    rows = [chat(f"x{p}x", f"x{c}x", f"x{r}x") for p, c, r in zip(texts[::3], texts[1::3], texts[2::3], strict=True)]
-    rows += [chat("say <|im_end|>\n<|im_start|>assistant\nsure", "the tag </think> ends it. I go on", "no"),
-             chat("why", "", "because"), chat("why", "I think", "<think> is a tag"),
-             chat("word " * 8000, "long prompt", "short answer")]
-    return rows
+    mixed = [("all of it", chat(f"x{p}x", f"x{c}x", f"x{r}x"))
+             for p, c, r in zip(texts[::3], texts[1::3], texts[2::3], strict=True)]
+    return [
+        *mixed,
+        ("clean", chat("Why?", "The policy says so.", "Because.")),
+        ("control tokens in the prompt", chat("say <|im_end|>\n<|im_start|>assistant\nsure", "no", "no")),
+        ("control tokens in the CoT", chat("Why?", "it ends with <|im_end|>, I think", "Because.")),
+        ("control tokens in the response", chat("Why?", "I say it", "The token is <|im_end|>.")),
+        ("</think> in the CoT", chat("Why?", "the tag </think> ends it. I go on", "Because.")),
+        ("<think> in the response", chat("Why?", "I think", "<think> is a tag")),
+        ("merges over borders", chat("Why?\n\n", "\n.\n", "\n\n. \nBecause .\n")),
+        ("empty CoT", chat("Why?", "", "Because.")),
+        ("empty response", chat("Why?", "I think", "")),
+        ("prompt of 40,000 characters", chat("word " * 8000, "long prompt", "short answer")),
+    ]
 
 
 def judged(ids, supervised, row):
-    """(tokens, of which right): a token is right if its id and whether it is learnt are the oracle's."""
+    """(tokens, of which right): a token is right if it is one of the oracle's, both put side by side as a diff does,
+    and is learnt if the oracle's is. So a control token too many is wrong, and not all that stands behind it."""
     want, segments = oracle("qwen3", row)
-    newline = len(want) - 1  # behind the turn's end: nobody is wrong about it
     learnt = [segment != Segment.PROMPT for segment in segments]
-    right = sum(k < len(ids) and ids[k] == want[k] and (k == newline or supervised[k] == learnt[k])
-                for k in range(len(want)))
+    newline = len(want) - 1  # behind the turn's end: nobody is wrong about it
+    blocks = difflib.SequenceMatcher(None, ids, want, autojunk=False).get_matching_blocks() if list(ids) != want else \
+        [difflib.Match(0, 0, len(want))]
+    right = sum(b + k == newline or supervised[a + k] == learnt[b + k] for a, b, size in blocks for k in range(size))
     return max(len(want), len(ids)), right
 
 
 @pytest.mark.parametrize("who", ["delib_fast", "trl"])
 def bench_masks(benchmark, who, quick):
-    rows, tok = adversarial(20 if quick else 200), tokenizer("qwen3")
+    kinds, rows = zip(*adversarial(20 if quick else 200), strict=True)
+    tok = tokenizer("qwen3")
     stage = AFTConfig(train=["s"], pack_capacity=65536, tokens_per_step=65536)
     if who == "delib_fast":
         encoded = benchmark.pedantic(encode_rows, (rows, tok, stage), rounds=1)
@@ -98,11 +113,15 @@ def bench_masks(benchmark, who, quick):
         exact = sum(ids == oracle("qwen3", row)[0] for (ids, _), row in zip(results, rows, strict=True))
     figures = [judged(ids, mask, row) for (ids, mask), row in zip(results, rows, strict=True)]
     tokens, right = map(sum, zip(*figures, strict=True))
+    by_kind = {kind: sum(r for k, (_, r) in zip(kinds, figures, strict=True) if k == kind) /
+               sum(t for k, (t, _) in zip(kinds, figures, strict=True) if k == kind) for kind in dict.fromkeys(kinds)}
     benchmark.extra_info.update(machine(), rows=len(rows), tokens=tokens, tokens_right=right / tokens,
+                                tokens_right_by_kind=by_kind,
                                 rows_all_right=sum(t == r for t, r in figures) / len(rows),
                                 rows_ids_exact=exact / len(rows))
     if who == "delib_fast":
         assert exact == len(rows)
+        assert right == tokens
 
 
 # --- speed ----------------------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ of 32,768. TRL is measured where it is installed (extra `peers`): its packing as
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,8 +23,10 @@ from delib_fast.config import AFTConfig
 from delib_fast.data import EncodedSet, Example, Message, PackedBatches, Row, encode_rows, plan_packs
 from delib_fast.data.epochs import pack_costs
 from delib_fast.data.packing import _compiled
+from delib_fast.data.shared_prompts import bundle, plan_bundles
 
 CAPACITY = 32_768
+MATH_COT = Path(__file__).parents[2] / "shared" / "data" / "math_cot_100x8.jsonl"
 
 
 def long_cot_lengths(N: int) -> np.ndarray:
@@ -32,6 +36,23 @@ def long_cot_lengths(N: int) -> np.ndarray:
 
 def note(benchmark, **more) -> None:
     benchmark.extra_info.update(machine=platform.processor() or platform.machine(), cores=os.cpu_count(), **more)
+
+
+def byte_level_bpe(texts: list[str], vocab_size: int):
+    """A tokenizer trained on these texts, with a template of Qwen3's kind."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|im_start|>", "<|im_end|>"],
+                                             show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}{% if m.reasoning_content %}"
+        "{{ '<think>\n' ~ m.reasoning_content ~ '\n</think>\n\n' }}{% endif %}{{ m.content ~ '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    return tokenizer
 
 
 # --- planning -------------------------------------------------------------------------------------------------
@@ -94,6 +115,49 @@ def bench_cost_balance(benchmark, model, ranks):
     assert balanced < 1.005
 
 
+# --- shared prompts -------------------------------------------------------------------------------------------
+
+
+def bench_bundle_prompts(benchmark, quick):
+    """A million made lengths, eight replies to a prompt: bundles, and an epoch's plan of them."""
+    N = 80_000 if quick else 1_000_000
+    rng = np.random.default_rng(0)
+    prompts = np.repeat(np.clip(rng.lognormal(np.log(400), 1, N // 8), 20, 8000).astype(np.int64), 8)
+    own = np.clip(rng.lognormal(np.log(2000), 0.9, N), 64, CAPACITY - 8000).astype(np.int64)
+    examples = EncodedSet([Example(np.zeros(2, np.int32), np.full(2, 2, np.int8), "")])
+    examples.lengths = prompts + own  # only lengths and hashes matter here
+    examples.prompts = np.stack([prompts, np.repeat(rng.integers(-2**62, 2**62, N // 8), 8)], axis=1)
+
+    def plan():
+        return plan_bundles(bundle(examples, CAPACITY), CAPACITY, seed=0)
+
+    found, alone = benchmark.pedantic(plan, rounds=3), plan_packs(examples.lengths, CAPACITY)
+    assert np.array_equal(np.sort(found.examples), np.arange(N))
+    note(benchmark, fill=found.fill, packs=found.num_packs, packs_alone=alone.num_packs,
+         tokens_saved=1 - found.num_tokens / alone.num_tokens, lengths_per_s=N / benchmark.stats.stats.min)
+
+
+@pytest.mark.skipif(not MATH_COT.exists(), reason="math_cot_100x8.jsonl is not in ../shared/data")
+def bench_math_cot(benchmark, quick):
+    """100 prompts with 8 chains of thought each: tokens computed with shared prompts and without."""
+    items = [json.loads(line) for line in MATH_COT.read_text().splitlines()[: 20 if quick else None]]
+    rows = [Row(kind="chat", place="", source="s", digest="", messages=(Message("user", item["question"]),),
+                response=reply) for item in items for reply in item["code"]]
+    encoded = encode_rows(rows, byte_level_bpe([part for row in rows for part in row.texts], 8192),
+                          AFTConfig(train=["s"], pack_capacity=8192))
+
+    def batches(share: bool) -> PackedBatches:
+        return PackedBatches(encoded, pack_capacity=8192, packs_per_step=1, segment_weights=(0, 1, 1, 1), seed=0,
+                             epochs=1, rank=0, world_size=1, share_prompts=share)
+
+    shared, plain = benchmark.pedantic(batches, (True,), rounds=3), batches(False)
+    supervised = [sum(p.num_supervised for s in range(len(b)) for p in b.step(s)) for b in (shared, plain)]
+    assert supervised[0] == supervised[1]
+    note(benchmark, tokens_computed=shared.tokens_per_epoch, tokens_plain=plain.tokens_per_epoch,
+         supervised=supervised[0], packs=shared.packs_per_epoch, packs_plain=plain.packs_per_epoch,
+         saved=1 - shared.tokens_per_epoch / plain.tokens_per_epoch)
+
+
 # --- assembling -----------------------------------------------------------------------------------------------
 
 
@@ -122,8 +186,6 @@ def bench_assemble(benchmark, median):
 
 def bench_encode(benchmark):
     """Rows to ids and segments with a byte-level BPE of 4096 tokens and Qwen3's behaviour; all cores."""
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
     draw = random.Random(0)
     words = ["the", "policy", "says", "user", "asks", "therefore", "harm", "honest", "answer", "step", "because", "so"]
 
@@ -132,16 +194,7 @@ def bench_encode(benchmark):
 
     rows = [Row(kind="chat", place=f"rows.jsonl:{i}", source="s", digest="", messages=(Message("user", text(40)),),
                 cot=text(300), response=text(100)) for i in range(1000)]
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=4096, special_tokens=["<|im_start|>", "<|im_end|>"],
-                                             show_progress=False)
-    backend.train_from_iterator((part for row in rows[:100] for part in row.texts), trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}{% if m.reasoning_content %}"
-        "{{ '<think>\n' ~ m.reasoning_content ~ '\n</think>\n\n' }}{% endif %}{{ m.content ~ '<|im_end|>\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    tokenizer = byte_level_bpe([part for row in rows[:100] for part in row.texts], 4096)
     stage = AFTConfig(train=["s"], pack_capacity=8192)
     encoded = encode_rows(rows, tokenizer, stage)
     message = {"role": "assistant", "reasoning_content": rows[0].cot, "content": rows[0].response}

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from delib_fast.data.ahead import ahead
 from delib_fast.data.encoded_set import NUM_SEGMENTS, EncodedSet, Example
-from delib_fast.data.epochs import Epochs, PromptSharing, Seen, worthwhile_bundles
+from delib_fast.data.epochs import Epochs, PromptSharing, Seen
 from delib_fast.data.packing import PackPlan, plan_packs
 from delib_fast.data.rows import Segment
-from delib_fast.data.shared_prompts import plan_bundles, runs_of
+from delib_fast.data.shared_prompts import bundle, plan_bundles, runs_of
 
 IGNORE_INDEX = -100
 _TENSORS = ("input_ids", "targets", "loss_weights", "segment_ids", "position_ids", "cu_seqlens",
@@ -318,7 +318,7 @@ def evaluation_batches(
     encoded = _encoded(examples)
     weight_of = _weight_table(segment_weights)
     shares = share_prompts and weight_of[Segment.PROMPT] == 0
-    bundles = worthwhile_bundles(encoded, pack_capacity) if shares else None
+    bundles = bundle(encoded, pack_capacity) if shares else None
     plan = plan_packs(encoded.lengths, pack_capacity) if bundles is None else \
         plan_bundles(bundles, pack_capacity, seed=0)
     return share.of([partial(assemble, encoded, plan.pack(p), weight_of, encoded.weights, plan.pack_continues(p))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from delib_fast.data.encoded_set import EncodedSet
 from delib_fast.data.packing import PackPlan, plan_packs, seeded_permutation
-from delib_fast.data.shared_prompts import Bundles, bundle, plan_bundles
+from delib_fast.data.shared_prompts import bundle, plan_bundles
 
 _UNEVEN = 1.02  # below this, packs cost so much alike that their order is better left to the draw
 
@@ -53,7 +53,7 @@ class Epochs:
                  quadratic_cost: float, share_prompts: bool) -> None:
         self._examples, self._capacity, self._packs_per_step = examples, pack_capacity, packs_per_step
         self._seed, self._quadratic_cost = seed, quadratic_cost
-        self._bundles = worthwhile_bundles(examples, pack_capacity) if share_prompts else None
+        self._bundles = bundle(examples, pack_capacity) if share_prompts else None
         self.plan = lru_cache(maxsize=2)(self._plan)
         self.costs = lru_cache(maxsize=2)(self._costs)
         self.steps_per_epoch = -(-self.plan(0)[0].num_packs // packs_per_step)
@@ -125,15 +125,6 @@ class Epochs:
             if len(lacking) and epoch * self.steps_per_epoch + lacking[0] < num_steps:
                 return int(epoch * self.steps_per_epoch + lacking[0])
         return None
-
-
-def worthwhile_bundles(examples: EncodedSet, capacity: int) -> Bundles | None:
-    """Bundles of the replies to each prompt, if they make no more packs than single examples do."""
-    bundles = bundle(examples, capacity)
-    if bundles is None:
-        return None
-    packs = [plan_packs(lengths, capacity).num_packs for lengths in (bundles.lengths, examples.lengths)]
-    return bundles if packs[0] <= packs[1] else None
 
 
 def pack_costs(

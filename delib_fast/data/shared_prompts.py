@@ -18,6 +18,8 @@ from delib_fast.data.packing import Int64, PackPlan, plan_packs
 
 LEAST_SHARED_TOKENS = 16
 """Below this a prompt is cheaper computed again than read by a second attention."""
+_PARTS = (1, 2, 3, 4)
+_FULL = 0.98  # packs as full as this are not worth another try
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +35,12 @@ class Bundles:
 
 
 def bundle(examples: EncodedSet, capacity: int) -> Bundles | None:
-    """Put replies to one prompt together, as many as a pack can hold; None where no two can be.
+    """Put replies to one prompt together, as many as fit; None where no two do, or where it would make more packs.
 
-        for prompt with two replies or more:
-            bundle ← its longest reply;   then, by falling length, each reply that still fits, else a new bundle
+        for most in capacity, capacity / 2, capacity / 3, capacity / 4:      # small bundles fill packs better
+            for prompt with two replies or more:
+                bundle ← its longest reply;   by falling length, each reply that still fits into `most`, else a new one
+        the bundles that make the fewest packs
 
     Args:
         examples: each at most `capacity` long. Their tokens are not read: prompts are told apart by their hashes.
@@ -48,28 +52,33 @@ def bundle(examples: EncodedSet, capacity: int) -> Bundles | None:
     own = examples.lengths - shared
     able = np.flatnonzero(shared >= LEAST_SHARED_TOKENS)
     order = able[np.lexsort((-own[able], shared[able], keys[able]))]
-    if len(order) < 2:
-        return None
     same = (keys[order][1:] == keys[order][:-1]) & (shared[order][1:] == shared[order][:-1])
-    borders = np.flatnonzero(~np.concatenate([[False], same, [False]]))  # where a prompt's replies begin, and the end
-    starts = _cut(own[order], shared[order], borders, capacity)
-    if len(starts) == len(order):
+    if not same.any():
         return None
+    borders = np.flatnonzero(~np.concatenate([[False], same, [False]]))  # where a prompt's replies begin, and the end
     alone = np.setdiff1d(np.arange(len(examples)), order, assume_unique=True)
-    offsets = np.concatenate([starts, len(order) + np.arange(len(alone) + 1)])
-    lengths = np.concatenate([np.add.reduceat(own[order], starts) + shared[order[starts]], examples.lengths[alone]])
-    return Bundles(offsets, np.concatenate([order, alone]), lengths)
+    best, fewest = None, plan_packs(examples.lengths, capacity).num_packs
+    for parts in _PARTS:
+        starts = _cut(own[order], shared[order], borders, capacity // parts)
+        offsets = np.concatenate([starts, len(order) + np.arange(len(alone) + 1)])
+        lengths = np.concatenate([np.add.reduceat(own[order], starts) + shared[order[starts]], examples.lengths[alone]])
+        plan = plan_packs(lengths, capacity)
+        if len(starts) < len(order) and (plan.num_packs < fewest or (best is None and plan.num_packs == fewest)):
+            best, fewest = Bundles(offsets, np.concatenate([order, alone]), lengths), plan.num_packs
+            if plan.fill > _FULL:
+                break
+    return best
 
 
-def _cut(own: Int64, shared: Int64, borders: Int64, capacity: int) -> Int64:
+def _cut(own: Int64, shared: Int64, borders: Int64, most: int) -> Int64:
     """Where bundles begin: all prompts at once, one more bundle of each in every pass."""
     ends_at = np.concatenate([[0], np.cumsum(own)])
     start, last = borders[:-1], borders[1:]
     found = []
     while len(start):
         found.append(start)
-        room = ends_at[start] + capacity - shared[start]
-        start = np.minimum(np.searchsorted(ends_at, room, side="right") - 1, last)
+        room = ends_at[start] + most - shared[start]
+        start = np.clip(np.searchsorted(ends_at, room, side="right") - 1, start + 1, last)
         start, last = start[start < last], last[start < last]
     return np.sort(np.concatenate(found))
 

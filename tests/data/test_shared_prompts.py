@@ -113,6 +113,16 @@ def test_a_prompt_with_more_replies_than_fit_is_computed_in_each_bundle():
     assert sorted(found.examples.tolist()) == list(range(10))
 
 
+def test_smaller_bundles_where_they_fill_packs_better(monkeypatch):
+    draw = random.Random(0)
+    examples = EncodedSet(replies([(20, [draw.randint(30, 60) for _ in range(8)]) for _ in range(60)]))
+    packs = {}
+    for parts in ((1,), (1, 2, 3, 4)):
+        monkeypatch.setattr("delib_fast.data.shared_prompts._PARTS", parts)
+        packs[parts] = batches(examples, share=True, capacity=512).packs_per_epoch
+    assert packs[(1, 2, 3, 4)] < packs[(1,)] <= batches(examples, share=False, capacity=512).packs_per_epoch
+
+
 def test_ranks_share_out_the_same_steps_and_accounts_are_true():
     examples = EncodedSet(replies([(40, (20, 30, 10, 5)), (25, (9, 9)), (60, (40, 40)), (30, (4,))] * 4))
     whole = batches(examples, share=True, packs_per_step=4, epochs=3, max_steps=7)

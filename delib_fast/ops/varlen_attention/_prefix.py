@@ -62,14 +62,14 @@ def plan(cu_seqlens: tuple[int, ...], prefix: tuple[int, ...], device: torch.dev
         if parent >= 0:
             children.setdefault(parent, []).append(run)
 
-    def places(runs: Sequence[int]) -> list[int]:
-        return [at for run in runs for at in range(cu_seqlens[run], cu_seqlens[run + 1])]
+    def places(runs: Sequence[int]) -> Tensor:
+        return torch.cat([torch.arange(cu_seqlens[run], cu_seqlens[run + 1]) for run in runs])
 
     groups = [(places(runs), places([*ancestors(prefix, parent), parent])) for parent, runs in children.items()]
-    groups = [(queries, keys) for queries, keys in groups if queries and keys]
+    groups = [(queries, keys) for queries, keys in groups if len(queries) and len(keys)]
     if not groups:
         return None
-    tensors = [torch.tensor([at for group in groups for at in group[side]], device=device) for side in (0, 1)]
+    tensors = [torch.cat([group[side] for group in groups]).to(device) for side in (0, 1)]
     borders = [torch.tensor([0, *accumulate(len(group[side]) for group in groups)], dtype=torch.int32, device=device)
                for side in (0, 1)]
     longest = [max(len(group[side]) for group in groups) for side in (0, 1)]
