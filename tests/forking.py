@@ -44,6 +44,7 @@ class ForkServer:
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu",
                               "TOKENIZERS_PARALLELISM": "false"})
         self._number = 0
+        self._ask({"do": "start", "logs": []})  # returns when it has imported everything
 
     def __enter__(self) -> ForkServer:
         return self

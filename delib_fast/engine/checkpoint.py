@@ -193,6 +193,7 @@ def remove_leftovers(root: Path) -> None:
         for pattern in (".writing-step-*", ".deleting-step-*"):
             for path in root.glob(pattern):
                 shutil.rmtree(path, ignore_errors=True)
+        (root / f"{LATEST}.tmp").unlink(missing_ok=True)
 
 
 # --- reading ------------------------------------------------------------------------------------------------
