@@ -28,6 +28,14 @@ class TrainingError(RuntimeError):
     """The run can't go on; says at which step and why."""
 
 
+class LostRankError(TrainingError):
+    """Another rank has ended, and this one can't go on. speaks: whether this rank is the one to say it."""
+
+    def __init__(self, message: str, *, speaks: bool) -> None:
+        super().__init__(message)
+        self.speaks = speaks
+
+
 class StopRequest:
     """Remembers SIGINT and SIGTERM, so that the run can save and end between two steps; a second SIGINT ends at once.
 
@@ -105,7 +113,8 @@ class Saver:
         extra = {"stage": self._stage.name, "data": self._context.corpus.fingerprint(self._stage),
                  "log": self._log.state(self._engine)}
         self._context.run.sync_metrics()  # first: the checkpoint promises the lines before it
-        self._engine.save(self._writer, extra)
+        self.finish()
+        self._engine.save(self._writer, extra, self._context.watchdog.at)
         self._saved_at, self._saved_step = time.monotonic(), self._engine.step
 
     def stop(self) -> NoReturn:
@@ -117,7 +126,8 @@ class Saver:
 
     def finish(self) -> None:
         """Wait until what was begun is on the disk. A collective."""
-        self._writer.wait()
+        with self._context.watchdog.may_take_long("waiting for a checkpoint to be on the disk"):
+            self._writer.wait()
 
     def _due(self) -> bool:
         rules, step = self._context.config.checkpoint, self._engine.step

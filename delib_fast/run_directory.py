@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -61,6 +62,11 @@ class RunDirectory:
     def adapter(self, stage: str, *, last: bool) -> Path:
         return self.exported(stage, last=last).with_name("adapter")
 
+    @property
+    def ranks(self) -> Path:
+        """Where the ranks of a run that is going on leave signs of life."""
+        return self.path / ".ranks"
+
     # --- opening --------------------------------------------------------------------------------------------
 
     def open(self, config: Config) -> None:
@@ -76,6 +82,7 @@ class RunDirectory:
             raise ConfigError(f"run_dir {self.path} can't be made: {error}") from None
         if self._writes:
             self._take_lock()
+            shutil.rmtree(self.ranks, ignore_errors=True)
         saved, ledger = self.path / "config.yaml", self.path / "ledger.json"
         if ledger.exists():
             self.ledger = json.loads(ledger.read_text())

@@ -21,15 +21,16 @@ if __name__ == "__main__" and sys.path and os.path.basename(sys.path[0]) == "del
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse
+import contextlib
 import errno
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delib_fast.bookkeeping import Saver, StepLog, Stopped, StopRequest, TrainingError
+from delib_fast.bookkeeping import LostRankError, Saver, StepLog, Stopped, StopRequest, TrainingError
 from delib_fast.config import Config, ConfigError, StageConfig
 from delib_fast.config_file import load_config
 from delib_fast.handover import build_stage_model, export, exported_by, start_of
@@ -37,7 +38,7 @@ from delib_fast.slurm import adopt_slurm
 
 if TYPE_CHECKING:
     from delib_fast.corpus import Corpus
-    from delib_fast.engine import Engine, Ranks
+    from delib_fast.engine import Engine, Ranks, Watchdog
     from delib_fast.progress import Reporter
     from delib_fast.run_directory import RunDirectory
     from delib_fast.trackers import Trackers
@@ -63,6 +64,7 @@ class Context:
     corpus: Corpus
     stop: StopRequest
     trackers: Trackers
+    watchdog: Watchdog
 
 
 # --- one stage ----------------------------------------------------------------------------------------------
@@ -85,15 +87,20 @@ def train_stage(context: Context, engine: Engine, stage: StageConfig,
     log = StepLog(context, stage, batches, meter, speed, first_step=engine.step, tallies=tallies)
     saver = Saver(context, engine, stage, log)
     for micro_batches in speed.waiting_for(batches.from_step(engine.step, pin=engine.device.type == "cuda")):
+        place = f"{stage.name} step {engine.step + 1}"
+        context.watchdog.at(f"{place}: hearing the other ranks")
         normalizer, *asked = ranks.sum(loss_normalizer(micro_batches), *saver.asks())
         saver.attend(*asked)
         assert normalizer > 0, "Corpus.batches refuses a step without a supervised token"
         lr = engine.begin_step()
-        for micro_batch in micro_batches:
+        for number, micro_batch in enumerate(micro_batches, 1):
+            context.watchdog.at(f"{place}: forward of micro-batch {number}")
             batch = micro_batch.to(engine.device)
             output = engine.forward(batch)
+            context.watchdog.at(f"{place}: backward of micro-batch {number}")
             engine.backward(output.loss_sum, normalizer)
             meter.add(batch, output)
+        context.watchdog.at(f"{place}: after the update")
         engine.end_step()
         log.count(micro_batches)
         if engine.step % context.config.log.every_steps == 0 or engine.step == batches.num_steps:
@@ -115,6 +122,7 @@ def evaluate(context: Context, engine: Engine, moment: str, saver: Saver | None 
     for prefix, batches in context.corpus.evaluation(context.ranks):
         meter = Meter(engine.device)
         for batch in batches:
+            context.watchdog.at(f"evaluation, {moment}")
             if any(context.ranks.sum(context.stop.asked)):
                 if saver is not None:
                     saver.stop()
@@ -136,7 +144,8 @@ def run_stage(context: Context, index: int) -> None:
     start = start_of(context, index)
     batches = context.corpus.batches(stage)
     context.reporter.say(f"{stage.name}: {context.corpus.describe(stage)}")
-    model, exact_weights = build_stage_model(context, start)
+    with context.watchdog.may_take_long("loading the model"):
+        model, exact_weights = build_stage_model(context, start)
     module = TrainableLM(model, attention_backend=config.model.attention, loss_backend=config.model.loss,
                          sequence_group=ranks.sequence_group,
                          layers=resolve_layers(config.model.layers, ranks.device, config.engine.zero_stage))
@@ -144,7 +153,8 @@ def run_stage(context: Context, index: int) -> None:
     engine.state.set_weights(exact_weights)
     check_isolation(engine.wrapped, ranks.device)  # as it will train: in its precision, on its backend
     root = run.checkpoints(stage.name)
-    found = engine.resume(root, context.reporter.say)
+    with context.watchdog.may_take_long("reading a checkpoint"):
+        found = engine.resume(root, context.reporter.say)
     if found is not None:
         if found.trainer["data"] != context.corpus.fingerprint(stage):
             raise ConfigError(f"the data of stage {stage.name!r} changed since {found.folder} was written; put the "
@@ -165,7 +175,8 @@ def run_stage(context: Context, index: int) -> None:
     figures, saver = train_stage(context, engine, stage, found.trainer["log"] if found is not None else None)
     entry |= {**figures, "wall_s": time.perf_counter() - began}
     evaluate(context, engine, f"after {stage.name}", saver)
-    made = export(context, engine, module, index, start)
+    with context.watchdog.may_take_long("exporting the model"):
+        made = export(context, engine, module, index, start)
     run.record_stage(entry | made | {"status": "finished"})
     engine.close()
 
@@ -190,7 +201,7 @@ def run(config: Config) -> RunResult:
     if config.engine.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
     from delib_fast.corpus import Corpus
-    from delib_fast.engine import Ranks
+    from delib_fast.engine import Ranks, Watchdog
     from delib_fast.progress import Reporter
     from delib_fast.run_directory import RunDirectory
     from delib_fast.trackers import Trackers, refuse_missing_trackers
@@ -208,8 +219,10 @@ def run(config: Config) -> RunResult:
         if not first:
             directory.open(config)
         stop = StopRequest()
-        context = Context(config, ranks, directory, reporter, Corpus(config, directory, ranks), stop, trackers)
-        with stop.listening():
+        watchdog = Watchdog(directory.ranks, ranks.rank, ranks.world_size, config.guard.hang_timeout_s)
+        corpus = Corpus(config, directory, ranks)
+        context = Context(config, ranks, directory, reporter, corpus, stop, trackers, watchdog)
+        with stop.listening(), watchdog.watching(), naming_lost_ranks(watchdog):
             run_stages(context)
         model = directory.exported(config.stages[-1].name, last=True)
         reporter.table(directory.ledger, [("run directory", str(directory.path)), ("model", str(model))])
@@ -219,11 +232,26 @@ def run(config: Config) -> RunResult:
         directory.close()
 
 
+@contextlib.contextmanager
+def naming_lost_ranks(watchdog: Watchdog) -> Iterator[None]:
+    """A collective that broke because another rank ended says "connection closed": say which rank, and where."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__module__.startswith("delib_fast"):
+            raise
+        lost, speaks = watchdog.lost()
+        if not lost:
+            raise
+        raise LostRankError(f"{'; '.join(lost)}. Its own output says why; the same command goes on from the last "
+                            "checkpoint", speaks=speaks) from error
+
+
 def run_stages(context: Context) -> None:
     """Every stage that is not finished yet. Raises Stopped where the run was asked to stop."""
     stages = context.config.stages
     finished = {entry["name"]: entry for entry in context.run.ledger["stages"] if entry["status"] == "finished"}
-    with context.stop.at_once("reading the data"):
+    with context.watchdog.may_take_long("reading the data"), context.stop.at_once("reading the data"):
         check_stages(context, [stage for stage in stages if stage.name not in finished])
     for index, stage in enumerate(stages):
         if stage.name not in finished:
@@ -286,7 +314,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_told_plainly(error):
             raise
-        return _fail(str(error), first, 2 if isinstance(error, ValueError) else 1)
+        speaks = error.speaks if isinstance(error, LostRankError) else first
+        return _fail(str(error), speaks, 2 if isinstance(error, ValueError) else 1)
     return 0
 
 

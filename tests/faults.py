@@ -32,6 +32,8 @@ def label(operation: str, path: str | os.PathLike[str], root: str) -> str | None
     whole = os.path.abspath(os.fspath(path))
     if whole != root and not whole.startswith(root + os.sep):
         return None
+    if os.path.relpath(whole, root).startswith(".ranks"):  # heartbeats come when they come
+        return None
     return f"{operation} {_NUMBERS.sub('N', os.path.relpath(whole, root))}"
 
 

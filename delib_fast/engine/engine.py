@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from delib_fast.config import Config, ConfigError, StageBase, rank_groups
 from delib_fast.engine import checkpoint
-from delib_fast.engine.checkpoint_writer import CheckpointWriter
+from delib_fast.engine.checkpoint_writer import CheckpointWriter, Tensors
 from delib_fast.engine.deepspeed_json import deepspeed_json, effective_zero_stage
 from delib_fast.engine.guard import StepGuard
 from delib_fast.engine.optimizer import build_optimizer, learning_rate
@@ -215,10 +215,12 @@ class Engine:
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 
-    def save(self, writer: CheckpointWriter, extra: dict[str, Any]) -> None:
-        """Begin to write a checkpoint of this step. A collective; the writer goes on in the background."""
+    def save(self, writer: CheckpointWriter, extra: dict[str, Any],
+             at: Callable[[str], None] = lambda place: None) -> None:
+        """Begin to write a checkpoint of this step. A collective; the writer goes on in the background. `at` hears how
+        far it is."""
         trainer = {"optimizer_steps": self.step - self.guard.skipped, "guard": self.guard.state(), **extra}
-        writer.start(self.step, self.state.tensors(), trainer)
+        writer.start(self.step, _telling(self.state.tensors(), at), trainer)
 
     def resume(self, root: Path, complain: Callable[[str], None]) -> checkpoint.Checkpoint | None:
         """Load the newest whole checkpoint under `root`; None where none was ever written. A collective.
@@ -237,3 +239,9 @@ class Engine:
 
     def close(self) -> None:
         self._engine.destroy()
+
+
+def _telling(tensors: Tensors, at: Callable[[str], None]) -> Tensors:
+    for key, assemble in tensors:
+        at(f"gathering {key} for a checkpoint")
+        yield key, assemble
