@@ -102,7 +102,7 @@ class Watchdog:
             if not self._slow:  # ends the process if this thread can't run again for so long
                 alone = self._world_size == 1
                 faulthandler.dump_traceback_later(self._timeout_s, exit=True,
-                                                  file=sys.__stderr__ if alone else self._stacks)
+                                                  file=2 if alone else self._stacks)
             self._write()
             self._follow_launcher()
             if not self._slow and time.monotonic() - self._moved > self._timeout_s:
@@ -216,7 +216,8 @@ def _lives(pid: int) -> bool:
 
 def _launchers() -> list[int]:
     """The parent, and its parent, as far as they start ranks."""
-    found, pid = [], os.getppid()
+    found: list[int] = []
+    pid = os.getppid()
     with contextlib.suppress(OSError, ValueError, IndexError):
         while len(found) < 2:
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
