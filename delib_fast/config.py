@@ -94,10 +94,10 @@ class ModelConfig(Section):
     """Backend of `ops.varlen_attention`."""
     loss: Literal["auto", "reference", "cpu", "triton"] = "auto"
     """Backend of `ops.linear_cross_entropy`."""
-    layers: Literal["auto", "eager", "compile"] = "auto"
+    layers: Literal["auto", "eager", "compile", "liger"] = "auto"
     """How a block runs its norms, rotary positions and SwiGLU: as transformers writes them; with `torch.compile` of the
-    block, which takes a minute once and must not be sharded by ZeRO stage 3; or by what was measured to be faster on
-    the device (bench/README.md)."""
+    block, which takes a minute once and must not be sharded by ZeRO stage 3; with Liger's kernels (GPU); or by what was
+    measured to be faster on the device (bench/README.md)."""
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations."""
     lora: LoraConfig | None = None

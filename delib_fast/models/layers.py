@@ -3,6 +3,7 @@ positions with QK-norm, SwiGLU.
 
     eager      as transformers writes it
     compile    torch.compile of the block (regional: every block of a kind runs the same compiled code)
+    liger      Liger's Triton kernels for the norms and SwiGLU (models/liger.py; optional, needs a GPU)
 
 The compiled block holds the attention of a pack as one opaque op, so that nothing breaks it in two. Sizes of packs are
 symbols in it: packs of other lengths and other numbers of runs don't compile it again. Only passes that make gradients
@@ -22,8 +23,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from delib_fast.models.attention import UnsupportedModelError
+from delib_fast.models.liger import plug_liger, why_not_liger
 
-CHOICES = ("auto", "eager", "compile")
+CHOICES = ("auto", "eager", "compile", "liger")
 # What `auto` takes on a device: what was measured to make a whole step faster there (bench/README.md), eager where
 # nothing was.
 MEASURED: dict[str, str] = {}
@@ -35,9 +37,14 @@ _CHECKPOINTS_INSIDE = "__call__" not in vars(GradientCheckpointingLayer)
 
 
 def resolve_layers(choice: str, device: torch.device, zero_stage: int = 0) -> str:
-    """`auto` as what it means on this device."""
+    """`auto` as what it means on this device.
+
+    Raises ValueError for an unknown choice, UnsupportedModelError for one that can't run there.
+    """
     if choice not in CHOICES:
         raise ValueError(f"layers={choice!r} does not exist; choose from {', '.join(CHOICES)}")
+    if choice == "liger" and (reason := why_not_liger(device)):
+        raise UnsupportedModelError(f"layers is liger: {reason}; set it to eager or compile")
     if choice != "auto":
         return choice
     return "eager" if zero_stage == 3 else MEASURED.get(device.type, "eager")
@@ -46,13 +53,18 @@ def resolve_layers(choice: str, device: torch.device, zero_stage: int = 0) -> st
 def plug_layers(model: PreTrainedModel, choice: str = "auto") -> Callable[[], None]:
     """Let the decoder blocks of a model run as `choice` says; returns what undoes it.
 
+    A choice by name has been resolved (`resolve_layers`): here the model may still be on the CPU.
+
     Raises:
         ValueError: there is no such choice.
         UnsupportedModelError: the model has no blocks that are known as such.
     """
-    choice = resolve_layers(choice, next(model.parameters()).device)
+    if choice not in CHOICES or choice == "auto":
+        choice = resolve_layers(choice, next(model.parameters()).device)
     if choice == "eager":
         return lambda: None
+    if choice == "liger":
+        return plug_liger(model)
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
         raise UnsupportedModelError(f"{type(model).__name__} has no blocks that transformers names as layers, so there "

@@ -245,7 +245,7 @@ def test_refuses_by_name() -> None:
     other.config.logit_scale = 0.5  # a key that this architecture does not read
     with pytest.raises(UnsupportedModelError, match=r"by more than what its config says \({'logit_scale': 0.5, 'soft"):
         delib_fast.apply(other)
-    with pytest.raises(ValueError, match="layers='fast' does not exist; choose from auto, eager, compile"):
+    with pytest.raises(ValueError, match="layers='fast' does not exist; choose from auto, eager, compile, liger"):
         delib_fast.apply(build(), layers="fast")
     with pytest.raises(ValueError, match="Linear is no transformers model"):
         delib_fast.apply(torch.nn.Linear(2, 2))

@@ -76,7 +76,7 @@ def test_unpatch_takes_them_off(counter) -> None:
 
 
 def test_refusals(counter) -> None:
-    with pytest.raises(ValueError, match="layers='fast' does not exist; choose from auto, eager, compile"):
+    with pytest.raises(ValueError, match="layers='fast' does not exist; choose from auto, eager, compile, liger"):
         TrainableLM(build("qwen3"), layers="fast")
     with pytest.raises(ConfigError, match=r"model.layers is compile, and ZeRO stage 3.*engine.zero_stage: 2"):
         parse_config({"run_dir": "r", "model": {"path": "m", "layers": "compile"}, "data": {"rows": "rows.jsonl"},
@@ -86,3 +86,47 @@ def test_refusals(counter) -> None:
     next(trainable.model.model.layers[0].parameters()).ds_id = 0  # as ZeRO-3 marks what it shards
     with pytest.raises(UnsupportedModelError, match="ZeRO-3 gathers its weights by hooks"):
         trainable(pack(documents()))
+
+
+# --- Liger: its kernels need a GPU; which modules they stand in for, and that they get the right numbers, does not ----
+
+
+def liger_in_torch(x, weight, eps, offset, casting, in_place):
+    assert not in_place
+    unit = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    return unit.to(x.dtype) * weight if casting == "llama" else (unit * (offset + weight.float())).to(x.dtype)
+
+
+@pytest.mark.parametrize(("name", "changed"), [("qwen3", 3 * 5 + 1), ("llama", 3 * 3 + 1), ("gemma3 text", 3 * 6 + 1)])
+def test_liger_stands_in_for_the_right_modules(name, changed, monkeypatch) -> None:
+    """Norms of both formulas and SwiGLU (gemma's MLP is a GeGLU, and stays)."""
+    norm, mul = pytest.importorskip("liger_kernel.ops.rms_norm"), pytest.importorskip("liger_kernel.ops.swiglu")
+    monkeypatch.setattr(norm.LigerRMSNormFunction, "apply", liger_in_torch)
+    monkeypatch.setattr(mul.LigerSiLUMulFunction, "apply", lambda a, b: torch.nn.functional.silu(a) * b)
+    model = build(name)
+    eager = losses_and_gradients(model, "eager")
+    assert_same(losses_and_gradients(model, "liger"), eager)
+    trainable = TrainableLM(model, layers="liger")
+    assert sum("forward" in vars(module) for module in model.modules()) == changed
+    trainable.unpatch()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_liger_gives_the_same_on_a_gpu() -> None:
+    pytest.importorskip("liger_kernel")
+    model = build("qwen3").cuda()
+    found = {}
+    for choice in ("eager", "liger"):
+        trainable = TrainableLM(copy.deepcopy(model), layers=choice)
+        output = trainable(pack(documents()).to("cuda"))
+        output.loss_sum.backward()
+        found[choice] = [output.loss_sum.item()], gradients(trainable)
+    assert found["liger"][0] == pytest.approx(found["eager"][0], rel=1e-4)
+    assert largest_deviation(found["liger"][1], found["eager"][1])[0] < 1e-3
+
+
+def test_liger_is_refused_where_it_can_not_run() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"layers is liger: liger-kernel.*set it to eager or compile"):
+        layers.resolve_layers("liger", torch.device("cpu"))
