@@ -70,6 +70,8 @@ def cached(
     """
     place = folder / fingerprint[:2] / fingerprint
     place.parent.mkdir(parents=True, exist_ok=True)
+    if (found := _open(place)) is not None:  # no lock: an entry appears whole, and many ranks check it at once
+        return found, True
     with _lock(place.with_suffix(".lock")):
         found = _open(place)
         if found is not None:

@@ -90,6 +90,7 @@ class EncodedSet(Sequence[Example]):
         self.part_of = np.zeros(len(examples), np.int32)
         self.parts = [(_joined([e.input_ids for e in examples], np.int32),
                        _joined([e.segments for e in examples], np.int8))]
+        self._part_digests: list[str | None] = [None]
         self.weights = np.fromiter((e.weight for e in examples), np.float32, len(examples))
         self.places: Sequence[str] = [e.place for e in examples]
         self.target_counts = np.array([e.target_counts for e in examples], np.int64).reshape(-1, NUM_SEGMENTS)
@@ -107,7 +108,7 @@ class EncodedSet(Sequence[Example]):
         made.target_counts, made.prompts = target_counts, prompts
         made.starts = np.cumsum(lengths) - lengths
         made.part_of = np.zeros(len(lengths), np.int32)
-        made.parts = [(input_ids, segments)]
+        made.parts, made._part_digests = [(input_ids, segments)], [None]
         return made
 
     @classmethod
@@ -116,6 +117,7 @@ class EncodedSet(Sequence[Example]):
         made = cls([], sum((s.counts for s in sets), Counts()))
         first_part = np.cumsum([0, *(len(s.parts) for s in sets)])
         made.parts = [part for s in sets for part in s.parts]
+        made._part_digests = [digest for s in sets for digest in s._part_digests]
         made.part_of = np.concatenate([s.part_of + first for s, first in zip(sets, first_part, strict=False)])
         made.lengths = np.concatenate([s.lengths for s in sets])
         made.starts = np.concatenate([s.starts for s in sets])
@@ -128,7 +130,7 @@ class EncodedSet(Sequence[Example]):
     def take(self, indices: NDArray[np.int64]) -> EncodedSet:
         """The examples at these indices, repeats allowed; no token is copied. `counts` stays that of the whole."""
         made = EncodedSet([], self.counts)
-        made.parts = self.parts
+        made.parts, made._part_digests = self.parts, self._part_digests
         for name in ("part_of", "lengths", "starts", "weights", "target_counts", "prompts"):
             setattr(made, name, getattr(self, name)[indices])
         made.places = TakenPlaces(self.places, indices)
@@ -165,13 +167,13 @@ class EncodedSet(Sequence[Example]):
                 np.concatenate([segments[span] for (_, segments), span in spans]))
 
     def digest(self) -> str:
-        """Changes when any token, segment, weight or the order of the examples does."""
+        """Changes when any token, segment, weight or the order of the examples does. Tokens are read once only."""
         digest = hashlib.sha256()
         for array in (self.part_of, self.starts, self.lengths, self.weights, self.target_counts, self.prompts):
             digest.update(np.ascontiguousarray(array).data)
-        for array in (array for part in self.parts for array in part):
-            for start in range(0, len(array), _HASH_TOKENS):  # a piece at a time: the array may be a file's
-                digest.update(np.ascontiguousarray(array[start : start + _HASH_TOKENS]).data)
+        for k, part in enumerate(self.parts):
+            known = self._part_digests[k] = self._part_digests[k] or _digest_of(part)
+            digest.update(known.encode())
         return digest.hexdigest()
 
 
@@ -201,6 +203,14 @@ class TakenPlaces(Sequence[str]):
 
     def __getitem__(self, index: Any) -> Any:
         return self._places[int(self._indices[index])]
+
+
+def _digest_of(part: tuple[NDArray[np.int32], NDArray[np.int8]]) -> str:
+    digest = hashlib.sha256()
+    for array in part:
+        for start in range(0, len(array), _HASH_TOKENS):  # a piece at a time: the array may be a file's
+            digest.update(np.ascontiguousarray(array[start : start + _HASH_TOKENS]).data)
+    return digest.hexdigest()
 
 
 def _joined(arrays: list[NDArray[Any]], dtype: type) -> NDArray[Any]:

@@ -138,3 +138,13 @@ def test_of_two_at_once_one_encodes(tmp_path):
     workers = [start(tmp_path, 0.05) for _ in range(2)]
     said = sorted(worker.communicate(timeout=60)[0].split("\n")[-2] for worker in workers)
     assert said == ["hit 20", "made 20"]
+
+
+def test_tokens_are_hashed_once(tmp_path, monkeypatch):
+    """A checkpoint asks for the digest each time it is written."""
+    found = cached(tmp_path, FINGERPRINT, make)[0]
+    joined = EncodedSet.join([found, found.take(np.arange(3))])
+    before = joined.digest()
+    monkeypatch.setattr("delib_fast.data.encoded_set._digest_of", lambda part: pytest.fail("read again"))
+    assert joined.digest() == before
+    assert found.take(np.arange(2)).digest() != found.digest()
