@@ -162,8 +162,8 @@ def _list_error(error: Exception, text: str, path: Path, line: int) -> DataError
     if isinstance(error, json.JSONDecodeError):
         cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
         why = "; the file ends too early and may have been cut" if cut else ""
-        return DataError(f"not valid JSON: {error.msg} at column {error.colno}{why}", reason="not_json",
-                         place=f"{path}:{error.lineno}")
+        return DataError(f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}{why}",
+                         reason="not_json", place=f"{path}:{error.lineno}")
     what = "objects or lists are nested too deep" if isinstance(error, RecursionError) else str(error)
     reason = error.reason if isinstance(error, DataError) else "not_json"
     return DataError(what, reason=reason, place=f"{path}:{line}")

@@ -1,0 +1,173 @@
+"""The page of refusals, made by provoking each of them: `python tests/data/refusals.py` writes docs/refusals.md.
+
+test_refusals.py holds the page against what is provoked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
+
+from chat_oracle import chat, document  # noqa: E402
+from test_sources import DAMAGED_ROWS, FOREIGN_FILES, GOOD, write  # noqa: E402
+from tokenizers_for_tests import CHATML, tokenizer  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
+
+from delib_fast.config import AFTConfig, SourceConfig  # noqa: E402
+from delib_fast.data import (  # noqa: E402
+    DataError,
+    EncodedSet,
+    Example,
+    PackedBatches,
+    encode_rows,
+    mix_sources,
+    opened,
+    plan_packs,
+    read_source,
+    refuse_overlap,
+    refuse_spec_in_prompts,
+)
+
+PAGE = ROOT / "docs" / "refusals.md"
+HEAD = """\
+# What is refused, and in which words
+
+Made by provoking each refusal (`python tests/data/refusals.py`); a test holds this page against the code. A message
+begins with the place (`file:line` of the row) or the part of the configuration, and never holds text of a row:
+`(row …)` is a fingerprint of 12 hex digits. With `on_bad_row: error`, the default, the first bad row ends the run, and
+its message adds how to leave such rows out; with `skip` they are left out, up to `max_bad_rows`, and counted under
+their reason in the log, the ledger and `plan`.
+"""
+
+
+def rows() -> Iterator[tuple[str, str, str]]:
+    """(kind of damage, reason, message) of rows that can't be read."""
+    with tempfile.TemporaryDirectory() as name:
+        for kind, (damage, reason, _) in DAMAGED_ROWS.items():
+            raw = damage if isinstance(damage, bytes) else damage.encode("latin-1" if kind == "latin-1" else "utf-8")
+            path = write(Path(name), GOOD.encode() + b"\n" + raw)
+            yield kind, reason, said(lambda path=path: read(path))
+        long = write(Path(name), GOOD + "\n" + '{"text": "' + "x" * (65 << 20) + '"}')
+        yield "a line of 65 MiB", "long_line", said(lambda: read(long))
+
+
+def files() -> Iterator[tuple[str, str, str]]:
+    with tempfile.TemporaryDirectory() as name:
+        for kind, (content, file_name, _) in FOREIGN_FILES.items():
+            path = write(Path(name), content, file_name)
+            yield kind, "", said(lambda path=path: read(path))
+        yield "no such file", "", said(lambda: read(Path(name) / "none.jsonl"))
+        path = write(Path(name), GOOD)
+        before, opened.HELD_BYTES = opened.HELD_BYTES, 0
+        try:
+            source = opened.open_source("rows", SourceConfig(path=str(path)), Path(name) / "cache")
+            write(Path(name), GOOD + "\n" + GOOD)
+            yield "changed between two passes", "", said(lambda: list(source.train))
+        finally:
+            opened.HELD_BYTES = before
+
+
+def encoding() -> Iterator[tuple[str, str, str]]:
+    tok, stage = tokenizer("qwen3"), AFTConfig(train=["rows"], pack_capacity=128, over_long="error")
+    row, tool = chat("p", "c", "r"), '[{"type": "function", "function": {"name": "f"}}]'
+    endless = CHATML.replace("<|im_end|>\\n", "").replace("<|im_end|>", "")
+    for kind, broken, more in (
+        ("a reserved character", chat("a \U00100001", None, "r"), {}),
+        ("nothing but a thought, stripped", chat("p", "c", " "), {"stage": replace_stage(stage, cot="strip")}),
+        ("longer than a pack", chat("p " * 500, None, "r"), {}),
+        ("every row longer than a pack", chat("p " * 500, None, "r"),
+         {"stage": replace_stage(stage, over_long="drop")}),
+        ("a template that drops the system message", chat("p", None, "r", system="s"),
+         {"template": "{% for message in messages if message.role != 'system' %}" + CHATML.split("%}", 1)[1]}),
+        ("a template that changes texts", row, {"template": CHATML.replace("message['content']",
+                                                                          "(message['content'] | upper)")}),
+        ("a template without a turn end", chat("p", None, "r"), {"template": endless}),
+        ("a template that refuses the row", row, {"template": "{{ raise_exception('No user query found') }}"}),
+        ("a template without tools", replace(row, tools=tool), {"template": CHATML}),
+    ):
+        given = PreTrainedTokenizerFast(tokenizer_object=tok.backend_tokenizer, eos_token="<|im_end|>")
+        given.chat_template = more.get("template", tok.chat_template)
+        yield kind, "", said(lambda broken=broken, given=given, more=more: encode_rows(
+            [broken], given, more.get("stage", stage)))
+
+
+def guards() -> Iterator[tuple[str, str, str]]:
+    words = " ".join(f"word{k}" for k in range(40))
+    training, twin = chat(words, None, "r"), replace(chat(words, None, "r"), place="eval.jsonl:4")
+    near = replace(chat(words + " and more", None, "s", ), place="eval.jsonl:4", digest="1")
+    yield "spec in a prompt", "", said(lambda: refuse_spec_in_prompts([training], [words]))
+    yield "an evaluation row that was trained on", "", said(lambda: refuse_overlap([training], [twin]))
+    yield "one that is nearly known", "", said(lambda: refuse_overlap([training], [near]))
+
+
+def packing() -> Iterator[tuple[str, str, str]]:
+    prompt = Example(np.zeros(9, np.int32), np.zeros(9, np.int8), "rows.jsonl:1")
+    reply = Example(np.zeros(9, np.int32), np.full(9, 2, np.int8), "rows.jsonl:1")
+
+    def pack(examples: list[Example], **more: Any) -> PackedBatches:
+        settings = {"pack_capacity": 16, "packs_per_step": 4, "segment_weights": (0, 1, 1, 1), "seed": 0, "epochs": 1,
+                    "rank": 0, "world_size": 1}
+        return PackedBatches(EncodedSet(examples), **settings | more)
+
+    yield "no token is learnt", "", said(lambda: pack([prompt]))
+    yield "packs that ranks can't share", "", said(lambda: pack([reply], world_size=3))
+    yield "longer than the capacity", "", said(lambda: plan_packs([5, 17], 16))
+    yield "a part too small for a row", "", said(lambda: mix_sources(
+        {"a": np.array([100]), "b": np.array([9000])}, repeat={"a": 1, "b": 1}, max_tokens={"a": None, "b": None},
+        mix={"a": 1, "b": 1}, seed=0))
+    yield "a document without an end", "", said(lambda: encode_rows(
+        [document("text")], PreTrainedTokenizerFast(tokenizer_object=tokenizer("qwen3").backend_tokenizer),
+        AFTConfig(train=["rows"])))
+
+
+def page() -> str:
+    parts = [HEAD, *(_table(title, made, with_reason=title == "Rows") for title, made in (
+        ("Rows", rows), ("Files", files), ("Encoding", encoding), ("Guards", guards), ("Packing", packing)))]
+    return "\n".join(parts)
+
+
+def said(provoke: Callable[[], Any]) -> str:
+    """What is said, without what differs from run to run."""
+    try:
+        provoke()
+    except (DataError, ValueError) as error:
+        text = re.sub(r"(?<=directory: )[^)]*", "…", str(error))
+        text = re.sub(r"/[^ :]*/", "", text)
+        return re.sub(r"\(row [0-9a-f]{12}\)", "(row …)", text)
+    raise AssertionError("nothing was refused")
+
+
+def read(path: Path) -> Any:
+    return read_source("rows", SourceConfig(path=str(path)))
+
+
+def replace_stage(stage: AFTConfig, **changes: Any) -> AFTConfig:
+    return stage.model_copy(update=changes)
+
+
+def _table(title: str, made: Callable[[], Iterator[tuple[str, str, str]]], *, with_reason: bool) -> str:
+    lines = [f"## {title}\n", "| what | reason | message |" if with_reason else "| what | message |",
+             "|---|---|---|" if with_reason else "|---|---|"]
+    for kind, reason, message in made():
+        message = message.removesuffix(" To leave such rows out and count them, set on_bad_row: skip").removesuffix(".")
+        cells = [kind, f"`{reason}`", message] if with_reason else [kind, message]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+                                       for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    with contextlib.chdir(ROOT):
+        PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE.relative_to(ROOT))
