@@ -21,6 +21,7 @@ _ELSEWHERE = {
     "deliberate": ("delib_fast.deliberate.cli", "Make rows of prompt, chain of thought and response from a spec."),
     "document": ("delib_fast.deliberate.cli", "Make midtraining documents about a spec, to a budget of tokens."),
     "data-report": ("delib_fast.deliberate.cli", "Report on the quality of made data, as HTML and JSON."),
+    "report": ("delib_fast.looking.cli", "Draw one or several runs: losses, throughput, memory, ledger."),
     "eval": ("delib_fast.evals.cli", "Evaluate a model: JSON, a table, and a page."),
     "study": ("delib_fast.study.cli", "Train the arms of a study and set them side by side."),
 }

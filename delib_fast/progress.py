@@ -46,7 +46,7 @@ class Reporter:
         losses = " ".join(f"{name} {part['nll']:.3f}" for name, part in record["segments"].items())
         done, now = step - self._first_step, time.perf_counter()
         left = (now - self._started) / max(1, done) * (self._num_steps - step)
-        told = f"{losses}  {_count(record['tokens_per_s'])} tok/s  {_duration(left)} left"
+        told = f"{losses}  {count_text(record['tokens_per_s'])} tok/s  {duration_text(left)} left"
         if self._live is not None:
             self._live.update(self._task, completed=step, told=told)
         elif now - self._last_line >= _PLAIN_EVERY_S or step == self._num_steps:
@@ -87,14 +87,14 @@ def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
     for name in ("stage", "steps", "tokens", "supervised", "tok/s", "sup. tok/s", "fill", "time"):
         table.add_column(name, justify="left" if name == "stage" else "right")
     for stage in stages:
-        table.add_row(stage["name"], str(stage["updates"]), _count(stage["tokens"]),
-                      _count(sum(stage["supervised_tokens"].values())), _count(stage["tokens_per_s"]),
-                      _count(stage["supervised_tokens_per_s"]), f"{stage['fill']:.1%}",
-                      _duration(stage["train_s"]))
+        table.add_row(stage["name"], str(stage["updates"]), count_text(stage["tokens"]),
+                      count_text(sum(stage["supervised_tokens"].values())), count_text(stage["tokens_per_s"]),
+                      count_text(stage["supervised_tokens_per_s"]), f"{stage['fill']:.1%}",
+                      duration_text(stage["train_s"]))
     return table
 
 
-def _count(number: float) -> str:
+def count_text(number: float) -> str:
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if number >= limit:
             scale = {"G": 1e9, "M": 1e6, "k": 1e3}[unit]
@@ -102,7 +102,7 @@ def _count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     minutes, secs = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"

@@ -1,4 +1,4 @@
-"""`delib-fast inspect` and `delib-fast plan`."""
+"""`delib-fast inspect`, `delib-fast plan` and `delib-fast report`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from delib_fast.config import ConfigError
 from delib_fast.config_file import load_config
 from delib_fast.data import DataError
 from delib_fast.looking.dry_run import SMALLEST_VOCABULARY, config_of, dry_run
+from delib_fast.looking.report_page import report
 
 _SET = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a value (repeatable)")]
 
@@ -106,3 +107,4 @@ def plan(
 def register(app: typer.Typer) -> None:
     app.command("inspect")(inspect)
     app.command("plan")(plan)
+    app.command("report")(_told(report))
