@@ -116,6 +116,22 @@ def _has_bf16_units() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def place(module: nn.Module, device: torch.device, dtype: torch.dtype, settings: dict[str, Any], stage: int) -> None:
+    """Bring the module to the device in its compute dtype: whole, or at ZeRO stage 3 this rank's part of each weight.
+
+    There one parameter at a time goes to the device, is taken over from rank 0 and cut into the ranks' parts, so that
+    no device ever has to hold the whole model. A collective.
+    """
+    if stage < 3:
+        module.to(device=device, dtype=dtype)
+        return
+    module.to(dtype=dtype)
+    for part in module.modules():  # ZeRO shards parameters alone
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(device))
+    deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=dtype)
+
+
 class Engine:
     """One stage's model under DeepSpeed ZeRO.
 
@@ -136,13 +152,13 @@ class Engine:
         self._seed = config.seed
         self._zero_stage = effective_zero_stage(config)
         self._plain_norm: Tensor | None = None
-        module.to(device=self.device, dtype=DTYPES[config.engine.precision])
+        settings = deepspeed_json(config, stage, ranks.world_size)
+        place(module, self.device, DTYPES[config.engine.precision], settings, self._zero_stage)
         self.basic_optimizer = build_optimizer(module, stage.optimizer)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints memory figures whatever its log level
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module, optimizer=self.basic_optimizer, dist_init_required=False,
-                config=deepspeed_json(config, stage, ranks.world_size),
-            )
+                config=settings)
         self.module = module
         self.state = TrainingState(module, self.basic_optimizer, self._zero, self._zero_stage)
         self.guard = StepGuard(self.basic_optimizer, self._norm_before_clipping, self.device,

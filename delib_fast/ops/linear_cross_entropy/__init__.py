@@ -232,7 +232,7 @@ class FusedLossHead(nn.Module):
         return self.weight.shape[0]
 
     def extra_repr(self) -> str:
-        V, H = self.weight.shape
+        V, H = getattr(self.weight, "ds_shape", self.weight.shape)  # ZeRO-3 holds a flat part of it
         softcap = "" if self.softcap is None else f", softcap={self.softcap:g}"
         return f"hidden={H}, vocabulary={V}{softcap}, backend={self.backend!r}"
 
