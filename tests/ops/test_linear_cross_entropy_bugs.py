@@ -160,3 +160,42 @@ def test_another_ignore_index(backend):
     targets = torch.where(case.targets == -100, 5, case.targets)
     ours = linear_cross_entropy(*case[:2], targets, case.loss_weights, ignore_index=5, backend=backend)
     assert not ours.nll[targets == 5].any()
+
+
+def test_a_nan_in_a_supervised_row_is_seen(backend):
+    case = make_case()
+    row = int(supervised(case)[2])
+    with torch.no_grad():
+        case.hidden[row, 3] = float("nan")
+    output = linear_cross_entropy(*case, backend=backend)
+    assert output.loss_sum.isnan()
+    assert output.nll.isnan().nonzero().flatten().tolist() == [row]
+
+
+def test_one_supervised_row_among_many(backend):
+    case = make_case(T=130, dead=0.0)
+    targets = torch.full_like(case.targets, -100)
+    targets[77] = 5
+    output = linear_cross_entropy(*case[:2], targets, backend=backend)
+    logits = case.hidden[77] @ case.weight.T
+    torch.testing.assert_close(output.loss_sum, F.cross_entropy(logits, targets[77]))
+    assert gradients(output, case.hidden)[0].any(1).nonzero().flatten().tolist() == [77]
+
+
+def test_second_derivatives_are_refused_and_not_zero(fused):
+    case = make_case()
+    output = linear_cross_entropy(*case, backend=fused)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again; without create_graph=True, or with backen"):
+        gradients(output, case.hidden, create_graph=True)
+
+
+def test_float16_under_a_loss_scale(fused):
+    # probabilities of a large vocabulary are below float16's normal numbers; a scaler's factor comes after rounding
+    case = make_case(T=48, H=16, V=8195, dtype=torch.float16)
+    case = Case((case.hidden.detach() / 8).requires_grad_(), *case[1:])
+    exact, theirs = eager(case.to(torch.float64)), eager(case)
+    scale = 2.0**10
+    output = linear_cross_entropy(*case, backend=fused)
+    ours = [gradient.float() / scale for gradient in gradients(output, case.hidden, case.weight, scale=scale)]
+    for name, *three in zip(("grad_hidden", "grad_weight"), ours, theirs[1:], exact[1:], strict=True):
+        assert_no_worse(*three, name)

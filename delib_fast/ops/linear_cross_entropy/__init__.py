@@ -111,6 +111,7 @@ def linear_cross_entropy(
         ValueError: shapes, dtypes or devices do not fit; a target outside the vocabulary (a GPU backend, which
             does not wait, makes that row's loss NaN instead).
         BackendUnavailable: the backend asked for cannot run here.
+        RuntimeError: a second derivative (create_graph=True), which only the reference backend has.
 
     Numerics: tanh, softmax and loss in float32; the gradient of a logit is rounded once to the inputs' dtype, the
     target's entry after being computed in float32; the weight's gradient accumulates in float32 over all chunks.

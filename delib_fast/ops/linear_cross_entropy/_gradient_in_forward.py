@@ -99,6 +99,11 @@ torch.library.register_fake(
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_unused: Any) -> tuple[Tensor | None, ...]:
     grads: list[Tensor | None] = [None] * ctx.num_inputs
+    if torch.is_grad_enabled():  # create_graph=True: the gradients would pass for constants, in silence
+        raise RuntimeError(
+            "linear_cross_entropy: its gradients, computed in the forward pass, cannot be differentiated again; "
+            "without create_graph=True, or with backend='reference'"
+        )
     if grad_loss is not None:
         for i, (needed, saved) in enumerate(zip(ctx.needs, ctx.saved_tensors, strict=True)):
             if needed:
