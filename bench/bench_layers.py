@@ -20,6 +20,8 @@ import pytest
 import torch
 from conftest import machine, synchronize
 from torch import Tensor
+
+pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 

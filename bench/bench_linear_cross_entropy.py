@@ -288,7 +288,11 @@ def bench_linear_cross_entropy(benchmark, against_roof, quick, name, T, H, V, dt
     skip_unless_it_runs(name, inputs)
     call = functools.partial(CONTENDERS[name], inputs)
     torch._dynamo.reset()
-    errors = assert_correct(call(), key)
+    try:
+        errors = assert_correct(call(), key)
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        pytest.skip(f"does not fit the memory: {str(error).splitlines()[0]}")
     begin = time.perf_counter()
     call()
     seconds = time.perf_counter() - begin

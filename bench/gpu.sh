@@ -4,9 +4,10 @@
 #     bash bench/gpu.sh [OUTDIR]          OUTDIR: bench/results/gpu
 #
 # Each part has its own time limit and its own log, and one that fails costs the rest nothing. summary.txt in OUTDIR
-# says what passed, what failed, what ran out of time. Uses the torch of $PYTHON (python3; torch 2.11 with Python 3.12
-# will do) and never replaces it; wheels that it lacks come from $WHEELS (wheels/, which git ignores), nothing from
-# the network. Without a GPU it goes through the same parts, on small cases, and says so.
+# says what passed, what failed, what ran out of time, and bench/results/<device>/ keeps the figures. Uses the torch of
+# $PYTHON (python3; torch 2.11 with Python 3.12 will do) and never replaces it; wheels that it lacks come from $WHEELS
+# (wheels/, which git ignores), nothing from the network. Without a GPU it goes through the same parts, on small cases,
+# and says so.
 # SECONDS_SCALE=2 doubles every limit. Exit status: how many parts did not pass.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -58,6 +59,7 @@ bench() {  # bench NAME PART [pytest arguments]
   local name=$1 part=$2; shift 2
   "$python" -m pytest "bench/bench_$name.py" -q -p no:cacheprovider --benchmark-json "$out/${name}_$part.json" "$@"
 }
+has() { "$python" -c "import $1" 2>/dev/null; }
 export -f install_missing build environment bench
 export python wheels out
 
@@ -69,18 +71,27 @@ else
   quick=(--quick) tests=(-k "cuda or dispatch")
 fi
 
-part install 30 bash -c install_missing
-if [ "${BUILD:-1}" = 1 ]; then part build 120 bash -c build; else say "left out  build (BUILD=0)"; fi
-part environment 20 bash -c environment && sed 's/^/          /' "$out/environment.log" | tee -a "$summary"
+part install 20 bash -c install_missing
+if [ "${BUILD:-1}" = 1 ]; then part build 110 bash -c build; else say "left out  build (BUILD=0)"; fi
+part environment 15 bash -c environment && sed 's/^/          /' "$out/environment.log" | tee -a "$summary"
 # without inductor and the interpreter's slow cases: what a GPU can break
-part tests 110 "$python" -m pytest tests/ops -q -p no:cacheprovider -m "not slow" ${tests[@]+"${tests[@]}"}
+part tests 100 "$python" -m pytest tests/ops -q -p no:cacheprovider -m "not slow" ${tests[@]+"${tests[@]}"}
 if [ ${#quick[@]} -gt 0 ]; then
-  part bench_loss_quick 80 bash -c 'bench linear_cross_entropy quick --quick'
-  part bench_attention_quick 60 bash -c 'bench varlen_attention quick --quick'
+  part bench_loss 70 bash -c 'bench linear_cross_entropy quick --quick'
+  part bench_attention 60 bash -c 'bench varlen_attention quick --quick'
+  layers=--quick
 else  # JSON is written at the end of a part: several small parts lose less to a limit
-  part bench_loss_100 80 bash -c 'bench linear_cross_entropy 100 -k "4096-151936 and bfloat16 and 100"'
-  part bench_loss_50 80 bash -c 'bench linear_cross_entropy 50 -k "4096-151936 and bfloat16 and 50"'
-  part bench_attention 60 bash -c 'bench varlen_attention all'
+  part bench_loss_100 65 bash -c 'bench linear_cross_entropy 100 -k "4096-151936 and bfloat16 and 100"'
+  part bench_loss_50 60 bash -c 'bench linear_cross_entropy 50 -k "4096-151936 and bfloat16 and 50"'
+  part bench_attention 50 bash -c 'bench varlen_attention all'
+  layers=-k=4096
 fi
+if has transformers; then part bench_layers 50 bash -c "bench layers all $layers"; else say "left out  bench_layers (no transformers)"; fi
+if has deepspeed && has transformers; then
+  part bench_step 55 bash -c "bench step all ${quick[*]-}"
+else
+  say "left out  bench_step (no deepspeed or no transformers)"
+fi
+if compgen -G "$out/*.json" >/dev/null; then part record 10 "$python" bench/report.py --record "$out"/*.json; fi
 say "$failures parts did not pass; logs and JSON are in $out"
 exit "$failures"

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,8 +45,10 @@ def machine() -> dict[str, Any]:
     import torch
 
     root = Path(__file__).parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
-                            cwd=root).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
+                                cwd=root).stdout.strip()
     return {"device": device_name(), "threads": torch.get_num_threads(), "commit": commit, "versions": _versions()}
 
 
@@ -63,6 +66,8 @@ def read_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """The benchmarks of some JSON files of pytest-benchmark, cut to what is kept of them."""
     found = []
     for path in paths:
+        if not path.stat().st_size:  # a run that was ended before it wrote
+            continue
         for entry in json.loads(path.read_text())["benchmarks"]:
             suite = entry["fullname"].partition("::")[0].rpartition("bench_")[2].removesuffix(".py")
             found.append({"suite": suite, "name": entry["name"], "median_ms": entry["stats"]["median"] * 1e3,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 import logging
 import sys
 from types import ModuleType
@@ -193,20 +194,33 @@ def test_sft_refuses(data, tokenizer, tmp_path) -> None:
         trl_integration.prepare(trainer)
 
 
-# --- axolotl, by a stand-in of its plugin protocol: the package itself is not installed here -----------------------
+# --- axolotl: by its own plugin manager where it is installed (pip install --no-deps axolotl addict will do, since it
+# pins much), and everywhere by a stand-in of its protocol ----------------------------------------------------------
 
 
-@pytest.fixture
-def plugin(monkeypatch):
-    base = ModuleType("axolotl.integrations.base")
-    base.BasePlugin = type("BasePlugin", (), {})
-    for name, module in {"axolotl": ModuleType("axolotl"), "axolotl.integrations": ModuleType("axolotl.integrations"),
-                         base.__name__: base}.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "delib_fast.integrations.axolotl", raising=False)
-    module = importlib.import_module("delib_fast.integrations.axolotl")
-    yield getattr(module, "Plugin")()  # noqa: B009 - as axolotl's load_plugin does
-    del sys.modules["delib_fast.integrations.axolotl"]
+@pytest.fixture(params=["stand-in", "axolotl"])
+def plugin(request, monkeypatch):
+    name = "delib_fast.integrations.axolotl"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    if request.param == "axolotl":
+        if importlib.util.find_spec("axolotl") is None:
+            pytest.skip("axolotl is not installed")
+        from axolotl.integrations.base import BasePlugin, PluginManager
+
+        manager = PluginManager.get_instance()
+        manager.register(f"{name}.Plugin")
+        assert manager.get_input_args() == [f"{name}.Args"]
+        found = manager.plugins.pop(f"{name}.Plugin")
+        assert isinstance(found, BasePlugin)
+        yield found
+    else:
+        base = ModuleType("axolotl.integrations.base")
+        base.BasePlugin = type("BasePlugin", (), {})
+        for part, module in {"axolotl": ModuleType("axolotl"), base.__name__: base,
+                             "axolotl.integrations": ModuleType("axolotl.integrations")}.items():
+            monkeypatch.setitem(sys.modules, part, module)
+        yield importlib.import_module(name).Plugin()
+    del sys.modules[name]
 
 
 def test_axolotl_hooks_in_their_order(plugin, data, tmp_path) -> None:
