@@ -1,99 +1,58 @@
-"""A whole training step: forward, backward and update, ours beside the loop that one writes by hand.
+"""A whole training step, forward, backward and update: ours, the loop that one writes by hand, and TRL's trainer.
 
-    pytest bench/bench_step.py                       # both model shapes, some minutes on two cores
-    pytest bench/bench_step.py --quick               # a small one
+    pytest bench/bench_step.py                                     # what this device can run; minutes on two cores
+    pytest bench/bench_step.py -k "vocab8k and short and ours"     # one case
+    pytest bench/bench_step.py --quick                             # a small one
 
-Both sides train the same new model on the same rows (the example deliberations, tokenised by a tokenizer trained
-on them), with the same fused AdamW, in the precision that the device multiplies natively. The hand-written loop is
-a good one: rows sorted by length and padded in micro-batches of at most `pack_capacity` tokens, the head only on
-supervised rows, one division by the step's supervised tokens. Before timing, the two losses must agree.
+All train the same new model on the same rows, as many tokens a step, with the same fused AdamW, in the precision that
+the device multiplies natively.
 
-`supervised_tokens_per_s` of one run compares; a time alone says nothing about another machine.
+    ours       packs through the engine, as `train.py` runs them; `model.layers` as its name says
+    by hand    a good loop: rows sorted by length and padded in micro-batches of at most a pack's tokens, parameters in
+               bf16 throughout, the head and its loss compiled and only on supervised rows, one division by the step's
+               supervised tokens
+    trl        SFTTrainer at its best: packed, parameters in bf16; on a GPU its chunked loss, or liger where installed
+
+Before anything is timed the losses of the first updates must agree. Ours is timed in turns with the loop by hand, a
+step of each, so that what disturbs the machine disturbs both; on a GPU one after the other, since two models may not
+fit. `ratio` compares within one run; a time alone says nothing about another machine. A CPU figure of TRL says nothing
+about GPUs: what it runs on a CPU is a fallback.
+
+Rows: STAR-1 and the Model Spec from ../shared/data where they are, else the examples of this repository. `short` are
+chats of some 400 tokens with loss on CoT and response; `long` is one text, cut at every pack.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import machine, peak_extra_mib, synchronize
+from step_cases import SHAPES, Workload, padded_batches
 from torch.nn import functional as F
 
-from delib_fast.config import AFTConfig, Config, ModelConfig, SourceConfig
-from delib_fast.config_file import parse_config
-from delib_fast.data import EncodedSet, PackedBatches, encode_rows, read_source
-from delib_fast.engine import Engine, Ranks, native_precision
+from delib_fast.engine import Engine
 from delib_fast.engine.engine import DTYPES
-from delib_fast.losses import loss_normalizer, segment_weights
-from delib_fast.models import TrainableLM, build_model, train_tokenizer
+from delib_fast.models import StepCost, TrainableLM
+from delib_fast.throughput import device_peak
 
-ROWS = Path(__file__).parent.parent / "examples" / "data" / "deliberation.jsonl"
+Contender = tuple[Callable[[], float], Callable[[], None]]
+"""One update, giving its loss; and what frees it."""
 
-
-@dataclass(frozen=True)
-class Shape:
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-    tokens_per_step: int = 8192
-    pack_capacity: int = 2048
-
-    def architecture(self) -> dict[str, Any]:
-        return {"model_type": "qwen3", "hidden_size": self.hidden, "num_hidden_layers": self.layers,
-                "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
-                "intermediate_size": self.intermediate, "vocab_size": self.vocab, "tie_word_embeddings": True}
+LR, DECAY, BETAS = 1e-4, 0.01, (0.9, 0.95)
+COMPARED = 4  # updates whose losses must agree
+# Pure bf16 against fp32 master weights, over a few updates. In fp32 both compute the same.
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 
 
-SHAPES = {
-    "quick": Shape(128, 2, 4, 2, 32, 384, 2048, tokens_per_step=2048, pack_capacity=1024),
-    "hidden256-vocab8k": Shape(256, 6, 8, 4, 32, 768, 8192),
-    "hidden512-vocab152k": Shape(512, 4, 8, 4, 64, 1536, 151_936, tokens_per_step=4096),
-}
-
-
-class Workload:
-    """One model shape, its rows, and its first global step."""
-
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
-        self.ranks = Ranks()
-        self.precision = native_precision(self.ranks.device)
-        rows = read_source("rows", SourceConfig(path=str(ROWS)))
-        self.tokenizer = train_tokenizer((text for row in rows for text in row.texts), 2000)
-        self.config = self._config()
-        self.stage = self.config.stages[0]
-        assert isinstance(self.stage, AFTConfig)
-        self.examples: EncodedSet = encode_rows(rows, self.tokenizer, self.stage)
-        self.batches = PackedBatches(
-            self.examples, pack_capacity=shape.pack_capacity, packs_per_step=self.stage.packs_per_step,
-            segment_weights=segment_weights(self.stage), seed=0, epochs=1, rank=0, world_size=1)
-        self.micro_batches = self.batches.step(0)
-        self.normalizer = loss_normalizer(self.micro_batches)
-        self.supervised = sum(batch.num_supervised for batch in self.micro_batches)
-
-    def _config(self) -> Config:
-        return parse_config({
-            "run_dir": "unused", "model": {"architecture": self.shape.architecture()}, "data": {"rows": str(ROWS)},
-            "tokenizer": {"path": "unused"}, "engine": {"precision": self.precision},
-            "stages": [{"kind": "aft", "train": ["rows"], "pack_capacity": self.shape.pack_capacity,
-                        "tokens_per_step": self.shape.tokens_per_step, "optimizer": {"grad_clip": 1.0}}]})
-
-    def model(self) -> Any:
-        return build_model(ModelConfig(architecture=self.shape.architecture()), self.tokenizer, seed=0)
-
-
-def ours(work: Workload) -> tuple[Callable[[], float], Callable[[], None]]:
-    """(one step, giving its loss; clean up): packs through the fused loss under the engine."""
-    engine = Engine(TrainableLM(work.model()), work.config, work.stage, 1000, work.ranks)
+def ours(work: Workload, layers: str) -> Contender:
+    trainable = TrainableLM(work.model(), layers=layers)
+    engine = Engine(trainable, work.config, work.stage, 1_000_000, work.ranks)
 
     def step() -> float:
         engine.begin_step()
@@ -108,24 +67,29 @@ def ours(work: Workload) -> tuple[Callable[[], float], Callable[[], None]]:
     return step, engine.close
 
 
-def by_hand(work: Workload) -> tuple[Callable[[], float], Callable[[], None]]:
-    """The same rows sorted by length, padded, through transformers' own sdpa, with the head on supervised rows."""
+def by_hand(work: Workload) -> Contender:
     device = work.ranks.device
     model = work.model().to(device, DTYPES[work.precision])
-    model.set_attn_implementation("sdpa")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, betas=(0.9, 0.95), fused=True)
+    model.set_attn_implementation("flash_attention_2" if _has("flash_attn") and device.type == "cuda" else "sdpa")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=DECAY, betas=BETAS, fused=True)
     padded = [tuple(t.to(device) for t in batch) for batch in padded_batches(work)]
+
+    @torch.compile(dynamic=True, disable=work.shape.name == "quick")
+    def head_and_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+                      weights: torch.Tensor) -> torch.Tensor:
+        nll = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
+        return (nll * weights).sum()
 
     def step() -> float:
         total = torch.zeros((), device=device)
         for ids, mask, targets, weights in padded:
             hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             at = weights > 0
-            nll = F.cross_entropy(model.lm_head(hidden[at]).float(), targets[at], reduction="none")
-            loss_sum = (nll * weights[at]).sum()
+            loss_sum = head_and_loss(hidden[at], model.lm_head.weight, targets[at], weights[at])
             (loss_sum / work.normalizer).backward()
             total += loss_sum.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(total) / work.normalizer
@@ -133,59 +97,139 @@ def by_hand(work: Workload) -> tuple[Callable[[], float], Callable[[], None]]:
     return step, lambda: None
 
 
-def padded_batches(work: Workload) -> list[tuple[torch.Tensor, ...]]:
-    """(ids, mask, targets, weights) of the step's rows, each (B, longest), B · longest ≤ pack_capacity."""
-    weight_of = np.asarray(segment_weights(work.stage), np.float32)
-    rows = sorted((work.examples[i] for i in work.batches.step_example_ids(0)), key=len)
-    groups: list[list[Any]] = [[]]
-    for row in rows:
-        if groups[-1] and (len(groups[-1]) + 1) * len(row) > work.shape.pack_capacity:
-            groups.append([])
-        groups[-1].append(row)
-    batches = []
-    for group in groups:
-        shape = (len(group), max(map(len, group)))
-        ids, mask, targets = (np.zeros(shape, np.int64) for _ in range(3))
-        weights = np.zeros(shape, np.float32)
-        for i, row in enumerate(group):
-            n = len(row)
-            ids[i, :n], mask[i, :n] = row.input_ids, 1
-            targets[i, : n - 1], weights[i, : n - 1] = row.input_ids[1:], weight_of[row.segments[1:]]
-        batches.append(tuple(map(torch.from_numpy, (ids, mask, targets, weights))))
-    return batches
+def trl_times(work: Workload, updates: int, folder: Path) -> tuple[list[float], list[float]]:
+    """(seconds, loss) of each update of TRL's trainer over the same rows; an epoch is one update."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    class Times(TrainerCallback):
+        def __init__(self) -> None:
+            self.began, self.seconds = 0.0, []
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            synchronize()
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            synchronize()
+            self.seconds.append(time.perf_counter() - self.began)
+
+    gpu = work.ranks.device.type == "cuda"
+    rows = [{"input_ids": row.input_ids.tolist(), "completion_mask": [int(s in work.supervised_segments)
+                                                                    for s in row.segments.tolist()]}
+            for row in (work.examples[i] for i in work.batches.step_example_ids(0))]
+    settings = SFTConfig(
+        output_dir=str(folder), max_length=work.shape.pack_capacity, packing=True, completion_only_loss=True,
+        per_device_train_batch_size=1, num_train_epochs=updates, learning_rate=LR, weight_decay=DECAY,
+        adam_beta1=BETAS[0], adam_beta2=BETAS[1], lr_scheduler_type="constant", max_grad_norm=1.0, logging_steps=1,
+        report_to="none", save_strategy="no", use_cpu=not gpu, bf16=False, disable_tqdm=True,
+        gradient_checkpointing=False, use_liger_kernel=gpu and _has("liger_kernel"),
+        **({"loss_type": "chunked_nll"} if gpu and not _has("liger_kernel") else {}))
+    model = work.model().to(work.ranks.device, DTYPES[work.precision])
+    model.set_attn_implementation("flash_attention_2" if gpu and _has("flash_attn") else "sdpa")
+    times = Times()
+    trainer = SFTTrainer(model, args=settings, train_dataset=Dataset.from_list(rows), callbacks=[times],
+                         processing_class=work.tokenizer)
+    trainer.args.gradient_accumulation_steps = len(trainer.train_dataset)  # packs that TRL made of the rows
+    trainer.train()
+    return times.seconds, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-CONTENDERS = {"ours": ours, "by-hand": by_hand}
+def _has(package: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(package) is not None
 
 
 @pytest.fixture(scope="module")
 def workloads():
-    made: dict[str, Workload] = {}
-    return lambda name: made.setdefault(name, Workload(SHAPES[name]))
+    made: dict[tuple[str, str], Workload] = {}
+
+    def get(shape: str, data: str) -> Workload:
+        if (shape, data) not in made:
+            made.clear()  # one at a time: a large model's rows are no use to the next
+            made[shape, data] = Workload(SHAPES[shape], data)
+        return made[shape, data]
+
+    return get
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("shape", SHAPES)
-def bench_step(benchmark, workloads, quick, shape, contender):
+CASES = [(shape, data) for shape in SHAPES for data in ("short", "long") if data in SHAPES[shape].data]
+
+
+def _skip_where_it_cannot_run(shape: str, quick: bool) -> None:
     if quick != (shape == "quick"):
         pytest.skip("--quick runs the small shape alone" if quick else "the small shape is for --quick")
-    work = workloads(shape)
-    step, close = CONTENDERS[contender](work)
-    first = step()
-    reference, close_reference = by_hand(work)
-    assert first == pytest.approx(reference(), rel=1e-4 if work.precision == "fp32" else 2e-2)
-    close_reference()
+    if reason := SHAPES[shape].why_not():
+        pytest.skip(reason)
 
-    def timed() -> None:
-        step()
-        synchronize()
 
-    peak = peak_extra_mib(timed)
-    benchmark.pedantic(timed, rounds=3 if quick else 5, warmup_rounds=1)
-    seconds = benchmark.stats.stats.median
-    tokens = int(work.examples.lengths[work.batches.step_example_ids(0)].sum())
-    benchmark.extra_info.update(
-        machine(), shape=shape, contender=contender, precision=work.precision, peak_extra_mib=peak,
-        tokens=tokens, tokens_per_s=tokens / seconds, supervised_tokens_per_s=work.supervised / seconds,
-        fill=work.batches.fill)
+@pytest.mark.parametrize("contender", ["ours-compile", "ours-eager"])
+@pytest.mark.parametrize(("shape", "data"), CASES)
+def bench_step(benchmark, workloads, quick, shape, data, contender):
+    _skip_where_it_cannot_run(shape, quick)
+    if quick and contender == "ours-compile":
+        pytest.skip("compiling takes longer than the small shape's steps")
+    work = workloads(shape, data)
+    rounds = 3 if quick else 7
+    hand, close_hand = by_hand(work)
+    hand_losses = [hand() for _ in range(COMPARED)]
+    hand_s: list[float] = []
+    together = work.ranks.device.type == "cpu"
+    if not together:
+        hand_s = [_seconds(hand) for _ in range(rounds)]
+        del hand
+        close_hand()
+        torch.cuda.empty_cache()
+    step, close = ours(work, contender.removeprefix("ours-"))
+    losses = [step() for _ in range(COMPARED)]
+    assert losses == pytest.approx(hand_losses, rel=TOLERANCE[work.precision])
+    peak = peak_extra_mib(step)
+    benchmark.pedantic(lambda: (step(), synchronize()), rounds=rounds,
+                       setup=(lambda: hand_s.append(_seconds(hand))) if together else lambda: None)
     close()
+    _record(benchmark, work, contender, benchmark.stats.stats.median, statistics.median(hand_s), data, losses=losses,
+            by_hand_losses=hand_losses, peak_extra_mib=peak)
+
+
+@pytest.mark.parametrize(("shape", "data"), CASES)
+def bench_step_of_trl(benchmark, workloads, quick, shape, data, tmp_path):
+    """One round: TRL's trainer over a few updates, between updates of the loop by hand."""
+    _skip_where_it_cannot_run(shape, quick)
+    pytest.importorskip("trl")
+    work = workloads(shape, data)
+    hand, close_hand = by_hand(work)
+    first = hand()
+    hand_s = [_seconds(hand) for _ in range(2)]
+    close_hand()
+    if work.ranks.device.type == "cuda":
+        del hand
+        torch.cuda.empty_cache()
+    updates = 4 if quick or work.ranks.device.type == "cuda" else 2
+    found: list[Any] = []
+    benchmark.pedantic(lambda: found.append(trl_times(work, updates, tmp_path)), rounds=1)
+    seconds, losses = found[0]
+    # TRL cuts no row and drops none here, so its first loss is the same mean over the same tokens.
+    assert losses[0] == pytest.approx(first, rel=TOLERANCE[work.precision])
+    _record(benchmark, work, "trl", statistics.median(seconds[1:]), statistics.median(hand_s), data, losses=losses)
+
+
+def _seconds(step: Callable[[], float]) -> float:
+    began = time.perf_counter()
+    step()
+    synchronize()
+    return time.perf_counter() - began
+
+
+def _record(benchmark: Any, work: Workload, contender: str, seconds: float, hand_s: float, data: str,
+            **more: Any) -> None:
+    flops = StepCost.of(TrainableLM(work.model())).flops(work.micro_batches)
+    peak = device_peak(work.ranks.device, DTYPES[work.precision])
+    benchmark.extra_info.update(
+        machine(), shape=work.shape.name, data=f"{data}: {work.source}", contender=contender, precision=work.precision,
+        tokens=work.tokens, supervised_tokens=work.supervised, fill=work.batches.fill, step_s=seconds,
+        by_hand_s=hand_s, ratio=hand_s / seconds, tokens_per_s=work.tokens / seconds,
+        supervised_tokens_per_s=work.supervised / seconds, by_hand_supervised_tokens_per_s=work.supervised / hand_s,
+        mfu=flops / seconds / peak.flops_per_s, peak_tflops_per_s=peak.flops_per_s / 1e12, peak_source=peak.source,
+        **more)

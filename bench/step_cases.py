@@ -1,0 +1,163 @@
+"""Model shapes and rows for bench_step.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from delib_fast.config import Config, LoraConfig, ModelConfig, SourceConfig
+from delib_fast.config_file import parse_config
+from delib_fast.data import EncodedSet, PackedBatches, encode_rows, read_source
+from delib_fast.engine import Ranks, native_precision
+from delib_fast.losses import loss_normalizer, segment_weights
+from delib_fast.models import add_adapter, build_model, train_tokenizer
+from delib_fast.models.build import enable_activation_checkpointing
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    tied: bool = True
+    tokens_per_step: int = 8192
+    pack_capacity: int = 2048
+    data: tuple[str, ...] = ("short",)
+    device: str = "cpu"
+    lora: int | None = None
+    """rank of an adapter; None trains everything"""
+    checkpointing: bool = False
+
+    def architecture(self) -> dict[str, Any]:
+        return {"model_type": "qwen3", "hidden_size": self.hidden, "num_hidden_layers": self.layers,
+                "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
+                "intermediate_size": self.intermediate, "vocab_size": self.vocab, "tie_word_embeddings": self.tied,
+                "max_position_embeddings": 40960}
+
+    @property
+    def parameters(self) -> int:
+        width = self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        block = self.hidden * (width + 3 * self.intermediate)
+        return self.layers * block + self.vocab * self.hidden * (1 if self.tied else 2)
+
+    def why_not(self) -> str | None:
+        """Why this device can't run it, or None. Full training takes 18 bytes a parameter, LoRA 2 and a margin."""
+        if (self.device == "cuda") != torch.cuda.is_available():
+            return f"it is for {self.device}"
+        if self.device == "cuda":
+            needs = self.parameters * (2 if self.lora else 18) + 8 * GIB
+            has = torch.cuda.get_device_properties(0).total_memory
+            if needs > has:
+                return f"it needs about {needs / GIB:.0f} GiB, the GPU has {has / GIB:.0f}"
+        return None
+
+
+def _gpu(name: str, *sizes: Any, **more: Any) -> Shape:
+    return Shape(name, *sizes, device="cuda", data=("short", "long"), tokens_per_step=32768, pack_capacity=8192,
+                 checkpointing=True, **more)
+
+
+# hidden, layers, heads, kv heads, head dim, intermediate, vocabulary
+_1B7, _8B, _32B = ((2048, 28, 16, 8, 128, 6144, 151_936), (4096, 36, 32, 8, 128, 12288, 151_936),
+                   (5120, 64, 64, 8, 128, 25600, 151_936))
+SHAPES = {shape.name: shape for shape in (
+    Shape("quick", 128, 2, 4, 2, 32, 384, 2048, tokens_per_step=2048, pack_capacity=1024),
+    Shape("hidden256-vocab8k", 256, 6, 8, 4, 32, 768, 8192, data=("short", "long")),
+    Shape("hidden512-vocab152k", 512, 4, 8, 4, 64, 1536, 151_936),
+    _gpu("qwen3-1.7b-full", *_1B7), _gpu("qwen3-8b-full", *_8B, tied=False),
+    _gpu("qwen3-8b-lora64", *_8B, tied=False, lora=64), _gpu("qwen3-32b-lora64", *_32B, tied=False, lora=64))}
+
+
+class Workload:
+    """One model shape, its rows, and its first global step."""
+
+    def __init__(self, shape: Shape, data: str) -> None:
+        self.shape = shape
+        self.ranks = Ranks()
+        self.precision = native_precision(self.ranks.device)
+        path, self.source = _file(data)
+        rows = list(read_source("rows", SourceConfig(path=str(path))))
+        if data == "long" and len(rows) > 1:
+            rows = [replace(rows[0], text="\n\n".join(text for row in rows for text in row.texts))]
+        self.tokenizer = train_tokenizer((text for row in rows for text in row.texts), min(shape.vocab, 2000))
+        self.config = self._config(data, path)
+        self.stage = self.config.stages[0]
+        self.supervised_segments = {k for k, weight in enumerate(segment_weights(self.stage)) if weight > 0}
+        self.examples: EncodedSet = encode_rows(rows, self.tokenizer, self.stage)
+        self.batches = PackedBatches(
+            self.examples, pack_capacity=shape.pack_capacity, packs_per_step=self.stage.packs_per_step,
+            segment_weights=segment_weights(self.stage), seed=0, epochs=1, rank=0, world_size=1)
+        self.micro_batches = self.batches.step(0)
+        self.normalizer = loss_normalizer(self.micro_batches)
+        self.supervised = sum(batch.num_supervised for batch in self.micro_batches)
+        self.tokens = sum(batch.num_tokens for batch in self.micro_batches)
+
+    def _config(self, data: str, path: Path) -> Config:
+        stage = {"kind": "aft"} if data == "short" else {"kind": "msm", "over_long": "split"}
+        return parse_config({
+            "run_dir": "unused", "model": {"architecture": self.shape.architecture()}, "data": {"rows": str(path)},
+            "tokenizer": {"path": "unused"}, "engine": {"precision": self.precision},
+            "stages": [{**stage, "train": ["rows"], "pack_capacity": self.shape.pack_capacity,
+                        "tokens_per_step": self.shape.tokens_per_step,
+                        "optimizer": {"grad_clip": 1.0, "lr": 1e-4, "schedule": "constant", "warmup": 0}}]})
+
+    def model(self) -> Any:
+        """A new model, the same every time."""
+        if self.ranks.device.type == "cpu":
+            return build_model(ModelConfig(architecture=self.shape.architecture()), self.tokenizer, seed=0)
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        with self.ranks.device:  # drawn where it will be: 32 billion weights take minutes on a host
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.shape.architecture()),
+                                                     dtype=torch.bfloat16)
+        model.config.use_cache = False
+        if self.shape.checkpointing:
+            enable_activation_checkpointing(model)
+        if self.shape.lora is not None:
+            add_adapter(model, LoraConfig(r=self.shape.lora, alpha=2 * self.shape.lora), base=None, seed=0)
+        return model
+
+
+def _file(data: str) -> tuple[Path, str]:
+    """(path, what it is called in the results)"""
+    found = {"short": ("star1.json", "STAR-1"), "long": ("model_spec.md", "Model Spec")}[data]
+    if (SHARED / found[0]).is_file():
+        return SHARED / found[0], found[1]
+    name = {"short": "deliberation.jsonl", "long": "documents.jsonl"}[data]
+    return ROOT / "examples" / "data" / name, f"examples/data/{name}"
+
+
+def padded_batches(work: Workload) -> list[tuple[torch.Tensor, ...]]:
+    """(ids, mask, targets, weights) of the step's rows, each (B, longest), B · longest ≤ pack_capacity."""
+    weight_of = np.asarray(segment_weights(work.stage), np.float32)
+    rows = sorted((work.examples[i] for i in work.batches.step_example_ids(0)), key=len)
+    groups: list[list[Any]] = [[]]
+    for row in rows:
+        if groups[-1] and (len(groups[-1]) + 1) * len(row) > work.shape.pack_capacity:
+            groups.append([])
+        groups[-1].append(row)
+    batches = []
+    for group in groups:
+        shape = (len(group), max(map(len, group)))
+        ids, mask, targets = (np.zeros(shape, np.int64) for _ in range(3))
+        weights = np.zeros(shape, np.float32)
+        for i, row in enumerate(group):
+            n = len(row)
+            ids[i, :n], mask[i, :n] = row.input_ids, 1
+            targets[i, : n - 1], weights[i, : n - 1] = row.input_ids[1:], weight_of[row.segments[1:]]
+        batches.append(tuple(map(torch.from_numpy, (ids, mask, targets, weights))))
+    return batches
