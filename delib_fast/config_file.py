@@ -205,6 +205,9 @@ def _explain(error: ValidationError) -> list[str]:
 # --- writing ------------------------------------------------------------------------------------------------
 
 _SECRET_KEY = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_?key|credential)s?$", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL)S?$", re.IGNORECASE)
+# Keys of services that people train with, by how they begin: Hugging Face, OpenAI and the like, GitHub, AWS.
+_SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})")
 _URL_USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
 
 
@@ -217,8 +220,18 @@ def redact(tree: Any, key: str = "") -> Any:
     if isinstance(tree, str):
         if _SECRET_KEY.search(key) and not tree.startswith("${"):
             return "***"
-        return _URL_USERINFO.sub("***@", tree)
+        return without_secrets(tree)
     return tree
+
+
+def without_secrets(text: str) -> str:
+    """The text with `***` for what looks like a key of a service, for a name and password in an address, and for the
+    value of any variable of the environment whose name says that it is one."""
+    text = _URL_USERINFO.sub("***@", _SECRET_VALUE.sub("***", text))
+    for name, value in os.environ.items():
+        if len(value) >= 8 and _SECRET_NAME.search(name):
+            text = text.replace(value, "***")
+    return text
 
 
 def dump_config(config: Config) -> str:

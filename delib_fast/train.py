@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from delib_fast.bookkeeping import LostRankError, Saver, StepLog, Stopped, StopRequest, TrainingError
 from delib_fast.config import Config, ConfigError, StageConfig
-from delib_fast.config_file import load_config
+from delib_fast.config_file import load_config, without_secrets
 from delib_fast.handover import build_stage_model, export, exported_by, start_of
 from delib_fast.slurm import adopt_slurm
 
@@ -332,7 +332,7 @@ def _is_told_plainly(error: Exception) -> bool:
 
 def _fail(message: str, speaks: bool, code: int) -> int:
     if speaks:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {without_secrets(message)}", file=sys.stderr, flush=True)
     return code
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from launch import ROOT, free_port
@@ -88,6 +89,33 @@ def test_launchers_give_the_same_model(tmp_path, finished, name):
     assert done.returncode == 0, done.stdout
     for key, weight in weights(finished).items():
         assert torch.equal(weights(tmp_path / "run")[key], weight), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "ranks", "number", "to_all"), [
+    ("deepspeed", 2, signal.SIGINT, True),  # Ctrl-C in a terminal: the launcher and the ranks get it
+    ("deepspeed", 1, signal.SIGTERM, False),  # the launcher dies of it without a word to the ranks
+    ("torchrun", 2, signal.SIGTERM, False),
+])
+def test_signal_to_a_launcher(tmp_path, name, ranks, number, to_all):
+    """The ranks save within a step and end, and none is left over. The launcher's own exit code is its own."""
+    path = tiny(tmp_path)
+    start = [str(ranks) if word == "1" else word.format(port=free_port()) for word in LAUNCHERS[name]]
+    with (tmp_path / "output").open("w") as output:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).parent / start[0]), *start[1:], "--config", str(path), "--set",
+             "stages.aft.epochs=40"], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True, env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+        wait_for_step(tmp_path / "run", process, "aft", 2)
+        children = psutil.Process(process.pid).children(recursive=True)
+        (os.killpg if to_all else os.kill)(process.pid, number)
+        process.wait(120)
+        _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive, "orphans"
+    told = (tmp_path / "output").read_text()
+    assert told.count("the same command goes on from there") == 1, told
+    last = metrics(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / "run" / "checkpoints" / "aft" / f"step-{last:08d}" / "manifest.json").exists()
 
 
 @pytest.mark.slow

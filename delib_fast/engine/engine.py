@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from delib_fast.config import Config, ConfigError, StageBase, rank_groups
@@ -155,7 +156,7 @@ class Engine:
         settings = deepspeed_json(config, stage, ranks.world_size)
         place(module, self.device, DTYPES[config.engine.precision], settings, self._zero_stage)
         self.basic_optimizer = build_optimizer(module, stage.optimizer)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints memory figures whatever its log level
+        with contextlib.redirect_stdout(io.StringIO()), _told_as_config_error():  # it prints memory figures
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module, optimizer=self.basic_optimizer, dist_init_required=False,
                 config=settings)
@@ -255,6 +256,17 @@ class Engine:
 
     def close(self) -> None:
         self._engine.destroy()
+
+
+@contextlib.contextmanager
+def _told_as_config_error() -> Iterator[None]:
+    """What DeepSpeed finds wrong with the `deepspeed:` block: the key and why, without the value, which it would print
+    and which may be a secret."""
+    try:
+        yield
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise ConfigError(f"deepspeed: {faults}") from None
 
 
 def _telling(tensors: Tensors, at: Callable[[str], None]) -> Tensors:
