@@ -151,7 +151,8 @@ def run_stage(context: Context, index: int) -> None:
                          layers=resolve_layers(config.model.layers, ranks.device, config.engine.zero_stage))
     engine = Engine(module, config, stage, batches.num_steps, ranks)
     engine.state.set_weights(exact_weights)
-    check_isolation(engine.wrapped, ranks.device)  # as it will train: in its precision, on its backend
+    # as it will train: in its precision, on its backend
+    check_isolation(engine.wrapped, ranks.device, shares_prompts=batches.shares_prompts)
     root = run.checkpoints(stage.name)
     with context.watchdog.may_take_long("reading a checkpoint"):
         found = engine.resume(root, context.reporter.say)

@@ -293,6 +293,10 @@ class PackedBatches:
         costs = self._epochs.costs(self.epoch_of(index), quadratic_cost)[places]
         return np.bincount(np.arange(len(places)) % world_size, weights=costs, minlength=world_size).astype(np.float64)
 
+    def cost_of_epoch(self, quadratic_cost: float) -> float:
+        """Σ n + q·n² over the packs of an epoch."""
+        return float(self._epochs.costs(0, quadratic_cost).sum())
+
     def epoch_of(self, index: int) -> int:
         return index // self.steps_per_epoch
 

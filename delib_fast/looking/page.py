@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterable
 
 from delib_fast.data import Segment
-from delib_fast.looking.tokens import Piece, Run, Seen, shown
+from delib_fast.looking.tokens import Piece, Run, Seen, shown, tokens
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --line: #d7dce1; --quiet: #66707b;
@@ -49,7 +49,7 @@ def _example(seen: Seen) -> str:
 def _run(run: Run) -> str:
     pieces = "".join(map(_piece, run.pieces))
     return (f'<div class="run {run.segment.name.lower()}"><pre>{pieces}</pre>'
-            f"<small>{_word(run.segment)} · {run.tokens} tokens · weight {run.weight:.4g}</small></div>")
+            f"<small>{_word(run.segment)} · {tokens(run)} · weight {run.weight:.4g}</small></div>")
 
 
 def _piece(piece: Piece) -> str:

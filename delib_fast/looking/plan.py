@@ -72,7 +72,7 @@ def plan_stage(corpus: Corpus, config: Config, stage: StageConfig, *, ranks: int
         np.linspace(0, batches.num_steps - 1, _STEPS_WEIGHED).astype(int).tolist()
     costs = np.array([batches.cost_of_ranks(step, ranks // parallel, q) for step in steps])
     left_out, counts = corpus.left_out(stage), corpus.encoded(stage).counts
-    tokens, pairs = float(encoded.lengths.sum()), float((encoded.lengths.astype(np.float64) ** 2).sum())
+    cost = batches.cost_of_epoch(q)
     products = corpus.shape.layers * corpus.shape.attention_width / q
     return StagePlan(
         stage=stage, rows=counts.rows + sum(n for why, n in left_out.items() if why != "over-long"),
@@ -83,7 +83,7 @@ def plan_stage(corpus: Corpus, config: Config, stage: StageConfig, *, ranks: int
         sharing=batches.prompt_sharing, not_shared=corpus.shape.no_shared_prompts, ranks=ranks,
         sequence_parallel=parallel, packs_of_a_rank=packs_of_a_rank,
         balance=float(costs.max(1).sum() / costs.mean(1).sum()),
-        flops_per_epoch=6 * products * (tokens + q * pairs), attention_share=q * pairs / (tokens + q * pairs),
+        flops_per_epoch=6 * products * cost, attention_share=1 - batches.tokens_per_epoch / cost,
         memory=memory_parts(config, stage, corpus.shape, ranks, precision),
         longest=longest_pack(config, stage, corpus.shape, ranks, precision, card_gib))
 

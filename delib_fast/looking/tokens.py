@@ -97,6 +97,10 @@ def _pieces(ids: Sequence[int], tokenizer: Any, control: set[int]) -> Iterator[P
             held = []
 
 
+def tokens(run: Run) -> str:
+    return f"{run.tokens} token{'s' if run.tokens != 1 else ''}"
+
+
 def shown(text: str) -> str:
     """White space and what a terminal would obey, made visible."""
     text = text.replace("\t", "→\t").replace("\r", "␍").replace("\n", "↵\n")
@@ -108,7 +112,7 @@ def rendered(seen: Seen) -> RenderableType:
     parts: list[RenderableType] = [Text(seen.heading, "bold")]
     for run in seen.runs:
         colour = COLOURS[run.segment]
-        parts.append(Text(f"── {run.segment.name}  {run.tokens} tokens  weight {run.weight:.4g}", colour))
+        parts.append(Text(f"── {run.segment.name}  {tokens(run)}  weight {run.weight:.4g}", colour))
         line = Text()
         for k, piece in enumerate(run.pieces):
             style = f"reverse {colour}" if piece.control else f"underline {colour}" if k % 2 else colour

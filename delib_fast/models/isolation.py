@@ -33,24 +33,28 @@ class LeakError(ValueError):
     """Runs of one pack influence each other: says which way, how much, and what to do."""
 
 
-def check_isolation(trainable: TrainableLM | nn.Module, device: torch.device | str) -> None:
+def check_isolation(
+    trainable: TrainableLM | nn.Module, device: torch.device | str, *, shares_prompts: bool = False
+) -> None:
     """Refuse a model in which a pack's runs are not as if each were alone.
 
         for each token changed:   nll of other runs, and of the run's earlier tokens, must stay as they were
         for each run:             nll in the pack = nll alone
+        shares_prompts:           nll of two replies behind one copy of their prompt = nll of each behind its own
 
     Args:
         trainable: a `TrainableLM`, or what wraps one and passes its forward on (a DeepSpeed engine, DDP).
             With ZeRO-3 every rank calls this together, as with any forward pass; under sequence parallelism the
             ranks share out the probe as they do a pack.
         device: where its inputs go.
+        shares_prompts: whether packs will hold replies that share their prompt.
     Raises:
         LeakError: naming what leaks. Also where a changed token has no effect at all, since then nothing was
             seen.
 
-    Eight forward passes on at most 18 tokens, without gradients: leaks in the mode (train or eval) that the model is
-    in, with the same random numbers each time, packed against alone in eval mode. Modes and global generators are left
-    as they were.
+    Eight forward passes (11 with shares_prompts) on at most 18 tokens, without gradients: leaks in the mode (train or
+    eval) that the model is in, with the same random numbers each time, packed against alone in eval mode. Modes and
+    global generators are left as they were.
     """
     device = torch.device(device)
     vocab_size, dtype, group = _facts(trainable)
@@ -67,6 +71,8 @@ def check_isolation(trainable: TrainableLM | nn.Module, device: torch.device | s
         changed[place] = (changed[place] + vocab_size // 2) % vocab_size
         _judge(index, place, (start, end), (run(changed, _LENGTHS) - packed).abs(), packed)
     _compare_alone(run.in_eval_mode(), tokens, borders, _TOLERANCE.get(dtype, 5e-2))
+    if shares_prompts:
+        _compare_shared(run.in_eval_mode(), tokens, borders, _TOLERANCE.get(dtype, 5e-2))
 
 
 def _compare_alone(run: _Probe, tokens: Tensor, borders: Sequence[tuple[int, int]], tolerance: float) -> None:
@@ -79,6 +85,18 @@ def _compare_alone(run: _Probe, tokens: Tensor, borders: Sequence[tuple[int, int
                 f"run {index + 1} of a pack has another loss than alone (relative difference {off:.1e}), "
                 "though no other run reaches it: the model does not heed the batch's position_ids. Use an "
                 "architecture that does, or train without packing (one example a pack)")
+
+
+def _compare_shared(run: _Probe, tokens: Tensor, borders: Sequence[tuple[int, int]], tolerance: float) -> None:
+    """The first run as a prompt, the others as replies that continue it."""
+    prompt, *replies = borders
+    shared = run(tokens, _LENGTHS, prefix=(-1, 0, 0))
+    for start, end in replies:
+        alone = run(torch.cat([tokens[slice(*prompt)], tokens[start:end]]), (prompt[1] + end - start,))[prompt[1]:]
+        off = ((alone - shared[start:end]).abs().max() / shared.abs().max().clamp_min(1e-6)).item()
+        if off > tolerance:
+            raise LeakError(f"replies that share a prompt have another loss than with a prompt of their own (relative "
+                            f"difference {off:.1e}); set share_prompts: never in every stage")
 
 
 def _judge(index: int, place: int, border: tuple[int, int], moved: Tensor, packed: Tensor) -> None:
@@ -114,7 +132,7 @@ class _Probe:
         return _Probe(self._trainable, self._device, self._group, eval_mode=True)
 
     @torch.no_grad()
-    def __call__(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+    def __call__(self, tokens: Tensor, lengths: Sequence[int], prefix: tuple[int, ...] | None = None) -> Tensor:
         modes = {module: module.training for module in self._trainable.modules()}
         devices = [self._device] if self._device.type == "cuda" else []
         try:
@@ -122,7 +140,7 @@ class _Probe:
                 self._trainable.eval()
             with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(0)  # dropout elsewhere in the model is then the same in every pass
-                return self._nll(_pack(tokens, lengths)).double().cpu()
+                return self._nll(_pack(tokens, lengths, prefix)).double().cpu()
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -135,18 +153,19 @@ class _Probe:
         return gather_tokens(self._trainable(part.to(self._device)).nll, self._group)[: pack.num_tokens]
 
 
-def _pack(tokens: Tensor, lengths: Sequence[int]) -> PackedBatch:
+def _pack(tokens: Tensor, lengths: Sequence[int], prefix: tuple[int, ...] | None) -> PackedBatch:
     borders = tuple(accumulate(lengths, initial=0))
+    first = [0 if parent < 0 else lengths[parent] for parent in prefix or (-1,) * len(lengths)]
     targets = tokens.roll(-1)
     targets[[end - 1 for end in borders[1:]]] = -100
     supervised = targets >= 0
     return PackedBatch(
         input_ids=tokens, targets=targets, loss_weights=supervised.float(),
         segment_ids=torch.full_like(tokens, 3, dtype=torch.int8),
-        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        position_ids=torch.cat([torch.arange(at, at + length) for at, length in zip(first, lengths, strict=True)]),
         cu_seqlens=torch.tensor(borders, dtype=torch.int32), max_seqlen=max(lengths),
         loss_positions=supervised.nonzero().squeeze(-1), cu_seqlens_host=borders,
-        example_ids=tuple(range(len(lengths))))
+        example_ids=tuple(range(len(lengths))), prefix=prefix)
 
 
 def _facts(trainable: nn.Module) -> tuple[int, torch.dtype, dist.ProcessGroup | None]:

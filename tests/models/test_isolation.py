@@ -127,3 +127,14 @@ def test_refuses_to_judge_what_it_can_not_see() -> None:
     trainable.model.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(LeakError, match="not finite"):
         check_isolation(trainable, "cpu")
+
+
+@pytest.mark.parametrize("name", ["qwen2 tied", "llama", "qwen3 moe"])
+def test_shared_prompts_are_tried(name, monkeypatch) -> None:
+    trainable = TrainableLM(build(name))
+    check_isolation(trainable, "cpu", shares_prompts=True)
+    monkeypatch.setattr("delib_fast.models.lm.packed_inputs",
+                        lambda *args, **more: packed_inputs(*args, **more) | {"varlen_prefix": None})
+    check_isolation(trainable, "cpu")
+    with pytest.raises(LeakError, match=r"replies that share a prompt have another loss .* share_prompts: never"):
+        check_isolation(trainable, "cpu", shares_prompts=True)
