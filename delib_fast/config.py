@@ -6,13 +6,10 @@ wrong with one, and writes it back.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     PositiveInt,
@@ -20,15 +17,13 @@ from pydantic import (
     model_validator,
 )
 
+from delib_fast.config_base import ConfigError as ConfigError
+from delib_fast.config_base import Section as Section
+from delib_fast.config_base import nearest as nearest
+from delib_fast.config_model import LoraConfig as LoraConfig
+from delib_fast.config_model import ModelConfig as ModelConfig
+
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-
-
-class ConfigError(ValueError):
-    """A configuration that can't be run: says the value, its place and the remedy."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
 class SourceConfig(Section):
@@ -62,59 +57,6 @@ class SourceConfig(Section):
     """Stop at the first bad row, or leave it out and count it by reason."""
     max_bad_rows: PositiveInt = 100
     """With `skip`: more bad rows than this stop the run all the same."""
-
-
-class LoraConfig(Section):
-    """Train a low-rank adapter beside frozen weights: W·x + s·B·(A·x), where s is alpha/r. The defaults are those of
-    the published recipe of model spec midtraining."""
-
-    r: PositiveInt = 64
-    """Rank of A and B."""
-    alpha: float = Field(128.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Of what goes into A."""
-    rslora: bool = False
-    """s = alpha/√r instead of alpha/r."""
-    targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Every nn.Linear of the trunk (attention and MLP, never lm_head or embeddings), or names such as q_proj."""
-    path: str | None = None
-    """A peft adapter folder of the same base model and the same settings, for the first stage to go on with."""
-    quantize: Literal["none", "nf4"] = "none"
-    """Keep the frozen matrices in 4 bits (QLoRA; needs bitsandbytes)."""
-
-
-class ModelConfig(Section):
-    """The model to start from: a Hugging Face folder or name, or a new one from an architecture."""
-
-    path: str | None = None
-    """A Hugging Face model folder, or a hub name."""
-    architecture: dict[str, Any] | None = None
-    """A Hugging Face config as a mapping, `model_type` first: a new model with random weights."""
-    attention: Literal["auto", "reference", "cpu", "torch", "flash"] = "auto"
-    """Backend of `ops.varlen_attention`."""
-    loss: Literal["auto", "reference", "cpu", "triton"] = "auto"
-    """Backend of `ops.linear_cross_entropy`."""
-    layers: Literal["auto", "eager", "compile", "liger"] = "auto"
-    """How a block runs its norms, rotary positions and SwiGLU: as transformers writes them; with `torch.compile` of the
-    block, which takes a minute once and must not be sharded by ZeRO stage 3; with Liger's kernels (GPU); or by what was
-    measured to be faster on the device (bench/README.md)."""
-    activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
-    lora: LoraConfig | None = None
-    """Train an adapter and leave the weights as they are; by default every weight is trained."""
-    trust_remote_code: bool = False
-    """Run Python code that a model folder brings. Off unless asked for."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> ModelConfig:
-        if (self.path is None) == (self.architecture is None):
-            raise ValueError("give exactly one of model.path (a Hugging Face folder or name) and "
-                             "model.architecture (a new model)")
-        if self.architecture is not None and "model_type" not in self.architecture:
-            raise ValueError("model.architecture needs model_type, e.g. model_type: qwen3")
-        if self.lora is not None and self.lora.quantize != "none" and self.path is None:
-            raise ValueError("model.lora.quantize needs model.path: there is nothing to keep in 4 bits of a new model")
-        return self
 
 
 class TokenizerTrainConfig(Section):
@@ -161,7 +103,7 @@ class StageBase(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
     train: list[str] = Field(min_length=1)
     """Names under `data:` to train on."""
-    eval: list[str] = []
+    eval: list[str] = Field([])
     """Further sources that are evaluated whole. Rows that a training source holds out are always evaluated."""
     epochs: PositiveInt = 1
     pack_capacity: PositiveInt = 2048
@@ -171,7 +113,7 @@ class StageBase(Section):
     max_steps: PositiveInt | None = None
     min_steps: int = Field(1, ge=1)
     """Fewer updates than this end the run before it starts: a handful of huge steps teaches nothing."""
-    mix: dict[str, Annotated[float, Field(gt=0)]] = {}
+    mix: dict[str, Annotated[float, Field(gt=0)]] = Field({})
     """Of several sources: what part of an epoch's tokens each gives (3 and 1 are three quarters and one). The epoch is
     as long as the scarcest source allows, given its `repeat` and `max_tokens`. Without it each source gives all."""
     loss_average: Literal["token", "example"] = "token"
@@ -255,9 +197,32 @@ class EngineConfig(Section):
     sequence_parallel: PositiveInt = 1
     """Ranks that share out the tokens of each pack (Ulysses), so that packs may be longer. Divides the number of
     ranks and the model's attention heads; neighbouring ranks form a group, best those of one machine."""
+    memory_gib: NonNegativeFloat | None = None
+    """Memory of each rank's device: a stage that is estimated to need more ends the run before it loads weights. By
+    default that of the GPU; 0 never asks (on a CPU the default too)."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Keep optimizer state and master weights in the host's memory or on NVMe, and make the update there."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """At ZeRO 3: keep the weights there too, and fetch each layer when it is needed."""
+    nvme_path: str | None = None
+    """A folder on NVMe, for nvme."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False
     """Ask torch for deterministic kernels."""
+
+
+    @model_validator(mode="after")
+    def _offload_fits(self) -> EngineConfig:
+        if self.offload_parameters != "none" and self.zero_stage != 3:
+            raise ValueError(f"engine.offload_parameters needs ZeRO 3, not {self.zero_stage}: set zero_stage to 3")
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            raise ValueError("engine.offload_optimizer needs ZeRO 1, 2 or 3: set zero_stage to 1")
+        if "nvme" in (self.offload_optimizer, self.offload_parameters):
+            if self.nvme_path is None:
+                raise ValueError("engine.nvme_path is missing: the folder to offload to")
+            if self.zero_stage != 3:
+                raise ValueError("offload to NVMe needs ZeRO 3: set engine.zero_stage to 3, or offload to cpu")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -288,7 +253,7 @@ class LogConfig(Section):
     """Read the meters and write a line of metrics.jsonl after this many updates (the only host sync)."""
     tensorboard: bool = True
     """Write run_dir/tensorboard as well."""
-    trackers: list[Literal["wandb", "mlflow", "trackio"]] = []
+    trackers: list[Literal["wandb", "mlflow", "trackio"]] = Field([])
     """Send each line to these services too. They must be installed, and take their keys from their own settings."""
     project: str = "delib_fast"
     """Of the trackers: the project (mlflow: experiment). The run is called as its run_dir."""
@@ -313,7 +278,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field({})
     """Merged over the generated DeepSpeed JSON. A key that this config decides is refused by name."""
 
     @field_validator("data", mode="before")
@@ -375,12 +340,3 @@ def packs_per_rank(stage: StageBase, world_size: int, sequence_parallel: int = 1
             f"the nearest tokens_per_step that fits is {fits}"
         )
     return stage.packs_per_step // groups
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """ (did you mean …?) where a known word is close, else the known words."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
-        return f" (did you mean {close[0]!r}?)"
-    return f" (known: {', '.join(sorted(known))})" if known else ""

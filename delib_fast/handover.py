@@ -105,16 +105,20 @@ def _folder(context: Context, index: int, what: Literal["model", "adapter"]) -> 
     return context.run.exported(name, last=last) if what == "model" else context.run.adapter(name, last=last)
 
 
-def build_stage_model(context: Context, start: Start) -> tuple[Any, dict[str, Tensor]]:
-    """The model of a stage, and its adapter's exact weights where it goes on with one (else none)."""
-    from delib_fast.models import add_adapter, build_model, load_adapter
+def build_stage_model(context: Context, start: Start, config: Config) -> tuple[Any, dict[str, Tensor]]:
+    """The model of a stage, and its adapter's exact weights where it goes on with one (else none).
 
-    config = context.config
+    config: the run's, with `activation_checkpointing: auto` decided for the stage.
+    """
+    from delib_fast.models import add_adapter, build_model, load_adapter, recompute
+
     lora = config.model.lora
     # What is trained starts exact and is rounded by ZeRO; what is frozen is only ever used in the run's precision.
     precision = "fp32" if lora is None else config.engine.precision
     model = build_model(_source(config, start), context.corpus.tokenizer, dtype=precision, seed=config.seed,
                         quantize="none" if lora is None else lora.quantize)
+    recompute(model, config.model.activation_checkpointing, offload=config.model.activation_offload,
+              mlp_tiles=config.model.mlp_tiles)
     if lora is None:
         return model, {}
     add_adapter(model, lora, base=start.model.path, seed=config.seed)

@@ -34,6 +34,7 @@ from delib_fast.bookkeeping import LostRankError, Saver, StepLog, Stopped, StopR
 from delib_fast.config import Config, ConfigError, StageConfig
 from delib_fast.config_file import load_config, without_secrets
 from delib_fast.handover import build_stage_model, export, exported_by, start_of
+from delib_fast.memory import Room, check_fits, decided
 from delib_fast.slurm import adopt_slurm
 
 if TYPE_CHECKING:
@@ -142,10 +143,11 @@ def run_stage(context: Context, index: int) -> None:
     config, ranks, run = context.config, context.ranks, context.run
     stage = config.stages[index]
     start = start_of(context, index)
+    config = decided(config, stage, context.corpus.shape, room_of(context))
     batches = context.corpus.batches(stage)
     context.reporter.say(f"{stage.name}: {context.corpus.describe(stage)}")
     with context.watchdog.may_take_long("loading the model"):
-        model, exact_weights = build_stage_model(context, start)
+        model, exact_weights = build_stage_model(context, start, config)
     module = TrainableLM(model, attention_backend=config.model.attention, loss_backend=config.model.loss,
                          sequence_group=ranks.sequence_group,
                          layers=resolve_layers(config.model.layers, ranks.device, config.engine.zero_stage))
@@ -167,7 +169,9 @@ def run_stage(context: Context, index: int) -> None:
     entry = {"name": stage.name, "kind": stage.kind, "status": "running", **start.describe(),
              **context.corpus.ledger(stage), "updates": batches.num_steps, "ranks": ranks.world_size,
              "sequence_parallel": ranks.sequence_parallel, "zero_stage": config.engine.zero_stage,
-             "precision": config.engine.precision, "trained_parameters": engine.trained_parameters,
+             "precision": config.engine.precision,
+             "activation_checkpointing": config.model.activation_checkpointing,
+             "trained_parameters": engine.trained_parameters,
              "versions": versions()}
     run.record_stage(entry)
     before = [run.stage(other.name) or {} for other in config.stages[:index]]
@@ -269,9 +273,17 @@ def check_stages(context: Context, stages: Sequence[StageConfig]) -> None:
     """Read, encode and plan every stage before the first one trains: what is wrong with the last is said now."""
     from delib_fast.engine.deepspeed_json import deepspeed_json
 
+    room = room_of(context)
     for stage in stages:
         deepspeed_json(context.config, stage, context.ranks.world_size)
         context.corpus.batches(stage)
+        check_fits(context.config, stage, context.corpus.shape, room)
+
+
+def room_of(context: Context) -> Room:
+    engine, ranks = context.config.engine, context.ranks
+    limit = ranks.memory_gib if engine.memory_gib is None else engine.memory_gib or None
+    return Room(ranks.world_size, engine.precision, limit)
 
 
 def with_precision(config: Config, ranks: Ranks) -> Config:

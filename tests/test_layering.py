@@ -13,8 +13,9 @@ PACKAGE = Path(__file__).parent.parent / "delib_fast"
 # Each may import itself and what stands before it.
 ORDER = ("config", "ops", "data", "losses", "models", "engine", "train", "stages", "evals", "looking", "study", "cli")
 # Modules beside the folders of the design, and the layer each belongs to.
-LAYER = {"config_file": "config", "bookkeeping": "train", "corpus": "train", "progress": "train",
-         "run_directory": "train", "handover": "train", "environment": "train", "slurm": "train",
+LAYER = {"config_file": "config", "config_base": "config", "config_model": "config",
+         "bookkeeping": "train", "corpus": "train", "progress": "train",
+         "run_directory": "train", "handover": "train", "memory": "train", "environment": "train", "slurm": "train",
          "throughput": "train", "trackers": "train"}
 ALLOWED = {
     "deliberate": {"config", "data", "models", "deliberate"},

@@ -1,6 +1,6 @@
 """The longest pack that trains, by model and setting, as the planner estimates it: `python tools/longest_packs.py`.
 
-Nothing is run and no weight is made; the formulas are in delib_fast/looking/memory.py.
+Nothing is run and no weight is made; the formulas are in delib_fast/memory.py.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from delib_fast.config import Config, ConfigError, StageBase, packs_per_rank
+import torch
+
+from delib_fast.config import Config, ConfigError, EngineConfig, StageBase, packs_per_rank
 
 # What a user's `deepspeed:` block may not set, and where to set it instead.
 _DECIDED = {
@@ -18,6 +20,8 @@ _DECIDED = {
     "bf16.enabled": "engine.precision",
     "fp16.enabled": "engine.precision",
     "zero_optimization.stage": "engine.zero_stage",
+    "zero_optimization.offload_optimizer": "engine.offload_optimizer",
+    "zero_optimization.offload_param": "engine.offload_parameters",
 }
 
 
@@ -47,7 +51,7 @@ def deepspeed_json(config: Config, stage: StageBase, world_size: int) -> dict[st
         "gradient_clipping": stage.optimizer.grad_clip,
         "bf16": {"enabled": config.engine.precision == "bf16"},
         "fp16": {"enabled": config.engine.precision == "fp16"},
-        "zero_optimization": {"stage": effective_zero_stage(config)},
+        "zero_optimization": {"stage": effective_zero_stage(config), **_offload(config.engine)},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
@@ -56,6 +60,14 @@ def deepspeed_json(config: Config, stage: StageBase, world_size: int) -> dict[st
     if effective_zero_stage(config) >= 1:
         generated["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merge(generated, config.deepspeed, ())
+
+
+def _offload(engine: EngineConfig) -> dict[str, Any]:
+    pinned = torch.cuda.is_available()  # memory is pinned for a GPU to read
+    devices = {"offload_optimizer": engine.offload_optimizer, "offload_param": engine.offload_parameters}
+    where = {"cpu": {}, "nvme": {"nvme_path": engine.nvme_path}}
+    return {key: {"device": device, "pin_memory": pinned, **where[device]}
+            for key, device in devices.items() if device != "none"}
 
 
 def _merge(ours: dict[str, Any], theirs: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:

@@ -71,6 +71,13 @@ class Ranks:
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._host_group)
         return most.tolist()
 
+    @property
+    def memory_gib(self) -> float | None:
+        """Memory of this rank's GPU; None on a CPU, whose memory is shared with all else."""
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.get_device_properties(self.device).total_memory / (1 << 30)
+
     def sum_tensor(self, values: Tensor) -> Tensor:
         """Sum of a device tensor over all ranks, as a new tensor."""
         total = values.clone()

@@ -12,7 +12,7 @@ from rich.text import Text
 from delib_fast.config import Config, ConfigError, StageConfig, packs_per_rank
 from delib_fast.corpus import Corpus
 from delib_fast.data import PromptSharing, SourceShare
-from delib_fast.looking.memory import GIB, MemoryPart, memory_parts
+from delib_fast.memory import GIB, MemoryPart, Room, decided, memory_parts
 from delib_fast.models import ModelShape, ulysses
 
 _BARS = 10
@@ -84,7 +84,8 @@ def plan_stage(corpus: Corpus, config: Config, stage: StageConfig, *, ranks: int
         sequence_parallel=parallel, packs_of_a_rank=packs_of_a_rank,
         balance=float(costs.max(1).sum() / costs.mean(1).sum()),
         flops_per_epoch=6 * products * cost, attention_share=1 - batches.tokens_per_epoch / cost,
-        memory=memory_parts(config, stage, corpus.shape, ranks, precision),
+        memory=memory_parts(decided(config, stage, corpus.shape, Room(ranks, precision, card_gib)), stage, corpus.shape,
+                            ranks, precision),
         longest=longest_pack(config, stage, corpus.shape, ranks, precision, card_gib))
 
 
@@ -92,9 +93,11 @@ def longest_pack(config: Config, stage: StageConfig, shape: ModelShape, ranks: i
                  card_gib: float) -> int | None:
     """Tokens, in multiples of 1,024, of the longest pack whose estimated memory fits a card; None if none does."""
 
+    room = Room(ranks, precision, card_gib)
+
     def fits(thousands: int) -> bool:
         longer = stage.model_copy(update={"pack_capacity": 1024 * thousands, "tokens_per_step": 1024 * thousands})
-        return sum(part.bytes for part in memory_parts(config, longer, shape, ranks, precision)) <= card_gib * GIB
+        return room.needs_gib(decided(config, longer, shape, room), longer, shape) <= card_gib
 
     low, high = 0, 1
     while fits(high) and high < 1 << 20:
@@ -197,7 +200,7 @@ def _memory(plan: StagePlan, card_gib: float) -> Table:
         table.add_row(part.name, _gib(part.bytes), Text(part.why, "dim"))
     total = sum(part.bytes for part in plan.memory) / GIB
     fits = f"{total / card_gib:.0%} of the card" if total <= card_gib else \
-        f"does NOT fit in {card_gib:g} GiB: a higher engine.zero_stage, activation_checkpointing, or smaller packs"
+        f"does NOT fit in {card_gib:g} GiB: training says which setting would"
     table.add_row(Text("in all", "bold"), Text(_gib(total * GIB), "bold"), fits)
     if plan.longest is not None:
         table.add_row("longest pack", f"{plan.longest:,}", Text("tokens that would fit with these settings", "dim"))

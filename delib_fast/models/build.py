@@ -63,21 +63,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *,
     if reason := unsupported(model):
         raise ConfigError(f"model: {reason}")
     model.config.use_cache = False  # a cache makes every stock attention leak across packed documents
-    if config.activation_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise ConfigError(f"model.activation_checkpointing: {type(model).__name__} does not support it; "
-                              "turn it off")
-        enable_activation_checkpointing(model)
     return model
-
-
-def enable_activation_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute each layer in the backward pass. Not re-entrant, which works with frozen embeddings too."""
-    kwargs = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.23
-        model.activation_checkpointing_enable(kwargs)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
 def _load(config: ModelConfig, dtype: torch.dtype, quantize: str) -> PreTrainedModel:

@@ -73,6 +73,15 @@ def targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     return sorted(set(config.targets))
 
 
+def adapter_size(model: PreTrainedModel, config: LoraConfig) -> tuple[int, int]:
+    """(numbers in an adapter of the model, numbers in the matrices that it lies beside)"""
+    names, head = set(targets(model, config)), model.get_output_embeddings()
+    layers = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head
+              and any(name == n or name.endswith("." + n) for n in names)]
+    return (sum(config.r * (m.in_features + m.out_features) for m in layers),
+            sum(m.in_features * m.out_features for m in layers))
+
+
 # --- reading --------------------------------------------------------------------------------------------------
 
 

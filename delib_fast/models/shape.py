@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from delib_fast.config import ConfigError, ModelConfig
 from delib_fast.models.attention import why_not_share_prompts
 from delib_fast.models.build import _architecture
+from delib_fast.models.lora import adapter_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,10 @@ class ModelShape:
     vocabulary: int
     largest_layer: int
     """parameters of one layer"""
+    adapter_parameters: int = 0
+    """of model.lora, on all layers"""
+    adapted_parameters: int = 0
+    """of the matrices beside which it lies"""
     no_shared_prompts: str | None = None
     """why replies to one prompt can't share it in a pack, if they can't"""
 
@@ -66,6 +71,7 @@ def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Mode
     tables = {id(module.weight): module.weight.numel()
               for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None}
     layers = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == text.num_hidden_layers]
+    adapter, adapted = adapter_size(model, config.lora) if config.lora is not None else (0, 0)
     heads = text.num_attention_heads
     hidden = text.hidden_size
     return ModelShape(
@@ -75,5 +81,5 @@ def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Mode
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or hidden // heads, vocabulary=text.vocab_size,
         largest_layer=max((sum(p.numel() for p in layer.parameters()) for layer in layers[0]), default=0)
-        if layers else 0,
+        if layers else 0, adapter_parameters=adapter, adapted_parameters=adapted,
         no_shared_prompts=why_not_share_prompts(hf, config.attention))

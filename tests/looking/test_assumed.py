@@ -13,8 +13,8 @@ from delib_fast.config_file import load_config
 from delib_fast.data import DataError
 from delib_fast.looking.assumed import encoded_of, sizes_of
 from delib_fast.looking.dry_run import dry_run
-from delib_fast.looking.memory import GIB, memory_parts
 from delib_fast.looking.plan import longest_pack, plan_stage
+from delib_fast.memory import GIB, memory_parts
 
 CONFIG = ROOT / "examples" / "plans" / "llama70b_128k.yaml"
 

@@ -14,9 +14,9 @@ from delib_fast.config_file import load_config
 from delib_fast.data import Segment
 from delib_fast.looking.cli import register
 from delib_fast.looking.dry_run import dry_run
-from delib_fast.looking.memory import memory_parts
 from delib_fast.looking.plan import plan_stage
 from delib_fast.looking.tokens import look_at, shown
+from delib_fast.memory import memory_parts
 
 CONFIG = ROOT / "examples" / "quickstart.yaml"
 

@@ -11,7 +11,7 @@ from small_models import build, documents, ground_truth, largest_deviation, ours
 
 from delib_fast.data import PackedBatch, empty_pack
 from delib_fast.models import LeakError, TrainableLM, UnsupportedModelError, attention, check_isolation
-from delib_fast.models.build import enable_activation_checkpointing
+from delib_fast.models.recompute import enable_activation_checkpointing
 from delib_fast.models.ulysses import gather_tokens
 
 # 45 tokens: the last part of 4 is padded. A document goes over several parts, and one part has nothing to learn.

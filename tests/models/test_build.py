@@ -193,11 +193,6 @@ def test_dtype_rounds_the_same_model(tokenizer) -> None:
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
 
 
-def test_activation_checkpointing_is_on(tokenizer) -> None:
-    model = build_model(ModelConfig(architecture=NEW, activation_checkpointing=True), tokenizer)
-    assert all(layer.gradient_checkpointing for layer in model.model.layers)
-
-
 @pytest.mark.parametrize(("keys", "message"), [
     ({"model_type": "qwen33"}, r"model.architecture.model_type: 'qwen33' is unknown to transformers \(did you mean"),
     ({"model_type": "clip"}, "model.architecture.model_type: 'clip' is no causal language model"),

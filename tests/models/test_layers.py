@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from delib_fast.config import ConfigError
 from delib_fast.config_file import parse_config
 from delib_fast.models import TrainableLM, UnsupportedModelError, layers
-from delib_fast.models.build import enable_activation_checkpointing
+from delib_fast.models.recompute import enable_activation_checkpointing
 
 PACKS = [(13, 1, 7, 30, 2, 11), (40, 9), (5, 5, 5, 5, 21, 3, 8, 2), (64,)]  # other sums, numbers and longest runs
 

@@ -19,7 +19,7 @@ from small_models import (
 )
 
 from delib_fast.models import TrainableLM
-from delib_fast.models.build import enable_activation_checkpointing
+from delib_fast.models.recompute import enable_activation_checkpointing
 
 ALLOWED = 1e-5  # relative, fp32
 

@@ -11,7 +11,7 @@ from small_models import VOCAB, build, gradients, ground_truth, largest_deviatio
 
 from delib_fast.data import Example, PackedBatch, PackedBatches, Segment
 from delib_fast.models import TrainableLM
-from delib_fast.models.build import enable_activation_checkpointing
+from delib_fast.models.recompute import enable_activation_checkpointing
 
 ALLOWED = 1e-5  # relative, fp32
 # prompt length, completion lengths; the prompts share one pack, and a document of its own stands between them

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from small_models import build, documents, pack
 
 from delib_fast.models import TrainableLM, check_isolation, export_model, train_tokenizer
-from delib_fast.models.build import enable_activation_checkpointing
+from delib_fast.models.recompute import enable_activation_checkpointing
 
 LR, STEPS = 0.05, 3
 TIED = "qwen3 tied, one kv head"

@@ -1,0 +1,68 @@
+"""Run by test_offload.py on each rank: what is offloaded trains as it does without, and resumes exactly."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from state_worker import Toy, deviation
+
+from delib_fast.config_file import parse_config
+from delib_fast.engine import CheckpointWriter, Engine, Ranks
+
+CASES: dict[str, dict[str, Any]] = {
+    "z1 optimizer": {"zero_stage": 1, "offload_optimizer": "cpu"},
+    "z2 optimizer": {"zero_stage": 2, "offload_optimizer": "cpu"},
+    "z3 optimizer": {"zero_stage": 3, "offload_optimizer": "cpu"},
+    "z3 both": {"zero_stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"},
+}
+
+
+def train(ranks: Ranks, engine_keys: dict[str, Any], precision: str, steps: int, *, save: Path | None = None,
+          resume: Path | None = None) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(64, 7, generator=generator), torch.randint(0, 5, (64,), generator=generator)
+    config = parse_config({
+        "run_dir": "unused", "model": {"path": "unused"}, "data": {"a": "unused"},
+        "engine": {"precision": precision, **engine_keys},
+        "stages": [{"kind": "msm", "train": ["a"], "pack_capacity": 1, "tokens_per_step": 4,
+                    "optimizer": {"lr": 0.05, "weight_decay": 0.1, "warmup": 0.2}}],
+    })
+    engine = Engine(Toy(), config, config.stages[0], 10, ranks)
+    if resume is not None:
+        assert engine.resume(resume, print) is not None
+    share = 4 // ranks.world_size
+    while engine.step < steps:
+        if save is not None and engine.step == steps - 1:
+            writer = CheckpointWriter(save, ranks)
+            engine.save(writer, {})
+            writer.wait()
+        engine.begin_step()
+        for i in range(share):
+            rows = slice((ranks.rank * share + i) * 16, (ranks.rank * share + i + 1) * 16)
+            engine.backward(engine.forward((x[rows], y[rows])).loss_sum, 64.0)
+        engine.end_step()
+    weights = engine.full_weights()
+    engine.close()
+    return weights
+
+
+def main(folder: Path) -> None:
+    ranks = Ranks("cpu")
+    found = {}
+    for precision in ("fp32", "bf16"):
+        for name, keys in CASES.items():
+            root = folder / f"{precision} {name}".replace(" ", "-")
+            plain = train(ranks, {"zero_stage": keys["zero_stage"]}, precision, 3)
+            offloaded = train(ranks, keys, precision, 3, save=root)
+            found[f"{precision} {name} against none"] = deviation(plain, offloaded)
+            found[f"{precision} {name} resumed"] = deviation(offloaded, train(ranks, keys, precision, 3, resume=root))
+    if ranks.rank == 0:
+        print("RESULT " + json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
