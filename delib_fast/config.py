@@ -90,9 +90,12 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0)
     weight_decay: NonNegativeFloat = 0.01
     """Not applied to biases, norms and other one-dimensional parameters."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """How lr goes on after the warm-up; `wsd` (warm-up, stable, decay) stays and falls linearly at the end."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the stage's steps over which the learning rate rises linearly."""
+    decay: float = Field(0.2, gt=0, le=1)
+    """With wsd: share of the stage's steps over which it falls."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     """Where the schedule ends, as a share of lr."""
     grad_clip: NonNegativeFloat = 1.0

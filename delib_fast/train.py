@@ -290,6 +290,8 @@ def with_precision(config: Config, ranks: Ranks) -> Config:
     """The configuration with `engine.precision: auto` decided by the device."""
     from delib_fast.engine import native_precision
 
+    if config.engine.precision == "fp16" and ranks.device.type == "cpu":
+        raise ConfigError("engine.precision: fp16 needs a GPU; on a CPU set bf16 or fp32")
     if config.engine.precision != "auto":
         return config
     engine = config.engine.model_copy(update={"precision": native_precision(ranks.device)})

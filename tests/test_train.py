@@ -115,6 +115,7 @@ def strip_cots(path: Path) -> None:
     (None, ["stages.aft.cot=train", "stages.aft.epoch=1"], "unknown key (did you mean 'epochs'?)"),
     (None, ["tokenizer.train.vocab_size=30000"], "tokenizer.train.vocab_size is 30000, but the text"),
     (None, ["model.architecture.model_type=qwen33"], "did you mean 'qwen3"),
+    (None, ["engine.precision=fp16"], "engine.precision: fp16 needs a GPU; on a CPU set bf16 or fp32"),
     (None, ["engine.device=cuda"], "torch sees no CUDA device"),
     (None, ["deepspeed={gradient_clipping: 3}"], "conflicts with what this configuration decides"),
 ])

@@ -14,13 +14,18 @@ def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
     """Learning rate of update `step` (0-based) of `num_steps`.
 
     Rises linearly over the first `warmup` share of the steps, reaching lr at its end, then falls to
-    lr · min_lr_ratio by a half cosine or a line, or stays.
+    lr · min_lr_ratio by a half cosine or a line, or stays; or (wsd) stays and falls by a line over the last `decay`
+    share of the steps (arXiv 2404.06395).
     """
     warmup_steps = min(math.ceil(config.warmup * num_steps), num_steps - 1)
     if step < warmup_steps:
         return config.lr * (step + 1) / (warmup_steps + 1)
     if config.schedule == "constant":
         return config.lr
+    if config.schedule == "wsd":
+        fall_steps = max(1, min(math.ceil(config.decay * num_steps), num_steps - warmup_steps))
+        fall = min(1.0, (num_steps - step) / fall_steps)
+        return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * fall)
     progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
     fall = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * fall)
