@@ -12,11 +12,11 @@ import yaml
 from launch import ROOT
 from safetensors.torch import load_file
 from tiny_run import DATA, run, tiny
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from delib_fast.config import ConfigError, LoraConfig
+from delib_fast.config import ConfigError, LoraConfig, ModelConfig
 from delib_fast.config_file import load_config
-from delib_fast.models import add_adapter, load_adapter
+from delib_fast.models import StepCost, TrainableLM, add_adapter, build_model, load_adapter
 from delib_fast.models.build import _four_bits
 
 ARCHITECTURE = {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -33,6 +33,10 @@ def base_model(folder: Path) -> Path:
 
 def ledger(folder: Path) -> dict:
     return json.loads((folder / "run" / "ledger.json").read_text())
+
+
+def tokenizer_of(folder: Path):
+    return AutoTokenizer.from_pretrained(folder / "run" / "tokenizer")
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -138,6 +142,10 @@ def test_four_bits(tmp_path, monkeypatch):
     path = tiny(tmp_path, model={"path": str(base_model(tmp_path)), "lora": {"r": 4, "quantize": "nf4"}},
                 engine={"precision": "bf16", "device": "cpu"})
     assert run(path, *SMALL) == 0
+    source, tokenizer = ModelConfig(path=str(tmp_path / "base")), tokenizer_of(tmp_path)
+    exact, packed = (StepCost.of(TrainableLM(build_model(source, tokenizer, dtype="bf16", quantize=how)
+                                             .requires_grad_(False))) for how in ("none", "nf4"))
+    assert packed == exact, "FLOPs are counted of the matrix, not of the tensor that holds it"
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16).float()
     plain = logits(base)
     expected = logits(PeftModel.from_pretrained(base, tmp_path / "run/adapter"))
@@ -193,8 +201,6 @@ def test_refuses_settings(overrides, message):
 def test_frozen_head_makes_no_weight_gradient(monkeypatch):
     """Of the head's three matrix products one is only for its weight's gradient."""
     from models.small_models import documents, pack
-
-    from delib_fast.models import TrainableLM
 
     op = sys.modules["delib_fast.ops.linear_cross_entropy"]  # the package's attribute of that name is the function
     wanted = []

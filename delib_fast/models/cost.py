@@ -89,7 +89,9 @@ def _window(config: Any, layer: int) -> int | None:
 
 
 def _flops_of(parameter: nn.Parameter) -> float:
-    return (6.0 if parameter.requires_grad else 4.0) * getattr(parameter, "ds_numel", parameter.numel())
+    packed: Any = getattr(parameter, "quant_state", None)  # a matrix in 4 bits: its tensor holds several to a number
+    numbers = packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())
+    return (6.0 if parameter.requires_grad else 4.0) * numbers
 
 
 def _ndim(parameter: nn.Parameter) -> int:
