@@ -15,7 +15,7 @@ from delib_fast.data import EncodedSet, PackedBatches, encode_rows, read_source
 from delib_fast.engine import Ranks, native_precision
 from delib_fast.losses import loss_normalizer, segment_weights
 from delib_fast.models import add_adapter, build_model, train_tokenizer
-from delib_fast.models.build import enable_activation_checkpointing
+from delib_fast.models.recompute import enable_activation_checkpointing
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"
