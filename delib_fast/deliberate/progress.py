@@ -83,7 +83,7 @@ class Meter:
         self._what = ""
 
     def told(self) -> str:
-        """kept 12 · dropped 3 (truncated 2, judge_score 1) · 340 tok/s · cost 0.12 · 3m left"""
+        """kept 12 · dropped 3 (truncated 2, judge_score 1) · 61 answers · 340 tok/s · cost 0.12 · 3m left"""
         parts = []
         if self.kept or self.dropped:
             parts.append(f"kept {self.kept}")
@@ -92,6 +92,7 @@ class Meter:
             parts.append(f"dropped {self.dropped.total()} ({reasons})")
         elapsed = max(1e-3, time.monotonic() - self._sending_since)
         if self.answers:
+            parts.append(f"{self.answers} answers")
             parts.append(f"{self.completion_tokens / elapsed:.0f} tok/s")
         if self.reused:
             parts.append(f"{self.reused} reused")

@@ -38,7 +38,7 @@ file.write_text(json.dumps({**json.loads(file.read_text()), "do_sample": True}, 
 PY
   port=$(free_port)
   BASE_URL=http://127.0.0.1:$port/v1
-  HF_HUB_OFFLINE=1 "$BIN/transformers" serve "$MODEL" --host 127.0.0.1 --port "$port" --device cpu > "$OUT/serve.log" 2>&1 &
+  HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 "$BIN/transformers" serve "$MODEL" --host 127.0.0.1 --port "$port" --device cpu > "$OUT/serve.log" 2>&1 &
   server=$!
   echo "waiting for transformers serve on port $port"
   for _ in $(seq 120); do
