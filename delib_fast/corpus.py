@@ -119,8 +119,12 @@ class Corpus:
         known = marker.read_text() if marker.exists() else None
         self._ranks.barrier()
         if self._ranks.rank == 0 and known != key.hexdigest():
+            from delib_fast.engine.checkpoint import sync_file, write_synced
+
             build_tokenizer(self._config, lambda: self._texts(train.sources)).save_pretrained(folder)
-            marker.write_text(key.hexdigest())  # last: without it the folder is made again
+            for file in folder.iterdir():
+                sync_file(file)
+            write_synced(marker, key.hexdigest().encode())  # last: without it the folder is made again
         self._ranks.barrier()
         settings = self._config.tokenizer.model_copy(update={"path": str(folder), "train": None})
         return build_tokenizer(self._config.model_copy(update={"tokenizer": settings}), lambda: iter(()))
