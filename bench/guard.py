@@ -24,11 +24,12 @@ SUITES = ("linear_cross_entropy", "varlen_attention", "step")
 LEAST = 0.8  # of the committed share
 
 
-def run(*arguments: str) -> list[dict[str, Any]]:
+def run(tests: list[str]) -> list[dict[str, Any]]:
+    """The results of some bench files, or of some of their tests (file::name)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "out.json"
-        command = [sys.executable, "-m", "pytest", *(str(HERE / f"bench_{suite}.py") for suite in SUITES), "--quick",
-                   "-q", "-p", "no:cacheprovider", "--benchmark-json", str(path), *arguments]
+        command = [sys.executable, "-m", "pytest", *tests, "--quick", "-q", "-p", "no:cacheprovider",
+                   "--benchmark-json", str(path)]
         if code := subprocess.run(command, check=False).returncode:
             sys.exit(code)
         return read_results([path])
@@ -39,16 +40,18 @@ def shares(entries: list[dict[str, Any]]) -> dict[str, float]:
             if entry["extra_info"].get("contender", "").startswith("ours-") and "share_of_roof" in entry["extra_info"]}
 
 
-def fallen(now: dict[str, float], committed: dict[str, float]) -> list[str]:
-    return [f"{name}: {now[name]:.3f} of its roof, {was:.3f} committed (least allowed {LEAST * was:.3f})"
-            for name, was in committed.items() if name in now and now[name] < LEAST * was]
+def fallen(now: dict[str, float], committed: dict[str, float]) -> dict[str, str]:
+    """{name: what is to be said of it} of the shares that have lost more than is allowed."""
+    return {name: f"{name}: {now[name]:.3f} of its roof, {was:.3f} committed (least allowed {LEAST * was:.3f})"
+            for name, was in committed.items() if name in now and now[name] < LEAST * was}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench/guard.py")
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
-    entries = run()
+    files = {suite: str(HERE / f"bench_{suite}.py") for suite in SUITES}
+    entries = run(list(files.values()))
     if options.record:
         for path in record(entries):
             print(path)
@@ -58,10 +61,10 @@ def main() -> int:
         print(f"guard: no figures are committed for {device_name()}, so nothing was compared")
         return 0
     if lost := fallen(shares(entries), committed):
-        print("guard: measuring once more, since these fell:", *lost, sep="\n  ")
-        names = " or ".join(line.partition(":")[0].partition("[")[2].rstrip("]") for line in lost)
-        lost = fallen(shares(run("-k", names)), committed)
-    for line in lost:
+        print("guard: measuring once more, since these fell:", *lost.values(), sep="\n  ")
+        again = [f"{files[entry['suite']]}::{entry['name']}" for entry in entries if entry["name"] in lost]
+        lost = fallen(shares(run(again)), committed)
+    for line in lost.values():
         print(f"guard: {line}", file=sys.stderr)
     if not lost:
         print(f"guard: {len(committed)} shares of the roof hold on {device_name()}")

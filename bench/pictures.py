@@ -41,7 +41,7 @@ def roofline(cases: dict[str, dict[str, dict[str, Any]]], device: str, path: Pat
                              label=names.get(name, name), zorder=3 if first else 2)
         axis.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="TFLOP/s", title=dtype)
         axis.grid(which="major", alpha=0.3)
-    axes[0][-1].legend(fontsize=8, loc="lower right")
+    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(f"Loss with both gradients, {device}")
     _save(figure, path)
 
