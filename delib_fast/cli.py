@@ -74,11 +74,23 @@ def config(
 
 
 @app.command()
-def train(path: _CONFIG, overrides: _SET = []) -> None:  # noqa: B006
+def train(
+    path: _CONFIG,
+    overrides: _SET = [],  # noqa: B006
+    watch: Annotated[str | None, typer.Option("--watch", metavar="SUITES", help=(
+        "evaluate between updates: segments, early, reliance, drift, with commas"))] = None,
+    every: Annotated[int, typer.Option("--every", metavar="N", help="updates between two evaluations")] = 50,
+) -> None:
     """Train in this one process; the same as `python -m delib_fast.train`. For several ranks use `deepspeed`."""
     from delib_fast.train import main as train_main
 
-    raise typer.Exit(train_main(["--config", str(path), *(arg for item in overrides for arg in ("--set", item))]))
+    in_loop = None
+    if watch is not None:
+        from delib_fast.evals import InLoop
+
+        in_loop = InLoop([name.strip() for name in watch.split(",")], every_steps=every)
+    arguments = ["--config", str(path), *(arg for item in overrides for arg in ("--set", item))]
+    raise typer.Exit(train_main(arguments, in_loop))
 
 
 @app.command()

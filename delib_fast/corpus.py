@@ -197,7 +197,7 @@ class Corpus:
                         lambda: refuse_spec_in_prompts(self.rows(stage), [spec]))
         if not self._overlap_checked and self._config.overlap == "error":
             names = list({name: None for stage in self._config.stages for name in stage.train})
-            held_out = self._held_out_rows()
+            held_out = self.held_out_rows()
             try:
                 self._check({"overlap": [row.digest for row in held_out], "sources": self._told_apart(names)},
                             lambda: refuse_overlap((row for n in names for row in self.source(n).train), held_out))
@@ -309,7 +309,7 @@ class Corpus:
         without it as well, as "no CoT: response".
         """
         capacity = max(stage.pack_capacity for stage in self._config.stages)
-        rows = self._held_out_rows()
+        rows = self.held_out_rows()
         if not rows:
             return
         variants: list[tuple[str, Literal["train", "strip"]]] = [("", "train")]
@@ -326,7 +326,8 @@ class Corpus:
                     segment_weights=_EVERYTHING_COUNTS, rank=ranks.rank, world_size=ranks.world_size,
                     sequence_parallel=ranks.sequence_parallel, share_prompts=self._shares_prompts(stage))
 
-    def _held_out_rows(self) -> list[Row]:
+    def held_out_rows(self) -> list[Row]:
+        """Rows that no stage trains on: what sources hold out, and those that stages only evaluate on."""
         rows: dict[str, list[Row]] = {}
         for stage in self._config.stages:
             for name in stage.train:

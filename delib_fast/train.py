@@ -25,7 +25,7 @@ import contextlib
 import errno
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from delib_fast.progress import Reporter
     from delib_fast.run_directory import RunDirectory
     from delib_fast.trackers import Trackers
+
+    Watch = Callable[["Context", Engine, StageConfig], None]
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Context:
     stop: StopRequest
     trackers: Trackers
     watchdog: Watchdog
+    watch: Watch | None = None
+    """called between two updates: see `run`"""
 
 
 # --- one stage ----------------------------------------------------------------------------------------------
@@ -106,6 +110,8 @@ def train_stage(context: Context, engine: Engine, stage: StageConfig,
         log.count(micro_batches)
         if engine.step % context.config.log.every_steps == 0 or engine.step == batches.num_steps:
             log.write(engine, lr)
+        if context.watch is not None:
+            context.watch(context, engine, stage)
     saver.finish()
     return log.totals(), saver
 
@@ -196,9 +202,12 @@ def versions() -> dict[str, str]:
 # --- the run ------------------------------------------------------------------------------------------------
 
 
-def run(config: Config) -> RunResult:
+def run(config: Config, watch: Watch | None = None) -> RunResult:
     """Run every stage of a configuration that is not finished yet, and print the table of the whole.
 
+    Args:
+        watch: called after every update on every rank, with the run's context, its engine and the stage; it must leave
+            weights and random numbers as they are (`delib_fast.evals.InLoop` does).
     Raises:
         ConfigError, DataError, LeakError: what the user gave can't be run; said before anything is trained.
         TrainingError, CheckpointError: the run can't go on. Stopped: it was asked to stop and has saved.
@@ -226,7 +235,7 @@ def run(config: Config) -> RunResult:
         stop = StopRequest()
         watchdog = Watchdog(directory.ranks, ranks.rank, ranks.world_size, config.guard.hang_timeout_s)
         corpus = Corpus(config, directory, ranks)
-        context = Context(config, ranks, directory, reporter, corpus, stop, trackers, watchdog)
+        context = Context(config, ranks, directory, reporter, corpus, stop, trackers, watchdog, watch)
         with stop.listening(), watchdog.watching(), naming_lost_ranks(watchdog):
             run_stages(context)
         model = directory.exported(config.stages[-1].name, last=True)
@@ -298,7 +307,7 @@ def with_precision(config: Config, ranks: Ranks) -> Config:
     return config.model_copy(update={"engine": engine})
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, watch: Watch | None = None) -> int:
     """Command line. Exit codes: 0 done or stopped on request, 1 failed while training, 2 bad input, 130 interrupted
     twice."""
     parser = argparse.ArgumentParser(prog="delib_fast/train.py", description="Train a run's stages.")
@@ -313,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = os.environ.get("RANK", "0") == "0"
     overrides = [item for group in options.overrides for item in group]
     try:
-        run(load_config(options.config, overrides))
+        run(load_config(options.config, overrides), watch)
     except Stopped as stopped:
         if first:
             print(f"{stopped}; the same command goes on from there", flush=True)

@@ -24,6 +24,7 @@ from delib_fast.evals.choices import choices_from_gsm8k
 from delib_fast.evals.dose import cot_dose, gradient_share
 from delib_fast.evals.drift import drift_from_base
 from delib_fast.evals.hints import hint_figures, hint_outcomes
+from delib_fast.evals.in_loop import InLoop
 from delib_fast.evals.intervals import Estimate, bootstrap, mean, newcombe, ratio, wilson
 from delib_fast.evals.legibility import legibility, vocabulary
 from delib_fast.evals.monitors import WordMonitor, compare_views, transcripts_from_solutions
@@ -37,9 +38,10 @@ from delib_fast.evals.segments import categories_of, segment_figures
 from delib_fast.models.generate import Sampling
 
 __all__ = [
-    "Estimate", "PolicyClassifier", "Replier", "Reply", "Sampler", "Sampling", "Scorer", "WordMonitor", "bootstrap",
-    "categories_of", "choices_from_gsm8k", "classifier_figures", "classify_reply", "compare_views", "cot_dose",
-    "cot_necessity", "drift_from_base", "early_answering", "gradient_share", "hint_figures", "hint_outcomes",
+    "Estimate", "InLoop", "PolicyClassifier", "Replier", "Reply", "Sampler", "Sampling", "Scorer", "WordMonitor",
+    "bootstrap", "categories_of", "choices_from_gsm8k", "classifier_figures", "classify_reply", "compare_views",
+    "cot_dose", "cot_necessity", "drift_from_base", "early_answering", "gradient_share", "hint_figures",
+    "hint_outcomes",
     "legibility", "margins", "mean", "newcombe", "policy_retrieval", "ratio", "read_prompts", "refusal_figures",
     "reliance", "segment_figures", "transcripts_from_solutions", "vocabulary", "wilson",
 ]

@@ -7,12 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from delib_fast.config import Config, ConfigError, SourceConfig
 from delib_fast.config_file import dump_config, parse_config
 from delib_fast.train import RunResult
 from delib_fast.train import run as run_config
+
+if TYPE_CHECKING:
+    from delib_fast.train import Watch
 
 # A source: a path, or a SourceConfig where rows are held out, a document is cut at its headings, and so on.
 Source = str | os.PathLike[str] | SourceConfig
@@ -110,9 +113,13 @@ class Recipe:
         return dump_config(self.config())
 
 
-def run(recipe: Recipe | Config) -> RunResult:
-    """Run a recipe (or a configuration), going on from where it stopped if it has begun."""
-    return run_config(recipe.config() if isinstance(recipe, Recipe) else recipe)
+def run(recipe: Recipe | Config, watch: Watch | None = None) -> RunResult:
+    """Run a recipe (or a configuration), going on from where it stopped if it has begun.
+
+    Args:
+        watch: called after every update, as `delib_fast.train.run` says; e.g. `delib_fast.evals.InLoop(("early",))`.
+    """
+    return run_config(recipe.config() if isinstance(recipe, Recipe) else recipe, watch)
 
 
 class _Names:

@@ -19,6 +19,7 @@ from delib_fast.study.settings import ChoicesMetric, SuiteMetric
 if TYPE_CHECKING:
     from delib_fast.evals.results import SuiteResult
     from delib_fast.evals.subject import Subject
+    from delib_fast.study.choices import ChoiceFigures
 
 FORMAT = 1
 """Counts up when a figure changes meaning."""
@@ -50,10 +51,11 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
     given["out"] = task["out"]
     subject = Subject(Path(task["folder"]), load_eval_config(None, **given))
     results = _suites(subject) if suites else {}
-    found = {}
+    found: dict[str, Any] = {}
+    chosen: dict[tuple[str, bool], ChoiceFigures] = {}
     for name, item in task["metrics"].items():
         if item["metric"]["kind"] == "choices":
-            figure = _choices(subject, ChoicesMetric.model_validate(item["metric"]), task["thinks"])
+            figure = _choices(subject, ChoicesMetric.model_validate(item["metric"]), task["thinks"], chosen)
         else:
             figure = _of_suite(name, SuiteMetric.model_validate(item["metric"]), results)
         write_whole(Path(item["file"]), json.dumps(figure))
@@ -61,11 +63,15 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _choices(subject: Subject, metric: ChoicesMetric, thinks: bool) -> dict[str, Any]:
+def _choices(subject: Subject, metric: ChoicesMetric, thinks: bool,
+             chosen: dict[tuple[str, bool], ChoiceFigures]) -> dict[str, Any]:
+    """Items of one file are scored once, however many metrics are made of them."""
     from delib_fast.study.choices import choose, read_choices
 
     think = {"as trained": thinks, "never": False, "always": True}[metric.cot]
-    figures = choose(subject.scorer, read_choices(metric.path), think=think)
+    if (metric.path, think) not in chosen:
+        chosen[metric.path, think] = choose(subject.scorer, read_choices(metric.path), think=think)
+    figures = chosen[metric.path, think]
     return {"estimate": plain(getattr(figures, metric.figure)), "margins": [round(m, 4) for m in figures.margins]}
 
 

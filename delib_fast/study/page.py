@@ -12,6 +12,7 @@ from typing import Any
 from delib_fast.evals.intervals import Estimate
 from delib_fast.evals.report import PAGE_STYLE, cell_text
 from delib_fast.evals.results import write_whole
+from delib_fast.study.figures import largest
 from delib_fast.study.published import Cell
 from delib_fast.study.published import published as published_figures
 
@@ -42,6 +43,28 @@ def write_page(summary: Tree, pictures: Sequence[Path], out: Path, *, published:
     path = out / "index.html"
     write_whole(path, page)
     return path
+
+
+def markdown(summary: Tree) -> str:
+    """The table of arms at their largest size, and the differences, for a page of documentation."""
+    metrics = summary["metrics"]
+    heads = ["arm", *(metric["title"] or name for name, metric in metrics.items())]
+    rows = [[arm["label"], *(estimate_text(arm["figures"][name]["over seeds"]) for name in metrics)]
+            for arm in largest(summary["arms"])]
+    text = _markdown_table(heads, rows)
+    if summary["contrasts"]:
+        text += "\n" + _markdown_table(["difference, paired by seed", "a", "b", "metric", "a − b", "by seed"], [
+            [c["title"], c["a"], c["b"], c["metric"], estimate_text(c["estimate"]),
+             " ".join(f"{v:+.2f}" for v in c["by_seed"])] for c in summary["contrasts"]])
+    cost = summary["cost"]
+    return (f"{text}\n{len(summary['seeds'])} seeds. {cost['stages']} stages ({cost['stages_without_sharing']} without "
+            f"sharing), {_duration(cost['cpu_s'])} of processor time, {_duration(cost['wall_s'])} with "
+            f"{cost['workers']} workers on {cost['cores']} cores.\n")
+
+
+def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def _picture(path: Path) -> str:

@@ -1,0 +1,38 @@
+"""Evaluation between updates: it must change nothing of what is learnt, and say what the held-out rows say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny_run import tiny, weights
+
+from delib_fast.config import ConfigError
+from delib_fast.config_file import load_config
+from delib_fast.evals import InLoop
+from delib_fast.train import run
+
+
+def test_a_watched_run_learns_what_an_unwatched_one_does(finished, tmp_path):
+    config = load_config(tiny(tmp_path))
+    run(config, InLoop(("segments", "early", "reliance", "drift"), every_steps=5, limit=2))
+    lines = [json.loads(line) for line in (tmp_path / "run/evals/in_loop.jsonl").read_text().splitlines()]
+    ledger = json.loads((tmp_path / "run/ledger.json").read_text())
+    for stage in ledger["stages"]:
+        steps = [line["step"] for line in lines if line["stage"] == stage["name"]]
+        assert steps == sorted({*range(5, stage["updates"] + 1, 5), stage["updates"]})
+    drift = [line["figures"]["cot drift"]["value"] for line in lines]
+    assert 0 < drift[0] < drift[-1], "from the start's weights"
+    assert all(line["figures"]["response nll"]["low"] is not None for line in lines)
+    mine, other = weights(tmp_path / "run"), weights(finished)
+    assert all(torch.equal(mine[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize(("suites", "changes", "message"), [
+    (("hints",), {}, "'hints' can't be watched; known are segments"),
+    (("early",), {"engine": {"precision": "fp32", "device": "cpu", "zero_stage": 3}}, "zero_stage 3"),
+])
+def test_refuses(tmp_path, suites, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        run(load_config(tiny(tmp_path, **changes)), InLoop(suites, every_steps=1))
