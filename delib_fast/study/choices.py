@@ -2,9 +2,13 @@
 
     margin(item) = log p(a | prompt[, cot]) − log p(b | prompt[, cot])
 
+Where an item gives several chains of thought, the model thinks each as often as it finds it likely among them:
+
+    p(a) = Σ_c p(c | prompt) · p(a | prompt, c) / (p(a | prompt, c) + p(b | prompt, c)),  margin = log p(a) / (1 − p(a))
+
 Items are objects of a .jsonl file: `prompt` (or `messages`), `a`, `b`; optionally `cot`, the chain of thought that both
-replies stand behind, and `situation`: items of one situation (its two things named the other way round, say) are drawn
-together by the bootstrap.
+replies stand behind, or `cots`, several that the model may have; and `situation`: items of one situation (its two
+things named the other way round, say) are drawn together by the bootstrap.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from delib_fast.config import ConfigError
 from delib_fast.data import Message, Row, Segment
@@ -30,7 +35,8 @@ class Item:
     place: str
     situation: str
     messages: tuple[Message, ...]
-    cot: str | None
+    cots: tuple[str, ...]
+    """those that the replies may stand behind"""
     a: str
     b: str
 
@@ -45,6 +51,8 @@ class ChoiceFigures:
     """mean of p(a) / (p(a) + p(b))"""
     margin: Estimate
     """mean of log p(a) − log p(b), nats a reply"""
+    first_cot: Estimate | None
+    """mean probability of the first of `cots` among them; None where nothing was thought"""
     margins: tuple[float, ...]
     """of each item"""
 
@@ -69,27 +77,46 @@ def choose(scorer: Scorer, items: Sequence[Item], *, think: bool) -> ChoiceFigur
     """Score both replies of every item.
 
     Args:
-        think: put the item's chain of thought before both replies; an item without one is then an error.
+        think: put the item's chain of thought (or each of several) before both replies; an item without one is then
+            an error.
     What it can't show: how often the model would say either; both may be unlikely. Replies should differ in nothing
     but the choice, and items come with the two sides exchanged, or the wording is in the margin too.
     """
-    rows = [_row(item, reply, think) for item in items for reply in (item.a, item.b)]
-    losses = scorer.losses(scorer.encode(rows), (Segment.RESPONSE,))
-    nll = np.array([loss.total(Segment.RESPONSE) for loss in losses]).reshape(-1, 2)
-    margins = nll[:, 1] - nll[:, 0]
+    texts = [(item, cot) for item in items for cot in (_cots(item) if think else (None,))]
+    rows = [_row(item, reply, cot) for item, cot in texts for reply in (item.a, item.b)]
+    losses = scorer.losses(scorer.encode(rows), (Segment.COT, Segment.RESPONSE))
+    reply = -np.array([loss.total(Segment.RESPONSE) for loss in losses]).reshape(-1, 2)
+    thought = -np.array([loss.total(Segment.COT) for loss in losses]).reshape(-1, 2)[:, 0]
+    margins, first = [], []
+    ends = np.cumsum([len(item.cots) if think else 1 for item in items])
+    for at in np.split(np.arange(len(texts)), ends[:-1]):
+        weights = thought[at] - np.logaddexp.reduce(thought[at])
+        a, b = (weights + reply[at, side] - np.logaddexp(reply[at, 0], reply[at, 1]) for side in (0, 1))
+        margins.append(float(np.logaddexp.reduce(a) - np.logaddexp.reduce(b)))
+        first.append(float(np.exp(weights[0])))
+    return _figures(np.array(margins), np.array(first) if think else None, [item.situation for item in items])
+
+
+def _figures(margins: NDArray[np.float64], first: NDArray[np.float64] | None, situations: Sequence[str]
+             ) -> ChoiceFigures:
     probabilities = 1 / (1 + np.exp(-np.clip(margins, -700, 700)))
-    situations = [item.situation for item in items]
-    return ChoiceFigures(
-        share_by_group(margins > 0, situations),
-        bootstrap(lambda i: float(probabilities[i].mean()), situations, draws=400),
-        bootstrap(lambda i: float(margins[i].mean()), situations, draws=400), tuple(margins.tolist()))
+
+    def mean_of(values: NDArray[np.float64]) -> Estimate:
+        return bootstrap(lambda i: float(values[i].mean()), situations, draws=400)
+
+    return ChoiceFigures(share_by_group(margins > 0, situations), mean_of(probabilities), mean_of(margins),
+                         None if first is None else mean_of(first), tuple(margins.tolist()))
 
 
-def _row(item: Item, reply: str, think: bool) -> Row:
-    if think and not (item.cot or "").strip():
+def _cots(item: Item) -> tuple[str, ...]:
+    if not item.cots:
         raise ConfigError(f"{item.place}: has no cot for the replies to stand behind; give one, or set cot: never")
-    return Row(kind="chat", place=item.place, source="choices", digest=item.place, messages=item.messages,
-               cot=item.cot if think else None, response=reply.strip())
+    return item.cots
+
+
+def _row(item: Item, reply: str, cot: str | None) -> Row:
+    return Row(kind="chat", place=item.place, source="choices", digest=item.place, messages=item.messages, cot=cot,
+               response=reply.strip())
 
 
 def _item(value: Any, place: str) -> Item:
@@ -109,4 +136,7 @@ def _item(value: Any, place: str) -> Item:
         messages = tuple(Message(t["role"], t["content"]) for t in turns)
     else:
         raise ConfigError(f"{place}: a choice needs a prompt as text, or messages with role and content")
-    return Item(place, str(value.get("situation", place)), messages, value.get("cot"), value["a"], value["b"])
+    cots = value.get("cots", [value["cot"]] if value.get("cot") else [])
+    if not isinstance(cots, list) or not all(isinstance(cot, str) and cot.strip() for cot in cots):
+        raise ConfigError(f"{place}: cots is a list of chains of thought, each a text")
+    return Item(place, str(value.get("situation", place)), messages, tuple(cots), value["a"], value["b"])

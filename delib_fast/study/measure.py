@@ -72,6 +72,8 @@ def _choices(subject: Subject, metric: ChoicesMetric, thinks: bool,
     if (metric.path, think) not in chosen:
         chosen[metric.path, think] = choose(subject.scorer, read_choices(metric.path), think=think)
     figures = chosen[metric.path, think]
+    if getattr(figures, metric.figure) is None:
+        raise ConfigError(f"{metric.path}: {metric.figure} is about chains of thought; set cot: always")
     return {"estimate": plain(getattr(figures, metric.figure)), "margins": [round(m, 4) for m in figures.margins]}
 
 

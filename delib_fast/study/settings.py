@@ -29,9 +29,11 @@ class ChoicesMetric(Section):
 
     kind: Literal["choices"]
     path: str
-    """Items, a JSON object a line: prompt (or messages), a, b; optionally cot, and situation: what items share."""
-    figure: Literal["share", "probability", "margin"] = "share"
-    """Share of items in which `a` is the likelier reply; mean of p(a) / (p(a) + p(b)); mean difference in nats."""
+    """Items, a JSON object a line: prompt (or messages), a, b; optionally cot or cots, and situation: what items
+    share."""
+    figure: Literal["share", "probability", "margin", "first_cot"] = "share"
+    """Share of items in which `a` is the likelier reply; mean of p(a) / (p(a) + p(b)); mean difference in nats; mean
+    probability of the first of `cots` among them."""
     cot: Literal["as trained", "never", "always"] = "as trained"
     """Whether the replies stand behind the item's chain of thought: in arms trained with one, in none, or in all."""
     better: Literal["higher", "lower", "neither"] = "higher"
