@@ -111,7 +111,8 @@ def train_stage(context: Context, engine: Engine, stage: StageConfig,
         if engine.step % context.config.log.every_steps == 0 or engine.step == batches.num_steps:
             log.write(engine, lr)
         if context.watch is not None:
-            context.watch(context, engine, stage)
+            with context.watchdog.may_take_long("watching"):
+                context.watch(context, engine, stage)
     saver.finish()
     return log.totals(), saver
 
