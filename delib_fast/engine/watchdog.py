@@ -68,6 +68,7 @@ class Watchdog:
             yield
         finally:
             self._slow = False
+            self._arm()  # now: the thread's next round may come too late, if the lock is kept from here on
             self.at(f"after {what}")
 
     @contextlib.contextmanager
@@ -99,14 +100,18 @@ class Watchdog:
     def _watch(self) -> None:
         assert self._timeout_s is not None
         while not self._done.wait(min(self._timeout_s / 10, 5.0)):
-            if not self._slow:  # ends the process if this thread can't run again for so long
-                alone = self._world_size == 1
-                faulthandler.dump_traceback_later(self._timeout_s, exit=True,
-                                                  file=2 if alone else self._stacks)
+            if not self._slow:
+                self._arm()
             self._write()
             self._follow_launcher()
             if not self._slow and time.monotonic() - self._moved > self._timeout_s:
                 self._judge(self._moves)
+
+    def _arm(self) -> None:
+        """Have a thread of C write the stacks and end the process, unless it is armed anew within the time-out."""
+        if self._timeout_s is not None and self._heartbeat is not None:
+            faulthandler.dump_traceback_later(self._timeout_s, exit=True,
+                                              file=2 if self._world_size == 1 else self._stacks)
 
     def _judge(self, moves: int) -> None:
         """This rank has not moved for too long: is it because of another one?"""
