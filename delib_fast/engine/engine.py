@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def _launched(environment: Mapping[str, str]) -> bool:
+    """Is there a launcher? A RANK alone is none: accelerate leaves one behind in a process that used it."""
+    whole = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys()
+    return whole or ("RANK" in environment and environment.get("WORLD_SIZE", "1") != "1")
+
+
 class Ranks:
     """The process group: who we are, where we compute, and sums over all of us.
 
@@ -48,7 +54,7 @@ class Ranks:
         if on_gpu:
             torch.cuda.set_device(self.device)
         backend = "nccl" if on_gpu else "gloo"
-        if "RANK" not in os.environ and not dist.is_initialized():  # no launcher: alone, and no port to find
+        if not _launched(os.environ) and not dist.is_initialized():  # alone, and no port to find
             os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed asks for it
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
