@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from delib_fast.config import ConfigError
+from delib_fast.looking.plots import pyplot
 from delib_fast.looking.runs import Line, RunRecord, Series
 
 # On white, each with a contrast of 4.5 or more; runs beyond them are dashed.
@@ -40,7 +40,7 @@ class _Panel:
 
 def draw_pictures(runs: Sequence[RunRecord], out: Path) -> list[Picture]:
     """Every picture that the runs have figures for, written to `out`."""
-    plt = _pyplot()
+    plt = pyplot("the report draws", "report")
     drawn = []
     for panel in _panels(runs):
         figure = _draw(plt, panel, runs)
@@ -144,19 +144,3 @@ def _stage_borders(axis: Any, runs: Sequence[RunRecord], over_tokens: bool) -> N
             axis.axvline(x, color="#6b7480", lw=1, ls=":")
             axis.annotate(f"{name} ends", (x, 1), xycoords=("data", "axes fraction"), xytext=(3, -9),
                           textcoords="offset points", fontsize=8, color="#56606b")
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("the report draws with matplotlib, which is not installed: "
-                          "pip install 'delib-fast[report]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import matplotlib.ticker
-
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-                         "axes.edgecolor": "#8a95a1", "axes.grid": True, "grid.color": "#e6eaee",
-                         "axes.axisbelow": True, "figure.facecolor": "white", "font.family": "DejaVu Sans"})
-    return plt

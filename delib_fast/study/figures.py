@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from delib_fast.config import ConfigError
+from delib_fast.looking.plots import pyplot
 
 # One colour a variant, on white; told apart also when printed in grey.
 _COLOURS = ("#5c6b7a", "#0b6e99", "#d1603d", "#3f8f4f", "#7a4fa3", "#b8860b", "#444444")
@@ -39,18 +39,8 @@ def need_matplotlib() -> None:
 
 
 def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("a study draws pictures with matplotlib, which is not installed: "
-                          "pip install 'delib-fast[study]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-                         "axes.edgecolor": "#8a95a1", "axes.grid": True, "grid.color": "#e6eaee",
-                         "axes.axisbelow": True, "figure.facecolor": "white", "legend.frameon": False,
-                         "font.family": "DejaVu Sans"})
+    plt = pyplot("a study draws pictures", "study")
+    plt.rcParams["legend.frameon"] = False
     return plt
 
 
