@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,6 +38,15 @@ def _launched(environment: Mapping[str, str]) -> bool:
     return whole or ("RANK" in environment and environment.get("WORLD_SIZE", "1") != "1")
 
 
+def _let_gloo_let_go() -> None:
+    """At exit, give gloo's threads the GIL for a moment, to drop the tensors of the last operations.
+
+    One that asks for it once the interpreter is being taken down is ended inside a noexcept destructor: "terminate
+    called without an active exception", exit code 134 after a run that went well (one in ten of a test with ZeRO 3).
+    """
+    time.sleep(0.1)
+
+
 class Ranks:
     """The process group: who we are, where we compute, and sums over all of us.
 
@@ -58,6 +69,7 @@ class Ranks:
             os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed asks for it
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        atexit.register(_let_gloo_let_go)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._host_group = dist.new_group(backend="gloo") if on_gpu else dist.group.WORLD
         rank_groups(self.world_size, sequence_parallel)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
+import time
 
 import torch
 import torch.distributed as dist
@@ -89,6 +91,7 @@ def refusal(group, **keys) -> str:
 
 def main() -> None:
     dist.init_process_group("gloo")
+    atexit.register(time.sleep, 0.1)  # as Ranks does, lest one of gloo's threads abort the process
     found = {}
     for size in (1, 2, 4):
         group = dist.new_subgroups(size)[0]

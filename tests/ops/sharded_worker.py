@@ -1,6 +1,8 @@
 """One of two ranks that share the head's weight as a DTensor; run by test_linear_cross_entropy_sharded.py."""
 
+import atexit
 import sys
+import time
 
 import torch
 import torch.distributed as dist
@@ -45,6 +47,7 @@ def check_fully_shard(mesh, case, mine, whole):
 
 def main() -> None:
     dist.init_process_group("gloo")
+    atexit.register(time.sleep, 0.1)  # as Ranks does, lest one of gloo's threads abort the process
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(3)

@@ -1,42 +1,19 @@
 """The head's weight as a DTensor, on two real ranks; and what is said to a caller who has not gathered it."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launch import run_ranks
 
 from delib_fast.ops import gather_weight, linear_cross_entropy
 
 HERE = Path(__file__).parent
 
 
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
-
-
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_ranks_equal_one():
-    port = str(free_port())
-    ranks = []
-    for rank in range(2):
-        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2",
-                       "RANK": str(rank), "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1",
-                       "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
-        command = [sys.executable, str(HERE / "sharded_worker.py")]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        for rank in ranks:
-            _, errors = rank.communicate(timeout=120)
-            assert rank.returncode == 0, errors
-    finally:
-        for rank in ranks:
-            rank.kill()
+    run_ranks([str(HERE / "sharded_worker.py")], 2, timeout=120, CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(HERE))
 
 
 def test_a_plain_weight_is_handed_back():
