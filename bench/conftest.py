@@ -14,6 +14,8 @@ import pytest
 import torch
 from recording import machine as machine
 
+from delib_fast.ops._library import WHY_NO_COMPILED
+
 MIB = 1024 * 1024
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # glibc's mallopt
 
@@ -63,6 +65,8 @@ def peak_extra_mib(call: Callable[[], Any]) -> float | None:
         return (torch.cuda.max_memory_allocated() - before) / MIB
     if libc := _libc():
         libc.malloc_trim(0)  # what malloc keeps of earlier calls is not in use
+    if WHY_NO_COMPILED is None:
+        torch.ops.delib_fast.release_buffers()  # nor is what the CPU kernels keep
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     except OSError:

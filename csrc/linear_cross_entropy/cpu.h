@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "large_buffer.h"
 #include "linear_cross_entropy/row_kernels.h"
 #include "linear_cross_entropy/row_math.h"
 
@@ -99,9 +100,6 @@ struct Chunk {
   at::Tensor positions;  // (C,) int64
   at::Tensor hidden;     // (C, H)
 };
-
-// A large buffer on huge pages where the system gives them: first touches of fresh pages cost more than the loss.
-at::Tensor large_empty(at::IntArrayRef sizes, at::ScalarType dtype);
 
 // Elements from one row of a chunk's logits to the next: whole cache lines. MKL writes rows that begin anywhere at
 // little more than half the speed.

@@ -12,24 +12,9 @@
 #include <optional>
 #include <tuple>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "linear_cross_entropy/cpu.h"
 
 namespace delib_fast {
-
-at::Tensor large_empty(at::IntArrayRef sizes, at::ScalarType dtype) {
-  at::Tensor tensor = at::empty(sizes, at::TensorOptions().dtype(dtype));
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr std::uintptr_t HUGE = std::uintptr_t{1} << 21;
-  const auto begin = (reinterpret_cast<std::uintptr_t>(tensor.data_ptr()) + HUGE - 1) / HUGE * HUGE;
-  const auto end = (reinterpret_cast<std::uintptr_t>(tensor.data_ptr()) + tensor.nbytes()) / HUGE * HUGE;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish: may be refused
-#endif
-  return tensor;
-}
 
 std::int64_t equal_chunk(std::int64_t rows, std::int64_t most) {
   constexpr std::int64_t VECTOR = 16;

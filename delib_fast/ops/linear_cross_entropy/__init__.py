@@ -122,7 +122,9 @@ def linear_cross_entropy(
 
     Cost: 6·L·H·V FLOPs for L supervised rows (4 with one gradient, 2 with none); both gradients are computed in
     the forward pass, so nothing is recomputed. Memory: dX, dW (V·H float32) and chunk_tokens·V logits. A bias
-    costs a copy of `weight` with 8 more columns, and of its gradient; without one nothing is copied.
+    costs a copy of `weight` with 8 more columns, and of its gradient; without one nothing is copied. The cpu backend
+    keeps the pages of its large buffers, and of the weight's gradient once you drop it, for the next call: at most
+    what was in use at one moment. torch.ops.delib_fast.release_buffers() gives them back (bytes, int).
 
     Source: the gradient-in-forward scheme of Liger Kernel (arXiv 2410.10989), row compaction as in Cut
     Cross-Entropy (arXiv 2411.09009); softcap as in Gemma 2 (arXiv 2408.00118), z-loss as in PaLM (arXiv 2204.02311).
