@@ -79,11 +79,10 @@ LIBRARY.define("scale_gradient(Tensor gradient, Tensor scale, ScalarType dtype) 
 
 
 def _scale_gradient(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient * scale in one pass, multiplied in the wider dtype and rounded once; the compiled module has a
-    faster one for the CPU.
+    """gradient * scale in one pass, multiplied in the wider dtype and rounded once, as a new tensor; the compiled
+    module has a faster one for the CPU.
 
-    A new tensor, since the saved one may be needed again (retain_graph). The scale gets dimensions because a
-    tensor without any would be rounded to a bfloat16 gradient's dtype first.
+    The scale gets dimensions because a tensor without any would be rounded to a bfloat16 gradient's dtype first.
     """
     scale = scale.to(accumulator_dtype(gradient.dtype)).reshape([1] * gradient.dim())
     return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
@@ -97,6 +96,19 @@ torch.library.register_fake(
 )
 
 
+# A private name of torch's, in 2.11 as in 2.13; without it every gradient is a new tensor.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _scaled(saved: Tensor, grad_loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """saved * grad_loss in `dtype`: in place where the graph is not kept (retain_graph), so that a float32 weight's
+    gradient is not held twice. Not while it is traced, nor for narrower dtypes, which round once in a wider one."""
+    in_place = saved.dtype == dtype == accumulator_dtype(dtype) and type(saved) is Tensor
+    if in_place and not torch.compiler.is_compiling() and not _keeps_graph():
+        return saved.mul_(grad_loss)
+    return torch.ops.delib_fast.scale_gradient(saved, grad_loss, dtype)
+
+
 def _backward(ctx: Any, grad_loss: Tensor | None, *_unused: Any) -> tuple[Tensor | None, ...]:
     grads: list[Tensor | None] = [None] * ctx.num_inputs
     if torch.is_grad_enabled():  # create_graph=True: the gradients would pass for constants, in silence
@@ -107,7 +119,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_unused: Any) -> tuple[Tensor
     if grad_loss is not None:
         for i, (needed, saved) in enumerate(zip(ctx.needs, ctx.saved_tensors, strict=True)):
             if needed:
-                grads[i] = torch.ops.delib_fast.scale_gradient(saved, grad_loss, ctx.dtypes[i])
+                grads[i] = _scaled(saved, grad_loss, ctx.dtypes[i])
     return tuple(grads)
 
 
