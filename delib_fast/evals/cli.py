@@ -12,7 +12,7 @@ from delib_fast.config import ConfigError
 
 def eval_command(
     model: Annotated[str | None, typer.Argument(
-        metavar="[RUN|MODEL]", help="a run directory or a model folder")] = None,
+        metavar="[RUN|MODEL]", help="a run directory, a model folder or a peft adapter folder")] = None,
     suite: Annotated[list[str] | None, typer.Option("--suite", metavar="NAME", help=(
         "a suite or a group (repeatable, or with commas): segments, dose, drift, early, reliance, agentic, hints, "
         "necessity, legibility, policy, refusal, monitor; forced (the default), sampled, cot, all"))] = None,
@@ -34,7 +34,7 @@ def eval_command(
     settings = load_eval_config(config, model=model, suites=suites, base=base,
                                 out=None if out is None else str(out), limit=limit)
     if settings.model is None:
-        raise ConfigError("give a run directory or a model folder to evaluate")
+        raise ConfigError("give a run directory, a model folder or a peft adapter folder to evaluate")
     try:
         evaluation = evaluate(Subject(Path(settings.model), settings), say=lambda text: typer.echo(text, err=True))
     except (DataError, UnsupportedModelError, JudgeError) as error:

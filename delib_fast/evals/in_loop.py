@@ -21,7 +21,7 @@ from delib_fast.evals.drift import drift_from_base
 from delib_fast.evals.intervals import Estimate
 from delib_fast.evals.reliance import early_answering, reliance, with_cot
 from delib_fast.evals.results import plain
-from delib_fast.evals.scoring import Scorer
+from delib_fast.evals.scoring import Scorer, adapters
 from delib_fast.evals.segments import segment_figures
 from delib_fast.models import TrainableLM, build_model
 
@@ -35,13 +35,15 @@ class InLoop:
     """A `watch` of a run: scores held-out rows after every so many updates of each stage, and after its last.
 
     Args:
-        suites: of segments, early, reliance, drift (from the model that the run started from).
+        suites: of segments, early, reliance, drift (from the model that the run started from; of a LoRA adapter that
+            goes on from stage to stage, the weights under it).
         every_steps: updates between two evaluations.
         limit: documents and chats at most, the first ones.
     Weights, training mode and random numbers are left as they were, so that a watched run learns what an unwatched one
     does; its tokens/s have the time of watching in them. A run that goes on writes the lines of the updates that it
     makes again once more.
-    Cost: a forward pass over the rows for segments, 11 a row for early, 6 for reliance, 2 and a second model for drift.
+    Cost: a forward pass over the rows for segments, 11 a row for early, 6 for reliance, 2 for drift and, without
+    such an adapter, a second model.
     Raises:
         ConfigError: a name that is no such suite; a run whose ranks hold parts of the weights (ZeRO-3) or of a
             sequence; a run without held-out chats.
@@ -92,8 +94,11 @@ class InLoop:
                          if figure["value"] is not None)
         context.reporter.say(f"{record['stage']} step {record['step']}: {told}")
 
-    def base(self, context: Context, scorer: Scorer) -> TrainableLM:
-        """The model that the run started from, built once."""
+    def base(self, context: Context, scorer: Scorer) -> TrainableLM | None:
+        """The model that the run started from, built once; None where it is still there, under an adapter."""
+        merged = any(stage.adapter == "merge" for stage in context.config.stages)
+        if adapters(scorer.model) and not merged:
+            return None
         if self._base is None:
             config = context.config.model
             model = build_model(config, context.corpus.tokenizer, dtype=context.config.engine.precision,

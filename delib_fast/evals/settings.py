@@ -48,9 +48,10 @@ class EvalConfig(Section):
     """One evaluation of one model."""
 
     model: str | None = None
-    """A run directory or a model folder; the command line's argument goes before it."""
+    """A run directory, a model folder or a peft adapter folder; the command line's argument goes before it."""
     base: str | None = None
-    """The base model's folder, for `drift`; of a run, by default what its first stage started from."""
+    """The base model's folder, for `drift`; of a run, by default what its first stage started from; of an adapter, what
+    its adapter_config.json names."""
     suites: tuple[str, ...] = ("forced",)
     """Suites, or groups of them: forced, sampled, cot, all."""
     out: str | None = None

@@ -1,4 +1,5 @@
-"""What is evaluated: a run directory or a model folder, loaded with its tokenizer, its base and its held-out rows."""
+"""What is evaluated: a run directory, a model folder or a peft adapter folder; with its tokenizer, its base and its
+held-out rows."""
 
 from __future__ import annotations
 
@@ -11,13 +12,20 @@ from typing import Any
 
 import torch
 
-from delib_fast.config import AFTConfig, Config, ConfigError, ModelConfig, SourceConfig, TokenizerConfig
+from delib_fast.config import AFTConfig, Config, ConfigError, LoraConfig, ModelConfig, SourceConfig, TokenizerConfig
 from delib_fast.config_file import parse_config, read_yaml
 from delib_fast.data import Row, read_source, split_holdout
 from delib_fast.evals.scoring import Scorer
 from delib_fast.evals.segments import categories_of
 from delib_fast.evals.settings import EvalConfig
-from delib_fast.models import TrainableLM, build_model, build_tokenizer
+from delib_fast.models import (
+    TrainableLM,
+    adapter_settings,
+    add_adapter,
+    build_model,
+    build_tokenizer,
+    load_adapter,
+)
 
 
 @dataclass
@@ -25,7 +33,8 @@ class Subject:
     """A model to evaluate; weights are read when they are first needed.
 
     Args:
-        path: a run directory (it has config.yaml and model/) or a model folder.
+        path: a run directory (it has config.yaml and model/), a model folder, or a peft adapter folder, whose base is
+            `settings.base` or else what its adapter_config.json names.
         settings: rows and base, where they are not the run's own.
     Raises:
         ConfigError: the path is neither, or a file that it names is missing.
@@ -43,9 +52,19 @@ class Subject:
         if saved.exists():
             self.config = parse_config(read_yaml(saved.read_text(encoding="utf-8"), where=str(saved)), where=str(saved))
             self.folder = self.path / "model"
-        if not (self.folder / "config.json").exists():
+        self.adapter: tuple[LoraConfig, str] | None = None  # its settings, and the model that lies under it
+        if self.config is None and (self.path / "adapter_config.json").exists():
+            self.adapter = self._read_adapter()
+        elif not (self.folder / "config.json").exists():
             unfinished = " (the run has not finished)" if self.config is not None else ""
             raise ConfigError(f"{self.folder}: holds no model: config.json is missing{unfinished}")
+
+    def _read_adapter(self) -> tuple[LoraConfig, str]:
+        settings, named = adapter_settings(self.path)
+        base = self.settings.base or named
+        if base is None:
+            raise ConfigError(f"{self.path}: the adapter does not say what model it belongs to; give --base FOLDER")
+        return settings, base
 
     @property
     def device(self) -> str:
@@ -55,17 +74,28 @@ class Subject:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the model's weights."""
-        return weights_hash(self.folder)
+        """Of the model's weights; of an adapter's and those under it."""
+        own = weights_hash(self.folder)
+        if self.adapter is None or not Path(self.adapter[1]).is_dir():
+            return own
+        return hashlib.sha256(f"{own} {weights_hash(Path(self.adapter[1]))}".encode()).hexdigest()
 
     @cached_property
     def tokenizer(self) -> Any:
+        """Of the model folder; of an adapter's folder where peft's user saved one there, else of its base."""
+        own = self.adapter is None or (self.folder / "tokenizer_config.json").exists()
         return build_tokenizer(Config.model_construct(tokenizer=TokenizerConfig(),  # type: ignore[call-arg]
-                                                      model=ModelConfig(path=str(self.folder))), lambda: iter(()))
+                                                      model=ModelConfig(path=str(self.folder) if own else self.under)),
+                               lambda: iter(()))
+
+    @property
+    def under(self) -> str:
+        """What is loaded: the model, or the one under the adapter."""
+        return str(self.folder) if self.adapter is None else self.adapter[1]
 
     @cached_property
     def scorer(self) -> Scorer:
-        return Scorer(self._load(ModelConfig(path=str(self.folder))), self.tokenizer,
+        return Scorer(self._load(ModelConfig(path=self.under), self.adapter), self.tokenizer,
                       pack_capacity=self.settings.pack_capacity, system_prompt=self.system_prompt)
 
     @property
@@ -78,6 +108,8 @@ class Subject:
     @cached_property
     def base_config(self) -> tuple[ModelConfig, str] | None:
         """What to load as the base, and what to call it."""
+        if self.adapter is not None:
+            return ModelConfig(path=self.under), f"{self.under} (the adapter turned off)"
         if self.settings.base is not None:
             return ModelConfig(path=self.settings.base), self.settings.base
         if self.config is None:
@@ -98,13 +130,17 @@ class Subject:
 
     @cached_property
     def base(self) -> TrainableLM | None:
-        if self.base_config is None:
+        """None for an adapter: its base is the same weights with the adapter off, and needs no second model."""
+        if self.base_config is None or self.adapter is not None:
             return None
         return self._load(self.base_config[0])
 
-    def _load(self, config: ModelConfig) -> TrainableLM:
+    def _load(self, config: ModelConfig, adapter: tuple[LoraConfig, str] | None = None) -> TrainableLM:
         seed = self.config.seed if self.config is not None else 0
         model = build_model(config, self.tokenizer, dtype=self.settings.precision, seed=seed)
+        if adapter is not None:
+            add_adapter(model, adapter[0], base=adapter[1], seed=seed)
+            load_adapter(model, self.path)
         return TrainableLM(model, attention_backend=config.attention, loss_backend=config.loss).to(self.device)
 
     # --- rows -----------------------------------------------------------------------------------------------

@@ -7,7 +7,14 @@ from delib_fast.models.export import export_model
 from delib_fast.models.isolation import LeakError, check_isolation
 from delib_fast.models.layers import resolve_layers
 from delib_fast.models.lm import TrainableLM
-from delib_fast.models.lora import add_adapter, bare_twin, export_adapter, load_adapter, merged_weights
+from delib_fast.models.lora import (
+    adapter_settings,
+    add_adapter,
+    bare_twin,
+    export_adapter,
+    load_adapter,
+    merged_weights,
+)
 from delib_fast.models.recompute import recompute
 from delib_fast.models.shape import ModelShape, model_shape
 from delib_fast.models.tokenizer import build_tokenizer, train_tokenizer
@@ -18,6 +25,7 @@ __all__ = [
     "StepCost",
     "TrainableLM",
     "UnsupportedModelError",
+    "adapter_settings",
     "add_adapter",
     "bare_twin",
     "build_model",

@@ -85,6 +85,23 @@ def adapter_size(model: PreTrainedModel, config: LoraConfig) -> tuple[int, int]:
 # --- reading --------------------------------------------------------------------------------------------------
 
 
+def adapter_settings(folder: str | Path) -> tuple[LoraConfig, str | None]:
+    """The settings of a peft folder's adapter, and the name or folder of the base model that it says it belongs to.
+
+    Raises ConfigError: no such file, or none of LoRA's.
+    """
+    file = Path(folder) / "adapter_config.json"
+    try:
+        theirs = json.loads(file.read_text(encoding="utf-8"))
+        wanted = theirs["target_modules"]
+        settings = LoraConfig(r=theirs["r"], alpha=theirs["lora_alpha"], rslora=theirs.get("use_rslora", False),
+                              targets=[wanted] if isinstance(wanted, str) else sorted(wanted))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} can't be read ({error!r}); give a folder that peft saved a LoRA adapter in"
+                          ) from None
+    return settings, theirs.get("base_model_name_or_path")
+
+
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> dict[str, Tensor]:
     """Copy a peft folder's adapter into the model's. Returns its tensors, in their own precision, by our names.
 

@@ -192,7 +192,7 @@ def test_bad_rows_are_said_plainly(folder, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ((), "give a run directory or a model folder"), (("/nowhere",), "no such folder"),
+    ((), "give a run directory, a model folder or a peft"), (("/nowhere",), "no such folder"),
     ((ROOT / "docs",), "holds no model"), (("x", "--suite", "segment"), "'segment' is no suite")])
 def test_bad_input_is_said_plainly(arguments, message):
     result = command(*arguments)

@@ -1,0 +1,81 @@
+"""A peft adapter folder is evaluated as it is: the model over it, and its distance from the model under it."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+from eval_models import ARCHITECTURE, ROOT, make_model
+from tiny_run import tiny
+
+from delib_fast.config import ConfigError
+from delib_fast.config_file import load_config
+from delib_fast.evals import InLoop
+from delib_fast.evals.run import evaluate
+from delib_fast.evals.settings import load_eval_config
+from delib_fast.evals.subject import Subject
+from delib_fast.models import export_model
+from delib_fast.train import run
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    """base/, merged/, and adapter/ as peft saves it: with the name of its base, without a tokenizer."""
+    path = tmp_path_factory.mktemp("adapter")
+    export_model(make_model(tokenizer, 1), tokenizer, path / "base")
+    wrapped = peft.get_peft_model(make_model(tokenizer, 1).model, peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    wrapped.peft_config["default"].base_model_name_or_path = str(path / "base")
+    wrapped.save_pretrained(path / "adapter")
+    merged = make_model(tokenizer, 1)
+    merged.model.load_state_dict(wrapped.merge_and_unload().state_dict())
+    export_model(merged, tokenizer, path / "merged")
+    return path
+
+
+def figures(path, out, **changes):
+    settings = load_eval_config(None, **({
+        "model": str(path), "suites": "segments,drift", "limit": 4, "precision": "fp32", "out": str(out),
+        "rows": {"held": str(ROOT / "examples/data/deliberation_heldout.jsonl")}} | changes))
+    done = evaluate(Subject(path, settings))
+    return done, {row[0]: [cell.value for cell in row[1:4]] for row in done.results[1].tables[0].rows}
+
+
+def test_it_is_the_merged_model_and_its_base_the_adapter_turned_off(folder, tmp_path):
+    done, found = figures(folder / "adapter", tmp_path / "a")
+    _, expected = figures(folder / "merged", tmp_path / "m", base=str(folder / "base"))
+    assert done.subject["base"].endswith("base (the adapter turned off)")
+    assert found.keys() == expected.keys() == {"cot", "response"}
+    for segment in found:
+        assert found[segment] == pytest.approx(expected[segment], rel=1e-4)
+        assert found[segment][0] > 1e-4
+
+
+def test_another_base_is_another_model(folder, tmp_path, tokenizer):
+    export_model(make_model(tokenizer, 2), tokenizer, tmp_path / "other")
+    _, own = figures(folder / "adapter", tmp_path / "out")
+    _, other = figures(folder / "adapter", tmp_path / "out", base=str(tmp_path / "other"))  # the same folder of results
+    assert own != other
+
+
+def test_what_can_not_be_evaluated_is_named(folder, tmp_path):
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / name).write_bytes((folder / "adapter" / name).read_bytes())
+    file = tmp_path / "adapter_config.json"
+    theirs = json.loads(file.read_text())
+    for changes, message in (({"base_model_name_or_path": None}, "give --base FOLDER"),
+                             ({"use_dora": True}, "use_dora is True"), ({"r": None}, "saved a LoRA adapter in")):
+        file.write_text(json.dumps(theirs | changes))
+        with pytest.raises(ConfigError, match=message):
+            figures(tmp_path, tmp_path / "out")
+
+
+def test_a_watched_lora_run_needs_no_second_model(tmp_path, monkeypatch):
+    from delib_fast.evals import in_loop
+
+    monkeypatch.setattr(in_loop, "build_model", lambda *_, **__: pytest.fail("a second model was built"))
+    config = load_config(tiny(tmp_path, model={"architecture": ARCHITECTURE, "lora": {"r": 4}}))
+    run(config, InLoop(("drift",), every_steps=5, limit=2))
+    lines = [json.loads(line) for line in (tmp_path / "run/evals/in_loop.jsonl").read_text().splitlines()]
+    assert all(line["figures"]["cot drift"]["value"] > 0 for line in lines)
