@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from delib_fast.data.json_list import list_values
 from delib_fast.data.rows import DataError, fingerprint
-from delib_fast.data.strict_json import decode, strict_decoder
+from delib_fast.data.strict_json import decode
 
 MAX_LINE_BYTES = 64 << 20
-_SPACE = re.compile(r"[ \t\n\r]*")
 _MAGIC = (
     (b"\x1f\x8b", "gzip data: decompress it first"),
     (b"\x28\xb5\x2f\xfd", "zstd data: decompress it first"),
@@ -60,8 +58,8 @@ class HashingFile:
         self._digest.update(data)
         return data
 
-    def read(self) -> bytes:
-        data = self._file.read()
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
         self._digest.update(data)
         return data
 
@@ -95,7 +93,8 @@ def read_items(file: HashingFile, path: Path) -> Iterator[Item]:
         blank.append(head)
         head = file.readline(MAX_LINE_BYTES + 1)
     if head.lstrip().startswith(b"["):
-        yield from _list_items(b"".join(blank) + head + file.read(), path)
+        for number, value, text in list_values(b"".join(blank) + head, file, path, MAX_LINE_BYTES):
+            yield Item(number, value, raw=text.encode("utf-8", "surrogatepass"))
     else:
         yield from _line_items(file, head, len(blank) + 1)
 
@@ -124,51 +123,6 @@ def _decoded(line: bytes, number: int) -> Item:
         return Item(number, error=error, raw=line)
 
 
-def _list_items(data: bytes, path: Path) -> Iterator[Item]:
-    text = decode_text(data, path)
-    at = _skip_space(text, 0) + 1
-    line = 1 + text.count("\n", 0, at)
-    seen = at
-    first = True
-    while True:
-        at = _skip_space(text, at)
-        line += text.count("\n", seen, at)
-        seen = at
-        if text[at : at + 1] == "]" and first:
-            break
-        try:
-            value, end = strict_decoder.raw_decode(text, at)
-        except (json.JSONDecodeError, DataError, RecursionError) as error:
-            raise _list_error(error, text, path, line) from None
-        yield Item(line, value, raw=text[at:end].encode("utf-8", "surrogatepass"))
-        first = False
-        at = _skip_space(text, end)
-        if text[at : at + 1] == "]":
-            break
-        if text[at : at + 1] != ",":
-            line += text.count("\n", seen, at)
-            what = "the file ends inside the list: it may have been cut" if at >= len(text) else \
-                "not valid JSON: a comma or ] is expected here"
-            raise DataError(what, reason="not_json", place=f"{path}:{line}")
-        at += 1
-    rest = _skip_space(text, at + 1)
-    if rest != len(text):
-        line += text.count("\n", seen, rest)
-        raise DataError("not valid JSON: more follows after the list", reason="not_json",
-                        place=f"{path}:{line}")
-
-
-def _list_error(error: Exception, text: str, path: Path, line: int) -> DataError:
-    if isinstance(error, json.JSONDecodeError):
-        cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
-        why = "; the file ends too early and may have been cut" if cut else ""
-        return DataError(f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}{why}",
-                         reason="not_json", place=f"{path}:{error.lineno}")
-    what = "objects or lists are nested too deep" if isinstance(error, RecursionError) else str(error)
-    reason = error.reason if isinstance(error, DataError) else "not_json"
-    return DataError(what, reason=reason, place=f"{path}:{line}")
-
-
 def decode_text(data: bytes, path: Path) -> str:
     """A whole file as text; a byte order mark goes."""
     try:
@@ -177,11 +131,6 @@ def decode_text(data: bytes, path: Path) -> str:
         line = 1 + data.count(b"\n", 0, error.start)
         raise DataError(f"not UTF-8: byte 0x{data[error.start]:02x} at byte {error.start + 1} of the file",
                         reason="invalid_utf8", place=f"{path}:{line}") from None
-
-
-def _skip_space(text: str, at: int) -> int:
-    match = _SPACE.match(text, at)
-    return match.end() if match else at
 
 
 def without_nulls(value: Any) -> Any:

@@ -124,16 +124,19 @@ print(len(found), found.counts.tokens)
 
 
 @pytest.mark.slow
-def test_memory_is_that_of_a_chunk_and_not_of_the_file(tmp_path):
-    """96 MB of rows through scan, guard and encoding with 64 MiB of memory: held they don't fit, streamed they do."""
-    path, row = tmp_path / "rows.jsonl", "abcdefghijklmno " * (1 << 12)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_memory_is_that_of_a_chunk_and_not_of_the_file(tmp_path, name):
+    """96 MB of rows through scan, guard and encoding with 72 MiB of memory: held they don't fit, streamed they do."""
+    path, row = tmp_path / name, "abcdefghijklmno " * (1 << 12)
+    before, between, after = ("[", ",\n", "]") if name.endswith(".json") else ("", "\n", "\n")
     with path.open("w") as file:
         for i in range(1500):
-            file.write(f'{{"text": "{i} {row}"}}\n')
+            file.write(f'{between if i else before}{{"text": "{i} {row}"}}')
+        file.write(after)
 
     def run(held):
         code = WORKER.format(tests=str(Path(__file__).parent), path=str(path), folder=str(tmp_path / f"cache{held}"),
-                             held=held, extra=64)
+                             held=held, extra=72)
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
     streamed, held = run(0), run(1 << 40)
