@@ -84,10 +84,16 @@ class TokenizerConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "muon"] = "adamw"
+    """`muon` orthogonalises the updates of hidden matrices; embeddings, head, norms and biases get AdamW's, at the same
+    lr and weight_decay."""
     lr: float = Field(1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW."""
     eps: float = Field(1e-8, gt=0)
+    """Of AdamW."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Of Muon."""
     weight_decay: NonNegativeFloat = 0.01
     """Not applied to biases, norms and other one-dimensional parameters."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -312,6 +318,10 @@ class Config(Section):
         if lora is not None and lora.quantize != "none" and self.engine.zero_stage == 3:
             raise ValueError("model.lora.quantize: ZeRO 3 can't shard weights of 4 bits; set engine.zero_stage to 2")
         for i, stage in enumerate(self.stages):
+            if stage.optimizer.name == "muon" and (lora is not None or self.engine.offload_optimizer == "nvme"):
+                why = "model.lora trains factors of a low rank, whose product is the update" if lora is not None else \
+                    "engine.offload_optimizer is nvme, and it needs whole matrices"
+                raise ValueError(f"stages.{i}.optimizer.name: muon can't be used: {why}; set adamw")
             if stage.adapter == "merge" and (i == 0 or lora is None):
                 why = "no stage is before it" if i == 0 else "model.lora is not set"
                 raise ValueError(f"stages.{i}.adapter: merge has nothing to merge ({why}); leave it out")

@@ -7,7 +7,8 @@
     weights      b·P (0.55 bytes each in nf4) and b·t of an adapter
                                      sharded at stage 3, which gathers two layers and the embeddings at a time
     gradients    b·t, and 4·t fp32 where they are accumulated in fp32       sharded at stages 2 and 3
-    optimiser    8·t AdamW (0 SGD), and 4·t master weights in half precision       sharded at stages 1 to 3
+    optimiser    8·t AdamW (SGD 0; Muon 4, but 8 of embeddings and head), and 4·t master weights in half precision
+                                     sharded at stages 1 to 3
     activations  of a layer T·b·(10·H + 4·A + 3·F), of which tiles divide the 3·F. All layers keep theirs; or
                  T·b·H each (full), T·b·(H + A) each (selective), and one layer whole
     loss         2·chunk·V·b logits of a chunk, and b·T·H of hidden states and their gradient
@@ -54,7 +55,8 @@ def memory_parts(config: Config, stage: StageConfig, shape: ModelShape, ranks: i
     if lora is not None:
         weights += b * trained - (shape.adapted_parameters * (b - _NF4_BYTES) if lora.quantize != "none" else 0)
     gathered = b * (2 * shape.largest_layer + shape.embedding_parameters) if zero == 3 and ranks > 1 else 0
-    adam = 0 if stage.optimizer.name == "sgd" else 8
+    ends = min(shape.embedding_parameters, trained)
+    moments = {"sgd": 0, "adamw": 8 * trained, "muon": 4 * (trained + ends)}[stage.optimizer.name]
     T = tokens_of_a_rank(config, stage)
     host = config.engine.offload_optimizer != "none"
     kept = "" if lora is None else f", adapter of {trained:,}"
@@ -63,7 +65,7 @@ def memory_parts(config: Config, stage: StageConfig, shape: ModelShape, ranks: i
                    f"{precision}{_over(ranks, zero >= 3)}{kept}"),
         MemoryPart("gradients", shard(b * trained, 2) + (shard(4 * trained, 1) if half and not host else 0),
                    f"{precision}{' and fp32 sums' if half else ''}{_over(ranks, zero >= 2)}"),
-        MemoryPart("optimiser", 0 if host else shard((adam + (4 if half else 0)) * trained, 1),
+        MemoryPart("optimiser", 0 if host else shard(moments + (4 if half else 0) * trained, 1),
                    "on the host" if host else
                    f"{stage.optimizer.name}{', fp32 master weights' if half else ''}{_over(ranks, zero >= 1)}"),
         _activations(config, stage, shape, b),

@@ -21,6 +21,7 @@ from delib_fast.engine import checkpoint
 from delib_fast.engine.checkpoint_writer import CheckpointWriter, Tensors
 from delib_fast.engine.deepspeed_json import deepspeed_json, effective_zero_stage
 from delib_fast.engine.guard import StepGuard
+from delib_fast.engine.muon import Muon
 from delib_fast.engine.optimizer import build_optimizer, learning_rate
 from delib_fast.engine.quiet import deepspeed
 from delib_fast.engine.state import TrainingState
@@ -29,6 +30,8 @@ from delib_fast.ops import LossOutput
 if TYPE_CHECKING:
     from delib_fast.data import PackedBatch
 
+# It is tested (tests/engine/test_muon.py); DeepSpeed warns of what it does not know.
+deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -180,12 +183,14 @@ class Engine:
         self._plain_norm: Tensor | None = None
         settings = deepspeed_json(config, stage, ranks.world_size)
         place(module, self.device, DTYPES[config.engine.precision], settings, self._zero_stage)
-        self.basic_optimizer = build_optimizer(module, stage.optimizer)
+        self.basic_optimizer = build_optimizer(module, stage.optimizer, config.engine.precision)
         with contextlib.redirect_stdout(io.StringIO()), _told_as_config_error():  # it prints memory figures
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module, optimizer=self.basic_optimizer, dist_init_required=False,
                 config=settings)
         self.module = module
+        if isinstance(self.basic_optimizer, Muon):
+            self.basic_optimizer.bind(self._zero, self._zero_stage, self.device)
         self.state = TrainingState(module, self.basic_optimizer, self._zero, self._zero_stage)
         self.guard = StepGuard(self.basic_optimizer, self._norm_before_clipping, self.device,
                                config.guard.spike_factor)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
 
-from delib_fast.config import OptimizerConfig
+from delib_fast.config import ConfigError, OptimizerConfig
+from delib_fast.engine.muon import Muon, hidden_matrices
+
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
@@ -31,13 +35,14 @@ def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * fall)
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(module: nn.Module, config: OptimizerConfig, precision: str = "fp32") -> torch.optim.Optimizer:
     """The optimizer over the module's trainable parameters; weight decay only on matrices.
 
     It starts with a learning rate of 0: DeepSpeed takes an optimizer step with zero gradients to allocate its
     state, and AdamW's decoupled decay would shrink every weight by lr · decay in it.
     """
-    trainable = [p for p in module.parameters() if p.requires_grad]
+    matrices = hidden_matrices(module) if config.name == "muon" else []
+    trainable = [p for p in module.parameters() if p.requires_grad and all(p is not m for m in matrices)]
     groups = [
         {"params": [p for p in trainable if _full_ndim(p) >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if _full_ndim(p) < 2], "weight_decay": 0.0},
@@ -45,7 +50,20 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
     groups = [group for group in groups if group["params"]]
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0)
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+    adamw = partial(torch.optim.AdamW, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+    if config.name == "adamw":
+        return adamw(groups)
+    if not matrices:
+        raise ConfigError("optimizer.name is muon, and no hidden matrix is trained; set adamw")
+    return Muon(matrices, groups, momentum=config.momentum, weight_decay=config.weight_decay, adamw=adamw,
+                dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
+
+
+def moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[str, ...]:
+    """Names of the tensors that the optimizer keeps for a parameter, of its shape."""
+    if isinstance(optimizer, Muon):
+        return optimizer.moments(parameter)
+    return () if isinstance(optimizer, torch.optim.SGD) else ADAM_MOMENTS
 
 
 def _full_ndim(parameter: nn.Parameter) -> int:

@@ -20,10 +20,9 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from delib_fast.engine.muon import MOMENTUM, grouped_parameters
+from delib_fast.engine.optimizer import moments_of
 from delib_fast.engine.quiet import deepspeed
-
-# Moments of the optimizers in `optimizer.py`; SGD has none.
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class TrainingState:
@@ -34,7 +33,7 @@ class TrainingState:
         self._basic = basic  # the torch optimizer
         self._zero = zero  # DeepSpeed's wrapper around it (or the same object)
         self._stage = stage
-        self._moments = MOMENTS if isinstance(basic, torch.optim.AdamW) else ()
+        self._moments = {id(p): moments_of(basic, p) for p in module.parameters()}
         self._prime()
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -44,7 +43,7 @@ class TrainingState:
         """Every (key, function that assembles the tensor). All ranks must call the functions in this order."""
         for name, parameter in self.named_parameters():
             yield f"weight/{name}", partial(self._get, parameter, None)
-            for moment in self._moments:
+            for moment in self._moments[id(parameter)]:
                 yield f"{moment}/{name}", partial(self._get, parameter, moment)
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
@@ -58,7 +57,7 @@ class TrainingState:
         """Set every weight and moment from `read(key)` (full tensors) and the optimizer's step count."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                for key in (None, *self._moments):
+                for key in (None, *self._moments[id(parameter)]):
                     self._set(parameter, read(f"{key or 'weight'}/{name}"), key)
         self.set_optimizer_steps(optimizer_steps)
         self._refresh_gathered()
@@ -133,18 +132,27 @@ class TrainingState:
         DeepSpeed takes a step for that at construction at some stages and not at others, and counts it: AdamW's
         bias correction would differ between stages.
         """
-        holders = [p for group in self._basic.param_groups for p in group["params"]]
-        if self._stage == 3:  # there the torch optimizer is handed one of these at a time
-            holders = list(self._zero.fp32_partitioned_groups_flat)
-        for holder in holders:
+        for holder, moments in self._holders():
             state = self._basic.state[holder]
-            if self._moments and not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=holder.device)
-                state.update({moment: torch.zeros_like(holder) for moment in self._moments})
+            if moments and not state:
+                if MOMENTUM not in moments:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=holder.device)
+                state.update({moment: torch.zeros_like(holder) for moment in moments})
         link = getattr(self._zero, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
         self.set_optimizer_steps(0)
+
+    def _holders(self) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
+        """The tensors that the torch optimizer steps, with the names of the moments of each."""
+        if self._stage == 0:
+            yield from ((p, self._moments[id(p)]) for group in self._basic.param_groups for p in group["params"])
+            return
+        holders = [holder for group in self._basic.param_groups for holder in group["params"]]
+        if self._stage == 3:  # there it is handed one of these at a time
+            holders = list(self._zero.fp32_partitioned_groups_flat)
+        for holder, parameters in zip(holders, grouped_parameters(self._zero, self._stage), strict=True):
+            yield holder, self._moments[id(parameters[0])]
 
 
 def _full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
