@@ -211,6 +211,10 @@ class EngineConfig(Section):
     default that of the GPU; 0 never asks (on a CPU the default too)."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     """Keep optimizer state and master weights in the host's memory or on NVMe, and make the update there."""
+    cpu_adam: Literal["torch", "deepspeed", "auto"] = "torch"
+    """Whose AdamW updates on the CPU with offload_optimizer: cpu. DeepSpeed's is compiled first (ninja and a C++
+    compiler; a minute or two, once a machine); `auto` is DeepSpeed's where that can be done and torch's elsewhere, and
+    the run says which and why."""
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     """At ZeRO 3: keep the weights there too, and fetch each layer when it is needed."""
     nvme_path: str | None = None
@@ -226,6 +230,8 @@ class EngineConfig(Section):
             raise ValueError(f"engine.offload_parameters needs ZeRO 3, not {self.zero_stage}: set zero_stage to 3")
         if self.offload_optimizer != "none" and self.zero_stage == 0:
             raise ValueError("engine.offload_optimizer needs ZeRO 1, 2 or 3: set zero_stage to 1")
+        if self.cpu_adam == "deepspeed" and self.offload_optimizer != "cpu":
+            raise ValueError("engine.cpu_adam is deepspeed, which updates on the CPU: set offload_optimizer to cpu")
         if "nvme" in (self.offload_optimizer, self.offload_parameters):
             if self.nvme_path is None:
                 raise ValueError("engine.nvme_path is missing: the folder to offload to")

@@ -31,8 +31,8 @@ from delib_fast.engine.checkpoint import write_synced
 # What may differ when a run goes on: where and how fast it computes and what it tells, not what it learns.
 _MAY_CHANGE = ("run_dir", "log", "checkpoint", "guard.max_bad_steps", "guard.hang_timeout_s", "engine.zero_stage",
                "engine.device", "engine.sequence_parallel", "model.attention", "model.loss",
-               "model.activation_", "model.mlp_tiles", "engine.memory_gib", "engine.offload_", "engine.nvme_path",
-               "deepspeed")
+               "model.activation_", "model.mlp_tiles", "engine.memory_gib", "engine.offload_", "engine.cpu_adam",
+               "engine.nvme_path", "deepspeed")
 
 # What a run that was killed before it wrote its configuration leaves.
 _LEFT_BY_A_KILL = (".lock", "config.yaml.tmp")

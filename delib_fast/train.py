@@ -159,6 +159,8 @@ def run_stage(context: Context, index: int) -> None:
                          sequence_group=ranks.sequence_group,
                          layers=resolve_layers(config.model.layers, ranks.device, config.engine.zero_stage))
     engine = Engine(module, config, stage, batches.num_steps, ranks)
+    if engine.note is not None:
+        context.reporter.say(f"{stage.name}: {engine.note}")
     engine.state.set_weights(exact_weights)
     # as it will train: in its precision, on its backend
     check_isolation(engine.wrapped, ranks.device, shares_prompts=batches.shares_prompts)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from delib_fast.config import Config, ConfigError, StageBase, rank_groups
 from delib_fast.engine import checkpoint
 from delib_fast.engine.checkpoint_writer import CheckpointWriter, Tensors
+from delib_fast.engine.cpu_adam import CPUAdam, uses_cpu_adam
 from delib_fast.engine.deepspeed_json import deepspeed_json, effective_zero_stage
 from delib_fast.engine.guard import StepGuard
 from delib_fast.engine.muon import Muon
@@ -30,8 +31,8 @@ from delib_fast.ops import LossOutput
 if TYPE_CHECKING:
     from delib_fast.data import PackedBatch
 
-# It is tested (tests/engine/test_muon.py); DeepSpeed warns of what it does not know.
-deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
+# They are tested (test_muon.py, test_offload.py); DeepSpeed warns of what it does not know.
+deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS.extend([Muon, CPUAdam])
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -183,7 +184,8 @@ class Engine:
         self._plain_norm: Tensor | None = None
         settings = deepspeed_json(config, stage, ranks.world_size)
         place(module, self.device, DTYPES[config.engine.precision], settings, self._zero_stage)
-        self.basic_optimizer = build_optimizer(module, stage.optimizer, config.engine.precision)
+        cpu_adam, self.note = uses_cpu_adam(config, stage.optimizer, ranks.gather_texts)
+        self.basic_optimizer = build_optimizer(module, stage.optimizer, config.engine.precision, cpu_adam=cpu_adam)
         with contextlib.redirect_stdout(io.StringIO()), _told_as_config_error():  # it prints memory figures
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module, optimizer=self.basic_optimizer, dist_init_required=False,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from delib_fast.config import ConfigError, OptimizerConfig
+from delib_fast.engine.cpu_adam import CPUAdam
 from delib_fast.engine.muon import Muon, hidden_matrices
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -35,8 +36,10 @@ def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * fall)
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig, precision: str = "fp32") -> torch.optim.Optimizer:
-    """The optimizer over the module's trainable parameters; weight decay only on matrices.
+def build_optimizer(module: nn.Module, config: OptimizerConfig, precision: str = "fp32", *,
+                    cpu_adam: bool = False) -> torch.optim.Optimizer:
+    """The optimizer over the module's trainable parameters; weight decay only on matrices. cpu_adam: by DeepSpeed's
+    AdamW for a CPU.
 
     It starts with a learning rate of 0: DeepSpeed takes an optimizer step with zero gradients to allocate its
     state, and AdamW's decoupled decay would shrink every weight by lr · decay in it.
@@ -51,6 +54,8 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, precision: str =
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0)
     adamw = partial(torch.optim.AdamW, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+    if cpu_adam:
+        return CPUAdam(groups, lr=0.0, betas=config.betas, eps=config.eps)
     if config.name == "adamw":
         return adamw(groups)
     if not matrices:

@@ -20,6 +20,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from delib_fast.engine.cpu_adam import CPUAdam
 from delib_fast.engine.muon import MOMENTUM, grouped_parameters
 from delib_fast.engine.optimizer import moments_of
 from delib_fast.engine.quiet import deepspeed
@@ -78,8 +79,10 @@ class TrainingState:
 
     def set_optimizer_steps(self, steps: int) -> None:
         for state in self._basic.state.values():
-            if "step" in state:
+            if isinstance(state.get("step"), Tensor):
                 state["step"].fill_(steps)
+            elif "step" in state:  # of DeepSpeed's CPU Adam
+                state["step"] = steps
 
     # --- one parameter --------------------------------------------------------------------------------------
 
@@ -136,7 +139,8 @@ class TrainingState:
             state = self._basic.state[holder]
             if moments and not state:
                 if MOMENTUM not in moments:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=holder.device)
+                    state["step"] = 0 if isinstance(self._basic, CPUAdam) else \
+                        torch.zeros((), dtype=torch.float32, device=holder.device)
                 state.update({moment: torch.zeros_like(holder) for moment in moments})
         link = getattr(self._zero, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:

@@ -56,6 +56,7 @@ def main(folder: Path) -> None:
     for precision in ("fp32", "bf16"):
         for name, keys in CASES.items():
             root = folder / f"{precision} {name}".replace(" ", "-")
+            keys = keys | {"cpu_adam": "torch"}
             plain = train(ranks, {"zero_stage": keys["zero_stage"]}, precision, 3)
             offloaded = train(ranks, keys, precision, 3, save=root)
             found[f"{precision} {name} against none"] = deviation(plain, offloaded)
@@ -64,5 +65,19 @@ def main(folder: Path) -> None:
         print("RESULT " + json.dumps(found))
 
 
+def cpu_adam(folder: Path) -> None:
+    """DeepSpeed's CPU Adam against torch's: the weights, and a resume of each."""
+    ranks, found = Ranks("cpu"), {}
+    for name, keys in CASES.items():
+        root = folder / name.replace(" ", "-")
+        torchs = train(ranks, keys | {"cpu_adam": "torch"}, "fp32", 4)
+        deepspeeds = train(ranks, keys | {"cpu_adam": "deepspeed"}, "fp32", 4, save=root)
+        found[f"{name} against torch"] = deviation(torchs, deepspeeds)
+        found[f"{name} resumed"] = deviation(
+            deepspeeds, train(ranks, keys | {"cpu_adam": "deepspeed"}, "fp32", 4, resume=root))
+    if ranks.rank == 0:
+        print("RESULT " + json.dumps(found))
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    {"main": main, "cpu_adam": cpu_adam}[sys.argv[2]](Path(sys.argv[1]))
