@@ -8,19 +8,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from delib_fast.bookkeeping import TrainingError
+from delib_fast.config import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from delib_fast.config import Config, ModelConfig
-    from delib_fast.engine import Engine
+    from delib_fast.engine import Engine, Ranks
     from delib_fast.train import Context
 
+T = TypeVar("T")
 _PREFIX = "model."  # what TrainableLM puts before the names of the model it holds
 
 
@@ -105,18 +108,43 @@ def _folder(context: Context, index: int, what: Literal["model", "adapter"]) -> 
     return context.run.exported(name, last=last) if what == "model" else context.run.adapter(name, last=last)
 
 
+def together(ranks: Ranks, make: Callable[[], T]) -> T:
+    """What `make` gives, on every rank; what is wrong with it on one is raised on all, as ConfigError.
+
+    Else the others would wait for that one until the watchdog ends them.
+    """
+    from delib_fast.models import UnsupportedModelError
+
+    made, wrong = None, ""
+    try:
+        made = make()
+    except (ConfigError, UnsupportedModelError) as error:
+        wrong = str(error)
+    if told := next((text for text in ranks.gather_texts(wrong) if text), None):
+        raise ConfigError(told)
+    assert made is not None
+    return made
+
+
 def build_stage_model(context: Context, start: Start, config: Config) -> tuple[Any, dict[str, Tensor]]:
     """The model of a stage, and its adapter's exact weights where it goes on with one (else none).
 
     config: the run's, with `activation_checkpointing: auto` decided for the stage.
     """
-    from delib_fast.models import add_adapter, build_model, load_adapter, recompute
+    from delib_fast.models import add_adapter, build_deferred, build_model, load_adapter, recompute
 
     lora = config.model.lora
     # What is trained starts exact and is rounded by ZeRO; what is frozen is only ever used in the run's precision.
     precision = "fp32" if lora is None else config.engine.precision
-    model = build_model(_source(config, start), context.corpus.tokenizer, dtype=precision, seed=config.seed,
-                        quantize="none" if lora is None else lora.quantize)
+    source, tokenizer = _source(config, start), context.corpus.tokenizer
+    if config.engine.zero_stage == 3:  # which cuts up one weight after another, so none need be there before its turn
+        model, note = together(context.ranks, lambda: build_deferred(
+            source, tokenizer, dtype=precision, seed=config.seed, first=context.ranks.rank == 0))
+        if note is not None:
+            context.reporter.say(note)
+    else:
+        model = build_model(source, tokenizer, dtype=precision, seed=config.seed,
+                            quantize="none" if lora is None else lora.quantize)
     recompute(model, config.model.activation_checkpointing, offload=config.model.activation_offload,
               mlp_tiles=config.model.mlp_tiles)
     if lora is None:
@@ -161,7 +189,7 @@ def export(context: Context, engine: Engine, module: Any, index: int, start: Sta
                 _write(context, module, what, folder, weights, start)
                 files = hashes(folder)
                 entry |= {what: Weights(str(folder), weights_sha256(files)).describe(), f"{what}_files": files}
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ConfigError) as error:
             wrong = str(error)
     if told := context.ranks.gather_texts(wrong)[0]:
         raise TrainingError(f"what stage {stages[index].name!r} made can't be written: {told}; make room, and give the "

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from delib_fast.bookkeeping import LostRankError, Saver, StepLog, Stopped, StopRequest, TrainingError
 from delib_fast.config import Config, ConfigError, StageConfig
 from delib_fast.config_file import load_config, without_secrets
-from delib_fast.handover import build_stage_model, export, exported_by, start_of
+from delib_fast.handover import build_stage_model, export, exported_by, start_of, together
 from delib_fast.memory import Room, check_fits, decided
 from delib_fast.slurm import adopt_slurm
 
@@ -155,9 +155,10 @@ def run_stage(context: Context, index: int) -> None:
     context.reporter.say(f"{stage.name}: {context.corpus.describe(stage)}")
     with context.watchdog.may_take_long("loading the model"):
         model, exact_weights = build_stage_model(context, start, config)
-    module = TrainableLM(model, attention_backend=config.model.attention, loss_backend=config.model.loss,
-                         sequence_group=ranks.sequence_group,
-                         layers=resolve_layers(config.model.layers, ranks.device, config.engine.zero_stage))
+    module = together(ranks, lambda: TrainableLM(
+        model, attention_backend=config.model.attention, loss_backend=config.model.loss,
+        sequence_group=ranks.sequence_group,
+        layers=resolve_layers(config.model.layers, ranks.device, config.engine.zero_stage)))
     engine = Engine(module, config, stage, batches.num_steps, ranks)
     if engine.note is not None:
         context.reporter.say(f"{stage.name}: {engine.note}")

@@ -3,6 +3,7 @@
 from delib_fast.models.attention import UnsupportedModelError
 from delib_fast.models.build import build_model
 from delib_fast.models.cost import StepCost
+from delib_fast.models.deferred import build_deferred
 from delib_fast.models.export import export_model
 from delib_fast.models.isolation import LeakError, check_isolation
 from delib_fast.models.layers import resolve_layers
@@ -28,6 +29,7 @@ __all__ = [
     "adapter_settings",
     "add_adapter",
     "bare_twin",
+    "build_deferred",
     "build_model",
     "build_tokenizer",
     "check_isolation",

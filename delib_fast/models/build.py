@@ -58,8 +58,13 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *,
     """
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     new = config.architecture is not None
-    model = _new(config, tokenizer, dtype, seed) if new else _load(config, dtype, quantize)
-    _check_vocabulary(model, tokenizer, "model.architecture" if new else "model.path")
+    model = new_model(config, tokenizer, dtype, seed) if new else _load(config, dtype, quantize)
+    return checked(model, tokenizer, config)
+
+
+def checked(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config: ModelConfig) -> PreTrainedModel:
+    """The model, if it fits the tokenizer and can be trained packed. Raises ConfigError."""
+    _check_vocabulary(model, tokenizer, "model.path" if config.architecture is None else "model.architecture")
     if reason := unsupported(model):
         raise ConfigError(f"model: {reason}")
     model.config.use_cache = False  # a cache makes every stock attention leak across packed documents
@@ -97,8 +102,9 @@ def _four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
                               bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype)
 
 
-def _new(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype,
-         seed: int) -> PreTrainedModel:
+def new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype,
+              seed: int) -> PreTrainedModel:
+    """A new model of the configuration's architecture, drawn by the seed alone."""
     assert config.architecture is not None
     hf_config = _architecture(dict(config.architecture), tokenizer)
     with torch.random.fork_rng(devices=[]):

@@ -197,6 +197,10 @@ def check_logits(model: PreTrainedModel, head_name: str) -> None:
         model.eval()
         logits = model(input_ids=input_ids, use_cache=False).logits
         hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    except RuntimeError:  # some kernels refuse stand-ins (`models.deferred`); a rank that has the weights says more
+        if any(hasattr(p, "deferred") for p in model.parameters()):
+            return
+        raise
     finally:
         model.set_submodule(head_name, head)
         for module, training in modes.items():
@@ -213,4 +217,5 @@ def _is_shaped(hidden: Tensor, logits: Tensor, logit_scale: float, softcap: floa
     if softcap is not None:
         expected = softcap * torch.tanh(expected / softcap)
     few_roundings = 0 if (logit_scale, softcap) == (1, None) else 8 * torch.finfo(logits.dtype).eps
-    return torch.allclose(logits.float(), expected.to(logits.dtype).float(), rtol=few_roundings, atol=0)
+    return torch.allclose(logits.float(), expected.to(logits.dtype).float(), rtol=few_roundings, atol=0,
+                          equal_nan=True)
