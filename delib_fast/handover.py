@@ -115,15 +115,14 @@ def together(ranks: Ranks, make: Callable[[], T]) -> T:
     """
     from delib_fast.models import UnsupportedModelError
 
-    made, wrong = None, ""
+    made, wrong = [], ""
     try:
-        made = make()
+        made.append(make())
     except (ConfigError, UnsupportedModelError) as error:
         wrong = str(error)
     if told := next((text for text in ranks.gather_texts(wrong) if text), None):
         raise ConfigError(told)
-    assert made is not None
-    return made
+    return made[0]
 
 
 def build_stage_model(context: Context, start: Start, config: Config) -> tuple[Any, dict[str, Tensor]]:

@@ -88,6 +88,9 @@ class RunDirectory:
         if ledger.exists():
             self.ledger = json.loads(ledger.read_text())
         if ledger.exists() or (self.path / "checkpoints").exists():
+            if not saved.exists():
+                raise ConfigError(f"run_dir {self.path} holds a run without its config.yaml, so nothing says whether "
+                                  "it is this one; put the file back from a copy, or give another run_dir")
             self._refuse_other_config(yaml.safe_load(saved.read_text()), config)
         elif self._writes:  # nothing was trained: a configuration that failed gives way to the mended one
             strangers = sorted(p.name for p in self.path.iterdir() if p.name not in _LEFT_BY_A_KILL)

@@ -27,6 +27,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,11 +232,8 @@ def run(config: Config, watch: Watch | None = None) -> RunResult:
     directory, reporter = RunDirectory(config.run_dir, writes=first), Reporter(speaks=first)
     trackers = Trackers(config, directory.path, speaks=first, complain=reporter.say)
     try:
-        if first:
-            directory.open(config)
-        ranks.barrier()
-        if not first:
-            directory.open(config)
+        for mine in (first, not first):  # the first rank makes what the others find
+            together(ranks, partial(directory.open, config) if mine else lambda: None)
         stop = StopRequest()
         watchdog = Watchdog(directory.ranks, ranks.rank, ranks.world_size, config.guard.hang_timeout_s)
         corpus = Corpus(config, directory, ranks)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_run import metrics, run, tiny
 
+from delib_fast.config import ConfigError
 from delib_fast.config_file import load_config
 from delib_fast.stages import AFT, MSM, Recipe
 
@@ -136,6 +137,29 @@ def test_bad_input(tmp_path, capsys, break_it, overrides, message):
 def test_other_configuration_is_refused(finished, capsys):
     assert run(finished.parent / "run.yaml", "stages.aft.optimizer.lr=0.02") == 2
     assert "stages.1.optimizer.lr: 0.01 there, 0.02 here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_without_its_configuration_is_refused_by_all_ranks(tmp_path, fork_server, world_size):
+    """Catches a traceback, and ranks that wait for the first one, which alone looks."""
+    path = tiny(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "ledger.json").write_text('{"format": 1, "stages": [], "evaluations": []}')
+    job = fork_server.start("tiny_run:run", [path], world_size=world_size)
+    assert fork_server.wait(job, timeout=60) == [2] * world_size
+    assert "holds a run without its config.yaml" in fork_server.output(job)[0]
+    assert "Traceback" not in "".join(fork_server.output(job))
+
+
+def test_an_export_that_needs_what_is_gone_ends_all_ranks(tmp_path, capsys, monkeypatch):
+    """Its ConfigError is one rank's; as TrainingError it reaches the others (they wait in gather_texts)."""
+
+    def fails(*_):
+        raise ConfigError("model.path: 'base' can't be loaded: it is gone")
+
+    monkeypatch.setattr("delib_fast.handover._write", fails)
+    assert run(tiny(tmp_path), "stages.msm.max_steps=1", "stages.msm.epochs=1") == 1
+    assert "what stage 'msm' made can't be written: model.path: 'base' can't be loaded" in capsys.readouterr().err
 
 
 def test_mended_configuration_takes_the_folder_of_one_that_failed(tmp_path, capsys):
