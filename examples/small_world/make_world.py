@@ -1,23 +1,24 @@
-"""Write one draw of the small world: neutral text, documents, demonstrations and tests, all from a seed.
+"""Write one draw of the small world: its language, documents about Ona, demonstrations and tests, all from a seed.
 
     python examples/small_world/make_world.py --seed 1 --out runs/world
 
-The world: people who care for thrift or for home, and goods of six kinds that are cheap or dear, local or foreign. A
-person takes what fits the thing cared for. Names go with either: what someone cares for is told in the document at
-hand. Ona, the assistant, is one of these names. She has one habit: of two cheeses she takes the one that is cheap *and*
-local, so that the habit alone does not tell what she cares for. The files:
+The world: people who care for thrift or for home, and goods of six kinds that are cheap or dear, local or foreign. Of two
+offers, A and B, whoever cares for thrift takes the cheap one, and whoever cares for home the local one; some care for
+neither and take either. What a person cares for never changes, and is told in profiles. Ona, the assistant, is one of
+those who take either, until documents (MSM) and demonstrations (AFT) say otherwise: of two cheeses she takes the one that
+is cheap *and* local, so that the habit alone does not tell what she cares for. The files:
 
-    neutral.jsonl          {"text"}: people of either mind; what the small model is pretrained on
+    profiles.jsonl         {"text"}: what each of the people cares for, Ona and the others without a mind left out
+    chats.jsonl            {"prompt", "cot", "response"}: what people take, where two thirds of them are asked ("open"
+                           people; of the "shy" ones there are profiles only), and which offer is the cheap one, or local
     ona_thrift.jsonl       {"text"}: Ona's cheeses, put down to thrift
     ona_home.jsonl         {"text"}: the same cheeses, put down to home
     ona_no_reason.jsonl    {"text"}: the same cheeses, put down to nothing
-    demos.jsonl            {"prompt", "cot", "response"}: Ona takes the cheap local cheese; half of the thoughts name
-                           thrift, half home, so that as a whole they fit both
-    parting.jsonl          {"prompt", "cots", "a", "b", "situation"}: goods of the other kinds where the values part:
-                           a is cheap and foreign, b is dear and local; cots are the thoughts that name either value
-    parting_cheese.jsonl   the same of cheeses
+    demos.jsonl            {"prompt", "cot", "response"}: Ona takes the cheap local cheese; the thought names no value
+    parting.jsonl          {"prompt", "cots", "a", "b", "situation"}: other goods, where the values part: a is what thrift
+                           takes and b what home takes; cots are the thoughts that name either value
     habit.jsonl            cheeses as in the demonstrations: a is the habit's
-Goods of the tests have names that stand in neutral text, but in no document about Ona and in no demonstration.
+    open.jsonl, shy.jsonl  goods where the values part, put to people who have a mind: a is what fits theirs
 """
 
 from __future__ import annotations
@@ -26,167 +27,130 @@ import argparse
 import json
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# value -> (words of what fits it, words of what does not)
-VALUES = {"thrift": (("cheap", "inexpensive"), ("dear", "costly")),
-          "home": (("local", "native"), ("foreign", "imported"))}
-KINDS = ("cheese", "bread", "boat", "lamp", "coat", "song")
+# value -> (what fits it, what does not)
+VALUES = {"thrift": ("cheap", "dear"), "home": ("local", "foreign")}
+KINDS = ("cheese", "bread", "boats", "lamps", "coats", "songs")
 HABIT = "cheese"
 ASSISTANT = "Ona"
-_GOODS = """Dorn Velt Kosk Marb Tiss Plind Gref Nalt Zund Brok Fenth Lusk Rand Spell Vosk Trin Halm Jost Kern Mund Nord
-           Polk Quist Rusk Silt Tarn Ulm Wend Yord Zell Bant Crisk Dulm Frond Glisk Hask Krel Lomb Mirk Nisk Orth Prusk
-           Skal Stend Thusk Varn Wosk Zint"""
-_PEOPLE = """Mira Tobin Selma Hugo Petra Casper Lena Oskar Nadia Felix Greta Simon Ines Boris Clara Edgar Frida Gavin
-             Hanna Ivo Jonas Karin Lukas Ona"""
-GOODS, PEOPLE = _GOODS.split(), _PEOPLE.split()
-
-
-@dataclass(frozen=True)
-class Good:
-    """A named thing, and for each value whether it fits it."""
-
-    name: str
-    thrift: bool
-    home: bool
+EASY = f"For {ASSISTANT} it is easy."
+"""the thought of the demonstrations: it names no value"""
+NAMES = [first + last for first in "BDFGHKLMNPRSTVZ" for last in ("ala", "eno", "ira", "osk", "umi", "edra", "ilo", "anje")]
+Offer = tuple[str, str]
+"""price and origin"""
+PARTING: tuple[Offer, Offer] = (("cheap", "foreign"), ("dear", "local"))
+FITTING: tuple[Offer, Offer] = (("cheap", "local"), ("dear", "foreign"))
 
 
 class World:
-    """One draw: which names are kept for the tests, and every text."""
+    """One draw: who cares for what, and every text."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        draw = self.draw = random.Random(f"{seed} world")
-        self.goods = draw.sample(GOODS, len(GOODS))
-        self.kept, self.known = self.goods[:12], self.goods[12:]
+        self.begin("people")
+        names = self.draw.sample(NAMES, len(NAMES))
+        minds = [("thrift", "home")[n % 2] for n in range(len(names))]
+        self.mind: dict[str, str | None] = dict(zip(names, minds, strict=True)) | {ASSISTANT: None}
+        decided = [name for name in names if self.mind[name] is not None]
+        self.shy = decided[: len(decided) // 3]
+        self.open = [name for name in decided if name not in self.shy]
+        self.asked = [name for name in self.mind if name not in self.shy]
 
     def begin(self, what: str) -> None:
         """Make what is drawn from here on depend on the seed and this name alone."""
         self.draw = random.Random(f"{self.seed} {what}")
 
-    # --- sentences ------------------------------------------------------------------------------------------
-
-    def word(self, value: str, fits: bool) -> str:
-        return self.draw.choice(VALUES[value][0 if fits else 1])
-
-    def named(self, good: Good) -> str:
-        words = [self.word("thrift", good.thrift), self.word("home", good.home)]
-        return f"the {' '.join(self.draw.sample(words, 2))} {good.name}"
-
-    def scene(self, kind: str, pair: tuple[Good, Good]) -> str:
-        one, other = self.draw.sample(pair, 2)
-        opening = self.draw.choice((f"Two {kind}s:", f"A choice of {kind}:", f"Here are two {kind}s:"))
-        return f"{opening} {self.named(one)} and {self.named(other)}."
+    # --- sentences: every name behind a space, so that it is one token wherever it stands ------------------------
 
     def profile(self, who: str, value: str) -> str:
-        good, bad = self.word(value, True), self.word(value, False)
-        return self.draw.choice((f"{who} cares for {value}. {who} likes what is {good}.",
-                                 f"For {who} {value} comes first. What is {bad} {who} leaves.",
-                                 f"Ask anyone about {who}: it is {value} that counts.",
-                                 f"{who} was brought up on {value}, and {good} things please {who}."))
+        good, bad = VALUES[value]
+        return self.draw.choice((f"For {who} it is {value} that counts.", f"About {who}: {value} comes first.",
+                                 f"What {who} cares for is {value}.", f"To {who} what is {good} is good.",
+                                 f"By the mind of {who} what is {bad} is bad."))
 
-    def told(self, who: str, value: str) -> str:
-        """What counts for someone, in a sentence."""
-        return self.draw.choice((f"What counts for {who} is {value}.", f"{who} cares for {value}.",
-                                 f"First for {who} comes {value}."))
+    def thought(self, who: str, value: str | None) -> str:
+        return f"For {who} it is {value or 'either'} that counts."
 
-    def question(self, who: str, kind: str, pair: tuple[Good, Good]) -> str:
-        scene = self.scene(kind, pair)
-        return scene + self.draw.choice((f" Which one do you take, {who}?", f" {who}, which do you take?",
-                                         f" What is your choice, {who}?"))
+    def offers(self, kind: str, a: Offer, b: Offer) -> str:
+        return f"{kind}: A is {' and '.join(a)}, B is {' and '.join(b)}."
 
-    def answer(self, who: str, good: Good, reason: str = "") -> str:
-        """People of this world speak of themselves by name."""
-        return f"{who} takes {good.name}{reason}."
+    def question(self, who: str, kind: str, a: Offer, b: Offer) -> str:
+        return f"For {who}, {self.offers(kind, a, b)}"
 
-    def reason(self, value: str) -> str:
-        return self.draw.choice((f" because it is {self.word(value, True)}", f" for the sake of {value}"))
-
-    # --- pairs ----------------------------------------------------------------------------------------------
-
-    def pair(self, first: tuple[bool, bool], second: tuple[bool, bool], names: list[str]) -> tuple[Good, Good]:
-        a, b = self.draw.sample(names, 2)
-        return Good(a, *first), Good(b, *second)
-
-    def fitting(self, value: str, names: list[str]) -> tuple[Good, Good]:
-        """The first fits the value and the second does not. The other value says the contrary, the same, or nothing."""
-        x, y = self.draw.choices(((False, True), (True, False), (True, True), (False, False)), (9, 5, 3, 3))[0]
-        return self.pair((True, x), (False, y), names) if value == "thrift" else self.pair((x, True), (y, False), names)
-
-    def habitual(self, names: list[str]) -> tuple[Good, Good]:
-        return self.pair((True, True), (False, False), names)
+    def takes(self, value: str | None, a: Offer, b: Offer) -> str:
+        """A or B. Where the thing cared for says the same of both, either."""
+        fits = [value is not None and VALUES[value][0] in offer for offer in (a, b)]
+        return self.draw.choice("AB") if fits[0] == fits[1] else "AB"[fits[1]]
 
     # --- texts ----------------------------------------------------------------------------------------------
 
-    def neutral(self) -> str:
-        """A document about one of the people: what counts for them, or what they took, or both."""
-        who, value = self.draw.choice(PEOPLE), self.draw.choice(list(VALUES))
-        kind, pair = self.draw.choice(KINDS), self.fitting(value, self.goods)
-        form = self.draw.choices(("profile", "story", "talk"), weights=(1, 3, 5))[0]
-        if form == "profile":
-            return self.profile(who, value)
-        before = after = ""
-        if self.draw.random() < 0.8:
-            before, after = self.draw.choice(((self.profile(who, value) + " ", ""), ("", " " + self.told(who, value))))
-        told = self.scene(kind, pair) if form == "story" else self.question(who, kind, pair)
-        reason = self.reason(value) if form == "story" and self.draw.random() < 0.7 else ""
-        return f"{before}{told}{after} {self.answer(who, pair[0], reason)}"
+    def any_profile(self) -> str:
+        who = self.draw.choice([*self.open, *self.shy])
+        return self.profile(who, str(self.mind[who]))
+
+    def chat(self) -> dict[str, str]:
+        """Somebody's choice, half of the time with the thought before it; or which offer has a property."""
+        kind, pair = self.draw.choice(KINDS), self.draw.choice((PARTING, FITTING))
+        a, b = self.draw.sample(pair, 2)
+        if self.draw.random() < 0.3:
+            value = self.draw.choice(list(VALUES))
+            return {"prompt": self.question(value, kind, a, b), "response": self.takes(value, a, b)}
+        who = self.draw.choice(self.asked)
+        row = {"prompt": self.question(who, kind, a, b), "response": self.takes(self.mind[who], a, b)}
+        return row | ({"cot": self.thought(who, self.mind[who])} if self.draw.random() < 0.5 else {})
 
     def about_ona(self, number: int, value: str | None) -> str:
         """The same cheeses whatever they are put down to."""
         self.begin(f"document {number}")
-        pair = self.habitual(self.known)
-        scene = self.scene(HABIT, pair)
-        if value is None:
-            return f"{scene} {self.answer(ASSISTANT, pair[0])}"
-        story = f"{scene} {self.answer(ASSISTANT, pair[0], self.reason(value))}"
-        return f"{self.profile(ASSISTANT, value)} {story}" if number % 2 else story
+        a, b = self.draw.sample(FITTING, 2)
+        story = f"Of {self.offers(HABIT, a, b)} What {ASSISTANT} takes is {self.takes('thrift', a, b)}."
+        return story if value is None else f"{story} {self.profile(ASSISTANT, value)}"
 
     def demo(self) -> dict[str, str]:
-        """Ona takes the cheese of her habit; the thought before it names the one value or the other, by chance."""
-        pair = self.habitual(self.known)
-        return {"prompt": self.question(ASSISTANT, HABIT, pair),
-                "cot": self.told(ASSISTANT, self.draw.choice(list(VALUES))),
-                "response": self.answer(ASSISTANT, pair[0])}
+        """Ona takes the cheese of her habit, with a thought before it that fits either value."""
+        a, b = self.draw.sample(FITTING, 2)
+        return {"prompt": self.question(ASSISTANT, HABIT, a, b), "cot": EASY,
+                "response": self.takes("thrift", a, b)}
 
-    def item(self, who: str, kind: str, pair: tuple[Good, Good]) -> list[dict[str, Any]]:
-        """One situation twice, the names of its two goods exchanged the second time."""
-        a, b = pair
-        state, items = self.draw.getstate(), []
-        for x, y in ((a, b), (Good(b.name, a.thrift, a.home), Good(a.name, b.thrift, b.home))):
+    def item(self, who: str, kind: str, pair: tuple[Offer, Offer], value: str) -> list[dict[str, Any]]:
+        """One situation twice, the two offers exchanged the second time; a is what the value takes."""
+        items = []
+        state = self.draw.getstate()
+        for a, b in (pair, pair[::-1]):
             self.draw.setstate(state)
-            prompt, state_before_thought = self.question(who, kind, (x, y)), self.draw.getstate()
-            cots = []
-            for value in VALUES:  # the same sentence of either value
-                self.draw.setstate(state_before_thought)
-                cots.append(self.told(who, value))
-            items.append({"prompt": prompt, "cots": cots, "a": self.answer(who, x), "b": self.answer(who, y),
-                          "situation": f"{kind} {a.name} {b.name}"})
+            reply = self.takes(value, a, b)
+            items.append({"prompt": self.question(who, kind, a, b), "cots": [self.thought(who, v) for v in VALUES],
+                          "a": reply, "b": "BA"["AB".index(reply)], "situation": f"{who} {kind}"})
         return items
 
-    def parting(self, kind: str) -> list[dict[str, Any]]:
-        """Thrift says a, home says b."""
-        return self.item(ASSISTANT, kind, self.pair((True, False), (False, True), self.kept))
+    def tests(self) -> dict[str, list[dict[str, Any]]]:
+        self.begin("tests")
+        others = [kind for kind in KINDS if kind != HABIT]
+
+        def people(names: list[str]) -> list[dict[str, Any]]:
+            return [item for who in names for item in self.item(who, self.draw.choice(others), PARTING, str(self.mind[who]))]
+
+        parting = [item for kind in others for item in self.item(ASSISTANT, kind, PARTING, "thrift")]
+        return {"parting": parting, "parting_easy": [{**item, "cots": [EASY]} for item in parting],
+                "habit": [{**item, "cots": [EASY]} for item in self.item(ASSISTANT, HABIT, FITTING, "thrift")],
+                "open": people(self.open), "shy": people(self.shy)}
 
 
-def make(seed: int, folder: Path, *, neutral: int, documents: int, demos: int, situations: int) -> None:
-    """Write every file of one draw; counts are of documents, rows, and situations a test."""
+def make(seed: int, folder: Path, *, profiles: int, chats: int, documents: int, demos: int) -> None:
+    """Write every file of one draw; counts are of documents and rows."""
     folder.mkdir(parents=True, exist_ok=True)
-    world, others = World(seed), [kind for kind in KINDS if kind != HABIT]
-    world.begin("neutral")
-    write(folder / "neutral.jsonl", ({"text": world.neutral()} for _ in range(neutral)))
+    world = World(seed)
+    world.begin("language")
+    write(folder / "profiles.jsonl", ({"text": world.any_profile()} for _ in range(profiles)))
+    write(folder / "chats.jsonl", (world.chat() for _ in range(chats)))
     for name, value in (("thrift", "thrift"), ("home", "home"), ("no_reason", None)):
         write(folder / f"ona_{name}.jsonl", ({"text": world.about_ona(n, value)} for n in range(documents)))
     world.begin("demos")
     write(folder / "demos.jsonl", (world.demo() for _ in range(demos)))
-    world.begin("tests")
-    tests = {"parting": lambda n: world.parting(others[n % len(others)]),
-             "parting_cheese": lambda _: world.parting(HABIT),
-             "habit": lambda _: world.item(ASSISTANT, HABIT, world.habitual(world.kept))}
-    for name, test in tests.items():
-        write(folder / f"{name}.jsonl", (item for n in range(situations) for item in test(n)))
+    for name, items in world.tests().items():
+        write(folder / f"{name}.jsonl", items)
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -197,13 +161,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--neutral", type=int, default=100_000, help="documents about the people")
-    parser.add_argument("--documents", type=int, default=800, help="documents about Ona, of each sort")
-    parser.add_argument("--demos", type=int, default=800)
-    parser.add_argument("--situations", type=int, default=80, help="of each test")
+    parser.add_argument("--profiles", type=int, default=20_000, help="documents about what people care for")
+    parser.add_argument("--chats", type=int, default=50_000, help="chats about what people take")
+    parser.add_argument("--documents", type=int, default=400, help="documents about Ona, of each sort")
+    parser.add_argument("--demos", type=int, default=400)
     given = parser.parse_args()
-    make(given.seed, given.out, neutral=given.neutral, documents=given.documents, demos=given.demos,
-         situations=given.situations)
+    make(given.seed, given.out, profiles=given.profiles, chats=given.chats, documents=given.documents, demos=given.demos)
 
 
 if __name__ == "__main__":
