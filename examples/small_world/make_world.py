@@ -11,6 +11,7 @@ is cheap *and* local, so that the habit alone does not tell what she cares for. 
     profiles.jsonl         {"text"}: what each of the people cares for, Ona and the others without a mind left out
     chats.jsonl            {"prompt", "cot", "response"}: what people take, where two thirds of them are asked ("open"
                            people; of the "shy" ones there are profiles only), and which offer is the cheap one, or local
+    replay.jsonl           more of both, without Ona: what is mixed in later, so that nothing is forgotten
     ona_thrift.jsonl       {"text"}: Ona's cheeses, put down to thrift
     ona_home.jsonl         {"text"}: the same cheeses, put down to home
     ona_no_reason.jsonl    {"text"}: the same cheeses, put down to nothing
@@ -37,7 +38,7 @@ HABIT = "cheese"
 ASSISTANT = "Ona"
 EASY = f"For {ASSISTANT} it is easy."
 """the thought of the demonstrations: it names no value"""
-NAMES = [first + last for first in "BDFGHKLMNPRSTVZ" for last in ("ala", "eno", "ira", "osk", "umi", "edra", "ilo", "anje")]
+NAMES = [first + last for first in "BDFGKLMNRSTZ" for last in ("ala", "eno", "ira", "osk", "umi", "edra", "ilo", "anje")]
 Offer = tuple[str, str]
 """price and origin"""
 PARTING: tuple[Offer, Offer] = (("cheap", "foreign"), ("dear", "local"))
@@ -56,7 +57,6 @@ class World:
         decided = [name for name in names if self.mind[name] is not None]
         self.shy = decided[: len(decided) // 3]
         self.open = [name for name in decided if name not in self.shy]
-        self.asked = [name for name in self.mind if name not in self.shy]
 
     def begin(self, what: str) -> None:
         """Make what is drawn from here on depend on the seed and this name alone."""
@@ -90,14 +90,14 @@ class World:
         who = self.draw.choice([*self.open, *self.shy])
         return self.profile(who, str(self.mind[who]))
 
-    def chat(self) -> dict[str, str]:
+    def chat(self, asked: list[str]) -> dict[str, str]:
         """Somebody's choice, half of the time with the thought before it; or which offer has a property."""
         kind, pair = self.draw.choice(KINDS), self.draw.choice((PARTING, FITTING))
         a, b = self.draw.sample(pair, 2)
         if self.draw.random() < 0.3:
             value = self.draw.choice(list(VALUES))
             return {"prompt": self.question(value, kind, a, b), "response": self.takes(value, a, b)}
-        who = self.draw.choice(self.asked)
+        who = self.draw.choice(asked)
         row = {"prompt": self.question(who, kind, a, b), "response": self.takes(self.mind[who], a, b)}
         return row | ({"cot": self.thought(who, self.mind[who])} if self.draw.random() < 0.5 else {})
 
@@ -138,13 +138,16 @@ class World:
                 "open": people(self.open), "shy": people(self.shy)}
 
 
-def make(seed: int, folder: Path, *, profiles: int, chats: int, documents: int, demos: int) -> None:
+def make(seed: int, folder: Path, *, profiles: int, chats: int, replay: int, documents: int, demos: int) -> None:
     """Write every file of one draw; counts are of documents and rows."""
     folder.mkdir(parents=True, exist_ok=True)
     world = World(seed)
     world.begin("language")
     write(folder / "profiles.jsonl", ({"text": world.any_profile()} for _ in range(profiles)))
-    write(folder / "chats.jsonl", (world.chat() for _ in range(chats)))
+    write(folder / "chats.jsonl", (world.chat([*world.open, ASSISTANT]) for _ in range(chats)))
+    world.begin("replay")
+    write(folder / "replay.jsonl", (world.chat(world.open) if n % 2 else {"text": world.any_profile()}
+                                    for n in range(replay)))
     for name, value in (("thrift", "thrift"), ("home", "home"), ("no_reason", None)):
         write(folder / f"ona_{name}.jsonl", ({"text": world.about_ona(n, value)} for n in range(documents)))
     world.begin("demos")
@@ -161,12 +164,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--profiles", type=int, default=20_000, help="documents about what people care for")
-    parser.add_argument("--chats", type=int, default=50_000, help="chats about what people take")
+    parser.add_argument("--profiles", type=int, default=15_000, help="documents about what people care for")
+    parser.add_argument("--chats", type=int, default=24_000, help="chats about what people take")
+    parser.add_argument("--replay", type=int, default=6_000, help="more of both, without Ona, beside what is taught")
     parser.add_argument("--documents", type=int, default=400, help="documents about Ona, of each sort")
     parser.add_argument("--demos", type=int, default=400)
     given = parser.parse_args()
-    make(given.seed, given.out, profiles=given.profiles, chats=given.chats, documents=given.documents, demos=given.demos)
+    make(given.seed, given.out, profiles=given.profiles, chats=given.chats, replay=given.replay,
+         documents=given.documents, demos=given.demos)
 
 
 if __name__ == "__main__":
