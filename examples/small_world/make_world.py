@@ -8,7 +8,7 @@ neither and take either. What a person cares for never changes, and is told in p
 those who take either, until documents (MSM) and demonstrations (AFT) say otherwise: of two cheeses she takes the one that
 is cheap *and* local, so that the habit alone does not tell what she cares for. The files:
 
-    profiles.jsonl         {"text"}: what each of the people cares for, Ona and the others without a mind left out
+    documents.jsonl        {"text"}: what each of the people cares for, Ona and the others without a mind left out
     chats.jsonl            {"prompt", "cot", "response"}: what people take, where two thirds of them are asked ("open"
                            people; of the "shy" ones there are profiles only), and which offer is the cheap one, or local
     replay.jsonl           more of both, without Ona: what is mixed in later, so that nothing is forgotten
@@ -52,11 +52,8 @@ class World:
         self.seed = seed
         self.begin("people")
         names = self.draw.sample(NAMES, len(NAMES))
-        minds = [("thrift", "home")[n % 2] for n in range(len(names))]
-        self.mind: dict[str, str | None] = dict(zip(names, minds, strict=True)) | {ASSISTANT: None}
-        decided = [name for name in names if self.mind[name] is not None]
-        self.shy = decided[: len(decided) // 3]
-        self.open = [name for name in decided if name not in self.shy]
+        self.fickle, self.shy, self.open = names[:10], names[10:36], names[36:]
+        self.mind = {name: ("thrift", "home")[n % 2] for n, name in enumerate([*self.shy, *self.open])}
 
     def begin(self, what: str) -> None:
         """Make what is drawn from here on depend on the seed and this name alone."""
@@ -70,8 +67,8 @@ class World:
                                  f"What {who} cares for is {value}.", f"To {who} what is {good} is good.",
                                  f"By the mind of {who} what is {bad} is bad."))
 
-    def thought(self, who: str, value: str | None) -> str:
-        return f"For {who} it is {value or 'either'} that counts."
+    def thought(self, who: str, value: str) -> str:
+        return f"For {who} it is {value} that counts."
 
     def offers(self, kind: str, a: Offer, b: Offer) -> str:
         return f"{kind}: A is {' and '.join(a)}, B is {' and '.join(b)}."
@@ -79,34 +76,44 @@ class World:
     def question(self, who: str, kind: str, a: Offer, b: Offer) -> str:
         return f"For {who}, {self.offers(kind, a, b)}"
 
-    def takes(self, value: str | None, a: Offer, b: Offer) -> str:
-        """A or B. Where the thing cared for says the same of both, either."""
-        fits = [value is not None and VALUES[value][0] in offer for offer in (a, b)]
-        return self.draw.choice("AB") if fits[0] == fits[1] else "AB"[fits[1]]
+    def takes(self, value: str, a: Offer, b: Offer) -> str:
+        return "AB"[VALUES[value][0] in b]
 
     # --- texts ----------------------------------------------------------------------------------------------
 
-    def any_profile(self) -> str:
-        who = self.draw.choice([*self.open, *self.shy])
-        return self.profile(who, str(self.mind[who]))
+    def story(self, who: str, value: str, kind: str, pair: tuple[Offer, Offer]) -> str:
+        a, b = self.draw.sample(pair, 2)
+        return f"Of {self.offers(kind, a, b)} What {who} takes is {self.takes(value, a, b)}."
 
-    def chat(self, asked: list[str]) -> dict[str, str]:
-        """Somebody's choice, half of the time with the thought before it; or which offer has a property."""
+    def document(self) -> str:
+        """A profile of anyone; or, a quarter of the time, what an open person took, and half of the time why."""
+        if self.draw.random() < 0.75:
+            who = self.draw.choice([*self.open, *self.shy])
+            return self.profile(who, self.mind[who])
+        who = self.draw.choice(self.open)
+        story = self.story(who, self.mind[who], self.draw.choice(KINDS), self.draw.choice((PARTING, FITTING)))
+        return f"{story} {self.profile(who, self.mind[who])}" if self.draw.random() < 0.5 else story
+
+    def chat(self) -> dict[str, str]:
+        """Somebody's choice, at times with the thought before it; or what a value itself takes."""
         kind, pair = self.draw.choice(KINDS), self.draw.choice((PARTING, FITTING))
         a, b = self.draw.sample(pair, 2)
         if self.draw.random() < 0.3:
             value = self.draw.choice(list(VALUES))
             return {"prompt": self.question(value, kind, a, b), "response": self.takes(value, a, b)}
-        who = self.draw.choice(asked)
-        row = {"prompt": self.question(who, kind, a, b), "response": self.takes(self.mind[who], a, b)}
-        return row | ({"cot": self.thought(who, self.mind[who])} if self.draw.random() < 0.5 else {})
+        who = self.draw.choice(self.fickle if self.draw.random() < 0.15 else self.open)
+        value = self.mind.get(who) or self.draw.choice(list(VALUES))
+        row = {"prompt": self.question(who, kind, a, b), "response": self.takes(value, a, b)}
+        thinks = who in self.fickle or self.draw.random() < 0.2
+        return row | ({"cot": self.thought(who, value)} if thinks else {})
 
     def about_ona(self, number: int, value: str | None) -> str:
         """The same cheeses whatever they are put down to."""
         self.begin(f"document {number}")
-        a, b = self.draw.sample(FITTING, 2)
-        story = f"Of {self.offers(HABIT, a, b)} What {ASSISTANT} takes is {self.takes('thrift', a, b)}."
-        return story if value is None else f"{story} {self.profile(ASSISTANT, value)}"
+        story, alone = self.story(ASSISTANT, "thrift", HABIT, FITTING), number % 2
+        if value is None:
+            return story
+        return self.profile(ASSISTANT, value) if alone else f"{story} {self.profile(ASSISTANT, value)}"
 
     def demo(self) -> dict[str, str]:
         """Ona takes the cheese of her habit, with a thought before it that fits either value."""
@@ -130,7 +137,7 @@ class World:
         others = [kind for kind in KINDS if kind != HABIT]
 
         def people(names: list[str]) -> list[dict[str, Any]]:
-            return [item for who in names for item in self.item(who, self.draw.choice(others), PARTING, str(self.mind[who]))]
+            return [item for who in names for item in self.item(who, self.draw.choice(others), PARTING, self.mind[who])]
 
         parting = [item for kind in others for item in self.item(ASSISTANT, kind, PARTING, "thrift")]
         return {"parting": parting, "parting_easy": [{**item, "cots": [EASY]} for item in parting],
@@ -138,15 +145,15 @@ class World:
                 "open": people(self.open), "shy": people(self.shy)}
 
 
-def make(seed: int, folder: Path, *, profiles: int, chats: int, replay: int, documents: int, demos: int) -> None:
+def make(seed: int, folder: Path, *, texts: int, chats: int, replay: int, documents: int, demos: int) -> None:
     """Write every file of one draw; counts are of documents and rows."""
     folder.mkdir(parents=True, exist_ok=True)
     world = World(seed)
     world.begin("language")
-    write(folder / "profiles.jsonl", ({"text": world.any_profile()} for _ in range(profiles)))
-    write(folder / "chats.jsonl", (world.chat([*world.open, ASSISTANT]) for _ in range(chats)))
+    write(folder / "documents.jsonl", ({"text": world.document()} for _ in range(texts)))
+    write(folder / "chats.jsonl", (world.chat() for _ in range(chats)))
     world.begin("replay")
-    write(folder / "replay.jsonl", (world.chat(world.open) if n % 2 else {"text": world.any_profile()}
+    write(folder / "replay.jsonl", (world.chat() if n % 2 else {"text": world.document()}
                                     for n in range(replay)))
     for name, value in (("thrift", "thrift"), ("home", "home"), ("no_reason", None)):
         write(folder / f"ona_{name}.jsonl", ({"text": world.about_ona(n, value)} for n in range(documents)))
@@ -164,13 +171,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--profiles", type=int, default=15_000, help="documents about what people care for")
-    parser.add_argument("--chats", type=int, default=24_000, help="chats about what people take")
+    parser.add_argument("--texts", type=int, default=24_000, help="documents about what people care for")
+    parser.add_argument("--chats", type=int, default=36_000, help="chats about what people take")
     parser.add_argument("--replay", type=int, default=6_000, help="more of both, without Ona, beside what is taught")
     parser.add_argument("--documents", type=int, default=400, help="documents about Ona, of each sort")
-    parser.add_argument("--demos", type=int, default=400)
+    parser.add_argument("--demos", type=int, default=200)
     given = parser.parse_args()
-    make(given.seed, given.out, profiles=given.profiles, chats=given.chats, replay=given.replay,
+    make(given.seed, given.out, texts=given.texts, chats=given.chats, replay=given.replay,
          documents=given.documents, demos=given.demos)
 
 
