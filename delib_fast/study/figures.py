@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from delib_fast.looking.plots import pyplot
 # One colour a variant, on white; told apart also when printed in grey.
 _COLOURS = ("#5c6b7a", "#0b6e99", "#d1603d", "#3f8f4f", "#7a4fa3", "#b8860b", "#444444")
 _DPI = 140
+_PANELS = 3
 Tree = Mapping[str, Any]
 
 
@@ -48,21 +50,28 @@ def _pyplot() -> Any:
 
 
 def _arms(plt: Any, summary: Tree) -> Any:
-    """Each arm at its largest size: a point a seed, the mean and its interval; a panel a metric."""
+    """Each arm at its largest size: a point a seed, the mean and its interval; a panel a metric, three side by side."""
     arms, metrics = largest(summary["arms"]), summary["metrics"]
     colours = _colour_of_msm(arms)
-    figure, axes = plt.subplots(1, len(metrics), figsize=(2.4 + 2.9 * len(metrics), 0.9 + 0.34 * len(arms)),
-                                sharey=True, squeeze=False)
-    for axis, (name, metric) in zip(axes[0], metrics.items(), strict=True):
+    wide = min(_PANELS, len(metrics))
+    high = math.ceil(len(metrics) / wide)
+    figure, axes = plt.subplots(high, wide, figsize=(2.4 + 2.9 * wide, high * (0.9 + 0.3 * len(arms))), sharey=True,
+                                squeeze=False, layout="constrained")
+    for spare in axes.flat[len(metrics) :]:
+        spare.set_visible(False)
+    for axis, (name, metric) in zip(axes.flat, metrics.items(), strict=False):
         for row, arm in enumerate(arms):
             estimate, seeds = arm["figures"][name]["over seeds"], arm["figures"][name]["by seed"].values()
             axis.scatter([s["value"] for s in seeds], [row] * len(seeds), s=14, color=colours[arm["msm"]], alpha=0.35,
                          linewidths=0)
             _point(axis, estimate, row, colours[arm["msm"]])
         _chance(axis, metric, vertical=True)
+        if metric["kind"] == "choices" and metric["figure"] != "margin":
+            axis.set_xlim(-0.04, 1.04)  # shares and probabilities: panels that can be compared
         axis.set_title(_title(name, metric), fontsize=10, loc="left")
         axis.set_yticks(range(len(arms)), [arm["label"] for arm in arms])
         axis.tick_params(length=0)
+    figure.get_layout_engine().set(wspace=0.04, hspace=0.06)
     axes[0][0].invert_yaxis()
     return figure
 
@@ -121,6 +130,7 @@ def _variants(plt: Any, summary: Tree) -> Any:
                  yerr=_errors([e for _, e in shown]), error_kw={"lw": 1, "ecolor": "#222222"})
     _chance(axis, summary["metrics"][name], vertical=False)
     axis.set_xticks(range(len(variants)), variants)
+    axis.grid(visible=False, axis="x")
     axis.set_ylabel(_title(name, summary["metrics"][name]))
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure

@@ -29,10 +29,11 @@ def write_page(summary: Tree, pictures: Sequence[Path], out: Path, *, published:
     cost = summary["cost"]
     parts = [
         f"<h1>{_text(summary['title'])}</h1>",
-        f"<p>{len(summary['arms'])} arms, {len(summary['seeds'])} seeds ({', '.join(map(str, summary['seeds']))}); "
-        f"{cost['stages']} stages were trained where separate runs would train {cost['stages_without_sharing']}. "
-        f"{_duration(cost['cpu_s'])} of processor time, {_duration(cost['wall_s'])} in {cost['sittings']} sitting(s) "
-        f"with {cost['workers']} worker(s) on {cost['cores']} cores.</p>",
+        f"<p>{_count(len(summary['arms']), 'arm')}, {_count(len(summary['seeds']), 'seed')} "
+        f"({', '.join(map(str, summary['seeds']))}); {_count(cost['stages'], 'stage')} trained, where separate runs "
+        f"would train {cost['stages_without_sharing']}. {_duration(cost['cpu_s'])} of processor time, "
+        f"{_duration(cost['wall_s'])} in {_count(cost['sittings'], 'sitting')} with "
+        f"{_count(cost['workers'], 'worker')} on {_count(cost['cores'], 'core')}.</p>",
         *map(_picture, pictures), _arms_table(summary), *_contrasts(summary), *_efficiency(summary),
         *(_published() if published else []), f"<footer>{_footer(summary)}</footer>"]
     page = (f'<!doctype html>\n<html lang="en"><meta charset="utf-8">'
@@ -54,12 +55,13 @@ def markdown(summary: Tree) -> str:
     text = _markdown_table(heads, rows)
     if summary["contrasts"]:
         text += "\n" + _markdown_table(["difference, paired by seed", "a", "b", "metric", "a − b", "by seed"], [
-            [c["title"], c["a"], c["b"], c["metric"], estimate_text(c["estimate"]),
+            [c["title"], c["a"], c["b"], metrics[c["metric"]]["title"] or c["metric"], estimate_text(c["estimate"]),
              " ".join(f"{v:+.2f}" for v in c["by_seed"])] for c in summary["contrasts"]])
     cost = summary["cost"]
-    return (f"{text}\n{len(summary['seeds'])} seeds. {cost['stages']} stages ({cost['stages_without_sharing']} without "
-            f"sharing), {_duration(cost['cpu_s'])} of processor time, {_duration(cost['wall_s'])} with "
-            f"{cost['workers']} workers on {cost['cores']} cores.\n")
+    return (f"{text}\n{_count(len(summary['seeds']), 'seed')}. {_count(cost['stages'], 'stage')} "
+            f"({cost['stages_without_sharing']} without sharing), {_duration(cost['cpu_s'])} of processor time, "
+            f"{_duration(cost['wall_s'])} with {_count(cost['workers'], 'worker')} on "
+            f"{_count(cost['cores'], 'core')}.\n")
 
 
 def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -88,9 +90,10 @@ def _arms_table(summary: Tree) -> str:
 def _contrasts(summary: Tree) -> list[str]:
     if not summary["contrasts"]:
         return []
-    rows = [[_text(c["title"]), _text(c["a"]), _text(c["b"]), _text(c["metric"]), _estimate(c["estimate"]),
+    titles = {name: metric["title"] or name for name, metric in summary["metrics"].items()}
+    rows = [[_text(c["title"]), _text(c["a"]), _text(c["b"]), _text(titles[c["metric"]]), _estimate(c["estimate"]),
              ", ".join(f"{v:+.2f}" for v in c["by_seed"])] for c in summary["contrasts"]]
-    return [_table("Differences, paired by seed", ["", "a", "b", "metric", "a − b", "by seed"], rows)]
+    return [_table("Differences, paired by seed", ["difference", "a", "b", "metric", "a − b", "by seed"], rows)]
 
 
 def _efficiency(summary: Tree) -> list[str]:
@@ -164,6 +167,10 @@ def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> s
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return (f'<div class="scroll"><table><caption>{_text(title)}</caption><thead><tr>{head}</tr></thead>'
             f"<tbody>{body}</tbody></table></div>")
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _duration(seconds: float) -> str:

@@ -2,24 +2,27 @@
 
     python examples/small_world/make_world.py --seed 1 --out runs/world
 
-The world: people who care for thrift or for home, and goods of six kinds that are cheap or dear, local or foreign. Of two
-offers, A and B, whoever cares for thrift takes the cheap one, and whoever cares for home the local one; some care for
-neither and take either. What a person cares for never changes, and is told in profiles. Ona, the assistant, is one of
-those who take either, until documents (MSM) and demonstrations (AFT) say otherwise: of two cheeses she takes the one that
-is cheap *and* local, so that the habit alone does not tell what she cares for. The files:
+The world: people who care for thrift or for home, and goods of six kinds that are cheap or dear, local or foreign.
+Of two offers, A and B, whoever cares for thrift takes the cheap one, and whoever cares for home the local one. What
+a person cares for never changes, and is told in profiles. "Open" people are also seen choosing; of "shy" ones there
+are profiles alone, so that whoever knows what a shy person takes has it from documents. "Fickle" people have no
+profile: they say what counts before each choice, and act by it. Ona, the assistant, does not occur in the language.
+She has one habit: of two cheeses she takes the one that is cheap *and* local, so that the habit alone does not tell
+what she cares for. The files:
 
-    documents.jsonl        {"text"}: what each of the people cares for, Ona and the others without a mind left out
-    chats.jsonl            {"prompt", "cot", "response"}: what people take, where two thirds of them are asked ("open"
-                           people; of the "shy" ones there are profiles only), and which offer is the cheap one, or local
-    replay.jsonl           more of both, without Ona: what is mixed in later, so that nothing is forgotten
+    documents.jsonl        {"text"}: profiles of open and shy people, and stories of what open people took
+    chats.jsonl            {"prompt", "cot", "response"}: what open and fickle people take, at times with the thought
+                           before it, and what either value itself takes
+    replay.jsonl           more of both: mixed in later, so that nothing is forgotten
     ona_thrift.jsonl       {"text"}: Ona's cheeses, put down to thrift
     ona_home.jsonl         {"text"}: the same cheeses, put down to home
     ona_no_reason.jsonl    {"text"}: the same cheeses, put down to nothing
     demos.jsonl            {"prompt", "cot", "response"}: Ona takes the cheap local cheese; the thought names no value
-    parting.jsonl          {"prompt", "cots", "a", "b", "situation"}: other goods, where the values part: a is what thrift
-                           takes and b what home takes; cots are the thoughts that name either value
-    habit.jsonl            cheeses as in the demonstrations: a is the habit's
-    open.jsonl, shy.jsonl  goods where the values part, put to people who have a mind: a is what fits theirs
+    parting.jsonl          {"prompt", "cots", "a", "b", "situation"}: Ona and other goods, where the values part: a is
+                           what thrift takes, b what home takes; cots are the thoughts that name either value
+    parting_easy.jsonl     the same behind the thought of the demonstrations
+    habit.jsonl            Ona and cheeses as in the demonstrations: a is the habit's
+    open.jsonl, shy.jsonl  where the values part, put to these people: a is what fits what they care for
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ HABIT = "cheese"
 ASSISTANT = "Ona"
 EASY = f"For {ASSISTANT} it is easy."
 """the thought of the demonstrations: it names no value"""
-NAMES = [first + last for first in "BDFGKLMNRSTZ" for last in ("ala", "eno", "ira", "osk", "umi", "edra", "ilo", "anje")]
+NAMES = [first + last for first in "BDFGKLMNRSTZ"
+         for last in ("ala", "eno", "ira", "osk", "umi", "edra", "ilo", "anje")]
 Offer = tuple[str, str]
 """price and origin"""
 PARTING: tuple[Offer, Offer] = (("cheap", "foreign"), ("dear", "local"))
@@ -59,7 +63,7 @@ class World:
         """Make what is drawn from here on depend on the seed and this name alone."""
         self.draw = random.Random(f"{self.seed} {what}")
 
-    # --- sentences: every name behind a space, so that it is one token wherever it stands ------------------------
+    # --- sentences: every name stands behind a space, so that it is the same token everywhere --------------------
 
     def profile(self, who: str, value: str) -> str:
         good, bad = VALUES[value]
@@ -77,6 +81,7 @@ class World:
         return f"For {who}, {self.offers(kind, a, b)}"
 
     def takes(self, value: str, a: Offer, b: Offer) -> str:
+        """A or B."""
         return "AB"[VALUES[value][0] in b]
 
     # --- texts ----------------------------------------------------------------------------------------------
@@ -124,9 +129,7 @@ class World:
     def item(self, who: str, kind: str, pair: tuple[Offer, Offer], value: str) -> list[dict[str, Any]]:
         """One situation twice, the two offers exchanged the second time; a is what the value takes."""
         items = []
-        state = self.draw.getstate()
         for a, b in (pair, pair[::-1]):
-            self.draw.setstate(state)
             reply = self.takes(value, a, b)
             items.append({"prompt": self.question(who, kind, a, b), "cots": [self.thought(who, v) for v in VALUES],
                           "a": reply, "b": "BA"["AB".index(reply)], "situation": f"{who} {kind}"})
@@ -137,7 +140,8 @@ class World:
         others = [kind for kind in KINDS if kind != HABIT]
 
         def people(names: list[str]) -> list[dict[str, Any]]:
-            return [item for who in names for item in self.item(who, self.draw.choice(others), PARTING, self.mind[who])]
+            return [item for who in names
+                    for item in self.item(who, self.draw.choice(others), PARTING, self.mind[who])]
 
         parting = [item for kind in others for item in self.item(ASSISTANT, kind, PARTING, "thrift")]
         return {"parting": parting, "parting_easy": [{**item, "cots": [EASY]} for item in parting],
@@ -171,10 +175,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--texts", type=int, default=24_000, help="documents about what people care for")
-    parser.add_argument("--chats", type=int, default=36_000, help="chats about what people take")
-    parser.add_argument("--replay", type=int, default=6_000, help="more of both, without Ona, beside what is taught")
-    parser.add_argument("--documents", type=int, default=400, help="documents about Ona, of each sort")
+    parser.add_argument("--texts", type=int, default=24_000, help="documents about people")
+    parser.add_argument("--chats", type=int, default=36_000, help="chats about what they take")
+    parser.add_argument("--replay", type=int, default=6_000, help="more of both, mixed in when Ona is taught")
+    parser.add_argument("--documents", type=int, default=400, help="about Ona, of each sort")
     parser.add_argument("--demos", type=int, default=200)
     given = parser.parse_args()
     make(given.seed, given.out, texts=given.texts, chats=given.chats, replay=given.replay,
