@@ -151,6 +151,22 @@ def test_a_run_without_its_configuration_is_refused_by_all_ranks(tmp_path, fork_
     assert "Traceback" not in "".join(fork_server.output(job))
 
 
+@pytest.mark.parametrize(("name", "content"), [
+    ("ledger.json", b'{"format": 1, "sta'), ("ledger.json", b"[]"), ("ledger.json", b"\xff\xfe"),
+    ("ledger.json", b"{}"), ("config.yaml", b"a: [1"), ("config.yaml", b""), ("config.yaml", b"\0"),
+])
+def test_a_run_with_a_damaged_file_is_refused_by_name(tmp_path, capsys, name, content):
+    path = tiny(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "ledger.json").write_text('{"format": 1, "stages": [], "evaluations": []}')
+    (tmp_path / "run" / name).write_bytes(content)
+    if name == "ledger.json":
+        (tmp_path / "run" / "config.yaml").write_text("run_dir: x")
+    assert run(path) == 2
+    assert f"{name} is damaged (" in capsys.readouterr().err
+    assert (tmp_path / "run" / name).read_bytes() == content
+
+
 def test_an_export_that_needs_what_is_gone_ends_all_ranks(tmp_path, capsys, monkeypatch):
     """Its ConfigError is one rank's; as TrainingError it reaches the others (they wait in gather_texts)."""
 
