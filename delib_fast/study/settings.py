@@ -148,6 +148,11 @@ class StudyConfig(Section):
                                  f"under metrics:{nearest(contrast.metric, self.metrics)}")
         if self.alignment is None and self.metrics:
             self.alignment = next(iter(self.metrics))
+        for name, metric in self.metrics.items():
+            without = [arm for arm in self.arms if "aft" not in arm]
+            if metric.kind == "suite" and metric.suite == "dose" and without:
+                raise ValueError(f"metrics.{name} is of the suite dose, which is about an arm's AFT stage, and the arm "
+                                 f"{without[0]} has none: list under arms: those with AFT, or leave the metric out")
         return self
 
 

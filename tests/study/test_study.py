@@ -117,6 +117,8 @@ def test_keys_hold_what_weights_depend_on(tmp_path):
     ({"alignment": "choise"}, "alignment names 'choise'.*did you mean 'choice'"),
     ({"aft": {"train": ["demos"], "epoch": 1}}, "epoch: unknown key .did you mean 'epochs'"),
     ({"prepare": None}, "the study has no prepare"),
+    ({"metrics": {"dose": {"kind": "suite", "suite": "dose", "row": "aft", "column": "dose"}}},
+     "about an arm's AFT stage, and the arm [a-z_]+ has none"),
     ({"contrasts": [{"title": "t", "a": "MSM (value) + AFT (CoT)", "b": "base", "metric": "choice"}]},
      "names the arm .*did you mean 'MSM .values. . AFT"),
 ])
