@@ -94,6 +94,19 @@ def bench_plan_packs_trl(benchmark, batch):
          lengths_per_s=N / benchmark.stats.stats.min)
 
 
+@pytest.mark.parametrize("N", [100_000, 1_000_000])
+def bench_plan_packs_numba(benchmark, N):
+    """Which pack each length goes into, and no more: ours also lists every pack's examples."""
+    pytest.importorskip("numba", reason="numba is not installed (extra: peers)")
+    from numba_best_fit import best_fit_decreasing
+
+    lengths = long_cot_lengths(N)
+    packs, opened = best_fit_decreasing(lengths, CAPACITY)  # and compiles
+    assert np.bincount(packs, lengths).max() <= CAPACITY
+    benchmark.pedantic(best_fit_decreasing, (lengths, CAPACITY), rounds=5)
+    note(benchmark, fill=lengths.sum() / (opened * CAPACITY), packs=opened, lengths_per_s=N / benchmark.stats.stats.min)
+
+
 @pytest.mark.parametrize("model", ["Qwen3-1.7B", "Qwen3-8B"])
 @pytest.mark.parametrize("ranks", [8, 32])
 def bench_cost_balance(benchmark, model, ranks):
