@@ -227,7 +227,8 @@ def _record(benchmark: Any, work: Workload, contender: str, seconds: float, hand
     flops = StepCost.of(TrainableLM(work.model())).flops(work.micro_batches)
     peak = device_peak(work.ranks.device, DTYPES[work.precision])
     benchmark.extra_info.update(
-        machine(), shape=work.shape.name, data=f"{data}: {work.source}", contender=contender, precision=work.precision,
+        machine(), shape=work.shape.name, quick=work.shape.name == "quick", data=f"{data}: {work.source}",
+        contender=contender, precision=work.precision,
         tokens=work.tokens, supervised_tokens=work.supervised, fill=work.batches.fill, step_s=seconds,
         by_hand_s=hand_s, ratio=hand_s / seconds, tokens_per_s=work.tokens / seconds,
         supervised_tokens_per_s=work.supervised / seconds, by_hand_supervised_tokens_per_s=work.supervised / hand_s,

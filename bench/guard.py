@@ -1,11 +1,12 @@
 """What CI runs of the benches: the short set, and whether its shares of the roof have fallen.
 
-    python bench/guard.py             # exits 1 if one of ours has lost more than a fifth of the committed share, twice
+    python bench/guard.py             # exits 1 if one of ours has lost more than a fifth of the committed share
     python bench/guard.py --record    # commit these figures as the ones to hold
 
 Shares of the roof are ratios of two times of the same round, so a slow machine or a busy one slows both. Only a machine
 of the class that the committed figures come from is compared (bench/results/<device>/quick.json); on another this says
-so and keeps nothing.
+so and keeps nothing. What fell is measured again, after a while and twice at most, and its best share counts: something
+else on one of two cores halves the share of what uses both.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from recording import device_name, read_results, record, stored
 HERE = Path(__file__).parent
 SUITES = ("linear_cross_entropy", "varlen_attention", "step")
 LEAST = 0.8  # of the committed share
+PAUSES_S = (10, 40)  # before what fell is measured again
 
 
 def run(tests: list[str]) -> list[dict[str, Any]]:
@@ -36,8 +39,10 @@ def run(tests: list[str]) -> list[dict[str, Any]]:
 
 
 def shares(entries: list[dict[str, Any]]) -> dict[str, float]:
+    """Of our backends; the reference is there to be read, not to be fast."""
     return {entry["name"]: entry["extra_info"]["share_of_roof"] for entry in entries
-            if entry["extra_info"].get("contender", "").startswith("ours-") and "share_of_roof" in entry["extra_info"]}
+            if entry["extra_info"].get("contender", "").startswith("ours-")
+            and entry["extra_info"]["contender"] != "ours-reference" and "share_of_roof" in entry["extra_info"]}
 
 
 def fallen(now: dict[str, float], committed: dict[str, float]) -> dict[str, str]:
@@ -60,10 +65,15 @@ def main() -> int:
     if not committed:
         print(f"guard: no figures are committed for {device_name()}, so nothing was compared")
         return 0
-    if lost := fallen(shares(entries), committed):
-        print("guard: measuring once more, since these fell:", *lost.values(), sep="\n  ")
-        again = [f"{files[entry['suite']]}::{entry['name']}" for entry in entries if entry["name"] in lost]
-        lost = fallen(shares(run(again)), committed)
+    best = shares(entries)
+    for pause in PAUSES_S:
+        if not (lost := fallen(best, committed)):
+            break
+        print(f"guard: measuring again in {pause} s, since these fell:", *lost.values(), sep="\n  ", flush=True)
+        time.sleep(pause)
+        again = shares(run([f"{files[entry['suite']]}::{entry['name']}" for entry in entries if entry["name"] in lost]))
+        best |= {name: max(share, best[name]) for name, share in again.items()}
+    lost = fallen(best, committed)
     for line in lost.values():
         print(f"guard: {line}", file=sys.stderr)
     if not lost:
