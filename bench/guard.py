@@ -4,9 +4,9 @@
     python bench/guard.py --record    # commit these figures as the ones to hold
 
 Shares of the roof are ratios of two times of the same round, so a slow machine or a busy one slows both. Only a machine
-of the class that the committed figures come from is compared (bench/results/<device>/quick.json); on another this says
-so and keeps nothing. What fell is measured again, after a while and twice at most, and its best share counts: something
-else on one of two cores halves the share of what uses both.
+of the class and processor that the committed figures come from is compared (bench/results/<device>/quick.json); on
+another this says so and keeps nothing. What fell is measured again, after a while and twice at most, and its best share
+counts: something else on one of two cores halves the share of what uses both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from recording import device_name, read_results, record, stored
+from recording import device_name, processor, read_results, record, stored
 
 HERE = Path(__file__).parent
 SUITES = ("linear_cross_entropy", "varlen_attention", "step")
@@ -61,9 +61,10 @@ def main() -> int:
         for path in record(entries):
             print(path)
         return 0
-    committed = shares(stored(device_name(), "quick"))
+    committed = shares([entry for entry in stored(device_name(), "quick")
+                        if entry["extra_info"].get("processor") == processor()])
     if not committed:
-        print(f"guard: no figures are committed for {device_name()}, so nothing was compared")
+        print(f"guard: no figures are committed for {device_name()}, {processor()}, so nothing was compared")
         return 0
     best = shares(entries)
     for pause in PAUSES_S:

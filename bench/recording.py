@@ -12,6 +12,7 @@ import datetime
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -40,6 +41,16 @@ def device_name() -> str:
     return f"cpu-{kind}-{os.cpu_count()}-cores"
 
 
+def processor() -> str:
+    """Vendor, family and model, as Linux tells them: one class of device has several."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        return platform.machine()
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return " ".join(told[key] for key in ("model name", "cpu family", "model") if key in told) or platform.machine()
+
+
 def machine() -> dict[str, Any]:
     """What every result says of where it comes from."""
     import torch
@@ -49,7 +60,8 @@ def machine() -> dict[str, Any]:
     if shutil.which("git"):
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
                                 cwd=root).stdout.strip()
-    return {"device": device_name(), "threads": torch.get_num_threads(), "commit": commit, "versions": _versions()}
+    return {"device": device_name(), "processor": processor(), "threads": torch.get_num_threads(), "commit": commit,
+            "versions": _versions()}
 
 
 def _versions() -> dict[str, str]:

@@ -56,8 +56,8 @@ def test_a_fifth_is_what_may_be_lost() -> None:
 @pytest.mark.parametrize(("later", "code"), [([0.7], 0), ([0.5, 0.66], 0), ([0.5, 0.6], 1)])
 def test_what_fell_is_measured_again(later, code, results, monkeypatch) -> None:
     """By its own name alone, twice at most; the best share counts."""
-    device = recording.device_name()
-    recording.record([entry("ours-cpu", 0.8, device=device, quick=True)])
+    here = {"device": recording.device_name(), "processor": recording.processor()}
+    recording.record([entry("ours-cpu", 0.8, **here, quick=True)])
     monkeypatch.setattr(guard, "PAUSES_S", (0, 0))
     asked, shares = [], iter([0.5, *later])
     monkeypatch.setattr(guard, "run", lambda tests: asked.append(tests) or [entry("ours-cpu", next(shares))])
@@ -66,6 +66,14 @@ def test_what_fell_is_measured_again(later, code, results, monkeypatch) -> None:
     assert len(asked[0]) == 3
     assert len(asked) == 1 + len(later)
     assert [test.rpartition("/")[2] for test in asked[1]] == ["bench_linear_cross_entropy.py::bench[T=8-ours-cpu]"]
+
+
+def test_figures_of_another_processor_say_nothing(results, monkeypatch, capsys) -> None:
+    recording.record([entry("ours-cpu", 0.8, device=recording.device_name(), processor="another", quick=True)])
+    monkeypatch.setattr(guard, "run", lambda tests: [entry("ours-cpu", 0.1)])
+    monkeypatch.setattr(sys, "argv", ["guard.py"])
+    assert guard.main() == 0
+    assert "nothing was compared" in capsys.readouterr().out
 
 
 def test_pictures(results) -> None:
