@@ -46,7 +46,7 @@ def _let_gloo_let_go() -> None:
     """At exit, give gloo's threads the GIL for a moment, to drop the tensors of the last operations.
 
     One that asks for it once the interpreter is being taken down is ended inside a noexcept destructor: "terminate
-    called without an active exception", exit code 134 after a run that went well (one in ten of a test with ZeRO 3).
+    called without an active exception", exit code 134 after a run that went well (3 of some 40 of a test with ZeRO 3).
     """
     time.sleep(0.1)
 
