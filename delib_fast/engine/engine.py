@@ -73,6 +73,7 @@ class Ranks:
             os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed asks for it
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        atexit.unregister(_let_gloo_let_go)  # once, however often a process makes ranks
         atexit.register(_let_gloo_let_go)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._host_group = dist.new_group(backend="gloo") if on_gpu else dist.group.WORLD
