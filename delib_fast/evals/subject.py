@@ -76,9 +76,7 @@ class Subject:
     def sha256(self) -> str:
         """Of the model's weights; of an adapter's and those under it."""
         own = weights_hash(self.folder)
-        if self.adapter is None or not Path(self.adapter[1]).is_dir():
-            return own
-        return hashlib.sha256(f"{own} {weights_hash(Path(self.adapter[1]))}".encode()).hexdigest()
+        return own if self.adapter is None else hashlib.sha256(f"{own} {self.base_key}".encode()).hexdigest()
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -95,7 +93,7 @@ class Subject:
 
     @cached_property
     def scorer(self) -> Scorer:
-        return Scorer(self._load(ModelConfig(path=self.under), self.adapter), self.tokenizer,
+        return Scorer(self._load(ModelConfig(path=self.under)), self.tokenizer,
                       pack_capacity=self.settings.pack_capacity, system_prompt=self.system_prompt)
 
     @property
@@ -135,11 +133,11 @@ class Subject:
             return None
         return self._load(self.base_config[0])
 
-    def _load(self, config: ModelConfig, adapter: tuple[LoraConfig, str] | None = None) -> TrainableLM:
+    def _load(self, config: ModelConfig) -> TrainableLM:
         seed = self.config.seed if self.config is not None else 0
         model = build_model(config, self.tokenizer, dtype=self.settings.precision, seed=seed)
-        if adapter is not None:
-            add_adapter(model, adapter[0], base=adapter[1], seed=seed)
+        if self.adapter is not None:
+            add_adapter(model, self.adapter[0], base=self.adapter[1], seed=seed)
             load_adapter(model, self.path)
         return TrainableLM(model, attention_backend=config.attention, loss_backend=config.loss).to(self.device)
 
