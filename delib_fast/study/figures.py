@@ -68,7 +68,7 @@ def _arms(plt: Any, summary: Tree) -> Any:
         _chance(axis, metric, vertical=True)
         if metric["kind"] == "choices" and metric["figure"] != "margin":
             axis.set_xlim(-0.04, 1.04)  # shares and probabilities: panels that can be compared
-        axis.set_title(_title(name, metric), fontsize=10, loc="left")
+        axis.set_title(metric_title(name, metric), fontsize=10, loc="left")
         axis.set_yticks(range(len(arms)), [arm["label"] for arm in arms])
         axis.tick_params(length=0)
     figure.get_layout_engine().set(wspace=0.04, hspace=0.06)
@@ -106,7 +106,7 @@ def _efficiency(plt: Any, summary: Tree) -> Any:
         axis.set_title(here[0]["label"].split(" + ")[-1], fontsize=10, loc="left")
         axis.set_xlabel("rows of AFT")
     for row in axes:
-        row[0].set_ylabel(_title(name, summary["metrics"][name]))
+        row[0].set_ylabel(metric_title(name, summary["metrics"][name]))
     axes[0][0].legend(fontsize=8)
     return figure
 
@@ -131,7 +131,7 @@ def _variants(plt: Any, summary: Tree) -> Any:
     _chance(axis, summary["metrics"][name], vertical=False)
     axis.set_xticks(range(len(variants)), variants)
     axis.grid(visible=False, axis="x")
-    axis.set_ylabel(_title(name, summary["metrics"][name]))
+    axis.set_ylabel(metric_title(name, summary["metrics"][name]))
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
@@ -158,8 +158,8 @@ def _frontier(plt: Any, summary: Tree) -> Any:
         for arm in line:
             x, y = (arm["figures"][m]["over seeds"]["value"] for m in (across, up))
             axis.annotate(f"w = {arm['cot_weight']:g}", (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8)
-    axis.set_xlabel(f"monitorability: {_title(across, summary['metrics'][across])}")
-    axis.set_ylabel(f"alignment: {_title(up, summary['metrics'][up])}")
+    axis.set_xlabel(f"monitorability: {metric_title(across, summary['metrics'][across])}")
+    axis.set_ylabel(f"alignment: {metric_title(up, summary['metrics'][up])}")
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
@@ -181,7 +181,8 @@ def _colour_of_msm(arms: Sequence[Tree]) -> dict[str | None, str]:
     return {None: _COLOURS[0], **{v: _COLOURS[1 + k % (len(_COLOURS) - 1)] for k, v in enumerate(variants)}}
 
 
-def _title(name: str, metric: Tree) -> str:
+def metric_title(name: str, metric: Tree) -> str:
+    """What a metric is called where it is shown."""
     return metric["title"] or name
 
 

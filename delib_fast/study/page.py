@@ -12,7 +12,7 @@ from typing import Any
 from delib_fast.evals.intervals import Estimate
 from delib_fast.evals.report import PAGE_STYLE, cell_text
 from delib_fast.evals.results import write_whole
-from delib_fast.study.figures import largest
+from delib_fast.study.figures import largest, metric_title
 from delib_fast.study.published import Cell
 from delib_fast.study.published import published as published_figures
 
@@ -49,13 +49,13 @@ def write_page(summary: Tree, pictures: Sequence[Path], out: Path, *, published:
 def markdown(summary: Tree) -> str:
     """The table of arms at their largest size, and the differences, for a page of documentation."""
     metrics = summary["metrics"]
-    heads = ["arm", *(metric["title"] or name for name, metric in metrics.items())]
+    heads = ["arm", *(metric_title(*item) for item in metrics.items())]
     rows = [[arm["label"], *(estimate_text(arm["figures"][name]["over seeds"]) for name in metrics)]
             for arm in largest(summary["arms"])]
     text = _markdown_table(heads, rows)
     if summary["contrasts"]:
         text += "\n" + _markdown_table(["difference, paired by seed", "a", "b", "metric", "a − b", "by seed"], [
-            [c["title"], c["a"], c["b"], metrics[c["metric"]]["title"] or c["metric"], estimate_text(c["estimate"]),
+            [c["title"], c["a"], c["b"], metric_title(c["metric"], metrics[c["metric"]]), estimate_text(c["estimate"]),
              " ".join(f"{v:+.2f}" for v in c["by_seed"])] for c in summary["contrasts"]])
     cost = summary["cost"]
     return (f"{text}\n{_count(len(summary['seeds']), 'seed')}. {_count(cost['stages'], 'stage')} "
@@ -79,7 +79,7 @@ def _picture(path: Path) -> str:
 def _arms_table(summary: Tree) -> str:
     metrics = summary["metrics"]
     sized = any(arm["size"] for arm in summary["arms"])
-    heads = ["arm", *(["rows of AFT"] if sized else []), *(m["title"] or name for name, m in metrics.items())]
+    heads = ["arm", *(["rows of AFT"] if sized else []), *(metric_title(*item) for item in metrics.items())]
     rows = []
     for arm in summary["arms"]:
         size = [] if not sized else ["" if arm["size"] is None else f"{arm['size']:,}"]
@@ -90,8 +90,8 @@ def _arms_table(summary: Tree) -> str:
 def _contrasts(summary: Tree) -> list[str]:
     if not summary["contrasts"]:
         return []
-    titles = {name: metric["title"] or name for name, metric in summary["metrics"].items()}
-    rows = [[_text(c["title"]), _text(c["a"]), _text(c["b"]), _text(titles[c["metric"]]), _estimate(c["estimate"]),
+    rows = [[_text(c["title"]), _text(c["a"]), _text(c["b"]),
+             _text(metric_title(c["metric"], summary["metrics"][c["metric"]])), _estimate(c["estimate"]),
              ", ".join(f"{v:+.2f}" for v in c["by_seed"])] for c in summary["contrasts"]]
     return [_table("Differences, paired by seed", ["difference", "a", "b", "metric", "a − b", "by seed"], rows)]
 
@@ -99,7 +99,7 @@ def _contrasts(summary: Tree) -> list[str]:
 def _efficiency(summary: Tree) -> list[str]:
     tables = []
     for name, curves in summary["efficiency"].items():
-        title = summary["metrics"][name]["title"] or name
+        title = metric_title(name, summary["metrics"][name])
         for curve in curves:
             rows = [[f"{p['rows']:,}", f"{p['level']:.3f}", multiple_text(p), _spread(p)] for p in curve["points"]]
             tables.append(_table(f"{title}: {curve['title']}", [
