@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit
 
 
-@njit(cache=False)
+@njit
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
     """(the pack of each length, how many packs). Lengths in falling order; of the packs that have room, the fullest.
 
@@ -64,19 +64,11 @@ def _first_open(tree: np.ndarray, leaves: int, least: int) -> int:
     node = leaves + least
     if tree[node]:
         return least
-    while True:  # up, until a tree to the right has one
-        while node % 2 == 1:
-            node //= 2
-            if node <= 1:
-                return -1
-        if node <= 1:
-            return -1
-        if tree[node + 1]:
-            node += 1
-            break
+    while node % 2 == 1 or not tree[node + 1]:  # up, until the tree to the right has one
         node //= 2
-        if node <= 1:
+        if node == 1:
             return -1
+    node += 1
     while node < leaves:
         node = 2 * node if tree[2 * node] else 2 * node + 1
     return node - leaves
