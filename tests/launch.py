@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import socket
@@ -11,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,3 +67,9 @@ def run_ranks(command: Sequence[str], world_size: int, *, timeout: float = 300, 
         code = rank.process.returncode
         assert code == exit_code, f"rank {number} of {world_size} exited with {code}:\n{rank.output()}"
     return [rank.output() for rank in ranks]
+
+
+def result_of(output: str) -> Any:
+    """What a worker printed for its test: JSON behind RESULT."""
+    line = next(line for line in output.splitlines() if line.startswith("RESULT "))
+    return json.loads(line.removeprefix("RESULT "))

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 import pytest
 from conftest import PROMPTS, make_rows, read_rows
+from launch import free_port
 
 from delib_fast.deliberate.ledger import RequestLedger
 from delib_fast.deliberate.settings import DeliberateSettings
@@ -49,9 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(folder: Path) -> Iterator[str]:
     """The address of `transformers serve` with that model."""
     pytest.importorskip("uvicorn", reason="transformers serve needs fastapi and uvicorn (extra `test`)")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [str(Path(sys.executable).parent / "transformers"), "serve", str(folder), "--host", "127.0.0.1", "--port",
                str(port), "--device", "cpu"]
     log = folder.parent / "serve.log"

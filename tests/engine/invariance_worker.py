@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from state_worker import leave_checkpoint
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from delib_fast.config_file import parse_config
 from delib_fast.data import EncodedSet, Example, PackedBatches, Segment
-from delib_fast.engine import CheckpointWriter, Engine, Ranks
+from delib_fast.engine import Engine, Ranks
 from delib_fast.losses import loss_normalizer, segment_weights
 from delib_fast.models import TrainableLM
 
@@ -85,9 +86,7 @@ def trained(ranks: Ranks, rows: EncodedSet, zero_stage: int, capacity: int, *, s
             engine.backward(engine.forward(batch).loss_sum, normalizer)
         engine.end_step()
     if root is not None:
-        writer = CheckpointWriter(root, ranks)
-        engine.save(writer, {})
-        writer.wait()
+        leave_checkpoint(engine, root, ranks)
     weights = engine.full_weights()
     engine.close()
     return weights

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from state_worker import leave_checkpoint
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from delib_fast.config import LoraConfig
 from delib_fast.config_file import parse_config
 from delib_fast.data import PackedBatch
-from delib_fast.engine import CheckpointWriter, Engine, Ranks
+from delib_fast.engine import Engine, Ranks
 from delib_fast.models import TrainableLM, add_adapter, merged_weights
 
 LENGTHS, VOCABULARY = (13, 9), 61
@@ -55,9 +56,7 @@ def train(ranks: Ranks, stage: int, precision: str, steps: int, *, save: Path | 
     share = 4 // ranks.world_size
     while engine.step < steps:
         if save is not None and engine.step == steps - 1:
-            writer = CheckpointWriter(save, ranks)
-            engine.save(writer, {})
-            writer.wait()
+            leave_checkpoint(engine, save, ranks)
         engine.begin_step()
         for i in range(share):
             loss = engine.forward(batch(10 * engine.step + ranks.rank * share + i)).loss_sum

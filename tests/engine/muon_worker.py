@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from state_worker import deviation
+from state_worker import deviation, leave_checkpoint
 from torch import nn
 
 from delib_fast.config_file import parse_config
-from delib_fast.engine import CheckpointWriter, Engine, Ranks
+from delib_fast.engine import Engine, Ranks
 from delib_fast.ops import LossOutput
 
 LR, DECAY, BETA, ADAM_BETAS, EPS = 0.02, 0.1, 0.9, (0.9, 0.95), 1e-8
@@ -66,9 +66,7 @@ def train(ranks: Ranks, engine_keys: dict[str, Any], steps: int, *, save: Path |
         else:
             done += 1
     if save is not None:
-        writer = CheckpointWriter(save, ranks)
-        engine.save(writer, {})
-        writer.wait()
+        leave_checkpoint(engine, save, ranks)
     weights = engine.full_weights()
     engine.close()
     return weights

@@ -38,6 +38,12 @@ def configuration(stage: int, precision: str) -> Config:
     })
 
 
+def leave_checkpoint(engine: Engine, folder: Path, ranks: Ranks) -> None:
+    writer = CheckpointWriter(folder, ranks)
+    engine.save(writer, {})
+    writer.wait()
+
+
 def train(ranks: Ranks, stage: int, precision: str, steps: int, *, save: Path | None = None,
           resume: Path | None = None) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
@@ -54,9 +60,7 @@ def train(ranks: Ranks, stage: int, precision: str, steps: int, *, save: Path | 
             engine.backward(engine.forward((x[rows], y[rows])).loss_sum, 64.0)
         engine.end_step()
     if save is not None:
-        writer = CheckpointWriter(save, ranks)
-        engine.save(writer, {})
-        writer.wait()
+        leave_checkpoint(engine, save, ranks)
     weights = engine.full_weights()
     engine.close()
     return weights

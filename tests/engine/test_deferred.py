@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
+from launch import result_of
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config
 
 SIZES = {"vocab_size": 448, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -28,8 +27,7 @@ def saved(config, folder, dtype=torch.bfloat16, **options):
 
 def facts(fork_server, folder, precision, way):
     told = fork_server.run("deferred_worker:main", [folder, precision, way], world_size=2)
-    return [json.loads(line.removeprefix("RESULT ")) for out in told for line in out.splitlines()
-            if line.startswith("RESULT ")]
+    return [result_of(output) for output in told]
 
 
 @pytest.mark.parametrize("kind", MODELS)

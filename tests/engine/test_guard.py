@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from launch import result_of
 
 from delib_fast.engine.guard import StepGuard
 
@@ -17,8 +18,7 @@ def found(fork_server):
     result = {}
     for world_size in (1, 2):
         first = fork_server.run("guard_worker:main", [], world_size=world_size, LAUNCHED="yes")[0]
-        line = next(line for line in first.splitlines() if line.startswith("RESULT "))
-        result[world_size] = json.loads(line.removeprefix("RESULT "))
+        result[world_size] = result_of(first)
     return result
 
 

@@ -7,10 +7,8 @@ would hide an error.
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from launch import run_ranks
+from launch import result_of, run_ranks
 
 CASES = [(stage, capacity) for stage in (0, 1, 2, 3) for capacity in (64, 256, 1024)]
 
@@ -20,8 +18,7 @@ def deviations(tmp_path_factory):
     found = {}
     for world_size in (1, 2, 4):
         first = run_ranks(["tests/engine/invariance_worker.py", str(tmp_path_factory.mktemp("run"))], world_size)[0]
-        line = next(line for line in first.splitlines() if line.startswith("RESULT "))
-        found[world_size] = json.loads(line.removeprefix("RESULT "))
+        found[world_size] = result_of(first)
     return found
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from launch import run_ranks
+from launch import result_of, run_ranks
 
 CASES = [(precision, stage) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
 
@@ -13,8 +11,7 @@ CASES = [(precision, stage) for precision in ("fp32", "bf16") for stage in (0, 1
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     first = run_ranks(["tests/engine/lora_worker.py", str(tmp_path_factory.mktemp("lora"))], 2)[0]
-    line = next(line for line in first.splitlines() if line.startswith("RESULT "))
-    return json.loads(line.removeprefix("RESULT "))
+    return result_of(first)
 
 
 @pytest.mark.parametrize(("precision", "stage"), CASES)

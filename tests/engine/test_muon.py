@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
+from launch import result_of
 
 from delib_fast.config import ConfigError
 from delib_fast.config_file import parse_config
@@ -17,8 +16,7 @@ def found(tmp_path_factory, fork_server):
     folder, found = tmp_path_factory.mktemp("muon"), {}
     for world_size in (1, 2):  # in this order: two ranks take over what one saved
         first = fork_server.run("muon_worker:main", [folder], world_size=world_size, LAUNCHED="yes")[0]
-        line = next(line for line in first.splitlines() if line.startswith("RESULT "))
-        found[world_size] = json.loads(line.removeprefix("RESULT "))
+        found[world_size] = result_of(first)
     return found
 
 

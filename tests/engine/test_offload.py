@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from launch import run_ranks
+from launch import result_of, run_ranks
 
 from delib_fast.config import ConfigError
 from delib_fast.config_file import parse_config
@@ -15,8 +13,7 @@ from delib_fast.engine.deepspeed_json import deepspeed_json
 
 def results(folder, what):
     first = run_ranks(["tests/engine/offload_worker.py", str(folder), what], 2)[0]
-    line = next(line for line in first.splitlines() if line.startswith("RESULT "))
-    return json.loads(line.removeprefix("RESULT "))
+    return result_of(first)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
+from launch import result_of
 
 
 @pytest.fixture(scope="module")
@@ -13,8 +12,7 @@ def deviations(tmp_path_factory, fork_server):
     found = {}
     for world_size in (1, 2):  # in this order: two ranks take over what one saved
         first = fork_server.run("state_worker:main", [folder], world_size=world_size, LAUNCHED="yes")[0]
-        line = next(line for line in first.splitlines() if line.startswith("RESULT "))
-        found[world_size] = json.loads(line.removeprefix("RESULT "))
+        found[world_size] = result_of(first)
     return found
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from eval_models import make_model
+from launch import free_port
 
 from delib_fast.evals.agentic.prompts import texts
 from delib_fast.models import export_model
@@ -87,9 +87,7 @@ def served(tokenizer, tmp_path_factory):
     """`transformers serve` with a small model that was just made; yields (base_url, model name)."""
     pytest.importorskip("fastapi", reason="transformers serve needs fastapi and uvicorn")
     folder = export_model(make_model(tokenizer, 0), tokenizer, tmp_path_factory.mktemp("served") / "model")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen(
         [str(Path(sys.executable).with_name("transformers")), "serve", str(folder), "--host", "127.0.0.1", "--port",
          str(port), "--device", "cpu"], env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},

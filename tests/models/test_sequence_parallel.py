@@ -6,10 +6,8 @@ forgets the documents' borders (as DeepSpeed's does with sdpa and flex) would be
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from launch import run_ranks
+from launch import result_of, run_ranks
 from small_models import documents, pack
 
 from delib_fast.models.ulysses import why_not
@@ -18,8 +16,7 @@ from delib_fast.models.ulysses import why_not
 @pytest.fixture(scope="module")
 def found():
     output = run_ranks(["tests/models/sequence_worker.py"], 4, PYTHONWARNINGS="ignore")[0]
-    line = next(line for line in output.splitlines() if line.startswith("RESULT "))
-    return json.loads(line.removeprefix("RESULT "))
+    return result_of(output)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from launch import run_ranks
+from launch import result_of, run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +18,7 @@ def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero")
     output = run_ranks(["tests/models/zero_worker.py", str(folder)], 2, DS_ACCELERATOR="cpu",
                        PYTHONWARNINGS="ignore")[0]  # thousands of deprecations would fill the pipe of rank 1
-    line = next(line for line in output.splitlines() if line.startswith("RESULT "))
-    return json.loads(line.removeprefix("RESULT ")), folder
+    return result_of(output), folder
 
 
 @pytest.mark.parametrize("run", ["qwen3 tied, one kv head z0 plain", "qwen3 tied, one kv head z3 plain",
