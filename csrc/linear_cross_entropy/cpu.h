@@ -1,4 +1,4 @@
-// What the two CPU paths share: the supervised rows of a call, and its five results.
+// What the two CPU paths share: the supervised rows of a call, and its results.
 //
 // T packed tokens, H hidden size, V vocabulary, C tokens of a chunk. Logits are kept transposed, (V, C): dz is
 // then laid out as the weight gradient's GEMM wants it, and softmax runs along tokens.
@@ -29,10 +29,12 @@ struct Results {
   at::Tensor correct;      // (T,) bool; false on entry
   at::Tensor grad_hidden;  // (T, H) of the inputs' dtype, zeros on entry; empty if not wanted
   at::Tensor grad_weight;  // (V, H) float32 or float64, uninitialised on entry; empty if not wanted
+  at::Tensor dz, rows;     // in the place of grad_weight, its factors: (V, K) and (K, H), uninitialised; else empty
   double loss_sum = 0;
   RowOptions<double> options{1, 0, 0, 0};  // the scale is in the hidden states already
   bool want_grad_hidden = false;
   bool want_grad_weight = false;
+  bool keeps_dz() const { return dz.numel() > 0; }
   bool want_gradient() const { return want_grad_hidden || want_grad_weight; }
   // Whether the logits are more to the sweeps than a softmax. (A z-loss only changes a token's factor.)
   bool shaped() const { return options.softcap != 0 || options.smoothing != 0; }
@@ -112,8 +114,11 @@ std::int64_t equal_chunk(std::int64_t rows, std::int64_t most);
 void run_widened(const at::Tensor& hidden, const at::Tensor& weight, const LiveRows& rows,
                  std::int64_t chunk_tokens, Results& results);
 
-// bfloat16 in, bfloat16 GEMMs (AMX, AVX-512), weight gradient accumulated in float32.
+// bfloat16 in, bfloat16 GEMMs (AMX, AVX-512), weight gradient accumulated in float32, or left as its factors.
 void run_bfloat16(const at::Tensor& hidden, const at::Tensor& weight, const LiveRows& rows,
                   std::int64_t chunk_tokens, Results& results);
+
+// scale * dz (V, K) . rows (K, H) as bfloat16, K even: accumulated and scaled in float32, rounded once.
+at::Tensor bfloat16_product(const at::Tensor& dz, const at::Tensor& rows, float scale);
 
 }  // namespace delib_fast

@@ -7,6 +7,8 @@
 // (with AMX and its copy) once out and once in, dW (float32) once in and once out.
 // dW is the one product that ATen cannot do (bfloat16 in, float32 out and accumulated); it runs on oneDNN's
 // brgemm, tile by tile, with X packed once a chunk.
+// Where all of dz is asked for, in the place of dW, chunks are columns of it, and the backward pass makes dW in one
+// go: scaled and rounded while a tile is in cache, so that no float32 dW is written and read back.
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -29,6 +31,7 @@ constexpr std::int64_t MOST_TOKENS = 1024;
 constexpr std::int64_t BLOCK_ROWS = 1024;  // of the vocabulary, at least: one block stays in cache
 constexpr std::int64_t TILE_M = 64;        // of dW: vocabulary entries ...
 constexpr std::int64_t TILE_N = 64;        // ... by hidden units
+constexpr std::int64_t TILE_PAIRS = 512;   // of tokens at a time, so that both factors of a tile stay in cache
 
 // to[c][r] = from[r][c] for an (8, 8) tile.
 inline void transpose_8x8(const bf16_bits* from, std::int64_t from_ld, bf16_bits* to, std::int64_t to_ld) {
@@ -158,6 +161,13 @@ void tile_gemm(bool brgemm, std::int64_t m, std::int64_t n, std::int64_t pairs, 
   plain_tile(m, n, pairs, lda, ldc, add, a, b, c);
 }
 
+// What a thread does after its last tile: with AMX it lets go of the tile registers.
+void release_brgemm([[maybe_unused]] bool brgemm) {
+#if defined(CPUBLAS_BRGEMM_BF16BF16F32)
+  if (brgemm) at::native::cpublas::brgemm_release(/*is_vnni=*/true);
+#endif
+}
+
 // Rows [first, first + count) of dW (V, H) float32 (+)= those of dz (V, C) . X. Rows of dz are `leading` apart and hold
 // a zero where C is odd.
 void accumulate_grad_weight(const Block<bf16_bits>& dz, const PackedHidden& hidden, bool add, at::Tensor& grad_weight) {
@@ -172,10 +182,21 @@ void accumulate_grad_weight(const Block<bf16_bits>& dz, const PackedHidden& hidd
                   hidden.tile(j), out + v * width + j * TILE_N);
       }
     }
-#if defined(CPUBLAS_BRGEMM_BF16BF16F32)
-    if (brgemm) at::native::cpublas::brgemm_release(/*is_vnni=*/true);
-#endif
+    release_brgemm(brgemm);
   });
+}
+
+// m rows of scale * dz . X, rounded, to `out` (m, H) bfloat16; through `panel` (m, H) float32, which stays in cache.
+void product_rows(const bf16_bits* dz, const PackedHidden& hidden, bool brgemm, float scale, std::int64_t m,
+                  std::int64_t width, float* panel, bf16_bits* out) {
+  const std::int64_t tokens = 2 * hidden.pairs();
+  for (std::int64_t j = 0; j < hidden.tiles(); ++j) {
+    for (std::int64_t pair = 0; pair < hidden.pairs(); pair += TILE_PAIRS) {
+      tile_gemm(brgemm, m, hidden.columns(j), std::min(TILE_PAIRS, hidden.pairs() - pair), tokens, width, pair > 0,
+                dz + 2 * pair, hidden.tile(j) + pair * TILE_N * 2, panel + j * TILE_N);
+    }
+  }
+  row_kernels().scale_f32_to_bf16(panel, out, m * width, scale);
 }
 
 // The chunks of one call, and the buffers that they share.
@@ -190,7 +211,7 @@ class Bfloat16Run {
     const std::int64_t fits = LOGITS_BYTES / (vocabulary_ * (copies ? 2 : 1) * std::int64_t{sizeof(bf16_bits)});
     const std::int64_t most = chunk_tokens > 0 ? chunk_tokens : std::clamp<std::int64_t>(fits, 16, MOST_TOKENS);
     step_ = std::min(equal_chunk(rows.size(), most), rows.size());
-    transposed_ = large_empty({vocabulary_ * leading_dimension(step_)}, at::kBFloat16);
+    if (!results.keeps_dz()) transposed_ = large_empty({vocabulary_ * leading_dimension(step_)}, at::kBFloat16);
     if (copies) straight_ = large_empty({vocabulary_ * step_}, at::kBFloat16);
   }
 
@@ -198,18 +219,29 @@ class Bfloat16Run {
     for (std::int64_t begin = 0; begin < rows_.size(); begin += step_) {
       const std::int64_t end = std::min(begin + step_, rows_.size());
       Chunk<float> chunk(hidden_, rows_, begin, end, at::kBFloat16, results_.options);
-      const std::int64_t leading = leading_dimension(chunk.size);
-      const at::Tensor padded = transposed_.narrow(0, 0, vocabulary_ * leading).view({vocabulary_, leading});
+      const at::Tensor padded = room_for(begin, chunk.size);
       forward(chunk, padded);
       chunk.finish(vocabulary_, results_);
       if (results_.want_gradient()) backward(chunk, padded, begin > 0);
+      if (results_.keeps_dz()) results_.rows.narrow(0, begin, chunk.size).copy_(chunk.hidden);
+    }
+    if (results_.keeps_dz()) {  // what fills up K
+      const std::int64_t rest = results_.rows.size(0) - rows_.size();
+      results_.dz.narrow(1, rows_.size(), rest).zero_();
+      results_.rows.narrow(0, rows_.size(), rest).zero_();
     }
   }
 
  private:
+  // (V, C) for the logits of C tokens from live row `begin` on; where dW is accumulated, C is filled up.
+  at::Tensor room_for(std::int64_t begin, std::int64_t tokens) const {
+    if (results_.keeps_dz()) return results_.dz.narrow(1, begin, tokens);
+    const std::int64_t leading = leading_dimension(tokens);
+    return transposed_.narrow(0, 0, vocabulary_ * leading).view({vocabulary_, leading});
+  }
   Block<bf16_bits> block_at(const at::Tensor& padded, std::int64_t v) const {
     auto* data = reinterpret_cast<bf16_bits*>(padded.data_ptr());
-    return {data + v * padded.size(1), padded.size(1), v, std::min(block_rows_, vocabulary_ - v)};
+    return {data + v * padded.stride(0), padded.stride(0), v, std::min(block_rows_, vocabulary_ - v)};
   }
 
   void forward(Chunk<float>& chunk, const at::Tensor& padded) {
@@ -223,9 +255,11 @@ class Bfloat16Run {
   }
 
   void backward(Chunk<float>& chunk, const at::Tensor& padded, bool add) {
-    if (chunk.size % 2 != 0) padded.select(1, chunk.size).zero_();  // brgemm takes tokens in pairs
     std::optional<PackedHidden> packed;
-    if (results_.want_grad_weight) packed.emplace(chunk.hidden);
+    if (results_.want_grad_weight && !results_.keeps_dz()) {
+      packed.emplace(chunk.hidden);
+      if (chunk.size % 2 != 0) padded.select(1, chunk.size).zero_();  // brgemm takes tokens in pairs
+    }
     for (std::int64_t v = 0; v < vocabulary_; v += block_rows_) {
       const Block<bf16_bits> block = block_at(padded, v);
       chunk.to_gradient(block, sweeps_);
@@ -257,6 +291,24 @@ class Bfloat16Run {
 void run_bfloat16(const at::Tensor& hidden, const at::Tensor& weight, const LiveRows& rows,
                   std::int64_t chunk_tokens, Results& results) {
   Bfloat16Run(hidden, weight, rows, chunk_tokens, results).run();
+}
+
+at::Tensor bfloat16_product(const at::Tensor& dz, const at::Tensor& rows, float scale) {
+  const std::int64_t vocabulary = dz.size(0), width = rows.size(1);
+  at::Tensor product = large_empty({vocabulary, width}, at::kBFloat16);
+  const PackedHidden hidden(rows);
+  const auto* from = reinterpret_cast<const bf16_bits*>(dz.const_data_ptr());
+  auto* to = reinterpret_cast<bf16_bits*>(product.data_ptr());
+  const bool brgemm = has_brgemm();
+  at::parallel_for(0, (vocabulary + TILE_M - 1) / TILE_M, 1, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<float> panel(TILE_M * width);
+    for (std::int64_t v = begin * TILE_M; v < std::min(end * TILE_M, vocabulary); v += TILE_M) {
+      const std::int64_t m = std::min(TILE_M, vocabulary - v);
+      product_rows(from + v * dz.size(1), hidden, brgemm, scale, m, width, panel.data(), to + v * width);
+    }
+    release_brgemm(brgemm);
+  });
+  return product;
 }
 
 }  // namespace delib_fast

@@ -3,6 +3,7 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/index_select.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -108,7 +109,7 @@ LiveRows find_live_rows(const at::Tensor& targets, const std::optional<at::Tenso
 }
 
 // Elsewhere torch's bfloat16 GEMM is many times slower than its float32 one, and widening pays.
-bool native_bfloat16() {
+bool has_bfloat16_gemms() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512bf16");
@@ -117,13 +118,14 @@ bool native_bfloat16() {
 #endif
 }
 
-using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Outputs linear_cross_entropy_cpu(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& targets,
                                  const std::optional<at::Tensor>& loss_weights,
                                  const std::optional<at::Tensor>& loss_positions, std::int64_t ignore_index,
                                  std::int64_t chunk_tokens, bool need_grad_hidden, bool need_grad_weight,
-                                 double softcap, double z_loss, double label_smoothing, std::string_view gemm) {
+                                 double softcap, double z_loss, double label_smoothing, bool keep_dz,
+                                 std::string_view gemm) {
   const auto acc = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto options = hidden.options();
   const LiveRows rows = find_live_rows(targets, loss_weights, loss_positions, ignore_index, weight.size(0));
@@ -134,18 +136,30 @@ Outputs linear_cross_entropy_cpu(const at::Tensor& hidden, const at::Tensor& wei
   results.nll = at::zeros({hidden.size(0)}, options.dtype(acc));
   results.correct = at::zeros({hidden.size(0)}, options.dtype(at::kBool));
   results.grad_hidden = need_grad_hidden ? at::zeros(hidden.sizes(), options) : at::empty({0}, options);
-  results.grad_weight = need_grad_weight ? large_empty(weight.sizes(), acc) : at::empty({0}, options.dtype(acc));
+  const bool narrow = gemm == "bfloat16";
+  TORCH_CHECK_VALUE(narrow ? hidden.scalar_type() == at::kBFloat16 : gemm == "widened", "gemm=", gemm, " for ",
+                    hidden.scalar_type(), ": it is widened or, for bfloat16, bfloat16");
+  TORCH_CHECK_VALUE(!keep_dz || (narrow && need_grad_weight && loss_positions),
+                    "keep_dz: it is for the weight's gradient, with loss_positions and gemm=bfloat16");
+  const bool sums = need_grad_weight && !keep_dz;
+  results.grad_weight = sums ? large_empty(weight.sizes(), acc) : at::empty({0}, options.dtype(acc));
+  const std::int64_t kept = keep_dz ? leading_dimension(loss_positions->size(0)) : 0;
+  results.dz = keep_dz ? large_empty({weight.size(0), kept}, at::kBFloat16) : at::empty({0}, options);
+  results.rows = at::empty({kept, hidden.size(1)}, options);
   if (rows.size() == 0) {
-    results.grad_weight.zero_();
+    results.grad_weight.zero_(), results.dz.zero_(), results.rows.zero_();
   } else {
-    const bool can = hidden.scalar_type() == at::kBFloat16;
-    TORCH_CHECK_VALUE(gemm == "auto" || gemm == "widened" || (gemm == "bfloat16" && can), "gemm=", gemm,
-                      " for ", hidden.scalar_type(), ": it is auto, widened, or (for bfloat16) bfloat16");
-    const bool native = gemm == "bfloat16" || (gemm == "auto" && can && native_bfloat16());
-    (native ? run_bfloat16 : run_widened)(hidden, weight, rows, chunk_tokens, results);
+    (narrow ? run_bfloat16 : run_widened)(hidden, weight, rows, chunk_tokens, results);
   }
   at::Tensor loss_sum = at::full({}, results.loss_sum, options.dtype(acc));
-  return {loss_sum, results.nll, results.correct, results.grad_hidden, results.grad_weight};
+  return {loss_sum, results.nll, results.correct, results.grad_hidden, results.grad_weight, results.dz, results.rows};
+}
+
+// scale * dz (V, K) . rows (K, H) in their dtype, rounded once.
+at::Tensor weight_gradient(const at::Tensor& dz, const at::Tensor& rows, const at::Tensor& scale) {
+  const bool ours = dz.scalar_type() == at::kBFloat16 && dz.is_contiguous() && dz.numel() > 0 && dz.size(1) % 2 == 0;
+  if (ours) return bfloat16_product(dz, rows.contiguous(), scale.item<float>());
+  return at::mm(dz.to(at::kFloat), rows.to(at::kFloat)).mul_(scale.item<float>()).to(dz.scalar_type());  // tests
 }
 
 template <typename from_t, typename to_t>
@@ -182,6 +196,8 @@ at::Tensor scale_gradient(const at::Tensor& gradient, const at::Tensor& factor, 
 TORCH_LIBRARY_IMPL(delib_fast, CPU, m) {
   m.impl("linear_cross_entropy_cpu", &linear_cross_entropy_cpu);
   m.impl("scale_gradient", &scale_gradient);
+  m.impl("weight_gradient", &weight_gradient);
 }
+TORCH_LIBRARY_FRAGMENT(delib_fast, m) { m.def("has_bfloat16_gemms() -> bool", &has_bfloat16_gemms); }
 
 }  // namespace delib_fast

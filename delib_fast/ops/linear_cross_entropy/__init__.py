@@ -99,7 +99,8 @@ def linear_cross_entropy(
             F.cross_entropy. It and z_loss enter loss_sum and the gradients; nll stays -log p(target).
         ignore_index: the target of rows that are not supervised.
         loss_positions: (L,) int64 on the same device: which rows to compute, each once, if the host knows. Rows
-            that are not listed count as not supervised. With it a GPU backend never waits for the device.
+            that are not listed count as not supervised. With it a GPU backend never waits for the device, and few
+            rows take less memory (see Cost).
         chunk_tokens: rows of logits held at a time; by default a few thousand on a GPU, on a CPU what fits 320 MiB.
         backend: "auto", "cpu", "triton", "cuda" or "reference".
 
@@ -114,14 +115,17 @@ def linear_cross_entropy(
         RuntimeError: a second derivative (create_graph=True), which only the reference backend has.
 
     Numerics: tanh, softmax and loss in float32; the gradient of a logit is rounded once to the inputs' dtype, the
-    target's entry after being computed in float32; the weight's gradient accumulates in float32 over all chunks.
+    target's entry after being computed in float32; the weight's gradient accumulates in float32 over all rows. (For
+    few rows on a GPU, see Cost, the upstream gradient multiplies the hidden states, which are rounded once more.)
     logit_scale multiplies `hidden`, rounded to its dtype (exactly, where the scale is a power of two).
     A row that is not supervised is skipped: not even a NaN in it can reach a loss or a gradient. With no
     supervised row the loss is 0 and so are the gradients. Deterministic on every backend. A logit of -inf (an
     entry masked out) has a probability of 0; with label_smoothing it makes the loss infinite, as in torch.
 
     Cost: 6·L·H·V FLOPs for L supervised rows (4 with one gradient, 2 with none); both gradients are computed in
-    the forward pass, so nothing is recomputed. Memory: dX, dW (V·H float32) and chunk_tokens·V logits. A bias
+    the forward pass, so nothing is recomputed. Memory: dX, dW (V·H float32) and chunk_tokens·V logits. In bfloat16,
+    with loss_positions of L <= 2·H rows, the gradient of all logits (L·V bfloat16), which is then the smaller, takes
+    the place of both until the backward pass makes dW from it. A bias
     costs a copy of `weight` with 8 more columns, and of its gradient; without one nothing is copied. The cpu backend
     keeps the pages of its large buffers, and of the weight's gradient once you drop it, for the next call: at most
     what was in use at one moment. torch.ops.delib_fast.release_buffers() gives them back (bytes, int).

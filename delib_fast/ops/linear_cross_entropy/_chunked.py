@@ -1,7 +1,7 @@
 """The driver of the GPU backends: cuBLAS GEMMs around one pass that turns a chunk of logits into its gradient.
 
 T packed tokens, H hidden size, V vocabulary, L supervised tokens, C rows of a chunk. Per chunk: logits (C, V) =
-X · Wᵀ; the backend's pass over them, in place; dX = dz · W; dW += dzᵀ · X in float32.
+X · Wᵀ; the backend's pass over them, in place; dX = dz · W; dW += dzᵀ · X in float32, unless all of dz is kept.
 
 Nothing here waits for the device if loss_positions is given; without, finding the supervised rows waits once.
 """
@@ -58,6 +58,10 @@ def _chunk_rows(num_rows: int, chunk_tokens: int) -> int:
     return max(min(-(-even // ROW_ALIGNMENT) * ROW_ALIGNMENT, most), 1)
 
 
+def empty_dz(weight: Tensor, num_rows: int) -> Tensor:
+    return weight.new_empty(num_rows, weight.shape[0]).T
+
+
 def run_chunks(
     launch: Pass,
     hidden: Tensor,
@@ -69,17 +73,21 @@ def run_chunks(
     chunk_tokens: int,
     need_grad_hidden: bool,
     need_grad_weight: bool,
-    *options: float,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    keep_dz: bool = False,
 ) -> Results:
-    terms = Terms(*options)
-    loss_sum, nll, correct, grad_hidden, grad_weight = empty_results(hidden, weight, need_grad_hidden, need_grad_weight)
-    nll.zero_(), correct.zero_(), grad_hidden.zero_()
-    loss = None if terms.loss_is_nll else torch.zeros_like(nll)
+    terms = Terms(softcap, z_loss, label_smoothing)
     live = _supervised(targets, loss_weights, ignore_index)
     positions = live.nonzero().squeeze(1) if loss_positions is None else loss_positions.contiguous()
     V, num_rows = weight.shape[0], positions.shape[0]
+    results = empty_results(empty_dz, hidden, weight, num_rows, need_grad_hidden, need_grad_weight, keep_dz)
+    loss_sum, nll, correct, grad_hidden, grad_weight, dz, kept_rows = results
+    nll.zero_(), correct.zero_(), grad_hidden.zero_()
+    loss = None if terms.loss_is_nll else torch.zeros_like(nll)
     step = _chunk_rows(num_rows, chunk_tokens)
-    buffer = hidden.new_empty(min(step, num_rows) * V)
+    buffer = hidden.new_empty(0 if keep_dz else min(step, num_rows), V)
     targets = targets.contiguous()
     row_weights = None if loss_weights is None else loss_weights.float().contiguous()
     for begin in range(0, num_rows, step):
@@ -87,13 +95,15 @@ def run_chunks(
         rows = hidden.index_select(0, chunk)
         if loss_positions is not None:  # a dead row that is listed: not even its NaN may reach dW
             rows.masked_fill_(~live.index_select(0, chunk)[:, None], 0)
-        logits = buffer[: chunk.shape[0] * V].view(-1, V)
+        logits = dz.T[begin : begin + step] if keep_dz else buffer[: chunk.shape[0]]
         torch.mm(rows, weight.T, out=logits)
         need_gradient = need_grad_hidden or need_grad_weight
         launch(logits, chunk, targets, row_weights, nll, loss, correct, ignore_index, need_gradient, terms)
         if need_grad_hidden:
             grad_hidden.index_copy_(0, chunk, logits @ weight)
-        if need_grad_weight:
+        if keep_dz:
+            kept_rows[begin : begin + step] = rows
+        elif need_grad_weight:
             _accumulate(grad_weight, logits, rows, first=begin == 0)
     if num_rows == 0:
         grad_weight.zero_()
@@ -101,4 +111,4 @@ def run_chunks(
     loss = nll if loss is None else loss
     weighted = loss if row_weights is None else torch.where(live, loss * row_weights, 0)
     loss_sum.copy_(weighted.sum(dtype=wide))
-    return loss_sum, nll, correct, grad_hidden, grad_weight
+    return results

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from delib_fast.ops.linear_cross_entropy._chunked import run_chunks
-from delib_fast.ops.linear_cross_entropy._gradient_in_forward import Results, Terms, define
+from delib_fast.ops.linear_cross_entropy._chunked import empty_dz, run_chunks
+from delib_fast.ops.linear_cross_entropy._gradient_in_forward import Results, Terms, define, keeps_dz
 
 LIBRARY_PATH = Path(__file__).parents[2] / "libdelib_fast_cuda.so"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the numbers of the C interface
@@ -25,7 +25,7 @@ ARGUMENT_TYPES: list[Any] = [
     *(_INT, _POINTER),  # need_gradient, stream
 ]
 
-define("linear_cross_entropy_cuda")
+define("linear_cross_entropy_cuda", empty_dz)
 
 
 @cache
@@ -107,4 +107,4 @@ def _forward(*args: Any) -> Results:
 
 
 def run(*args: Any) -> Results:
-    return torch.ops.delib_fast.linear_cross_entropy_cuda(*args)
+    return torch.ops.delib_fast.linear_cross_entropy_cuda(*args, keeps_dz(*args))

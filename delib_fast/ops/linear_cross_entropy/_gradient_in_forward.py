@@ -1,10 +1,15 @@
 """What every backend that computes its gradients in the forward pass registers: schema, fake, autograd.
 
-The op returns (loss_sum, nll, correct, grad_hidden, grad_weight); the two gradients are those of loss_sum, saved
-for the backward pass, which multiplies them by the upstream gradient. A gradient that nobody wants is an empty
+The op returns (loss_sum, nll, correct, grad_hidden, grad_weight, dz, rows); the two gradients are those of loss_sum,
+saved for the backward pass, which multiplies them by the upstream gradient. A gradient that nobody wants is an empty
 tensor, and its GEMM is not done.
+
+With keep_dz the weight's gradient is left to the backward pass: in its place come the gradient of the logits, dz
+(V, K), and the hidden states of the supervised rows, (K, H), filled up with zeros to K. Where dz is the smaller of
+the two this saves memory, and two passes over a float32 dW.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +20,9 @@ from delib_fast.ops._library import LIBRARY
 ARGUMENTS = (
     "(Tensor hidden, Tensor weight, Tensor targets, Tensor? loss_weights, Tensor? loss_positions, "
     "int ignore_index, int chunk_tokens, bool need_grad_hidden, bool need_grad_weight, "
-    "float softcap=0.0, float z_loss=0.0, float label_smoothing=0.0{more}) -> "
-    "(Tensor loss_sum, Tensor nll, Tensor correct, Tensor grad_hidden, Tensor grad_weight)"
+    "float softcap=0.0, float z_loss=0.0, float label_smoothing=0.0, bool keep_dz=False{more}) -> "
+    "(Tensor loss_sum, Tensor nll, Tensor correct, Tensor grad_hidden, Tensor grad_weight, Tensor dz, Tensor rows)"
 )
-Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Terms(NamedTuple):
@@ -33,23 +37,19 @@ class Terms(NamedTuple):
         return self.z_loss == 0 and self.label_smoothing == 0
 
 
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32: the loss, and the weight gradient until the backward pass."""
-    return torch.promote_types(dtype, torch.float32)
+class Results(NamedTuple):
+    """T packed tokens, H hidden size, V vocabulary, K supervised tokens and what fills them up; see above."""
+
+    loss_sum: Tensor  # ()     float32 (float64 for float64), as nll and grad_weight
+    nll: Tensor  # (T,)
+    correct: Tensor  # (T,)   bool
+    grad_hidden: Tensor  # (T, H) of the inputs' dtype
+    grad_weight: Tensor  # (V, H)
+    dz: Tensor  # (V, K) of the inputs' dtype, in whichever layout the backend likes
+    rows: Tensor  # (K, H) of the inputs' dtype
 
 
-def empty_results(hidden: Tensor, weight: Tensor, need_grad_hidden: bool, need_grad_weight: bool) -> Results:
-    wide = accumulator_dtype(hidden.dtype)
-    return (
-        hidden.new_empty((), dtype=wide),
-        hidden.new_empty(hidden.shape[0], dtype=wide),
-        hidden.new_empty(hidden.shape[0], dtype=torch.bool),
-        hidden.new_empty(hidden.shape if need_grad_hidden else (0,)),
-        weight.new_empty(weight.shape if need_grad_weight else (0,), dtype=wide),
-    )
-
-
-def _fake(
+def keeps_dz(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -59,18 +59,76 @@ def _fake(
     chunk_tokens: int,
     need_grad_hidden: bool,
     need_grad_weight: bool,
-    *_more: Any,
+    *_terms: float,
+) -> bool:
+    """Whether dz in bfloat16 is no larger than dW in float32, as the host can tell. (float16 has not the range for
+    products of scaled rows.)"""
+    if loss_positions is None or not need_grad_weight or hidden.dtype != torch.bfloat16:
+        return False
+    return loss_positions.shape[0] <= 2 * hidden.shape[1]
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32: the loss, and the weight gradient until the backward pass."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+EmptyDz = Callable[[Tensor, int], Tensor]  # (weight, L) -> (V, K) with K >= L
+
+
+def empty_results(
+    empty_dz: EmptyDz,
+    hidden: Tensor,
+    weight: Tensor,
+    num_rows: int,
+    need_grad_hidden: bool,
+    need_grad_weight: bool,
+    keep_dz: bool,
 ) -> Results:
-    return empty_results(hidden, weight, need_grad_hidden, need_grad_weight)
+    wide = accumulator_dtype(hidden.dtype)
+    dz = empty_dz(weight, num_rows) if keep_dz else weight.new_empty(0)
+    return Results(
+        loss_sum=hidden.new_empty((), dtype=wide),
+        nll=hidden.new_empty(hidden.shape[0], dtype=wide),
+        correct=hidden.new_empty(hidden.shape[0], dtype=torch.bool),
+        grad_hidden=hidden.new_empty(hidden.shape if need_grad_hidden else (0,)),
+        grad_weight=weight.new_empty(weight.shape if need_grad_weight and not keep_dz else (0,), dtype=wide),
+        dz=dz,
+        rows=hidden.new_empty(dz.shape[1] if keep_dz else 0, hidden.shape[1]),
+    )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+def _fake(empty_dz: EmptyDz) -> Callable[..., Results]:
+    def fake(
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        loss_weights: Tensor | None,
+        loss_positions: Tensor | None,
+        ignore_index: int,
+        chunk_tokens: int,
+        need_grad_hidden: bool,
+        need_grad_weight: bool,
+        softcap: float = 0.0,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        keep_dz: bool = False,
+        *_more: Any,
+    ) -> Results:
+        num_rows = 0 if loss_positions is None else loss_positions.shape[0]
+        return empty_results(empty_dz, hidden, weight, num_rows, need_grad_hidden, need_grad_weight, keep_dz)
+
+    return fake
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight = inputs[0], inputs[1]
-    _, nll, correct, grad_hidden, grad_weight = output
-    ctx.mark_non_differentiable(nll, correct, grad_hidden, grad_weight)
+    results = Results(*output)
+    ctx.mark_non_differentiable(*results[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad_hidden, grad_weight)
+    ctx.save_for_backward(*results[3:])
     ctx.needs = (inputs[7], inputs[8])
+    ctx.keeps_dz = inputs[12]
     ctx.dtypes = (hidden.dtype, weight.dtype)
     ctx.num_inputs = len(inputs)
 
@@ -96,6 +154,23 @@ torch.library.register_fake(
 )
 
 
+LIBRARY.define("weight_gradient(Tensor dz, Tensor rows, Tensor scale) -> Tensor")
+
+
+def _weight_gradient(dz: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
+    """(V, H) = scale * dz (V, K) · rows (K, H). Here the scale goes into the rows, which are rounded once more; the
+    compiled module's, for the CPU, scales the float32 sums."""
+    return dz @ _scale_gradient(rows, scale, rows.dtype)
+
+
+torch.library.impl("delib_fast::weight_gradient", "CompositeExplicitAutograd", _weight_gradient, lib=LIBRARY)
+torch.library.register_fake(
+    "delib_fast::weight_gradient",
+    lambda dz, rows, scale: dz.new_empty(dz.shape[0], rows.shape[1]),
+    lib=LIBRARY,
+)
+
+
 # A private name of torch's, in 2.11 as in 2.13; without it every gradient is a new tensor.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
@@ -117,14 +192,18 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_unused: Any) -> tuple[Tensor
             "without create_graph=True, or with backend='reference'"
         )
     if grad_loss is not None:
-        for i, (needed, saved) in enumerate(zip(ctx.needs, ctx.saved_tensors, strict=True)):
-            if needed:
-                grads[i] = _scaled(saved, grad_loss, ctx.dtypes[i])
+        grad_hidden, grad_weight, dz, rows = ctx.saved_tensors
+        if ctx.needs[0]:
+            grads[0] = _scaled(grad_hidden, grad_loss, ctx.dtypes[0])
+        if ctx.needs[1] and ctx.keeps_dz:
+            grads[1] = torch.ops.delib_fast.weight_gradient(dz, rows, grad_loss)
+        elif ctx.needs[1]:
+            grads[1] = _scaled(grad_weight, grad_loss, ctx.dtypes[1])
     return tuple(grads)
 
 
-def define(name: str, *, more: str = "") -> None:
+def define(name: str, empty_dz: EmptyDz, *, more: str = "") -> None:
     """Define delib_fast::name with its fake and its autograd; kernels are registered by the backend."""
     LIBRARY.define(name + ARGUMENTS.format(more=more))
-    torch.library.register_fake(f"delib_fast::{name}", _fake, lib=LIBRARY)
+    torch.library.register_fake(f"delib_fast::{name}", _fake(empty_dz), lib=LIBRARY)
     torch.library.register_autograd(f"delib_fast::{name}", _backward, setup_context=_setup_context, lib=LIBRARY)

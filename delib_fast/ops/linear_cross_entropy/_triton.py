@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from delib_fast.ops.linear_cross_entropy._chunked import run_chunks
-from delib_fast.ops.linear_cross_entropy._gradient_in_forward import Results, define
+from delib_fast.ops.linear_cross_entropy._chunked import empty_dz, run_chunks
+from delib_fast.ops.linear_cross_entropy._gradient_in_forward import Results, define, keeps_dz
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-define("linear_cross_entropy_triton")
+define("linear_cross_entropy_triton", empty_dz)
 
 
 def _interpreted() -> bool:
@@ -41,4 +41,4 @@ for _key in ("CUDA", "CPU"):  # CPU: under Triton's interpreter
 
 
 def run(*args: Any) -> Results:
-    return torch.ops.delib_fast.linear_cross_entropy_triton(*args)
+    return torch.ops.delib_fast.linear_cross_entropy_triton(*args, keeps_dz(*args))
