@@ -11,7 +11,9 @@
                                      sharded at stages 1 to 3
     activations  of a layer T·b·(10·H + 4·A + 3·F), of which tiles divide the 3·F. All layers keep theirs; or
                  T·b·H each (full), T·b·(H + A) each (selective), and one layer whole
-    loss         2·chunk·V·b logits of a chunk, and b·T·H of hidden states and their gradient
+    loss         b·chunk·V logits of a chunk, 2·b·T·H hidden states and their gradient, and of a head that is trained
+                 4·V·H of its gradient in float32 and b·V·H as it is handed on. In bf16 with T <= 2·H: b·T·V of
+                 logits in the place of chunk and float32 (`ops.linear_cross_entropy`)
 
 What is offloaded is not counted. `auto` activation checkpointing leaves a tenth of the memory free for what is not
 counted; a stage that needs more than there is ends the run (`check_fits`).
@@ -25,9 +27,9 @@ from typing import Any, Literal
 
 from delib_fast.config import Config, ConfigError, StageConfig
 from delib_fast.models import ModelShape
+from delib_fast.ops.linear_cross_entropy import GPU_CHUNK_TOKENS
 
 GIB = 1 << 30
-_LOSS_CHUNK = 1024
 _NF4_BYTES = 0.55  # four bits, and a scale of 8 bits a block of 64, itself in blocks
 _SHARE_FOR_AUTO = 0.9
 Mode = Literal["none", "selective", "full"]
@@ -69,9 +71,19 @@ def memory_parts(config: Config, stage: StageConfig, shape: ModelShape, ranks: i
                    "on the host" if host else
                    f"{stage.optimizer.name}{', fp32 master weights' if half else ''}{_over(ranks, zero >= 1)}"),
         _activations(config, stage, shape, b),
-        MemoryPart("loss", 2.0 * min(_LOSS_CHUNK, T) * shape.vocabulary * b
-                   + 2.0 * T * shape.hidden * b, f"chunks of {_LOSS_CHUNK} tokens, never T × V"),
+        _loss(T, shape, b, head=lora is None, kept=precision == "bf16"),
     ]
+
+
+def _loss(T: int, shape: ModelShape, b: int, *, head: bool, kept: bool) -> MemoryPart:
+    """head: whether it is trained. kept: whether the logits' gradient may stand for the head's."""
+    V, H = shape.vocabulary, shape.hidden
+    hidden = 2.0 * b * T * H
+    if head and kept and T <= 2 * H:
+        return MemoryPart("loss", b * (T * V + V * H) + hidden, "the logits' gradient, and the head's made from it")
+    trained = (4 + b) * V * H if head else 0
+    why = f"chunks of {GPU_CHUNK_TOKENS:,} tokens{' and the gradient of the head' if head else ''}, never T × V"
+    return MemoryPart("loss", b * min(GPU_CHUNK_TOKENS, T) * V + trained + hidden, why)
 
 
 def tokens_of_a_rank(config: Config, stage: StageConfig) -> int:

@@ -40,6 +40,16 @@ def test_an_adapter_needs_state_for_itself_alone():
         2 * (QWEN3_8B.parameters + ADAPTER) - MATRICES * 1.45)
 
 
+def test_the_loss_holds_what_the_op_says():
+    # the published recipe's head is frozen: one chunk of logits, hidden states and their gradient
+    T = 8192
+    assert parts()["loss"] == 2 * 4096 * V + 2 * 2 * T * H
+    # trained, in bf16: 8,192 = 2·H rows are no more than a float32 gradient; twice as many are summed in it
+    assert parts("model.lora=null")["loss"] == 2 * T * V + 2 * V * H + 2 * 2 * T * H
+    longer = parts("model.lora=null", "stages.0.pack_capacity=16384")["loss"]
+    assert longer == 2 * 4096 * V + (4 + 2) * V * H + 2 * 2 * 2 * T * H
+
+
 @pytest.mark.parametrize(("limit_gib", "mode"), [(None, "none"), (141, "none"), (48, "selective"), (27, "full")])
 def test_auto_is_the_least_that_fits(limit_gib, mode):
     config, stage = paper()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from delib_fast.ops._dispatch import Backend, choose
 from delib_fast.ops.linear_cross_entropy import _cpu, _cuda, _triton
+from delib_fast.ops.linear_cross_entropy._chunked import GPU_CHUNK_TOKENS as GPU_CHUNK_TOKENS
 from delib_fast.ops.linear_cross_entropy._gradient_in_forward import Terms
 from delib_fast.ops.linear_cross_entropy._sharded import gather_weight, is_sharded
 from delib_fast.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
@@ -101,7 +102,7 @@ def linear_cross_entropy(
         loss_positions: (L,) int64 on the same device: which rows to compute, each once, if the host knows. Rows
             that are not listed count as not supervised. With it a GPU backend never waits for the device, and few
             rows take less memory (see Cost).
-        chunk_tokens: rows of logits held at a time; by default a few thousand on a GPU, on a CPU what fits 320 MiB.
+        chunk_tokens: rows of logits held at a time; by default GPU_CHUNK_TOKENS on a GPU, on a CPU what fits 320 MiB.
         backend: "auto", "cpu", "triton", "cuda" or "reference".
 
     Returns:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from delib_fast.ops.linear_cross_entropy._gradient_in_forward import Results, Terms, accumulator_dtype, empty_results
 
-DEFAULT_CHUNK_TOKENS = 4096  # fewer, and reading and writing the float32 dW once a chunk begins to show
+GPU_CHUNK_TOKENS = 4096  # fewer, and reading and writing the float32 dW once a chunk begins to show
 ROW_ALIGNMENT = 128
 
 
@@ -52,7 +52,7 @@ def _supervised(targets: Tensor, loss_weights: Tensor | None, ignore_index: int)
 
 def _chunk_rows(num_rows: int, chunk_tokens: int) -> int:
     """Chunks of nearly equal size: a small last one would cost a whole pass over dW."""
-    most = chunk_tokens if chunk_tokens > 0 else DEFAULT_CHUNK_TOKENS
+    most = chunk_tokens if chunk_tokens > 0 else GPU_CHUNK_TOKENS
     chunks = max(-(-num_rows // most), 1)
     even = -(-num_rows // chunks)
     return max(min(-(-even // ROW_ALIGNMENT) * ROW_ALIGNMENT, most), 1)
