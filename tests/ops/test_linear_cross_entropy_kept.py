@@ -141,8 +141,10 @@ def test_compile_fullgraph(fused):
 def test_weight_gradient_takes_any_layout(layout):
     dz, rows = torch.randn(70, 32, dtype=torch.bfloat16, device=DEVICE), torch.randn(32, 24, device=DEVICE).bfloat16()
     laid = {"rows": dz, "columns": dz.T.contiguous().T, "sliced": torch.cat([dz, dz], 1)[:, :32], "odd": dz[:, :31]}
-    ours = torch.ops.delib_fast.weight_gradient(laid[layout], rows[: laid[layout].shape[1]], torch.tensor(0.5))
-    exact = laid[layout].double() @ rows[: laid[layout].shape[1]].double() * 0.5
+    dz = laid[layout]
+    rows = rows[: dz.shape[1]]
+    ours = torch.ops.delib_fast.weight_gradient(dz, rows, torch.tensor(0.5, device=DEVICE))
+    exact = dz.double() @ rows.double() * 0.5
     torch.testing.assert_close(ours.double(), exact, rtol=0.51 * torch.finfo(torch.bfloat16).eps, atol=1e-5)
 
 
