@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError  # what transformers checks its configs with
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -24,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from delib_fast.config import ConfigError, ModelConfig
 from delib_fast.models.attention import unsupported
+from delib_fast.models.hub import why_not_loaded
 from delib_fast.models.progress_bar import without_progress_bar
 from delib_fast.models.tokenizer import IM_END
 
@@ -78,9 +80,9 @@ def _load(config: ModelConfig, dtype: torch.dtype, quantize: str) -> PreTrainedM
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(config.path), dtype=dtype, trust_remote_code=config.trust_remote_code,
                 output_loading_info=True, **more)
-    except (OSError, ValueError, KeyError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ConfigError(f"model.path: {config.path!r} can't be loaded: {first}") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        why = why_not_loaded(str(config.path), error)
+        raise ConfigError(f"model.path: {config.path!r} can't be loaded: {why}") from error
     model, info = loaded
     for module in model.modules() if more else ():
         # On a CPU with AVX-512 BF16, bitsandbytes repacks a weight in the first forward pass of an evaluation, into

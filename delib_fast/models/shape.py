@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from delib_fast.config import ConfigError, ModelConfig
 from delib_fast.models.attention import why_not_share_prompts
 from delib_fast.models.build import _architecture
+from delib_fast.models.hub import why_not_loaded
 from delib_fast.models.lora import adapter_size
 
 
@@ -60,8 +61,8 @@ def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Mode
         try:
             hf = AutoConfig.from_pretrained(str(config.path), trust_remote_code=config.trust_remote_code)
         except (OSError, ValueError, KeyError) as error:
-            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise ConfigError(f"model.path: {config.path!r} can't be read: {first}") from error
+            why = why_not_loaded(str(config.path), error)
+            raise ConfigError(f"model.path: {config.path!r} can't be read: {why}") from error
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf, trust_remote_code=config.trust_remote_code)

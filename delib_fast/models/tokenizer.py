@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from delib_fast.config import Config, ConfigError
+from delib_fast.models.hub import why_not_loaded
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 END_OF_TEXT, IM_START, IM_END, THINK, END_THINK = CONTROL_TOKENS
@@ -83,7 +84,7 @@ def _load(path: str, key: str, trust_remote_code: bool) -> PreTrainedTokenizerFa
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{key}: no tokenizer can be loaded from {path!r}: {_first_line(error)}") from error
+        raise ConfigError(f"{key}: no tokenizer can be loaded from {path!r}: {why_not_loaded(path, error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(f"{key}: the tokenizer of {path!r} is {type(tokenizer).__name__}; a fast one is "
                           "needed (a folder with tokenizer.json)")
@@ -100,7 +101,3 @@ def _read_template(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"tokenizer.chat_template: {path} can't be read: {error}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import threading
 import time
 from pathlib import Path
@@ -66,6 +67,7 @@ def main(folder: str | Path, precision: str, way: str) -> int:
         "weights": {name: [str(p.ds_tensor.dtype), list(p.ds_shape), digest(p.ds_tensor)]
                     for name, p in parameters.items()},
         "buffers": {name: [str(b.dtype), digest(b)] for name, b in module.named_buffers()},
+        "conversions": [repr(transform) for transform in getattr(model, "_weight_conversions", ())],
         "configs": [model.generation_config.to_json_string(), model.config.to_json_string()],
     }
     print("RESULT " + json.dumps(facts), flush=True)
@@ -74,3 +76,7 @@ def main(folder: str | Path, precision: str, way: str) -> int:
 
 def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy()).hexdigest()
+
+
+if __name__ == "__main__":  # for settings that libraries read when they are imported
+    sys.exit(main(*sys.argv[1:]))

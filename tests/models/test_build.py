@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
+from loopback_hub import hub_of
 from transformers import AutoModelForCausalLM
 
 from delib_fast.config import ConfigError, ModelConfig
 from delib_fast.config_file import parse_config
-from delib_fast.models import build_model, build_tokenizer, train_tokenizer
+from delib_fast.models import build_deferred, build_model, build_tokenizer, model_shape, train_tokenizer
 from delib_fast.models.tokenizer import CONTROL_TOKENS
 
 WORDS = ("The assistant reads the rule, asks why it is there, and says what it will do and what it will not. "
@@ -230,6 +232,39 @@ def test_refuses_a_folder_that_lacks_weights(tokenizer, tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"lacks 1 weights of Qwen3ForCausalLM, or has them in another shape, "
                                           r"e.g. model.layers.1.mlp.up_proj.weight"):
         build_model(ModelConfig(path=str(tmp_path)), tokenizer)
+
+
+@pytest.mark.parametrize("offline", [True, False], ids=["not in the cache", "not on the hub"])
+def test_refuses_a_hub_name(tokenizer, tmp_path, monkeypatch, offline) -> None:
+    with hub_of(tmp_path, "someone/model") as (address, _):
+        files = address + "/{repo_id}/resolve/{revision}/{filename}"
+        for name, value in {"HF_HUB_OFFLINE": offline, "HF_HUB_CACHE": str(tmp_path), "ENDPOINT": address,
+                            "HUGGINGFACE_CO_URL_TEMPLATE": files}.items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        wanted = ModelConfig(path="someone/modle")
+        for load in (lambda: build_model(wanted, tokenizer), lambda: model_shape(wanted, tokenizer),
+                     lambda: build_tokenizer(config(tokenizer={}, model={"path": wanted.path}), lambda: TEXTS),
+                     lambda: build_deferred(wanted, tokenizer, dtype="fp32", seed=0, first=True)):
+            with pytest.raises(ConfigError, match=r"model.path: .*'?someone/modle'?.*There is no such folder") as error:
+                load()
+            assert "`hf download someone/modle` fills" in str(error.value)
+            assert ("HF_HUB_OFFLINE is set" in str(error.value)) == offline
+            assert ("is not a valid model identifier" in str(error.value)) != offline
+
+
+@pytest.mark.parametrize("path", ["/no/where", "./run", "a/b/c"])
+def test_refuses_what_is_no_hub_name(tokenizer, path) -> None:
+    with pytest.raises(ConfigError, match=f"model.path: '{path}' can't be loaded: there is no such folder"):
+        build_model(ModelConfig(path=path), tokenizer)
+
+
+@pytest.mark.parametrize("load", [build_model, partial(build_deferred, dtype="fp32", seed=0, first=True)])
+def test_refuses_half_a_file(tokenizer, tmp_path, load) -> None:
+    new(tokenizer).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ConfigError, match=r"model.path: .* can't be loaded: "):
+        load(ModelConfig(path=str(tmp_path)), tokenizer)
 
 
 def test_refuses_an_empty_folder(tokenizer, tmp_path) -> None:
