@@ -56,6 +56,33 @@ def told_as_data_error(where: str) -> Iterator[None]:
         raise DataError(f"{where}: {error}", reason="data") from error
 
 
+@contextlib.contextmanager
+def cache_folder(config: Config) -> Iterator[Path]:
+    folder = Path(config.cache_dir) if config.cache_dir else default_folder()
+    try:
+        yield folder
+    except OSError as error:
+        raise ConfigError(f"cache_dir: {folder} can't be used: {error.strerror or error}; set cache_dir or "
+                          "$DELIB_FAST_CACHE to a folder that can be written") from error
+
+
+def source_of(config: Config, name: str) -> Source:
+    """The run's source of that name. Raises DataError and ConfigError."""
+    with told_as_data_error(f"data.{name}"), cache_folder(config) as folder:
+        return open_source(name, config.data[name], folder)
+
+
+def held_out_rows(config: Config, source: Callable[[str], Source]) -> list[Row]:
+    """Rows that no stage trains on: what sources hold out, and those that stages only evaluate on."""
+    rows: dict[str, list[Row]] = {}
+    for stage in config.stages:
+        for name in stage.train:
+            rows.setdefault(name, list(source(name).held_out))
+        for name in stage.eval:
+            rows[name] = [*source(name).train, *source(name).held_out]
+    return [row for part in rows.values() for row in part]
+
+
 def progress_line(what: str, speaks: bool, every_s: float = 5.0) -> Callable[[int, int], None]:
     """Tells (done, in all) on stderr now and then; nothing at all of what is done in a moment."""
     began = told = time.monotonic()
@@ -101,8 +128,7 @@ class Corpus:
 
     def source(self, name: str) -> Source:
         if name not in self._sources:
-            with told_as_data_error(f"data.{name}"), self._cache_folder() as folder:
-                self._sources[name] = open_source(name, self._config.data[name], folder)
+            self._sources[name] = source_of(self._config, name)
         return self._sources[name]
 
     @cached_property
@@ -154,18 +180,9 @@ class Corpus:
             "tokenizer": self._tokenizer_fingerprint, "cot": cot, "system_prompt": system,
             "pack_capacity": stage.pack_capacity, "over_long": stage.over_long})
         rows, tell = self.source(name).train, progress_line(f"encoding {name}", self._ranks.rank == 0)
-        with self._cache_folder() as folder:
+        with cache_folder(self._config) as folder:
             return cached(folder, fingerprint, lambda counts: encode_stream(
                 rows, self.tokenizer, stage, counts, progress=tell), facts={"source": name, **settings})[0]
-
-    @contextlib.contextmanager
-    def _cache_folder(self) -> Iterator[Path]:
-        folder = Path(self._config.cache_dir) if self._config.cache_dir else default_folder()
-        try:
-            yield folder
-        except OSError as error:
-            raise ConfigError(f"cache_dir: {folder} can't be used: {error.strerror or error}; set cache_dir or "
-                              "$DELIB_FAST_CACHE to a folder that can be written") from error
 
     @cached_property
     def _tokenizer_fingerprint(self) -> str:
@@ -214,7 +231,7 @@ class Corpus:
             check()
             return {"passed": sorted(about)}
 
-        with self._cache_folder() as folder:
+        with cache_folder(self._config) as folder:
             remembered(folder / "checks", fingerprint_of(about), passed)
 
     @cached_property
@@ -327,11 +344,4 @@ class Corpus:
                     sequence_parallel=ranks.sequence_parallel, share_prompts=self._shares_prompts(stage))
 
     def held_out_rows(self) -> list[Row]:
-        """Rows that no stage trains on: what sources hold out, and those that stages only evaluate on."""
-        rows: dict[str, list[Row]] = {}
-        for stage in self._config.stages:
-            for name in stage.train:
-                rows.setdefault(name, list(self.source(name).held_out))
-            for name in stage.eval:
-                rows[name] = [*self.source(name).train, *self.source(name).held_out]
-        return [row for part in rows.values() for row in part]
+        return held_out_rows(self._config, self.source)

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def _depends_on(suite: str, subject: Subject) -> Mapping[str, Any]:
     if suite == "dose":
         depends["stages"] = [stage.model_dump(mode="json") for stage in subject.aft_stages]
     if suite in _READS_ROWS:
-        rows = (*subject.held_out, *(subject.trained_on if suite in ("dose", "legibility", "policy") else ()))
+        rows = chain(subject.held_out, subject.trained_on if suite in ("dose", "legibility", "policy") else ())
         depends["rows"] = _hash("\n".join(f"{row.source} {row.digest} {row.weight}" for row in rows).encode())
     for name in _FILES.get(suite, ()):
         depends[name] = _file_hash(subject.settings, name)

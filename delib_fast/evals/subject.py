@@ -4,7 +4,7 @@ held-out rows."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,9 @@ import torch
 
 from delib_fast.config import AFTConfig, Config, ConfigError, LoraConfig, ModelConfig, SourceConfig, TokenizerConfig
 from delib_fast.config_file import parse_config, read_yaml
-from delib_fast.data import Row, read_source, split_holdout
+from delib_fast.corpus import held_out_rows, source_of
+from delib_fast.data import Row, read_source
+from delib_fast.data.opened import Source
 from delib_fast.evals.scoring import Scorer
 from delib_fast.evals.segments import categories_of
 from delib_fast.evals.settings import EvalConfig
@@ -47,6 +49,7 @@ class Subject:
         if not self.path.is_dir():
             raise ConfigError(f"{self.path}: no such folder; give a run directory or a model folder")
         saved = self.path / "config.yaml"
+        self._sources: dict[str, Source] = {}
         self.config: Config | None = None
         self.folder = self.path
         if saved.exists():
@@ -148,23 +151,17 @@ class Subject:
         """Rows that were not trained on: the evaluation's own, else those that the run holds out."""
         if self.settings.rows:
             return [row for name, source in self.settings.rows.items() for row in read_source(name, source)]
-        rows: dict[str, list[Row]] = {}
-        for stage in self.config.stages if self.config is not None else ():
-            for name in stage.train:
-                rows.setdefault(name, self._split(name)[1])
-            for name in stage.eval:
-                rows[name] = [row for part in self._split(name) for row in part]
-        found = [row for part in rows.values() for row in part]
+        found = [] if self.config is None else held_out_rows(self.config, self._source)
         if not found:
             raise ConfigError(f"{self.path}: there are no held-out rows to evaluate on; give some under rows: in "
                               "the evaluation's config (--config), or holdout: in the run's")
         return found
 
-    @cached_property
-    def trained_on(self) -> list[Row]:
-        """The chat rows of the run's AFT stages; empty for a model folder."""
+    @property
+    def trained_on(self) -> Iterator[Row]:
+        """The chat rows of the run's AFT stages; none for a model folder."""
         names = dict.fromkeys(name for stage in self.aft_stages for name in stage.train)
-        return [row for name in names for row in self._split(name)[0] if row.kind == "chat"]
+        return (row for name in names for row in self._source(name).train if row.kind == "chat")
 
     @property
     def aft_stages(self) -> list[AFTConfig]:
@@ -180,11 +177,12 @@ class Subject:
                 found |= categories_of(sources[name].path, self.settings.category)
         return found
 
-    def _split(self, name: str) -> tuple[list[Row], list[Row]]:
-        assert self.config is not None
-        source = self.config.data[name]
-        rows = read_source(name, source)
-        return split_holdout(rows, source.holdout) if source.holdout else (list(rows), [])
+    def _source(self, name: str) -> Source:
+        """Opened once; of a large one only what is held out stays in memory."""
+        if name not in self._sources:
+            assert self.config is not None
+            self._sources[name] = source_of(self.config, name)
+        return self._sources[name]
 
 
 def weights_hash(folder: Path) -> str:

@@ -62,7 +62,8 @@ def _replies_to_rows(subject: Subject, reply: Replier) -> tuple[list[Row], list[
 
 def readable(subject: Subject, reply: Replier) -> SuiteResult:
     rows, replies = _replies_to_rows(subject, reply)
-    known = vocabulary(text for row in (subject.trained_on or subject.held_out) for text in row.texts)
+    known = vocabulary(text for row in subject.trained_on for text in row.texts) \
+        or vocabulary(text for row in subject.held_out for text in row.texts)
     figures = legibility(replies, [row.messages[-1].content for row in rows], known)
     names = (("with a CoT", figures.with_cot), ("broken tags", figures.broken_tags), ("cut off", figures.unfinished),
              ("unknown words", figures.unknown_words), ("repeated 4-grams", figures.repeated_ngrams),
@@ -75,7 +76,7 @@ def readable(subject: Subject, reply: Replier) -> SuiteResult:
 
 
 def policy(subject: Subject, reply: Replier) -> SuiteResult:
-    labelled = _labelled_cots(subject, subject.trained_on)
+    labelled = _labelled_cots(subject, list(subject.trained_on))
     rows, replies = _replies_to_rows(subject, reply)
     wanted = subject.categories(rows)
     pairs = [(row, answer) for row, answer in zip(rows, replies, strict=True) if row.place in wanted]

@@ -11,7 +11,8 @@ from eval_models import ROOT, make_model
 from rich.console import Console
 from typer.testing import CliRunner
 
-from delib_fast.config import ConfigError
+from delib_fast.config import ConfigError, SourceConfig
+from delib_fast.data import opened, read_source, split_holdout
 from delib_fast.evals.cli import register
 from delib_fast.evals.intervals import Estimate, mean, wilson
 from delib_fast.evals.report import WIDTH, _rich, cell_text, print_tables, write_page
@@ -60,6 +61,23 @@ def test_every_suite_but_dose_runs_on_a_model_folder(done):
     assert "give a run directory" in done.left_out["dose"]
     # 4 questions with labels make too few folds: told, not guessed
     assert set(done.left_out) <= {"dose", "monitor"}
+
+
+def test_a_large_runs_training_rows_are_not_held(folder, tmp_path, monkeypatch):
+    """Held out and trained on are the rows that training parted, read anew where the file is large."""
+    path = EXAMPLES / "data/deliberation.jsonl"
+    (tmp_path / "config.yaml").write_text(json.dumps({
+        "run_dir": str(tmp_path), "model": {"path": str(folder / "base")},
+        "data": {"rows": {"path": str(path), "holdout": 0.2}},
+        "stages": [{"kind": "aft", "train": ["rows"], "pack_capacity": 512, "tokens_per_step": 512}]}))
+    (tmp_path / "model").symlink_to(folder / "model")
+    rows = read_source("rows", SourceConfig(path=str(path)))
+    for held_bytes in (opened.HELD_BYTES, 0):
+        monkeypatch.setattr(opened, "HELD_BYTES", held_bytes)
+        subject = Subject(tmp_path, load_eval_config(None))
+        for _ in range(2):
+            assert [list(subject.trained_on), subject.held_out] == list(split_holdout(rows, 0.2))
+    assert not isinstance(subject._source("rows").train, list)
 
 
 def test_results_are_kept_by_content(done, folder, monkeypatch):
