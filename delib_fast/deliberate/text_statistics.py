@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -53,22 +54,24 @@ def is_refusal(response: str) -> bool:
 
 def diversity(texts: Sequence[str]) -> dict[str, Any]:
     """Share of distinct n-grams, the commonest openings, and how far all texts together compress."""
-    grams: dict[int, set[int]] = {1: set(), 2: set(), 3: set()}
-    totals: Counter[int] = Counter()
+    grams = {n: array("q") for n in (1, 2, 3)}  # hashes, 8 bytes each, where a set takes 57
     openings: Counter[str] = Counter()
     for text in texts:
         words = words_of(text)
         openings[" ".join(words[:4])] += 1
-        for n, seen in grams.items():
-            runs = [hash(tuple(words[i : i + n])) for i in range(len(words) - n + 1)]
-            totals[n] += len(runs)
-            seen.update(runs)
+        for n, hashes in grams.items():
+            hashes.extend(hash(tuple(words[i : i + n])) for i in range(len(words) - n + 1))
     whole = "\n".join(texts).encode("utf-8", "replace")
     return {
-        **{f"distinct_{n}": round(len(seen) / totals[n], 4) if totals[n] else None for n, seen in grams.items()},
+        **{f"distinct_{n}": round(_distinct(hashes) / len(hashes), 4) if hashes else None
+           for n, hashes in grams.items()},
         "compressed_to": round(len(zlib.compress(whole, 6)) / len(whole), 4) if whole else None,
         "commonest_openings": [{"words": words, "count": n} for words, n in openings.most_common(8) if n > 1],
     }
+
+
+def _distinct(numbers: array[int]) -> int:
+    return 1 + int(np.count_nonzero(np.diff(np.sort(numbers))))
 
 
 def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> dict[str, Any]:
