@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 from delib_fast.config import ConfigError
 from delib_fast.evals.intervals import Estimate
+from delib_fast.evals.report import cell_text
 from delib_fast.evals.results import write_whole
 from delib_fast.study.choices import read_choices
 from delib_fast.study.measure import metric_key
@@ -65,12 +67,14 @@ def run_study(study: StudyConfig, say: Say = lambda _: None) -> StudyResult:
         nonlocal finished
         finished += 1
         costs.add(task.name, answer)
-        say(f"{finished}/{len(tasks)} {task.name}: {answer['wall_s']:.0f} s")
+        measured = "".join(f", {name} {cell_text(_estimate(tree))}" for name, tree in (answer["result"] or {}).items())
+        say(f"{finished}/{len(tasks)} {task.name}: {answer['wall_s']:.0f} s{measured}")
 
     if tasks:
         run_tasks(tasks, environments, done)
     costs.add_wall(time.perf_counter() - began, len(environments))
-    figures = {ends: {name: _estimate(file) for name, file in files.items()} for ends, files in measures.items()}
+    figures = {ends: {name: _estimate(json.loads(file.read_text(encoding="utf-8"))) for name, file in files.items()}
+               for ends, files in measures.items()}
     result = summary(study, figures, plan.arms, costs.total(plan))
     write_whole(out / "study.json", json.dumps(_strict(result), indent=1, ensure_ascii=False) + "\n")
     pictures = draw_figures(result, out)
@@ -137,22 +141,31 @@ def _prepare(script: Path, arguments: list[str], seed: int, folder: Path) -> Non
 
 def _tasks(study: StudyConfig, plan: Plan, prepared: Mapping[int, Path | None]
            ) -> tuple[list[Task], dict[tuple[Arm, int], dict[str, Path]]]:
-    """Stages and measures that are missing, and the file of every measure."""
+    """Stages and measures that are missing, each measure right behind the stage whose model it is of, so that it comes
+    before what else could be trained; and the file of every measure."""
     logs = Path(study.out) / "logs"
-    tasks = {}
+    measures = {}
+    behind: dict[Node | None, dict[str, Task]] = defaultdict(dict)
+    for (arm, seed), end in plan.ends.items():
+        task, measures[arm, seed] = _measure(study, plan, arm, seed, end, prepared[seed], logs)
+        if task is not None:
+            behind[end].setdefault(task.name, task)
+    tasks = [*behind[None].values()]
     for node in plan.nodes:
         if not node.finished():
-            needs = (f"train {node.parent.folder.name}",) if node.parent and not node.parent.finished() else ()
-            name = f"train {node.folder.name}"
-            tasks[name] = Task(name, {"do": "train", "config": node.config.model_dump(mode="json"),
-                                      "log": str(logs / f"{node.folder.name}.log")}, needs)
-    measures = {}
-    for (arm, seed), end in plan.ends.items():
-        task, files = _measure(study, plan, arm, seed, end, prepared[seed], logs)
-        measures[arm, seed] = files
-        if task is not None and task.name not in tasks:
-            tasks[task.name] = Task(task.name, task.work, tuple(need for need in task.needs if need in tasks))
-    return list(tasks.values()), measures
+            tasks.append(Task(_training(node), {"do": "train", "config": node.config.model_dump(mode="json"),
+                                                "log": str(logs / f"{node.folder.name}.log")}, _needs(node.parent)))
+        tasks += behind[node].values()
+    return tasks, measures
+
+
+def _training(node: Node) -> str:
+    return f"train {node.folder.name}"
+
+
+def _needs(node: Node | None) -> tuple[str, ...]:
+    """What must be done before something that reads the node's model."""
+    return () if node is None or node.finished() else (_training(node),)
 
 
 def _measure(study: StudyConfig, plan: Plan, arm: Arm, seed: int, node: Node | None, prepared: Path | None,
@@ -178,7 +191,7 @@ def _measure(study: StudyConfig, plan: Plan, arm: Arm, seed: int, node: Node | N
             "device": str(study.run.get("engine", {}).get("device", "auto")), "evaluation": evaluation,
             "base": None if base is None else str(base), "metrics": missing,
             "out": str(Path(study.out) / "evals" / name), "log": str(logs / f"{name}.log")}
-    return Task(f"measure {name}", work, (f"train {name}",)), files
+    return Task(f"measure {name}", work, _needs(node)), files
 
 
 def _paths(evaluation: Mapping[str, Any]) -> list[str]:
@@ -188,8 +201,8 @@ def _paths(evaluation: Mapping[str, Any]) -> list[str]:
     return [s if isinstance(s, str) else str(s["path"]) for s in sources if s]
 
 
-def _estimate(file: Path) -> Estimate:
-    tree = json.loads(file.read_text(encoding="utf-8"))["estimate"]
+def _estimate(measured: Mapping[str, Any]) -> Estimate:
+    tree = measured["estimate"]
     numbers = [float("nan") if tree[key] is None else float(tree[key]) for key in ("value", "low", "high")]
     return Estimate(numbers[0], numbers[1], numbers[2], tree["n"], tree["method"])
 

@@ -16,7 +16,7 @@ from tiny_study import tiny_study
 from delib_fast.config import ConfigError
 from delib_fast.study import load_study, run_study
 from delib_fast.study.plan import plan_study
-from delib_fast.study.run import describe_plan, prepare_data
+from delib_fast.study.run import _tasks, describe_plan, prepare_data
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,8 @@ def test_each_stage_is_trained_once(done):
     cost = [json.loads(line) for line in (path.parent / "out/cost.jsonl").read_text().splitlines()]
     trained = [record["task"] for record in cost if record.get("task", "").startswith("train")]
     assert len(trained) == len(set(trained)) == 2 * (1 + 2 + 3 * 2 * 2)
+    measured = [record.get("task", "").startswith("measure") for record in cost]
+    assert measured.index(True) < len(trained), "what is trained is measured while others are still to be trained"
     assert result.summary["cost"]["stages_without_sharing"] == 2 * (1 + 2 * 2 + 2 * 2 * 2 + 2 * 3 * 2 * 2)
     assert len(list((path.parent / "out/stages").iterdir())) == len(trained)
     # an AFT stage's parent in its ledger is the model of the MSM stage that it shares with others
@@ -107,6 +109,20 @@ def test_keys_hold_what_weights_depend_on(tmp_path):
     assert not keys(seeds=[1], base=[base]) & one, "a changed parent changes all that follow"
     aft = {"train": ["demos"], "pack_capacity": 64, "tokens_per_step": 128}
     assert len(keys(seeds=[1], aft=aft) & one) == 3, "a changed AFT leaves base and MSM as they were"
+
+
+def test_an_arm_is_measured_before_another_is_trained(tmp_path):
+    """A worker takes the first task that nothing holds up: a measure, as soon as its model is there."""
+    study = load_study(tiny_study(tmp_path))
+    prepared = prepare_data(study, 1, print)
+    tasks, files = _tasks(study, plan_study(study, prepared), prepared)
+    assert len(tasks) == 2 * len(files), "here every stage is the last of an arm"
+    for training, measuring in zip(tasks[::2], tasks[1::2], strict=True):
+        assert training.name.startswith("train ")
+        assert measuring.name == training.name.replace("train ", "measure ")
+        assert measuring.needs == (training.name,)
+    done = [task.name for task in tasks]
+    assert all(done.index(need) < i for i, task in enumerate(tasks) for need in task.needs), "parents before children"
 
 
 @pytest.mark.parametrize(("changes", "message"), [
