@@ -86,29 +86,18 @@ class RunDirectory:
             shutil.rmtree(self.ranks, ignore_errors=True)
         saved, ledger = self.path / "config.yaml", self.path / "ledger.json"
         if ledger.exists():
-            self.ledger = self._read(ledger, json.loads, "stages", "evaluations")
+            self.ledger = _read_whole(ledger, json.loads, "stages", "evaluations")
         if ledger.exists() or (self.path / "checkpoints").exists():
             if not saved.exists():
                 raise ConfigError(f"run_dir {self.path} holds a run without its config.yaml, so nothing says whether "
                                   "it is this one; put the file back from a copy, or give another run_dir")
-            self._refuse_other_config(self._read(saved, yaml.safe_load, "run_dir"), config)
+            self._refuse_other_config(_read_whole(saved, yaml.safe_load, "run_dir"), config)
         elif self._writes:  # nothing was trained: a configuration that failed gives way to the mended one
             strangers = sorted(p.name for p in self.path.iterdir() if p.name not in _LEFT_BY_A_KILL)
             if strangers and not saved.exists():
                 raise ConfigError(f"run_dir {self.path} is not empty and holds no run (it has {strangers[0]!r}); "
                                   "give a new folder")
             write_synced(saved, dump_config(config).encode())
-
-    def _read(self, file: Path, parse: Callable[[str], Any], *keys: str) -> dict[str, Any]:
-        """A file that this program writes whole or not at all: what is damaged in it was damaged afterwards."""
-        try:
-            content = parse(file.read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or not content.keys() >= set(keys):
-                raise ValueError(f"it holds no mapping with {' and '.join(keys)}")
-        except (ValueError, yaml.YAMLError, OSError) as error:
-            why = " ".join(str(error).split())
-            raise ConfigError(f"{file} is damaged ({why}); put it back from a copy, or give another run_dir") from None
-        return content
 
     def _take_lock(self) -> None:
         self._lock = (self.path / ".lock").open("a")
@@ -205,3 +194,15 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in items:
         flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
+
+
+def _read_whole(file: Path, parse: Callable[[str], Any], *keys: str) -> dict[str, Any]:
+    """A file that this program writes whole or not at all: what is damaged in it was damaged afterwards."""
+    try:
+        content = parse(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or not content.keys() >= set(keys):
+            raise ValueError(f"it holds no mapping with {' and '.join(keys)}")
+    except (ValueError, yaml.YAMLError, OSError) as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(f"{file} is damaged ({why}); put it back from a copy, or give another run_dir") from None
+    return content

@@ -1,4 +1,4 @@
-"""Start real ranks on the CPU, as a launcher would: one process each, gloo between them."""
+"""Start real ranks on the CPU, as a launcher would: one process each, gloo between them; and a server of a model."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,6 +36,31 @@ def rank_environment(rank: int, world_size: int, port: int, **extra: str) -> dic
     return os.environ | {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "OMP_NUM_THREADS": threads, "PYTHONPATH": path, **extra}
+
+
+@contextlib.contextmanager
+def serving(folder: Path) -> Iterator[str]:
+    """The base URL of `transformers serve` with the model in the folder. Skips without what it needs."""
+    pytest.importorskip("uvicorn", reason="transformers serve needs fastapi and uvicorn (extra `test`)")
+    port, log = free_port(), folder.parent / "serve.log"
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            [str(Path(sys.executable).with_name("transformers")), "serve", str(folder), "--host", "127.0.0.1",
+             "--port", str(port), "--device", "cpu"], stdout=file, stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    try:
+        end = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).read()
+                break
+            assert server.poll() is None, log.read_text()[-2000:]
+            assert time.monotonic() < end, f"transformers serve never came up: {log.read_text()[-2000:]}"
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.terminate()
+        server.wait(20)
 
 
 class Rank:

@@ -7,20 +7,14 @@ is that every answer is real, kept, counted and never asked for again.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import PROMPTS, make_rows, read_rows
-from launch import free_port
+from launch import serving
 
 from delib_fast.deliberate.ledger import RequestLedger
 from delib_fast.deliberate.settings import DeliberateSettings
@@ -48,27 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(folder: Path) -> Iterator[str]:
     """The address of `transformers serve` with that model."""
-    pytest.importorskip("uvicorn", reason="transformers serve needs fastapi and uvicorn (extra `test`)")
-    port = free_port()
-    command = [str(Path(sys.executable).parent / "transformers"), "serve", str(folder), "--host", "127.0.0.1", "--port",
-               str(port), "--device", "cpu"]
-    log = folder.parent / "serve.log"
-    with log.open("w") as file:
-        server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT,
-                                  env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
-    try:
-        end = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).read()
-                break
-            assert server.poll() is None, log.read_text()[-2000:]
-            assert time.monotonic() < end, f"transformers serve never came up: {log.read_text()[-2000:]}"
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server.terminate()
-        server.wait(20)
+    with serving(folder) as address:
+        yield address
 
 
 def settings(**generator: Any) -> DeliberateSettings:

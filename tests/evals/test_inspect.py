@@ -6,13 +6,11 @@ import json
 import os
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 from eval_models import make_model
-from launch import free_port
+from launch import serving
 
 from delib_fast.evals.agentic.prompts import texts
 from delib_fast.models import export_model
@@ -85,27 +83,9 @@ def test_the_task_is_found_by_its_entry_point():
 @pytest.fixture(scope="module")
 def served(tokenizer, tmp_path_factory):
     """`transformers serve` with a small model that was just made; yields (base_url, model name)."""
-    pytest.importorskip("fastapi", reason="transformers serve needs fastapi and uvicorn")
     folder = export_model(make_model(tokenizer, 0), tokenizer, tmp_path_factory.mktemp("served") / "model")
-    port = free_port()
-    server = subprocess.Popen(
-        [str(Path(sys.executable).with_name("transformers")), "serve", str(folder), "--host", "127.0.0.1", "--port",
-         str(port), "--device", "cpu"], env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).read()
-                break
-            except OSError:
-                assert server.poll() is None, "transformers serve has ended"
-                assert time.monotonic() < deadline, "transformers serve does not come up"
-                time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}/v1", str(folder)
-    finally:
-        server.terminate()
-        server.wait(20)
+    with serving(folder) as address:
+        yield address, str(folder)
 
 
 @pytest.mark.slow
