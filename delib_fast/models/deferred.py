@@ -113,6 +113,8 @@ def stand_in(model: nn.Module) -> None:
 
 def _sources(model: PreTrainedModel, path: str) -> dict[str, Callable[[], Tensor]] | str:
     """Each parameter's reader, by name; or why they can't be read one by one."""
+    if (named := getattr(model.config, "transformers_weights", None)) is not None:
+        return f"its config.json names {named} for its weights"
     files = _files(path)
     if files is None:
         return "it has no safetensors"

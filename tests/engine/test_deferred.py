@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ MODELS = {
     "experts merged": MixtralConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1),
     "renamed": Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True),
     "no safetensors": Qwen3Config(**SIZES, head_dim=8),
+    "named by its config": Qwen3Config(**SIZES, head_dim=8),
 }
 
 
@@ -32,14 +34,19 @@ def saved(config, folder, dtype=torch.bfloat16, **options):
 
 
 def rewritten(folder, kind):
-    """As others write checkpoints: a trunk's, whose names transformers puts a prefix before; torch's own format."""
+    """As others write checkpoints: a trunk's, whose names transformers puts a prefix before; torch's own format; in a
+    file that the config names, beside one of the usual name."""
     file = folder / "model.safetensors"
-    weights = load_file(file)
+    weights = load_file(file) if file.exists() else {}
     if kind == "renamed":
         save_file({name.removeprefix("model."): weight for name, weight in weights.items()}, file, {"format": "pt"})
     elif kind == "no safetensors":
         file.unlink()
         torch.save(weights, folder / "pytorch_model.bin")
+    elif kind == "named by its config":
+        save_file({name: w + 1 for name, w in weights.items()}, folder / "other.safetensors", {"format": "pt"})
+        config = folder / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"transformers_weights": "other.safetensors"}))
 
 
 def facts(fork_server, folder, precision, way):
@@ -50,16 +57,16 @@ def facts(fork_server, folder, precision, way):
 @pytest.mark.parametrize("kind", MODELS)
 def test_is_what_was_loaded_whole(fork_server, tmp_path, kind):
     folder = saved(MODELS[kind], tmp_path, max_shard_size="50KB" if "parts" in kind else "5GB")
-    if kind in ("renamed", "no safetensors"):
-        rewritten(folder, kind)
+    rewritten(folder, kind)
     deferred, whole = (facts(fork_server, folder, "bf16", way) for way in ("deferred", "whole"))
     for ours, theirs in zip(deferred, whole, strict=True):
         for what in ("weights", "buffers", "tied", "configs", "training"):
             assert ours[what] == theirs[what], what
     assert deferred[0]["conversions"] == whole[0]["conversions"], "an export would have other names"
     assert bool(whole[0]["conversions"]) == (kind == "experts merged")
-    if kind == "no safetensors":
-        assert "the first rank loads the whole model into the host's memory: it has no" in deferred[0]["note"]
+    why = {"no safetensors": "it has no safetensors", "named by its config": "its config.json names other.safetensors"}
+    if kind in why:
+        assert f"the first rank loads the whole model into the host's memory: {why[kind]}" in deferred[0]["note"]
     else:
         assert deferred[0]["note"] is None
 
