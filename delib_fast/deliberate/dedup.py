@@ -15,6 +15,7 @@ import numpy as np
 
 _PERMUTATIONS, _BANDS = 128, 32
 _SHINGLE = 3
+_Key = tuple[int, bytes]  # a band, and what the signature has there
 _WORDS = re.compile(r"\w+")
 
 
@@ -34,7 +35,7 @@ class NearDuplicates:
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
         self._exact: dict[bytes, str] = {}
-        self._bands: dict[tuple[int, bytes], list[int]] = defaultdict(list)
+        self._bands: dict[_Key, list[int]] = defaultdict(list)
         self._sets: list[np.ndarray] = []
         self._names: list[str] = []
         self._word_hash: dict[str, int] = {}
@@ -44,29 +45,39 @@ class NearDuplicates:
 
     def find(self, text: str) -> tuple[str, float] | None:
         """(name, similarity) of an earlier text that this one repeats, or None."""
-        if (same := self._exact.get(text_key(text))) is not None:
-            return same, 1.0
-        shingles = self._shingles(text)
-        candidates = {i for key in self._keys(shingles) for i in self._bands.get(key, ())}
-        for i in sorted(candidates):
+        return self._same(text) or self._near(*self._signed(text))
+
+    def add(self, name: str, text: str) -> None:
+        self._add(name, text, *self._signed(text))
+
+    def find_or_add(self, name: str, text: str) -> tuple[str, float] | None:
+        if (found := self._same(text)) is None:
+            signed = self._signed(text)  # once: it is nearly all of the work
+            if (found := self._near(*signed)) is None:
+                self._add(name, text, *signed)
+        return found
+
+    def _same(self, text: str) -> tuple[str, float] | None:
+        name = self._exact.get(text_key(text))
+        return None if name is None else (name, 1.0)
+
+    def _near(self, shingles: np.ndarray, keys: list[_Key]) -> tuple[str, float] | None:
+        for i in sorted({i for key in keys for i in self._bands.get(key, ())}):
             similarity = _jaccard(shingles, self._sets[i])
             if similarity >= self.threshold:
                 return self._names[i], similarity
         return None
 
-    def add(self, name: str, text: str) -> None:
-        shingles = self._shingles(text)
+    def _add(self, name: str, text: str, shingles: np.ndarray, keys: list[_Key]) -> None:
         self._exact.setdefault(text_key(text), name)
-        for key in self._keys(shingles):
+        for key in keys:
             self._bands[key].append(len(self._sets))
         self._sets.append(shingles)
         self._names.append(name)
 
-    def find_or_add(self, name: str, text: str) -> tuple[str, float] | None:
-        found = self.find(text)
-        if found is None:
-            self.add(name, text)
-        return found
+    def _signed(self, text: str) -> tuple[np.ndarray, list[_Key]]:
+        shingles = self._shingles(text)
+        return shingles, self._keys(shingles)
 
     def _shingles(self, text: str) -> np.ndarray:
         words = words_of(text)
@@ -87,7 +98,7 @@ class NearDuplicates:
             self._word_hash[word] = value
         return value
 
-    def _keys(self, shingles: np.ndarray) -> list[tuple[int, bytes]]:
+    def _keys(self, shingles: np.ndarray) -> list[_Key]:
         hashed = shingles[None, :] * self._a[:, None] + (self._b[:, None] << np.uint64(16))
         hashed ^= hashed >> np.uint64(32)
         hashed *= np.uint64(0xD6E8FEB86659FD93)
