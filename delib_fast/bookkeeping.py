@@ -182,6 +182,7 @@ class StepLog:
             "tokens": int(tokens), "supervised_tokens": supervised, "seconds": seconds,
             "tokens_per_s": tokens / seconds, "supervised_tokens_per_s": supervised / seconds,
             **self._speed.read(tokens, seconds),
+            **({} if engine.loss_scale is None else {"loss_scale": engine.loss_scale}),
             **({"left_out": left_out} if left_out else {}),
         }
         self._context.run.write_metrics(record)
@@ -271,7 +272,7 @@ class BadSteps:
             why = "the loss is not finite"
         elif verdict.norm is not None:
             why = f"its gradient norm, {verdict.norm:.3g}, is a spike (the running mean is {verdict.mean_norm:.3g})"
-        elif self._context.config.engine.precision == "fp16":
+        elif verdict.excused:
             return None
         else:
             why = "its gradient norm is not finite"

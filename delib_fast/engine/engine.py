@@ -22,6 +22,7 @@ from delib_fast.engine.checkpoint_writer import CheckpointWriter, Tensors
 from delib_fast.engine.cpu_adam import CPUAdam, uses_cpu_adam
 from delib_fast.engine.deepspeed_json import deepspeed_json, effective_zero_stage
 from delib_fast.engine.guard import StepGuard
+from delib_fast.engine.loss_scale import late_loss_scaler
 from delib_fast.engine.muon import Muon
 from delib_fast.engine.optimizer import build_optimizer, learning_rate
 from delib_fast.engine.quiet import deepspeed
@@ -198,6 +199,7 @@ class Engine:
         self._stage, self._num_steps = stage, num_steps
         self._seed = config.seed
         self._zero_stage = effective_zero_stage(config)
+        self._fp16 = config.engine.precision == "fp16"
         self._plain_norm: Tensor | None = None
         settings = deepspeed_json(config, stage, ranks.world_size)
         place(module, self.device, DTYPES[config.engine.precision], settings, self._zero_stage)
@@ -207,6 +209,7 @@ class Engine:
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module, optimizer=self.basic_optimizer, dist_init_required=False,
                 config=settings)
+        self._scaler = late_loss_scaler(self._zero)
         self.module = module
         if isinstance(self.basic_optimizer, Muon):
             self.basic_optimizer.bind(self._zero, self._zero_stage, self.device)
@@ -241,7 +244,12 @@ class Engine:
         self._engine.step()
 
     def end_step(self) -> None:
-        self.guard.end_step(self.step, applied=self._engine.was_step_applied())
+        excused = self._scaler is not None and self._scaler.settle()
+        applied = self._engine.was_step_applied()
+        if not applied and self._zero_stage in (1, 2) and hasattr(self._zero, "averaged_gradients"):
+            # With an offloaded optimizer DeepSpeed 0.19 leaves them, and adds the next update's to the NaN in them.
+            self._zero.averaged_gradients = dict.fromkeys(self._zero.averaged_gradients)
+        self.guard.end_step(self.step, applied, excused)
         self.step += 1
 
     def _norm_before_clipping(self) -> Tensor | float | None:
@@ -251,6 +259,11 @@ class Engine:
     def trained_parameters(self) -> int:
         """Numbers that are trained, on all ranks together."""
         return sum(getattr(p, "ds_numel", p.numel()) for _, p in self.state.named_parameters())
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What the loss of the next update is multiplied by in fp16; None in other precisions."""
+        return float(self._zero.loss_scale) if self._fp16 else None
 
     @property
     def wrapped(self) -> nn.Module:
@@ -285,7 +298,8 @@ class Engine:
              at: Callable[[str], None] = lambda place: None) -> None:
         """Begin to write a checkpoint of this step. A collective; the writer goes on in the background. `at` hears how
         far it is."""
-        trainer = {"optimizer_steps": self.step - self.guard.skipped, "guard": self.guard.state(), **extra}
+        trainer = {"optimizer_steps": self.step - self.guard.skipped, "guard": self.guard.state(),
+                   "loss_scale": self._scaler and self._scaler.state(), **extra}
         writer.start(self.step, _telling(self.state.tensors(), at), trainer)
 
     def resume(self, root: Path, complain: Callable[[str], None]) -> checkpoint.Checkpoint | None:
@@ -300,6 +314,8 @@ class Engine:
         if found is not None:
             self.state.restore(found.reader(), found.trainer["optimizer_steps"])
             self.guard.restore(found.trainer["guard"])
+            if self._scaler is not None and found.trainer.get("loss_scale"):  # not where another precision wrote it
+                self._scaler.restore(found.trainer["loss_scale"])
             self.step = found.step
         return found
 

@@ -36,6 +36,8 @@ class StepVerdict:
     norm: float | None
     mean_norm: float | None
     """The running mean it was held against; None while that is not known yet."""
+    excused: bool = False
+    """It is no fault of the update: fp16 tried a loss scale that was too high."""
 
 
 class StepGuard:
@@ -55,7 +57,7 @@ class StepGuard:
         self._plain_step = optimizer.step
         optimizer.step = self._guarded_step  # type: ignore[method-assign]
         self._bad: Tensor | None = None
-        self._verdicts: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self._verdicts: list[tuple[tuple[int, bool], Tensor, Tensor, Tensor]] = []
         self._packs: list[tuple[int, int, Tensor]] = []
         self._mean_norm, self._good, self._skipped = (self._scalar(0.0) for _ in range(3))
 
@@ -73,13 +75,14 @@ class StepGuard:
         """The loss, its gradient NaN where the loss is not finite."""
         return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
-    def end_step(self, step: int, applied: bool) -> None:
-        """After the update of `step`. applied: whether DeepSpeed let it come to an optimizer step."""
+    def end_step(self, step: int, applied: bool, excused: bool = False) -> None:
+        """After the update of `step`. applied: whether DeepSpeed let it come to an optimizer step; excused: it did not
+        because of fp16's loss scale."""
         if not applied or self._bad is None:
             norm, bad = self._scalar(torch.nan), self._scalar(1.0)
         else:
             norm, bad = self._last_norm, self._bad
-        self._verdicts.append((step, norm, bad, self._mean_norm.where(self._good >= _WARM, torch.nan)))
+        self._verdicts.append(((step, excused), norm, bad, self._mean_norm.where(self._good >= _WARM, torch.nan)))
         started = self._good > 0
         mean = torch.where(started, _MEMORY * self._mean_norm + (1 - _MEMORY) * norm, norm)
         self._mean_norm = self._mean_norm.where(bad > 0, mean)
@@ -117,10 +120,10 @@ class StepGuard:
         numbers = [n for _, *three in self._verdicts for n in three] + [n for _, _, n in self._packs]
         host = torch.stack([n.double() for n in numbers]).tolist() if numbers else []
         verdicts = []
-        for i, (step, *_) in enumerate(self._verdicts):
+        for i, ((step, excused), *_) in enumerate(self._verdicts):
             norm, bad, mean = host[3 * i : 3 * i + 3]
             verdicts.append(StepVerdict(step, bool(bad), norm if abs(norm) < float("inf") else None,
-                                        mean if mean == mean else None))
+                                        mean if mean == mean else None, excused))
         places: dict[int, list[tuple[int, int]]] = {}
         for (step, pack, _), token in zip(self._packs, host[3 * len(self._verdicts) :], strict=True):
             if token >= 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import torch
@@ -19,11 +20,12 @@ def spoil(kind: str, x: torch.Tensor, output: LossOutput) -> LossOutput:
     return output
 
 
-def train(ranks: Ranks, stage: int, precision: str, kind: str | None) -> tuple[dict[str, torch.Tensor], Engine]:
+def train(ranks: Ranks, stage: int, precision: str, kind: str | None, offload: str
+          ) -> tuple[dict[str, torch.Tensor], Engine]:
     """`kind` spoils one micro-batch of the last rank in step BAD; None: the step is not taken at all."""
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(64, 7, generator=generator), torch.randint(0, 5, (64,), generator=generator)
-    config = configuration(stage, precision)
+    config = configuration(stage, precision, offload_optimizer=offload)
     engine = Engine(Toy(), config, config.stages[0], 10, ranks)
     share = 4 // ranks.world_size
     while engine.step < STEPS:
@@ -46,20 +48,19 @@ def train(ranks: Ranks, stage: int, precision: str, kind: str | None) -> tuple[d
 def main() -> int:
     ranks = Ranks("cpu")
     found = {}
-    for precision in ("fp32", "bf16"):
-        for stage in (0, 1, 2, 3):
-            if precision == "bf16" and stage == 0:
-                continue  # runs as stage 1
-            expected, engine = train(ranks, stage, precision, None)
+    for precision, stage, offload in itertools.product(("fp32", "bf16"), (0, 1, 2, 3), ("none", "cpu")):
+        if stage == 0 and (precision, offload) != ("fp32", "none"):
+            continue  # bf16 runs as stage 1, and nothing can be offloaded
+        expected, engine = train(ranks, stage, precision, None, offload)
+        engine.close()
+        for kind in ("not a number in a row", "infinite loss, finite gradient"):
+            weights, engine = train(ranks, stage, precision, kind, offload)
+            verdicts, packs = engine.guard.read()
+            found[f"{precision} z{stage} offload {offload} {kind}"] = {
+                "deviation": deviation(weights, expected), "skipped": [v.step for v in verdicts if v.skipped],
+                "norms": [v.norm for v in verdicts], "counted": engine.guard.skipped,
+                "packs": [json.loads(text) for text in ranks.gather_texts(json.dumps(packs))]}
             engine.close()
-            for kind in ("not a number in a row", "infinite loss, finite gradient"):
-                weights, engine = train(ranks, stage, precision, kind)
-                verdicts, packs = engine.guard.read()
-                found[f"{precision} z{stage} {kind}"] = {
-                    "deviation": deviation(weights, expected), "skipped": [v.step for v in verdicts if v.skipped],
-                    "norms": [v.norm for v in verdicts], "counted": engine.guard.skipped,
-                    "packs": [json.loads(text) for text in ranks.gather_texts(json.dumps(packs))]}
-                engine.close()
     if ranks.rank == 0:
         print("RESULT " + json.dumps(found))
     return 0

@@ -29,10 +29,10 @@ class Toy(nn.Module):
         return LossOutput(nll.sum(), nll.detach(), nll.detach() > 0)
 
 
-def configuration(stage: int, precision: str) -> Config:
+def configuration(stage: int, precision: str, **engine: str) -> Config:
     return parse_config({
         "run_dir": "unused", "model": {"path": "unused"}, "data": {"a": "unused"},
-        "engine": {"zero_stage": stage, "precision": precision},
+        "engine": {"zero_stage": stage, "precision": precision, **engine},
         "stages": [{"kind": "msm", "train": ["a"], "pack_capacity": 1, "tokens_per_step": 4,
                     "optimizer": {"lr": 0.05, "weight_decay": 0.1, "schedule": "cosine", "warmup": 0.2}}],
     })

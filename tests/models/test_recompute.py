@@ -107,6 +107,57 @@ def test_refuses():
             recompute(build("llama"), "full", offload=True)
 
 
+class Host(torch.autograd.graph.saved_tensors_hooks):
+    """Stands in for torch's save_on_cpu: copies as that does, and keeps account; what is not pinned needs no GPU."""
+
+    packed: list[tuple[tuple[int, ...], StorageWeakRef]]
+    unpacked: int
+
+    def __init__(self, **_: object) -> None:
+        super().__init__(self._pack, self._unpack)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        Host.packed.append((tuple(tensor.shape), StorageWeakRef(tensor.untyped_storage())))
+        return tensor.clone()
+
+    def _unpack(self, tensor: torch.Tensor) -> torch.Tensor:
+        Host.unpacked += 1
+        return tensor.clone()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_offload_hands_each_layers_input_to_the_host(monkeypatch, mode, lora):
+    """And gives it back: the gradients are those without, to the bit. Between the passes the device holds none of the
+    inputs (with frozen embeddings their output: transformers makes it a leaf, which autograd keeps). Catches a hook
+    that is set where nothing is saved, and inputs that something else keeps alive."""
+    expected = trained(mode, lora=lora)[0]
+    monkeypatch.setattr("transformers.modeling_utils.save_on_cpu", Host)
+    monkeypatch.setattr(Host, "packed", [], raising=False)
+    monkeypatch.setattr(Host, "unpacked", 0, raising=False)
+    held: list[int] = []
+
+    class Looking(Watch):
+        @property
+        def held_bytes(self) -> int:
+            gc.collect()
+            held.extend(not ref.expired() for _, ref in Host.packed)
+            return 0
+
+    monkeypatch.setitem(MODES, mode, {"offload": True})
+    monkeypatch.setitem(globals(), "Watch", Looking)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        found = trained(mode, lora=lora)[0]
+    layers = 3
+    assert [shape for shape, _ in Host.packed if shape == (1, sum(LENGTHS), 32)] == [(1, sum(LENGTHS), 32)] * layers
+    assert Host.unpacked == len(Host.packed)
+    assert held == [lora] + [False] * (len(held) - 1)
+    assert len(held) == len(Host.packed)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("mode", ["selective", "full"])
