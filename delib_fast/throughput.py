@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,12 +19,15 @@ if TYPE_CHECKING:
     from delib_fast.models import StepCost
 
 MIB = 1 << 20
-# Dense bf16 (and fp16) rate in TFLOP/s by a part of the device's name, from the makers' data sheets; the first that
-# fits counts.
-_TFLOPS = (("B300", 2250), ("B200", 2250), ("GB200", 2500), ("H200", 989), ("GH200", 989), ("H100 PCIe", 756),
-           ("H100 NVL", 835), ("H100", 989), ("H800", 989), ("H20", 148), ("A100", 312), ("A800", 312), ("A40", 150),
-           ("A30", 165), ("A10", 125), ("L40S", 362), ("L40", 181), ("L4", 121), ("RTX 6000 Ada", 364),
-           ("RTX A6000", 155), ("RTX 4090", 165), ("RTX 3090", 71))
+# Dense bf16 (and fp16, summed in fp32) rate in TFLOP/s by words of the device's name; the first that fits counts. Half
+# of what NVIDIA's data sheets give "with sparsity": HGX B300 and B200 4.5 PFLOPS, GB300 and GB200 NVL72 5 PFLOPS a GPU;
+# H100 and H200 SXM and GH200 1,979, H100 NVL 1,671, H100 PCIe 1,513; A100 624; L40S 733, L40 362, L4 242; A40 299, A30
+# 330, A10 250; GeForce from the Ada and GA102 white papers. Checked in tables that quote them. What could not be (H800,
+# H20, A800, RTX A6000), a part of a GPU and a laptop's are measured.
+_TFLOPS = (("GB300", 2500), ("B300", 2250), ("GB200", 2500), ("B200", 2250), ("GH200", 989), ("H200", 989),
+           ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("A100", 312), ("A40", 150), ("A30", 165),
+           ("A10", 125), ("L40S", 362), ("L40", 181), ("L4", 121), ("RTX 4090", 165), ("RTX 3090", 71))
+_OTHER_RATE = re.compile(r"\b(MIG|Laptop|Max-Q|H200 NVL|RTX 4090 D|RTX 3090 Ti)\b")
 _MEASURE = 1024  # rows and columns of the product by which an unknown device's rate is measured
 
 
@@ -41,11 +45,18 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     which takes a fraction of a second."""
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
-        for part, tflops in _TFLOPS:
-            if part in name:
-                return Peak(tflops * 1e12, f"data sheet of {name}")
+        tflops = known_tflops(name)
+        if tflops is not None:
+            return Peak(tflops * 1e12, f"data sheet of {name}")
     best = _measured(device, dtype)
     return Peak(best, f"measured: {str(dtype).removeprefix('torch.')} product of {_MEASURE} × {_MEASURE} × {_MEASURE}")
+
+
+def known_tflops(name: str) -> float | None:
+    """By the name that CUDA gives a device, as "NVIDIA A100-SXM4-80GB"; whole words, for an RTX A4000 is no A40."""
+    if _OTHER_RATE.search(name):
+        return None
+    return next((tflops for words, tflops in _TFLOPS if re.search(rf"\b{words}\b", name)), None)
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> float:
@@ -60,6 +71,8 @@ def _measured(device: torch.device, dtype: torch.dtype) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
+        if sum(seconds) > 1:  # a CPU that emulates the dtype
+            break
     return 2 * n**3 / min(seconds)
 
 

@@ -283,7 +283,9 @@ def run_stages(context: Context) -> None:
 def check_stages(context: Context, stages: Sequence[StageConfig]) -> None:
     """Read, encode and plan every stage before the first one trains: what is wrong with the last is said now."""
     from delib_fast.engine.deepspeed_json import deepspeed_json
+    from delib_fast.engine.nvme import check_nvme
 
+    together(context.ranks, partial(check_nvme, context.config.engine))
     room = room_of(context)
     for stage in stages:
         deepspeed_json(context.config, stage, context.ranks.world_size)

@@ -14,6 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from delib_fast.data import Example, PackedBatches
 from delib_fast.models import StepCost, TrainableLM
+from delib_fast.throughput import known_tflops
 from delib_fast.trackers import Trackers
 
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -125,3 +126,15 @@ def test_a_tracker_gets_figures_and_no_secret_and_may_fail(tmp_path, monkeypatch
     again = Trackers(load_config(path), tmp_path, speaks=True, complain=said.append)
     again.begin_stage(10, 5)
     assert fake.given["id"] == "abc", "a resumed run goes on under its id"
+
+
+@pytest.mark.parametrize(("name", "tflops"), [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA GB200", 2500), ("NVIDIA B200", 2250),
+    ("NVIDIA GB300", 2500), ("NVIDIA GH200 480GB", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L4", 121),
+    ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA L40S", 362),
+    # another GPU, or a part of one, whose name holds the name of a known one
+    ("NVIDIA RTX A4000", None), ("NVIDIA A10G", None), ("NVIDIA RTX 6000 Ada Generation", None), ("NVIDIA H20", None), ("NVIDIA H200 NVL", None),
+    ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+])
+def test_peak_is_that_of_this_gpu(name, tflops):
+    assert known_tflops(name) == tflops

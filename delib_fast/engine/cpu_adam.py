@@ -33,10 +33,15 @@ class CPUAdam(DeepSpeedCPUAdam):
 
 def cpu_adam_failure() -> str | None:
     """Why it can't be used here; None where it can. Compiles it if it has not been compiled yet."""
+    return build_failure(CPUAdamBuilder)
+
+
+def build_failure(builder: Any) -> str | None:
+    """Why one of DeepSpeed's ops can't be built or loaded here; None where it could."""
     if shutil.which("ninja") is None:
         return "ninja is not there to build it (pip install ninja)"
     try:
-        CPUAdamBuilder().load(verbose=False)
+        builder().load(verbose=False)
     except (RuntimeError, OSError, ImportError, AssertionError, subprocess.SubprocessError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         return f"it can't be built: {next((line for line in lines if 'error' in line.lower()), lines[0]).strip()}"

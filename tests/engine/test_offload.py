@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 from launch import result_of, run_ranks
+from tiny_run import run, tiny
 
 from delib_fast.config import ConfigError
 from delib_fast.config_file import parse_config
+from delib_fast.engine import nvme
 from delib_fast.engine.cpu_adam import uses_cpu_adam
 from delib_fast.engine.deepspeed_json import deepspeed_json
 
@@ -59,6 +61,31 @@ def test_json_of_nvme():
     assert block["offload_optimizer"] | {"pin_memory": True} == {
         "device": "nvme", "pin_memory": True, "nvme_path": "/disk"}
     assert block["offload_param"] | {"pin_memory": True} == {"device": "cpu", "pin_memory": True}
+
+
+def test_nvme_without_libaio_ends_before_weights_are_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(nvme.AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
+    monkeypatch.setattr("delib_fast.train.build_stage_model", lambda *_: pytest.fail("weights are loaded"))
+    assert run(tiny(tmp_path), "engine.zero_stage=3", "engine.offload_optimizer=nvme",
+               f"engine.nvme_path={tmp_path / 'disk'}") == 2
+    told = capsys.readouterr().err
+    assert "error: engine.offload_optimizer is nvme, by DeepSpeed's async_io, and libaio is not there" in told
+    assert "apt install libaio-dev" in told
+    assert "or set engine.offload_optimizer: cpu" in told
+
+
+def test_nvme_that_can_not_be_built_or_written(tmp_path, monkeypatch):
+    engine = config(zero_stage=3, offload_parameters="nvme", nvme_path=str(tmp_path / "file")).engine
+    monkeypatch.setattr(nvme.AsyncIOBuilder, "is_compatible", lambda *_, **__: True)
+    monkeypatch.setattr(nvme, "build_failure", lambda _: "it can't be built: no libaio.h")
+    with pytest.raises(ConfigError, match=r"offload_parameters is nvme.*can't be built: no libaio\.h; install libaio"):
+        nvme.check_nvme(engine)
+    monkeypatch.setattr(nvme, "build_failure", lambda _: None)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"engine\.nvme_path: .*/file can't be written .*File exists; give a folder"):
+        nvme.check_nvme(engine)
+    nvme.check_nvme(engine.model_copy(update={"nvme_path": str(tmp_path / "disk")}))
+    assert list((tmp_path / "disk").iterdir()) == []
 
 
 @pytest.mark.parametrize(("keys", "message"), [
