@@ -133,7 +133,8 @@ def test_a_tracker_gets_figures_and_no_secret_and_may_fail(tmp_path, monkeypatch
     ("NVIDIA GB300", 2500), ("NVIDIA GH200 480GB", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L4", 121),
     ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA L40S", 362),
     # another GPU, or a part of one, whose name holds the name of a known one
-    ("NVIDIA RTX A4000", None), ("NVIDIA A10G", None), ("NVIDIA RTX A6000", None), ("NVIDIA H20", None), ("NVIDIA H200 NVL", None),
+    ("NVIDIA RTX A4000", None), ("NVIDIA A10G", None), ("NVIDIA RTX A6000", None), ("NVIDIA H20", None),
+    ("NVIDIA H200 NVL", None),
     ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
 ])
 def test_peak_is_that_of_this_gpu(name, tflops):
