@@ -24,6 +24,7 @@ from delib_fast.engine.deepspeed_json import deepspeed_json, effective_zero_stag
 from delib_fast.engine.guard import StepGuard
 from delib_fast.engine.loss_scale import late_loss_scaler
 from delib_fast.engine.muon import Muon
+from delib_fast.engine.nvme import refuse_misaligned
 from delib_fast.engine.optimizer import build_optimizer, learning_rate
 from delib_fast.engine.quiet import deepspeed
 from delib_fast.engine.state import TrainingState
@@ -209,6 +210,7 @@ class Engine:
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module, optimizer=self.basic_optimizer, dist_init_required=False,
                 config=settings)
+        refuse_misaligned(self._zero, module)
         self._scaler = late_loss_scaler(self._zero)
         self.module = module
         if isinstance(self.basic_optimizer, Muon):

@@ -7,6 +7,7 @@ stage and number of ranks, without pickle.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -135,17 +136,28 @@ class TrainingState:
         DeepSpeed takes a step for that at construction at some stages and not at others, and counts it: AdamW's
         bias correction would differ between stages.
         """
-        for holder, moments in self._holders():
+        for group, (holder, moments) in enumerate(self._holders()):
             state = self._basic.state[holder]
             if moments and not state:
                 if MOMENTUM not in moments:
                     state["step"] = 0 if isinstance(self._basic, CPUAdam) else \
                         torch.zeros((), dtype=torch.float32, device=holder.device)
-                state.update({moment: torch.zeros_like(holder) for moment in moments})
+                with self._off_the_disk(group):
+                    state.update({moment: torch.zeros_like(holder) for moment in moments})
         link = getattr(self._zero, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
         self.set_optimizer_steps(0)
+
+    @contextlib.contextmanager
+    def _off_the_disk(self, group: int) -> Iterator[None]:
+        """Within this a group of ZeRO 3, if it is one that is offloaded to a disk, is in memory; then it is written."""
+        swapped = self._stage == 3 and self._zero._swappable_optimizer_subgroup(group)
+        if swapped:
+            self._zero._optimizer_states_and_gradient_swap_in(group)
+        yield
+        if swapped:
+            self._zero._optimizer_states_and_gradient_swap_out(group)
 
     def _holders(self) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
         """The tensors that the torch optimizer steps, with the names of the moments of each."""

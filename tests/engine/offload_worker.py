@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from state_worker import Toy, deviation, leave_checkpoint
+from torch import nn
 
+from delib_fast.config import ConfigError
 from delib_fast.config_file import parse_config
 from delib_fast.engine import Engine, Ranks
+from delib_fast.ops import LossOutput
 
 CASES: dict[str, dict[str, Any]] = {
     "z1 optimizer": {"zero_stage": 1, "offload_optimizer": "cpu"},
@@ -21,8 +24,43 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+# What goes to a disk: the optimizer, and with bf16 the parameters too (DeepSpeed trains wrongly with those in fp32).
+DISK: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp32 optimizer": ("fp32", {"offload_optimizer": "nvme"}),
+    "bf16 optimizer": ("bf16", {"offload_optimizer": "nvme"}),
+    "bf16 both": ("bf16", {"offload_optimizer": "nvme", "offload_parameters": "nvme"}),
+}
+
+
+class Wide(Toy):
+    """With two matrices that are large enough for DeepSpeed to bring to a disk (1 MiB a rank), whose gradients begin at
+    multiples of 512 bytes on 1 and 2 ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        narrow = dict(self.named_children())
+        for name in narrow:
+            delattr(self, name)
+        self.wide, self.back = nn.Linear(33, 40960, bias=False), nn.Linear(40960, 33, bias=False)
+        for name, child in narrow.items():
+            setattr(self, name, child)
+
+    def forward(self, batch: tuple[torch.Tensor, torch.Tensor]) -> LossOutput:
+        x, y = batch
+        hidden = torch.relu(self.norm(self.embed(x.to(self.embed.weight.dtype))))
+        z = self.head(hidden + self.back(torch.relu(self.wide(hidden))))
+        nll = nn.functional.cross_entropy(z.float(), y, reduction="none")
+        return LossOutput(nll.sum(), nll.detach(), nll.detach() > 0)
+
+
+class Misaligned(Wide):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.back = nn.Linear(33, 40961, bias=False), nn.Linear(40961, 33, bias=False)
+
+
 def train(ranks: Ranks, engine_keys: dict[str, Any], precision: str, steps: int, *, save: Path | None = None,
-          resume: Path | None = None) -> dict[str, torch.Tensor]:
+          resume: Path | None = None, toy: type[Toy] = Toy) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(64, 7, generator=generator), torch.randint(0, 5, (64,), generator=generator)
     config = parse_config({
@@ -31,7 +69,7 @@ def train(ranks: Ranks, engine_keys: dict[str, Any], precision: str, steps: int,
         "stages": [{"kind": "msm", "train": ["a"], "pack_capacity": 1, "tokens_per_step": 4,
                     "optimizer": {"lr": 0.05, "weight_decay": 0.1, "warmup": 0.2}}],
     })
-    engine = Engine(Toy(), config, config.stages[0], 10, ranks)
+    engine = Engine(toy(), config, config.stages[0], 10, ranks)
     if resume is not None:
         assert engine.resume(resume, print) is not None
     share = 4 // ranks.world_size
@@ -76,5 +114,25 @@ def cpu_adam(folder: Path) -> None:
         print("RESULT " + json.dumps(found))
 
 
+def disk(folder: Path) -> None:
+    """On a disk against in the host's memory, and a resume; and a model whose gradients lie where no read may go."""
+    ranks, found = Ranks("cpu"), {}
+    for name, (precision, keys) in DISK.items():
+        keys, root = {"zero_stage": 3, **keys}, folder / name.replace(" ", "-")
+        host = {key: "cpu" if value == "nvme" else value for key, value in keys.items()}
+        keys["nvme_path"] = str(folder / "disk")
+        expected = train(ranks, host, precision, 3, toy=Wide)
+        offloaded = train(ranks, keys, precision, 3, toy=Wide, save=root)
+        written = sum(file.stat().st_size for file in (folder / "disk").rglob("*.swp"))
+        found[name] = {"against the host": deviation(expected, offloaded), "bytes": written,
+                       "resumed": deviation(offloaded, train(ranks, keys, precision, 3, toy=Wide, resume=root))}
+    try:
+        train(ranks, keys, "bf16", 1, toy=Misaligned)
+    except ConfigError as error:
+        found["misaligned"] = str(error)
+    if ranks.rank == 0:
+        print("RESULT " + json.dumps(found))
+
+
 if __name__ == "__main__":
-    {"main": main, "cpu_adam": cpu_adam}[sys.argv[2]](Path(sys.argv[1]))
+    {"main": main, "cpu_adam": cpu_adam, "disk": disk}[sys.argv[2]](Path(sys.argv[1]))

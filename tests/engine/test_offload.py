@@ -63,6 +63,20 @@ def test_json_of_nvme():
     assert block["offload_param"] | {"pin_memory": True} == {"device": "cpu", "pin_memory": True}
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not nvme.AsyncIOBuilder().is_compatible(verbose=False), reason="no libaio to build async_io with")
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_on_a_disk(tmp_path, world_size):
+    """The same weights as in the host's memory, to the bit, and across a resume. Catches moments of size 0, which is
+    what there is of a group that is on the disk, and gradients that are read nowhere."""
+    found = result_of(run_ranks(["tests/engine/offload_worker.py", str(tmp_path), "disk"], world_size, timeout=600)[0])
+    told = found.pop("misaligned")
+    assert "the gradient of back.weight would lie at byte" in told
+    for name, case in found.items():
+        assert case["against the host"] == case["resumed"] == 0.0, name
+        assert case["bytes"] > 3 * 4 * 2 * 33 * 40960, "weights and moments of both matrices"
+
+
 def test_nvme_without_libaio_ends_before_weights_are_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(nvme.AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
     monkeypatch.setattr("delib_fast.train.build_stage_model", lambda *_: pytest.fail("weights are loaded"))
@@ -84,6 +98,8 @@ def test_nvme_that_can_not_be_built_or_written(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"engine\.nvme_path: .*/file can't be written .*File exists; give a folder"):
         nvme.check_nvme(engine)
+    with pytest.raises(ConfigError, match="offload_parameters is nvme, with which DeepSpeed 0.19 trains wrongly"):
+        nvme.check_nvme(engine.model_copy(update={"precision": "fp32"}))
     nvme.check_nvme(engine.model_copy(update={"nvme_path": str(tmp_path / "disk")}))
     assert list((tmp_path / "disk").iterdir()) == []
 
