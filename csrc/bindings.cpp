@@ -9,5 +9,6 @@
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of delib_fast; importing it registers the CPU kernels of torch.ops.delib_fast.";
+  m.attr("interface") = 1;  // as INTERFACE in delib_fast/ops/_library.py: count both up where a schema changes
   register_packing(m);
 }

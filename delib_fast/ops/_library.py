@@ -7,19 +7,24 @@ import importlib
 
 import torch
 
+INTERFACE = 1
+"""Of the compiled module: which schemas its kernels are for (csrc/bindings.cpp)."""
 LIBRARY = torch.library.Library("delib_fast", "FRAGMENT")
 
 
 def _load_compiled() -> str | None:
+    again = "build it again: pip install --no-build-isolation -e ."
     try:
-        importlib.import_module("delib_fast._C")
+        compiled = importlib.import_module("delib_fast._C")
     except ModuleNotFoundError as error:
         if error.name != "delib_fast._C":
             raise
         return "delib_fast._C is not built; install a C++ compiler, then: pip install --no-build-isolation -e ."
     except ImportError as error:
         # built against another torch: say so, since everything on a CPU is slower without it
-        return f"delib_fast._C does not load ({error}); build it again: pip install --no-build-isolation -e ."
+        return f"delib_fast._C does not load ({error}); {again}"
+    if getattr(compiled, "interface", None) != INTERFACE:  # its kernels are registered: nothing goes on without them
+        raise ImportError(f"delib_fast._C was built from another version of delib_fast; {again}")
     return None
 
 

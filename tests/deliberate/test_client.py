@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_rows, settings_for
+from making import make_rows, settings_for
 from scripted_model import ScriptedModel, status
 
 from delib_fast.config import ConfigError

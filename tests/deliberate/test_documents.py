@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_rows, read_rows, settings_for
+from making import make_rows, read_rows, settings_for
 from scripted_model import SPEC, ScriptedModel, scripted
 
 from delib_fast.config import SourceConfig

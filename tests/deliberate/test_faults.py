@@ -15,7 +15,7 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
-from conftest import make_rows, settings_for
+from making import make_rows, settings_for
 from scripted_model import ScriptedModel, cut_short, dripping, hang_up, scripted, status
 from werkzeug import Request, Response
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cli_process import CliProcess
-from conftest import make_rows, settings_for
+from making import make_rows, settings_for
 from pytest_httpserver import HTTPServer
 from scripted_model import SPEC, ScriptedModel, status
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROMPTS, make_rows, read_rows
 from launch import serving
+from making import PROMPTS, make_rows, read_rows
 
 from delib_fast.deliberate.ledger import RequestLedger
 from delib_fast.deliberate.settings import DeliberateSettings

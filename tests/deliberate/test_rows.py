@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PROMPTS, make_rows, read_rows, settings_for
+from making import PROMPTS, make_rows, read_rows, settings_for
 from scripted_model import ScriptedModel, words
 
 from delib_fast.config import ConfigError, SourceConfig

@@ -7,9 +7,9 @@ import random
 from pathlib import Path
 
 import pytest
-from conftest import settings_for
 from hypothesis import given
 from hypothesis import strategies as st
+from making import settings_for
 from scripted_model import SPEC
 
 from delib_fast.config import ConfigError

@@ -57,3 +57,17 @@ except BackendUnavailable as error:
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert "cpu: delib_fast._C is not built; install a C++ compiler" in done.stdout
     assert "linear_cross_entropy runs on reference" in done.stderr
+
+
+def test_a_compiled_module_of_another_version_is_refused_by_name():
+    program = """
+import sys, types
+sys.modules["delib_fast._C"] = types.ModuleType("delib_fast._C")
+try:
+    import delib_fast.ops
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == ("delib_fast._C was built from another version of delib_fast; build it again: "
+                           "pip install --no-build-isolation -e .\n")
