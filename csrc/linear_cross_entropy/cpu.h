@@ -107,7 +107,7 @@ struct Chunk {
 // little more than half the speed.
 inline std::int64_t leading_dimension(std::int64_t tokens) { return (tokens + 15) / 16 * 16; }
 
-// Chunks of nearly equal size, each at most `most` rows.
+// Chunks of nearly equal size, each at most `most` rows (but not less than 16) and whole cache lines of float32.
 std::int64_t equal_chunk(std::int64_t rows, std::int64_t most);
 
 // Any float dtype: blocks of the weight are widened as they are used, and every GEMM is float32 (or float64).

@@ -21,7 +21,7 @@ std::int64_t equal_chunk(std::int64_t rows, std::int64_t most) {
   constexpr std::int64_t VECTOR = 16;
   const std::int64_t chunks = std::max<std::int64_t>((rows + most - 1) / most, 1);
   const std::int64_t even = (rows + chunks - 1) / chunks;
-  return std::min(std::max<std::int64_t>((even + VECTOR - 1) / VECTOR * VECTOR, 1), std::max(most, VECTOR));
+  return std::max(std::min((even + VECTOR - 1) / VECTOR, most / VECTOR), std::int64_t{1}) * VECTOR;
 }
 
 template <typename acc_t>

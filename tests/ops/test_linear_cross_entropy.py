@@ -237,6 +237,23 @@ def test_both_cpu_paths_in_bfloat16(gemm, T, H):
     assert correct.sum() <= len(supervised(case))
 
 
+@pytest.mark.parametrize("keep_dz", [False, True])
+def test_what_fills_up_a_chunk_is_nothing_even_beside_an_infinite_weight(keep_dz):
+    # 37 rows are filled up with zeros, whose logits with this entry, masked out for good, are 0 · -inf
+    skip_if_unavailable("cpu")
+    case = make_case(37, 24, 103, torch.bfloat16, dead=0, device="cpu")
+    hidden, weight = case.hidden.detach().abs(), case.weight.detach()
+    weight[5] = -torch.inf
+    targets = torch.where(case.targets == 5, 6, case.targets)
+    exact = torch.autograd.functional.jacobian(
+        lambda w: linear_cross_entropy(hidden, w, targets, backend="reference").loss_sum, weight)
+    *_, grad_weight, dz, rows = torch.ops.delib_fast.linear_cross_entropy_cpu(
+        hidden, weight, targets, None, torch.arange(37), -100, 0, False, True, keep_dz=keep_dz, gemm="bfloat16")
+    ours = torch.ops.delib_fast.weight_gradient(dz, rows, torch.tensor(1.0)) if keep_dz else grad_weight
+    assert (ours[5] == 0).all()
+    torch.testing.assert_close(ours.double(), exact.double(), atol=0.1, rtol=0.05)
+
+
 def test_weight_gradient_does_not_round_between_chunks(fused):
     # 64 chunks: a bfloat16 accumulator would be worse than one chunk by several times
     case = make_case(T=96, H=32, V=61, dtype=torch.bfloat16)
