@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def cases_of(suite: str) -> Cases:
         name = "ours" if info["contender"].startswith("ours") else info["contender"]
         if name not in by or info["share_of_roof"] > by[name]["share_of_roof"]:
             by[name] = info
-    return {key: by for key, by in found.items() if "ours" in by}
+    numbers = {key: [int(n) for n in re.findall(r"\d+", key[1])] for key in found}
+    return {key: found[key] for key in sorted(found, key=lambda key: (key[0], numbers[key])) if "ours" in found[key]}
 
 
 def peer_table(cases: Cases, device: str) -> str:
