@@ -100,7 +100,7 @@ void run(const at::Tensor& hidden, const at::Tensor& weight, const LiveRows& row
   const std::int64_t fits = LOGITS_BYTES / (vocabulary * static_cast<std::int64_t>(sizeof(acc_t)));
   const std::int64_t most = chunk_tokens > 0 ? chunk_tokens : std::clamp<std::int64_t>(fits, 16, MOST_TOKENS);
   const std::int64_t step = equal_chunk(rows.size(), most);
-  const at::Tensor buffer = large_empty({vocabulary * leading_dimension(std::min(step, rows.size()))}, dtype);
+  const at::Tensor buffer = large_empty({vocabulary * step}, dtype);
   WideWeight wide(weight, dtype);
   const Sweeps<acc_t, acc_t> sweeps = WidenedTable<acc_t>::sweeps(results);
   for (std::int64_t begin = 0; begin < rows.size(); begin += step) {
