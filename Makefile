@@ -31,7 +31,8 @@ test: setup     ## all tests
 test-fast: setup ## the tests a laptop runs between two edits
 	$(BIN)/python -m pytest -q -m "not slow"
 
-lint: setup     ## ruff and mypy
+lint: setup     ## ruff format, ruff check, mypy
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 

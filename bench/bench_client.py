@@ -57,6 +57,7 @@ async def with_ledger(url: str, concurrency: int, folder: Path) -> int:
 async def plain_openai(url: str, concurrency: int, _: Path) -> int:
     slots = asyncio.Semaphore(concurrency)
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+
         async def one(i: int) -> int:
             async with slots:
                 reply = await client.chat.completions.create(model="loopback", messages=list(chat(i)), temperature=1.0)
@@ -77,8 +78,12 @@ def bench_client(benchmark, served: tuple[str, float], backend, concurrency: int
     benchmark.pedantic(once, rounds=3, warmup_rounds=1)
     rate = _REQUESTS / benchmark.stats.stats.median
     benchmark.extra_info |= {
-        "requests": _REQUESTS, "concurrency": concurrency, "delay_s": delay_s, "requests_per_s": round(rate, 1),
+        "requests": _REQUESTS,
+        "concurrency": concurrency,
+        "delay_s": delay_s,
+        "requests_per_s": round(rate, 1),
         "ceiling_requests_per_s": round(concurrency / delay_s, 1) if delay_s else None,
-        "openai": openai.__version__, "cores": os.cpu_count(),
+        "openai": openai.__version__,
+        "cores": os.cpu_count(),
     }
     print(f"\n{backend.__name__} concurrency {concurrency} delay {delay_s * 1000:.0f} ms: {rate:.0f} requests/s")

@@ -35,16 +35,34 @@ def trl_prepared(rows, tok, *, max_length, packing: bool):
     trl = pytest.importorskip("trl", reason="trl is not installed (extra: peers)")
     transformers = pytest.importorskip("transformers")
     datasets = pytest.importorskip("datasets")
-    config = transformers.Qwen3Config(vocab_size=len(tok), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                                      num_attention_heads=1, num_key_value_heads=1, head_dim=16)
+    config = transformers.Qwen3Config(
+        vocab_size=len(tok),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
     model = transformers.Qwen3ForCausalLM(config)
 
     def prepare():
         with tempfile.TemporaryDirectory() as folder:
-            args = trl.SFTConfig(output_dir=folder, max_length=max_length, packing=packing, completion_only_loss=True,
-                                 use_cpu=True, bf16=False, report_to=[], disable_tqdm=True)
-            data = datasets.load_dataset("json", data_files=str(rows), split="train", cache_dir=folder) \
-                if isinstance(rows, Path) else rows
+            args = trl.SFTConfig(
+                output_dir=folder,
+                max_length=max_length,
+                packing=packing,
+                completion_only_loss=True,
+                use_cpu=True,
+                bf16=False,
+                report_to=[],
+                disable_tqdm=True,
+            )
+            data = (
+                datasets.load_dataset("json", data_files=str(rows), split="train", cache_dir=folder)
+                if isinstance(rows, Path)
+                else rows
+            )
             return trl.SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tok).train_dataset
 
     return prepare
@@ -57,8 +75,10 @@ def adversarial(n: int):
     """[(kind, row)]: everything at once n times, and one kind of trouble at a time."""
     draw = random.Random(0)
     texts = [nasty_text(draw) for _ in range(3 * n)]
-    mixed = [("all of it", chat(f"x{p}x", f"x{c}x", f"x{r}x"))
-             for p, c, r in zip(texts[::3], texts[1::3], texts[2::3], strict=True)]
+    mixed = [
+        ("all of it", chat(f"x{p}x", f"x{c}x", f"x{r}x"))
+        for p, c, r in zip(texts[::3], texts[1::3], texts[2::3], strict=True)
+    ]
     return [
         *mixed,
         ("clean", chat("Why?", "The policy says so.", "Because.")),
@@ -80,8 +100,11 @@ def judged(ids, supervised, row):
     want, segments = oracle("qwen3", row)
     learnt = [segment != Segment.PROMPT for segment in segments]
     newline = len(want) - 1  # behind the turn's end: nobody is wrong about it
-    blocks = difflib.SequenceMatcher(None, ids, want, autojunk=False).get_matching_blocks() if list(ids) != want else \
-        [difflib.Match(0, 0, len(want))]
+    blocks = (
+        difflib.SequenceMatcher(None, ids, want, autojunk=False).get_matching_blocks()
+        if list(ids) != want
+        else [difflib.Match(0, 0, len(want))]
+    )
     right = sum(b + k == newline or supervised[a + k] == learnt[b + k] for a, b, size in blocks for k in range(size))
     return max(len(want), len(ids)), right
 
@@ -94,31 +117,53 @@ def bench_masks(benchmark, who, quick):
     if who == "delib_fast":
         encoded = benchmark.pedantic(encode_rows, (rows, tok, stage), rounds=1)
         results = [(e.input_ids.tolist(), (e.segments != Segment.PROMPT).tolist()) for e in encoded]
-        exact = sum((e.input_ids.tolist(), e.segments.tolist()) == oracle("qwen3", row)
-                    for e, row in zip(encoded, rows, strict=True))
+        exact = sum(
+            (e.input_ids.tolist(), e.segments.tolist()) == oracle("qwen3", row)
+            for e, row in zip(encoded, rows, strict=True)
+        )
     else:
         import datasets
 
-        data = datasets.Dataset.from_list([{
-            "prompt": [{"role": m.role, "content": m.content} for m in row.messages],
-            "completion": [{"role": "assistant", "content":
-                            f"<think>\n{row.cot}\n</think>\n\n{row.response}" if row.cot else row.response}]}
-            for row in rows])
+        data = datasets.Dataset.from_list(
+            [
+                {
+                    "prompt": [{"role": m.role, "content": m.content} for m in row.messages],
+                    "completion": [
+                        {
+                            "role": "assistant",
+                            "content": f"<think>\n{row.cot}\n</think>\n\n{row.response}" if row.cot else row.response,
+                        }
+                    ],
+                }
+                for row in rows
+            ]
+        )
         prepared = benchmark.pedantic(trl_prepared(data, tok, max_length=None, packing=False), rounds=1)
         names = prepared.column_names
-        masks = prepared["completion_mask"] if "completion_mask" in names else \
-            [[label != -100 for label in labels] for labels in prepared["labels"]]
+        masks = (
+            prepared["completion_mask"]
+            if "completion_mask" in names
+            else [[label != -100 for label in labels] for labels in prepared["labels"]]
+        )
         results = [(list(ids), [bool(m) for m in mask]) for ids, mask in zip(prepared["input_ids"], masks, strict=True)]
         assert len(results) == len(rows), f"TRL kept {len(results)} of {len(rows)} rows"
         exact = sum(ids == oracle("qwen3", row)[0] for (ids, _), row in zip(results, rows, strict=True))
     figures = [judged(ids, mask, row) for (ids, mask), row in zip(results, rows, strict=True)]
     tokens, right = map(sum, zip(*figures, strict=True))
-    by_kind = {kind: sum(r for k, (_, r) in zip(kinds, figures, strict=True) if k == kind) /
-               sum(t for k, (t, _) in zip(kinds, figures, strict=True) if k == kind) for kind in dict.fromkeys(kinds)}
-    benchmark.extra_info.update(machine(), rows=len(rows), tokens=tokens, tokens_right=right / tokens,
-                                tokens_right_by_kind=by_kind,
-                                rows_all_right=sum(t == r for t, r in figures) / len(rows),
-                                rows_ids_exact=exact / len(rows))
+    by_kind = {
+        kind: sum(r for k, (_, r) in zip(kinds, figures, strict=True) if k == kind)
+        / sum(t for k, (t, _) in zip(kinds, figures, strict=True) if k == kind)
+        for kind in dict.fromkeys(kinds)
+    }
+    benchmark.extra_info.update(
+        machine(),
+        rows=len(rows),
+        tokens=tokens,
+        tokens_right=right / tokens,
+        tokens_right_by_kind=by_kind,
+        rows_all_right=sum(t == r for t, r in figures) / len(rows),
+        rows_ids_exact=exact / len(rows),
+    )
     if who == "delib_fast":
         assert exact == len(rows)
         assert right == tokens
@@ -140,8 +185,15 @@ def file(request, tmp_path_factory):
     with path.open("w") as out:
         for _ in range(n):
             reply = f"<think>\n{text(600)}\n</think>\n\n{text(200)}"
-            out.write(json.dumps({"prompt": [{"role": "user", "content": text(80)}],
-                                  "completion": [{"role": "assistant", "content": reply}]}) + "\n")
+            out.write(
+                json.dumps(
+                    {
+                        "prompt": [{"role": "user", "content": text(80)}],
+                        "completion": [{"role": "assistant", "content": reply}],
+                    }
+                )
+                + "\n"
+            )
     return path
 
 
@@ -162,8 +214,16 @@ def bench_file_to_packs(benchmark, who, file, tmp_path):
         return encode_stream(rows, tok, stage, counts)
 
     def packs(encoded):
-        batches = PackedBatches(encoded, pack_capacity=CAPACITY, packs_per_step=1, segment_weights=WEIGHTS, seed=0,
-                                epochs=1, rank=0, world_size=1)
+        batches = PackedBatches(
+            encoded,
+            pack_capacity=CAPACITY,
+            packs_per_step=1,
+            segment_weights=WEIGHTS,
+            seed=0,
+            epochs=1,
+            rank=0,
+            world_size=1,
+        )
         return batches.fill, sum(p.num_tokens for i in range(len(batches)) for p in batches.step(i))
 
     if who == "trl":

@@ -43,8 +43,15 @@ class Block:
         hidden, intermediate, heads, kv_heads, head_dim = SHAPES[shape]
         torch.manual_seed(0)
         config = AutoConfig.for_model(
-            "qwen3", hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=1, num_attention_heads=heads,
-            num_key_value_heads=kv_heads, head_dim=head_dim, vocab_size=64)
+            "qwen3",
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=1,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            vocab_size=64,
+        )
         self.model = AutoModelForCausalLM.from_config(config).to(DEVICE)
         self.model.set_attn_implementation(NAME)
         for parameter in self.model.parameters():
@@ -60,9 +67,17 @@ class Block:
         self.q, self.d_q = (draw(1, T, heads, head_dim).to(dtype) for _ in range(2))
         self.k, self.d_k = (draw(1, T, kv_heads, head_dim).to(dtype) for _ in range(2))
         self.rope = self.model.model.rotary_emb(self.hidden, positions)
-        self.packed = {"attention_mask": None, "position_embeddings": self.rope, "position_ids": positions,
-                       "cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens, "max_length_q": max(LENGTHS),
-                       "max_length_k": max(LENGTHS), "cu_seqlens_host": borders, "varlen_backend": "auto"}
+        self.packed = {
+            "attention_mask": None,
+            "position_embeddings": self.rope,
+            "position_ids": positions,
+            "cu_seq_lens_q": cu_seqlens,
+            "cu_seq_lens_k": cu_seqlens,
+            "max_length_q": max(LENGTHS),
+            "max_length_k": max(LENGTHS),
+            "cu_seqlens_host": borders,
+            "varlen_backend": "auto",
+        }
         for leaf in (self.hidden, self.residual, self.gate, self.up, self.q, self.k):
             leaf.requires_grad_()
 
@@ -75,18 +90,26 @@ class Block:
             return norm(total), total
 
         def rope_and_qk_norm(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-            return qwen3.apply_rotary_pos_emb(attention.q_norm(q).transpose(1, 2), attention.k_norm(k).transpose(1, 2),
-                                              cos, sin)
+            return qwen3.apply_rotary_pos_emb(
+                attention.q_norm(q).transpose(1, 2), attention.k_norm(k).transpose(1, 2), cos, sin
+            )
 
         def swiglu(gate: Tensor, up: Tensor) -> tuple[Tensor]:
             return (act(gate) * up,)
 
         return {
-            "norm": (norm_and_residual, (self.hidden, self.residual), (self.hidden, self.residual, norm.weight),
-                     (self.upstream, self.upstream)),
-            "rope": (rope_and_qk_norm, (self.q, self.k, *self.rope),
-                     (self.q, self.k, attention.q_norm.weight, attention.k_norm.weight),
-                     (self.d_q.transpose(1, 2), self.d_k.transpose(1, 2))),
+            "norm": (
+                norm_and_residual,
+                (self.hidden, self.residual),
+                (self.hidden, self.residual, norm.weight),
+                (self.upstream, self.upstream),
+            ),
+            "rope": (
+                rope_and_qk_norm,
+                (self.q, self.k, *self.rope),
+                (self.q, self.k, attention.q_norm.weight, attention.k_norm.weight),
+                (self.d_q.transpose(1, 2), self.d_k.transpose(1, 2)),
+            ),
             "swiglu": (swiglu, (self.gate, self.up), (self.gate, self.up), (self.d_up,)),
         }
 
@@ -101,8 +124,9 @@ def make_block(shape: str, dtype: torch.dtype) -> Block:
     return Block(shape, dtype)
 
 
-def run_part(function: Callable[..., Any], arguments: tuple[Any, ...], leaves: tuple[Tensor, ...],
-             upstream: tuple[Tensor, ...]) -> list[Tensor]:
+def run_part(
+    function: Callable[..., Any], arguments: tuple[Any, ...], leaves: tuple[Tensor, ...], upstream: tuple[Tensor, ...]
+) -> list[Tensor]:
     out = function(*arguments)
     return [*(x.detach() for x in out), *torch.autograd.grad(out, leaves, upstream)]
 
@@ -115,17 +139,31 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def compare(benchmark: Any, eager: Callable[[], list[Tensor]], other: Callable[[], list[Tensor]], dtype: torch.dtype,
-            rounds: int, **extra: Any) -> None:
-    error = max(((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
-                for a, b in zip(other(), eager(), strict=True))
+def compare(
+    benchmark: Any,
+    eager: Callable[[], list[Tensor]],
+    other: Callable[[], list[Tensor]],
+    dtype: torch.dtype,
+    rounds: int,
+    **extra: Any,
+) -> None:
+    error = max(
+        ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
+        for a, b in zip(other(), eager(), strict=True)
+    )
     assert error < ALLOWED[dtype], error
     eager_s: list[float] = []
     benchmark.pedantic(lambda: (other(), synchronize()), setup=lambda: eager_s.append(seconds(eager)), rounds=rounds)
     ratios = [a / b for a, b in zip(eager_s, benchmark.stats.stats.data, strict=True)]
-    benchmark.extra_info.update(machine(), times_as_fast=statistics.median(ratios), error=error,
-                                eager_ms=statistics.median(eager_s) * 1e3, dtype=str(dtype).removeprefix("torch."),
-                                tokens=sum(LENGTHS), **extra)
+    benchmark.extra_info.update(
+        machine(),
+        times_as_fast=statistics.median(ratios),
+        error=error,
+        eager_ms=statistics.median(eager_s) * 1e3,
+        dtype=str(dtype).removeprefix("torch."),
+        tokens=sum(LENGTHS),
+        **extra,
+    )
 
 
 def skip_if_large(quick: bool, shape: str) -> None:
@@ -148,8 +186,17 @@ def bench_block(benchmark, quick, contender, dtype, shape):
     other.run()  # a block's first pass is eager
     begin = time.perf_counter()
     other.run()
-    compare(benchmark, block.run, other.run, dtype, 3 if quick else 7, case=f"block {shape}", contender=contender,
-            quick=quick, compile_s=time.perf_counter() - begin)
+    compare(
+        benchmark,
+        block.run,
+        other.run,
+        dtype,
+        3 if quick else 7,
+        case=f"block {shape}",
+        contender=contender,
+        quick=quick,
+        compile_s=time.perf_counter() - begin,
+    )
 
 
 @pytest.mark.parametrize("part", ["norm", "rope", "swiglu"])
@@ -163,6 +210,14 @@ def bench_part(benchmark, quick, dtype, shape, part):
     compiled = torch.compile(function, dynamic=False)
     block.run()
     whole = statistics.median(seconds(block.run) for _ in range(3))
-    compare(benchmark, lambda: run_part(function, *rest), lambda: run_part(compiled, *rest), dtype, 3 if quick else 7,
-            case=f"{part} {shape}", contender="compile", quick=quick)
+    compare(
+        benchmark,
+        lambda: run_part(function, *rest),
+        lambda: run_part(compiled, *rest),
+        dtype,
+        3 if quick else 7,
+        case=f"{part} {shape}",
+        contender="compile",
+        quick=quick,
+    )
     benchmark.extra_info["of_the_block"] = benchmark.extra_info["eager_ms"] / whole / 1e3

@@ -102,8 +102,9 @@ def torch_fused(inputs: Inputs, **options: Any) -> tuple[Tensor, ...]:
     from torch.nn import LinearCrossEntropyOptions
 
     rows, targets = _supervised(inputs)
-    loss = F.linear_cross_entropy(rows, inputs.weight, targets, reduction="sum",
-                                  options=LinearCrossEntropyOptions(**options))
+    loss = F.linear_cross_entropy(
+        rows, inputs.weight, targets, reduction="sum", options=LinearCrossEntropyOptions(**options)
+    )
     return _finish(loss.float(), inputs)
 
 
@@ -112,8 +113,9 @@ def trl_chunked(inputs: Inputs) -> tuple[Tensor, ...]:
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
     rows, targets = _supervised(inputs)
-    outputs = _ChunkedLogProbFunction.apply(rows, inputs.weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None,
-                                            1.0, ())
+    outputs = _ChunkedLogProbFunction.apply(
+        rows, inputs.weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ()
+    )
     return _finish(-outputs[0].sum(), inputs)
 
 
@@ -163,8 +165,9 @@ CONTENDERS: dict[str, Contender] = {
     "eager-compact": eager_compact,
     "compile-compact": compiled_compact,
     "torch-fused": torch_fused,
-    "torch-fused-tuned": functools.partial(torch_fused, acc_policy="compact", chunking_method=None,
-                                           batch_chunk_size=1024),
+    "torch-fused-tuned": functools.partial(
+        torch_fused, acc_policy="compact", chunking_method=None, batch_chunk_size=1024
+    ),
     "trl-chunked": trl_chunked,
     "liger": liger,
     "quack": quack,
@@ -299,6 +302,15 @@ def bench_linear_cross_entropy(benchmark, against_roof, quick, name, T, H, V, dt
     L, dtype_name = inputs.positions.shape[0], str(dtype).removeprefix("torch.")
     benchmark.group = case = f"T={T} H={H} V={V} {share:.0%} {dtype_name}"
     # Bytes that must move: both inputs and both gradients, each once
-    against_roof(call, make_roof(key), rounds=11 if seconds < 0.3 else 5 if seconds < 5 else 3, case=case,
-                 contender=name, flops=6 * L * H * V, supervised=L, dtype=dtype_name,
-                 least_bytes=2 * (L * H + V * H) * inputs.hidden.element_size(), **errors)
+    against_roof(
+        call,
+        make_roof(key),
+        rounds=11 if seconds < 0.3 else 5 if seconds < 5 else 3,
+        case=case,
+        contender=name,
+        flops=6 * L * H * V,
+        supervised=L,
+        dtype=dtype_name,
+        least_bytes=2 * (L * H + V * H) * inputs.hidden.element_size(),
+        **errors,
+    )

@@ -44,14 +44,16 @@ def byte_level_bpe(texts: list[str], vocab_size: int):
     transformers = pytest.importorskip("transformers")
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<|im_start|>", "<|im_end|>"],
-                                             show_progress=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False
+    )
     backend.train_from_iterator(texts, trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}{% if m.reasoning_content %}"
         "{{ '<think>\n' ~ m.reasoning_content ~ '\n</think>\n\n' }}{% endif %}{{ m.content ~ '<|im_end|>\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
     return tokenizer
 
 
@@ -59,20 +61,33 @@ def byte_level_bpe(texts: list[str], vocab_size: int):
 
 
 @pytest.mark.parametrize("N", [10_000, 100_000, 1_000_000])
-@pytest.mark.parametrize("backend", [
-    pytest.param("cpp", marks=pytest.mark.skipif(_compiled() is None, reason="delib_fast._C is not built")),
-    "python",
-])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("cpp", marks=pytest.mark.skipif(_compiled() is None, reason="delib_fast._C is not built")),
+        "python",
+    ],
+)
 def bench_plan_packs(benchmark, backend, N):
     lengths = long_cot_lengths(N)
     plan = plan_packs(lengths, CAPACITY, backend=backend)
     assert np.array_equal(np.sort(plan.examples), np.arange(N))
     sizes = np.add.reduceat(lengths[plan.examples], plan.pack_offsets[:-1])
     assert sizes.max() <= CAPACITY
-    benchmark.pedantic(plan_packs, (lengths, CAPACITY), {"backend": backend}, rounds=5 if backend == "cpp" else 1,
-                       warmup_rounds=1 if backend == "cpp" else 0)
-    note(benchmark, fill=plan.fill, packs=plan.num_packs, least_packs=int(-(-lengths.sum() // CAPACITY)),
-         lengths_per_s=N / benchmark.stats.stats.min)
+    benchmark.pedantic(
+        plan_packs,
+        (lengths, CAPACITY),
+        {"backend": backend},
+        rounds=5 if backend == "cpp" else 1,
+        warmup_rounds=1 if backend == "cpp" else 0,
+    )
+    note(
+        benchmark,
+        fill=plan.fill,
+        packs=plan.num_packs,
+        least_packs=int(-(-lengths.sum() // CAPACITY)),
+        lengths_per_s=N / benchmark.stats.stats.min,
+    )
 
 
 @pytest.mark.parametrize("batch", [1000, None], ids=["batches-of-1000", "whole-set"])
@@ -90,8 +105,12 @@ def bench_plan_packs_trl(benchmark, batch):
 
     packed = benchmark.pedantic(pack, rounds=1)
     tokens = sum(map(len, packed["input_ids"]))
-    note(benchmark, fill=tokens / (len(packed) * capacity), packs=len(packed),
-         lengths_per_s=N / benchmark.stats.stats.min)
+    note(
+        benchmark,
+        fill=tokens / (len(packed) * capacity),
+        packs=len(packed),
+        lengths_per_s=N / benchmark.stats.stats.min,
+    )
 
 
 @pytest.mark.parametrize("N", [100_000, 1_000_000])
@@ -117,8 +136,17 @@ def bench_cost_balance(benchmark, model, ranks):
     examples.lengths = lengths  # only lengths matter here: 1.8 billion tokens need not be made
 
     def ratio(quadratic_cost: float) -> float:
-        batches = PackedBatches(examples, pack_capacity=2 * CAPACITY, packs_per_step=ranks, epochs=1, rank=0,
-                                segment_weights=(0, 1, 1, 1), seed=0, world_size=1, quadratic_cost=quadratic_cost)
+        batches = PackedBatches(
+            examples,
+            pack_capacity=2 * CAPACITY,
+            packs_per_step=ranks,
+            epochs=1,
+            rank=0,
+            segment_weights=(0, 1, 1, 1),
+            seed=0,
+            world_size=1,
+            quadratic_cost=quadratic_cost,
+        )
         plan, order = batches._epochs.plan(0)
         costs = pack_costs(plan, lengths, q)[order[: len(order) // ranks * ranks]].reshape(-1, ranks)
         return float((costs.max(1) / costs.mean(1)).mean())
@@ -139,36 +167,63 @@ def bench_bundle_prompts(benchmark, quick):
     own = np.clip(rng.lognormal(np.log(2000), 0.9, N), 64, CAPACITY - 8000).astype(np.int64)
     examples = EncodedSet([Example(np.zeros(2, np.int32), np.full(2, 2, np.int8), "")])
     examples.lengths = prompts + own  # only lengths and hashes matter here
-    examples.prompts = np.stack([prompts, np.repeat(rng.integers(-2**62, 2**62, N // 8), 8)], axis=1)
+    examples.prompts = np.stack([prompts, np.repeat(rng.integers(-(2**62), 2**62, N // 8), 8)], axis=1)
 
     def plan():
         return plan_bundles(bundle(examples, CAPACITY), CAPACITY, seed=0)
 
     found, alone = benchmark.pedantic(plan, rounds=3), plan_packs(examples.lengths, CAPACITY)
     assert np.array_equal(np.sort(found.examples), np.arange(N))
-    note(benchmark, fill=found.fill, packs=found.num_packs, packs_alone=alone.num_packs,
-         tokens_saved=1 - found.num_tokens / alone.num_tokens, lengths_per_s=N / benchmark.stats.stats.min)
+    note(
+        benchmark,
+        fill=found.fill,
+        packs=found.num_packs,
+        packs_alone=alone.num_packs,
+        tokens_saved=1 - found.num_tokens / alone.num_tokens,
+        lengths_per_s=N / benchmark.stats.stats.min,
+    )
 
 
 @pytest.mark.skipif(not MATH_COT.exists(), reason="math_cot_100x8.jsonl is not in ../shared/data")
 def bench_math_cot(benchmark, quick):
     """100 prompts with 8 chains of thought each: tokens computed with shared prompts and without."""
     items = [json.loads(line) for line in MATH_COT.read_text().splitlines()[: 20 if quick else None]]
-    rows = [Row(kind="chat", place="", source="s", digest="", messages=(Message("user", item["question"]),),
-                response=reply) for item in items for reply in item["code"]]
-    encoded = encode_rows(rows, byte_level_bpe([part for row in rows for part in row.texts], 8192),
-                          AFTConfig(train=["s"], pack_capacity=8192))
+    rows = [
+        Row(kind="chat", place="", source="s", digest="", messages=(Message("user", item["question"]),), response=reply)
+        for item in items
+        for reply in item["code"]
+    ]
+    encoded = encode_rows(
+        rows,
+        byte_level_bpe([part for row in rows for part in row.texts], 8192),
+        AFTConfig(train=["s"], pack_capacity=8192),
+    )
 
     def batches(share: bool) -> PackedBatches:
-        return PackedBatches(encoded, pack_capacity=8192, packs_per_step=1, segment_weights=(0, 1, 1, 1), seed=0,
-                             epochs=1, rank=0, world_size=1, share_prompts=share)
+        return PackedBatches(
+            encoded,
+            pack_capacity=8192,
+            packs_per_step=1,
+            segment_weights=(0, 1, 1, 1),
+            seed=0,
+            epochs=1,
+            rank=0,
+            world_size=1,
+            share_prompts=share,
+        )
 
     shared, plain = benchmark.pedantic(batches, (True,), rounds=3), batches(False)
     supervised = [sum(p.num_supervised for s in range(len(b)) for p in b.step(s)) for b in (shared, plain)]
     assert supervised[0] == supervised[1]
-    note(benchmark, tokens_computed=shared.tokens_per_epoch, tokens_plain=plain.tokens_per_epoch,
-         supervised=supervised[0], packs=shared.packs_per_epoch, packs_plain=plain.packs_per_epoch,
-         saved=1 - shared.tokens_per_epoch / plain.tokens_per_epoch)
+    note(
+        benchmark,
+        tokens_computed=shared.tokens_per_epoch,
+        tokens_plain=plain.tokens_per_epoch,
+        supervised=supervised[0],
+        packs=shared.packs_per_epoch,
+        packs_plain=plain.packs_per_epoch,
+        saved=1 - shared.tokens_per_epoch / plain.tokens_per_epoch,
+    )
 
 
 # --- assembling -----------------------------------------------------------------------------------------------
@@ -179,12 +234,22 @@ def bench_assemble(benchmark, median):
     """Packs as tensors: ids, shifted targets, weights, positions, run borders. One core."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(median), 0.9, 2_000_000 // median), 16, CAPACITY).astype(int)
-    examples = EncodedSet([
-        Example(rng.integers(0, 50_000, n).astype(np.int32), (np.arange(n) * 3 // n).astype(np.int8), f"row {i}")
-        for i, n in enumerate(lengths)
-    ])
-    batches = PackedBatches(examples, pack_capacity=CAPACITY, packs_per_step=4, segment_weights=(0, 1, 1, 1), seed=0,
-                            epochs=1, rank=0, world_size=1)
+    examples = EncodedSet(
+        [
+            Example(rng.integers(0, 50_000, n).astype(np.int32), (np.arange(n) * 3 // n).astype(np.int8), f"row {i}")
+            for i, n in enumerate(lengths)
+        ]
+    )
+    batches = PackedBatches(
+        examples,
+        pack_capacity=CAPACITY,
+        packs_per_step=4,
+        segment_weights=(0, 1, 1, 1),
+        seed=0,
+        epochs=1,
+        rank=0,
+        world_size=1,
+    )
 
     def epoch() -> int:
         return sum(pack.num_tokens for step in range(len(batches)) for pack in batches.step(step) if not pack.is_empty)
@@ -205,8 +270,18 @@ def bench_encode(benchmark):
     def text(n: int) -> str:
         return " ".join(draw.choice(words) + draw.choice(["", "", "", ",", ".\n", "?"]) for _ in range(n))
 
-    rows = [Row(kind="chat", place=f"rows.jsonl:{i}", source="s", digest="", messages=(Message("user", text(40)),),
-                cot=text(300), response=text(100)) for i in range(1000)]
+    rows = [
+        Row(
+            kind="chat",
+            place=f"rows.jsonl:{i}",
+            source="s",
+            digest="",
+            messages=(Message("user", text(40)),),
+            cot=text(300),
+            response=text(100),
+        )
+        for i in range(1000)
+    ]
     tokenizer = byte_level_bpe([part for row in rows[:100] for part in row.texts], 4096)
     stage = AFTConfig(train=["s"], pack_capacity=8192)
     encoded = encode_rows(rows, tokenizer, stage)
@@ -214,5 +289,8 @@ def bench_encode(benchmark):
     user = {"role": "user", "content": rows[0].messages[0].content}
     assert encoded[0].input_ids.tolist() == tokenizer.apply_chat_template([user, message], return_dict=False)
     benchmark.pedantic(encode_rows, (rows, tokenizer, stage), rounds=3)
-    note(benchmark, tokens_per_s=encoded.counts.tokens / benchmark.stats.stats.min,
-         rows_per_s=len(rows) / benchmark.stats.stats.min)
+    note(
+        benchmark,
+        tokens_per_s=encoded.counts.tokens / benchmark.stats.stats.min,
+        rows_per_s=len(rows) / benchmark.stats.stats.min,
+    )

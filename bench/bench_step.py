@@ -76,8 +76,9 @@ def by_hand(work: Workload) -> Contender:
     padded = [tuple(t.to(device) for t in batch) for batch in padded_batches(work)]
 
     @torch.compile(dynamic=True, disable=work.shape.name == "quick")
-    def head_and_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-                      weights: torch.Tensor) -> torch.Tensor:
+    def head_and_loss(
+        hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
         nll = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
         return (nll * weights).sum()
 
@@ -116,21 +117,42 @@ def trl_times(work: Workload, updates: int, folder: Path) -> tuple[list[float], 
             self.seconds.append(time.perf_counter() - self.began)
 
     gpu = work.ranks.device.type == "cuda"
-    rows = [{"input_ids": row.input_ids.tolist(), "completion_mask": [int(s in work.supervised_segments)
-                                                                    for s in row.segments.tolist()]}
-            for row in (work.examples[i] for i in work.batches.step_example_ids(0))]
+    rows = [
+        {
+            "input_ids": row.input_ids.tolist(),
+            "completion_mask": [int(s in work.supervised_segments) for s in row.segments.tolist()],
+        }
+        for row in (work.examples[i] for i in work.batches.step_example_ids(0))
+    ]
     settings = SFTConfig(
-        output_dir=str(folder), max_length=work.shape.pack_capacity, packing=True, completion_only_loss=True,
-        per_device_train_batch_size=1, num_train_epochs=updates, learning_rate=LR, weight_decay=DECAY,
-        adam_beta1=BETAS[0], adam_beta2=BETAS[1], lr_scheduler_type="constant", max_grad_norm=1.0, logging_steps=1,
-        report_to="none", save_strategy="no", use_cpu=not gpu, bf16=False, disable_tqdm=True,
-        gradient_checkpointing=False, use_liger_kernel=gpu and _has("liger_kernel"),
-        **({"loss_type": "chunked_nll"} if gpu and not _has("liger_kernel") else {}))
+        output_dir=str(folder),
+        max_length=work.shape.pack_capacity,
+        packing=True,
+        completion_only_loss=True,
+        per_device_train_batch_size=1,
+        num_train_epochs=updates,
+        learning_rate=LR,
+        weight_decay=DECAY,
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=not gpu,
+        bf16=False,
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        use_liger_kernel=gpu and _has("liger_kernel"),
+        **({"loss_type": "chunked_nll"} if gpu and not _has("liger_kernel") else {}),
+    )
     model = work.model().to(work.ranks.device, DTYPES[work.precision])
     model.set_attn_implementation("flash_attention_2" if gpu and _has("flash_attn") else "sdpa")
     times = Times()
-    trainer = SFTTrainer(model, args=settings, train_dataset=Dataset.from_list(rows), callbacks=[times],
-                         processing_class=work.tokenizer)
+    trainer = SFTTrainer(
+        model, args=settings, train_dataset=Dataset.from_list(rows), callbacks=[times], processing_class=work.tokenizer
+    )
     trainer.args.gradient_accumulation_steps = len(trainer.train_dataset)  # packs that TRL made of the rows
     trainer.train()
     return times.seconds, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -186,11 +208,23 @@ def bench_step(benchmark, workloads, quick, shape, data, contender):
     losses = [step() for _ in range(COMPARED)]
     assert losses == pytest.approx(hand_losses, rel=TOLERANCE[work.precision])
     peak = peak_extra_mib(step)
-    benchmark.pedantic(lambda: (step(), synchronize()), rounds=rounds,
-                       setup=(lambda: hand_s.append(_seconds(hand))) if together else lambda: None)
+    benchmark.pedantic(
+        lambda: (step(), synchronize()),
+        rounds=rounds,
+        setup=(lambda: hand_s.append(_seconds(hand))) if together else lambda: None,
+    )
     close()
-    _record(benchmark, work, contender, benchmark.stats.stats.median, statistics.median(hand_s), data, losses=losses,
-            by_hand_losses=hand_losses, peak_extra_mib=peak)
+    _record(
+        benchmark,
+        work,
+        contender,
+        benchmark.stats.stats.median,
+        statistics.median(hand_s),
+        data,
+        losses=losses,
+        by_hand_losses=hand_losses,
+        peak_extra_mib=peak,
+    )
 
 
 @pytest.mark.parametrize(("shape", "data"), CASES)
@@ -222,15 +256,29 @@ def _seconds(step: Callable[[], float]) -> float:
     return time.perf_counter() - began
 
 
-def _record(benchmark: Any, work: Workload, contender: str, seconds: float, hand_s: float, data: str,
-            **more: Any) -> None:
+def _record(
+    benchmark: Any, work: Workload, contender: str, seconds: float, hand_s: float, data: str, **more: Any
+) -> None:
     flops = StepCost.of(TrainableLM(work.model())).flops(work.micro_batches)
     peak = device_peak(work.ranks.device, DTYPES[work.precision])
     benchmark.extra_info.update(
-        machine(), shape=work.shape.name, quick=work.shape.name == "quick", data=f"{data}: {work.source}",
-        contender=contender, precision=work.precision,
-        tokens=work.tokens, supervised_tokens=work.supervised, fill=work.batches.fill, step_s=seconds,
-        by_hand_s=hand_s, ratio=hand_s / seconds, tokens_per_s=work.tokens / seconds,
-        supervised_tokens_per_s=work.supervised / seconds, by_hand_supervised_tokens_per_s=work.supervised / hand_s,
-        mfu=flops / seconds / peak.flops_per_s, peak_tflops_per_s=peak.flops_per_s / 1e12, peak_source=peak.source,
-        **more)
+        machine(),
+        shape=work.shape.name,
+        quick=work.shape.name == "quick",
+        data=f"{data}: {work.source}",
+        contender=contender,
+        precision=work.precision,
+        tokens=work.tokens,
+        supervised_tokens=work.supervised,
+        fill=work.batches.fill,
+        step_s=seconds,
+        by_hand_s=hand_s,
+        ratio=hand_s / seconds,
+        tokens_per_s=work.tokens / seconds,
+        supervised_tokens_per_s=work.supervised / seconds,
+        by_hand_supervised_tokens_per_s=work.supervised / hand_s,
+        mfu=flops / seconds / peak.flops_per_s,
+        peak_tflops_per_s=peak.flops_per_s / 1e12,
+        peak_source=peak.source,
+        **more,
+    )

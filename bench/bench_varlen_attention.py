@@ -66,15 +66,26 @@ class Inputs(NamedTuple):
 
 def make_inputs(lengths: list[int], prefix: list[int] | None = None, dtype: torch.dtype = DTYPE) -> Inputs:
     draw = torch.Generator(DEVICE).manual_seed(1)
-    q, k, v, g = (torch.randn(sum(lengths), heads, D, device=DEVICE, generator=draw).to(dtype)
-                  for heads in (Hq, Hkv, Hkv, Hq))
+    q, k, v, g = (
+        torch.randn(sum(lengths), heads, D, device=DEVICE, generator=draw).to(dtype) for heads in (Hq, Hkv, Hkv, Hq)
+    )
     return Inputs(lengths, prefix, q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), g)
 
 
 def ours(backend: str, window: int | None, inputs: Inputs) -> tuple[Tensor, ...]:
-    return inputs.finish(varlen_attention(
-        inputs.q, inputs.k, inputs.v, inputs.cu_seqlens, max(inputs.lengths), window=window, prefix=inputs.prefix,
-        cu_seqlens_host=inputs.borders, backend=backend))
+    return inputs.finish(
+        varlen_attention(
+            inputs.q,
+            inputs.k,
+            inputs.v,
+            inputs.cu_seqlens,
+            max(inputs.lengths),
+            window=window,
+            prefix=inputs.prefix,
+            cu_seqlens_host=inputs.borders,
+            backend=backend,
+        )
+    )
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
@@ -83,8 +94,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
 
 
 def sdpa_dense(window: int | None, inputs: Inputs) -> tuple[Tensor, ...]:
-    run = torch.repeat_interleave(torch.arange(len(inputs.lengths), device=DEVICE),
-                                  torch.tensor(inputs.lengths, device=DEVICE))
+    run = torch.repeat_interleave(
+        torch.arange(len(inputs.lengths), device=DEVICE), torch.tensor(inputs.lengths, device=DEVICE)
+    )
     place = torch.arange(len(run), device=DEVICE)
     mask = (run[:, None] == run) & (place[:, None] >= place)
     if window is not None:
@@ -93,14 +105,18 @@ def sdpa_dense(window: int | None, inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def sdpa_loop(window: int | None, inputs: Inputs) -> tuple[Tensor, ...]:
-    return inputs.finish(torch.cat([_sdpa(inputs.q[a:b], inputs.k[a:b], inputs.v[a:b], is_causal=True)
-                                    for a, b in pairwise(inputs.borders)]))
+    return inputs.finish(
+        torch.cat(
+            [_sdpa(inputs.q[a:b], inputs.k[a:b], inputs.v[a:b], is_causal=True) for a, b in pairwise(inputs.borders)]
+        )
+    )
 
 
 def contenders() -> dict[str, Callable[[int | None, Inputs], tuple[Tensor, ...]]]:
     tensors = make_inputs([8])[2:5]
-    found: dict[str, Any] = {b.name: functools.partial(ours, b.name) for b in _BACKENDS
-                             if b.why_not(*tensors, None) is None}
+    found: dict[str, Any] = {
+        b.name: functools.partial(ours, b.name) for b in _BACKENDS if b.why_not(*tensors, None) is None
+    }
     return {**found, "sdpa_dense": sdpa_dense, "sdpa_loop": sdpa_loop}
 
 
@@ -110,8 +126,10 @@ def exact_results(lengths: tuple[int, ...], window: int | None) -> tuple[Tensor,
     inputs, found = make_inputs(list(lengths)), []
     for head in range(Hkv):
         queries, keys = slice(head * Hq // Hkv, (head + 1) * Hq // Hkv), slice(head, head + 1)
-        part = [x.detach()[:, heads].double().requires_grad_(x.requires_grad)
-                for x, heads in zip(inputs[2:], (queries, keys, keys, queries), strict=True)]
+        part = [
+            x.detach()[:, heads].double().requires_grad_(x.requires_grad)
+            for x, heads in zip(inputs[2:], (queries, keys, keys, queries), strict=True)
+        ]
         found.append(ours("reference", window, Inputs(inputs.lengths, None, *part)))
     return tuple(torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
 
@@ -132,8 +150,9 @@ def one_product(operations: int) -> Callable[[], Any]:
 
 
 def flops(lengths: list[int], window: int | None) -> int:
-    pairs = sum(n * (n + 1) // 2 if window is None or n <= window else window * n - window * (window - 1) // 2
-                for n in lengths)
+    pairs = sum(
+        n * (n + 1) // 2 if window is None or n <= window else window * n - window * (window - 1) // 2 for n in lengths
+    )
     return 7 * 2 * Hq * D * pairs
 
 
@@ -148,11 +167,19 @@ def bench_varlen_attention(against_roof, quick, runs, window, name):
     error = assert_correct(call(window, inputs), inputs, window)
     tokens = sum(lengths)
     size = torch.finfo(DTYPE).bits // 8
-    against_roof(lambda: call(window, inputs), one_product(flops(lengths, window)), rounds=11 if quick else 5,
-                 case=f"{runs} {'full' if window is None else f'window {window}'}",
-                 contender=name if name.startswith("sdpa") else f"ours-{name}", flops=flops(lengths, window),
-                 least_bytes=size * tokens * D * (6 * Hq + 8 * Hkv), tokens=tokens, longest=max(lengths), error=error,
-                 dtype=str(DTYPE).removeprefix("torch."))
+    against_roof(
+        lambda: call(window, inputs),
+        one_product(flops(lengths, window)),
+        rounds=11 if quick else 5,
+        case=f"{runs} {'full' if window is None else f'window {window}'}",
+        contender=name if name.startswith("sdpa") else f"ours-{name}",
+        flops=flops(lengths, window),
+        least_bytes=size * tokens * D * (6 * Hq + 8 * Hkv),
+        tokens=tokens,
+        longest=max(lengths),
+        error=error,
+        dtype=str(DTYPE).removeprefix("torch."),
+    )
 
 
 # --- completions of one prompt ------------------------------------------------------------------------------------
@@ -188,8 +215,10 @@ def math_cot(quick: bool) -> list[tuple[int, list[int]]]:
     def count(text: str) -> int:
         return len(tokenizer(text).input_ids)
 
-    return [(count(row["system"] + row["question"]), [count(code) for code in row["code"]])
-            for row in rows[:1 if quick else 16]]
+    return [
+        (count(row["system"] + row["question"]), [count(code) for code in row["code"]])
+        for row in rows[: 1 if quick else 16]
+    ]
 
 
 def attention_of(cases: list[tuple[int, list[int]]], layout: Any) -> Callable[[], Any]:
@@ -206,9 +235,21 @@ def step_of(cases: list[tuple[int, list[int]]], layout: Any) -> Callable[[], flo
     from delib_fast.models import TrainableLM
 
     torch.manual_seed(0)
-    model = TrainableLM(AutoModelForCausalLM.from_config(AutoConfig.for_model(
-        "qwen3", hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, vocab_size=8192, max_position_embeddings=8192)).to(DEVICE)).train()
+    model = TrainableLM(
+        AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(
+                "qwen3",
+                hidden_size=256,
+                intermediate_size=768,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=64,
+                vocab_size=8192,
+                max_position_embeddings=8192,
+            )
+        ).to(DEVICE)
+    ).train()
     batch = completions_pack(cases, *layout(cases), PackedBatch)
 
     def step() -> float:
@@ -245,16 +286,25 @@ def bench_completions(benchmark, quick, prompts, what):
     ratios = [a / b for a, b in zip(plain_s, benchmark.stats.stats.data, strict=True)]
     tokens = [sum(layout(cases)[0]) for layout in (written_out, shared)]
     benchmark.extra_info.update(
-        machine(), quick=quick, prompts=prompts.__name__, what=what.__name__.removesuffix("_of"),
-        completions=sum(len(ends) for _, ends in cases), tokens_plain=tokens[0], tokens_shared=tokens[1],
-        plain_ms=statistics.median(plain_s) * 1e3, times_as_fast=statistics.median(ratios))
+        machine(),
+        quick=quick,
+        prompts=prompts.__name__,
+        what=what.__name__.removesuffix("_of"),
+        completions=sum(len(ends) for _, ends in cases),
+        tokens_plain=tokens[0],
+        tokens_shared=tokens[1],
+        plain_ms=statistics.median(plain_s) * 1e3,
+        times_as_fast=statistics.median(ratios),
+    )
 
 
 def completions_pack(cases, lengths, prefix, packed_batch):
     """Made tokens: the same prompt and completion texts in both layouts."""
     draw = torch.Generator().manual_seed(2)
-    texts = [(torch.randint(8192, (n,), generator=draw), [torch.randint(8192, (m,), generator=draw) for m in ms])
-             for n, ms in cases]
+    texts = [
+        (torch.randint(8192, (n,), generator=draw), [torch.randint(8192, (m,), generator=draw) for m in ms])
+        for n, ms in cases
+    ]
     tokens, weights, first = [], [], []
     for prompt, completions in texts:
         if prefix is not None:
@@ -273,9 +323,16 @@ def completions_pack(cases, lengths, prefix, packed_batch):
     ends = torch.tensor(borders[1:]) - 1
     targets[ends], weight[ends] = -100, 0.0
     batch = packed_batch(
-        input_ids=ids, targets=targets, loss_weights=weight, segment_ids=torch.zeros_like(ids, dtype=torch.int8),
+        input_ids=ids,
+        targets=targets,
+        loss_weights=weight,
+        segment_ids=torch.zeros_like(ids, dtype=torch.int8),
         position_ids=torch.cat([torch.arange(n) + at for n, at in zip(lengths, first, strict=True)]),
-        cu_seqlens=torch.tensor(borders, dtype=torch.int32), max_seqlen=max(lengths),
-        loss_positions=(weight > 0).nonzero().squeeze(-1), cu_seqlens_host=borders,
-        example_ids=tuple(range(len(lengths))), prefix=None if prefix is None else tuple(prefix))
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+        max_seqlen=max(lengths),
+        loss_positions=(weight > 0).nonzero().squeeze(-1),
+        cu_seqlens_host=borders,
+        example_ids=tuple(range(len(lengths))),
+        prefix=None if prefix is None else tuple(prefix),
+    )
     return batch.to(DEVICE)

@@ -32,8 +32,10 @@ def main() -> None:
             held.append(writer.stall_s)
             writer.wait()
             whole.append(time.perf_counter() - began)
-    print(f"{size} MiB: the loop is held {statistics.median(held):.2f} s, the whole takes "
-          f"{statistics.median(whole):.2f} s")
+    print(
+        f"{size} MiB: the loop is held {statistics.median(held):.2f} s, the whole takes "
+        f"{statistics.median(whole):.2f} s"
+    )
 
 
 if __name__ == "__main__":

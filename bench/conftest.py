@@ -104,8 +104,9 @@ def against_roof(benchmark: Any, quick: bool) -> Callable[..., None]:
     """Measure `call`, and before each of its rounds the `roof` that it is compared with: what disturbs the machine
     disturbs both. extra_info gets the median over the rounds of roof ÷ call, the share of the roof."""
 
-    def measure(call: Callable[[], Any], roof: Callable[[], Any], *, rounds: int, case: str, contender: str,
-                **extra: Any) -> None:
+    def measure(
+        call: Callable[[], Any], roof: Callable[[], Any], *, rounds: int, case: str, contender: str, **extra: Any
+    ) -> None:
         roof_s: list[float] = []
 
         def timed() -> None:
@@ -117,10 +118,18 @@ def against_roof(benchmark: Any, quick: bool) -> Callable[..., None]:
         timed()
         benchmark.pedantic(timed, setup=lambda: roof_s.append(_seconds(roof)), rounds=rounds)
         data = benchmark.stats.stats.data
-        share = statistics.median(r / c for r, c in zip(roof_s[-len(data):], data, strict=True))
+        share = statistics.median(r / c for r, c in zip(roof_s[-len(data) :], data, strict=True))
         benchmark.extra_info.update(
-            machine(), case=case, contender=contender, quick=quick, rounds=rounds, share_of_roof=share,
-            times_the_roof=1 / share, roof_ms=statistics.median(roof_s) * 1e3,
-            bandwidth_gb_per_s=bandwidth_gb_per_s(), **extra)
+            machine(),
+            case=case,
+            contender=contender,
+            quick=quick,
+            rounds=rounds,
+            share_of_roof=share,
+            times_the_roof=1 / share,
+            roof_ms=statistics.median(roof_s) * 1e3,
+            bandwidth_gb_per_s=bandwidth_gb_per_s(),
+            **extra,
+        )
 
     return measure

@@ -44,9 +44,11 @@ def main() -> None:
     ratio = statistics.median(b / a for a, b in times)
     first, second = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
     apart = float((ours - theirs).abs().max() / (theirs - start).abs().max())
-    print(f"{start.numel():,} weights, {torch.get_num_threads()} threads, {options.turns} turns: DeepSpeed "
-          f"{first:.1f} ms, torch {second:.1f} ms, torch takes {ratio:.2f} times as long; apart by {apart:.1e} of what "
-          "they moved")
+    print(
+        f"{start.numel():,} weights, {torch.get_num_threads()} threads, {options.turns} turns: DeepSpeed "
+        f"{first:.1f} ms, torch {second:.1f} ms, torch takes {ratio:.2f} times as long; apart by {apart:.1e} of what "
+        "they moved"
+    )
 
 
 if __name__ == "__main__":

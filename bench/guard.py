@@ -31,8 +31,18 @@ def run(tests: list[str]) -> list[dict[str, Any]]:
     """The results of some bench files, or of some of their tests (file::name)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "out.json"
-        command = [sys.executable, "-m", "pytest", *tests, "--quick", "-q", "-p", "no:cacheprovider",
-                   "--benchmark-json", str(path)]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            *tests,
+            "--quick",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--benchmark-json",
+            str(path),
+        ]
         if code := subprocess.run(command, check=False).returncode:
             sys.exit(code)
         return read_results([path])
@@ -40,15 +50,22 @@ def run(tests: list[str]) -> list[dict[str, Any]]:
 
 def shares(entries: list[dict[str, Any]]) -> dict[str, float]:
     """Of our backends; the reference is there to be read, not to be fast."""
-    return {entry["name"]: entry["extra_info"]["share_of_roof"] for entry in entries
-            if entry["extra_info"].get("contender", "").startswith("ours-")
-            and entry["extra_info"]["contender"] != "ours-reference" and "share_of_roof" in entry["extra_info"]}
+    return {
+        entry["name"]: entry["extra_info"]["share_of_roof"]
+        for entry in entries
+        if entry["extra_info"].get("contender", "").startswith("ours-")
+        and entry["extra_info"]["contender"] != "ours-reference"
+        and "share_of_roof" in entry["extra_info"]
+    }
 
 
 def fallen(now: dict[str, float], committed: dict[str, float]) -> dict[str, str]:
     """{name: what is to be said of it} of the shares that have lost more than is allowed."""
-    return {name: f"{name}: {now[name]:.3f} of its roof, {was:.3f} committed (least allowed {LEAST * was:.3f})"
-            for name, was in committed.items() if name in now and now[name] < LEAST * was}
+    return {
+        name: f"{name}: {now[name]:.3f} of its roof, {was:.3f} committed (least allowed {LEAST * was:.3f})"
+        for name, was in committed.items()
+        if name in now and now[name] < LEAST * was
+    }
 
 
 def main() -> int:
@@ -61,8 +78,9 @@ def main() -> int:
         for path in record(entries):
             print(path)
         return 0
-    committed = shares([entry for entry in stored(device_name(), "quick")
-                        if entry["extra_info"].get("processor") == processor()])
+    committed = shares(
+        [entry for entry in stored(device_name(), "quick") if entry["extra_info"].get("processor") == processor()]
+    )
     if not committed:
         print(f"guard: no figures are committed for {device_name()}, {processor()}, so nothing was compared")
         return 0

@@ -42,13 +42,34 @@ def train_with_trl(folder: str) -> None:
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w2", unk_token="w0")
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
-        "qwen3", hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, head_dim=16,
-        num_key_value_heads=1, vocab_size=64))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "qwen3",
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            head_dim=16,
+            num_key_value_heads=1,
+            vocab_size=64,
+        )
+    )
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(64, (STEPS * 2, 32)).tolist()]
-    config = SFTConfig(folder, max_steps=STEPS, per_device_train_batch_size=2, save_strategy="steps", save_steps=1,
-                       report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, max_length=None,
-                       gradient_checkpointing=False, learning_rate=0.01, dataset_kwargs={"skip_prepare_dataset": True})
+    config = SFTConfig(
+        folder,
+        max_steps=STEPS,
+        per_device_train_batch_size=2,
+        save_strategy="steps",
+        save_steps=1,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        max_length=None,
+        gradient_checkpointing=False,
+        learning_rate=0.01,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
     trainer = SFTTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
     trainer.train(resume_from_checkpoint=last)
@@ -71,6 +92,7 @@ def die_while_writing(name: str | None) -> None:
                 data = path.read_bytes()
                 path.write_bytes(data[: len(data) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
+
         return write
 
     torch.save = dying(torch.save, 1)
@@ -95,8 +117,15 @@ def ours(folder: Path, **env: str) -> tuple[int, str]:
 
 def command(arguments: list[str], **env: str) -> tuple[int, str]:
     path = os.pathsep.join(str(ROOT / part) for part in (".", "tests", "tests/engine"))
-    done = subprocess.run([sys.executable, *arguments], env=os.environ | {"PYTHONPATH": path, **env}, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"PYTHONPATH": path, **env},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+        check=False,
+    )
     return done.returncode, done.stdout
 
 

@@ -1,6 +1,6 @@
 """An endpoint that costs nothing: answers every chat completion after a fixed time, over plain asyncio streams.
 
-    python bench/loopback_server.py DELAY_MS     prints its port, serves 127.0.0.1 until its standard input closes
+python bench/loopback_server.py DELAY_MS     prints its port, serves 127.0.0.1 until its standard input closes
 """
 
 from __future__ import annotations
@@ -9,12 +9,22 @@ import asyncio
 import json
 import sys
 
-_REPLY = json.dumps({
-    "id": "chatcmpl-1", "object": "chat.completion", "created": 0, "model": "loopback",
-    "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "word " * 300}}],
-    "usage": {"prompt_tokens": 1500, "completion_tokens": 300, "total_tokens": 1800}}).encode()
-_WHOLE = (b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: " + str(len(_REPLY)).encode()
-          + b"\r\n\r\n" + _REPLY)
+_REPLY = json.dumps(
+    {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "loopback",
+        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "word " * 300}}],
+        "usage": {"prompt_tokens": 1500, "completion_tokens": 300, "total_tokens": 1800},
+    }
+).encode()
+_WHOLE = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: "
+    + str(len(_REPLY)).encode()
+    + b"\r\n\r\n"
+    + _REPLY
+)
 
 
 async def serve(delay_s: float) -> None:

@@ -32,13 +32,21 @@ def roofline(cases: dict[str, dict[str, dict[str, Any]]], device: str, path: Pat
         axis.plot([left, top / slope, right], [left * slope, top, top], color="black", linewidth=1.2)
         axis.scatter(*zip(*floors, strict=True), marker="_", s=160, color="black", label="its three bare GEMMs")
         for k, name in enumerate(contenders):
-            points = [(_intensity(by[name]), by[name]["share_of_roof"] * floor)
-                      for by, (_, floor) in zip(mine, floors, strict=True) if name in by]
+            points = [
+                (_intensity(by[name]), by[name]["share_of_roof"] * floor)
+                for by, (_, floor) in zip(mine, floors, strict=True)
+                if name in by
+            ]
             if points:
                 first = name == "ours"
-                axis.scatter(*zip(*points, strict=True), marker=_MARKERS[k % len(_MARKERS)], s=46 if first else 26,
-                             color="tab:red" if first else plt.get_cmap("tab10")(k % 10 if k != 3 else 9),
-                             label=names.get(name, name), zorder=3 if first else 2)
+                axis.scatter(
+                    *zip(*points, strict=True),
+                    marker=_MARKERS[k % len(_MARKERS)],
+                    s=46 if first else 26,
+                    color="tab:red" if first else plt.get_cmap("tab10")(k % 10 if k != 3 else 9),
+                    label=names.get(name, name),
+                    zorder=3 if first else 2,
+                )
         axis.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="TFLOP/s", title=dtype)
         axis.grid(which="major", alpha=0.3)
     axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -60,8 +68,11 @@ def history(lines: list[dict[str, Any]], device: str, path: Path) -> None:
         runs = sorted({(line["time"], line["commit"]) for line in mine})
         place = {run: k for k, run in enumerate(runs)}
         for case in sorted({(line["case"], line["contender"]) for line in mine}):
-            points = [(place[line["time"], line["commit"]], line["share_of_roof"]) for line in mine
-                      if (line["case"], line["contender"]) == case]
+            points = [
+                (place[line["time"], line["commit"]], line["share_of_roof"])
+                for line in mine
+                if (line["case"], line["contender"]) == case
+            ]
             axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=f"{case[0]} ({case[1]})")
         axis.set_xticks(range(len(runs)), [f"{time[:10]}\n{commit}" for time, commit in runs], fontsize=7)
         axis.set(ylabel="share of the roof", title=suite, ylim=(0, None))

@@ -22,8 +22,17 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 HISTORY = "history.jsonl"
-_PACKAGES = ("torch", "triton", "transformers", "deepspeed", "trl", "liger-kernel", "cut-cross-entropy",
-             "quack-kernels", "flash-attn")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "deepspeed",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "flash-attn",
+)
 
 
 def device_name() -> str:
@@ -58,10 +67,16 @@ def machine() -> dict[str, Any]:
     root = Path(__file__).parent
     commit = ""
     if shutil.which("git"):
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
-                                cwd=root).stdout.strip()
-    return {"device": device_name(), "processor": processor(), "threads": torch.get_num_threads(), "commit": commit,
-            "versions": _versions()}
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False, cwd=root
+        ).stdout.strip()
+    return {
+        "device": device_name(),
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "commit": commit,
+        "versions": _versions(),
+    }
 
 
 def _versions() -> dict[str, str]:
@@ -82,8 +97,14 @@ def read_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
             continue
         for entry in json.loads(path.read_text())["benchmarks"]:
             suite = entry["fullname"].partition("::")[0].rpartition("bench_")[2].removesuffix(".py")
-            found.append({"suite": suite, "name": entry["name"], "median_ms": entry["stats"]["median"] * 1e3,
-                          "extra_info": entry["extra_info"]})
+            found.append(
+                {
+                    "suite": suite,
+                    "name": entry["name"],
+                    "median_ms": entry["stats"]["median"] * 1e3,
+                    "extra_info": entry["extra_info"],
+                }
+            )
     return found
 
 
@@ -122,10 +143,22 @@ def history_lines(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     lines = []
     for (suite, case), infos in cases.items():
         for ours in (info for info in infos if info["contender"].startswith("ours")):
-            peers = {i["contender"]: round(ours["share_of_roof"] / i["share_of_roof"], 3)
-                     for i in infos if not i["contender"].startswith("ours")}
-            lines.append({"time": now, "commit": ours["commit"], "suite": suite, "case": case,
-                          "quick": bool(ours.get("quick")), "contender": ours["contender"],
-                          "share_of_roof": round(ours["share_of_roof"], 4), "peers": peers,
-                          "versions": ours["versions"]})
+            peers = {
+                i["contender"]: round(ours["share_of_roof"] / i["share_of_roof"], 3)
+                for i in infos
+                if not i["contender"].startswith("ours")
+            }
+            lines.append(
+                {
+                    "time": now,
+                    "commit": ours["commit"],
+                    "suite": suite,
+                    "case": case,
+                    "quick": bool(ours.get("quick")),
+                    "contender": ours["contender"],
+                    "share_of_roof": round(ours["share_of_roof"], 4),
+                    "peers": peers,
+                    "versions": ours["versions"],
+                }
+            )
     return lines

@@ -21,16 +21,28 @@ from typing import Any
 from recording import HISTORY, RESULTS, read_results, record
 
 ROOT = Path(__file__).parent.parent
-PEER_NAMES = {"compile-compact": "torch.compile", "eager-compact": "eager", "eager": "eager, all rows",
-              "torch-fused": "torch fused", "torch-fused-tuned": "torch fused, tuned", "trl-chunked": "TRL chunked",
-              "cut-cross-entropy": "CCE", "liger": "Liger", "quack": "QuACK", "sdpa_dense": "sdpa, dense mask",
-              "sdpa_loop": "sdpa, run by run"}
+PEER_NAMES = {
+    "compile-compact": "torch.compile",
+    "eager-compact": "eager",
+    "eager": "eager, all rows",
+    "torch-fused": "torch fused",
+    "torch-fused-tuned": "torch fused, tuned",
+    "trl-chunked": "TRL chunked",
+    "cut-cross-entropy": "CCE",
+    "liger": "Liger",
+    "quack": "QuACK",
+    "sdpa_dense": "sdpa, dense mask",
+    "sdpa_loop": "sdpa, run by run",
+}
 
 
 def benchmarks(name: str) -> list[tuple[str, dict[str, Any]]]:
     """(device folder, benchmark) of every stored result in files called `name`.json."""
-    return [(path.parent.name, entry) for path in sorted(RESULTS.glob(f"*/{name}.json"))
-            for entry in json.loads(path.read_text())["benchmarks"]]
+    return [
+        (path.parent.name, entry)
+        for path in sorted(RESULTS.glob(f"*/{name}.json"))
+        for entry in json.loads(path.read_text())["benchmarks"]
+    ]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -45,9 +57,19 @@ def step_table() -> str:
         info = entry["extra_info"]
         if "ratio" not in info:  # of an earlier form of the bench
             continue
-        rows.append([info["shape"], info["data"], info["precision"], info["contender"],
-                     f"{info['supervised_tokens_per_s']:,.0f}", f"{info['by_hand_supervised_tokens_per_s']:,.0f}",
-                     f"{info['ratio']:.2f}×", f"{info['mfu']:.0%}", device])
+        rows.append(
+            [
+                info["shape"],
+                info["data"],
+                info["precision"],
+                info["contender"],
+                f"{info['supervised_tokens_per_s']:,.0f}",
+                f"{info['by_hand_supervised_tokens_per_s']:,.0f}",
+                f"{info['ratio']:.2f}×",
+                f"{info['mfu']:.0%}",
+                device,
+            ]
+        )
     header = ["model", "rows", "precision", "", "supervised tokens/s", "the loop by hand", "ratio", "MFU", "device"]
     return table(header, rows)
 
@@ -103,9 +125,16 @@ def completions_table() -> str:
     rows = []
     for device, entry in benchmarks("varlen_attention"):
         if "tokens_shared" in (info := entry["extra_info"]):
-            rows.append([f"{info['prompts'].replace('_', ' ')}, {info['what']}", f"{info['tokens_plain']:,}",
-                         f"{info['tokens_shared']:,}", f"{info['tokens_plain'] / info['tokens_shared']:.2f}×",
-                         f"{info['times_as_fast']:.2f}×", device])
+            rows.append(
+                [
+                    f"{info['prompts'].replace('_', ' ')}, {info['what']}",
+                    f"{info['tokens_plain']:,}",
+                    f"{info['tokens_shared']:,}",
+                    f"{info['tokens_plain'] / info['tokens_shared']:.2f}×",
+                    f"{info['times_as_fast']:.2f}×",
+                    device,
+                ]
+            )
     header = ["prompts, what is timed", "tokens, plain packing", "tokens, shared prompt", "fewer", "faster", "device"]
     return table(header, rows) if rows else ""
 
@@ -118,21 +147,42 @@ def quickstart_block() -> str:
 def figures_block() -> str:
     parts = []
     if benchmarks("step"):
-        parts += ["A whole step (`pytest bench/bench_step.py`): the same model, rows and update on both sides, "
-                  "one run, medians.", "", step_table(), ""]
+        parts += [
+            "A whole step (`pytest bench/bench_step.py`): the same model, rows and update on both sides, "
+            "one run, medians.",
+            "",
+            step_table(),
+            "",
+        ]
     loss, attention = cases_of("linear_cross_entropy"), cases_of("varlen_attention")
     for device in sorted({device for device, _ in loss}):
-        parts += [f"The loss with both gradients on {device} (`pytest bench/bench_linear_cross_entropy.py`): time over "
-                  "that of the three bare matrix products on the supervised rows, the floor, measured in the same run.",
-                  "", peer_table(loss, device), "", memory_and_error_table(loss, device), "",
-                  f"![Roofline of the loss on {device}](bench/results/{device}/roofline.svg)", ""]
+        parts += [
+            f"The loss with both gradients on {device} (`pytest bench/bench_linear_cross_entropy.py`): time over "
+            "that of the three bare matrix products on the supervised rows, the floor, measured in the same run.",
+            "",
+            peer_table(loss, device),
+            "",
+            memory_and_error_table(loss, device),
+            "",
+            f"![Roofline of the loss on {device}](bench/results/{device}/roofline.svg)",
+            "",
+        ]
     for device in sorted({device for device, _ in attention}):
-        parts += [f"Attention of packs on {device} (`pytest bench/bench_varlen_attention.py`): time over that of "
-                  "one square matrix product of as many FLOPs, measured in the same run.", "",
-                  peer_table(attention, device), ""]
+        parts += [
+            f"Attention of packs on {device} (`pytest bench/bench_varlen_attention.py`): time over that of "
+            "one square matrix product of as many FLOPs, measured in the same run.",
+            "",
+            peer_table(attention, device),
+            "",
+        ]
     if completions := completions_table():
-        parts += ["Eight completions a prompt, the prompt computed once (`pytest bench/bench_varlen_attention.py -k "
-                  "completions`):", "", completions, ""]
+        parts += [
+            "Eight completions a prompt, the prompt computed once (`pytest bench/bench_varlen_attention.py -k "
+            "completions`):",
+            "",
+            completions,
+            "",
+        ]
     parts.append("What was measured while building, with its commands: [bench/README.md](bench/README.md).")
     return "\n".join(parts)
 
@@ -148,16 +198,21 @@ def draw_rooflines() -> None:
     for device in sorted({device for device, _ in cases}):
         import pictures
 
-        pictures.roofline({case: by for (where, case), by in cases.items() if where == device}, device,
-                          RESULTS / device / "roofline.svg", PEER_NAMES)
+        pictures.roofline(
+            {case: by for (where, case), by in cases.items() if where == device},
+            device,
+            RESULTS / device / "roofline.svg",
+            PEER_NAMES,
+        )
 
 
 def draw_histories() -> None:
     import pictures
 
     for path in sorted(RESULTS.glob(f"*/{HISTORY}")):
-        pictures.history([json.loads(line) for line in path.read_text().splitlines()], path.parent.name,
-                         path.with_suffix(".svg"))
+        pictures.history(
+            [json.loads(line) for line in path.read_text().splitlines()], path.parent.name, path.with_suffix(".svg")
+        )
         print(path.with_suffix(".svg").relative_to(ROOT))
 
 

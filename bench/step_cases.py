@@ -42,10 +42,18 @@ class Shape:
     checkpointing: bool = False
 
     def architecture(self) -> dict[str, Any]:
-        return {"model_type": "qwen3", "hidden_size": self.hidden, "num_hidden_layers": self.layers,
-                "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
-                "intermediate_size": self.intermediate, "vocab_size": self.vocab, "tie_word_embeddings": self.tied,
-                "max_position_embeddings": 40960}
+        return {
+            "model_type": "qwen3",
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.intermediate,
+            "vocab_size": self.vocab,
+            "tie_word_embeddings": self.tied,
+            "max_position_embeddings": 40960,
+        }
 
     @property
     def parameters(self) -> int:
@@ -66,19 +74,36 @@ class Shape:
 
 
 def _gpu(name: str, *sizes: Any, **more: Any) -> Shape:
-    return Shape(name, *sizes, device="cuda", data=("short", "long"), tokens_per_step=32768, pack_capacity=8192,
-                 checkpointing=True, **more)
+    return Shape(
+        name,
+        *sizes,
+        device="cuda",
+        data=("short", "long"),
+        tokens_per_step=32768,
+        pack_capacity=8192,
+        checkpointing=True,
+        **more,
+    )
 
 
 # hidden, layers, heads, kv heads, head dim, intermediate, vocabulary
-_1B7, _8B, _32B = ((2048, 28, 16, 8, 128, 6144, 151_936), (4096, 36, 32, 8, 128, 12288, 151_936),
-                   (5120, 64, 64, 8, 128, 25600, 151_936))
-SHAPES = {shape.name: shape for shape in (
-    Shape("quick", 128, 2, 4, 2, 32, 384, 2048, tokens_per_step=2048, pack_capacity=1024),
-    Shape("hidden256-vocab8k", 256, 6, 8, 4, 32, 768, 8192, data=("short", "long")),
-    Shape("hidden512-vocab152k", 512, 4, 8, 4, 64, 1536, 151_936),
-    _gpu("qwen3-1.7b-full", *_1B7), _gpu("qwen3-8b-full", *_8B, tied=False),
-    _gpu("qwen3-8b-lora64", *_8B, tied=False, lora=64), _gpu("qwen3-32b-lora64", *_32B, tied=False, lora=64))}
+_1B7, _8B, _32B = (
+    (2048, 28, 16, 8, 128, 6144, 151_936),
+    (4096, 36, 32, 8, 128, 12288, 151_936),
+    (5120, 64, 64, 8, 128, 25600, 151_936),
+)
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("quick", 128, 2, 4, 2, 32, 384, 2048, tokens_per_step=2048, pack_capacity=1024),
+        Shape("hidden256-vocab8k", 256, 6, 8, 4, 32, 768, 8192, data=("short", "long")),
+        Shape("hidden512-vocab152k", 512, 4, 8, 4, 64, 1536, 151_936),
+        _gpu("qwen3-1.7b-full", *_1B7),
+        _gpu("qwen3-8b-full", *_8B, tied=False),
+        _gpu("qwen3-8b-lora64", *_8B, tied=False, lora=64),
+        _gpu("qwen3-32b-lora64", *_32B, tied=False, lora=64),
+    )
+}
 
 
 class Workload:
@@ -98,8 +123,15 @@ class Workload:
         self.supervised_segments = {k for k, weight in enumerate(segment_weights(self.stage)) if weight > 0}
         self.examples: EncodedSet = encode_rows(rows, self.tokenizer, self.stage)
         self.batches = PackedBatches(
-            self.examples, pack_capacity=shape.pack_capacity, packs_per_step=self.stage.packs_per_step,
-            segment_weights=segment_weights(self.stage), seed=0, epochs=1, rank=0, world_size=1)
+            self.examples,
+            pack_capacity=shape.pack_capacity,
+            packs_per_step=self.stage.packs_per_step,
+            segment_weights=segment_weights(self.stage),
+            seed=0,
+            epochs=1,
+            rank=0,
+            world_size=1,
+        )
         self.micro_batches = self.batches.step(0)
         self.normalizer = loss_normalizer(self.micro_batches)
         self.supervised = sum(batch.num_supervised for batch in self.micro_batches)
@@ -107,12 +139,24 @@ class Workload:
 
     def _config(self, data: str, path: Path) -> Config:
         stage = {"kind": "aft"} if data == "short" else {"kind": "msm", "over_long": "split"}
-        return parse_config({
-            "run_dir": "unused", "model": {"architecture": self.shape.architecture()}, "data": {"rows": str(path)},
-            "tokenizer": {"path": "unused"}, "engine": {"precision": self.precision},
-            "stages": [{**stage, "train": ["rows"], "pack_capacity": self.shape.pack_capacity,
+        return parse_config(
+            {
+                "run_dir": "unused",
+                "model": {"architecture": self.shape.architecture()},
+                "data": {"rows": str(path)},
+                "tokenizer": {"path": "unused"},
+                "engine": {"precision": self.precision},
+                "stages": [
+                    {
+                        **stage,
+                        "train": ["rows"],
+                        "pack_capacity": self.shape.pack_capacity,
                         "tokens_per_step": self.shape.tokens_per_step,
-                        "optimizer": {"grad_clip": 1.0, "lr": 1e-4, "schedule": "constant", "warmup": 0}}]})
+                        "optimizer": {"grad_clip": 1.0, "lr": 1e-4, "schedule": "constant", "warmup": 0},
+                    }
+                ],
+            }
+        )
 
     def model(self) -> Any:
         """A new model, the same every time."""
@@ -122,8 +166,9 @@ class Workload:
 
         torch.manual_seed(0)
         with self.ranks.device:  # drawn where it will be: 32 billion weights take minutes on a host
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**self.shape.architecture()),
-                                                     dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(**self.shape.architecture()), dtype=torch.bfloat16
+            )
         model.config.use_cache = False
         if self.shape.checkpointing:
             enable_activation_checkpointing(model)

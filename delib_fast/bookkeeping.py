@@ -90,8 +90,12 @@ class Saver:
         rules = context.config.checkpoint
         self._context, self._engine, self._stage, self._log = context, engine, stage, log
         self._saved_at, self._saved_step = time.monotonic(), engine.step
-        self._writer = CheckpointWriter(context.run.checkpoints(stage.name), context.ranks,
-                                        keep_last=rules.keep_last, keep_every=rules.keep_every_steps)
+        self._writer = CheckpointWriter(
+            context.run.checkpoints(stage.name),
+            context.ranks,
+            keep_last=rules.keep_last,
+            keep_every=rules.keep_every_steps,
+        )
 
     def asks(self) -> tuple[float, float, float, float]:
         """What this rank has to say between two steps, to be summed over the ranks and handed to `attend`."""
@@ -110,8 +114,11 @@ class Saver:
             self.save()
 
     def save(self) -> None:
-        extra = {"stage": self._stage.name, "data": self._context.corpus.fingerprint(self._stage),
-                 "log": self._log.state(self._engine)}
+        extra = {
+            "stage": self._stage.name,
+            "data": self._context.corpus.fingerprint(self._stage),
+            "log": self._log.state(self._engine),
+        }
         self._context.run.sync_metrics()  # first: the checkpoint promises the lines before it
         self.finish()
         self._engine.save(self._writer, extra, self._context.watchdog.at)
@@ -134,8 +141,10 @@ class Saver:
         if step == self._saved_step or self._context.ranks.rank != 0:
             return False
         minutes = (time.monotonic() - self._saved_at) / 60
-        return bool(any(every and step % every == 0 for every in (rules.every_steps, rules.keep_every_steps))
-                    or (rules.every_minutes and minutes >= rules.every_minutes))
+        return bool(
+            any(every and step % every == 0 for every in (rules.every_steps, rules.keep_every_steps))
+            or (rules.every_minutes and minutes >= rules.every_minutes)
+        )
 
 
 class StepLog:
@@ -145,11 +154,26 @@ class StepLog:
         tallies: what `state` gave when the checkpoint was written that the stage goes on from; None at its start.
     """
 
-    def __init__(self, context: Context, stage: StageConfig, batches: PackedBatches, meter: Meter,
-                 speed: Throughput, *, first_step: int, tallies: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        context: Context,
+        stage: StageConfig,
+        batches: PackedBatches,
+        meter: Meter,
+        speed: Throughput,
+        *,
+        first_step: int,
+        tallies: Mapping[str, Any] | None,
+    ) -> None:
         self._context, self._stage, self._meter, self._speed = context, stage, meter, speed
-        self._tallies: dict[str, Any] = {"tokens": 0, "pending_s": 0.0, "all_tokens": 0, "all_supervised": 0,
-                                         "seconds": 0.0, "resumed_at_steps": []}
+        self._tallies: dict[str, Any] = {
+            "tokens": 0,
+            "pending_s": 0.0,
+            "all_tokens": 0,
+            "all_supervised": 0,
+            "seconds": 0.0,
+            "resumed_at_steps": [],
+        }
         self._bad = BadSteps(context, stage, batches)
         if tallies is not None:
             self._tallies |= {name: tallies[name] for name in self._tallies}
@@ -177,10 +201,18 @@ class StepLog:
         supervised = tokens_of(report)
         seconds = time.perf_counter() - self._since
         record = {
-            "stage": self._stage.name, "step": engine.step, "loss": weighted_loss(sums), "lr": lr,
-            "gradient_norm": self._bad.last_norm, "skipped_steps": self._bad.count, "segments": report,
-            "tokens": int(tokens), "supervised_tokens": supervised, "seconds": seconds,
-            "tokens_per_s": tokens / seconds, "supervised_tokens_per_s": supervised / seconds,
+            "stage": self._stage.name,
+            "step": engine.step,
+            "loss": weighted_loss(sums),
+            "lr": lr,
+            "gradient_norm": self._bad.last_norm,
+            "skipped_steps": self._bad.count,
+            "segments": report,
+            "tokens": int(tokens),
+            "supervised_tokens": supervised,
+            "seconds": seconds,
+            "tokens_per_s": tokens / seconds,
+            "supervised_tokens_per_s": supervised / seconds,
             **self._speed.read(tokens, seconds),
             **({} if engine.loss_scale is None else {"loss_scale": engine.loss_scale}),
             **({"left_out": left_out} if left_out else {}),
@@ -203,17 +235,27 @@ class StepLog:
         self._bad.read(engine)
         self._bad.refuse_too_many()
         (tokens,) = ranks.sum(self._tokens)
-        return {**self._tallies, "tokens": int(tokens), "pending_s": time.perf_counter() - self._since,
-                "meter": ranks.sum_tensor(self._meter.sums).tolist(), "bad": self._bad.state(),
-                "throughput": self._speed.state()}
+        return {
+            **self._tallies,
+            "tokens": int(tokens),
+            "pending_s": time.perf_counter() - self._since,
+            "meter": ranks.sum_tensor(self._meter.sums).tolist(),
+            "bad": self._bad.state(),
+            "throughput": self._speed.state(),
+        }
 
     def totals(self) -> dict[str, Any]:
         self._context.reporter.end_stage()
         tallies, seconds = self._tallies, max(self._tallies["seconds"], 1e-9)
-        return {"train_s": tallies["seconds"], "tokens_per_s": tallies["all_tokens"] / seconds,
-                "supervised_tokens_per_s": tallies["all_supervised"] / seconds, **self._speed.totals(seconds),
-                "resumed_at_steps": tallies["resumed_at_steps"], "skipped_steps": self._bad.count,
-                "left_out_steps": self._bad.told}
+        return {
+            "train_s": tallies["seconds"],
+            "tokens_per_s": tallies["all_tokens"] / seconds,
+            "supervised_tokens_per_s": tallies["all_supervised"] / seconds,
+            **self._speed.totals(seconds),
+            "resumed_at_steps": tallies["resumed_at_steps"],
+            "skipped_steps": self._bad.count,
+            "left_out_steps": self._bad.told,
+        }
 
 
 class BadSteps:
@@ -245,8 +287,10 @@ class BadSteps:
             bad = self._judge(verdict, packs.get(verdict.step, [])) if verdict.skipped else None
             self._in_a_row = self._in_a_row + 1 if bad else 0
             if bad:
-                self._context.reporter.say(f"{self._stage.name} step {bad['step']}: the update is left out: "
-                                           f"{bad['why']} (rows {_some(bad['rows'])})")
+                self._context.reporter.say(
+                    f"{self._stage.name} step {bad['step']}: the update is left out: "
+                    f"{bad['why']} (rows {_some(bad['rows'])})"
+                )
                 self._unwritten.append(bad)
                 self.told = [*self.told, bad][: self._TOLD]
         return self._unwritten
@@ -261,7 +305,8 @@ class BadSteps:
             raise TrainingError(
                 f"stage {self._stage.name!r}: the last {self._in_a_row} updates were bad and left out (guard."
                 f"max_bad_steps is {limit}); the last: {self.told[-1]['why']}. The weights are as before them, and so "
-                f"is the last checkpoint. Look at rows {_some(self.told[-1]['rows'])}, or lower the learning rate")
+                f"is the last checkpoint. Look at rows {_some(self.told[-1]['rows'])}, or lower the learning rate"
+            )
 
     def _judge(self, verdict: StepVerdict, packs: Sequence[tuple[int, int]]) -> dict[str, Any] | None:
         """Why an update was left out and which rows to look at; None if fp16 only lowered its loss scale."""

@@ -51,8 +51,9 @@ class _LazyGroup(TyperGroup):
         return name, command, rest
 
 
-app = typer.Typer(cls=_LazyGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help=__doc__)
+app = typer.Typer(
+    cls=_LazyGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+)
 
 _CONFIG = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run, as YAML")]
 _SET = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a value (repeatable)")]
@@ -77,8 +78,14 @@ def config(
 def train(
     path: _CONFIG,
     overrides: _SET = [],  # noqa: B006
-    watch: Annotated[str | None, typer.Option("--watch", metavar="SUITES", help=(
-        "evaluate between updates: segments, early, reliance, drift, with commas"))] = None,
+    watch: Annotated[
+        str | None,
+        typer.Option(
+            "--watch",
+            metavar="SUITES",
+            help=("evaluate between updates: segments, early, reliance, drift, with commas"),
+        ),
+    ] = None,
     every: Annotated[int, typer.Option("--every", metavar="N", help="updates between two evaluations")] = 50,
 ) -> None:
     """Train in this one process; the same as `python -m delib_fast.train`. For several ranks use `deepspeed`."""

@@ -140,16 +140,20 @@ class StageBase(Section):
     def _whole_packs(self) -> StageBase:
         if self.tokens_per_step % self.pack_capacity:
             nearest = max(1, round(self.tokens_per_step / self.pack_capacity)) * self.pack_capacity
-            raise ValueError(f"tokens_per_step ({self.tokens_per_step}) must be a multiple of pack_capacity "
-                             f"({self.pack_capacity}); the nearest is {nearest}")
+            raise ValueError(
+                f"tokens_per_step ({self.tokens_per_step}) must be a multiple of pack_capacity "
+                f"({self.pack_capacity}); the nearest is {nearest}"
+            )
         return self
 
     @model_validator(mode="after")
     def _mix_of_train(self) -> StageBase:
         if self.mix and set(self.mix) != set(self.train):
             odd = sorted(set(self.mix) ^ set(self.train))[0]
-            raise ValueError(f"mix names {sorted(self.mix)} and train {sorted(self.train)}: both must name the same "
-                             f"sources ({odd!r} is only in one)")
+            raise ValueError(
+                f"mix names {sorted(self.mix)} and train {sorted(self.train)}: both must name the same "
+                f"sources ({odd!r} is only in one)"
+            )
         return self
 
     @property
@@ -222,7 +226,6 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     deterministic: bool = False
     """Ask torch for deterministic kernels."""
-
 
     @model_validator(mode="after")
     def _offload_fits(self) -> EngineConfig:
@@ -306,8 +309,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _names_exist(self) -> Config:
-        named = [(f"stages.{i}.{field}", name) for i, stage in enumerate(self.stages)
-                 for field in ("train", "eval") for name in getattr(stage, field)]
+        named = [
+            (f"stages.{i}.{field}", name)
+            for i, stage in enumerate(self.stages)
+            for field in ("train", "eval")
+            for name in getattr(stage, field)
+        ]
         if self.tokenizer.train is not None:
             named += [("tokenizer.train.sources", name) for name in self.tokenizer.train.sources]
         for place, name in named:
@@ -318,15 +325,20 @@ class Config(Section):
         if twice:
             raise ValueError(f"two stages are called {twice[0]!r}: give each its own name")
         if self.model.layers == "compile" and self.engine.zero_stage == 3:
-            raise ValueError("model.layers is compile, and ZeRO stage 3 gathers weights by hooks inside a block; set "
-                             "model.layers: eager, or engine.zero_stage: 2")
+            raise ValueError(
+                "model.layers is compile, and ZeRO stage 3 gathers weights by hooks inside a block; set "
+                "model.layers: eager, or engine.zero_stage: 2"
+            )
         lora = self.model.lora
         if lora is not None and lora.quantize != "none" and self.engine.zero_stage == 3:
             raise ValueError("model.lora.quantize: ZeRO 3 can't shard weights of 4 bits; set engine.zero_stage to 2")
         for i, stage in enumerate(self.stages):
             if stage.optimizer.name == "muon" and (lora is not None or self.engine.offload_optimizer == "nvme"):
-                why = "model.lora trains factors of a low rank, whose product is the update" if lora is not None else \
-                    "engine.offload_optimizer is nvme, and it needs whole matrices"
+                why = (
+                    "model.lora trains factors of a low rank, whose product is the update"
+                    if lora is not None
+                    else "engine.offload_optimizer is nvme, and it needs whole matrices"
+                )
                 raise ValueError(f"stages.{i}.optimizer.name: muon can't be used: {why}; set adamw")
             if stage.adapter == "merge" and (i == 0 or lora is None):
                 why = "no stage is before it" if i == 0 else "model.lora is not set"
@@ -339,9 +351,11 @@ class Config(Section):
 def rank_groups(world_size: int, sequence_parallel: int) -> int:
     """Groups of ranks that share out a pack's tokens. Raises ConfigError where the ranks don't make whole groups."""
     if world_size % sequence_parallel:
-        raise ConfigError(f"engine.sequence_parallel is {sequence_parallel}, which does not divide the number of ranks "
-                          f"({world_size}); start a multiple of {sequence_parallel} ranks, or set it to a number that "
-                          f"divides {world_size}")
+        raise ConfigError(
+            f"engine.sequence_parallel is {sequence_parallel}, which does not divide the number of ranks "
+            f"({world_size}); start a multiple of {sequence_parallel} ranks, or set it to a number that "
+            f"divides {world_size}"
+        )
     return world_size // sequence_parallel
 
 

@@ -17,7 +17,7 @@ class Section(BaseModel):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """ (did you mean …?) where a known word is close, else the known words."""
+    """(did you mean …?) where a known word is close, else the known words."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if close:

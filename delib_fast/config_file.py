@@ -183,8 +183,11 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 def _explain(error: ValidationError) -> list[str]:
     lines = []
     for fault in error.errors():
-        location = [part for i, part in enumerate(fault["loc"])
-                    if not (part in ("msm", "aft") and i >= 1 and isinstance(fault["loc"][i - 1], int))]
+        location = [
+            part
+            for i, part in enumerate(fault["loc"])
+            if not (part in ("msm", "aft") and i >= 1 and isinstance(fault["loc"][i - 1], int))
+        ]
         place = ".".join(map(str, location)) or "the configuration"
         if fault["type"] == "extra_forbidden":
             section = _section_at(fault["loc"][:-1])

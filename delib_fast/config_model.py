@@ -63,17 +63,22 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
         if (self.path is None) == (self.architecture is None):
-            raise ValueError("give exactly one of model.path (a Hugging Face folder or name) and "
-                             "model.architecture (a new model)")
+            raise ValueError(
+                "give exactly one of model.path (a Hugging Face folder or name) and model.architecture (a new model)"
+            )
         if self.architecture is not None and "model_type" not in self.architecture:
             raise ValueError("model.architecture needs model_type, e.g. model_type: qwen3")
         if self.activation_offload and self.activation_checkpointing == "none":
-            raise ValueError("model.activation_offload moves what activation checkpointing keeps: set "
-                             "model.activation_checkpointing to full, selective or auto")
+            raise ValueError(
+                "model.activation_offload moves what activation checkpointing keeps: set "
+                "model.activation_checkpointing to full, selective or auto"
+            )
         if self.layers == "compile" and (self.activation_checkpointing == "selective" or self.mlp_tiles > 1):
-            raise ValueError("model.layers: a compiled block is one piece, of which activation_checkpointing: "
-                             "selective and mlp_tiles see nothing; set layers to eager, or activation_checkpointing to "
-                             "full")
+            raise ValueError(
+                "model.layers: a compiled block is one piece, of which activation_checkpointing: "
+                "selective and mlp_tiles see nothing; set layers to eager, or activation_checkpointing to "
+                "full"
+            )
         if self.lora is not None and self.lora.quantize != "none" and self.path is None:
             raise ValueError("model.lora.quantize needs model.path: there is nothing to keep in 4 bits of a new model")
         return self

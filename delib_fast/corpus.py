@@ -62,8 +62,10 @@ def cache_folder(config: Config) -> Iterator[Path]:
     try:
         yield folder
     except OSError as error:
-        raise ConfigError(f"cache_dir: {folder} can't be used: {error.strerror or error}; set cache_dir or "
-                          "$DELIB_FAST_CACHE to a folder that can be written") from error
+        raise ConfigError(
+            f"cache_dir: {folder} can't be used: {error.strerror or error}; set cache_dir or "
+            "$DELIB_FAST_CACHE to a folder that can be written"
+        ) from error
 
 
 def source_of(config: Config, name: str) -> Source:
@@ -110,9 +112,12 @@ def refuse_empty_steps(stage: StageConfig, batches: PackedBatches) -> None:
     step = batches.first_step_without((encoded.weights > 0) & (encoded.target_counts[:, learnt] > 0).any(1))
     if step is not None:
         examples = batches.step_example_ids(step)
-        raise DataError(f"stage {stage.name!r}: none of the tokens of step {step} is supervised (rows "
-                        f"{', '.join(encoded.places[i] for i in examples[:4])}); give those rows a weight, or "
-                        "raise tokens_per_step or the weights of the stage", reason="nothing_supervised")
+        raise DataError(
+            f"stage {stage.name!r}: none of the tokens of step {step} is supervised (rows "
+            f"{', '.join(encoded.places[i] for i in examples[:4])}); give those rows a weight, or "
+            "raise tokens_per_step or the weights of the stage",
+            reason="nothing_supervised",
+        )
 
 
 class Corpus:
@@ -139,8 +144,15 @@ class Corpus:
         train = self._config.tokenizer.train
         if train is None:
             return build_tokenizer(self._config, lambda: iter(()))
-        key = hashlib.sha256(json.dumps([train.vocab_size, self._config.tokenizer.chat_template, *(
-            [name, self.source(name).sha256, self._config.data[name].holdout] for name in train.sources)]).encode())
+        key = hashlib.sha256(
+            json.dumps(
+                [
+                    train.vocab_size,
+                    self._config.tokenizer.chat_template,
+                    *([name, self.source(name).sha256, self._config.data[name].holdout] for name in train.sources),
+                ]
+            ).encode()
+        )
         marker = folder / "trained_on.sha256"
         known = marker.read_text() if marker.exists() else None
         self._ranks.barrier()
@@ -175,14 +187,26 @@ class Corpus:
     def _encoded_source(self, stage: StageConfig, name: str) -> EncodedSet:
         settings = self._config.data[name].model_dump(mode="json", exclude={"repeat", "max_tokens"})
         cot, system = (stage.cot, stage.system_prompt) if isinstance(stage, AFTConfig) else (None, None)
-        fingerprint = fingerprint_of({
-            "source": name, "settings": settings, "sha256": self.source(name).sha256,
-            "tokenizer": self._tokenizer_fingerprint, "cot": cot, "system_prompt": system,
-            "pack_capacity": stage.pack_capacity, "over_long": stage.over_long})
+        fingerprint = fingerprint_of(
+            {
+                "source": name,
+                "settings": settings,
+                "sha256": self.source(name).sha256,
+                "tokenizer": self._tokenizer_fingerprint,
+                "cot": cot,
+                "system_prompt": system,
+                "pack_capacity": stage.pack_capacity,
+                "over_long": stage.over_long,
+            }
+        )
         rows, tell = self.source(name).train, progress_line(f"encoding {name}", self._ranks.rank == 0)
         with cache_folder(self._config) as folder:
-            return cached(folder, fingerprint, lambda counts: encode_stream(
-                rows, self.tokenizer, stage, counts, progress=tell), facts={"source": name, **settings})[0]
+            return cached(
+                folder,
+                fingerprint,
+                lambda counts: encode_stream(rows, self.tokenizer, stage, counts, progress=tell),
+                facts={"source": name, **settings},
+            )[0]
 
     @cached_property
     def _tokenizer_fingerprint(self) -> str:
@@ -198,7 +222,9 @@ class Corpus:
                     dict(zip(stage.train, np.split(encoded.lengths, ends), strict=True)),
                     repeat={name: settings[name].repeat for name in stage.train},
                     max_tokens={name: settings[name].max_tokens for name in stage.train},
-                    mix=stage.mix, seed=self._config.seed)
+                    mix=stage.mix,
+                    seed=self._config.seed,
+                )
             everything_once = len(chosen) == len(encoded) and (np.diff(chosen) == 1).all()
             self._mixed[stage.name] = (encoded if everything_once else encoded.take(chosen), shares)
         return self._mixed[stage.name]
@@ -210,14 +236,18 @@ class Corpus:
                 spec = Path(stage.spec).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"stage {stage.name!r}: spec: {stage.spec} can't be read: {error}") from None
-            self._check({"spec": spec, "sources": self._told_apart(stage.train)},
-                        lambda: refuse_spec_in_prompts(self.rows(stage), [spec]))
+            self._check(
+                {"spec": spec, "sources": self._told_apart(stage.train)},
+                lambda: refuse_spec_in_prompts(self.rows(stage), [spec]),
+            )
         if not self._overlap_checked and self._config.overlap == "error":
             names = list({name: None for stage in self._config.stages for name in stage.train})
             held_out = self.held_out_rows()
             try:
-                self._check({"overlap": [row.digest for row in held_out], "sources": self._told_apart(names)},
-                            lambda: refuse_overlap((row for n in names for row in self.source(n).train), held_out))
+                self._check(
+                    {"overlap": [row.digest for row in held_out], "sources": self._told_apart(names)},
+                    lambda: refuse_overlap((row for n in names for row in self.source(n).train), held_out),
+                )
             except DataError as error:
                 raise DataError(f"{error}, or set overlap: allow", reason=error.reason) from None
         self._overlap_checked = True
@@ -227,6 +257,7 @@ class Corpus:
 
     def _check(self, about: dict[str, Any], check: Callable[[], None]) -> None:
         """A check of all rows, once for the same rows: that they passed is remembered in the cache."""
+
         def passed() -> dict[str, Any]:
             check()
             return {"passed": sorted(about)}
@@ -244,20 +275,29 @@ class Corpus:
             self.refuse_leaks(stage)
             with told_as_data_error(f"stage {stage.name!r}"):
                 batches = PackedBatches(
-                    self.mixed(stage)[0], pack_capacity=stage.pack_capacity, packs_per_step=stage.packs_per_step,
-                    segment_weights=segment_weights(stage), seed=self._config.seed, epochs=stage.epochs,
-                    rank=self._ranks.rank, world_size=self._ranks.world_size,
-                    sequence_parallel=self._ranks.sequence_parallel, max_steps=stage.max_steps,
+                    self.mixed(stage)[0],
+                    pack_capacity=stage.pack_capacity,
+                    packs_per_step=stage.packs_per_step,
+                    segment_weights=segment_weights(stage),
+                    seed=self._config.seed,
+                    epochs=stage.epochs,
+                    rank=self._ranks.rank,
+                    world_size=self._ranks.world_size,
+                    sequence_parallel=self._ranks.sequence_parallel,
+                    max_steps=stage.max_steps,
                     quadratic_cost=self.shape.quadratic_cost if stage.balance == "cost" else 0.0,
                     loss_average=stage.loss_average,
-                    share_prompts=self._shares_prompts(stage))
+                    share_prompts=self._shares_prompts(stage),
+                )
             if batches.num_steps < stage.min_steps:
                 tokens = batches.tokens_per_epoch * stage.epochs
                 fits = max(1, tokens // (stage.min_steps * stage.pack_capacity)) * stage.pack_capacity
                 raise DataError(
                     f"stage {stage.name!r}: {tokens:,} tokens at {stage.tokens_per_step:,} a step make "
                     f"{batches.num_steps} updates, fewer than min_steps ({stage.min_steps}); tokens_per_step "
-                    f"{fits:,} would make about enough, or train more epochs", reason="too_few_updates")
+                    f"{fits:,} would make about enough, or train more epochs",
+                    reason="too_few_updates",
+                )
             refuse_empty_steps(stage, batches)
             self._batches[stage.name] = batches
         return self._batches[stage.name]
@@ -269,8 +309,19 @@ class Corpus:
         """Changes when the examples of a stage or their order do: a checkpoint's steps are then other steps."""
         encoded = self.mixed(stage)[0]
         digest = hashlib.sha256(encoded.digest().encode())
-        digest.update(repr((stage.pack_capacity, stage.packs_per_step, stage.epochs, self._config.seed,
-                            stage.balance, stage.loss_average, self.batches(stage).shares_prompts)).encode())
+        digest.update(
+            repr(
+                (
+                    stage.pack_capacity,
+                    stage.packs_per_step,
+                    stage.epochs,
+                    self._config.seed,
+                    stage.balance,
+                    stage.loss_average,
+                    self.batches(stage).shares_prompts,
+                )
+            ).encode()
+        )
         return digest.hexdigest()
 
     def describe(self, stage: StageConfig) -> str:
@@ -280,13 +331,19 @@ class Corpus:
         of = counts.rows + self._bad_rows(stage).total()
         dropped = "".join(f"; left out {n:,} {reason} ({n / of:.1%})" for reason, n in left_out.items())
         shares = self.mixed(stage)[1]
-        mixed = "; an epoch shows " + ", ".join(f"{s.name} {s.times:.3g}× ({s.share:.1%})" for s in shares) \
-            if any(s.times != 1 for s in shares) else ""
+        mixed = (
+            "; an epoch shows " + ", ".join(f"{s.name} {s.times:.3g}× ({s.share:.1%})" for s in shares)
+            if any(s.times != 1 for s in shares)
+            else ""
+        )
         split = f"; {counts.split_documents} documents cut to fit" if counts.split_documents else ""
-        shared = f"; shared prompts save {batches.prompt_sharing.share:.1%} of the tokens" \
-            if batches.prompt_sharing else ""
-        return (f"{counts.rows:,} rows, {counts.tokens:,} tokens, {batches.packs_per_epoch} packs filled to "
-                f"{batches.fill:.1%}, {batches.num_steps} steps{mixed}{dropped}{split}{shared}")
+        shared = (
+            f"; shared prompts save {batches.prompt_sharing.share:.1%} of the tokens" if batches.prompt_sharing else ""
+        )
+        return (
+            f"{counts.rows:,} rows, {counts.tokens:,} tokens, {batches.packs_per_epoch} packs filled to "
+            f"{batches.fill:.1%}, {batches.num_steps} steps{mixed}{dropped}{split}{shared}"
+        )
 
     def _bad_rows(self, stage: StageConfig) -> Counter[str]:
         return sum((self.source(name).bad_rows for name in stage.train), Counter())
@@ -294,8 +351,10 @@ class Corpus:
     def left_out(self, stage: StageConfig) -> dict[str, int]:
         """Rows that are not trained on, by reason."""
         over_long = self.encoded(stage).counts.dropped_over_long
-        return {**{reason.replace("_", " "): n for reason, n in self._bad_rows(stage).items()},
-                **({"over-long": over_long} if over_long else {})}
+        return {
+            **{reason.replace("_", " "): n for reason, n in self._bad_rows(stage).items()},
+            **({"over-long": over_long} if over_long else {}),
+        }
 
     def ledger(self, stage: StageConfig) -> dict[str, Any]:
         """What the ledger keeps of a stage's data: files and their hashes, and tokens over all its updates."""
@@ -304,18 +363,36 @@ class Corpus:
         seen = batches.seen()
         targets = (seen.times @ encoded.target_counts).tolist()
         left_out = self.left_out(stage)
-        data = [{"name": name, "path": self._config.data[name].path, "sha256": self.source(name).sha256,
-                 "rows": len(self.source(name).train), "held_out": len(self.source(name).held_out)}
-                for name in stage.train]
-        return {"data": data, "examples": len(encoded), "left_out": left_out,
-                "left_out_share": sum(left_out.values()) / (counts.rows + self._bad_rows(stage).total()),
-                "mix": [dataclasses.asdict(share) for share in shares],
-                "split_documents": counts.split_documents, "epochs": stage.epochs,
-                "tokens": seen.tokens, "shared_prompt_tokens": seen.shared_tokens, "loss_average": stage.loss_average,
-                "supervised_tokens": {segment.name.lower(): targets[segment] for segment in Segment
-                                      if weights[segment] > 0 and targets[segment]},
-                "segment_weights": {s.name.lower(): weights[s] for s in Segment},
-                "packs_per_epoch": batches.packs_per_epoch, "fill": batches.fill}
+        data = [
+            {
+                "name": name,
+                "path": self._config.data[name].path,
+                "sha256": self.source(name).sha256,
+                "rows": len(self.source(name).train),
+                "held_out": len(self.source(name).held_out),
+            }
+            for name in stage.train
+        ]
+        return {
+            "data": data,
+            "examples": len(encoded),
+            "left_out": left_out,
+            "left_out_share": sum(left_out.values()) / (counts.rows + self._bad_rows(stage).total()),
+            "mix": [dataclasses.asdict(share) for share in shares],
+            "split_documents": counts.split_documents,
+            "epochs": stage.epochs,
+            "tokens": seen.tokens,
+            "shared_prompt_tokens": seen.shared_tokens,
+            "loss_average": stage.loss_average,
+            "supervised_tokens": {
+                segment.name.lower(): targets[segment]
+                for segment in Segment
+                if weights[segment] > 0 and targets[segment]
+            },
+            "segment_weights": {s.name.lower(): weights[s] for s in Segment},
+            "packs_per_epoch": batches.packs_per_epoch,
+            "fill": batches.fill,
+        }
 
     # --- evaluation -----------------------------------------------------------------------------------------
 
@@ -336,12 +413,26 @@ class Corpus:
         for prefix, cot in variants:
             chosen = rows if cot == "train" else [row for row in rows if row.kind == "chat"]
             if chosen:
-                stage = AFTConfig(name="evaluation", train=["-"], cot=cot, pack_capacity=capacity,
-                                  tokens_per_step=capacity, system_prompt=system)
-                yield prefix, evaluation_batches(
-                    encode_rows(chosen, self.tokenizer, stage), pack_capacity=capacity,
-                    segment_weights=_EVERYTHING_COUNTS, rank=ranks.rank, world_size=ranks.world_size,
-                    sequence_parallel=ranks.sequence_parallel, share_prompts=self._shares_prompts(stage))
+                stage = AFTConfig(
+                    name="evaluation",
+                    train=["-"],
+                    cot=cot,
+                    pack_capacity=capacity,
+                    tokens_per_step=capacity,
+                    system_prompt=system,
+                )
+                yield (
+                    prefix,
+                    evaluation_batches(
+                        encode_rows(chosen, self.tokenizer, stage),
+                        pack_capacity=capacity,
+                        segment_weights=_EVERYTHING_COUNTS,
+                        rank=ranks.rank,
+                        world_size=ranks.world_size,
+                        sequence_parallel=ranks.sequence_parallel,
+                        share_prompts=self._shares_prompts(stage),
+                    ),
+                )
 
     def held_out_rows(self) -> list[Row]:
         return held_out_rows(self._config, self.source)

@@ -29,8 +29,11 @@ def one_line() -> str:
 
     from delib_fast.ops._library import WHY_NO_COMPILED
 
-    slower = "" if WHY_NO_COMPILED is None else (
-        "; without its C++ part (install g++ and build again): on a CPU the loss and the packing are slower")
+    slower = (
+        ""
+        if WHY_NO_COMPILED is None
+        else ("; without its C++ part (install g++ and build again): on a CPU the loss and the packing are slower")
+    )
     return f"delib_fast {_version('delib-fast')} on torch {torch.__version__}, {_device(torch)}{slower}"
 
 

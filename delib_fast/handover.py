@@ -1,8 +1,8 @@
 """What a stage starts from and what it hands on: weights, or the adapter beside them, each known by its hash.
 
-    full fine-tuning        model ─▶ msm ─▶ stages/msm/model ─▶ aft ─▶ model/
-    LoRA, adapter: continue model ─▶ msm ─▶ stages/msm/adapter ─▶ aft (the same model, that adapter) ─▶ adapter/, model/
-    LoRA, adapter: merge    model ─▶ msm ─▶ stages/msm/model, merged ─▶ aft (a fresh adapter) ─▶ adapter/, model/
+full fine-tuning        model ─▶ msm ─▶ stages/msm/model ─▶ aft ─▶ model/
+LoRA, adapter: continue model ─▶ msm ─▶ stages/msm/adapter ─▶ aft (the same model, that adapter) ─▶ adapter/, model/
+LoRA, adapter: merge    model ─▶ msm ─▶ stages/msm/model, merged ─▶ aft (a fresh adapter) ─▶ adapter/, model/
 """
 
 from __future__ import annotations
@@ -57,16 +57,20 @@ def start_of(context: Context, index: int) -> Start:
     config = context.config
     lora = config.model.lora
     if index == 0:
-        return Start(_given(context, config.model.path),
-                     None if lora is None or lora.path is None else _given(context, lora.path))
+        return Start(
+            _given(context, config.model.path),
+            None if lora is None or lora.path is None else _given(context, lora.path),
+        )
     if lora is None or config.stages[index].adapter == "merge":
         return Start(exported_by(context, index - 1, "model"))
     entry = context.run.stage(config.stages[index - 1].name) or {}
     recorded = entry.get("base") or entry["parent"]
     base = _given(context, recorded["path"])
     if base.sha256 != recorded["sha256"]:
-        raise TrainingError(f"{base.path} is no longer the model whose adapter stage {entry['name']!r} trained: its "
-                            "weights were changed; put them back, or delete run_dir to start again")
+        raise TrainingError(
+            f"{base.path} is no longer the model whose adapter stage {entry['name']!r} trained: its "
+            "weights were changed; put them back, or delete run_dir to start again"
+        )
     return Start(base, exported_by(context, index - 1, "adapter"))
 
 
@@ -98,8 +102,10 @@ def exported_by(context: Context, index: int, what: Literal["model", "adapter"])
     for name, sha256 in recorded.items():
         if actual.get(name) != sha256:
             wrong = "is gone" if name not in actual else "was changed after it was written"
-            raise TrainingError(f"{folder / name} {wrong}: the {what} is not what stage {stage.name!r} exported; put "
-                                "it back, or delete run_dir to start again")
+            raise TrainingError(
+                f"{folder / name} {wrong}: the {what} is not what stage {stage.name!r} exported; put "
+                "it back, or delete run_dir to start again"
+            )
     return Weights(str(folder), weights_sha256(recorded))
 
 
@@ -137,15 +143,22 @@ def build_stage_model(context: Context, start: Start, config: Config) -> tuple[A
     precision = "fp32" if lora is None else config.engine.precision
     source, tokenizer = _source(config, start), context.corpus.tokenizer
     if config.engine.zero_stage == 3:  # which cuts up one weight after another, so none need be there before its turn
-        model, note = together(context.ranks, lambda: build_deferred(
-            source, tokenizer, dtype=precision, seed=config.seed, first=context.ranks.rank == 0))
+        model, note = together(
+            context.ranks,
+            lambda: build_deferred(source, tokenizer, dtype=precision, seed=config.seed, first=context.ranks.rank == 0),
+        )
         if note is not None:
             context.reporter.say(note)
     else:
-        model = build_model(source, tokenizer, dtype=precision, seed=config.seed,
-                            quantize="none" if lora is None else lora.quantize)
-    recompute(model, config.model.activation_checkpointing, offload=config.model.activation_offload,
-              mlp_tiles=config.model.mlp_tiles)
+        model = build_model(
+            source, tokenizer, dtype=precision, seed=config.seed, quantize="none" if lora is None else lora.quantize
+        )
+    recompute(
+        model,
+        config.model.activation_checkpointing,
+        offload=config.model.activation_offload,
+        mlp_tiles=config.model.mlp_tiles,
+    )
     if lora is None:
         return model, {}
     add_adapter(model, lora, base=start.model.path, seed=config.seed)
@@ -191,13 +204,21 @@ def export(context: Context, engine: Engine, module: Any, index: int, start: Sta
         except (OSError, SafetensorError, ConfigError) as error:
             wrong = str(error)
     if told := context.ranks.gather_texts(wrong)[0]:
-        raise TrainingError(f"what stage {stages[index].name!r} made can't be written: {told}; make room, and give the "
-                            "same command again: it goes on from the last checkpoint")
+        raise TrainingError(
+            f"what stage {stages[index].name!r} made can't be written: {told}; make room, and give the "
+            "same command again: it goes on from the last checkpoint"
+        )
     return json.loads(context.ranks.gather_texts(json.dumps(entry))[0])
 
 
-def _write(context: Context, module: Any, what: Literal["model", "adapter"], folder: Path,
-           weights: dict[str, Tensor], start: Start) -> None:
+def _write(
+    context: Context,
+    module: Any,
+    what: Literal["model", "adapter"],
+    folder: Path,
+    weights: dict[str, Tensor],
+    start: Start,
+) -> None:
     from delib_fast.models import bare_twin, build_model, export_adapter, export_model, merged_weights
 
     config = context.config

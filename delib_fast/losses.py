@@ -58,8 +58,9 @@ class Meter:
         finite = nll.isfinite()
         nll = nll.where(finite, 0.0)
         weight = weight.where(finite, 0.0)
-        columns = torch.stack([nll, nll * weight, finite.double(), (output.correct[at] & finite).double(), weight],
-                              dim=1)
+        columns = torch.stack(
+            [nll, nll * weight, finite.double(), (output.correct[at] & finite).double(), weight], dim=1
+        )
         self._sums.index_add_(0, batch.segment_ids[at].long(), columns)
 
     @property
@@ -79,8 +80,7 @@ def segment_report(sums: Tensor) -> dict[str, dict[str, float]]:
     report = {}
     for segment, (nll, _, tokens, correct, _) in zip(Segment, sums.tolist(), strict=True):
         if tokens:
-            report[segment.name.lower()] = {
-                "nll": nll / tokens, "accuracy": correct / tokens, "tokens": int(tokens)}
+            report[segment.name.lower()] = {"nll": nll / tokens, "accuracy": correct / tokens, "tokens": int(tokens)}
     return report
 
 

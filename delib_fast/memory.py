@@ -63,13 +63,23 @@ def memory_parts(config: Config, stage: StageConfig, shape: ModelShape, ranks: i
     host = config.engine.offload_optimizer != "none"
     kept = "" if lora is None else f", adapter of {trained:,}"
     return [
-        MemoryPart("weights", gathered if config.engine.offload_parameters != "none" else shard(weights, 3) + gathered,
-                   f"{precision}{_over(ranks, zero >= 3)}{kept}"),
-        MemoryPart("gradients", shard(b * trained, 2) + (shard(4 * trained, 1) if half and not host else 0),
-                   f"{precision}{' and fp32 sums' if half else ''}{_over(ranks, zero >= 2)}"),
-        MemoryPart("optimiser", 0 if host else shard(moments + (4 if half else 0) * trained, 1),
-                   "on the host" if host else
-                   f"{stage.optimizer.name}{', fp32 master weights' if half else ''}{_over(ranks, zero >= 1)}"),
+        MemoryPart(
+            "weights",
+            gathered if config.engine.offload_parameters != "none" else shard(weights, 3) + gathered,
+            f"{precision}{_over(ranks, zero >= 3)}{kept}",
+        ),
+        MemoryPart(
+            "gradients",
+            shard(b * trained, 2) + (shard(4 * trained, 1) if half and not host else 0),
+            f"{precision}{' and fp32 sums' if half else ''}{_over(ranks, zero >= 2)}",
+        ),
+        MemoryPart(
+            "optimiser",
+            0 if host else shard(moments + (4 if half else 0) * trained, 1),
+            "on the host"
+            if host
+            else f"{stage.optimizer.name}{', fp32 master weights' if half else ''}{_over(ranks, zero >= 1)}",
+        ),
         _activations(config, stage, shape, b),
         _loss(T, shape, b, head=lora is None, kept=precision == "bf16"),
     ]
@@ -129,11 +139,22 @@ def decided(config: Config, stage: StageConfig, shape: ModelShape, room: Room) -
     mode: Mode = "none"
     if room.limit_gib is not None:
         whole = config.model.layers == "compile" or config.model.activation_offload
-        modes: Sequence[Mode] = ("full",) if config.model.activation_offload else ("none", "full") if whole else \
-            ("none", "selective", "full")
+        modes: Sequence[Mode] = (
+            ("full",)
+            if config.model.activation_offload
+            else ("none", "full")
+            if whole
+            else ("none", "selective", "full")
+        )
         enough = _SHARE_FOR_AUTO * room.limit_gib
-        mode = next((m for m in modes if enough >= room.needs_gib(
-            _changed(config, "model.activation_checkpointing", m), stage, shape)), "full")
+        mode = next(
+            (
+                m
+                for m in modes
+                if enough >= room.needs_gib(_changed(config, "model.activation_checkpointing", m), stage, shape)
+            ),
+            "full",
+        )
     elif config.model.activation_offload:
         mode = "full"
     return _changed(config, "model.activation_checkpointing", mode)
@@ -147,7 +168,8 @@ def check_fits(config: Config, stage: StageConfig, shape: ModelShape, room: Room
         return
     raise ConfigError(
         f"stage {stage.name!r} is estimated to need {needs:.1f} GiB of a rank's {room.limit_gib:.1f} GiB (`delib-fast "
-        f"plan` shows of what); {_remedy(config, stage, shape, room)}, or engine.memory_gib=0 to try all the same")
+        f"plan` shows of what); {_remedy(config, stage, shape, room)}, or engine.memory_gib=0 to try all the same"
+    )
 
 
 def _remedy(config: Config, stage: StageConfig, shape: ModelShape, room: Room) -> str:

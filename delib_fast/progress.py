@@ -34,8 +34,13 @@ class Reporter:
         self._name, self._num_steps, self._first_step = name, num_steps, first_step
         self._started, self._last_line = time.perf_counter(), 0.0
         if self._speaks and self._console.is_terminal:
-            self._live = Progress(TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(),
-                                  TextColumn("{task.fields[told]}"), console=self._console)
+            self._live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=12),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[told]}"),
+                console=self._console,
+            )
             self._live.start()
             self._task = self._live.add_task(name, total=num_steps, completed=first_step, told="")
 
@@ -87,10 +92,16 @@ def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
     for name in ("stage", "steps", "tokens", "supervised", "tok/s", "sup. tok/s", "fill", "time"):
         table.add_column(name, justify="left" if name == "stage" else "right")
     for stage in stages:
-        table.add_row(stage["name"], str(stage["updates"]), count_text(stage["tokens"]),
-                      count_text(sum(stage["supervised_tokens"].values())), count_text(stage["tokens_per_s"]),
-                      count_text(stage["supervised_tokens_per_s"]), f"{stage['fill']:.1%}",
-                      duration_text(stage["train_s"]))
+        table.add_row(
+            stage["name"],
+            str(stage["updates"]),
+            count_text(stage["tokens"]),
+            count_text(sum(stage["supervised_tokens"].values())),
+            count_text(stage["tokens_per_s"]),
+            count_text(stage["supervised_tokens_per_s"]),
+            f"{stage['fill']:.1%}",
+            duration_text(stage["train_s"]),
+        )
     return table
 
 

@@ -1,14 +1,14 @@
 """What a run leaves on disk, and the promise that a later run never takes a half-written file for good.
 
-    run_dir/
-        config.yaml      the resolved configuration, secrets redacted
-        ledger.json      per stage: parent, data, updates, tokens, evaluations, wall time
-        metrics.jsonl    one line for each logged update
-        tokenizer/       where the run trained one
-        checkpoints/STAGE/step-N/
-        stages/STAGE/    what each stage but the last exported: model/, with LoRA adapter/
-        model/           the exported model of the last stage
-        adapter/         with LoRA, its adapter as a peft folder
+run_dir/
+    config.yaml      the resolved configuration, secrets redacted
+    ledger.json      per stage: parent, data, updates, tokens, evaluations, wall time
+    metrics.jsonl    one line for each logged update
+    tokenizer/       where the run trained one
+    checkpoints/STAGE/step-N/
+    stages/STAGE/    what each stage but the last exported: model/, with LoRA adapter/
+    model/           the exported model of the last stage
+    adapter/         with LoRA, its adapter as a peft folder
 """
 
 from __future__ import annotations
@@ -29,10 +29,25 @@ from delib_fast.config_file import dump_config, parse_config
 from delib_fast.engine.checkpoint import write_synced
 
 # What may differ when a run goes on: where and how fast it computes and what it tells, not what it learns.
-_MAY_CHANGE = ("run_dir", "log", "checkpoint", "guard.max_bad_steps", "guard.hang_timeout_s", "engine.zero_stage",
-               "engine.device", "engine.sequence_parallel", "model.attention", "model.loss",
-               "model.activation_", "model.mlp_tiles", "engine.memory_gib", "engine.offload_", "engine.cpu_adam",
-               "engine.nvme_path", "deepspeed")
+_MAY_CHANGE = (
+    "run_dir",
+    "log",
+    "checkpoint",
+    "guard.max_bad_steps",
+    "guard.hang_timeout_s",
+    "engine.zero_stage",
+    "engine.device",
+    "engine.sequence_parallel",
+    "model.attention",
+    "model.loss",
+    "model.activation_",
+    "model.mlp_tiles",
+    "engine.memory_gib",
+    "engine.offload_",
+    "engine.cpu_adam",
+    "engine.nvme_path",
+    "deepspeed",
+)
 
 # What a run that was killed before it wrote its configuration leaves.
 _LEFT_BY_A_KILL = (".lock", "config.yaml.tmp")
@@ -89,14 +104,17 @@ class RunDirectory:
             self.ledger = _read_whole(ledger, json.loads, "stages", "evaluations")
         if ledger.exists() or (self.path / "checkpoints").exists():
             if not saved.exists():
-                raise ConfigError(f"run_dir {self.path} holds a run without its config.yaml, so nothing says whether "
-                                  "it is this one; put the file back from a copy, or give another run_dir")
+                raise ConfigError(
+                    f"run_dir {self.path} holds a run without its config.yaml, so nothing says whether "
+                    "it is this one; put the file back from a copy, or give another run_dir"
+                )
             self._refuse_other_config(_read_whole(saved, yaml.safe_load, "run_dir"), config)
         elif self._writes:  # nothing was trained: a configuration that failed gives way to the mended one
             strangers = sorted(p.name for p in self.path.iterdir() if p.name not in _LEFT_BY_A_KILL)
             if strangers and not saved.exists():
-                raise ConfigError(f"run_dir {self.path} is not empty and holds no run (it has {strangers[0]!r}); "
-                                  "give a new folder")
+                raise ConfigError(
+                    f"run_dir {self.path} is not empty and holds no run (it has {strangers[0]!r}); give a new folder"
+                )
             write_synced(saved, dump_config(config).encode())
 
     def _take_lock(self) -> None:
@@ -104,20 +122,32 @@ class RunDirectory:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigError(f"run_dir {self.path} is in use by another process; give another run_dir or "
-                              "wait for it to end") from None
+            raise ConfigError(
+                f"run_dir {self.path} is in use by another process; give another run_dir or wait for it to end"
+            ) from None
 
     def _refuse_other_config(self, saved: Any, config: Config) -> None:
         with contextlib.suppress(ConfigError):  # keys that a newer version added have their defaults there
             saved = yaml.safe_load(dump_config(parse_config(saved)))
         there, here = _flat(saved), _flat(yaml.safe_load(dump_config(config)))
-        differ = [key for key in sorted(there.keys() | here.keys())
-                  if there.get(key) != here.get(key) and not key.startswith(_MAY_CHANGE)]
+        differ = [
+            key
+            for key in sorted(there.keys() | here.keys())
+            if there.get(key) != here.get(key) and not key.startswith(_MAY_CHANGE)
+        ]
         if differ:
             lines = [f"  {key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in differ[:8]]
             more = [f"  and {len(differ) - 8} more"] if len(differ) > 8 else []
-            raise ConfigError("\n".join([f"run_dir {self.path} holds a run with another configuration; give "
-                                         "another run_dir, or delete this one to start again:", *lines, *more]))
+            raise ConfigError(
+                "\n".join(
+                    [
+                        f"run_dir {self.path} holds a run with another configuration; give "
+                        "another run_dir, or delete this one to start again:",
+                        *lines,
+                        *more,
+                    ]
+                )
+            )
 
     def close(self) -> None:
         for file in (self._metrics, self._lock):

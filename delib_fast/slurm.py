@@ -21,8 +21,9 @@ def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
     if "RANK" in environment or "SLURM_PROCID" not in environment or tasks == "1":
         return
     job, step = (int(environment.get(f"SLURM_{name}_ID", "0")) for name in ("JOB", "STEP"))
-    environment.update({"RANK": environment["SLURM_PROCID"], "LOCAL_RANK": environment["SLURM_LOCALID"],
-                        "WORLD_SIZE": tasks})
+    environment.update(
+        {"RANK": environment["SLURM_PROCID"], "LOCAL_RANK": environment["SLURM_LOCALID"], "WORLD_SIZE": tasks}
+    )
     environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
     environment.setdefault("MASTER_PORT", str(_FIRST_PORT + (31 * job + step) % _PORTS))
 

@@ -24,9 +24,26 @@ MIB = 1 << 20
 # H100 and H200 SXM and GH200 1,979, H100 NVL 1,671, H100 PCIe 1,513; A100 624; L40S 733, L40 362, L4 242; A40 299, A30
 # 330, A10 250; GeForce from the Ada and GA102 white papers. Checked in tables that quote them. What could not be (H800,
 # H20, A800, RTX A6000), a part of a GPU and a laptop's are measured.
-_TFLOPS = (("GB300", 2500), ("B300", 2250), ("GB200", 2500), ("B200", 2250), ("GH200", 989), ("H200", 989),
-           ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("A100", 312), ("A40", 150), ("A30", 165),
-           ("A10", 125), ("L40S", 362), ("L40", 181), ("L4", 121), ("RTX 4090", 165), ("RTX 3090", 71))
+_TFLOPS = (
+    ("GB300", 2500),
+    ("B300", 2250),
+    ("GB200", 2500),
+    ("B200", 2250),
+    ("GH200", 989),
+    ("H200", 989),
+    ("H100 PCIe", 756),
+    ("H100 NVL", 835),
+    ("H100", 989),
+    ("A100", 312),
+    ("A40", 150),
+    ("A30", 165),
+    ("A10", 125),
+    ("L40S", 362),
+    ("L40", 181),
+    ("L4", 121),
+    ("RTX 4090", 165),
+    ("RTX 3090", 71),
+)
 _OTHER_RATE = re.compile(r"\b(MIG|Laptop|Max-Q|H200 NVL|RTX 4090 D|RTX 3090 Ti)\b")
 _MEASURE = 1024  # rows and columns of the product by which an unknown device's rate is measured
 
@@ -144,8 +161,11 @@ class Throughput:
 
     def totals(self, seconds: float) -> dict[str, Any]:
         """For the ledger."""
-        return {"mfu": self._all_flops / seconds / (self.peak.flops_per_s * self._ranks.world_size),
-                "peak_tflops_per_s": self.peak.flops_per_s / 1e12, "peak_source": self.peak.source}
+        return {
+            "mfu": self._all_flops / seconds / (self.peak.flops_per_s * self._ranks.world_size),
+            "peak_tflops_per_s": self.peak.flops_per_s / 1e12,
+            "peak_source": self.peak.source,
+        }
 
 
 def memory_peak_mib(device: torch.device) -> float:

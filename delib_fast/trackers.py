@@ -32,14 +32,14 @@ def refuse_missing_trackers(config: Config) -> None:
     """Raise ConfigError where a tracker that the configuration names is not installed."""
     for name in config.log.trackers:
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"log.trackers names {name}, which is not installed here: pip install {name}, or take it "
-                              "out")
+            raise ConfigError(
+                f"log.trackers names {name}, which is not installed here: pip install {name}, or take it out"
+            )
 
 
 def figures_of(record: Mapping[str, Any]) -> dict[str, float]:
     """A line of metrics as flat names: loss/cot, accuracy/cot, tokens_per_s, …"""
-    flat = {name: float(value) for name, value in record.items()
-            if isinstance(value, int | float) and name != "step"}
+    flat = {name: float(value) for name, value in record.items() if isinstance(value, int | float) and name != "step"}
     for segment, part in record["segments"].items():
         flat |= {f"nll/{segment}": part["nll"], f"accuracy/{segment}": part["accuracy"]}
     return flat
@@ -66,8 +66,9 @@ class Trackers:
             self._open = {}
             names = (["tensorboard"] if self._config.log.tensorboard else []) + list(self._config.log.trackers)
             for name in names:
-                tracker = self._try(name, partial(_OPENERS[name], self._config, self._run_dir,
-                                                  steps_before + first_step))
+                tracker = self._try(
+                    name, partial(_OPENERS[name], self._config, self._run_dir, steps_before + first_step)
+                )
                 if tracker is not None:
                     self._open[name] = tracker
 
@@ -86,8 +87,10 @@ class Trackers:
             return act()
         except Exception as error:  # noqa: BLE001 (whatever a service raises, training goes on)
             (self._open or {}).pop(name, None)
-            self._complain(f"{name}: {type(error).__name__}: {error}; it gets nothing more of this run (metrics.jsonl "
-                           "has every line)")
+            self._complain(
+                f"{name}: {type(error).__name__}: {error}; it gets nothing more of this run (metrics.jsonl "
+                "has every line)"
+            )
             return None
 
 
@@ -111,8 +114,14 @@ class _Wandb:
         wandb: Any = importlib.import_module("wandb")
         ids = _Ids(run_dir)
         self._run: Any = wandb.init(
-            project=config.log.project, name=run_dir.name, dir=str(run_dir), id=ids.known("wandb"), resume="allow",
-            config=_redacted(config), settings=wandb.Settings(console="off", disable_git=True, save_code=False))
+            project=config.log.project,
+            name=run_dir.name,
+            dir=str(run_dir),
+            id=ids.known("wandb"),
+            resume="allow",
+            config=_redacted(config),
+            settings=wandb.Settings(console="off", disable_git=True, save_code=False),
+        )
         ids.keep("wandb", self._run.id)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
@@ -172,4 +181,8 @@ def _redacted(config: Config) -> dict[str, Any]:
 
 
 _OPENERS: dict[str, Callable[[Config, Path, int], Tracker]] = {
-    "tensorboard": _Tensorboard, "wandb": _Wandb, "mlflow": _Mlflow, "trackio": _Trackio}
+    "tensorboard": _Tensorboard,
+    "wandb": _Wandb,
+    "mlflow": _Mlflow,
+    "trackio": _Trackio,
+}

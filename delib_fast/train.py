@@ -76,8 +76,9 @@ class Context:
 # --- one stage ----------------------------------------------------------------------------------------------
 
 
-def train_stage(context: Context, engine: Engine, stage: StageConfig,
-                tallies: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Saver]:
+def train_stage(
+    context: Context, engine: Engine, stage: StageConfig, tallies: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], Saver]:
     """The training loop: from the engine's step to the stage's last. tallies: those of the checkpoint it goes on from.
 
     Returns what the ledger keeps of it, and the saver, for what comes after the last step.
@@ -156,10 +157,16 @@ def run_stage(context: Context, index: int) -> None:
     context.reporter.say(f"{stage.name}: {context.corpus.describe(stage)}")
     with context.watchdog.may_take_long("loading the model"):
         model, exact_weights = build_stage_model(context, start, config)
-    module = together(ranks, lambda: TrainableLM(
-        model, attention_backend=config.model.attention, loss_backend=config.model.loss,
-        sequence_group=ranks.sequence_group,
-        layers=resolve_layers(config.model.layers, ranks.device, config.engine.zero_stage)))
+    module = together(
+        ranks,
+        lambda: TrainableLM(
+            model,
+            attention_backend=config.model.attention,
+            loss_backend=config.model.loss,
+            sequence_group=ranks.sequence_group,
+            layers=resolve_layers(config.model.layers, ranks.device, config.engine.zero_stage),
+        ),
+    )
     engine = Engine(module, config, stage, batches.num_steps, ranks)
     if engine.note is not None:
         context.reporter.say(f"{stage.name}: {engine.note}")
@@ -171,19 +178,29 @@ def run_stage(context: Context, index: int) -> None:
         found = engine.resume(root, context.reporter.say)
     if found is not None:
         if found.trainer["data"] != context.corpus.fingerprint(stage):
-            raise ConfigError(f"the data of stage {stage.name!r} changed since {found.folder} was written; put the "
-                              "old files back, or give another run_dir")
+            raise ConfigError(
+                f"the data of stage {stage.name!r} changed since {found.folder} was written; put the "
+                "old files back, or give another run_dir"
+            )
         context.reporter.say(f"{stage.name}: going on from step {found.step} of {batches.num_steps}")
     run.rewind_metrics(stage.name, engine.step)
     if index == 0:
         evaluate(context, engine, "start")
-    entry = {"name": stage.name, "kind": stage.kind, "status": "running", **start.describe(),
-             **context.corpus.ledger(stage), "updates": batches.num_steps, "ranks": ranks.world_size,
-             "sequence_parallel": ranks.sequence_parallel, "zero_stage": config.engine.zero_stage,
-             "precision": config.engine.precision,
-             "activation_checkpointing": config.model.activation_checkpointing,
-             "trained_parameters": engine.trained_parameters,
-             "versions": versions()}
+    entry = {
+        "name": stage.name,
+        "kind": stage.kind,
+        "status": "running",
+        **start.describe(),
+        **context.corpus.ledger(stage),
+        "updates": batches.num_steps,
+        "ranks": ranks.world_size,
+        "sequence_parallel": ranks.sequence_parallel,
+        "zero_stage": config.engine.zero_stage,
+        "precision": config.engine.precision,
+        "activation_checkpointing": config.model.activation_checkpointing,
+        "trained_parameters": engine.trained_parameters,
+        "versions": versions(),
+    }
     run.record_stage(entry)
     before = [run.stage(other.name) or {} for other in config.stages[:index]]
     context.trackers.begin_stage(sum(other["updates"] for other in before), engine.step)
@@ -259,8 +276,10 @@ def naming_lost_ranks(watchdog: Watchdog) -> Iterator[None]:
         lost, speaks = watchdog.lost()
         if not lost:
             raise
-        raise LostRankError(f"{'; '.join(lost)}. Its own output says why; the same command goes on from the last "
-                            "checkpoint", speaks=speaks) from error
+        raise LostRankError(
+            f"{'; '.join(lost)}. Its own output says why; the same command goes on from the last checkpoint",
+            speaks=speaks,
+        ) from error
 
 
 def run_stages(context: Context) -> None:
@@ -316,8 +335,15 @@ def main(arguments: Sequence[str] | None = None, watch: Watch | None = None) -> 
     twice."""
     parser = argparse.ArgumentParser(prog="delib_fast/train.py", description="Train a run's stages.")
     parser.add_argument("--config", required=True, metavar="FILE", help="the run, as YAML")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", nargs="+",
-                        help="override a value, e.g. --set stages.aft.epochs=2 (repeatable)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        nargs="+",
+        help="override a value, e.g. --set stages.aft.epochs=2 (repeatable)",
+    )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.local_rank is not None:
@@ -337,8 +363,12 @@ def main(arguments: Sequence[str] | None = None, watch: Watch | None = None) -> 
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        return _fail(f"{error}. What was saved before is whole: make room or give the right to write, and the same "
-                     "command goes on from the last checkpoint", True, 1)
+        return _fail(
+            f"{error}. What was saved before is whole: make room or give the right to write, and the same "
+            "command goes on from the last checkpoint",
+            True,
+            1,
+        )
     except Exception as error:
         if not _is_told_plainly(error):
             raise
@@ -354,8 +384,9 @@ def _is_told_plainly(error: Exception) -> bool:
     from delib_fast.models import LeakError, UnsupportedModelError
     from delib_fast.ops import BackendUnavailable
 
-    return isinstance(error, DataError | CheckpointError | LeakError | UnsupportedModelError | TrainingError
-                      | BackendUnavailable)
+    return isinstance(
+        error, DataError | CheckpointError | LeakError | UnsupportedModelError | TrainingError | BackendUnavailable
+    )
 
 
 def _fail(message: str, speaks: bool, code: int) -> int:

@@ -40,9 +40,14 @@ class ForkServer:
         folders = (ROOT, ROOT / "tests", ROOT / "tests" / "engine", os.environ.get("PYTHONPATH", ""))
         path = os.pathsep.join(map(str, folders))
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu",
-                              "TOKENIZERS_PARALLELISM": "false"})
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"},
+        )
         self._number = 0
         self._ask({"do": "start", "logs": []})  # returns when it has imported everything
 
@@ -58,8 +63,16 @@ class ForkServer:
         """Fork `world_size` ranks that each call `module:function(*args)`; its result is the exit code."""
         self._number += 1
         logs = [Path(self._logs.name) / f"{self._number}-{rank}.log" for rank in range(world_size)]
-        pids = self._ask({"do": "start", "target": target, "args": [str(a) for a in args], "port": free_port(),
-                          "logs": [str(log) for log in logs], "env": env})
+        pids = self._ask(
+            {
+                "do": "start",
+                "target": target,
+                "args": [str(a) for a in args],
+                "port": free_port(),
+                "logs": [str(log) for log in logs],
+                "env": env,
+            }
+        )
         return Job(pids, logs, [None] * world_size)
 
     def poll(self, job: Job) -> list[int | None]:
@@ -79,8 +92,16 @@ class ForkServer:
             time.sleep(0.01)
         return job.codes
 
-    def run(self, target: str, args: list[Any], *, world_size: int = 1, timeout: float = 120, code: int | None = 0,
-            **env: str) -> list[str]:
+    def run(
+        self,
+        target: str,
+        args: list[Any],
+        *,
+        world_size: int = 1,
+        timeout: float = 120,
+        code: int | None = 0,
+        **env: str,
+    ) -> list[str]:
         """Start, wait, and return what each rank printed. Fails if one ends otherwise than with `code`."""
         job = self.start(target, args, world_size=world_size, **env)
         codes = self.wait(job, timeout=timeout)
@@ -104,10 +125,23 @@ class ForkServer:
 
 # --- the server ---------------------------------------------------------------------------------------------
 
-_WARM = ("tiny_run", "faults", "delib_fast.corpus", "delib_fast.engine", "delib_fast.models", "delib_fast.progress",
-         "transformers.models.qwen3.modeling_qwen3", "transformers.models.auto.modeling_auto", "tokenizers",
-         "torch.optim.adamw", "torch.utils.checkpoint", "importlib.metadata", "deepspeed.runtime.engine",
-         "transformers.models.auto.tokenization_auto", "rich.progress")
+_WARM = (
+    "tiny_run",
+    "faults",
+    "delib_fast.corpus",
+    "delib_fast.engine",
+    "delib_fast.models",
+    "delib_fast.progress",
+    "transformers.models.qwen3.modeling_qwen3",
+    "transformers.models.auto.modeling_auto",
+    "tokenizers",
+    "torch.optim.adamw",
+    "torch.utils.checkpoint",
+    "importlib.metadata",
+    "deepspeed.runtime.engine",
+    "transformers.models.auto.tokenization_auto",
+    "rich.progress",
+)
 
 
 def serve() -> None:
@@ -154,8 +188,13 @@ def _become_rank(request: dict[str, Any], rank: int) -> None:
     world_size = len(request["logs"])
     os.environ.update(request["env"])
     if world_size > 1 or request["env"].get("LAUNCHED"):
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(request["port"]))
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world_size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(request["port"]),
+        )
 
 
 if __name__ == "__main__":

@@ -34,8 +34,15 @@ def rank_environment(rank: int, world_size: int, port: int, **extra: str) -> dic
     threads = str(max(1, (os.cpu_count() or 1) // world_size))
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     return os.environ | {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "OMP_NUM_THREADS": threads, "PYTHONPATH": path, **extra}
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": threads,
+        "PYTHONPATH": path,
+        **extra,
+    }
 
 
 @contextlib.contextmanager
@@ -45,9 +52,21 @@ def serving(folder: Path) -> Iterator[str]:
     port, log = free_port(), folder.parent / "serve.log"
     with log.open("w") as file:
         server = subprocess.Popen(
-            [str(Path(sys.executable).with_name("transformers")), "serve", str(folder), "--host", "127.0.0.1",
-             "--port", str(port), "--device", "cpu"], stdout=file, stderr=subprocess.STDOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+            [
+                str(Path(sys.executable).with_name("transformers")),
+                "serve",
+                str(folder),
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+                "--device",
+                "cpu",
+            ],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        )
     try:
         end = time.monotonic() + 120
         while True:
@@ -68,8 +87,9 @@ class Rank:
 
     def __init__(self, command: Sequence[str], env: dict[str, str]) -> None:
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the rank is)
-        self.process = subprocess.Popen([sys.executable, *command], env=env, stdout=self._output,
-                                        stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+        self.process = subprocess.Popen(
+            [sys.executable, *command], env=env, stdout=self._output, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+        )
 
     def output(self) -> str:
         self._output.seek(0)
@@ -82,8 +102,9 @@ def start_ranks(command: Sequence[str], world_size: int, **extra: str) -> list[R
     return [Rank(command, rank_environment(rank, world_size, port, **extra)) for rank in range(world_size)]
 
 
-def run_ranks(command: Sequence[str], world_size: int, *, timeout: float = 300, exit_code: int = 0,
-              **extra: str) -> list[str]:
+def run_ranks(
+    command: Sequence[str], world_size: int, *, timeout: float = 300, exit_code: int = 0, **extra: str
+) -> list[str]:
     """Run to the end and return each rank's output. Fails the test, with the output, if a rank ends otherwise."""
     ranks = start_ranks(command, world_size, **extra)
     try:

@@ -40,8 +40,16 @@ def hub_of(folder: Path, name: str) -> Iterator[tuple[str, list[str]]]:
                     fetched.append(file.name)
                 self._answer(200, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"')
             elif self.path.startswith(f"/api/models/{name}"):
-                files = [{"type": "file", "path": f.name, "rfilename": f.name, "size": f.stat().st_size,
-                          "oid": hashlib.sha1(f.read_bytes()).hexdigest()} for f in sorted(folder.iterdir())]
+                files = [
+                    {
+                        "type": "file",
+                        "path": f.name,
+                        "rfilename": f.name,
+                        "size": f.stat().st_size,
+                        "oid": hashlib.sha1(f.read_bytes()).hexdigest(),
+                    }
+                    for f in sorted(folder.iterdir())
+                ]
                 tree = "/tree/" in self.path
                 answer = files if tree else {"id": name, "sha": COMMIT, "siblings": files}
                 self._answer(200, json.dumps(answer).encode())

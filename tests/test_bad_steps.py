@@ -14,6 +14,7 @@ from delib_fast.engine import Engine
 @pytest.fixture
 def spoilt(monkeypatch):
     """Makes the loss of chosen steps of AFT not a number, at one token of the last example of each pack."""
+
     def spoil(steps):
         plain = Engine.forward
 

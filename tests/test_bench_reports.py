@@ -16,10 +16,24 @@ import report
 
 
 def entry(contender: str, share: float, case: str = "T=8", **more) -> dict:
-    info = {"device": "cpu-x", "commit": "c1", "versions": {"torch": "2"}, "case": case, "contender": contender,
-            "share_of_roof": share, "times_the_roof": 1 / share, "dtype": "float32", "flops": 8e9, "least_bytes": 1e7,
-            "roof_ms": 50.0, "bandwidth_gb_per_s": 20.0, "error_grad_hidden": 1e-6, "error_grad_weight": 2e-6,
-            "peak_extra_mib": 3.0, **more}
+    info = {
+        "device": "cpu-x",
+        "commit": "c1",
+        "versions": {"torch": "2"},
+        "case": case,
+        "contender": contender,
+        "share_of_roof": share,
+        "times_the_roof": 1 / share,
+        "dtype": "float32",
+        "flops": 8e9,
+        "least_bytes": 1e7,
+        "roof_ms": 50.0,
+        "bandwidth_gb_per_s": 20.0,
+        "error_grad_hidden": 1e-6,
+        "error_grad_weight": 2e-6,
+        "peak_extra_mib": 3.0,
+        **more,
+    }
     return {"suite": "linear_cross_entropy", "name": f"bench[{case}-{contender}]", "median_ms": 1.0, "extra_info": info}
 
 
@@ -36,8 +50,11 @@ def test_records_replace_and_history_grows(results) -> None:
     kept = {e["name"]: e["extra_info"]["share_of_roof"] for e in recording.stored("cpu-x", "linear_cross_entropy")}
     assert kept == {"bench[T=9-ours-cpu]": 0.5, "bench[T=8-ours-cpu]": 0.9, "bench[T=8-eager]": 0.3}
     lines = [json.loads(line) for line in (results / "cpu-x" / "history.jsonl").read_text().splitlines()]
-    assert [(x["case"], x["share_of_roof"], x["peers"]) for x in lines] == \
-        [("T=8", 0.8, {"eager": 2.0}), ("T=9", 0.5, {}), ("T=8", 0.9, {"eager": 3.0})]
+    assert [(x["case"], x["share_of_roof"], x["peers"]) for x in lines] == [
+        ("T=8", 0.8, {"eager": 2.0}),
+        ("T=9", 0.5, {}),
+        ("T=8", 0.9, {"eager": 3.0}),
+    ]
     table = report.peer_table(report.cases_of("linear_cross_entropy"), "cpu-x")
     assert "| T=8 | **1.11×** | 3.33× |" in table
 
@@ -80,8 +97,11 @@ def test_pictures(results) -> None:
     recording.record([entry("ours-cpu", 0.8), entry("compile-compact", 0.4)])
     report.draw_rooflines()
     assert "<!-- torch.compile -->" in (results / "cpu-x" / "roofline.svg").read_text()
-    pictures.history([json.loads(x) for x in (results / "cpu-x" / "history.jsonl").read_text().splitlines()], "cpu-x",
-                     results / "history.svg")
+    pictures.history(
+        [json.loads(x) for x in (results / "cpu-x" / "history.jsonl").read_text().splitlines()],
+        "cpu-x",
+        results / "history.svg",
+    )
     assert "<!-- T=8 (ours-cpu) -->" in (results / "history.svg").read_text()
 
 

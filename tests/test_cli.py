@@ -16,8 +16,10 @@ runner = CliRunner()
 
 
 def test_help_lists_every_command_and_imports_no_torch():
-    code = "import sys; from typer.testing import CliRunner; from delib_fast.cli import app; " \
-           "print(CliRunner().invoke(app, ['--help']).stdout); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from typer.testing import CliRunner; from delib_fast.cli import app; "
+        "print(CliRunner().invoke(app, ['--help']).stdout); assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for name in ("config", "train", "ledger", "env", "deliberate", "document", "data-report", "eval"):

@@ -56,30 +56,54 @@ def test_relative_paths_start_at_the_file(tmp_path):
     assert config.model.path == "some/model"  # no such folder beside the file: a hub name
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"stagse": []}, "config: stagse: unknown key (did you mean 'stages'?)"),
-    ({"stages": [{"kind": "aft", "train": ["rows"], "cto": "train"}]},
-     "config: stages.0.cto: unknown key (did you mean 'cot'?)"),
-    ({"stages": [{"kind": "aft", "train": ["rows"], "optimizer": {"learning_rate": 1}}]},
-     "config: stages.0.optimizer.learning_rate: unknown key"),
-    ({"stages": [{"kind": "aft", "train": ["row"]}]},
-     "config: the configuration: stages.0.train names 'row', which is not under data: (did you mean 'rows'?)"),
-    ({"stages": [{"kind": "aft", "train": ["rows"], "cot": "tran"}]},
-     "config: stages.0.cot: input should be 'train', 'context' or 'strip', not 'tran'"),
-    ({"stages": [{"kind": "aft", "train": ["rows"], "pack_capacity": 500, "tokens_per_step": 1200}]},
-     "config: stages.0: tokens_per_step (1200) must be a multiple of pack_capacity (500); the nearest is 1000"),
-    ({"stages": [{"kind": "aft", "train": ["rows"], "cot": "context", "response_weight": 0}]},
-     "config: stages.0: nothing is supervised: response_weight is 0 and the CoT is not trained"),
-    ({"stages": [{"train": ["rows"]}]}, "config: stages.0: needs kind: msm or kind: aft"),
-    ({"stages": [{"kind": "aft", "train": ["rows"]}] * 2},
-     "config: the configuration: two stages are called 'aft': give each its own name"),
-    ({"model": {}}, "config: model: give exactly one of model.path (a Hugging Face folder or name) and "
-                    "model.architecture (a new model)"),
-    ({"model": {"architecture": {"model_type": "qwen3"}}},
-     "config: the configuration: a new model (model.architecture) needs tokenizer.path or tokenizer.train"),
-    ({"data": {"rows": {"path": "rows.jsonl", "holdout": 1.5}}},
-     "config: data.rows.holdout: input should be less than 1, not 1.5"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stagse": []}, "config: stagse: unknown key (did you mean 'stages'?)"),
+        (
+            {"stages": [{"kind": "aft", "train": ["rows"], "cto": "train"}]},
+            "config: stages.0.cto: unknown key (did you mean 'cot'?)",
+        ),
+        (
+            {"stages": [{"kind": "aft", "train": ["rows"], "optimizer": {"learning_rate": 1}}]},
+            "config: stages.0.optimizer.learning_rate: unknown key",
+        ),
+        (
+            {"stages": [{"kind": "aft", "train": ["row"]}]},
+            "config: the configuration: stages.0.train names 'row', which is not under data: (did you mean 'rows'?)",
+        ),
+        (
+            {"stages": [{"kind": "aft", "train": ["rows"], "cot": "tran"}]},
+            "config: stages.0.cot: input should be 'train', 'context' or 'strip', not 'tran'",
+        ),
+        (
+            {"stages": [{"kind": "aft", "train": ["rows"], "pack_capacity": 500, "tokens_per_step": 1200}]},
+            "config: stages.0: tokens_per_step (1200) must be a multiple of pack_capacity (500); the nearest is 1000",
+        ),
+        (
+            {"stages": [{"kind": "aft", "train": ["rows"], "cot": "context", "response_weight": 0}]},
+            "config: stages.0: nothing is supervised: response_weight is 0 and the CoT is not trained",
+        ),
+        ({"stages": [{"train": ["rows"]}]}, "config: stages.0: needs kind: msm or kind: aft"),
+        (
+            {"stages": [{"kind": "aft", "train": ["rows"]}] * 2},
+            "config: the configuration: two stages are called 'aft': give each its own name",
+        ),
+        (
+            {"model": {}},
+            "config: model: give exactly one of model.path (a Hugging Face folder or name) and "
+            "model.architecture (a new model)",
+        ),
+        (
+            {"model": {"architecture": {"model_type": "qwen3"}}},
+            "config: the configuration: a new model (model.architecture) needs tokenizer.path or tokenizer.train",
+        ),
+        (
+            {"data": {"rows": {"path": "rows.jsonl", "holdout": 1.5}}},
+            "config: data.rows.holdout: input should be less than 1, not 1.5",
+        ),
+    ],
+)
 def test_refuses(change, message):
     with pytest.raises(ConfigError) as error:
         parse_config(tree(**change))
@@ -92,12 +116,15 @@ def test_every_fault_is_listed():
     assert len(str(error.value).splitlines()) == 3
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("a: 1\na: 2\n", "run.yaml: line 2: the key 'a' is written twice"),
-    ("a: [1\n", "run.yaml:2: not valid YAML"),
-    ("- 1\n", "a configuration is a mapping of keys; this is list"),
-    ("a: !!python/object/apply:os.system [echo]\n", "not valid YAML: could not determine a constructor"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\na: 2\n", "run.yaml: line 2: the key 'a' is written twice"),
+        ("a: [1\n", "run.yaml:2: not valid YAML"),
+        ("- 1\n", "a configuration is a mapping of keys; this is list"),
+        ("a: !!python/object/apply:os.system [echo]\n", "not valid YAML: could not determine a constructor"),
+    ],
+)
 def test_refuses_files(tmp_path, text, message):
     with pytest.raises(ConfigError) as error:
         load_config(write(tmp_path, text))
@@ -111,8 +138,9 @@ def test_missing_file(tmp_path):
 
 def test_overrides(tmp_path):
     path = write(tmp_path, YAML)
-    config = load_config(path, ["stages.aft.cot=strip", "stages.0.epochs=3", "engine.zero_stage=2",
-                                "data.rows.holdout=0.25"])
+    config = load_config(
+        path, ["stages.aft.cot=strip", "stages.0.epochs=3", "engine.zero_stage=2", "data.rows.holdout=0.25"]
+    )
     assert (config.stages[1].cot, config.stages[0].epochs) == ("strip", 3)
     assert (config.engine.zero_stage, config.data["rows"].holdout) == (2, 0.25)
     for override, message in [
@@ -127,8 +155,11 @@ def test_overrides(tmp_path):
 
 
 def test_secrets_do_not_leave():
-    block = {"wandb": {"api_key": "CANARY", "token": "${WANDB}"}, "url": "https://me:CANARY@host/x",
-             "num_memory_tokens": 4}
+    block = {
+        "wandb": {"api_key": "CANARY", "token": "${WANDB}"},
+        "url": "https://me:CANARY@host/x",
+        "num_memory_tokens": 4,
+    }
     shown = redact(block)
     assert "CANARY" not in json.dumps(shown)
     assert shown["wandb"]["token"] == "${WANDB}"
@@ -153,8 +184,12 @@ def test_examples_are_valid(path):
 
 
 def test_deepspeed_json():
-    config = parse_config(tree(engine={"precision": "fp32"}, deepspeed={
-        "zero_optimization": {"overlap_comm": False}, "prescale_gradients": False}))
+    config = parse_config(
+        tree(
+            engine={"precision": "fp32"},
+            deepspeed={"zero_optimization": {"overlap_comm": False}, "prescale_gradients": False},
+        )
+    )
     block = deepspeed_json(config, config.stages[0], 2)
     assert block["train_batch_size"] == 4
     assert block["gradient_accumulation_steps"] == 2
@@ -162,12 +197,18 @@ def test_deepspeed_json():
     assert block["gradient_clipping"] == 1.0
 
 
-@pytest.mark.parametrize(("block", "message"), [
-    ({"gradient_clipping": 5}, "deepspeed.gradient_clipping: 5 conflicts with what this configuration decides "
-                               "(here 1.0); set it by stages.N.optimizer.grad_clip"),
-    ({"zero_optimization": {"stage": 2}}, "deepspeed.zero_optimization.stage: 2 conflicts"),
-    ({"optimizer": {"type": "Adam"}}, "set it by stages.N.optimizer"),
-])
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (
+            {"gradient_clipping": 5},
+            "deepspeed.gradient_clipping: 5 conflicts with what this configuration decides "
+            "(here 1.0); set it by stages.N.optimizer.grad_clip",
+        ),
+        ({"zero_optimization": {"stage": 2}}, "deepspeed.zero_optimization.stage: 2 conflicts"),
+        ({"optimizer": {"type": "Adam"}}, "set it by stages.N.optimizer"),
+    ],
+)
 def test_deepspeed_conflicts(block, message):
     config = parse_config(tree(deepspeed=block))
     with pytest.raises(ConfigError) as error:
@@ -179,5 +220,7 @@ def test_impossible_batch_arithmetic():
     config = parse_config(tree())
     with pytest.raises(ConfigError) as error:
         deepspeed_json(config, config.stages[0], 3)
-    assert str(error.value) == ("stage 'aft': tokens_per_step 2048 makes 4 packs of 512 tokens, which 3 ranks can't "
-                                "share out evenly; the nearest tokens_per_step that fits is 1536")
+    assert str(error.value) == (
+        "stage 'aft': tokens_per_step 2048 makes 4 packs of 512 tokens, which 3 ranks can't "
+        "share out evenly; the nearest tokens_per_step that fits is 1536"
+    )

@@ -19,15 +19,21 @@ from tiny_run import metrics, run, tiny, weights
 
 def start(path: Path, *overrides: str) -> subprocess.Popen[str]:
     words = [word for item in overrides for word in ("--set", item)]
-    return subprocess.Popen([sys.executable, "-m", "delib_fast.train", "--config", str(path), *words], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "delib_fast.train", "--config", str(path), *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def wait_for_step(run_dir: Path, process: subprocess.Popen[str], stage: str, step: int) -> None:
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline and process.poll() is None:
         if (run_dir / "metrics.jsonl").exists() and any(
-                line["stage"] == stage and line["step"] >= step for line in metrics(run_dir)):
+            line["stage"] == stage and line["step"] >= step for line in metrics(run_dir)
+        ):
             return
         time.sleep(0.02)
     pytest.fail(f"the run ended or hung before step {step} of {stage}:\n{process.communicate(timeout=5)[0]}")
@@ -47,8 +53,9 @@ def test_stopped_run_goes_on_bitwise(tmp_path, finished, stage):
     assert run(path) == 0
     for name, weight in weights(finished).items():
         assert torch.equal(weights(tmp_path / "run")[name], weight), name
-    assert [(m["stage"], m["step"], m["loss"]) for m in metrics(tmp_path / "run")] == \
-        [(m["stage"], m["step"], m["loss"]) for m in metrics(finished)]
+    assert [(m["stage"], m["step"], m["loss"]) for m in metrics(tmp_path / "run")] == [
+        (m["stage"], m["step"], m["loss"]) for m in metrics(finished)
+    ]
 
 
 @pytest.mark.slow
@@ -61,14 +68,22 @@ def test_killed_run_goes_on_bitwise(tmp_path, finished):
     assert run(path) == 0
     for name, weight in weights(finished).items():
         assert torch.equal(weights(tmp_path / "run")[name], weight), name
-    assert [(m["stage"], m["step"], m["loss"]) for m in metrics(tmp_path / "run")] == \
-        [(m["stage"], m["step"], m["loss"]) for m in metrics(finished)]
+    assert [(m["stage"], m["step"], m["loss"]) for m in metrics(tmp_path / "run")] == [
+        (m["stage"], m["step"], m["loss"]) for m in metrics(finished)
+    ]
 
 
 LAUNCHERS = {
     "deepspeed": ["deepspeed", "--num_accelerators", "1", "--master_port", "{port}", "delib_fast/train.py"],
-    "deepspeed --module": ["deepspeed", "--num_accelerators", "1", "--master_port", "{port}", "--module",
-                           "delib_fast.train"],
+    "deepspeed --module": [
+        "deepspeed",
+        "--num_accelerators",
+        "1",
+        "--master_port",
+        "{port}",
+        "--module",
+        "delib_fast.train",
+    ],
     "torchrun": ["torchrun", "--nproc_per_node", "1", "--master_port", "{port}", "delib_fast/train.py"],
     "python": ["python", "delib_fast/train.py"],
 }
@@ -77,9 +92,16 @@ LAUNCHERS = {
 def launch(launcher: list[str], path: Path, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     binary = Path(sys.executable).parent / launcher[0]
     command = [word.format(port=free_port()) for word in [str(binary), *launcher[1:]]]
-    return subprocess.run([*command, "--config", str(path), *words], cwd=ROOT, text=True, timeout=timeout, check=False,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    return subprocess.run(
+        [*command, "--config", str(path), *words],
+        cwd=ROOT,
+        text=True,
+        timeout=timeout,
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},
+    )
 
 
 @pytest.mark.slow
@@ -92,20 +114,35 @@ def test_launchers_give_the_same_model(tmp_path, finished, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "ranks", "number", "to_all"), [
-    ("deepspeed", 2, signal.SIGINT, True),  # Ctrl-C in a terminal: the launcher and the ranks get it
-    ("deepspeed", 1, signal.SIGTERM, False),  # the launcher dies of it without a word to the ranks
-    ("torchrun", 2, signal.SIGTERM, False),
-])
+@pytest.mark.parametrize(
+    ("name", "ranks", "number", "to_all"),
+    [
+        ("deepspeed", 2, signal.SIGINT, True),  # Ctrl-C in a terminal: the launcher and the ranks get it
+        ("deepspeed", 1, signal.SIGTERM, False),  # the launcher dies of it without a word to the ranks
+        ("torchrun", 2, signal.SIGTERM, False),
+    ],
+)
 def test_signal_to_a_launcher(tmp_path, name, ranks, number, to_all):
     """The ranks save within a step and end, and none is left over. The launcher's own exit code is its own."""
     path = tiny(tmp_path)
     start = [str(ranks) if word == "1" else word.format(port=free_port()) for word in LAUNCHERS[name]]
     with (tmp_path / "output").open("w") as output:
         process = subprocess.Popen(
-            [str(Path(sys.executable).parent / start[0]), *start[1:], "--config", str(path), "--set",
-             "stages.aft.epochs=40"], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True, env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+            [
+                str(Path(sys.executable).parent / start[0]),
+                *start[1:],
+                "--config",
+                str(path),
+                "--set",
+                "stages.aft.epochs=40",
+            ],
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        )
         wait_for_step(tmp_path / "run", process, "aft", 2)
         children = psutil.Process(process.pid).children(recursive=True)
         (os.killpg if to_all else os.kill)(process.pid, number)
@@ -133,12 +170,40 @@ def test_two_ranks_under_zero_3(tmp_path, finished):
 def test_two_nodes_share_out_each_pack(tmp_path, finished):
     """torchrun on two "machines" that meet on loopback, a rank each, and every pack shared out between them."""
     path, port = tiny(tmp_path), free_port()
-    start = [str(Path(sys.executable).parent / "torchrun"), "--nnodes", "2", "--nproc_per_node", "1",
-             "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "two-nodes"]
-    nodes = [subprocess.Popen([*start, "--node_rank", str(node), "delib_fast/train.py", "--config", str(path), "--set",
-                               "engine.sequence_parallel=2", "engine.zero_stage=3"], cwd=ROOT, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              env=os.environ | {"DS_ACCELERATOR": "cpu"}) for node in range(2)]
+    start = [
+        str(Path(sys.executable).parent / "torchrun"),
+        "--nnodes",
+        "2",
+        "--nproc_per_node",
+        "1",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        f"127.0.0.1:{port}",
+        "--rdzv_id",
+        "two-nodes",
+    ]
+    nodes = [
+        subprocess.Popen(
+            [
+                *start,
+                "--node_rank",
+                str(node),
+                "delib_fast/train.py",
+                "--config",
+                str(path),
+                "--set",
+                "engine.sequence_parallel=2",
+                "engine.zero_stage=3",
+            ],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"DS_ACCELERATOR": "cpu"},
+        )
+        for node in range(2)
+    ]
     outputs = [node.communicate(timeout=400)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     for ours, alone in zip(metrics(tmp_path / "run"), metrics(finished), strict=True):
@@ -147,8 +212,10 @@ def test_two_nodes_share_out_each_pack(tmp_path, finished):
         # Rounding alone to begin with; later AdamW has magnified the order of sums, to 1e-4 at the end of this run.
         if ours["stage"] == "msm" or ours["step"] <= 5:
             assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-5)
-    told, expected = ([e["segments"] for e in json.loads((run / "ledger.json").read_text())["evaluations"]]
-                      for run in (tmp_path / "run", finished))
+    told, expected = (
+        [e["segments"] for e in json.loads((run / "ledger.json").read_text())["evaluations"]]
+        for run in (tmp_path / "run", finished)
+    )
     assert len(told) == len(expected) == 3
     for moment in (0, 1):  # before training, and after MSM
         for segment, figures in expected[moment].items():
@@ -165,8 +232,9 @@ def test_arms_run(tmp_path, arm):
         shrink.append("stages.msm.max_steps=2")
     assert run(path, *shrink) == 0
     ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
-    assert set(ledger["stages"][-1]["supervised_tokens"]) == ({"response"} if arm.endswith("no_cot")
-                                                              else {"cot", "response"})
+    assert set(ledger["stages"][-1]["supervised_tokens"]) == (
+        {"response"} if arm.endswith("no_cot") else {"cot", "response"}
+    )
     assert ("no CoT: response" in ledger["evaluations"][-1]["segments"]) == arm.endswith("no_cot")
 
 
@@ -175,6 +243,13 @@ def test_teacher_of_the_end_to_end_example_starts(tmp_path):
     """Its lessons are made by a script: what training refuses of them would stop the example before its first step."""
     lessons = tmp_path / "lessons.jsonl"
     subprocess.run([sys.executable, "examples/deliberate/make_lessons.py", str(lessons)], cwd=ROOT, check=True)
-    assert run(ROOT / "examples" / "deliberate" / "teacher.yaml", f"run_dir={tmp_path / 'run'}",
-               f"data.lessons.path={lessons}", "model.architecture.num_hidden_layers=1",
-               "stages.teach.max_steps=1") == 0
+    assert (
+        run(
+            ROOT / "examples" / "deliberate" / "teacher.yaml",
+            f"run_dir={tmp_path / 'run'}",
+            f"data.lessons.path={lessons}",
+            "model.architecture.num_hidden_layers=1",
+            "stages.teach.max_steps=1",
+        )
+        == 0
+    )

@@ -13,10 +13,21 @@ PACKAGE = Path(__file__).parent.parent / "delib_fast"
 # Each may import itself and what stands before it.
 ORDER = ("config", "ops", "data", "losses", "models", "engine", "train", "stages", "evals", "looking", "study", "cli")
 # Modules beside the folders of the design, and the layer each belongs to.
-LAYER = {"config_file": "config", "config_base": "config", "config_model": "config",
-         "bookkeeping": "train", "corpus": "train", "progress": "train",
-         "run_directory": "train", "handover": "train", "memory": "train", "environment": "train", "slurm": "train",
-         "throughput": "train", "trackers": "train"}
+LAYER = {
+    "config_file": "config",
+    "config_base": "config",
+    "config_model": "config",
+    "bookkeeping": "train",
+    "corpus": "train",
+    "progress": "train",
+    "run_directory": "train",
+    "handover": "train",
+    "memory": "train",
+    "environment": "train",
+    "slurm": "train",
+    "throughput": "train",
+    "trackers": "train",
+}
 ALLOWED = {
     "deliberate": {"config", "data", "models", "deliberate"},
     "integrations": {"config", "ops", "data", "losses", "models", "integrations"},
@@ -83,8 +94,23 @@ def test_ops_need_only_torch(path):
 def test_no_module_shadows_a_package():
     """train.py runs as a script: a module here named like an installed package would be found in its place."""
     names = {p.name.removesuffix(".py") for p in PACKAGE.iterdir() if p.suffix == ".py" or p.is_dir()}
-    assert not names & {"datasets", "types", "triton", "inspect", "tokenizers", "transformers", "torch", "logging",
-                        "typing", "queue", "random", "profile", "platform", "test", "code"}
+    assert not names & {
+        "datasets",
+        "types",
+        "triton",
+        "inspect",
+        "tokenizers",
+        "transformers",
+        "torch",
+        "logging",
+        "typing",
+        "queue",
+        "random",
+        "profile",
+        "platform",
+        "test",
+        "code",
+    }
 
 
 def test_files_are_of_a_size_to_read():

@@ -19,9 +19,17 @@ from delib_fast.config_file import load_config
 from delib_fast.models import StepCost, TrainableLM, add_adapter, build_model, load_adapter
 from delib_fast.models.build import _four_bits
 
-ARCHITECTURE = {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-                "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 512,
-                "initializer_range": 0.1}
+ARCHITECTURE = {
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 512,
+    "initializer_range": 0.1,
+}
 SMALL = ["stages.msm.max_steps=3", "stages.aft.max_steps=3"]
 
 
@@ -54,9 +62,11 @@ def paper(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("paper")
     tree = yaml.safe_load((ROOT / "examples" / "msm_paper.yaml").read_text())
     tree["run_dir"], tree["model"]["path"] = str(folder / "run"), str(base_model(folder))
-    tree["data"] = {"documents": {"path": str(DATA / "documents.jsonl"), "limit": 8},
-                    "rows": {"path": str(DATA / "deliberation.jsonl"), "limit": 30, "holdout": 0.1},
-                    "generic": {"path": str(DATA / "deliberation_heldout.jsonl"), "limit": 4}}
+    tree["data"] = {
+        "documents": {"path": str(DATA / "documents.jsonl"), "limit": 8},
+        "rows": {"path": str(DATA / "deliberation.jsonl"), "limit": 30, "holdout": 0.1},
+        "generic": {"path": str(DATA / "deliberation_heldout.jsonl"), "limit": 4},
+    }
     tree["tokenizer"] = {"train": {"vocab_size": 500, "sources": ["documents", "rows"]}}
     for stage in tree["stages"]:
         stage |= {"pack_capacity": 1024, "tokens_per_step": 2048, "min_steps": 2, "max_steps": 3}
@@ -71,8 +81,13 @@ def test_the_example_is_the_published_recipe():
     assert config.model.lora == LoraConfig(r=64, alpha=128, dropout=0, targets="all-linear", rslora=False)
     for stage in config.stages:
         optimizer = stage.optimizer
-        assert (optimizer.name, optimizer.lr, optimizer.schedule, optimizer.warmup, optimizer.weight_decay) == \
-            ("adamw", 1e-4, "cosine", 0.05, 0.01)
+        assert (optimizer.name, optimizer.lr, optimizer.schedule, optimizer.warmup, optimizer.weight_decay) == (
+            "adamw",
+            1e-4,
+            "cosine",
+            0.05,
+            0.01,
+        )
         assert (stage.pack_capacity, stage.epochs, stage.adapter) == (8192, 1, "continue")
 
 
@@ -116,18 +131,22 @@ def test_merge_begins_a_fresh_adapter_on_the_merged_model(tmp_path):
     drawn = {name: w for name, w in after.items() if "lora_A" in name}
     # Both began as the same draw; Adam has moved them by a few learning rates of 0.01 since.
     assert all((w - before[name]).abs().max() < 0.1 for name, w in drawn.items())
-    start, merged = load_file(tmp_path / "base/model.safetensors"), load_file(
-        tmp_path / "run/stages/msm/model/model.safetensors")
+    start, merged = (
+        load_file(tmp_path / "base/model.safetensors"),
+        load_file(tmp_path / "run/stages/msm/model/model.safetensors"),
+    )
     moved = {name for name, w in start.items() if not torch.equal(w, merged[name])}
     assert moved == {f"model.layers.{i}.{part}.weight" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.up_proj")}
 
 
 def test_a_given_adapter_is_gone_on_with(paper, tmp_path):
-    path = tiny(tmp_path, model={"path": str(paper / "base"),
-                                 "lora": {"path": str(paper / "run" / "adapter"), "alpha": 64}})
+    path = tiny(
+        tmp_path, model={"path": str(paper / "base"), "lora": {"path": str(paper / "run" / "adapter"), "alpha": 64}}
+    )
     assert run(path, *SMALL) == 2, "its alpha is another; said, and set right, in the same run_dir"
-    assert run(path, *SMALL, "model.lora.alpha=128", "stages.msm.optimizer.lr=1e-9",
-               "stages.aft.optimizer.lr=1e-9") == 0
+    assert (
+        run(path, *SMALL, "model.lora.alpha=128", "stages.msm.optimizer.lr=1e-9", "stages.aft.optimizer.lr=1e-9") == 0
+    )
     assert ledger(tmp_path)["stages"][0]["parent"] == ledger(paper)["stages"][1]["adapter"]
     for name, weight in adapter(tmp_path / "run/adapter").items():
         torch.testing.assert_close(weight, adapter(paper / "run/adapter")[name], rtol=1e-5, atol=1e-7)
@@ -139,12 +158,17 @@ def test_four_bits(tmp_path, monkeypatch):
     pytest.importorskip("bitsandbytes")
     from peft import PeftModel
 
-    path = tiny(tmp_path, model={"path": str(base_model(tmp_path)), "lora": {"r": 4, "quantize": "nf4"}},
-                engine={"precision": "bf16", "device": "cpu"})
+    path = tiny(
+        tmp_path,
+        model={"path": str(base_model(tmp_path)), "lora": {"r": 4, "quantize": "nf4"}},
+        engine={"precision": "bf16", "device": "cpu"},
+    )
     assert run(path, *SMALL) == 0
     source, tokenizer = ModelConfig(path=str(tmp_path / "base")), tokenizer_of(tmp_path)
-    exact, packed = (StepCost.of(TrainableLM(build_model(source, tokenizer, dtype="bf16", quantize=how)
-                                             .requires_grad_(False))) for how in ("none", "nf4"))
+    exact, packed = (
+        StepCost.of(TrainableLM(build_model(source, tokenizer, dtype="bf16", quantize=how).requires_grad_(False)))
+        for how in ("none", "nf4")
+    )
     assert packed == exact, "FLOPs are counted of the matrix, not of the tensor that holds it"
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16).float()
     plain = logits(base)
@@ -161,23 +185,29 @@ def model() -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**ARCHITECTURE))
 
 
-@pytest.mark.parametrize(("target", "message"), [
-    ("lm_head", "'lm_head' is the output head or the embedding"),
-    ("embed_tokens", "'embed_tokens' is the output head or the embedding"),
-    ("q_prj", "'q_prj' is no nn.Linear of Qwen3ForCausalLM (did you mean 'q_proj'?)"),
-    ("self_attn", "'self_attn' is no nn.Linear"),
-])
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("lm_head", "'lm_head' is the output head or the embedding"),
+        ("embed_tokens", "'embed_tokens' is the output head or the embedding"),
+        ("q_prj", "'q_prj' is no nn.Linear of Qwen3ForCausalLM (did you mean 'q_proj'?)"),
+        ("self_attn", "'self_attn' is no nn.Linear"),
+    ],
+)
 def test_refuses_targets(target, message):
     with pytest.raises(ConfigError) as error:
         add_adapter(model(), LoraConfig(targets=["v_proj", target]), base=None, seed=0)
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"r": 8}, "its r is 64, here 8; set model.lora.r to 64"),
-    ({"targets": ["q_proj"]}, "the model does not adapt model.layers.0.mlp.down_proj.lora_A"),
-    ({"rslora": True}, "its use_rslora is False, here True; set model.lora.rslora to False"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": 8}, "its r is 64, here 8; set model.lora.r to 64"),
+        ({"targets": ["q_proj"]}, "the model does not adapt model.layers.0.mlp.down_proj.lora_A"),
+        ({"rslora": True}, "its use_rslora is False, here True; set model.lora.rslora to False"),
+    ],
+)
 def test_refuses_another_adapter(paper, change, message):
     other = model()
     add_adapter(other, LoraConfig(**change), base=None, seed=0)
@@ -186,12 +216,21 @@ def test_refuses_another_adapter(paper, change, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(("overrides", "message"), [
-    (["stages.msm.adapter=merge"], "stages.0.adapter: merge has nothing to merge (no stage is before it)"),
-    (["model.lora=null", "stages.aft.adapter=merge"], "stages.1.adapter: merge has nothing to merge (model.lora is"),
-    (["model.lora.quantize=nf4", "engine.zero_stage=3"], "ZeRO 3 can't shard weights of 4 bits"),
-    (["model.lora.quantize=nf4", "model.path=null", "model.architecture={model_type: qwen3}"], "nothing to keep in 4"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stages.msm.adapter=merge"], "stages.0.adapter: merge has nothing to merge (no stage is before it)"),
+        (
+            ["model.lora=null", "stages.aft.adapter=merge"],
+            "stages.1.adapter: merge has nothing to merge (model.lora is",
+        ),
+        (["model.lora.quantize=nf4", "engine.zero_stage=3"], "ZeRO 3 can't shard weights of 4 bits"),
+        (
+            ["model.lora.quantize=nf4", "model.path=null", "model.architecture={model_type: qwen3}"],
+            "nothing to keep in 4",
+        ),
+    ],
+)
 def test_refuses_settings(overrides, message):
     with pytest.raises(ConfigError) as error:
         load_config(ROOT / "examples" / "msm_paper.yaml", overrides)
@@ -204,8 +243,13 @@ def test_frozen_head_makes_no_weight_gradient(monkeypatch):
 
     op = sys.modules["delib_fast.ops.linear_cross_entropy"]  # the package's attribute of that name is the function
     wanted = []
-    monkeypatch.setattr(op, "choose", lambda *_: op.Backend("spy", lambda *args: (
-        wanted.append(args[7:9]), op._run_reference(*args))[1], op._no_reason))
+    monkeypatch.setattr(
+        op,
+        "choose",
+        lambda *_: op.Backend(
+            "spy", lambda *args: (wanted.append(args[7:9]), op._run_reference(*args))[1], op._no_reason
+        ),
+    )
     adapted = model()
     add_adapter(adapted, LoraConfig(r=2), base=None, seed=0)
     trainable = TrainableLM(adapted).train()

@@ -16,9 +16,19 @@ H, F, A, KV, LAYERS, V = 4096, 12288, 4096, 1024, 36, 151_936
 MATRICES = LAYERS * (2 * H * A + 2 * H * KV + 3 * H * F)
 ADAPTER = LAYERS * 64 * (2 * (H + A) + 2 * (H + KV) + 3 * (H + F))
 QWEN3_8B = ModelShape(
-    parameters=MATRICES + 2 * V * H, embedding_parameters=2 * V * H, layers=LAYERS, hidden=H, intermediate=F, heads=32,
-    kv_heads=8, head_dim=128, vocabulary=V, largest_layer=MATRICES // LAYERS, adapter_parameters=ADAPTER,
-    adapted_parameters=MATRICES)
+    parameters=MATRICES + 2 * V * H,
+    embedding_parameters=2 * V * H,
+    layers=LAYERS,
+    hidden=H,
+    intermediate=F,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    vocabulary=V,
+    largest_layer=MATRICES // LAYERS,
+    adapter_parameters=ADAPTER,
+    adapted_parameters=MATRICES,
+)
 
 
 def paper(*overrides: str):
@@ -37,7 +47,8 @@ def test_an_adapter_needs_state_for_itself_alone():
     assert found["optimiser"] == 12 * ADAPTER
     assert parts("model.lora=null")["optimiser"] == 12 * QWEN3_8B.parameters
     assert parts("model.lora.quantize=nf4")["weights"] == pytest.approx(
-        2 * (QWEN3_8B.parameters + ADAPTER) - MATRICES * 1.45)
+        2 * (QWEN3_8B.parameters + ADAPTER) - MATRICES * 1.45
+    )
 
 
 def test_the_loss_holds_what_the_op_says():
@@ -61,13 +72,16 @@ def test_what_was_chosen_stays():
     assert decided(config, stage, QWEN3_8B, Room(1, "bf16", 141)) == config
 
 
-@pytest.mark.parametrize(("overrides", "ranks", "limit_gib", "remedy"), [
-    (["model.activation_checkpointing=none"], 1, 50, "model.activation_checkpointing=selective, or"),
-    (["model.lora=null"], 8, 40, "engine.zero_stage=2, or"),
-    (["model.lora=null"], 1, 48, "engine.zero_stage=1 engine.offload_optimizer=cpu"),
-    (["model.lora.quantize=nf4"], 1, 10, "engine.offload_optimizer=cpu model.activation_offload=true, or"),
-    ([], 1, 4, "no setting of this model would fit on so few ranks"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "limit_gib", "remedy"),
+    [
+        (["model.activation_checkpointing=none"], 1, 50, "model.activation_checkpointing=selective, or"),
+        (["model.lora=null"], 8, 40, "engine.zero_stage=2, or"),
+        (["model.lora=null"], 1, 48, "engine.zero_stage=1 engine.offload_optimizer=cpu"),
+        (["model.lora.quantize=nf4"], 1, 10, "engine.offload_optimizer=cpu model.activation_offload=true, or"),
+        ([], 1, 4, "no setting of this model would fit on so few ranks"),
+    ],
+)
 def test_what_does_not_fit_says_what_would(overrides, ranks, limit_gib, remedy):
     config, stage = paper(*overrides)
     with pytest.raises(ConfigError) as error:

@@ -17,18 +17,35 @@ from delib_fast.models import StepCost, TrainableLM
 from delib_fast.throughput import known_tflops
 from delib_fast.trackers import Trackers
 
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             head_dim=16, vocab_size=64)
+SIZES = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=64,
+)
 
 
 def packs(lengths: list[int], prompt: int) -> list:
     """One pack of runs whose first `prompt` tokens are no targets."""
     import numpy as np
 
-    examples = [Example(np.arange(n, dtype=np.int32) % 64, np.repeat(np.int8([0, 2]), [prompt, n - prompt]), "rows:1")
-                for n in lengths]
-    batches = PackedBatches(examples, pack_capacity=sum(lengths), packs_per_step=1, segment_weights=(0, 1, 1, 1),
-                            seed=0, epochs=1, rank=0, world_size=1)
+    examples = [
+        Example(np.arange(n, dtype=np.int32) % 64, np.repeat(np.int8([0, 2]), [prompt, n - prompt]), "rows:1")
+        for n in lengths
+    ]
+    batches = PackedBatches(
+        examples,
+        pack_capacity=sum(lengths),
+        packs_per_step=1,
+        segment_weights=(0, 1, 1, 1),
+        seed=0,
+        epochs=1,
+        rank=0,
+        world_size=1,
+    )
     return batches.step(0)
 
 
@@ -54,8 +71,10 @@ def test_flops_of_a_pack_follow_its_runs():
     assert cost.windows == (None, 4)
     pairs = (10 * 11 / 2 + 6 * 7 / 2) + (4 * 5 / 2 + 6 * 4 + 4 * 5 / 2 + 2 * 4)
     supervised = (10 - 3) + (6 - 3)
-    assert cost.flops(packs([10, 6], prompt=3)) == \
-        cost.per_token * 16 + cost.per_supervised_token * supervised + cost.per_pair * pairs
+    assert (
+        cost.flops(packs([10, 6], prompt=3))
+        == cost.per_token * 16 + cost.per_supervised_token * supervised + cost.per_pair * pairs
+    )
 
 
 def test_lines_of_metrics(finished):
@@ -74,8 +93,9 @@ def test_lines_of_metrics(finished):
     told = {e.step: e.value for e in events.Scalars("loss")}
     assert sorted(told) == list(range(1, len(lines) + 1)), "a stage's steps follow those of the one before"
     assert [told[k] for k in sorted(told)] == pytest.approx([line["loss"] for line in lines])
-    assert {e.step for e in events.Scalars("nll/cot")} == \
-        {k for k, line in enumerate(lines, 1) if "cot" in line["segments"]}
+    assert {e.step for e in events.Scalars("nll/cot")} == {
+        k for k, line in enumerate(lines, 1) if "cot" in line["segments"]
+    }
 
 
 def test_trackers_must_be_installed(tmp_path, capsys, monkeypatch):
@@ -112,8 +132,13 @@ def test_a_tracker_gets_figures_and_no_secret_and_may_fail(tmp_path, monkeypatch
     monkeypatch.setenv("WANDB_API_KEY", "canary-2")
     trackers = Trackers(load_config(path), tmp_path, speaks=True, complain=said.append)
     trackers.begin_stage(10, 4)
-    record = {"stage": "aft", "step": 5, "loss": 1.5, "gradient_norm": None,
-              "segments": {"cot": {"nll": 2.0, "accuracy": 0.5, "tokens": 7}}}
+    record = {
+        "stage": "aft",
+        "step": 5,
+        "loss": 1.5,
+        "gradient_norm": None,
+        "segments": {"cot": {"nll": 2.0, "accuracy": 0.5, "tokens": 7}},
+    }
     for _ in range(4):
         trackers.log(record)
     trackers.close()
@@ -128,14 +153,28 @@ def test_a_tracker_gets_figures_and_no_secret_and_may_fail(tmp_path, monkeypatch
     assert fake.given["id"] == "abc", "a resumed run goes on under its id"
 
 
-@pytest.mark.parametrize(("name", "tflops"), [
-    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA GB200", 2500), ("NVIDIA B200", 2250),
-    ("NVIDIA GB300", 2500), ("NVIDIA GH200 480GB", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L4", 121),
-    ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA L40S", 362),
-    # another GPU, or a part of one, whose name holds the name of a known one
-    ("NVIDIA RTX A4000", None), ("NVIDIA A10G", None), ("NVIDIA RTX A6000", None), ("NVIDIA H20", None),
-    ("NVIDIA H200 NVL", None),
-    ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-])
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB300", 2500),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA L40S", 362),
+        # another GPU, or a part of one, whose name holds the name of a known one
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA RTX A6000", None),
+        ("NVIDIA H20", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)
 def test_peak_is_that_of_this_gpu(name, tflops):
     assert known_tflops(name) == tflops

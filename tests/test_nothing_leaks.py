@@ -12,8 +12,14 @@ from tiny_run import run, tiny
 
 CANARY = "CanaryThatNobodyMayEverSee"
 TOKEN = f"hf_{CANARY}0123456789"
-NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY",
-         "MY_PASSWORD")
+NAMES = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "WANDB_API_KEY",
+    "OPENAI_API_KEY",
+    "AWS_SECRET_ACCESS_KEY",
+    "MY_PASSWORD",
+)
 
 
 def files(folder):
@@ -24,8 +30,9 @@ def files(folder):
 def with_secrets(tmp_path_factory, fork_server):
     """A run that is given secrets everywhere; what its ranks printed, and its folder."""
     folder = tmp_path_factory.mktemp("secrets")
-    told = fork_server.run("test_nothing_leaks:go", [tiny(folder)], LAUNCHED="yes",
-                           **{name: f"{name}.{CANARY}" for name in NAMES})
+    told = fork_server.run(
+        "test_nothing_leaks:go", [tiny(folder)], LAUNCHED="yes", **{name: f"{name}.{CANARY}" for name in NAMES}
+    )
     return "\n".join(told), folder / "run"
 
 
@@ -35,9 +42,16 @@ def go(path: str) -> int:
 
     secret = os.environ["WANDB_API_KEY"]
     sys.argv = ["train.py", "--config", path, "--set", f"deepspeed.comet.api_key={secret}"]
-    return run(path, "stages.msm.max_steps=2", "stages.aft.max_steps=3", "checkpoint.every_steps=1",
-               f"deepspeed.comet.api_key={secret}", f"deepspeed.comet.project=https://me:{secret}@example.org/x",
-               f"deepspeed.comet.workspace={secret}", f"deepspeed.comet.experiment_name=a {TOKEN} in words")
+    return run(
+        path,
+        "stages.msm.max_steps=2",
+        "stages.aft.max_steps=3",
+        "checkpoint.every_steps=1",
+        f"deepspeed.comet.api_key={secret}",
+        f"deepspeed.comet.project=https://me:{secret}@example.org/x",
+        f"deepspeed.comet.workspace={secret}",
+        f"deepspeed.comet.experiment_name=a {TOKEN} in words",
+    )
 
 
 def test_no_secret_is_written_or_printed(with_secrets):
@@ -49,8 +63,16 @@ def test_no_secret_is_written_or_printed(with_secrets):
     assert "api_key: '***'" in (folder / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize("override", ["engine.api_key={}", "deepspeed.gradient_clipping={}", "model.path={}",
-                                      "guard.max_bad_steps={}", "deepspeed.comet.nonsense={}"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "engine.api_key={}",
+        "deepspeed.gradient_clipping={}",
+        "model.path={}",
+        "guard.max_bad_steps={}",
+        "deepspeed.comet.nonsense={}",
+    ],
+)
 def test_no_secret_in_an_error(tmp_path, capsys, monkeypatch, override):
     monkeypatch.setenv("MY_PASSWORD", f"0.{CANARY}")
     for secret in (TOKEN, f"0.{CANARY}"):

@@ -100,26 +100,38 @@ def strip_cots(path: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.mark.parametrize(("break_it", "overrides", "message"), [
-    (lambda p: spoil(p, "deliberation.jsonl", '{"prompt": "a", "cot": "b"'), [], "deliberation.jsonl:25: "),
-    (lambda p: spoil(p, "deliberation.jsonl", '{"prompt": "a", "cot": "b"}'), [], "deliberation.jsonl:25: "),
-    (lambda p: spoil(p, "deliberation.jsonl", '{"prompt": "a", "cot": "", "response": ""}'), [],
-     "there is nothing to supervise"),
-    (lambda p: strip_cots(p), ["stages.aft.response_weight=0", "stages.aft.tokens_per_step=1024"],
-     "is supervised (rows "),
-    (None, ["stages.aft.over_long=error", "stages.aft.pack_capacity=128", "stages.aft.tokens_per_step=128"],
-     "more than pack_capacity (128)"),
-    (None, ["stages.aft.pack_capacity=64", "stages.aft.tokens_per_step=64"], "are longer than pack_capacity (64"),
-    (None, ["model.architecture.vocab_size=100"], "vocab_size"),
-    (None, ["stages.aft.min_steps=1000"], "fewer than min_steps (1000)"),
-    (None, ["data.deliberation.path=none.jsonl"], "none.jsonl: no such file"),
-    (None, ["stages.aft.cot=train", "stages.aft.epoch=1"], "unknown key (did you mean 'epochs'?)"),
-    (None, ["tokenizer.train.vocab_size=30000"], "tokenizer.train.vocab_size is 30000, but the text"),
-    (None, ["model.architecture.model_type=qwen33"], "did you mean 'qwen3"),
-    (None, ["engine.precision=fp16"], "engine.precision: fp16 needs a GPU; on a CPU set bf16 or fp32"),
-    (None, ["engine.device=cuda"], "torch sees no CUDA device"),
-    (None, ["deepspeed={gradient_clipping: 3}"], "conflicts with what this configuration decides"),
-])
+@pytest.mark.parametrize(
+    ("break_it", "overrides", "message"),
+    [
+        (lambda p: spoil(p, "deliberation.jsonl", '{"prompt": "a", "cot": "b"'), [], "deliberation.jsonl:25: "),
+        (lambda p: spoil(p, "deliberation.jsonl", '{"prompt": "a", "cot": "b"}'), [], "deliberation.jsonl:25: "),
+        (
+            lambda p: spoil(p, "deliberation.jsonl", '{"prompt": "a", "cot": "", "response": ""}'),
+            [],
+            "there is nothing to supervise",
+        ),
+        (
+            lambda p: strip_cots(p),
+            ["stages.aft.response_weight=0", "stages.aft.tokens_per_step=1024"],
+            "is supervised (rows ",
+        ),
+        (
+            None,
+            ["stages.aft.over_long=error", "stages.aft.pack_capacity=128", "stages.aft.tokens_per_step=128"],
+            "more than pack_capacity (128)",
+        ),
+        (None, ["stages.aft.pack_capacity=64", "stages.aft.tokens_per_step=64"], "are longer than pack_capacity (64"),
+        (None, ["model.architecture.vocab_size=100"], "vocab_size"),
+        (None, ["stages.aft.min_steps=1000"], "fewer than min_steps (1000)"),
+        (None, ["data.deliberation.path=none.jsonl"], "none.jsonl: no such file"),
+        (None, ["stages.aft.cot=train", "stages.aft.epoch=1"], "unknown key (did you mean 'epochs'?)"),
+        (None, ["tokenizer.train.vocab_size=30000"], "tokenizer.train.vocab_size is 30000, but the text"),
+        (None, ["model.architecture.model_type=qwen33"], "did you mean 'qwen3"),
+        (None, ["engine.precision=fp16"], "engine.precision: fp16 needs a GPU; on a CPU set bf16 or fp32"),
+        (None, ["engine.device=cuda"], "torch sees no CUDA device"),
+        (None, ["deepspeed={gradient_clipping: 3}"], "conflicts with what this configuration decides"),
+    ],
+)
 def test_bad_input(tmp_path, capsys, break_it, overrides, message):
     if "engine.device=cuda" in overrides and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
@@ -151,10 +163,18 @@ def test_a_run_without_its_configuration_is_refused_by_all_ranks(tmp_path, fork_
     assert "Traceback" not in "".join(fork_server.output(job))
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("ledger.json", b'{"format": 1, "sta'), ("ledger.json", b"[]"), ("ledger.json", b"\xff\xfe"),
-    ("ledger.json", b"{}"), ("config.yaml", b"a: [1"), ("config.yaml", b""), ("config.yaml", b"\0"),
-])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("ledger.json", b'{"format": 1, "sta'),
+        ("ledger.json", b"[]"),
+        ("ledger.json", b"\xff\xfe"),
+        ("ledger.json", b"{}"),
+        ("config.yaml", b"a: [1"),
+        ("config.yaml", b""),
+        ("config.yaml", b"\0"),
+    ],
+)
 def test_a_run_with_a_damaged_file_is_refused_by_name(tmp_path, capsys, name, content):
     path = tiny(tmp_path)
     (tmp_path / "run").mkdir()
@@ -206,12 +226,27 @@ def test_recipe_is_the_same_as_yaml(tmp_path):
     path = tiny(tmp_path)
     config = load_config(path)
     recipe = Recipe(
-        run_dir=tmp_path / "run", model={"architecture": config.model.architecture}, tokenizer={"vocab_size": 512},
+        run_dir=tmp_path / "run",
+        model={"architecture": config.model.architecture},
+        tokenizer={"vocab_size": 512},
         stages=[
-            MSM(config.data["documents"].path, eval=config.data["documents_heldout"].path, pack_capacity=1024,
-                tokens_per_step=2048, epochs=2, optimizer={"lr": 0.01}),
-            AFT(config.data["deliberation"].path, eval=config.data["deliberation_heldout"].path, cot_weight=0.5,
-                pack_capacity=1024, tokens_per_step=2048, epochs=2, optimizer={"lr": 0.01}),
+            MSM(
+                config.data["documents"].path,
+                eval=config.data["documents_heldout"].path,
+                pack_capacity=1024,
+                tokens_per_step=2048,
+                epochs=2,
+                optimizer={"lr": 0.01},
+            ),
+            AFT(
+                config.data["deliberation"].path,
+                eval=config.data["deliberation_heldout"].path,
+                cot_weight=0.5,
+                pack_capacity=1024,
+                tokens_per_step=2048,
+                epochs=2,
+                optimizer={"lr": 0.01},
+            ),
         ],
         settings={"engine": {"precision": "fp32", "device": "cpu"}},
     )

@@ -23,17 +23,42 @@ def tiny(folder: Path, **changes) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(lines[:rows]))
     tree = {
         "run_dir": str(folder / "run"),
-        "model": {"architecture": {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 64,
-                                   "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-                                   "head_dim": 16, "tie_word_embeddings": True}},
+        "model": {
+            "architecture": {
+                "model_type": "qwen3",
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "head_dim": 16,
+                "tie_word_embeddings": True,
+            }
+        },
         "tokenizer": {"train": {"vocab_size": 512, "sources": ["documents", "deliberation"]}},
-        "data": {name: f"{name}.jsonl" for name in ("documents", "documents_heldout", "deliberation",
-                                                    "deliberation_heldout")},
+        "data": {
+            name: f"{name}.jsonl" for name in ("documents", "documents_heldout", "deliberation", "deliberation_heldout")
+        },
         "stages": [
-            {"kind": "msm", "train": ["documents"], "eval": ["documents_heldout"], "pack_capacity": 1024,
-             "tokens_per_step": 2048, "epochs": 2, "optimizer": {"lr": 0.01}},
-            {"kind": "aft", "train": ["deliberation"], "eval": ["deliberation_heldout"], "cot_weight": 0.5,
-             "pack_capacity": 1024, "tokens_per_step": 2048, "epochs": 2, "optimizer": {"lr": 0.01}},
+            {
+                "kind": "msm",
+                "train": ["documents"],
+                "eval": ["documents_heldout"],
+                "pack_capacity": 1024,
+                "tokens_per_step": 2048,
+                "epochs": 2,
+                "optimizer": {"lr": 0.01},
+            },
+            {
+                "kind": "aft",
+                "train": ["deliberation"],
+                "eval": ["deliberation_heldout"],
+                "cot_weight": 0.5,
+                "pack_capacity": 1024,
+                "tokens_per_step": 2048,
+                "epochs": 2,
+                "optimizer": {"lr": 0.01},
+            },
         ],
         "engine": {"precision": "fp32", "device": "cpu"},
         **changes,

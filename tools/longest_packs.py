@@ -14,15 +14,40 @@ from delib_fast.models import model_shape
 
 QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
 MODELS: dict[str, dict[str, Any]] = {
-    "Qwen3-1.7B": QWEN3 | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28,
-                           "num_attention_heads": 16, "tie_word_embeddings": True},
-    "Qwen3-8B": QWEN3 | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
-                         "num_attention_heads": 32, "tie_word_embeddings": False},
-    "Qwen3-32B": QWEN3 | {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64,
-                          "num_attention_heads": 64, "tie_word_embeddings": False},
-    "Llama-3-70B": {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "hidden_size": 8192,
-                    "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-                    "tie_word_embeddings": False},
+    "Qwen3-1.7B": QWEN3
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    "Qwen3-8B": QWEN3
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
+    "Qwen3-32B": QWEN3
+    | {
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+        "tie_word_embeddings": False,
+    },
+    "Llama-3-70B": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "num_key_value_heads": 8,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "tie_word_embeddings": False,
+    },
 }
 # ranks, sequence_parallel, activation checkpointing
 SETTINGS = [(1, 1, True), (8, 1, False), (8, 1, True), (8, 2, True), (8, 8, True), (64, 8, True)]
@@ -30,11 +55,16 @@ CARD_GIB = 80.0
 
 
 def longest(architecture: dict[str, Any], ranks: int, parallel: int, checkpointing: bool) -> str:
-    config = parse_config({
-        "run_dir": "-", "model": {"architecture": architecture, "activation_checkpointing": checkpointing},
-        "tokenizer": {"path": "-"}, "data": {"rows": "-"},
-        "stages": [{"kind": "aft", "train": ["rows"], "pack_capacity": 1024, "tokens_per_step": 1024 * ranks}],
-        "engine": {"zero_stage": 3, "sequence_parallel": parallel, "precision": "bf16"}})
+    config = parse_config(
+        {
+            "run_dir": "-",
+            "model": {"architecture": architecture, "activation_checkpointing": checkpointing},
+            "tokenizer": {"path": "-"},
+            "data": {"rows": "-"},
+            "stages": [{"kind": "aft", "train": ["rows"], "pack_capacity": 1024, "tokens_per_step": 1024 * ranks}],
+            "engine": {"zero_stage": 3, "sequence_parallel": parallel, "precision": "bf16"},
+        }
+    )
     shape = model_shape(config.model, NoTokenizer())
     tokens = longest_pack(config, config.stages[0], shape, ranks, "bf16", CARD_GIB)
     return f"{tokens:,}" if tokens else "no"
@@ -45,8 +75,10 @@ def main() -> None:
     print(f"{'cards':>5} {'share a pack':>12} {'checkpointing':>13}  " + "  ".join(f"{name:>11}" for name in MODELS))
     for ranks, parallel, checkpointing in SETTINGS:
         row = [longest(architecture, ranks, parallel, checkpointing) for architecture in MODELS.values()]
-        print(f"{ranks:>5} {parallel:>12} {'yes' if checkpointing else 'no':>13}  " +
-              "  ".join(f"{value:>11}" for value in row))
+        print(
+            f"{ranks:>5} {parallel:>12} {'yes' if checkpointing else 'no':>13}  "
+            + "  ".join(f"{value:>11}" for value in row)
+        )
 
 
 if __name__ == "__main__":

@@ -27,8 +27,14 @@ def printed(command: str) -> str:
         raise SystemExit(f"{command!r} is no command of this project")
     program = ["-c", "from delib_fast.cli import main; main()"] if words[0] == "delib-fast" else []
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, *program, *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False,
-                          env=os.environ | {"PYTHONPATH": path})
+    done = subprocess.run(
+        [sys.executable, *program, *words[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": path},
+    )
     if done.returncode:
         raise SystemExit(f"{command}: exit code {done.returncode}\n{done.stderr}")
     return "".join(line.rstrip() + "\n" for line in done.stdout.strip("\n").splitlines())

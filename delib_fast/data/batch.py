@@ -23,8 +23,7 @@ from delib_fast.data.rows import Segment
 from delib_fast.data.shared_prompts import bundle, plan_bundles, runs_of
 
 IGNORE_INDEX = -100
-_TENSORS = ("input_ids", "targets", "loss_weights", "segment_ids", "position_ids", "cu_seqlens",
-            "loss_positions")
+_TENSORS = ("input_ids", "targets", "loss_weights", "segment_ids", "position_ids", "cu_seqlens", "loss_positions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +112,26 @@ class PackedBatch:
             borders, prefix = (*borders, size * share), None if prefix is None else (*prefix, -1)
         at = self.loss_positions
         return replace(
-            self, input_ids=cut(self.input_ids, zeros), targets=cut(self.targets, zeros + IGNORE_INDEX),
-            loss_weights=cut(self.loss_weights, zeros.float()), segment_ids=cut(self.segment_ids, zeros.char()),
+            self,
+            input_ids=cut(self.input_ids, zeros),
+            targets=cut(self.targets, zeros + IGNORE_INDEX),
+            loss_weights=cut(self.loss_weights, zeros.float()),
+            segment_ids=cut(self.segment_ids, zeros.char()),
             position_ids=cut(self.position_ids, torch.arange(padding)),
             loss_positions=at[(at >= start) & (at < end)] - start,
-            cu_seqlens=torch.tensor(borders, dtype=torch.int32), cu_seqlens_host=borders,
-            max_seqlen=max(self.max_seqlen, padding), prefix=prefix,
-            part=Part(rank, size, max(0, min(end, T) - start)))
+            cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+            cu_seqlens_host=borders,
+            max_seqlen=max(self.max_seqlen, padding),
+            prefix=prefix,
+            part=Part(rank, size, max(0, min(end, T) - start)),
+        )
 
 
 def assemble(
-    examples: EncodedSet, members: NDArray[np.int64], weight_of: NDArray[np.float32], weights: NDArray[np.float32],
+    examples: EncodedSet,
+    members: NDArray[np.int64],
+    weight_of: NDArray[np.float32],
+    weights: NDArray[np.float32],
     continues: NDArray[np.bool_] | None = None,
 ) -> PackedBatch:
     """Put examples into one pack. `weight_of` (4,) is the loss weight of a target by segment, `weights` (N of the
@@ -234,8 +242,13 @@ class PackedBatches:
         elif loss_average != "token":
             raise ValueError(f"loss_average is {loss_average!r}; it must be 'token' or 'example'")
         self._epochs = Epochs(
-            self.examples, pack_capacity=pack_capacity, packs_per_step=packs_per_step, seed=seed,
-            quadratic_cost=quadratic_cost, share_prompts=share_prompts and self._weight_of[Segment.PROMPT] == 0)
+            self.examples,
+            pack_capacity=pack_capacity,
+            packs_per_step=packs_per_step,
+            seed=seed,
+            quadratic_cost=quadratic_cost,
+            share_prompts=share_prompts and self._weight_of[Segment.PROMPT] == 0,
+        )
         first = self._epochs.plan(0)[0]
         self.fill = first.fill
         self.packs_per_epoch = first.num_packs
@@ -251,8 +264,12 @@ class PackedBatches:
         """This rank's packs (or parts of packs) of a global step, packs_per_step / groups of ranks of them."""
         plan, places = self._packs(index)
         return self._share.of(
-            [partial(assemble, self.examples, plan.pack(p), self._weight_of, self._weights, plan.pack_continues(p))
-             for p in places], self.packs_per_step // self._share.groups)
+            [
+                partial(assemble, self.examples, plan.pack(p), self._weight_of, self._weights, plan.pack_continues(p))
+                for p in places
+            ],
+            self.packs_per_step // self._share.groups,
+        )
 
     def from_step(self, first: int, *, pin: bool = False) -> Iterator[list[PackedBatch]]:
         """This rank's packs of each step from `first` on, the next step's made in a thread of its own while the one at
@@ -323,10 +340,16 @@ def evaluation_batches(
     weight_of = _weight_table(segment_weights)
     shares = share_prompts and weight_of[Segment.PROMPT] == 0
     bundles = bundle(encoded, pack_capacity) if shares else None
-    plan = plan_packs(encoded.lengths, pack_capacity) if bundles is None else \
-        plan_bundles(bundles, pack_capacity, seed=0)
-    return share.of([partial(assemble, encoded, plan.pack(p), weight_of, encoded.weights, plan.pack_continues(p))
-                     for p in range(plan.num_packs)], -(-plan.num_packs // share.groups))
+    plan = (
+        plan_packs(encoded.lengths, pack_capacity) if bundles is None else plan_bundles(bundles, pack_capacity, seed=0)
+    )
+    return share.of(
+        [
+            partial(assemble, encoded, plan.pack(p), weight_of, encoded.weights, plan.pack_continues(p))
+            for p in range(plan.num_packs)
+        ],
+        -(-plan.num_packs // share.groups),
+    )
 
 
 def _encoded(examples: Sequence[Example] | EncodedSet) -> EncodedSet:
@@ -349,9 +372,11 @@ class _Share:
         if packs_per_step < 1 or packs_per_step % self.groups:
             nearest = max(1, round(packs_per_step / self.groups)) * self.groups
             what = "ranks" if self._size == 1 else f"groups of {self._size} ranks"
-            raise ValueError(f"{packs_per_step} packs a step can't be shared out evenly over {self.groups} {what}: "
-                             f"set tokens_per_step to a multiple of pack_capacity × {self.groups} (the nearest is "
-                             f"{nearest} packs)")
+            raise ValueError(
+                f"{packs_per_step} packs a step can't be shared out evenly over {self.groups} {what}: "
+                f"set tokens_per_step to a multiple of pack_capacity × {self.groups} (the nearest is "
+                f"{nearest} packs)"
+            )
 
     def of(self, packs: Sequence[Callable[[], PackedBatch]], number: int) -> list[PackedBatch]:
         """`number` packs for this rank; only those that it takes are made, and empty ones fill up."""
@@ -363,8 +388,10 @@ class _Share:
 def _weight_table(segment_weights: Sequence[float]) -> NDArray[np.float32]:
     table = np.asarray(segment_weights, np.float32)
     if table.shape != (NUM_SEGMENTS,) or not np.isfinite(table).all() or (table < 0).any():
-        raise ValueError(f"segment_weights is {list(segment_weights)}: four finite numbers ≥ 0 are needed, for "
-                         "PROMPT, COT, RESPONSE and DOCUMENT")
+        raise ValueError(
+            f"segment_weights is {list(segment_weights)}: four finite numbers ≥ 0 are needed, for "
+            "PROMPT, COT, RESPONSE and DOCUMENT"
+        )
     return table
 
 
@@ -381,5 +408,7 @@ def _check_something_supervised(examples: EncodedSet, weight_of: NDArray[np.floa
     targets = examples.target_counts.sum(0)
     if not (targets[weight_of > 0] > 0).any():
         present = np.flatnonzero(targets).tolist()
-        raise ValueError(f"no token is supervised: segment_weights is {weight_of.tolist()} and the data has "
-                         f"only segments {present} (0 prompt, 1 CoT, 2 response, 3 document)")
+        raise ValueError(
+            f"no token is supervised: segment_weights is {weight_of.tolist()} and the data has "
+            f"only segments {present} (0 prompt, 1 CoT, 2 response, 3 document)"
+        )

@@ -43,8 +43,13 @@ def default_folder() -> Path:
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Of everything that decides how the tokenizer encodes a row."""
-    parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token_id,
-             tokenizer.bos_token_id, tokenizer("a")["input_ids"]]
+    parts = [
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.chat_template,
+        tokenizer.eos_token_id,
+        tokenizer.bos_token_id,
+        tokenizer("a")["input_ids"],
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -53,7 +58,10 @@ def fingerprint_of(parts: Mapping[str, Any]) -> str:
 
 
 def cached(
-    folder: Path, fingerprint: str, make: Callable[[Counts], Iterable[Example]], *,
+    folder: Path,
+    fingerprint: str,
+    make: Callable[[Counts], Iterable[Example]],
+    *,
     facts: Mapping[str, Any] | None = None,
 ) -> tuple[EncodedSet, bool]:
     """The examples under a fingerprint; made and kept if they are not there.
@@ -162,8 +170,13 @@ class _Columns:
         names = ["length", *_TARGETS, *_PROMPTS]
         numbers = np.frombuffer(self._numbers, np.int64).reshape(-1, len(names))
         return pa.record_batch(
-            [*(pa.array(column) for column in numbers.T), pa.array(np.frombuffer(self._weights, np.float32)),
-             pa.concat_arrays(self._place_chunks)], names=[*names, "weight", "place"])
+            [
+                *(pa.array(column) for column in numbers.T),
+                pa.array(np.frombuffer(self._weights, np.float32)),
+                pa.concat_arrays(self._place_chunks),
+            ],
+            names=[*names, "weight", "place"],
+        )
 
 
 def _column_of_file(path: Path, kind: pa.DataType, rows: int) -> pa.Array:
@@ -210,11 +223,15 @@ def _batch(path: Path) -> pa.RecordBatch:
 def _set_of(tokens_path: Path, examples: pa.RecordBatch, counts: Counts) -> EncodedSet:
     tokens = _batch(tokens_path)
     return EncodedSet.of_arrays(
-        input_ids=tokens.column("input_ids").to_numpy(), segments=tokens.column("segments").to_numpy(),
-        lengths=examples.column("length").to_numpy(), weights=examples.column("weight").to_numpy(),
+        input_ids=tokens.column("input_ids").to_numpy(),
+        segments=tokens.column("segments").to_numpy(),
+        lengths=examples.column("length").to_numpy(),
+        weights=examples.column("weight").to_numpy(),
         target_counts=np.stack([examples.column(name).to_numpy() for name in _TARGETS], axis=1),
         prompts=np.stack([examples.column(name).to_numpy() for name in _PROMPTS], axis=1),
-        places=_ArrowPlaces(examples.column("place")), counts=counts)
+        places=_ArrowPlaces(examples.column("place")),
+        counts=counts,
+    )
 
 
 class _ArrowPlaces(Sequence[str]):

@@ -98,23 +98,23 @@ class ChatRenderer:
             try:
                 found = self._skeletons[key] = self._build(roles, key[2], has_cot, tools.mapped(self.control.guarded))
             except jinja2.TemplateError as error:
-                raise DataError(f"the chat template refuses the row: {error}", reason="template",
-                                place=place) from None
+                raise DataError(f"the chat template refuses the row: {error}", reason="template", place=place) from None
             except TypeError as error:  # a template of another kind of tools, given these
-                raise DataError(f"the chat template can't take the row's tools: {error}", reason="template",
-                                place=place) from None
+                raise DataError(
+                    f"the chat template can't take the row's tools: {error}", reason="template", place=place
+                ) from None
             except DataError as error:
                 raise DataError(str(error), reason=error.reason, place=place) from None
         return found
 
     def _build(self, roles: tuple[str, ...], shapes: Sequence[Shape], has_cot: bool, tools: Tools) -> Skeleton:
-        marked = [f"{lead}{chr(_SLOT + k) if core else ''}{trail}"
-                  for k, (lead, core, trail) in enumerate(shapes)]
+        marked = [f"{lead}{chr(_SLOT + k) if core else ''}{trail}" for k, (lead, core, trail) in enumerate(shapes)]
         text, prompt_chars, way = self._render_reply(roles, marked, has_cot, tools)
         for k in range(0, len(shapes) - 2, 2):
             if shapes[k][1] and chr(_SLOT + k) not in text:
-                raise DataError(f"the chat template drops the {roles[k // 2]} message (number {k // 2})",
-                                reason="template")
+                raise DataError(
+                    f"the chat template drops the {roles[k // 2]} message (number {k // 2})", reason="template"
+                )
         if tools:
             self._refuse_dropped_tools(text, roles, marked, tools, way)
         skeleton = _cut(self.control, text, prompt_chars, len(shapes), has_cot, tools.replies_with_calls)
@@ -146,8 +146,10 @@ class ChatRenderer:
             if _once_in_order(text, wanted):
                 return text, self._supplied(before, text, has_cot, tools), way
         if tools.replies_with_calls:
-            raise DataError("the chat template drops the text beside a tool call, or the chain of thought before it",
-                            reason="template")
+            raise DataError(
+                "the chat template drops the text beside a tool call, or the chain of thought before it",
+                reason="template",
+            )
         if not has_cot:
             raise DataError("the chat template drops the response, or writes it twice", reason="template")
         text, prompt_chars = self._behind_generation_prompt(before, texts[-2], texts[-1], tools)
@@ -155,16 +157,21 @@ class ChatRenderer:
 
     def _supplied(self, before: list[dict[str, Any]], text: str, has_cot: bool, tools: Tools) -> int:
         """How many characters of a rendering inference supplies: the model never has to write them."""
-        prompts = [self.render(before, add_generation_prompt=True, **more, **tools.offer())
-                   for more in ({}, {"enable_thinking": has_cot})]
+        prompts = [
+            self.render(before, add_generation_prompt=True, **more, **tools.offer())
+            for more in ({}, {"enable_thinking": has_cot})
+        ]
         for prompt in prompts:
             if text.startswith(prompt):
                 return len(prompt)
         differ = (k for k, (a, b) in enumerate(zip(text, prompts[0], strict=False)) if a != b)
         common = next(differ, min(len(text), len(prompts[0])))
         if prompts[0][common:].replace(THINK[0], "").replace(THINK[1], "").strip():
-            raise DataError("the chat template writes these turns differently before a reply than as a "
-                            "prompt for one: what the model has to write can't be told", reason="template")
+            raise DataError(
+                "the chat template writes these turns differently before a reply than as a "
+                "prompt for one: what the model has to write can't be told",
+                reason="template",
+            )
         return common
 
     def _behind_generation_prompt(
@@ -176,16 +183,25 @@ class ChatRenderer:
             if not prompt.rstrip().endswith(closing):
                 break
         else:
-            raise DataError("the chat template cuts the chain of thought out of replies, and its generation "
-                            "prompt closes it: it can't be trained with this template (cot: strip can)",
-                            reason="template")
+            raise DataError(
+                "the chat template cuts the chain of thought out of replies, and its generation "
+                "prompt closes it: it can't be trained with this template (cot: strip can)",
+                reason="template",
+            )
         finished = self.render([*before, _as_reasoning("", _PROBE_SLOT)], **tools.offer())
         turn_end = finished[finished.rindex(_PROBE_SLOT) + 1 :]
         tag = "" if prompt.rstrip().endswith(opening) else f"{opening}\n"
         return f"{prompt}{tag}{cot}\n{closing}\n\n{response}{turn_end}", len(prompt)
 
-    def _check(self, skeleton: Skeleton, text: str, roles: tuple[str, ...], shapes: Sequence[Shape],
-               way: Way | None, tools: Tools) -> None:
+    def _check(
+        self,
+        skeleton: Skeleton,
+        text: str,
+        roles: tuple[str, ...],
+        shapes: Sequence[Shape],
+        way: Way | None,
+        tools: Tools,
+    ) -> None:
         """Our ids of a row of this shape are the tokenizer's own."""
         if self.control.is_guarded(text):
             return  # its tools spell control tokens, which the tokenizer itself would take for such
@@ -199,12 +215,15 @@ class ChatRenderer:
             whole = self.render([*_messages(roles, texts, tools), reply], **tools.offer())
         theirs = self.tokenizer.backend_tokenizer.encode(whole, add_special_tokens=False).ids
         if ours != theirs:
-            raise DataError("the chat template changes the texts it is given (it does more than strip white "
-                            "space): masks can't be exact with it", reason="template")
+            raise DataError(
+                "the chat template changes the texts it is given (it does more than strip white "
+                "space): masks can't be exact with it",
+                reason="template",
+            )
 
-
-    def _refuse_dropped_tools(self, text: str, roles: tuple[str, ...], marked: Sequence[str], tools: Tools,
-                              way: Way | None) -> None:
+    def _refuse_dropped_tools(
+        self, text: str, roles: tuple[str, ...], marked: Sequence[str], tools: Tools, way: Way | None
+    ) -> None:
         """Raise DataError where the template writes the same without the tools on offer, or without the calls."""
         if way is None:
             return
@@ -213,8 +232,11 @@ class ChatRenderer:
         for what, fewer in without:
             reply = fewer.add_to(way(marked[-2], marked[-1]), -1)
             if self.render([*_messages(roles, marked, fewer), reply], **fewer.offer()) == text:
-                raise DataError(f"the chat template does not write the {what}: use one that does "
-                                "(tokenizer.chat_template), or remove them from the rows", reason="template")
+                raise DataError(
+                    f"the chat template does not write the {what}: use one that does "
+                    "(tokenizer.chat_template), or remove them from the rows",
+                    reason="template",
+                )
 
 
 Way = Callable[[str, str], dict[str, Any]]
@@ -247,8 +269,9 @@ def _once_in_order(text: str, wanted: Sequence[str]) -> bool:
 # --- cutting ------------------------------------------------------------------------------------------------
 
 
-def _cut(control: ControlTokens, raw: str, prompt_chars: int, num_texts: int, has_cot: bool,
-         has_calls: bool) -> Skeleton:
+def _cut(
+    control: ControlTokens, raw: str, prompt_chars: int, num_texts: int, has_cot: bool, has_calls: bool
+) -> Skeleton:
     """Pieces, slots and borders of a rendering with slots."""
     text = control.spell(raw)
     supplied = len(control.spell(raw[:prompt_chars]))
@@ -278,6 +301,9 @@ def _reply_end(control: ControlTokens, text: str, after: int, has_calls: bool) -
             return at + 1
     end = len(text.rstrip())
     if end <= after:
-        raise DataError("the chat template writes nothing after the response: the model would never learn to "
-                        "stop; let it end the turn with the tokenizer's end-of-turn token", reason="template")
+        raise DataError(
+            "the chat template writes nothing after the response: the model would never learn to "
+            "stop; let it end the turn with the tokenizer's end-of-turn token",
+            reason="template",
+        )
     return end

@@ -39,8 +39,10 @@ class ControlTokens:
     def __init__(self, tokenizer: Any, template_text: str) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, tokenizers.Tokenizer):
-            raise ValueError(f"{type(tokenizer).__name__} has no fast backend: masks need character offsets; "
-                             "use a tokenizer that comes as tokenizer.json (PreTrainedTokenizerFast)")
+            raise ValueError(
+                f"{type(tokenizer).__name__} has no fast backend: masks need character offsets; "
+                "use a tokenizer that comes as tokenizer.json (PreTrainedTokenizerFast)"
+            )
         tree = json.loads(backend.to_str())
         names = [token["content"] for token in tree["added_tokens"] if _is_control(token, template_text)]
         self.spelling = {name: chr(_FIRST + k) for k, name in enumerate(names)}
@@ -68,8 +70,12 @@ class ControlTokens:
     def refuse_slots(text: str, place: str) -> None:
         """What a template is given as it is may hold none of the characters that stand for a row's texts."""
         if not text.isascii() and (found := _SLOTS.search(text)):
-            raise DataError(f"a tool holds the private-use character U+{ord(found[0]):X}, which stands for a text "
-                            "while encoding; remove it", reason="private_use", place=place)
+            raise DataError(
+                f"a tool holds the private-use character U+{ord(found[0]):X}, which stands for a text "
+                "while encoding; remove it",
+                reason="private_use",
+                place=place,
+            )
 
     def is_control(self, char: str) -> bool:
         return _FIRST <= ord(char) < _FIRST + len(self.spelling)
@@ -77,8 +83,12 @@ class ControlTokens:
     def refuse_reserved(self, text: str, place: str) -> None:
         """A row that holds one of the private-use characters themselves can't be told from scaffolding."""
         if not text.isascii() and (found := self._reserved.search(text)):
-            raise DataError(f"holds the private-use character U+{ord(found[0]):X}, which stands for a "
-                            "control token while encoding; remove it", reason="private_use", place=place)
+            raise DataError(
+                f"holds the private-use character U+{ord(found[0]):X}, which stands for a "
+                "control token while encoding; remove it",
+                reason="private_use",
+                place=place,
+            )
 
     def encode_batch(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         """Tokens with character offsets; parallel over the texts unless TOKENIZERS_PARALLELISM is false."""
@@ -87,11 +97,14 @@ class ControlTokens:
     def _check_ids(self, original: tokenizers.Tokenizer) -> None:
         for name, char in self.spelling.items():
             if self._backend.token_to_id(char) != original.token_to_id(name):
-                raise ValueError(f"the tokenizer's added token {name!r} can't be told from text: its id "
-                                 "changes when it is renamed")
+                raise ValueError(
+                    f"the tokenizer's added token {name!r} can't be told from text: its id changes when it is renamed"
+                )
         if self._backend.get_vocab_size() != original.get_vocab_size():
-            raise ValueError("the tokenizer's control tokens can't be told from text: the vocabulary changes "
-                             "size when they are renamed")
+            raise ValueError(
+                "the tokenizer's control tokens can't be told from text: the vocabulary changes "
+                "size when they are renamed"
+            )
 
 
 def _is_control(token: dict[str, Any], template_text: str) -> bool:
@@ -130,5 +143,7 @@ def _rename(tree: dict[str, Any], spelling: dict[str, str]) -> None:
     for merge in model.get("merges", ()):
         left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
         if {left, right, left + right} & spelling.keys():
-            raise ValueError(f"the tokenizer's control token {left + right!r} is also spelled by a merge of "
-                             "its vocabulary: a row could write it; use a tokenizer that adds such tokens")
+            raise ValueError(
+                f"the tokenizer's control token {left + right!r} is also spelled by a merge of "
+                "its vocabulary: a row could write it; use a tokenizer that adds such tokens"
+            )

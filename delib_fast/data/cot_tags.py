@@ -33,8 +33,7 @@ def split_cot(text: str, tags: tuple[tuple[str, str], ...] = TAGS) -> tuple[str 
         elif closing not in text:
             continue
         elif opening in text:
-            raise DataError(f"text stands before {opening}: a chain of thought begins the reply",
-                            reason="cot_tags")
+            raise DataError(f"text stands before {opening}: a chain of thought begins the reply", reason="cot_tags")
         else:
             body = text
         end = _closing_position(body, closing)
@@ -56,6 +55,9 @@ def _closing_position(body: str, closing: str) -> int:
         start = body.find(closing, end)
     if len(alone) != 1:
         times = f"{body.count(closing)} times {closing}, {len(alone)} of them alone on a line"
-        raise DataError(f"{times}: where the chain of thought ends can't be told; give it as a field of its "
-                        'own ({"prompt", "cot", "response"})', reason="cot_tags")
+        raise DataError(
+            f"{times}: where the chain of thought ends can't be told; give it as a field of its "
+            'own ({"prompt", "cot", "response"})',
+            reason="cot_tags",
+        )
     return alone[0]

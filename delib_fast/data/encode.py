@@ -31,8 +31,10 @@ class Encoder:
     def __init__(self, tokenizer: Any) -> None:
         template = tokenizer.chat_template
         if isinstance(template, dict):
-            raise ValueError("the tokenizer has several chat templates and none is chosen: set "
-                             "tokenizer.chat_template to one of them")
+            raise ValueError(
+                "the tokenizer has several chat templates and none is chosen: set "
+                "tokenizer.chat_template to one of them"
+            )
         self.control = ControlTokens(tokenizer, (template or PLAIN_TEMPLATE) + "".join(THINK))
         self._eos: int | None = tokenizer.eos_token_id
         self._bos = _leading_ids(tokenizer)
@@ -44,8 +46,10 @@ class Encoder:
             raise ValueError(f"cot is {cot!r}; it must be 'train', 'context' or 'strip'")
         filled = [self._text(row, cot, system_prompt) for row in rows]
         encodings = self.control.encode_batch([text for text, _ in filled])
-        return [self._example(row, encoding, borders)
-                for row, encoding, (_, borders) in zip(rows, encodings, filled, strict=True)]
+        return [
+            self._example(row, encoding, borders)
+            for row, encoding, (_, borders) in zip(rows, encodings, filled, strict=True)
+        ]
 
     def _text(self, row: Row, cot: Cot, system_prompt: str | None) -> tuple[str, tuple[int, ...] | None]:
         """What is tokenised, and for a chat the characters at which CoT, response and tail begin."""
@@ -58,8 +62,11 @@ class Encoder:
             messages = (Message("system", system_prompt), *messages)
         thought = row.cot or "" if cot != "strip" else ""
         if not row.response.strip() and not row.calls and (cot != "train" or not thought.strip()):
-            raise DataError(f"there is nothing to supervise: the response is empty, and cot: {cot} learns "
-                            "nothing else", reason="nothing_supervised", place=row.place)
+            raise DataError(
+                f"there is nothing to supervise: the response is empty, and cot: {cot} learns nothing else",
+                reason="nothing_supervised",
+                place=row.place,
+            )
         texts = [text for message in messages for text in (message.content, message.cot or "")]
         texts += [thought, row.response]
         skeleton = self._skeleton(row, messages, texts, bool(thought.strip()))
@@ -123,9 +130,7 @@ def encoder_for(tokenizer: Any) -> Encoder:
     return known[1]
 
 
-def encode_row(
-    row: Row, tokenizer: Any, *, cot: Cot = "train", system_prompt: str | None = None
-) -> Example:
+def encode_row(row: Row, tokenizer: Any, *, cot: Cot = "train", system_prompt: str | None = None) -> Example:
     """Encode one row exactly as `encode_rows` does.
 
     Args:
@@ -173,7 +178,11 @@ def encode_rows(
 
 
 def encode_stream(
-    rows: Rows, tokenizer: Any, stage: MSMConfig | AFTConfig, counts: Counts, *,
+    rows: Rows,
+    tokenizer: Any,
+    stage: MSMConfig | AFTConfig,
+    counts: Counts,
+    *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Example]:
     """`encode_rows`, an example at a time; `counts` is filled in on the way. A chunk of rows is held, and the next one
@@ -191,9 +200,11 @@ def encode_stream(
         if progress is not None:
             progress(counts.rows, len(rows))
     if len(rows) and not counts.examples:
-        raise DataError(f"all {len(rows)} examples are longer than pack_capacity ({stage.pack_capacity} "
-                        f"tokens) and were dropped: raise stages.{stage.name}.pack_capacity",
-                        reason="over_long")
+        raise DataError(
+            f"all {len(rows)} examples are longer than pack_capacity ({stage.pack_capacity} "
+            f"tokens) and were dropped: raise stages.{stage.name}.pack_capacity",
+            reason="over_long",
+        )
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -214,9 +225,12 @@ def _fitting(row: Row, example: Example, stage: MSMConfig | AFTConfig, counts: C
     if len(example) <= stage.pack_capacity:
         yield example
     elif stage.over_long == "error":
-        raise DataError(f"{len(example)} tokens, more than pack_capacity ({stage.pack_capacity}): raise it, "
-                        f"or set over_long: drop in stage {stage.name!r}", reason="over_long",
-                        place=row.place)
+        raise DataError(
+            f"{len(example)} tokens, more than pack_capacity ({stage.pack_capacity}): raise it, "
+            f"or set over_long: drop in stage {stage.name!r}",
+            reason="over_long",
+            place=row.place,
+        )
     elif stage.over_long == "split" and row.kind == "document":
         counts.split_documents += 1
         yield from split_document(example, stage.pack_capacity)
@@ -236,5 +250,6 @@ def split_document(example: Example, capacity: int) -> Iterator[Example]:
     pieces = -(-targets // (capacity - 1))
     cuts = [targets * k // pieces for k in range(pieces + 1)]
     for start, end in itertools.pairwise(cuts):
-        yield Example(example.input_ids[start : end + 1], example.segments[start : end + 1], example.place,
-                      example.weight)
+        yield Example(
+            example.input_ids[start : end + 1], example.segments[start : end + 1], example.place, example.weight
+        )

@@ -88,8 +88,9 @@ class EncodedSet(Sequence[Example]):
         self.lengths = np.fromiter((len(e) for e in examples), np.int64, len(examples))
         self.starts = np.cumsum(self.lengths) - self.lengths
         self.part_of = np.zeros(len(examples), np.int32)
-        self.parts = [(_joined([e.input_ids for e in examples], np.int32),
-                       _joined([e.segments for e in examples], np.int8))]
+        self.parts = [
+            (_joined([e.input_ids for e in examples], np.int32), _joined([e.segments for e in examples], np.int8))
+        ]
         self._part_digests: list[str | None] = [None]
         self.weights = np.fromiter((e.weight for e in examples), np.float32, len(examples))
         self.places: Sequence[str] = [e.place for e in examples]
@@ -99,9 +100,18 @@ class EncodedSet(Sequence[Example]):
         """(N, 2) `Example.prompt` of each"""
 
     @classmethod
-    def of_arrays(cls, *, input_ids: NDArray[np.int32], segments: NDArray[np.int8], lengths: NDArray[np.int64],
-                  weights: NDArray[np.float32], target_counts: NDArray[np.int64], prompts: NDArray[np.int64],
-                  places: Sequence[str], counts: Counts) -> EncodedSet:
+    def of_arrays(
+        cls,
+        *,
+        input_ids: NDArray[np.int32],
+        segments: NDArray[np.int8],
+        lengths: NDArray[np.int64],
+        weights: NDArray[np.float32],
+        target_counts: NDArray[np.int64],
+        prompts: NDArray[np.int64],
+        places: Sequence[str],
+        counts: Counts,
+    ) -> EncodedSet:
         """Examples that stand end to end in arrays, which are kept as they are (memory-mapped ones too)."""
         made = cls([], counts)
         made.lengths, made.weights, made.places = lengths, weights, places
@@ -161,10 +171,14 @@ class EncodedSet(Sequence[Example]):
         at = self.starts[members]
         begins = at if begins is None else at + begins
         ends = at + (self.lengths[members] if ends is None else ends)
-        spans = [(self.parts[part], slice(begin, end)) for part, begin, end in
-                 zip(self.part_of[members].tolist(), begins.tolist(), ends.tolist(), strict=True)]
-        return (np.concatenate([ids[span] for (ids, _), span in spans]),
-                np.concatenate([segments[span] for (_, segments), span in spans]))
+        spans = [
+            (self.parts[part], slice(begin, end))
+            for part, begin, end in zip(self.part_of[members].tolist(), begins.tolist(), ends.tolist(), strict=True)
+        ]
+        return (
+            np.concatenate([ids[span] for (ids, _), span in spans]),
+            np.concatenate([segments[span] for (_, segments), span in spans]),
+        )
 
     def digest(self) -> str:
         """Changes when any token, segment, weight or the order of the examples does. Tokens are read once only."""

@@ -49,8 +49,16 @@ class Seen:
 class Epochs:
     """Plans of epochs, made when they are asked for; the one at hand and its neighbour are kept."""
 
-    def __init__(self, examples: EncodedSet, *, pack_capacity: int, packs_per_step: int, seed: int,
-                 quadratic_cost: float, share_prompts: bool) -> None:
+    def __init__(
+        self,
+        examples: EncodedSet,
+        *,
+        pack_capacity: int,
+        packs_per_step: int,
+        seed: int,
+        quadratic_cost: float,
+        share_prompts: bool,
+    ) -> None:
         self._examples, self._capacity, self._packs_per_step = examples, pack_capacity, packs_per_step
         self._seed, self._quadratic_cost = seed, quadratic_cost
         self._bundles = bundle(examples, pack_capacity) if share_prompts else None
@@ -71,8 +79,11 @@ class Epochs:
     def _plan(self, epoch: int) -> tuple[PackPlan, NDArray[np.int64]]:
         """The packs of an epoch, and their order."""
         seed = self._seed * 1_000_003 + epoch
-        plan = plan_packs(self._examples.lengths, self._capacity, seed=seed) if self._bundles is None else \
-            plan_bundles(self._bundles, self._capacity, seed=seed)
+        plan = (
+            plan_packs(self._examples.lengths, self._capacity, seed=seed)
+            if self._bundles is None
+            else plan_bundles(self._bundles, self._capacity, seed=seed)
+        )
         order = seeded_permutation(plan.num_packs, seed ^ 0x5EED)
         if self._quadratic_cost > 0:
             costs = self._costs_of(plan, self._quadratic_cost)
@@ -131,6 +142,7 @@ def pack_costs(
     plan: PackPlan, lengths: NDArray[np.int64], quadratic_cost: float, prompt_lengths: NDArray[np.int64] | None = None
 ) -> NDArray[np.float64]:
     """(P,) Σ n + q·n² over the examples of each pack, less p + q·p² for each that does not compute its prompt."""
+
     def cost(tokens: NDArray[np.int64]) -> NDArray[np.float64]:
         n = tokens.astype(np.float64)
         return n + quadratic_cost * n * n

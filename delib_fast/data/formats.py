@@ -75,8 +75,12 @@ def _format_of(item: Mapping[str, Any]) -> Callable[[Mapping[str, Any], Reading,
     text = [key for key in ("text",) if key in item]
     kinds = [keys for keys in (chat, prompt, text) if keys]
     if len(kinds) > 1:
-        _fail("ambiguous", "holds " + " and ".join(f"{keys[0]!r}" for keys in kinds) +
-              ": which of them is the row can't be told; leave one")
+        _fail(
+            "ambiguous",
+            "holds "
+            + " and ".join(f"{keys[0]!r}" for keys in kinds)
+            + ": which of them is the row can't be told; leave one",
+        )
     if not kinds:
         _fail("missing_field", _unknown_keys(item))
     return _chat_rows if chat else _pair_rows if prompt else _document_rows
@@ -85,16 +89,16 @@ def _format_of(item: Mapping[str, Any]) -> Callable[[Mapping[str, Any], Reading,
 def _unknown_keys(item: Mapping[str, Any]) -> str:
     known = (*CHAT_KEYS, *PROMPT_KEYS, "text")
     keys = [key if SAFE_KEY.fullmatch(key) else "(a key that is no name)" for key in item][:8]
-    close = [(key, near[0]) for key in keys
-             if (near := difflib.get_close_matches(key, known, n=1, cutoff=0.75))]
+    close = [(key, near[0]) for key in keys if (near := difflib.get_close_matches(key, known, n=1, cutoff=0.75))]
     hint = f"; did you mean {close[0][1]!r} by {close[0][0]!r}?" if close else ""
     has = f"has the fields {', '.join(map(repr, keys))}" if keys else "is empty"
     return f"{has}, none of 'text', 'prompt', 'question', 'instruction' or 'messages'{hint}"
 
 
 def document_row(text: str, *, source: str, place: str, weight: float = 1.0) -> Row:
-    return Row(kind="document", place=place, source=source, digest=content_digest(["document", text]),
-               weight=weight, text=text)
+    return Row(
+        kind="document", place=place, source=source, digest=content_digest(["document", text]), weight=weight, text=text
+    )
 
 
 # --- the three formats --------------------------------------------------------------------------------------
@@ -171,9 +175,7 @@ def _chat_rows(item: Mapping[str, Any], reading: Reading, place: str) -> Iterato
     yield from _rows_of_turns(turns, _weight(item), reading, place, read_tools(item.get("tools")))
 
 
-def _rows_of_turns(
-    turns: list[_Turn], weight: float, reading: Reading, place: str, tools: str = ""
-) -> Iterator[Row]:
+def _rows_of_turns(turns: list[_Turn], weight: float, reading: Reading, place: str, tools: str = "") -> Iterator[Row]:
     parts = [part for t in turns for part in (t.role, t.cot, t.content, *([t.calls] if t.calls else []))]
     digest = content_digest([*parts, tools] if tools else parts)
     replies = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
@@ -183,8 +185,11 @@ def _rows_of_turns(
     if replies[-1] < asked:
         _fail("no_prompt", "no user's message stands before the reply: there is no prompt")
     last_question = max((i for i, turn in enumerate(turns[: replies[-1]]) if turn.role == "user"), default=asked)
-    chosen = [i for i in replies if i > asked] if reading.turns == "each" else \
-        [i for i in replies if i > last_question and (turns[i].calls or i == replies[-1])]
+    chosen = (
+        [i for i in replies if i > asked]
+        if reading.turns == "each"
+        else [i for i in replies if i > last_question and (turns[i].calls or i == replies[-1])]
+    )
     rows = 0
     for i in chosen:
         reply = turns[i]
@@ -194,11 +199,18 @@ def _rows_of_turns(
             which = f" (message {i})" if len(turns) > 2 else ""
             _fail("empty", f"the reply is empty{which}: there is nothing to supervise")
         rows += 1
-        yield Row(kind="chat", place=place if len(chosen) == 1 else f"{place} (message {i})",
-                  source=reading.source, digest=digest, weight=weight * reply.weight,
-                  messages=tuple(Message(t.role, t.content, t.cot, t.calls, t.name) for t in turns[:i]),
-                  cot=reply.cot if (reply.cot or "").strip() else None, response=reply.content, calls=reply.calls,
-                  tools=tools)
+        yield Row(
+            kind="chat",
+            place=place if len(chosen) == 1 else f"{place} (message {i})",
+            source=reading.source,
+            digest=digest,
+            weight=weight * reply.weight,
+            messages=tuple(Message(t.role, t.content, t.cot, t.calls, t.name) for t in turns[:i]),
+            cot=reply.cot if (reply.cot or "").strip() else None,
+            response=reply.content,
+            calls=reply.calls,
+            tools=tools,
+        )
     if not rows:
         _fail("nothing_supervised", "every reply has weight 0: there is nothing to supervise")
 
@@ -217,8 +229,10 @@ def _turn(message: Any, where: str, tags: tuple[tuple[str, str], ...]) -> _Turn:
     called = written.lower() == "function_call"
     role = "assistant" if called else ROLES.get(written.lower())
     if role is None:
-        _fail("bad_role", f"{where} has a role that is none of {', '.join(sorted(set(ROLES.values())))} (or "
-              "ShareGPT's human, gpt)")
+        _fail(
+            "bad_role",
+            f"{where} has a role that is none of {', '.join(sorted(set(ROLES.values())))} (or ShareGPT's human, gpt)",
+        )
     turn = _Turn(role, "", weight=_message_weight(message, where), calls=read_calls(message.get("tool_calls"), where))
     if turn.calls and role != "assistant":
         _fail("tools", f"{where} is a {role} message with tool calls: only the assistant calls")
@@ -254,14 +268,12 @@ def _read_content(turn: _Turn, message: Mapping[str, Any], key: str, where: str)
             _fail("wrong_type", f"{spot} is {_a(block)}, where a content block is expected")
         kind = block.get("type", "text")
         if kind not in ("text", "reasoning", "thinking"):
-            _fail("bad_block", f"{spot} is no text: only blocks of type text, reasoning and thinking can be "
-                  "trained on")
+            _fail("bad_block", f"{spot} is no text: only blocks of type text, reasoning and thinking can be trained on")
         fields = ("text", "value", "content") if kind == "text" else (kind, "text", "value", "content")
         name = next((f for f in fields if f in block), fields[0])
         (texts if kind == "text" else thoughts).append(_string(block, name, spot))
     if thoughts and turn.role != "assistant":
-        _fail("bad_block", f"{where} is a {turn.role} message with a reasoning block: only the assistant has "
-              "them")
+        _fail("bad_block", f"{where} is a {turn.role} message with a reasoning block: only the assistant has them")
     turn.content = "\n".join(texts)
     turn.cot = "\n".join(thoughts) if thoughts else None
 
@@ -269,13 +281,16 @@ def _read_content(turn: _Turn, message: Mapping[str, Any], key: str, where: str)
 # --- fields -------------------------------------------------------------------------------------------------
 
 
-def _only(item: Mapping[str, Any], keys: tuple[str, ...], *, required: bool = True, because: str = "",
-          where: str = "") -> Any:
+def _only(
+    item: Mapping[str, Any], keys: tuple[str, ...], *, required: bool = True, because: str = "", where: str = ""
+) -> Any:
     found = [key for key in keys if key in item]
     prefix = f"{where} " if where else ""
     if len(found) > 1:
-        _fail("ambiguous", f"{prefix}holds both {found[0]!r} and {found[1]!r}: which of them counts can't be "
-              "told; leave one")
+        _fail(
+            "ambiguous",
+            f"{prefix}holds both {found[0]!r} and {found[1]!r}: which of them counts can't be told; leave one",
+        )
     if not found and required:
         why = f": {because}" if because else ""
         _fail("missing_field", f"{prefix}has none of {', '.join(map(repr, keys))}{why}")
@@ -294,8 +309,11 @@ def _string(item: Mapping[str, Any], key: str, where: str = "") -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        _fail("surrogate", f"{name} holds half of a surrogate pair (a \\ud800 … \\udfff escape alone): the "
-              "text was cut inside a character")
+        _fail(
+            "surrogate",
+            f"{name} holds half of a surrogate pair (a \\ud800 … \\udfff escape alone): the "
+            "text was cut inside a character",
+        )
     return value
 
 
@@ -325,8 +343,16 @@ def _number(item: Mapping[str, Any], key: str | None, where: str) -> float:
 
 
 def _a(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number",
-             float: "a number", type(None): "null", bytes: "bytes"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        type(None): "null",
+        bytes: "bytes",
+    }
     return names.get(type(value), f"a {type(value).__name__}")
 
 

@@ -78,10 +78,17 @@ def refuse_overlap(train: Iterable[Row], evaluation: Sequence[Row], *, share: fl
     found = find_overlap(train, evaluation, share=share)
     if found:
         worst = max(found, key=lambda overlap: (overlap.twin is not None, overlap.share))
-        what = f"is also a training row ({worst.twin})" if worst.twin else \
-            f"is known from training: {worst.share:.0%} of its runs of {RUN_WORDS} words occur there"
-        raise DataError(f"this evaluation row {what}; {len(found)} of {len(evaluation)} evaluation rows are. Take "
-                        "them out of one side", reason="overlap", place=worst.place)
+        what = (
+            f"is also a training row ({worst.twin})"
+            if worst.twin
+            else f"is known from training: {worst.share:.0%} of its runs of {RUN_WORDS} words occur there"
+        )
+        raise DataError(
+            f"this evaluation row {what}; {len(found)} of {len(evaluation)} evaluation rows are. Take "
+            "them out of one side",
+            reason="overlap",
+            place=worst.place,
+        )
 
 
 def refuse_spec_in_prompts(rows: Iterable[Row], spec_texts: Iterable[str], *, min_share: float = 0.1) -> None:
@@ -101,6 +108,9 @@ def refuse_spec_in_prompts(rows: Iterable[Row], spec_texts: Iterable[str], *, mi
         at = np.minimum(np.searchsorted(spec, runs), len(spec) - 1)
         hits = runs[spec[at] == runs]
         if len(hits) >= min_share * len(runs) or len(np.unique(hits)) >= min_share * len(spec):
-            raise DataError(f"the prompt holds text of the spec ({len(hits)} runs of {RUN_WORDS} words): the spec "
-                            "belongs into midtraining, and into the prompt only while data is made; strip it",
-                            reason="spec_in_prompt", place=row.place)
+            raise DataError(
+                f"the prompt holds text of the spec ({len(hits)} runs of {RUN_WORDS} words): the spec "
+                "belongs into midtraining, and into the prompt only while data is made; strip it",
+                reason="spec_in_prompt",
+                place=row.place,
+            )

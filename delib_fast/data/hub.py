@@ -29,8 +29,9 @@ def open_data_set(config: SourceConfig) -> tuple[Any, str]:
     try:
         import datasets
     except ImportError:
-        raise DataError("needs the datasets library (pip install datasets)", reason="no_file",
-                        place=config.path) from None
+        raise DataError(
+            "needs the datasets library (pip install datasets)", reason="no_file", place=config.path
+        ) from None
     name = config.path.removeprefix(HUB)
     try:
         if config.path.startswith(HUB):
@@ -43,8 +44,11 @@ def open_data_set(config: SourceConfig) -> tuple[Any, str]:
         raise DataError(f"can't be loaded by datasets: {first}", reason="no_file", place=config.path) from None
     if isinstance(found, datasets.DatasetDict):
         if config.split not in found:
-            raise DataError(f"has no split {config.split!r}; there are {', '.join(sorted(found))}: set split",
-                            reason="no_file", place=config.path)
+            raise DataError(
+                f"has no split {config.split!r}; there are {', '.join(sorted(found))}: set split",
+                reason="no_file",
+                place=config.path,
+            )
         found = found[config.split]
     return found, _sha256(found)
 

@@ -38,8 +38,11 @@ def list_values(head: bytes, file: Readable, path: Path, most_bytes: int) -> Ite
         if character == "]":
             break
         if character != ",":
-            window.fail("the file ends inside the list: it may have been cut" if not character else
-                        "not valid JSON: a comma or ] is expected here")
+            window.fail(
+                "the file ends inside the list: it may have been cut"
+                if not character
+                else "not valid JSON: a comma or ] is expected here"
+            )
         window.advance(window.mark + 1)
     window.advance(window.mark + 1)
     if window.character():
@@ -103,15 +106,19 @@ class _Window:
     def _fail_at(self, error: json.JSONDecodeError) -> None:
         cut = error.pos >= len(self.text.rstrip()) or error.msg.startswith("Unterminated string")
         self.advance(error.pos)
-        self.fail(f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.pos - self._line_start + 1}"
-                  + ("; the file ends too early and may have been cut" if cut else ""))
+        self.fail(
+            f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.pos - self._line_start + 1}"
+            + ("; the file ends too early and may have been cut" if cut else "")
+        )
 
     def _more(self) -> bool:
         """Reads on, at least as much again as is not done with. False at the end of the file: then all is as it was."""
         kept = len(self.text) - self.mark
         if kept > self._most:
-            self.fail(f"a row of more than {self._most >> 20} MiB: no row is so long; keep long text in a .txt or .md "
-                      "file", "long_line")
+            self.fail(
+                f"a row of more than {self._most >> 20} MiB: no row is so long; keep long text in a .txt or .md file",
+                "long_line",
+            )
         data = b"" if self._ended else self._file.read(max(WINDOW_BYTES, kept))
         if data:
             self.text = self.text[self.mark :]
@@ -128,8 +135,11 @@ class _Window:
         except UnicodeDecodeError as error:
             line = 1 + self._newlines + error.object.count(b"\n", 0, error.start)
             at = self._decoded - pending + error.start + 1
-            raise DataError(f"not UTF-8: byte 0x{error.object[error.start]:02x} at byte {at} of the file",
-                            reason="invalid_utf8", place=f"{self._path}:{line}") from None
+            raise DataError(
+                f"not UTF-8: byte 0x{error.object[error.start]:02x} at byte {at} of the file",
+                reason="invalid_utf8",
+                place=f"{self._path}:{line}",
+            ) from None
         self._decoded += len(data)
         self._newlines += text.count("\n")
         self.text += text

@@ -79,8 +79,9 @@ def refuse_foreign_bytes(head: bytes, path: Path) -> None:
         if head.startswith(magic):
             raise DataError(f"is {what}", reason="foreign_file", place=path)
     if b"\0" in head[:512]:
-        raise DataError("holds NUL bytes: it is no UTF-8 text (UTF-16, or a binary file)",
-                        reason="foreign_file", place=path)
+        raise DataError(
+            "holds NUL bytes: it is no UTF-8 text (UTF-16, or a binary file)", reason="foreign_file", place=path
+        )
 
 
 def read_items(file: HashingFile, path: Path) -> Iterator[Item]:
@@ -102,8 +103,11 @@ def read_items(file: HashingFile, path: Path) -> Iterator[Item]:
 def _line_items(file: HashingFile, line: bytes, number: int) -> Iterator[Item]:
     while line:
         if len(line) > MAX_LINE_BYTES:
-            error = DataError(f"a line of more than {MAX_LINE_BYTES >> 20} MiB: no row is so long; keep long "
-                              "text in a .txt or .md file", reason="long_line")
+            error = DataError(
+                f"a line of more than {MAX_LINE_BYTES >> 20} MiB: no row is so long; keep long "
+                "text in a .txt or .md file",
+                reason="long_line",
+            )
             yield Item(number, error=error, raw=line)
             while line and not line.endswith(b"\n"):
                 line = file.readline(MAX_LINE_BYTES)
@@ -129,8 +133,11 @@ def decode_text(data: bytes, path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = 1 + data.count(b"\n", 0, error.start)
-        raise DataError(f"not UTF-8: byte 0x{data[error.start]:02x} at byte {error.start + 1} of the file",
-                        reason="invalid_utf8", place=f"{path}:{line}") from None
+        raise DataError(
+            f"not UTF-8: byte 0x{data[error.start]:02x} at byte {error.start + 1} of the file",
+            reason="invalid_utf8",
+            place=f"{path}:{line}",
+        ) from None
 
 
 def without_nulls(value: Any) -> Any:

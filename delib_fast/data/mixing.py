@@ -75,15 +75,21 @@ def mix_sources(
     for number, (name, n) in enumerate(lengths.items()):
         drawn = _draw(n, budget[name], seed * 1009 + number)
         if not len(drawn):
-            raise ValueError(f"source {name!r} is to give {int(budget[name])} tokens an epoch, fewer than its shortest "
-                             f"example has ({int(n.min())}): raise its part of the mix, its repeat or its max_tokens")
+            raise ValueError(
+                f"source {name!r} is to give {int(budget[name])} tokens an epoch, fewer than its shortest "
+                f"example has ({int(n.min())}): raise its part of the mix, its repeat or its max_tokens"
+            )
         chosen.append(drawn + start)
         start += len(n)
-    given = {name: int(n[part - first].sum()) for (name, n), part, first in
-             zip(lengths.items(), chosen, _starts(list(lengths.values())), strict=True)}
+    given = {
+        name: int(n[part - first].sum())
+        for (name, n), part, first in zip(lengths.items(), chosen, _starts(list(lengths.values())), strict=True)
+    }
     total = sum(given.values())
-    shares = [SourceShare(name, len(n), tokens[name], len(part), given[name], given[name] / total, wanted.get(name))
-              for (name, n), part in zip(lengths.items(), chosen, strict=True)]
+    shares = [
+        SourceShare(name, len(n), tokens[name], len(part), given[name], given[name] / total, wanted.get(name))
+        for (name, n), part in zip(lengths.items(), chosen, strict=True)
+    ]
     return np.concatenate(chosen), shares
 
 

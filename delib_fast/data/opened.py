@@ -49,9 +49,11 @@ def open_source(name: str, config: SourceConfig, cache_folder: Path) -> Source:
             (held_out if is_held_out(row, config.holdout) else train).append(row)
         refuse_empty_side(name, config.holdout, len(train), len(held_out))
         return Source(train, held_out, stream.sha256, stream.bad_rows)
-    told = remembered(cache_folder / "scans", fingerprint_of({
-        "scan": name, "sha256": stream.hash(), "settings": config.model_dump(mode="json")}),
-        lambda: _scan(stream, config))
+    told = remembered(
+        cache_folder / "scans",
+        fingerprint_of({"scan": name, "sha256": stream.hash(), "settings": config.model_dump(mode="json")}),
+        lambda: _scan(stream, config),
+    )
     rows = _Streamed(stream, config.holdout, told["train"])
     return Source(rows, [_row(item) for item in told["held_out"]], stream.sha256, Counter(told["bad_rows"]))
 

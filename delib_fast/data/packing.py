@@ -102,8 +102,10 @@ def _checked(lengths: Sequence[int] | NDArray[np.integer], capacity: int) -> NDA
         i = int(bad[0])
         more = f" ({bad.size} such lengths)" if bad.size > 1 else ""
         if values[i] > capacity:
-            raise ValueError(f"example {i} has {values[i]} tokens, more than the pack capacity {capacity}"
-                             f"{more}: raise pack_capacity, or drop or split it first")
+            raise ValueError(
+                f"example {i} has {values[i]} tokens, more than the pack capacity {capacity}"
+                f"{more}: raise pack_capacity, or drop or split it first"
+            )
         kind = "0" if values[i] == 0 else f"negative ({values[i]})"
         raise ValueError(f"the length of example {i} is {kind}{more}: an example has at least one token")
     return np.ascontiguousarray(values, dtype=np.int32)
@@ -132,8 +134,10 @@ def _planner(backend: Backend) -> Callable[[NDArray[np.int32], int, int], tuple[
     if compiled is not None:
         return compiled
     if backend == "cpp":
-        raise ValueError("packing backend 'cpp' is not there: delib_fast._C was not built (it needs g++); "
-                         "reinstall with a compiler, or use backend='python'")
+        raise ValueError(
+            "packing backend 'cpp' is not there: delib_fast._C was not built (it needs g++); "
+            "reinstall with a compiler, or use backend='python'"
+        )
     if backend == "auto":
         _say_slower()
     return _plan_in_python

@@ -28,5 +28,8 @@ def read_parquet_items(path: Path) -> Iterator[Item]:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"can't be read as Parquet: {first_line}", reason="foreign_file", place=path) from None
     except (UnicodeDecodeError, pa.ArrowException) as error:
-        raise DataError(f"holds text that is not UTF-8 or a damaged column ({type(error).__name__})",
-                        reason="invalid_utf8", place=path) from None
+        raise DataError(
+            f"holds text that is not UTF-8 or a damaged column ({type(error).__name__})",
+            reason="invalid_utf8",
+            place=path,
+        ) from None

@@ -138,5 +138,7 @@ def refuse_empty_side(source: str, share: float, train: int, held_out: int) -> N
     """Raise ValueError if rows were to be held out and one side of the split has none."""
     if share > 0 and not (train and held_out):
         empty = "training" if not train else "evaluation"
-        raise ValueError(f"holdout: {share} of the {train + held_out} rows of source {source!r} leaves none "
-                         f"for {empty}; use another share, or more rows")
+        raise ValueError(
+            f"holdout: {share} of the {train + held_out} rows of source {source!r} leaves none "
+            f"for {empty}; use another share, or more rows"
+        )

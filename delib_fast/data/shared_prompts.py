@@ -91,8 +91,9 @@ def plan_bundles(bundles: Bundles, capacity: int, *, seed: int) -> PackPlan:
     at = np.arange(len(bundles.examples)) - np.repeat(first - begin, size)
     continues = np.ones(len(at), bool)
     continues[first] = False
-    return PackPlan(np.append(first, len(at))[plan.pack_offsets], bundles.examples[at], capacity, plan.num_tokens,
-                    continues)
+    return PackPlan(
+        np.append(first, len(at))[plan.pack_offsets], bundles.examples[at], capacity, plan.num_tokens, continues
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,13 +125,16 @@ def runs_of(examples: EncodedSet, members: Int64, continues: NDArray[np.bool_] |
             rows.append((example, 0, p, -1, -1))
         elif continues[k]:
             _check_same(examples, leader, example, p)
-        rows.append((example, p, length, parent, example) if leads or continues[k] else
-                    (example, 0, length, -1, example))
+        rows.append(
+            (example, p, length, parent, example) if leads or continues[k] else (example, 0, length, -1, example)
+        )
     columns = np.array(rows, np.int64).T
     return Runs(columns[0], columns[1], columns[2], tuple(columns[3].tolist()), columns[4])
 
 
 def _check_same(examples: EncodedSet, one: int, other: int, p: int) -> None:
     if not np.array_equal(examples.tokens(one)[:p], examples.tokens(other)[:p]):
-        raise ValueError(f"{examples.places[one]} and {examples.places[other]} have different prompts of one hash; "
-                         "set share_prompts: never")
+        raise ValueError(
+            f"{examples.places[one]} and {examples.places[other]} have different prompts of one hash; "
+            "set share_prompts: never"
+        )

@@ -23,8 +23,7 @@ TEXT_FILES = (".txt", ".md", ".markdown")
 class SourceRows(list[Row]):
     """The rows of one source, with what was left out on the way."""
 
-    def __init__(self, rows: Iterable[Row], *, name: str, path: Path, sha256: str,
-                 bad_rows: Counter[str]) -> None:
+    def __init__(self, rows: Iterable[Row], *, name: str, path: Path, sha256: str, bad_rows: Counter[str]) -> None:
         super().__init__(rows)
         self.name = name
         self.path = path
@@ -66,8 +65,12 @@ class SourceStream:
         self._data_set: Any = None
         if is_data_set(config.path):
             if config.cut != "none":
-                raise DataError(f"cut: {config.cut} is for text files ({', '.join(TEXT_FILES)}); this is a data set "
-                                f"(source {name!r})", reason="no_file", place=self.path)
+                raise DataError(
+                    f"cut: {config.cut} is for text files ({', '.join(TEXT_FILES)}); this is a data set "
+                    f"(source {name!r})",
+                    reason="no_file",
+                    place=self.path,
+                )
             self._data_set, self.sha256 = open_data_set(config)
             self.size_bytes = int(self._data_set.data.nbytes)
         else:
@@ -84,8 +87,9 @@ class SourceStream:
             if file is not None:
                 self._know(file.hexdigest())
         except OSError as error:
-            raise DataError(f"can't be read on: {error.strerror or error} (source {self.name!r})", reason="no_file",
-                            place=self.path) from None
+            raise DataError(
+                f"can't be read on: {error.strerror or error} (source {self.name!r})", reason="no_file", place=self.path
+            ) from None
         finally:
             if file is not None:
                 file.close()
@@ -104,16 +108,21 @@ class SourceStream:
 
     def _know(self, sha256: str) -> None:
         if self.sha256 not in ("", sha256):
-            raise DataError(f"was changed while it was being read (source {self.name!r}): start again, and write such "
-                            "a file beside its place and rename it", reason="changed", place=self.path)
+            raise DataError(
+                f"was changed while it was being read (source {self.name!r}): start again, and write such "
+                "a file beside its place and rename it",
+                reason="changed",
+                place=self.path,
+            )
         self.sha256 = sha256
 
     def _open(self) -> HashingFile:
         try:
             return HashingFile(self.path)
         except OSError as error:
-            raise DataError(f"can't be read: {error.strerror} (source {self.name!r})", reason="no_file",
-                            place=self.path) from None
+            raise DataError(
+                f"can't be read: {error.strerror} (source {self.name!r})", reason="no_file", place=self.path
+            ) from None
 
     def _rows(self, file: HashingFile | None, bad_rows: Counter[str]) -> Iterator[Row]:
         if file is None:
@@ -151,8 +160,9 @@ def _text_rows(name: str, path: Path, config: SourceConfig, file: HashingFile) -
     text = decode_text(data, path)
     if "\0" in text:
         line = 1 + text.count("\n", 0, text.index("\0"))
-        raise DataError("holds a NUL character: the file is damaged, or is no text", reason="nul",
-                        place=f"{path}:{line}")
+        raise DataError(
+            "holds a NUL character: the file is damaged, or is no text", reason="nul", place=f"{path}:{line}"
+        )
     if config.cut == "none":
         pieces = [(1, text)]
     else:
@@ -170,8 +180,9 @@ def _items(path: Path, file: HashingFile) -> Iterator[Item]:
     return read_parquet_items(path)
 
 
-def _item_rows(name: str, path: Path, config: SourceConfig, items: Iterator[Item],
-               bad_rows: Counter[str]) -> Iterator[Row]:
+def _item_rows(
+    name: str, path: Path, config: SourceConfig, items: Iterator[Item], bad_rows: Counter[str]
+) -> Iterator[Row]:
     tags = TAGS if config.think_tags is None else (config.think_tags,)
     reading = Reading(name, turns=config.turns, tags=tags)
     for item in items:
@@ -187,17 +198,20 @@ def _item_rows(name: str, path: Path, config: SourceConfig, items: Iterator[Item
             yield from rows
 
 
-def _stop_if_bad(error: DataError, item: Item, place: str, config: SourceConfig,
-                 bad_rows: Counter[str]) -> None:
+def _stop_if_bad(error: DataError, item: Item, place: str, config: SourceConfig, bad_rows: Counter[str]) -> None:
     what = f"{error} (row {item.fingerprint})"
     total = bad_rows.total()
     if config.on_bad_row == "error":
-        raise DataError(f"{what}. To leave such rows out and count them, set on_bad_row: skip",
-                        reason=error.reason, place=place) from None
+        raise DataError(
+            f"{what}. To leave such rows out and count them, set on_bad_row: skip", reason=error.reason, place=place
+        ) from None
     if total > config.max_bad_rows:
-        raise DataError(f"{what}. It is bad row number {total}, more than max_bad_rows "
-                        f"({config.max_bad_rows}): {_by_reason(bad_rows)}", reason=error.reason,
-                        place=place) from None
+        raise DataError(
+            f"{what}. It is bad row number {total}, more than max_bad_rows "
+            f"({config.max_bad_rows}): {_by_reason(bad_rows)}",
+            reason=error.reason,
+            place=place,
+        ) from None
 
 
 def _by_reason(bad_rows: Counter[str]) -> str:

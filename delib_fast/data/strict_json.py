@@ -37,8 +37,11 @@ def decode(text: str) -> Any:
         return strict_decoder.decode(text)
     except json.JSONDecodeError as error:
         cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
-        _fail("not_json", f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}" +
-              ("; it ends too early and may have been cut" if cut else ""))
+        _fail(
+            "not_json",
+            f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+            + ("; it ends too early and may have been cut" if cut else ""),
+        )
     except RecursionError:
         _fail("not_json", "objects or lists are nested too deep")
     except DataError:

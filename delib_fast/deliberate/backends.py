@@ -58,22 +58,26 @@ class OpenAIBackend:
         try:
             import openai
         except ImportError:
-            raise ConfigError("the openai package is missing: pip install 'delib-fast[generate]', or generate in this "
-                              "process with --backend transformers") from None
+            raise ConfigError(
+                "the openai package is missing: pip install 'delib-fast[generate]', or generate in this "
+                "process with --backend transformers"
+            ) from None
         if not settings.model:
             raise ConfigError("generator.model is not set: give --model NAME, as the endpoint calls it")
         self._openai = openai
         self._settings = settings
-        self._client = openai.AsyncOpenAI(base_url=settings.base_url, api_key=_key(settings, secrets),
-                                          max_retries=0, timeout=settings.timeout_s)
+        self._client = openai.AsyncOpenAI(
+            base_url=settings.base_url, api_key=_key(settings, secrets), max_retries=0, timeout=settings.timeout_s
+        )
 
     async def complete(self, request: Request) -> Answer:
         openai = self._openai
         body = {"model": request.model, "messages": list(request.messages), **request.params}
         try:
             # Not chat.completions.create: its typed copies of request and answer are a quarter of the client's work.
-            reply = await self._client.post("/chat/completions", cast_to=object, body=body,
-                                            options={"headers": {"Idempotency-Key": request.id}})
+            reply = await self._client.post(
+                "/chat/completions", cast_to=object, body=body, options={"headers": {"Idempotency-Key": request.id}}
+            )
         except openai.APITimeoutError:
             raise Retry("timeout", detail=f"no answer within {self._settings.timeout_s:g} s") from None
         except openai.APIConnectionError as error:
@@ -93,11 +97,15 @@ class OpenAIBackend:
         if getattr(error, "code", None) == "insufficient_quota":
             return EndpointError(f"{where} says that the account has no quota left: {text}")
         if status in (401, 403):
-            return EndpointError(f"{where} refuses the key (HTTP {status}: {text}); it is read from the environment "
-                                 f"variable {self._settings.api_key_env}")
+            return EndpointError(
+                f"{where} refuses the key (HTTP {status}: {text}); it is read from the environment "
+                f"variable {self._settings.api_key_env}"
+            )
         if status == 404:
-            return EndpointError(f"{where} has no model {self._settings.model!r}, or no chat completions there "
-                                 f"(HTTP 404: {text}); check --model and --base-url")
+            return EndpointError(
+                f"{where} has no model {self._settings.model!r}, or no chat completions there "
+                f"(HTTP 404: {text}); check --model and --base-url"
+            )
         if status in (408, 409, 425, 429) or status >= 500:
             reason = "rate_limit" if status == 429 else "timeout" if status == 408 else f"http_{status}"
             return Retry(reason, after_s=_retry_after(error.response.headers), detail=text)
@@ -113,8 +121,10 @@ def _key(settings: EndpointSettings, secrets: Secrets) -> str:
     host = address.split("://")[-1].split("/")[0].rsplit(":", 1)[0]
     if host in ("localhost", "[::1]") or host.startswith("127."):
         return "none"  # a server on this machine asks for no key
-    raise ConfigError(f"no key: set the environment variable {settings.api_key_env}, or name another one by "
-                      "api_key_env (a server on this machine needs none)")
+    raise ConfigError(
+        f"no key: set the environment variable {settings.api_key_env}, or name another one by "
+        "api_key_env (a server on this machine needs none)"
+    )
 
 
 def _answer(reply: Any) -> Answer:
@@ -127,12 +137,19 @@ def _answer(reply: Any) -> Answer:
     text = message.get("content") or message.get("refusal") or ""
     if not isinstance(text, str):
         raise Retry("malformed_body", detail="the content of the message is no text")
-    reasoning = next((r for name in ("reasoning_content", "reasoning")
-                      if isinstance(r := message.get(name), str) and r.strip()), None)
+    reasoning = next(
+        (r for name in ("reasoning_content", "reasoning") if isinstance(r := message.get(name), str) and r.strip()),
+        None,
+    )
     usage = reply.get("usage")
-    return Answer(text=text, finish=str(choice.get("finish_reason") or "unknown"), reasoning=reasoning,
-                  prompt_tokens=_count(usage, "prompt_tokens"), completion_tokens=_count(usage, "completion_tokens"),
-                  served_by=str(reply.get("model", "")))
+    return Answer(
+        text=text,
+        finish=str(choice.get("finish_reason") or "unknown"),
+        reasoning=reasoning,
+        prompt_tokens=_count(usage, "prompt_tokens"),
+        completion_tokens=_count(usage, "completion_tokens"),
+        served_by=str(reply.get("model", "")),
+    )
 
 
 def _count(usage: Any, name: str) -> int | None:

@@ -21,7 +21,9 @@ _SPEC_WORDS = re.compile(
     r"(?P<c>guideline|polic|instruction)(?:s|y|ies)?\b"
     r"|(?P<d>rule|section|clause|principle|value|policy)\s+\d{1,3}\b"
     r"|according\s+to\s+(?:the\s+|my\s+)?(?P<e>rule|section|clause|principle|polic|guideline)"
-    r"|(?P<f>SP)\d+\b)", re.IGNORECASE)
+    r"|(?P<f>SP)\d+\b)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,7 @@ def labels_of_names(categories: Iterable[str]) -> list[Label]:
 def cited(text: str, labels: Sequence[Label]) -> list[str]:
     """The categories that a text cites, in the order of the labels."""
     runs = set(_runs(words_of(text)))
-    return [label.category for label in labels
-            if label.pattern.search(text) or not runs.isdisjoint(label.quotations)]
+    return [label.category for label in labels if label.pattern.search(text) or not runs.isdisjoint(label.quotations)]
 
 
 def mentions_spec(text: str, labels: Sequence[Label], *, asked_about: str = "") -> str | None:
@@ -75,12 +76,14 @@ def mentions_spec(text: str, labels: Sequence[Label], *, asked_about: str = "") 
 def _label_word(category: str) -> re.Pattern[str]:
     """The written label of a category (V3, rule-5), never its everyday title: "honesty" alone is no mention."""
     short = re.match(r"^([a-z]{1,3}\d{1,3})(?:-|$)", category)
-    return re.compile(rf"\b{short[1].upper()}\b" if short else rf"\b{re.escape(category)}\b" if "-" in category
-                      else r"(?!)")
+    return re.compile(
+        rf"\b{short[1].upper()}\b" if short else rf"\b{re.escape(category)}\b" if "-" in category else r"(?!)"
+    )
 
 
-POLICY_WORDS = re.compile(r"\b(?:polic(?:y|ies)|guidelines?|allowed|disallowed|rules?|spec|section|principles?)\b",
-                          re.IGNORECASE)
+POLICY_WORDS = re.compile(
+    r"\b(?:polic(?:y|ies)|guidelines?|allowed|disallowed|rules?|spec|section|principles?)\b", re.IGNORECASE
+)
 
 
 def policy_sentences(text: str) -> str:

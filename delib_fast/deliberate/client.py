@@ -1,8 +1,8 @@
 """One client for all models: asks the ledger first, then the endpoint; limits, retries, stops cleanly.
 
-    client = Client(ledger, meter, secrets)
-    endpoint = client.endpoint(settings.generator)
-    answer = await endpoint.ask(chat, purpose="generate", sample=0)
+client = Client(ledger, meter, secrets)
+endpoint = client.endpoint(settings.generator)
+answer = await endpoint.ask(chat, purpose="generate", sample=0)
 """
 
 from __future__ import annotations
@@ -70,8 +70,15 @@ class BudgetSpent(Exception):  # noqa: N818
 class Client:
     """The endpoints of a run, over one ledger."""
 
-    def __init__(self, ledger: RequestLedger, meter: Meter, secrets: Secrets, *, max_cost: float | None = None,
-                 backends: Callable[[EndpointSettings], Backend] | None = None) -> None:
+    def __init__(
+        self,
+        ledger: RequestLedger,
+        meter: Meter,
+        secrets: Secrets,
+        *,
+        max_cost: float | None = None,
+        backends: Callable[[EndpointSettings], Backend] | None = None,
+    ) -> None:
         self.ledger = ledger
         self.meter = meter
         self.stop = Stop()
@@ -110,8 +117,10 @@ class Client:
         if self.stop.cause is None:
             self.stop.set(Interrupted())
             if self.meter.in_flight:
-                self.meter.say(f"stopping: {self.meter.in_flight} answers are on their way and will be kept; press "
-                               "Ctrl-C again to leave them")
+                self.meter.say(
+                    f"stopping: {self.meter.in_flight} answers are on their way and will be kept; press "
+                    "Ctrl-C again to leave them"
+                )
         else:
             for task in self.flying.values():
                 task.cancel()
@@ -128,8 +137,11 @@ class Endpoint:
         self._last_answer = 0.0
         self._given_up = 0
         self._params: dict[str, Any] = {
-            "temperature": settings.temperature, "top_p": settings.top_p,
-            str(settings.token_limit_name): settings.max_tokens, **settings.extra}
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            str(settings.token_limit_name): settings.max_tokens,
+            **settings.extra,
+        }
 
     async def ask(self, chat: Chat, *, purpose: str, sample: int = 0) -> Answer:
         """The answer to a chat, from the ledger if it is there. Equal requests are sent once.
@@ -193,8 +205,12 @@ class Endpoint:
         stop, settings = self._client.stop, self.settings
         stop.check()
         if error.after_s is not None and error.after_s > settings.longest_wait_s:
-            stop.set(EndpointError(f"the endpoint asks for a pause of {error.after_s:.0f} s ({error}), more than "
-                                   f"longest_wait_s ({settings.longest_wait_s:g}); give the same command again then"))
+            stop.set(
+                EndpointError(
+                    f"the endpoint asks for a pause of {error.after_s:.0f} s ({error}), more than "
+                    f"longest_wait_s ({settings.longest_wait_s:g}); give the same command again then"
+                )
+            )
             raise Stopped
         if attempt == settings.attempts:
             self._give_up(error, began)
@@ -212,16 +228,21 @@ class Endpoint:
             self._given_up += 1
             if error.reason == "connection" or self._given_up >= _GIVE_UPS_IN_A_ROW:
                 where = self.settings.base_url or self.settings.model
-                self._client.stop.set(EndpointError(f"{where} does not answer ({error}) after {self.settings.attempts} "
-                                                    "attempts; what was answered is kept"))
+                self._client.stop.set(
+                    EndpointError(
+                        f"{where} does not answer ({error}) after {self.settings.attempts} "
+                        "attempts; what was answered is kept"
+                    )
+                )
                 raise Stopped
         raise NoAnswer("no_answer", str(error))
 
     async def _keep(self, request: Request, answer: Answer, attempts: int, seconds: float) -> Answer:
         client = self._client
         try:
-            kept = await client.ledger.append(request, answer, cost=self._cost(answer), attempts=attempts,
-                                              seconds=seconds)
+            kept = await client.ledger.append(
+                request, answer, cost=self._cost(answer), attempts=attempts, seconds=seconds
+            )
         except LedgerError as error:
             client.stop.set(error)
             raise Stopped from None
@@ -233,8 +254,10 @@ class Endpoint:
     def _cost(self, answer: Answer) -> float | None:
         if self.settings.price_in is None or self.settings.price_out is None:
             return None
-        return ((answer.prompt_tokens or 0) * self.settings.price_in
-                + (answer.completion_tokens or 0) * self.settings.price_out) / 1e6
+        return (
+            (answer.prompt_tokens or 0) * self.settings.price_in
+            + (answer.completion_tokens or 0) * self.settings.price_out
+        ) / 1e6
 
 
 def make_backend(settings: EndpointSettings, secrets: Secrets) -> Backend:

@@ -1,8 +1,8 @@
 """Duplicates and near-duplicates, without embeddings: a hash, and MinHash over word shingles.
 
-    jaccard(A, B) = |A ∩ B| / |A ∪ B|, A and B the sets of word 3-shingles of two texts
-    a signature of 128 minima of random permutations, cut into 32 bands of 4; texts that agree in a band are
-    compared exactly. At a similarity of 0.8 a pair is missed with probability (1 − 0.8⁴)³² ≈ 5e-8.
+jaccard(A, B) = |A ∩ B| / |A ∪ B|, A and B the sets of word 3-shingles of two texts
+a signature of 128 minima of random permutations, cut into 32 bands of 4; texts that agree in a band are
+compared exactly. At a similarity of 0.8 a pair is missed with probability (1 − 0.8⁴)³² ≈ 5e-8.
 """
 
 from __future__ import annotations

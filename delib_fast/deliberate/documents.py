@@ -92,8 +92,9 @@ class _Maker:
 
         async def one(domain: str) -> None:
             try:
-                parts[domain] = await self._list("subdomains", spec=shop.spec.text, domain=domain,
-                                                 count=settings.subdomains)
+                parts[domain] = await self._list(
+                    "subdomains", spec=shop.spec.text, domain=domain, count=settings.subdomains
+                )
             except NoAnswer as error:
                 shop.meter.drop(error.reason)
             shop.meter.advance()
@@ -103,8 +104,15 @@ class _Maker:
         self.places = [Place(d, s) for d in domains for s in parts.get(d, ([], []))[0]]
         if not self.places:
             raise NoAnswer("malformed_subdomains", "no domain could be cut into subdomains")
-        shop.write_rows("subdomains.jsonl", ({"domain": d, "subdomain": s, "request_ids": parts[d][1]}
-                                             for d in domains if d in parts for s in parts[d][0]))
+        shop.write_rows(
+            "subdomains.jsonl",
+            (
+                {"domain": d, "subdomain": s, "request_ids": parts[d][1]}
+                for d in domains
+                if d in parts
+                for s in parts[d][0]
+            ),
+        )
         random.Random(f"{settings.seed} places").shuffle(self.places)
 
     def _slots(self) -> Iterator[tuple[Place, int, int]]:
@@ -127,8 +135,10 @@ class _Maker:
                 wave = min(wave, _FIRST_WAVE)
             wanted = [slot for _, slot in zip(range(math.ceil(wave / self.settings.ideas)), slots, strict=False)]
             if not wanted:
-                self.shop.meter.say(f"no ideas are left after {self.settings.rounds} rounds: {self.tokens:,} of "
-                                    f"{self.settings.tokens:,} tokens; raise document_types, ideas or subdomains")
+                self.shop.meter.say(
+                    f"no ideas are left after {self.settings.rounds} rounds: {self.tokens:,} of "
+                    f"{self.settings.tokens:,} tokens; raise document_types, ideas or subdomains"
+                )
                 return
             jobs = (await self._ideas(wanted))[:wave]
             await self.shop.for_each(jobs, self._write_one)
@@ -147,16 +157,23 @@ class _Maker:
                 kind = ground.types[number]
                 taken = ground.taken.setdefault(kind, [])
                 ideas, ids = await self._list(
-                    "ideas", domain=place.domain, subdomain=place.subdomain, document_type=kind,
-                    assertions=_bullets(ground.assertions), taken=_bullets(taken[-30:]) or "none",
-                    count=self.settings.ideas)
+                    "ideas",
+                    domain=place.domain,
+                    subdomain=place.subdomain,
+                    document_type=kind,
+                    assertions=_bullets(ground.assertions),
+                    taken=_bullets(taken[-30:]) or "none",
+                    count=self.settings.ideas,
+                )
             except NoAnswer as error:
                 self.shop.meter.drop(error.reason)
                 return
             fresh = [idea for idea in ideas if idea not in taken][: self.settings.ideas]
             taken += fresh
-            found[at] = [Document(place, kind, idea, ground.assertions,
-                                  [*self.plan_ids, *ground.request_ids, *ids]) for idea in fresh]
+            found[at] = [
+                Document(place, kind, idea, ground.assertions, [*self.plan_ids, *ground.request_ids, *ids])
+                for idea in fresh
+            ]
 
         # First the grounds: two slots of one place must not ask for them at once and get two different ones.
         await self.shop.for_each(list(dict.fromkeys(place for place, _, _ in slots)), self._ground_or_none)
@@ -173,24 +190,35 @@ class _Maker:
         if place not in self.grounds:
             where = {"domain": place.domain, "subdomain": place.subdomain}
             settings = self.settings
-            assertions, ids = await self._list("assertions", spec=self.shop.spec.text, emphasis=self.emphasis,
-                                               count=settings.assertions, **where)
+            assertions, ids = await self._list(
+                "assertions", spec=self.shop.spec.text, emphasis=self.emphasis, count=settings.assertions, **where
+            )
             types, more = await self._list("document_types", count=settings.document_types, **where)
             self.grounds[place] = _Ground(tuple(assertions), tuple(types[: settings.document_types]), [*ids, *more])
         return self.grounds[place]
 
     async def _list(self, name: str, **values: object) -> tuple[list[str], list[str]]:
-        return await self.shop.ask_until(self.shop.generator, self.shop.prompts.chat(name, **values),
-                                         lambda answer: read_strings(answer.text), purpose=name)
+        return await self.shop.ask_until(
+            self.shop.generator,
+            self.shop.prompts.chat(name, **values),
+            lambda answer: read_strings(answer.text),
+            purpose=name,
+        )
 
     # --- the documents --------------------------------------------------------------------------------------
 
     async def _write_one(self, document: Document) -> None:
         shop = self.shop
         chat = shop.prompts.chat(
-            "document", spec=shop.spec.text, domain=document.place.domain, subdomain=document.place.subdomain,
-            document_type=document.document_type, idea=document.idea, emphasis=self.emphasis,
-            assertions=_bullets(document.assertions))
+            "document",
+            spec=shop.spec.text,
+            domain=document.place.domain,
+            subdomain=document.place.subdomain,
+            document_type=document.document_type,
+            idea=document.idea,
+            emphasis=self.emphasis,
+            assertions=_bullets(document.assertions),
+        )
         try:
             answer = await shop.generator.ask(chat, purpose="document")
             self._take(document, answer)
@@ -228,8 +256,9 @@ class _Maker:
         document.faults, ids = await shop.ask_until(shop.judge, chat, _read_faults, purpose="critique")
         document.request_ids += ids
         if document.faults:
-            again = shop.prompts.chat("rewrite", spec=shop.spec.text, document=shown, emphasis=self.emphasis,
-                                      faults=_bullets(document.faults))
+            again = shop.prompts.chat(
+                "rewrite", spec=shop.spec.text, document=shown, emphasis=self.emphasis, faults=_bullets(document.faults)
+            )
             self._take(document, await shop.generator.ask(again, purpose="rewrite"))
 
     def _account(self, jobs: list[Document]) -> None:
@@ -252,30 +281,77 @@ class _Maker:
         shop = self.shop
         for name in ("assertions", "types"):
             file = "assertions.jsonl" if name == "assertions" else "document_types.jsonl"
-            shop.write_rows(file, (
-                {"domain": place.domain, "subdomain": place.subdomain, file.removesuffix(".jsonl"): getattr(g, name),
-                 "request_ids": g.request_ids} for place, g in self.grounds.items()))
-        shop.write_rows("ideas.jsonl", (
-            {"domain": d.place.domain, "subdomain": d.place.subdomain, "document_type": d.document_type,
-             "idea": d.idea, "dropped": d.dropped, "request_ids": d.request_ids} for d in self.documents))
+            shop.write_rows(
+                file,
+                (
+                    {
+                        "domain": place.domain,
+                        "subdomain": place.subdomain,
+                        file.removesuffix(".jsonl"): getattr(g, name),
+                        "request_ids": g.request_ids,
+                    }
+                    for place, g in self.grounds.items()
+                ),
+            )
+        shop.write_rows(
+            "ideas.jsonl",
+            (
+                {
+                    "domain": d.place.domain,
+                    "subdomain": d.place.subdomain,
+                    "document_type": d.document_type,
+                    "idea": d.idea,
+                    "dropped": d.dropped,
+                    "request_ids": d.request_ids,
+                }
+                for d in self.documents
+            ),
+        )
 
     def finish(self) -> dict[str, Any]:
         settings, shop = self.settings, self.shop
         order = list(self.kept)
         random.Random(f"{settings.seed} documents").shuffle(order)
         versions = shop.prompts.versions(
-            "domains", "subdomains", "assertions", "document_types", "ideas", "document",
-            f"emphasis_{settings.emphasis}", *(("critique", "rewrite") if settings.critique else ()))
-        shop.write_rows("documents.jsonl", (
-            {"text": d.text, "source": d.document_type, "domain": d.place.domain, "subdomain": d.place.subdomain,
-             "idea": d.idea, "emphasis": settings.emphasis, "tokens": d.tokens,
-             **({} if d.faults is None else {"critique": d.faults, "rewritten": bool(d.faults)}),
-             "spec_sha256": shop.spec.sha256,
-             "generator": {"model": settings.generator.model, "served_by": d.served_by, "prompts": versions},
-             "request_ids": d.request_ids} for d in order))
-        return shop.write_summary({"command": "document", "documents": len(order), "tokens": self.tokens,
-                                   "budget": settings.tokens, "emphasis": settings.emphasis,
-                                   "places": len(self.places), "prompt_files": versions})
+            "domains",
+            "subdomains",
+            "assertions",
+            "document_types",
+            "ideas",
+            "document",
+            f"emphasis_{settings.emphasis}",
+            *(("critique", "rewrite") if settings.critique else ()),
+        )
+        shop.write_rows(
+            "documents.jsonl",
+            (
+                {
+                    "text": d.text,
+                    "source": d.document_type,
+                    "domain": d.place.domain,
+                    "subdomain": d.place.subdomain,
+                    "idea": d.idea,
+                    "emphasis": settings.emphasis,
+                    "tokens": d.tokens,
+                    **({} if d.faults is None else {"critique": d.faults, "rewritten": bool(d.faults)}),
+                    "spec_sha256": shop.spec.sha256,
+                    "generator": {"model": settings.generator.model, "served_by": d.served_by, "prompts": versions},
+                    "request_ids": d.request_ids,
+                }
+                for d in order
+            ),
+        )
+        return shop.write_summary(
+            {
+                "command": "document",
+                "documents": len(order),
+                "tokens": self.tokens,
+                "budget": settings.tokens,
+                "emphasis": settings.emphasis,
+                "places": len(self.places),
+                "prompt_files": versions,
+            }
+        )
 
 
 def _bullets(items: tuple[str, ...] | list[str]) -> str:

@@ -15,7 +15,8 @@ _SCAFFOLDING = re.compile(
     rf"</?(?:{COT_TAG}|{RESPONSE_TAG}|think|thinking|reasoning|answer|scratchpad|conversation|cot|response)"
     r"(?: [0-9a-f]{8})?>"
     r"|<\|[^|<>\n]{1,40}\|>|<[｜|][^<>\n]{1,40}[｜|]>|\[/?INST\]|</?s>|\{\{|\}\}|\{(?:model_name|provider_name)\}",
-    re.IGNORECASE)
+    re.IGNORECASE,
+)
 _CUT_FINISH = {"length", "max_tokens"}
 
 
@@ -29,8 +30,9 @@ def leaked_scaffolding(text: str) -> bool:
     return _SCAFFOLDING.search(text) is not None
 
 
-def format_fault(answer: Answer, parted: Deliberation, settings: DeliberateSettings, labels: Sequence[Label],
-                 conversation: str) -> str | None:
+def format_fault(
+    answer: Answer, parted: Deliberation, settings: DeliberateSettings, labels: Sequence[Label], conversation: str
+) -> str | None:
     """The reason to drop a generated answer, or None.
 
     truncated, content_filter: the endpoint stopped it. no_cot, no_response, cot_too_short, response_too_short: a part
@@ -43,8 +45,10 @@ def format_fault(answer: Answer, parted: Deliberation, settings: DeliberateSetti
         return "content_filter"
     if parted.fault:
         return parted.fault
-    for name, part, least in (("cot", parted.cot, settings.least_cot_words),
-                              ("response", parted.response, settings.least_response_words)):
+    for name, part, least in (
+        ("cot", parted.cot, settings.least_cot_words),
+        ("response", parted.response, settings.least_response_words),
+    ):
         if not part:
             return f"no_{name}"
         if leaked_scaffolding(part):
@@ -57,5 +61,3 @@ def format_fault(answer: Answer, parted: Deliberation, settings: DeliberateSetti
         return None if cited(parted.cot, labels) else "no_citation"
     both = (parted.cot, parted.response)
     return "mentions_spec" if any(mentions_spec(t, labels, asked_about=conversation) for t in both) else None
-
-

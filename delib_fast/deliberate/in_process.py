@@ -75,19 +75,29 @@ class TransformersBackend:
     def _generate(self, requests: list[Request]) -> list[Answer]:
         params, tokenizer = requests[0].params, self._tokenizer  # one endpoint: its parameters are all alike
         inputs = tokenizer.apply_chat_template(
-            [list(request.messages) for request in requests], add_generation_prompt=True, return_tensors="pt",
-            return_dict=True, padding=True).to(self._device)
+            [list(request.messages) for request in requests],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+            padding=True,
+        ).to(self._device)
         length, limit = inputs["input_ids"].shape[1], params[self._limit]
         sampling = {"do_sample": True, "temperature": params["temperature"], "top_p": params["top_p"], "top_k": 0}
         with torch.random.fork_rng(devices=[0] if self._device == "cuda" else []):
             torch.manual_seed(int(requests[0].id[:12], 16))
             made = self._model.generate(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=limit,
-                use_cache=True, pad_token_id=tokenizer.pad_token_id,
-                **(sampling if params["temperature"] > 0 else {"do_sample": False}))
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=limit,
+                use_cache=True,
+                pad_token_id=tokenizer.pad_token_id,
+                **(sampling if params["temperature"] > 0 else {"do_sample": False}),
+            )
         ends = self._ends()
-        return [self._answer(row[length:].tolist(), ends, int(mask.sum()), limit)
-                for row, mask in zip(made, inputs["attention_mask"], strict=True)]
+        return [
+            self._answer(row[length:].tolist(), ends, int(mask.sum()), limit)
+            for row, mask in zip(made, inputs["attention_mask"], strict=True)
+        ]
 
     def _ends(self) -> set[int]:
         ends = self._model.generation_config.eos_token_id
@@ -97,6 +107,10 @@ class TransformersBackend:
         stop = next((i for i, token in enumerate(ids) if token in ends), None)
         # The control tokens of the chat stand after the end; <think> is one too, and is kept as text.
         text = self._tokenizer.decode(ids[:stop], skip_special_tokens=False)
-        return Answer(text=text, finish="length" if stop is None and len(ids) >= limit else "stop",
-                      prompt_tokens=prompt_tokens, completion_tokens=len(ids) if stop is None else stop + 1,
-                      served_by="in process")
+        return Answer(
+            text=text,
+            finish="length" if stop is None and len(ids) >= limit else "stop",
+            prompt_tokens=prompt_tokens,
+            completion_tokens=len(ids) if stop is None else stop + 1,
+            served_by="in process",
+        )

@@ -76,8 +76,9 @@ class Totals:
         self.without_usage += answer["completion_tokens"] is None
         if cost is not None:
             self.cost = (self.cost or 0.0) + cost
-        part = self.by_purpose.setdefault(record["purpose"], {"answers": 0, "prompt_tokens": 0,
-                                                             "completion_tokens": 0, "cost": 0.0})
+        part = self.by_purpose.setdefault(
+            record["purpose"], {"answers": 0, "prompt_tokens": 0, "completion_tokens": 0, "cost": 0.0}
+        )
         part["answers"] += 1
         part["prompt_tokens"] += answer["prompt_tokens"] or 0
         part["completion_tokens"] += answer["completion_tokens"] or 0
@@ -101,8 +102,9 @@ class FolderLock:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
-            raise ConfigError(f"{folder}: another run is writing to this folder; wait for it to end, or give "
-                              "another -o") from None
+            raise ConfigError(
+                f"{folder}: another run is writing to this folder; wait for it to end, or give another -o"
+            ) from None
 
     def release(self) -> None:
         self._file.close()
@@ -136,8 +138,9 @@ class RequestLedger:
         record = json.loads(os.pread(self._fd, place[1], place[0]))
         return Answer(**record["answer"], request_id=request_id)
 
-    async def append(self, request: Request, answer: Answer, *, cost: float | None, attempts: int,
-                     seconds: float) -> Answer:
+    async def append(
+        self, request: Request, answer: Answer, *, cost: float | None, attempts: int, seconds: float
+    ) -> Answer:
         """Write an answer and wait until it is on disk. Raises LedgerError if it can't be."""
         shas, lines = [], b""
         for message in request.messages:
@@ -147,12 +150,20 @@ class RequestLedger:
                 lines += self._line({"is": "text", "sha256": sha, "text": message["content"]})
             shas.append(sha)
         body = {k: v for k, v in asdict(answer).items() if k != "request_id"}
-        record = {"is": "answer", "id": request.id, "purpose": request.purpose, "model": request.model,
-                  "messages": [{"role": m["role"], "sha256": sha}
-                               for m, sha in zip(request.messages, shas, strict=True)],
-                  "params": dict(request.params), "sample": request.sample, "answer": body, "cost": cost,
-                  "attempts": attempts, "seconds": round(seconds, 3),
-                  "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        record = {
+            "is": "answer",
+            "id": request.id,
+            "purpose": request.purpose,
+            "model": request.model,
+            "messages": [{"role": m["role"], "sha256": sha} for m, sha in zip(request.messages, shas, strict=True)],
+            "params": dict(request.params),
+            "sample": request.sample,
+            "answer": body,
+            "cost": cost,
+            "attempts": attempts,
+            "seconds": round(seconds, 3),
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
         done = asyncio.get_running_loop().create_future()
         self._pending.append((lines + self._line(record), shas, record, done))
         if self._writer is None or self._writer.done():
@@ -246,8 +257,10 @@ def _records(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
             except (ValueError, KeyError, TypeError):
                 if next(lines, None) is None:
                     return  # a last line whose bytes never all reached the disk
-                raise ConfigError(f"{path}:{number}: this line is damaged, and others follow it; remove the line "
-                                  "(its request will be sent again)") from None
+                raise ConfigError(
+                    f"{path}:{number}: this line is damaged, and others follow it; remove the line "
+                    "(its request will be sent again)"
+                ) from None
             yield offset, line, record
             offset += len(line)
 

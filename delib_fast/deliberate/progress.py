@@ -29,8 +29,7 @@ class Meter:
         self.retries: Counter[str] = Counter()
         self.kept = 0
         self.dropped: Counter[str] = Counter()
-        self._console = console or Console(file=sys.stderr, highlight=False,
-                                           soft_wrap=not sys.stderr.isatty())
+        self._console = console or Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
         self._live: Progress | None = None
         self._task: Any = None
         self._what, self._unit = "", ""
@@ -67,8 +66,13 @@ class Meter:
         self._began, self._last_line = time.monotonic(), 0.0
         if self._console.is_terminal:
             count = MofNCompleteColumn() if not unit else TextColumn("{task.fields[count]}")
-            self._live = Progress(TextColumn("{task.description}"), BarColumn(bar_width=12), count,
-                                  TextColumn("{task.fields[told]}"), console=self._console)
+            self._live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=12),
+                count,
+                TextColumn("{task.fields[told]}"),
+                console=self._console,
+            )
             self._live.start()
             self._task = self._live.add_task(what, total=total, told="", count="")
 

@@ -46,15 +46,21 @@ class PromptFile:
         """The chat to send. Each slot is filled once: `{{…}}` inside a filled-in text stays text."""
         missing = self.slots - values.keys()
         assert not missing, f"{self.name}: no value for {sorted(missing)}"
-        return tuple({"role": role, "content": _SLOT.sub(lambda m: str(values[m[1]]), text).strip()}
-                     for role, text in self.turns)
+        return tuple(
+            {"role": role, "content": _SLOT.sub(lambda m: str(values[m[1]]), text).strip()} for role, text in self.turns
+        )
 
 
 class PromptFiles:
     """All prompt files of a run: the built-in ones, and those of a folder that replace them by name."""
 
-    def __init__(self, folder: str | os.PathLike[str] | None = None, *, model_name: str = "the assistant",
-                 provider_name: str = "its developer") -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        model_name: str = "the assistant",
+        provider_name: str = "its developer",
+    ) -> None:
         self._names = {"model_name": model_name, "provider_name": provider_name}
         self._files = {path.stem: _read(path) for path in sorted(BUILT_IN.glob("*.md"))}
         if folder is not None:
@@ -108,8 +114,10 @@ def _read(path: Path) -> PromptFile:
     body = _COMMENT.sub("", text)
     marks = list(_TURN.finditer(body))
     if not marks or body[: marks[0].start()].strip() or marks[-1][1] != "user":
-        raise ConfigError(f"{path}: a prompt file holds turns, each below a line `## system` or `## user`, the last "
-                          "of them the user's; only a comment <!-- … --> stands before")
+        raise ConfigError(
+            f"{path}: a prompt file holds turns, each below a line `## system` or `## user`, the last "
+            "of them the user's; only a comment <!-- … --> stands before"
+        )
     ends = [m.start() for m in marks[1:]] + [len(body)]
     turns = tuple((m[1], body[m.end() : end].strip()) for m, end in zip(marks, ends, strict=True))
     return PromptFile(path.stem, hashlib.sha256(raw).hexdigest()[:12], turns)

@@ -38,8 +38,9 @@ def write_report(data: Path, *, spec: Path | None = None, out: Path | None = Non
     folder = data if data.is_dir() else None
     files = [data] if folder is None else [data / name for name in _ROW_FILES if (data / name).exists()]
     if not files or not files[0].exists():
-        raise ConfigError(f"{data}: holds neither {' nor '.join(_ROW_FILES)}; give the folder of a finished run, or a "
-                          "file of rows")
+        raise ConfigError(
+            f"{data}: holds neither {' nor '.join(_ROW_FILES)}; give the folder of a finished run, or a file of rows"
+        )
     figures = report(files, folder, None if spec is None else _spec(spec, folder))
     out = out or folder or data.parent
     out.mkdir(parents=True, exist_ok=True)
@@ -105,42 +106,65 @@ def _chats(rows: Sequence[tuple[Row, Mapping[str, Any]]], spec: Spec | None) -> 
     scored = len({item["score"] for item in shown}) > 2  # else every quantile is the same score
     refusals = [is_refusal(response) for response in responses]
     return {
-        "count": len(rows), "prompts": len(different), "with_cot": sum(map(bool, cots)),
+        "count": len(rows),
+        "prompts": len(different),
+        "with_cot": sum(map(bool, cots)),
         "by_category": count_by(c for names in categories for c in names),
         "by_style": count_by(raw["style"] for _, raw in rows if "style" in raw),
-        "scores": {axis: {**quantiles(v := [s[axis] for s in scores if axis in s]), "histogram": _score_bars(v)}
-                   for axis in sorted({axis for s in scores for axis in s})},
+        "scores": {
+            axis: {**quantiles(v := [s[axis] for s in scores if axis in s]), "histogram": _score_bars(v)}
+            for axis in sorted({axis for s in scores for axis in s})
+        },
         "words": _lengths({"prompt": prompts, "cot": [c for c in cots if c], "response": responses}),
-        "diversity": {"prompt": diversity(different), "cot": diversity([c for c in cots if c]),
-                      "response": diversity(responses)},
-        "near_duplicates": {"prompts": near_duplicates(different, 0.9),
-                            "rows": near_duplicates([f"{c}\n{r}" for c, r in zip(cots, responses, strict=True)])},
-        "refusals": {"share": round(sum(refusals) / len(rows), 4),
-                     "by_category": _share_by(categories, refusals)},
+        "diversity": {
+            "prompt": diversity(different),
+            "cot": diversity([c for c in cots if c]),
+            "response": diversity(responses),
+        },
+        "near_duplicates": {
+            "prompts": near_duplicates(different, 0.9),
+            "rows": near_duplicates([f"{c}\n{r}" for c, r in zip(cots, responses, strict=True)]),
+        },
+        "refusals": {"share": round(sum(refusals) / len(rows), 4), "by_category": _share_by(categories, refusals)},
         "citations": _citations(rows, categories, spec),
-        "examples": {"by": "score" if scored else "words of the CoT",
-                     "rows": by_quantile(shown, "score" if scored else "cot_words")},
+        "examples": {
+            "by": "score" if scored else "words of the CoT",
+            "rows": by_quantile(shown, "score" if scored else "cot_words"),
+        },
     }
 
 
-def _citations(rows: Sequence[tuple[Row, Mapping[str, Any]]], categories: Sequence[Sequence[str]],
-               spec: Spec | None) -> dict[str, Any] | None:
+def _citations(
+    rows: Sequence[tuple[Row, Mapping[str, Any]]], categories: Sequence[Sequence[str]], spec: Spec | None
+) -> dict[str, Any] | None:
     """Accuracy over the rows that have a CoT and a category and are not to keep the spec unnamed; else None."""
-    pairs = [(row.cot, names) for (row, raw), names in zip(rows, categories, strict=True)
-             if row.cot and names and raw.get("style") != "internal"]
+    pairs = [
+        (row.cot, names)
+        for (row, raw), names in zip(rows, categories, strict=True)
+        if row.cot and names and raw.get("style") != "internal"
+    ]
     if not pairs:
         return None
     labels = labels_of_spec(spec) if spec is not None else labels_of_names(sorted({n for _, ns in pairs for n in ns}))
-    return {"sections_known_by": "the spec" if spec is not None else "the names of the categories",
-            **citation_accuracy([cot for cot, _ in pairs], [names for _, names in pairs], labels)}
+    return {
+        "sections_known_by": "the spec" if spec is not None else "the names of the categories",
+        **citation_accuracy([cot for cot, _ in pairs], [names for _, names in pairs], labels),
+    }
 
 
-def _shown(pair: tuple[Row, Mapping[str, Any]], prompt: str, categories: Sequence[str],
-           scores: Mapping[str, float]) -> dict[str, Any]:
+def _shown(
+    pair: tuple[Row, Mapping[str, Any]], prompt: str, categories: Sequence[str], scores: Mapping[str, float]
+) -> dict[str, Any]:
     row, _ = pair
-    return {"prompt": prompt[:1500], "cot": (row.cot or "")[:3000], "response": row.response[:2000],
-            "category": list(categories), "cot_words": len((row.cot or "").split()),
-            "score": sum(scores.values()) / len(scores) if scores else None, "place": row.place.rsplit("/", 1)[-1]}
+    return {
+        "prompt": prompt[:1500],
+        "cot": (row.cot or "")[:3000],
+        "response": row.response[:2000],
+        "category": list(categories),
+        "cot_words": len((row.cot or "").split()),
+        "score": sum(scores.values()) / len(scores) if scores else None,
+        "place": row.place.rsplit("/", 1)[-1],
+    }
 
 
 def _categories(raw: Mapping[str, Any]) -> list[str]:
@@ -155,8 +179,11 @@ def _scores(raw: Mapping[str, Any]) -> dict[str, float]:
         value = {"score": value}
     if not isinstance(value, dict):
         return {}
-    return {str(axis): float(v) for axis, v in value.items()
-            if isinstance(v, int | float) and math.isfinite(v) and axis != "min"}
+    return {
+        str(axis): float(v)
+        for axis, v in value.items()
+        if isinstance(v, int | float) and math.isfinite(v) and axis != "min"
+    }
 
 
 def _score_bars(values: Sequence[float]) -> list[dict[str, float]]:
@@ -173,8 +200,11 @@ def _share_by(categories: Sequence[Sequence[str]], flags: Sequence[bool]) -> dic
 
 def _lengths(texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     count: Callable[[str], int] = lambda text: len(text.split())  # noqa: E731
-    return {name: {**quantiles(values := [count(t) for t in part]), "histogram": histogram(values)}
-            for name, part in texts.items() if part}
+    return {
+        name: {**quantiles(values := [count(t) for t in part]), "histogram": histogram(values)}
+        for name, part in texts.items()
+        if part
+    }
 
 
 # --- documents and the run ----------------------------------------------------------------------------------------
@@ -182,14 +212,23 @@ def _lengths(texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
 
 def _documents(rows: Sequence[tuple[Row, Mapping[str, Any]]]) -> dict[str, Any]:
     texts = [row.text for row, _ in rows]
-    shown = [{"text": row.text[:2500], "words": len(row.text.split()), "domain": raw.get("domain"),
-              "source": raw.get("source"), "place": row.place.rsplit("/", 1)[-1]} for row, raw in rows]
+    shown = [
+        {
+            "text": row.text[:2500],
+            "words": len(row.text.split()),
+            "domain": raw.get("domain"),
+            "source": raw.get("source"),
+            "place": row.place.rsplit("/", 1)[-1],
+        }
+        for row, raw in rows
+    ]
     return {
         "count": len(rows),
         "tokens": sum(int(raw["tokens"]) for _, raw in rows if isinstance(raw.get("tokens"), int)) or None,
         "by_domain": count_by(raw["domain"] for _, raw in rows if raw.get("domain")),
         "by_source": count_by(raw["source"] for _, raw in rows if raw.get("source")),
-        "words": _lengths({"document": texts}), "diversity": {"document": diversity(texts)},
+        "words": _lengths({"document": texts}),
+        "diversity": {"document": diversity(texts)},
         "near_duplicates": {"documents": near_duplicates(texts)},
         "rewritten": count_by(raw["rewritten"] for _, raw in rows if "rewritten" in raw),
         "examples": {"by": "words", "rows": by_quantile(shown, "words")},
@@ -201,8 +240,24 @@ def _run(folder: Path) -> dict[str, Any]:
     run: dict[str, Any] = {}
     if (folder / "summary.json").exists():
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        run |= {key: summary[key] for key in ("command", "rows", "documents", "prompts", "samples", "dropped", "paid",
-                                              "tokens", "budget", "guard", "style", "emphasis") if key in summary}
+        run |= {
+            key: summary[key]
+            for key in (
+                "command",
+                "rows",
+                "documents",
+                "prompts",
+                "samples",
+                "dropped",
+                "paid",
+                "tokens",
+                "budget",
+                "guard",
+                "style",
+                "emphasis",
+            )
+            if key in summary
+        }
     if (folder / "requests.jsonl").exists():
         answers = list(read_answers(folder / "requests.jsonl"))
         run["answers"] = {
@@ -214,6 +269,7 @@ def _run(folder: Path) -> dict[str, Any]:
     if (folder / "dropped.jsonl").exists():
         lines = [json.loads(line) for line in (folder / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
         votes = [vote for line in lines for vote in line["votes"]]
-        run["dropped_scores"] = {axis: _score_bars([v[axis] for v in votes])
-                                 for axis in ("compliance", "helpfulness", "reasoning") if votes}
+        run["dropped_scores"] = {
+            axis: _score_bars([v[axis] for v in votes]) for axis in ("compliance", "helpfulness", "reasoning") if votes
+        }
     return run

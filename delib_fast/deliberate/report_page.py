@@ -42,9 +42,11 @@ def page(figures: Mapping[str, Any]) -> str:
     parts = [_part(name, part) for name, part in figures["parts"].items()]
     run = _run(figures["run"]) if figures.get("run") else ""
     title = f"Data report: {', '.join(figures['data'])}"
-    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title><style>{_STYLE}</style>'
-            f"</head><body><main><h1>{escape(title)}</h1>{run}{''.join(parts)}</main></body></html>\n")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title><style>{_STYLE}</style>'
+        f"</head><body><main><h1>{escape(title)}</h1>{run}{''.join(parts)}</main></body></html>\n"
+    )
 
 
 # --- the run ----------------------------------------------------------------------------------------------------
@@ -52,22 +54,35 @@ def page(figures: Mapping[str, Any]) -> str:
 
 def _run(run: Mapping[str, Any]) -> str:
     paid = run.get("paid") or {}
-    tiles = [("rows kept", run.get("rows")), ("documents kept", run.get("documents")), ("prompts", run.get("prompts")),
-             ("samples", run.get("samples")), ("answers paid for", paid.get("answers")),
-             ("tokens sent", paid.get("prompt_tokens")), ("tokens answered", paid.get("completion_tokens")),
-             ("cost", paid.get("cost"))]
+    tiles = [
+        ("rows kept", run.get("rows")),
+        ("documents kept", run.get("documents")),
+        ("prompts", run.get("prompts")),
+        ("samples", run.get("samples")),
+        ("answers paid for", paid.get("answers")),
+        ("tokens sent", paid.get("prompt_tokens")),
+        ("tokens answered", paid.get("completion_tokens")),
+        ("cost", paid.get("cost")),
+    ]
     cards = [_counts("Dropped, by reason", run.get("dropped") or {}, empty="nothing was dropped")]
     answers = run.get("answers") or {}
-    cards += [_counts(title, answers.get(key) or {}) for title, key in (
-        ("Answers, by stage", "by_purpose"), ("Answers, by how they ended", "by_finish"),
-        ("Answers, by attempts needed", "attempts"))]
-    cards += [_histogram(f"Votes on dropped rows: {axis}", bars)
-              for axis, bars in run.get("dropped_scores", {}).items()]
+    cards += [
+        _counts(title, answers.get(key) or {})
+        for title, key in (
+            ("Answers, by stage", "by_purpose"),
+            ("Answers, by how they ended", "by_finish"),
+            ("Answers, by attempts needed", "attempts"),
+        )
+    ]
+    cards += [
+        _histogram(f"Votes on dropped rows: {axis}", bars) for axis, bars in run.get("dropped_scores", {}).items()
+    ]
     guard = run.get("guard") or {}
-    note = " · ".join(f"{name}: {proof['rows']} prompts read back, none shares {proof['words']} successive words with "
-                      "the spec" for name, proof in guard.items())
-    return (f"<h2>The run</h2>{_tiles(tiles)}<p class=note>{escape(note)}</p>"
-            f"<div class=cards>{''.join(cards)}</div>")
+    note = " · ".join(
+        f"{name}: {proof['rows']} prompts read back, none shares {proof['words']} successive words with the spec"
+        for name, proof in guard.items()
+    )
+    return f"<h2>The run</h2>{_tiles(tiles)}<p class=note>{escape(note)}</p><div class=cards>{''.join(cards)}</div>"
 
 
 # --- rows or documents --------------------------------------------------------------------------------------------
@@ -76,14 +91,26 @@ def _run(run: Mapping[str, Any]) -> str:
 def _part(name: str, part: Mapping[str, Any]) -> str:
     citations, refusals = part.get("citations"), part.get("refusals")
     duplicates = part["near_duplicates"]
-    tiles = [("rows", part["count"]), ("different prompts", part.get("prompts")),
-             ("with a CoT", part.get("with_cot")), ("tokens", part.get("tokens")),
-             ("refusals", _percent(refusals["share"]) if refusals else None),
-             ("CoTs that cite a right section", _percent(citations["accuracy"]) if citations else None),
-             *((f"near-duplicate {kind}", found["count"]) for kind, found in duplicates.items())]
-    cards = [_counts(title, part.get(key) or {}) for title, key in (
-        ("Rows, by category", "by_category"), ("By style", "by_style"), ("By domain", "by_domain"),
-        ("By kind of document", "by_source"), ("Rewritten after a critique", "rewritten")) if part.get(key)]
+    tiles = [
+        ("rows", part["count"]),
+        ("different prompts", part.get("prompts")),
+        ("with a CoT", part.get("with_cot")),
+        ("tokens", part.get("tokens")),
+        ("refusals", _percent(refusals["share"]) if refusals else None),
+        ("CoTs that cite a right section", _percent(citations["accuracy"]) if citations else None),
+        *((f"near-duplicate {kind}", found["count"]) for kind, found in duplicates.items()),
+    ]
+    cards = [
+        _counts(title, part.get(key) or {})
+        for title, key in (
+            ("Rows, by category", "by_category"),
+            ("By style", "by_style"),
+            ("By domain", "by_domain"),
+            ("By kind of document", "by_source"),
+            ("Rewritten after a critique", "rewritten"),
+        )
+        if part.get(key)
+    ]
     cards += [_histogram(f"Score: {axis}", s["histogram"], _span(s)) for axis, s in part.get("scores", {}).items()]
     cards += [_histogram(f"Words: {name_}", s["histogram"], _span(s)) for name_, s in part["words"].items()]
     cards += [_diversity(kind, figures) for kind, figures in part["diversity"].items()]
@@ -91,27 +118,36 @@ def _part(name: str, part: Mapping[str, Any]) -> str:
         cards.append(_shares("Refusals, by category", refusals["by_category"]))
     if citations:
         cards.append(_citations(citations))
-    return (f"<h2>{escape(name)}</h2>{_tiles(tiles)}<p></p><div class=cards>{''.join(cards)}</div>"
-            f"<h2>Examples, by quantile of {escape(part['examples']['by'])}</h2>"
-            + "".join(map(_example, part["examples"]["rows"])))
+    return (
+        f"<h2>{escape(name)}</h2>{_tiles(tiles)}<p></p><div class=cards>{''.join(cards)}</div>"
+        f"<h2>Examples, by quantile of {escape(part['examples']['by'])}</h2>"
+        + "".join(map(_example, part["examples"]["rows"]))
+    )
 
 
 def _citations(found: Mapping[str, Any]) -> str:
     shares = {c: v["accuracy"] for c, v in found["by_category"].items()}
-    note = (f"Of {found['rows']} CoTs that should cite, {_percent(found['accuracy'])} cite a right section and "
-            f"{_percent(found['cites_none'])} none; of those that cite one, "
-            f"{_percent(found['accuracy_of_those_that_cite'])} cite a right one. {_percent(found['speaks_of_policy'])} "
-            f"speak of a policy or rule. Sections are known by {found['sections_known_by']}; a word list judges, no "
-            "model.")
+    note = (
+        f"Of {found['rows']} CoTs that should cite, {_percent(found['accuracy'])} cite a right section and "
+        f"{_percent(found['cites_none'])} none; of those that cite one, "
+        f"{_percent(found['accuracy_of_those_that_cite'])} cite a right one. {_percent(found['speaks_of_policy'])} "
+        f"speak of a policy or rule. Sections are known by {found['sections_known_by']}; a word list judges, no "
+        "model."
+    )
     return _shares("CoTs that cite a right section, by category", shares, note)
 
 
 def _diversity(kind: str, found: Mapping[str, Any]) -> str:
-    rows = [("distinct words", found["distinct_1"]), ("distinct 2-grams", found["distinct_2"]),
-            ("distinct 3-grams", found["distinct_3"]), ("compressed to", found["compressed_to"])]
+    rows = [
+        ("distinct words", found["distinct_1"]),
+        ("distinct 2-grams", found["distinct_2"]),
+        ("distinct 3-grams", found["distinct_3"]),
+        ("compressed to", found["compressed_to"]),
+    ]
     table = "".join(f"<tr><td>{escape(n)}<td class=n>{_percent(v)}</tr>" for n, v in rows if v is not None)
-    openings = "".join(f"<tr><td>“{escape(o['words'])} …”<td class=n>{o['count']}</tr>"
-                       for o in found["commonest_openings"][:5])
+    openings = "".join(
+        f"<tr><td>“{escape(o['words'])} …”<td class=n>{o['count']}</tr>" for o in found["commonest_openings"][:5]
+    )
     return _card(f"Diversity: {kind}", f"<table>{table}{openings}</table>")
 
 
@@ -120,9 +156,16 @@ def _example(item: Mapping[str, Any]) -> str:
     if item.get("score") is not None:
         head.append(f"score {item['score']:.1f}")
     head += [", ".join(item.get("category") or []), item.get("domain") or "", item.get("source") or ""]
-    texts = "".join(f"<div class=who>{name}</div><div class=text>{escape(str(item[key]))}</div>"
-                    for key, name in (("prompt", "prompt"), ("cot", "chain of thought"), ("response", "response"),
-                                      ("text", "document")) if item.get(key))
+    texts = "".join(
+        f"<div class=who>{name}</div><div class=text>{escape(str(item[key]))}</div>"
+        for key, name in (
+            ("prompt", "prompt"),
+            ("cot", "chain of thought"),
+            ("response", "response"),
+            ("text", "document"),
+        )
+        if item.get(key)
+    )
     return f"<details><summary>{escape(' · '.join(h for h in head if h))}</summary>{texts}</details>"
 
 
@@ -130,8 +173,15 @@ def _example(item: Mapping[str, Any]) -> str:
 
 
 def _tiles(tiles: Iterable[tuple[str, Any]]) -> str:
-    return "<div class=tiles>" + "".join(f"<div class=tile><b>{escape(_number(v))}</b><span>{escape(name)}</span></div>"
-                                         for name, v in tiles if v is not None) + "</div>"
+    return (
+        "<div class=tiles>"
+        + "".join(
+            f"<div class=tile><b>{escape(_number(v))}</b><span>{escape(name)}</span></div>"
+            for name, v in tiles
+            if v is not None
+        )
+        + "</div>"
+    )
 
 
 def _card(title: str, body: str, note: str = "") -> str:
@@ -166,12 +216,17 @@ def _histogram(title: str, bars: Sequence[Mapping[str, float]], note: str = "") 
     rects = "".join(
         f"<rect x={i * step + 1:.1f} y={height - 16 - 80 * b['count'] / top:.1f} width={step - 2:.1f} "
         f"height={80 * b['count'] / top:.1f}><title>{b['from']:g} to {b['to']:g}: {b['count']}</title></rect>"
-        for i, b in enumerate(bars))
-    ends = (f"<text x=0 y={height - 4}>{bars[0]['from']:g}</text>"
-            f"<text x={width} y={height - 4} text-anchor=end>{bars[-1]['to']:g}</text>"
-            f"<text x={width} y=10 text-anchor=end>{top:g}</text>")
-    svg = (f"<svg viewBox='0 0 {width} {height}' role=img aria-label='{escape(title)}'>"
-           f"<line x1=0 x2={width} y1={height - 16} y2={height - 16} />{rects}{ends}</svg>")
+        for i, b in enumerate(bars)
+    )
+    ends = (
+        f"<text x=0 y={height - 4}>{bars[0]['from']:g}</text>"
+        f"<text x={width} y={height - 4} text-anchor=end>{bars[-1]['to']:g}</text>"
+        f"<text x={width} y=10 text-anchor=end>{top:g}</text>"
+    )
+    svg = (
+        f"<svg viewBox='0 0 {width} {height}' role=img aria-label='{escape(title)}'>"
+        f"<line x1=0 x2={width} y1={height - 16} y2={height - 16} />{rects}{ends}</svg>"
+    )
     return _card(title, svg, note)
 
 

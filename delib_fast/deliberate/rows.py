@@ -69,8 +69,9 @@ async def _prompts(shop: Workshop, settings: DeliberateSettings, file: Path | No
     return prompts
 
 
-def _usable(shop: Workshop, settings: DeliberateSettings, prompts: Sequence[UserPrompt],
-            guard: SpecGuard) -> list[UserPrompt]:
+def _usable(
+    shop: Workshop, settings: DeliberateSettings, prompts: Sequence[UserPrompt], guard: SpecGuard
+) -> list[UserPrompt]:
     """Before anything is paid for: no repeated prompt, and none that brings spec text along."""
     seen = NearDuplicates(settings.near_duplicate_prompt)
     usable = []
@@ -81,9 +82,13 @@ def _usable(shop: Workshop, settings: DeliberateSettings, prompts: Sequence[User
             shop.meter.drop("duplicate_prompt")
         else:
             usable.append(prompt)
-    shop.write_rows("prompts.jsonl", (
-        {"prompt_id": p.id, **_prompt_fields(p), "category": list(p.categories), "place": p.place, **p.made}
-        for p in usable))
+    shop.write_rows(
+        "prompts.jsonl",
+        (
+            {"prompt_id": p.id, **_prompt_fields(p), "category": list(p.categories), "place": p.place, **p.made}
+            for p in usable
+        ),
+    )
     return usable
 
 
@@ -102,9 +107,12 @@ class _Maker:
             samples = [Sample(prompt, 0, (), list(prompt.request_ids), dropped=error.reason)]
         else:
             spec_text = shop.spec.for_categories(categories, shop.summaries)
-            samples = await asyncio.gather(*(
-                self._sample(prompt, number, categories, spec_text, [*prompt.request_ids, *ids])
-                for number in range(settings.samples)))
+            samples = await asyncio.gather(
+                *(
+                    self._sample(prompt, number, categories, spec_text, [*prompt.request_ids, *ids])
+                    for number in range(settings.samples)
+                )
+            )
         _best_of(samples, settings.best_of)
         for sample in samples:
             shop.meter.keep() if sample.dropped is None else shop.meter.drop(sample.dropped)
@@ -115,8 +123,9 @@ class _Maker:
         if prompt.categories:
             return list(prompt.categories), []
         known = {section.id for section in self.shop.spec.sections}
-        chat = self.shop.prompts.chat("classify", sections=self.shop.summary_lines(),
-                                      conversation=quoted("conversation", prompt.conversation))
+        chat = self.shop.prompts.chat(
+            "classify", sections=self.shop.summary_lines(), conversation=quoted("conversation", prompt.conversation)
+        )
 
         def read(answer: Answer) -> list[str]:
             for value in json_values(answer.text, dict):
@@ -129,12 +138,17 @@ class _Maker:
 
         return await self.shop.ask_until(self.shop.generator, chat, read, purpose="classify")
 
-    async def _sample(self, prompt: UserPrompt, number: int, categories: Sequence[str], spec_text: str,
-                      ids: list[str]) -> Sample:
+    async def _sample(
+        self, prompt: UserPrompt, number: int, categories: Sequence[str], spec_text: str, ids: list[str]
+    ) -> Sample:
         shop, settings = self.shop, self.settings
         form = shop.prompts.fragment(f"answer_form_{settings.cot_from}")
-        chat = shop.prompts.chat(f"generate_{settings.style}", spec=spec_text, answer_form=form,
-                                 conversation=quoted("conversation", prompt.conversation))
+        chat = shop.prompts.chat(
+            f"generate_{settings.style}",
+            spec=spec_text,
+            answer_form=form,
+            conversation=quoted("conversation", prompt.conversation),
+        )
         sample = Sample(prompt, number, categories, list(ids))
         try:
             answer = await shop.generator.ask(chat, purpose="generate", sample=number)
@@ -146,8 +160,14 @@ class _Maker:
             if sample.dropped is None:
                 assert parted.cot is not None
                 assert parted.response is not None
-                sample.judgement = await judge_row(shop, settings, spec_text=spec_text, cot=parted.cot,
-                                                   conversation=prompt.conversation, response=parted.response)
+                sample.judgement = await judge_row(
+                    shop,
+                    settings,
+                    spec_text=spec_text,
+                    cot=parted.cot,
+                    conversation=prompt.conversation,
+                    response=parted.response,
+                )
                 sample.request_ids += sample.judgement.request_ids
                 if below := sample.judgement.below(settings.thresholds()):
                     sample.dropped = f"low_{below[0]}"
@@ -186,8 +206,14 @@ def _without_duplicates(shop: Workshop, settings: DeliberateSettings, samples: S
 # --- writing --------------------------------------------------------------------------------------------------
 
 
-def _write(shop: Workshop, settings: DeliberateSettings, kept: Sequence[Sample], samples: Sequence[Sample],
-           prompts: Sequence[UserPrompt], guard: SpecGuard) -> dict[str, Any]:
+def _write(
+    shop: Workshop,
+    settings: DeliberateSettings,
+    kept: Sequence[Sample],
+    samples: Sequence[Sample],
+    prompts: Sequence[UserPrompt],
+    guard: SpecGuard,
+) -> dict[str, Any]:
     rows = [_row(shop, settings, sample) for sample in kept]
     given = {prompt.id: prompt.text for prompt in prompts}
     # The guard reads what is on disk, under a name that nobody takes for rows; only then is it rows.jsonl.
@@ -199,12 +225,32 @@ def _write(shop: Workshop, settings: DeliberateSettings, kept: Sequence[Sample],
         unproven = shop.write_rows(f"{name}.unproven", content)
         proof[name] = guard.prove(unproven, given)
         unproven.replace(shop.out / name)
-    shop.write_rows("dropped.jsonl", (
-        {"prompt_id": s.prompt.id, "reason": s.dropped, "sample": s.number, "category": list(s.categories),
-         "votes": s.judgement.votes, "request_ids": s.request_ids} for s in samples if s.dropped is not None))
-    return shop.write_summary({
-        "command": "deliberate", "rows": len(rows), "prompts": len(prompts), "samples": len(samples),
-        "style": settings.style, "guard": proof, "prompt_files": _prompt_versions(shop, settings)})
+    shop.write_rows(
+        "dropped.jsonl",
+        (
+            {
+                "prompt_id": s.prompt.id,
+                "reason": s.dropped,
+                "sample": s.number,
+                "category": list(s.categories),
+                "votes": s.judgement.votes,
+                "request_ids": s.request_ids,
+            }
+            for s in samples
+            if s.dropped is not None
+        ),
+    )
+    return shop.write_summary(
+        {
+            "command": "deliberate",
+            "rows": len(rows),
+            "prompts": len(prompts),
+            "samples": len(samples),
+            "style": settings.style,
+            "guard": proof,
+            "prompt_files": _prompt_versions(shop, settings),
+        }
+    )
 
 
 def _row(shop: Workshop, settings: DeliberateSettings, sample: Sample) -> dict[str, Any]:
@@ -212,16 +258,23 @@ def _row(shop: Workshop, settings: DeliberateSettings, sample: Sample) -> dict[s
     generator, judge = settings.generator, settings.judge_or_generator()
     return {
         **_prompt_fields(sample.prompt, reply=sample),
-        "cot": sample.cot, "response": sample.response,
+        "cot": sample.cot,
+        "response": sample.response,
         "category": list(sample.categories),
         "style": settings.style,
         "spec_sha256": shop.spec.sha256,
         "scores": sample.judgement.scores,
         "samples": {"number": sample.number, "of": settings.samples},
-        "generator": {"model": generator.model, "served_by": sample.served_by,
-                      "prompts": {k: v for k, v in versions.items() if not k.startswith("judge")}},
-        "judge": {"model": judge.model, "votes": sample.judgement.votes,
-                  "prompts": {k: v for k, v in versions.items() if k.startswith("judge")}},
+        "generator": {
+            "model": generator.model,
+            "served_by": sample.served_by,
+            "prompts": {k: v for k, v in versions.items() if not k.startswith("judge")},
+        },
+        "judge": {
+            "model": judge.model,
+            "votes": sample.judgement.votes,
+            "prompts": {k: v for k, v in versions.items() if k.startswith("judge")},
+        },
         "request_ids": sample.request_ids,
         "prompt_id": sample.prompt.id,
         **({"made": dict(sample.prompt.made)} if sample.prompt.made else {}),
@@ -248,6 +301,12 @@ def _without_cot(row: Mapping[str, Any]) -> dict[str, Any]:
 def _prompt_versions(shop: Workshop, settings: DeliberateSettings) -> dict[str, str]:
     made = ("domains", "situations", "user_messages") if settings.prompts_from_spec else ()
     summarize = ("summarize",) if settings.summaries == "model" else ()
-    return shop.prompts.versions(*made, *summarize, "classify", f"generate_{settings.style}",
-                                 f"answer_form_{settings.cot_from}", "judge", f"judge_style_{settings.style}")
-
+    return shop.prompts.versions(
+        *made,
+        *summarize,
+        "classify",
+        f"generate_{settings.style}",
+        f"answer_form_{settings.cot_from}",
+        "judge",
+        f"judge_style_{settings.style}",
+    )

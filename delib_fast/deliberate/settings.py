@@ -64,8 +64,10 @@ class EndpointSettings(Section):
     @classmethod
     def _no_key_in_url(cls, value: str | None) -> str | None:
         if value is not None and re.search(r"://[^/@\s]+@", value):
-            raise ValueError("base_url holds a name or key before the @: put the key into the environment "
-                             "variable that api_key_env names")
+            raise ValueError(
+                "base_url holds a name or key before the @: put the key into the environment "
+                "variable that api_key_env names"
+            )
         if value is not None and not re.match(r"https?://", value):
             raise ValueError("base_url must begin with http:// or https://")
         return value
@@ -188,8 +190,9 @@ class DocumentSettings(RunSettings):
 S = TypeVar("S", bound=RunSettings)
 
 
-def load_settings(kind: type[S], path: str | os.PathLike[str] | None, overrides: Mapping[str, Any],
-                  sets: Sequence[str] = ()) -> S:
+def load_settings(
+    kind: type[S], path: str | os.PathLike[str] | None, overrides: Mapping[str, Any], sets: Sequence[str] = ()
+) -> S:
     """Settings from a YAML file (or none), with `a.b` → value overrides and `a.b=c` strings put over it.
 
     Raises:

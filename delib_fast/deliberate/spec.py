@@ -1,8 +1,8 @@
 """A spec, cut into sections: what `spec(category)` is made of.
 
-    spec = Spec.read("spec.md", model_name="Quill", provider_name="Fern")
-    spec.sections[3].id                         "v3-care-for-those-who-are-not-in-the-room"
-    spec.for_categories(["rule-5"], summaries)  summaries of all sections + the full text of rule 5
+spec = Spec.read("spec.md", model_name="Quill", provider_name="Fern")
+spec.sections[3].id                         "v3-care-for-those-who-are-not-in-the-room"
+spec.for_categories(["rule-5"], summaries)  summaries of all sections + the full text of rule 5
 """
 
 from __future__ import annotations
@@ -48,18 +48,30 @@ class Spec:
     sections: tuple[Section, ...]
 
     @staticmethod
-    def read(path: str | os.PathLike[str], *, model_name: str, provider_name: str,
-             cut_numbered_items: bool = True) -> Spec:
+    def read(
+        path: str | os.PathLike[str], *, model_name: str, provider_name: str, cut_numbered_items: bool = True
+    ) -> Spec:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: the spec can't be read: {error}") from None
-        return Spec.of(text, model_name=model_name, provider_name=provider_name,
-                       cut_numbered_items=cut_numbered_items, where=str(path))
+        return Spec.of(
+            text,
+            model_name=model_name,
+            provider_name=provider_name,
+            cut_numbered_items=cut_numbered_items,
+            where=str(path),
+        )
 
     @staticmethod
-    def of(text: str, *, model_name: str = "the assistant", provider_name: str = "its developer",
-           cut_numbered_items: bool = True, where: str = "spec") -> Spec:
+    def of(
+        text: str,
+        *,
+        model_name: str = "the assistant",
+        provider_name: str = "its developer",
+        cut_numbered_items: bool = True,
+        where: str = "spec",
+    ) -> Spec:
         """Fill in the placeholders and cut at the headings; a text without headings is one section."""
         names = {"model_name": model_name, "provider_name": provider_name}
         text = _PLACEHOLDER.sub(lambda m: names[m[1]], text.replace("\r\n", "\n").lstrip("\ufeff"))
@@ -83,8 +95,12 @@ class Spec:
         wanted = set(categories)
         lines = [f"- {s.id} ({' › '.join((*s.path, s.title))}): {summaries[s.id]}" for s in self.sections]
         relevant = [f"[{s.id}]\n{s.text.strip()}" for s in self.sections if s.id in wanted]
-        return ("Summary of every section:\n" + "\n".join(lines)
-                + "\n\nFull text of the relevant sections:\n\n" + "\n\n".join(relevant))
+        return (
+            "Summary of every section:\n"
+            + "\n".join(lines)
+            + "\n\nFull text of the relevant sections:\n\n"
+            + "\n\n".join(relevant)
+        )
 
 
 def first_sentence(section: Section, limit: int = 240) -> str:
@@ -120,8 +136,10 @@ def _by_headings(lines: Sequence[str], fallback: str) -> list[_Part]:
 
     def close(end: int) -> None:
         body = lines[start:end]
-        has_own_text = any(line.strip() and not _HEADING.match(line) and not _UNDERLINE.match(line)
-                           for line in body[1 if parts or above else 0:])
+        has_own_text = any(
+            line.strip() and not _HEADING.match(line) and not _UNDERLINE.match(line)
+            for line in body[1 if parts or above else 0 :]
+        )
         if has_own_text:
             parts.append(_Part(path, title, tuple(body), start + 1, anchor=anchor))
 

@@ -23,7 +23,9 @@ _REFUSAL = re.compile(
     r"must\s+decline|have\s+to\s+decline|do\s+not|don['’]t)\s+(?:\w+\s+)?(?:help|assist|provide|support|do\s+that|share|"
     r"write|create|give|tell|engage|comply|fulfil|fulfill|answer|discuss|offer|produce|generate|be\s+able)"
     r"|i['’]m\s+not\s+(?:able|going|willing)\s+to|i\s+decline|not\s+something\s+i\s+(?:can|will)|"
-    r"(?:can\s*not|can['’]?t)\s+(?:assist|help)\s+(?:you\s+)?with)", re.IGNORECASE)
+    r"(?:can\s*not|can['’]?t)\s+(?:assist|help)\s+(?:you\s+)?with)",
+    re.IGNORECASE,
+)
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -31,19 +33,25 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     if not values:
         return {}
     at = np.quantile(np.asarray(values, dtype=float), QUANTILES)
-    return {"mean": round(float(np.mean(values)), 2),
-            **{f"p{round(q * 100)}": round(float(v), 2) for q, v in zip(QUANTILES, at, strict=True)}}
+    return {
+        "mean": round(float(np.mean(values)), 2),
+        **{f"p{round(q * 100)}": round(float(v), 2) for q, v in zip(QUANTILES, at, strict=True)},
+    }
 
 
-def histogram(values: Sequence[float], bins: int = 20, *, low: float | None = None,
-              high: float | None = None) -> list[dict[str, float]]:
+def histogram(
+    values: Sequence[float], bins: int = 20, *, low: float | None = None, high: float | None = None
+) -> list[dict[str, float]]:
     """[{from, to, count}] over bins of one width."""
     if not values:
         return []
-    counts, edges = np.histogram(values, bins=bins, range=(min(values) if low is None else low,
-                                                           max(values) if high is None else high))
-    return [{"from": round(float(a), 3), "to": round(float(b), 3), "count": int(n)}
-            for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)]
+    counts, edges = np.histogram(
+        values, bins=bins, range=(min(values) if low is None else low, max(values) if high is None else high)
+    )
+    return [
+        {"from": round(float(a), 3), "to": round(float(b), 3), "count": int(n)}
+        for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]
 
 
 def is_refusal(response: str) -> bool:
@@ -63,8 +71,10 @@ def diversity(texts: Sequence[str]) -> dict[str, Any]:
             hashes.extend(hash(tuple(words[i : i + n])) for i in range(len(words) - n + 1))
     whole = "\n".join(texts).encode("utf-8", "replace")
     return {
-        **{f"distinct_{n}": round(_distinct(hashes) / len(hashes), 4) if hashes else None
-           for n, hashes in grams.items()},
+        **{
+            f"distinct_{n}": round(_distinct(hashes) / len(hashes), 4) if hashes else None
+            for n, hashes in grams.items()
+        },
         "compressed_to": round(len(zlib.compress(whole, 6)) / len(whole), 4) if whole else None,
         "commonest_openings": [{"words": words, "count": n} for words, n in openings.most_common(8) if n > 1],
     }
@@ -81,8 +91,12 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> dict[str, A
     for i, text in enumerate(texts):
         if (found := seen.find_or_add(str(i), text)) is not None:
             pairs.append({"row": i, "of": int(found[0]), "similarity": round(found[1], 3)})
-    return {"threshold": threshold, "count": len(pairs), "share": round(len(pairs) / max(1, len(texts)), 4),
-            "pairs": pairs[:10]}
+    return {
+        "threshold": threshold,
+        "count": len(pairs),
+        "share": round(len(pairs) / max(1, len(texts)), 4),
+        "pairs": pairs[:10],
+    }
 
 
 def citation_accuracy(cots: Sequence[str], right: Sequence[Sequence[str]], labels: Sequence[Label]) -> dict[str, Any]:
@@ -104,11 +118,15 @@ def citation_accuracy(cots: Sequence[str], right: Sequence[Sequence[str]], label
             by_category.setdefault(category, Counter())[kind] += 1
     n = max(1, len(cots))
     return {
-        "rows": len(cots), "accuracy": round(total["right"] / n, 4),
+        "rows": len(cots),
+        "accuracy": round(total["right"] / n, 4),
         "accuracy_of_those_that_cite": round(total["right"] / max(1, total["right"] + total["wrong"]), 4),
-        "cites_none": round(total["none"] / n, 4), "speaks_of_policy": round(total["speaks_of_policy"] / n, 4),
-        "by_category": {category: {"rows": counts.total(), "accuracy": round(counts["right"] / counts.total(), 4)}
-                        for category, counts in sorted(by_category.items())},
+        "cites_none": round(total["none"] / n, 4),
+        "speaks_of_policy": round(total["speaks_of_policy"] / n, 4),
+        "by_category": {
+            category: {"rows": counts.total(), "accuracy": round(counts["right"] / counts.total(), 4)}
+            for category, counts in sorted(by_category.items())
+        },
     }
 
 

@@ -47,8 +47,11 @@ class UserPrompt:
     @property
     def text(self) -> str:
         """What the row holds, as one string (guard.prompt_text reads the same from the row)."""
-        return self.turns[0]["content"] if self.single else json.dumps(list(self.turns), ensure_ascii=False,
-                                                                       sort_keys=True)
+        return (
+            self.turns[0]["content"]
+            if self.single
+            else json.dumps(list(self.turns), ensure_ascii=False, sort_keys=True)
+        )
 
     @property
     def conversation(self) -> str:
@@ -146,8 +149,10 @@ def _categories(value: Any, place: str, spec: Spec) -> tuple[str, ...]:
         section = spec.section(name)
         if section is None:
             known = ", ".join(s.id for s in spec.sections[:20])
-            raise ConfigError(f"{place}: the spec has no section {name!r} (it has {known}); give one of these, or "
-                              "leave 'category' out to have the model choose")
+            raise ConfigError(
+                f"{place}: the spec has no section {name!r} (it has {known}); give one of these, or "
+                "leave 'category' out to have the model choose"
+            )
         found.append(section.id)
     return tuple(dict.fromkeys(found))
 
@@ -158,8 +163,11 @@ def _categories(value: Any, place: str, spec: Spec) -> tuple[str, ...]:
 async def make_prompts(shop: Workshop, settings: DeliberateSettings, count: int) -> list[UserPrompt]:
     """Domains → situations → user messages, in rounds, near-duplicates left out, until there are `count`."""
     domains, ids = await shop.ask_until(
-        shop.generator, shop.prompts.chat("domains", spec=shop.spec.text, count=_DOMAINS),
-        lambda answer: read_strings(answer.text, least=2), purpose="domains")
+        shop.generator,
+        shop.prompts.chat("domains", spec=shop.spec.text, count=_DOMAINS),
+        lambda answer: read_strings(answer.text, least=2),
+        purpose="domains",
+    )
     shop.meter.begin("prompts", count)
     seen = NearDuplicates(settings.near_duplicate_prompt)
     made: list[UserPrompt] = []
@@ -179,17 +187,20 @@ async def make_prompts(shop: Workshop, settings: DeliberateSettings, count: int)
     return made
 
 
-async def _one_round(shop: Workshop, domains: list[str], taken: dict[str, list[str]], a_domain: int,
-                     ids: tuple[str, ...]) -> list[UserPrompt]:
+async def _one_round(
+    shop: Workshop, domains: list[str], taken: dict[str, list[str]], a_domain: int, ids: tuple[str, ...]
+) -> list[UserPrompt]:
     found: dict[str, list[UserPrompt]] = {}
 
     async def one_domain(domain: str) -> None:
         earlier = "\n".join(f"- {s}" for s in taken[domain][-40:]) or "none"
-        chat = shop.prompts.chat("situations", sections=shop.summary_lines(), domain=domain, taken=earlier,
-                                 count=a_domain)
+        chat = shop.prompts.chat(
+            "situations", sections=shop.summary_lines(), domain=domain, taken=earlier, count=a_domain
+        )
         try:
-            situations, more = await shop.ask_until(shop.generator, chat, lambda a: read_strings(a.text),
-                                                    purpose="situations")
+            situations, more = await shop.ask_until(
+                shop.generator, chat, lambda a: read_strings(a.text), purpose="situations"
+            )
         except NoAnswer as error:
             shop.meter.drop(error.reason)
             return
@@ -207,6 +218,12 @@ async def _one_round(shop: Workshop, domains: list[str], taken: dict[str, list[s
 async def _messages(shop: Workshop, domain: str, situation: str, ids: tuple[str, ...]) -> list[UserPrompt]:
     chat = shop.prompts.chat("user_messages", domain=domain, situation=situation, count=_MESSAGES_A_SITUATION)
     texts, more = await shop.ask_until(shop.generator, chat, lambda a: read_strings(a.text), purpose="user_messages")
-    return [UserPrompt(({"role": "user", "content": text},), "made from the spec",
-                       made={"domain": domain, "situation": situation}, request_ids=(*ids, *more))
-            for text in texts[:_MESSAGES_A_SITUATION]]
+    return [
+        UserPrompt(
+            ({"role": "user", "content": text},),
+            "made from the spec",
+            made={"domain": domain, "situation": situation},
+            request_ids=(*ids, *more),
+        )
+        for text in texts[:_MESSAGES_A_SITUATION]
+    ]

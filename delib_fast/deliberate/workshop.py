@@ -33,8 +33,9 @@ class Workshop:
     def __init__(self, out: Path, spec: Spec, settings: RunSettings, client: Client, secrets: Secrets) -> None:
         self.out, self.spec, self.settings, self.client = out, spec, settings, client
         self.meter = client.meter
-        self.prompts = PromptFiles(settings.prompts, model_name=settings.model_name,
-                                   provider_name=settings.provider_name)
+        self.prompts = PromptFiles(
+            settings.prompts, model_name=settings.model_name, provider_name=settings.provider_name
+        )
         self.generator: Endpoint = client.endpoint(settings.generator)
         self.judge: Endpoint = client.endpoint(settings.judge_or_generator())
         self.summaries: dict[str, str] = {}
@@ -42,8 +43,14 @@ class Workshop:
 
     @staticmethod
     @contextlib.asynccontextmanager
-    async def open(out: Path, spec: Spec, settings: RunSettings, *, meter: Meter | None = None,
-                   backends: Callable[[EndpointSettings], Backend] | None = None) -> AsyncIterator[Workshop]:
+    async def open(
+        out: Path,
+        spec: Spec,
+        settings: RunSettings,
+        *,
+        meter: Meter | None = None,
+        backends: Callable[[EndpointSettings], Backend] | None = None,
+    ) -> AsyncIterator[Workshop]:
         """Lock the folder, read its ledger, and see to it that both end well whatever happens between."""
         lock = FolderLock(out)
         secrets = Secrets()
@@ -65,8 +72,15 @@ class Workshop:
 
     # --- asking ---------------------------------------------------------------------------------------------
 
-    async def ask_until(self, endpoint: Endpoint, chat: tuple[dict[str, str], ...], read: Callable[[Answer], T], *,
-                        purpose: str, first_sample: int = 0) -> tuple[T, list[str]]:
+    async def ask_until(
+        self,
+        endpoint: Endpoint,
+        chat: tuple[dict[str, str], ...],
+        read: Callable[[Answer], T],
+        *,
+        purpose: str,
+        first_sample: int = 0,
+    ) -> tuple[T, list[str]]:
         """Ask until `read` accepts an answer; what it refuses (Malformed) is asked anew, as another sample.
 
         Returns: what was read, and the ids of every request it took. Raises: NoAnswer, reason `malformed_<purpose>`.
@@ -104,11 +118,13 @@ class Workshop:
         if len(body.split()) <= _SHORT_SECTION_WORDS:
             self.summaries[section.id] = " ".join(body.split()) or section.title
         else:
-            chat = self.prompts.chat("summarize", title=" › ".join((*section.path, section.title)),
-                                     section=section.text)
+            chat = self.prompts.chat(
+                "summarize", title=" › ".join((*section.path, section.title)), section=section.text
+            )
             with contextlib.suppress(NoAnswer):
-                self.summaries[section.id], _ = await self.ask_until(self.generator, chat, _one_line,
-                                                                     purpose="summarize")
+                self.summaries[section.id], _ = await self.ask_until(
+                    self.generator, chat, _one_line, purpose="summarize"
+                )
         self.meter.advance()
 
     def summary_lines(self) -> str:
@@ -137,11 +153,17 @@ class Workshop:
     def write_summary(self, more: Mapping[str, Any]) -> dict[str, Any]:
         totals, meter = self.client.ledger.totals, self.meter
         summary = {
-            **more, "spec_sha256": self.spec.sha256,
+            **more,
+            "spec_sha256": self.spec.sha256,
             "dropped": dict(meter.dropped.most_common()),
-            "paid": {"answers": totals.answers, "prompt_tokens": totals.prompt_tokens,
-                     "completion_tokens": totals.completion_tokens, "cost": totals.cost,
-                     "answers_without_usage": totals.without_usage, "by_purpose": totals.by_purpose},
+            "paid": {
+                "answers": totals.answers,
+                "prompt_tokens": totals.prompt_tokens,
+                "completion_tokens": totals.completion_tokens,
+                "cost": totals.cost,
+                "answers_without_usage": totals.without_usage,
+                "by_purpose": totals.by_purpose,
+            },
             "this_run": {"answers": meter.answers, "reused": meter.reused, "retries": dict(meter.retries)},
         }
         self.write("summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")

@@ -81,8 +81,10 @@ class Checkpoint:
 
         def read(key: str) -> Tensor:
             if key not in where:
-                raise CheckpointError(f"{self.folder} holds no tensor {key!r}: it was written by another model or "
-                                      "optimizer; use another run_dir, or delete the checkpoint to start again")
+                raise CheckpointError(
+                    f"{self.folder} holds no tensor {key!r}: it was written by another model or "
+                    "optimizer; use another run_dir, or delete the checkpoint to start again"
+                )
             return where[key].get_tensor(key)
 
         return read
@@ -98,8 +100,11 @@ def file_sha256(path: Path) -> str:
 
 def hashes(folder: Path) -> dict[str, str]:
     """The sha256 of each file of a model folder, by name; hidden files excepted."""
-    return {path.name: file_sha256(path) for path in sorted(folder.glob("*"))
-            if path.is_file() and not path.name.startswith(".")}
+    return {
+        path.name: file_sha256(path)
+        for path in sorted(folder.glob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    }
 
 
 def weights_sha256(files: Mapping[str, str]) -> str:
@@ -241,8 +246,9 @@ def _verify_file(path: Path, expected: dict[str, Any], *, hashed: bool) -> None:
     if path.stat().st_size != expected["bytes"]:
         raise CheckpointError(f"{path.parent}: {path.name} has {path.stat().st_size} bytes, not {expected['bytes']}")
     if hashed and file_sha256(path) != expected["sha256"]:
-        raise CheckpointError(f"{path.parent}: {path.name} does not match its sha256: it was damaged after it was "
-                              "written")
+        raise CheckpointError(
+            f"{path.parent}: {path.name} does not match its sha256: it was damaged after it was written"
+        )
 
 
 def newest(root: Path, complain: Callable[[str], None], group: Group | None = None) -> Checkpoint | None:
@@ -266,9 +272,15 @@ def newest(root: Path, complain: Callable[[str], None], group: Group | None = No
     if latest is not None and latest > max(seen, default=-1):
         damaged.insert(0, (latest, f"{folder_of(root, latest)} is gone, though {LATEST} names it"))
     if found is None and (damaged or any(root.glob("damaged-step-*"))):
-        raise CheckpointError("\n".join([
-            f"{root}: no checkpoint is left that is whole:", *(f"  {reason}" for _, reason in damaged),
-            f"put one back from a copy, or delete {root} to train the stage again from its start"]))
+        raise CheckpointError(
+            "\n".join(
+                [
+                    f"{root}: no checkpoint is left that is whole:",
+                    *(f"  {reason}" for _, reason in damaged),
+                    f"put one back from a copy, or delete {root} to train the stage again from its start",
+                ]
+            )
+        )
     group.barrier()
     for step, reason in damaged:
         complain(f"{reason}; going on from the one before")
@@ -285,8 +297,9 @@ def newest(root: Path, complain: Callable[[str], None], group: Group | None = No
 def _agreed(root: Path, group: Group) -> Sequence[int]:
     steps = steps_of(root)
     if len(set(group.gather_texts(str(steps[-4:])))) > 1:
-        raise CheckpointError(f"ranks see different checkpoints under {root}: run_dir must be on a file system that "
-                              "all ranks share")
+        raise CheckpointError(
+            f"ranks see different checkpoints under {root}: run_dir must be on a file system that all ranks share"
+        )
     return steps
 
 

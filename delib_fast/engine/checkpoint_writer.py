@@ -111,11 +111,16 @@ class CheckpointWriter:
         if self._group.rank == 0:  # what it holds may be the room that is lacking
             shutil.rmtree(checkpoint.writing(self._root, self._step), ignore_errors=True)
         steps = checkpoint.steps_of(self._root)
-        last = f"the last good one is {checkpoint.folder_of(self._root, steps[-1])}" if steps else \
-            "there is none from before"
+        last = (
+            f"the last good one is {checkpoint.folder_of(self._root, steps[-1])}"
+            if steps
+            else "there is none from before"
+        )
         rank, text = wrong[0]
-        raise CheckpointError(f"the checkpoint of step {self._step} can't be written (rank {rank}: {text}); {last}. "
-                              "Make room or let it be written there, and give the same command again")
+        raise CheckpointError(
+            f"the checkpoint of step {self._step} can't be written (rank {rank}: {text}); {last}. "
+            "Make room or let it be written there, and give the same command again"
+        )
 
     # --- what runs in the thread ----------------------------------------------------------------------------
 

@@ -66,8 +66,11 @@ def _offload(engine: EngineConfig) -> dict[str, Any]:
     pinned = torch.cuda.is_available()  # memory is pinned for a GPU to read
     devices = {"offload_optimizer": engine.offload_optimizer, "offload_param": engine.offload_parameters}
     where = {"cpu": {}, "nvme": {"nvme_path": engine.nvme_path}}
-    return {key: {"device": device, "pin_memory": pinned, **where[device]}
-            for key, device in devices.items() if device != "none"}
+    return {
+        key: {"device": device, "pin_memory": pinned, **where[device]}
+        for key, device in devices.items()
+        if device != "none"
+    }
 
 
 def _merge(ours: dict[str, Any], theirs: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
@@ -76,8 +79,10 @@ def _merge(ours: dict[str, Any], theirs: Mapping[str, Any], path: tuple[str, ...
         place = ".".join((*path, key))
         if place in _DECIDED and ours.get(key) != value:
             decided = f" (here {ours[key]!r})" if key in ours else ""
-            raise ConfigError(f"deepspeed.{place}: {value!r} conflicts with what this configuration decides{decided}; "
-                              f"set it by {_DECIDED[place]}")
+            raise ConfigError(
+                f"deepspeed.{place}: {value!r} conflicts with what this configuration decides{decided}; "
+                f"set it by {_DECIDED[place]}"
+            )
         if isinstance(value, Mapping) and isinstance(ours.get(key), dict):
             merged[key] = _merge(ours[key], value, (*path, key))
         else:

@@ -133,8 +133,10 @@ def _gpu_of(local_rank: int, gpus: int) -> int:
     if gpus == 1:
         return 0
     if local_rank >= gpus:
-        raise ConfigError(f"rank {local_rank} of this machine has no GPU: {gpus} are to be seen; start at most as many "
-                          "ranks a machine")
+        raise ConfigError(
+            f"rank {local_rank} of this machine has no GPU: {gpus} are to be seen; start at most as many "
+            "ranks a machine"
+        )
     return local_rank
 
 
@@ -208,16 +210,15 @@ class Engine:
         self.basic_optimizer = build_optimizer(module, stage.optimizer, config.engine.precision, cpu_adam=cpu_adam)
         with contextlib.redirect_stdout(io.StringIO()), _told_as_config_error():  # it prints memory figures
             self._engine, self._zero, _, _ = deepspeed.initialize(
-                model=module, optimizer=self.basic_optimizer, dist_init_required=False,
-                config=settings)
+                model=module, optimizer=self.basic_optimizer, dist_init_required=False, config=settings
+            )
         refuse_misaligned(self._zero, module)
         self._scaler = late_loss_scaler(self._zero)
         self.module = module
         if isinstance(self.basic_optimizer, Muon):
             self.basic_optimizer.bind(self._zero, self._zero_stage, self.device)
         self.state = TrainingState(module, self.basic_optimizer, self._zero, self._zero_stage)
-        self.guard = StepGuard(self.basic_optimizer, self._norm_before_clipping, self.device,
-                               config.guard.spike_factor)
+        self.guard = StepGuard(self.basic_optimizer, self._norm_before_clipping, self.device, config.guard.spike_factor)
 
     # --- the step -------------------------------------------------------------------------------------------
 
@@ -296,12 +297,17 @@ class Engine:
 
     # --- checkpoints ----------------------------------------------------------------------------------------
 
-    def save(self, writer: CheckpointWriter, extra: dict[str, Any],
-             at: Callable[[str], None] = lambda place: None) -> None:
+    def save(
+        self, writer: CheckpointWriter, extra: dict[str, Any], at: Callable[[str], None] = lambda place: None
+    ) -> None:
         """Begin to write a checkpoint of this step. A collective; the writer goes on in the background. `at` hears how
         far it is."""
-        trainer = {"optimizer_steps": self.step - self.guard.skipped, "guard": self.guard.state(),
-                   "loss_scale": self._scaler and self._scaler.state(), **extra}
+        trainer = {
+            "optimizer_steps": self.step - self.guard.skipped,
+            "guard": self.guard.state(),
+            "loss_scale": self._scaler and self._scaler.state(),
+            **extra,
+        }
         writer.start(self.step, _telling(self.state.tensors(), at), trainer)
 
     def resume(self, root: Path, complain: Callable[[str], None]) -> checkpoint.Checkpoint | None:

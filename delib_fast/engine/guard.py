@@ -49,8 +49,13 @@ class StepGuard:
         spike_factor: leave out a step whose norm is more than so many times the running mean; None never.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, norm: Callable[[], Tensor | float | None],
-                 device: torch.device, spike_factor: float | None) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        norm: Callable[[], Tensor | float | None],
+        device: torch.device,
+        spike_factor: float | None,
+    ) -> None:
         self._optimizer, self._norm, self._device = optimizer, norm, device
         self._spike_factor = spike_factor
         self._masks = bool(getattr(optimizer, "_step_supports_amp_scaling", False))  # fused: knows found_inf
@@ -122,8 +127,11 @@ class StepGuard:
         verdicts = []
         for i, ((step, excused), *_) in enumerate(self._verdicts):
             norm, bad, mean = host[3 * i : 3 * i + 3]
-            verdicts.append(StepVerdict(step, bool(bad), norm if abs(norm) < float("inf") else None,
-                                        mean if mean == mean else None, excused))
+            verdicts.append(
+                StepVerdict(
+                    step, bool(bad), norm if abs(norm) < float("inf") else None, mean if mean == mean else None, excused
+                )
+            )
         places: dict[int, list[tuple[int, int]]] = {}
         for (step, pack, _), token in zip(self._packs, host[3 * len(self._verdicts) :], strict=True):
             if token >= 0:
@@ -141,4 +149,5 @@ class StepGuard:
 
     def restore(self, state: dict[str, float]) -> None:
         self._mean_norm, self._good, self._skipped = (
-            self._scalar(state[name]) for name in ("mean_norm", "good", "skipped"))
+            self._scalar(state[name]) for name in ("mean_norm", "good", "skipped")
+        )

@@ -54,10 +54,17 @@ def newton_schulz(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 def hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
     """The trainable matrices that map hidden states to hidden states: all of two dimensions but embeddings and head,
     and stacks of experts' matrices (three dimensions)."""
-    ends = {id(p) for part in module.modules() if isinstance(part, nn.Embedding | FusedLossHead)
-            for p in part.parameters(recurse=False)}
-    return [p for name, p in module.named_parameters() if p.requires_grad and id(p) not in ends
-            and (_ndim(p) == 2 or (_ndim(p) == 3 and "experts" in name))]
+    ends = {
+        id(p)
+        for part in module.modules()
+        if isinstance(part, nn.Embedding | FusedLossHead)
+        for p in part.parameters(recurse=False)
+    }
+    return [
+        p
+        for name, p in module.named_parameters()
+        if p.requires_grad and id(p) not in ends and (_ndim(p) == 2 or (_ndim(p) == 3 and "experts" in name))
+    ]
 
 
 class Span(NamedTuple):
@@ -83,11 +90,19 @@ class Muon(torch.optim.Optimizer):
     A verdict of the guard (`found_inf`) leaves everything as it is, without a wait for the device.
     """
 
-    def __init__(self, matrices: Sequence[nn.Parameter], rest: Sequence[dict[str, Any]], *, momentum: float,
-                 weight_decay: float, dtype: torch.dtype,
-                 adamw: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]) -> None:
-        groups: list[dict[str, Any]] = [{"params": list(matrices), "weight_decay": weight_decay,
-                                         "momentum": momentum, "hidden": True}]
+    def __init__(
+        self,
+        matrices: Sequence[nn.Parameter],
+        rest: Sequence[dict[str, Any]],
+        *,
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype,
+        adamw: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+    ) -> None:
+        groups: list[dict[str, Any]] = [
+            {"params": list(matrices), "weight_decay": weight_decay, "momentum": momentum, "hidden": True}
+        ]
         rest = [group for group in rest if group["params"]]
         self._adamw = adamw(list(rest)) if rest else None
         if self._adamw is not None:  # with all that its step looks for
@@ -113,8 +128,11 @@ class Muon(torch.optim.Optimizer):
         for i, group in enumerate(grouped_parameters(zero, stage)):
             for parameter in (p for p in group if id(p) in self._names):
                 ours.append(parameter)
-                found.append(_zero3_place(zero, parameter) if stage == 3 else
-                             _flat_place(self.param_groups[i]["params"][0], parameter))
+                found.append(
+                    _zero3_place(zero, parameter)
+                    if stage == 3
+                    else _flat_place(self.param_groups[i]["params"][0], parameter)
+                )
         mine = torch.tensor([[start, numel] for _, _, start, numel in found], device=device).reshape(-1, 2)
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, mine)

@@ -26,19 +26,26 @@ def check_nvme(engine: EngineConfig) -> None:
     if not keys or engine.nvme_path is None:
         return
     if engine.offload_parameters == "nvme" and engine.precision == "fp32":
-        raise ConfigError("engine.offload_parameters is nvme, with which DeepSpeed 0.19 trains wrongly in fp32; set "
-                          "engine.precision to bf16, or offload_parameters to cpu")
-    reason = "libaio is not there" if not AsyncIOBuilder().is_compatible(verbose=False) else \
-        build_failure(AsyncIOBuilder)
+        raise ConfigError(
+            "engine.offload_parameters is nvme, with which DeepSpeed 0.19 trains wrongly in fp32; set "
+            "engine.precision to bf16, or offload_parameters to cpu"
+        )
+    reason = (
+        "libaio is not there" if not AsyncIOBuilder().is_compatible(verbose=False) else build_failure(AsyncIOBuilder)
+    )
     if reason is not None:
-        raise ConfigError(f"engine.{keys[0]} is nvme, by DeepSpeed's async_io, and {reason}; install libaio's "
-                          "development files (apt install libaio-dev, dnf install libaio-devel; CFLAGS=-I… and "
-                          f"LDFLAGS=-L… where they are elsewhere), or set engine.{keys[0]}: cpu")
+        raise ConfigError(
+            f"engine.{keys[0]} is nvme, by DeepSpeed's async_io, and {reason}; install libaio's "
+            "development files (apt install libaio-dev, dnf install libaio-devel; CFLAGS=-I… and "
+            f"LDFLAGS=-L… where they are elsewhere), or set engine.{keys[0]}: cpu"
+        )
     try:
         _write_directly(Path(engine.nvme_path))
     except OSError as error:
-        raise ConfigError(f"engine.nvme_path: {engine.nvme_path} can't be written past the page cache (O_DIRECT), as "
-                          f"async_io does: {error.strerror}; give a folder on a local disk") from None
+        raise ConfigError(
+            f"engine.nvme_path: {engine.nvme_path} can't be written past the page cache (O_DIRECT), as "
+            f"async_io does: {error.strerror}; give a folder on a local disk"
+        ) from None
 
 
 def _write_directly(folder: Path) -> None:
@@ -60,9 +67,14 @@ def refuse_misaligned(zero: Any, module: nn.Module) -> None:
         if not parameter.requires_grad:
             continue
         group, offset, numbers = zero.grad_position[zero.get_param_id(parameter)]
-        if zero._swappable_optimizer_subgroup(group) and swapper.is_swappable_tensor(numel=int(numbers)) \
-                and int(offset) * swapper.swap_element_size % _ALIGNED:
-            raise ConfigError(f"engine.offload_optimizer is nvme, and the gradient of {name} would lie at byte "
-                              f"{int(offset) * swapper.swap_element_size:,} of its group, no multiple of {_ALIGNED}, "
-                              "where DeepSpeed can't read it from a disk; set offload_optimizer to cpu, or another "
-                              "number of ranks")
+        if (
+            zero._swappable_optimizer_subgroup(group)
+            and swapper.is_swappable_tensor(numel=int(numbers))
+            and int(offset) * swapper.swap_element_size % _ALIGNED
+        ):
+            raise ConfigError(
+                f"engine.offload_optimizer is nvme, and the gradient of {name} would lie at byte "
+                f"{int(offset) * swapper.swap_element_size:,} of its group, no multiple of {_ALIGNED}, "
+                "where DeepSpeed can't read it from a disk; set offload_optimizer to cpu, or another "
+                "number of ranks"
+            )

@@ -36,8 +36,9 @@ def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * fall)
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig, precision: str = "fp32", *,
-                    cpu_adam: bool = False) -> torch.optim.Optimizer:
+def build_optimizer(
+    module: nn.Module, config: OptimizerConfig, precision: str = "fp32", *, cpu_adam: bool = False
+) -> torch.optim.Optimizer:
     """The optimizer over the module's trainable parameters; weight decay only on matrices. cpu_adam: by DeepSpeed's
     AdamW for a CPU.
 
@@ -60,8 +61,14 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, precision: str =
         return adamw(groups)
     if not matrices:
         raise ConfigError("optimizer.name is muon, and no hidden matrix is trained; set adamw")
-    return Muon(matrices, groups, momentum=config.momentum, weight_decay=config.weight_decay, adamw=adamw,
-                dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
+    return Muon(
+        matrices,
+        groups,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        adamw=adamw,
+        dtype=torch.float32 if precision == "fp32" else torch.bfloat16,
+    )
 
 
 def moments_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[str, ...]:

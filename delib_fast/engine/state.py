@@ -140,8 +140,11 @@ class TrainingState:
             state = self._basic.state[holder]
             if moments and not state:
                 if MOMENTUM not in moments:
-                    state["step"] = 0 if isinstance(self._basic, CPUAdam) else \
-                        torch.zeros((), dtype=torch.float32, device=holder.device)
+                    state["step"] = (
+                        0
+                        if isinstance(self._basic, CPUAdam)
+                        else torch.zeros((), dtype=torch.float32, device=holder.device)
+                    )
                 with self._off_the_disk(group):
                     state.update({moment: torch.zeros_like(holder) for moment in moments})
         link = getattr(self._zero, "_lazy_init_hp_params_optimizer_state", None)

@@ -110,8 +110,9 @@ class Watchdog:
     def _arm(self) -> None:
         """Have a thread of C write the stacks and end the process, unless it is armed anew within the time-out."""
         if self._timeout_s is not None and self._heartbeat is not None:
-            faulthandler.dump_traceback_later(self._timeout_s, exit=True,
-                                              file=2 if self._world_size == 1 else self._stacks)
+            faulthandler.dump_traceback_later(
+                self._timeout_s, exit=True, file=2 if self._world_size == 1 else self._stacks
+            )
 
     def _judge(self, moves: int) -> None:
         """This rank has not moved for too long: is it because of another one?"""
@@ -134,8 +135,16 @@ class Watchdog:
                 time.sleep(0.1)
         blamed = gone or [r for r in ranks if r["moves"] == min(r["moves"] for r in ranks)]
         if self._rank == min((r["rank"] for r in ranks if r not in gone), default=self._rank):
-            print("\n".join([f"error: no rank has moved for {self._timeout_s:g} s (guard.hang_timeout_s)",
-                             *(self._describe(r, gone, len(blamed)) for r in blamed[:4])]), file=sys.stderr, flush=True)
+            print(
+                "\n".join(
+                    [
+                        f"error: no rank has moved for {self._timeout_s:g} s (guard.hang_timeout_s)",
+                        *(self._describe(r, gone, len(blamed)) for r in blamed[:4]),
+                    ]
+                ),
+                file=sys.stderr,
+                flush=True,
+            )
             for r in blamed:
                 if r["rank"] != self._rank and r["host"] == socket.gethostname():
                     with contextlib.suppress(ProcessLookupError):
@@ -165,8 +174,17 @@ class Watchdog:
     def _write(self) -> None:
         if self._heartbeat is None:
             return
-        told = json.dumps({"rank": self._rank, "pid": os.getpid(), "host": socket.gethostname(), "moves": self._moves,
-                           "slow": self._slow, "written": time.time(), "place": self._place[:256]})
+        told = json.dumps(
+            {
+                "rank": self._rank,
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "moves": self._moves,
+                "slow": self._slow,
+                "written": time.time(),
+                "place": self._place[:256],
+            }
+        )
         with contextlib.suppress(OSError):  # a full disk must not end a run that trains
             os.pwrite(self._heartbeat, told.encode().ljust(1024), 0)  # one write, always as long: it is read whole
 
@@ -190,8 +208,11 @@ class Watchdog:
             dead = [r for r in ranks if not r["lives"]]
             if dead or time.monotonic() > until:
                 speaks = self._rank == min((r["rank"] for r in ranks if r["lives"]), default=self._rank)
-                told = [f"{_who(r)} ended at: {r['place']}" + (f", where it hung:\n{stack}\n" if (
-                    stack := self._stack(r)) else "") for r in dead]
+                told = [
+                    f"{_who(r)} ended at: {r['place']}"
+                    + (f", where it hung:\n{stack}\n" if (stack := self._stack(r)) else "")
+                    for r in dead
+                ]
                 return told, speaks
             time.sleep(0.05)
 

@@ -11,11 +11,21 @@ from delib_fast.config import ConfigError
 
 
 def eval_command(
-    model: Annotated[str | None, typer.Argument(
-        metavar="[RUN|MODEL]", help="a run directory, a model folder or a peft adapter folder")] = None,
-    suite: Annotated[list[str] | None, typer.Option("--suite", metavar="NAME", help=(
-        "a suite or a group (repeatable, or with commas): segments, dose, drift, early, reliance, agentic, hints, "
-        "necessity, legibility, policy, refusal, monitor; forced (the default), sampled, cot, all"))] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN|MODEL]", help="a run directory, a model folder or a peft adapter folder"),
+    ] = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--suite",
+            metavar="NAME",
+            help=(
+                "a suite or a group (repeatable, or with commas): segments, dose, drift, early, reliance, agentic, "
+                "hints, necessity, legibility, policy, refusal, monitor; forced (the default), sampled, cot, all"
+            ),
+        ),
+    ] = None,
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="the evaluation, as YAML")] = None,
     base: Annotated[str | None, typer.Option("--base", metavar="MODEL", help="the base model, for drift")] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="where results go")] = None,
@@ -31,8 +41,9 @@ def eval_command(
     from delib_fast.models import UnsupportedModelError
 
     suites = [part.strip() for item in suite or () for part in item.split(",")] or None
-    settings = load_eval_config(config, model=model, suites=suites, base=base,
-                                out=None if out is None else str(out), limit=limit)
+    settings = load_eval_config(
+        config, model=model, suites=suites, base=base, out=None if out is None else str(out), limit=limit
+    )
     if settings.model is None:
         raise ConfigError("give a run directory, a model folder or a peft adapter folder to evaluate")
     try:

@@ -40,8 +40,9 @@ class GradientShare:
     examples: int
 
 
-def cot_dose(examples: Sequence[Example], segment_weights: Sequence[float],
-             loss_average: Literal["token", "example"] = "token") -> Dose:
+def cot_dose(
+    examples: Sequence[Example], segment_weights: Sequence[float], loss_average: Literal["token", "example"] = "token"
+) -> Dose:
     """The CoT supervision dose of examples under a stage's segment weights.
 
         dose = Σ_{t in CoT} w_t / Σ_t w_t         w_t = segment_weights[segment of t] · weight of t's row
@@ -52,8 +53,9 @@ def cot_dose(examples: Sequence[Example], segment_weights: Sequence[float],
     (see `gradient_share`).
     """
     targets = [np.bincount(e.segments[1:], minlength=len(Segment)) for e in examples]
-    weights = np.array([counts * np.asarray(segment_weights) * e.weight
-                        for counts, e in zip(targets, examples, strict=True)]).reshape(-1, len(Segment))
+    weights = np.array(
+        [counts * np.asarray(segment_weights) * e.weight for counts, e in zip(targets, examples, strict=True)]
+    ).reshape(-1, len(Segment))
     if loss_average == "example":
         sums = np.maximum(weights.sum(1, keepdims=True), 1e-30)
         weights = weights / sums * np.array([[e.weight] for e in examples]).reshape(-1, 1)
@@ -78,16 +80,23 @@ def gradient_share(scorer: Scorer, examples: Sequence[Example], segment_weights:
     norms = [math.sqrt(sum(float(g.double().square().sum()) for g in grads)) for grads in (cot, rest)]
     dot = sum(float((a.double() * b.double()).sum()) for a, b in zip(cot, rest, strict=True))
     whole, product = sum(norms), norms[0] * norms[1]
-    return GradientShare(norms[0], norms[1], norms[0] / whole if whole else math.nan,
-                         dot / product if product else math.nan, len(examples))
+    return GradientShare(
+        norms[0],
+        norms[1],
+        norms[0] / whole if whole else math.nan,
+        dot / product if product else math.nan,
+        len(examples),
+    )
 
 
-def _gradient(scorer: Scorer, examples: Sequence[Example], weights: Sequence[float],
-              parameters: Sequence[torch.nn.Parameter]) -> list[torch.Tensor]:
+def _gradient(
+    scorer: Scorer, examples: Sequence[Example], weights: Sequence[float], parameters: Sequence[torch.nn.Parameter]
+) -> list[torch.Tensor]:
     sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
     longest = max(len(e) for e in examples)
-    for batch in evaluation_batches(examples, pack_capacity=max(scorer.pack_capacity, longest),
-                                    segment_weights=weights, rank=0, world_size=1):
+    for batch in evaluation_batches(
+        examples, pack_capacity=max(scorer.pack_capacity, longest), segment_weights=weights, rank=0, world_size=1
+    ):
         if batch.num_supervised:
             loss = scorer.model(batch.to(scorer.device)).loss_sum
             found = torch.autograd.grad(loss, parameters, allow_unused=True)

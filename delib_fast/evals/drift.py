@@ -38,8 +38,9 @@ class Drift:
         return replace(nll, value=math.exp(nll.value), low=math.exp(nll.low), high=math.exp(nll.high))
 
 
-def drift_from_base(scorer: Scorer, rows: Sequence[Row], base: TrainableLM | None, *,
-                    chunk_tokens: int = CHUNK_TOKENS) -> list[Drift]:
+def drift_from_base(
+    scorer: Scorer, rows: Sequence[Row], base: TrainableLM | None, *, chunk_tokens: int = CHUNK_TOKENS
+) -> list[Drift]:
     """KL from the base, and the base's perplexity, on the chains of thought and responses of these rows.
 
         kl = mean_t Σ_v π0(v | before t) · (log π0(v | before t) − log π(v | before t))
@@ -63,8 +64,14 @@ def drift_from_base(scorer: Scorer, rows: Sequence[Row], base: TrainableLM | Non
             with adapters_off(scorer.model) if base is None else contextlib.nullcontext():
                 base_hidden = hidden_states(scorer.model if base is None else base, batch)
             at = batch.loss_positions
-            figures = _compare(hidden[at], scorer.model.head, base_hidden[at],
-                               (scorer.model if base is None else base).head, batch.targets[at], chunk_tokens)
+            figures = _compare(
+                hidden[at],
+                scorer.model.head,
+                base_hidden[at],
+                (scorer.model if base is None else base).head,
+                batch.targets[at],
+                chunk_tokens,
+            )
             owner = np.searchsorted(np.array(batch.cu_seqlens_host), at.cpu().numpy(), side="right") - 1
             index = np.array(batch.example_ids)[owner], batch.segment_ids[at].cpu().numpy()
             np.add.at(sums, index, np.column_stack([figures, np.ones(len(figures))]))
@@ -73,16 +80,25 @@ def drift_from_base(scorer: Scorer, rows: Sequence[Row], base: TrainableLM | Non
 
 def _figures(segment: Segment, sums: np.ndarray) -> Drift:
     kl, base_nll, nll, tokens = sums.T
-    return Drift(segment.name.lower(), ratio(kl, tokens), ratio(base_nll, tokens), ratio(nll, tokens),
-                 int(tokens.sum()))
+    return Drift(
+        segment.name.lower(), ratio(kl, tokens), ratio(base_nll, tokens), ratio(nll, tokens), int(tokens.sum())
+    )
 
 
-def _compare(hidden: Tensor, head: FusedLossHead, base_hidden: Tensor, base_head: FusedLossHead, targets: Tensor,
-             chunk_tokens: int) -> np.ndarray:
+def _compare(
+    hidden: Tensor,
+    head: FusedLossHead,
+    base_hidden: Tensor,
+    base_head: FusedLossHead,
+    targets: Tensor,
+    chunk_tokens: int,
+) -> np.ndarray:
     """(L, 3) of each position: KL(base ‖ model), nll under the base, nll under the model."""
     if head.vocabulary != base_head.vocabulary:
-        raise ValueError(f"the model has a vocabulary of {head.vocabulary} and the base one of "
-                         f"{base_head.vocabulary}: their predictions can't be compared")
+        raise ValueError(
+            f"the model has a vocabulary of {head.vocabulary} and the base one of "
+            f"{base_head.vocabulary}: their predictions can't be compared"
+        )
     parts = []
     for rows in torch.arange(len(hidden), device=hidden.device).split(chunk_tokens):
         log_p = torch.log_softmax(head.logits(hidden[rows]), dim=-1)

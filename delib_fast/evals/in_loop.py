@@ -49,8 +49,9 @@ class InLoop:
             sequence; a run without held-out chats.
     """
 
-    def __init__(self, suites: Sequence[str] = ("segments", "early"), *, every_steps: int = 50,
-                 limit: int = 50) -> None:
+    def __init__(
+        self, suites: Sequence[str] = ("segments", "early"), *, every_steps: int = 50, limit: int = 50
+    ) -> None:
         if unknown := [name for name in suites if name not in _SUITES]:
             raise ConfigError(f"{unknown[0]!r} can't be watched; known are {', '.join(_SUITES)}")
         if every_steps < 1 or limit < 1:
@@ -68,30 +69,41 @@ class InLoop:
         self._refuse(context, rows, chats)
         if context.ranks.rank == 0:  # the others wait at the next update's sum
             assert isinstance(engine.module, TrainableLM)
-            scorer = Scorer(engine.module, context.corpus.tokenizer, pack_capacity=stage.pack_capacity,
-                            system_prompt=getattr(stage, "system_prompt", None))
-            figures = {name: estimate for suite in self.suites
-                       for name, estimate in _SUITES[suite](self, context, scorer, rows, chats).items()}
+            scorer = Scorer(
+                engine.module,
+                context.corpus.tokenizer,
+                pack_capacity=stage.pack_capacity,
+                system_prompt=getattr(stage, "system_prompt", None),
+            )
+            figures = {
+                name: estimate
+                for suite in self.suites
+                for name, estimate in _SUITES[suite](self, context, scorer, rows, chats).items()
+            }
             self._write(context, {"stage": stage.name, "step": engine.step, "figures": plain(figures)})
 
     def _refuse(self, context: Context, rows: Sequence[Row], chats: Sequence[Row]) -> None:
         """On every rank, so that none is left waiting."""
         settings = context.config.engine
         if settings.zero_stage == 3 or settings.sequence_parallel > 1:
-            raise ConfigError("a watch scores on one rank, which holds but a part of the model or of a sequence under "
-                              f"zero_stage {settings.zero_stage}, sequence_parallel {settings.sequence_parallel}; "
-                              "evaluate afterwards with `delib-fast eval`")
+            raise ConfigError(
+                "a watch scores on one rank, which holds but a part of the model or of a sequence under "
+                f"zero_stage {settings.zero_stage}, sequence_parallel {settings.sequence_parallel}; "
+                "evaluate afterwards with `delib-fast eval`"
+            )
         if not rows or (not chats and self.suites != ("segments",)):
-            raise ConfigError("there are no held-out rows with a chain of thought to watch; give a stage eval:, or a "
-                              "source holdout:")
+            raise ConfigError(
+                "there are no held-out rows with a chain of thought to watch; give a stage eval:, or a source holdout:"
+            )
 
     def _write(self, context: Context, record: Mapping[str, Any]) -> None:
         path = context.run.path / "evals" / "in_loop.jsonl"
         path.parent.mkdir(exist_ok=True)
         with path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
-        told = ", ".join(f"{name} {figure['value']:.3f}" for name, figure in record["figures"].items()
-                         if figure["value"] is not None)
+        told = ", ".join(
+            f"{name} {figure['value']:.3f}" for name, figure in record["figures"].items() if figure["value"] is not None
+        )
         context.reporter.say(f"{record['stage']} step {record['step']}: {told}")
 
     def base(self, context: Context, scorer: Scorer) -> TrainableLM | None:
@@ -101,10 +113,12 @@ class InLoop:
             return None
         if self._base is None:
             config = context.config.model
-            model = build_model(config, context.corpus.tokenizer, dtype=context.config.engine.precision,
-                                seed=context.config.seed)
-            self._base = TrainableLM(model, attention_backend=config.attention, loss_backend=config.loss
-                                     ).to(scorer.device)
+            model = build_model(
+                config, context.corpus.tokenizer, dtype=context.config.engine.precision, seed=context.config.seed
+            )
+            self._base = TrainableLM(model, attention_backend=config.attention, loss_backend=config.loss).to(
+                scorer.device
+            )
         return self._base
 
 
@@ -121,8 +135,11 @@ def _early(_: InLoop, __: Context, scorer: Scorer, ___: Sequence[Row], chats: Se
 
 def _reliance(_: InLoop, __: Context, scorer: Scorer, ___: Sequence[Row], chats: Sequence[Row]) -> Figures:
     found = reliance(scorer, chats)
-    return {f"answer behind {v.variant} CoT": v.change for v in found.variants
-            if v.variant != "full" and not math.isnan(v.change.value)}
+    return {
+        f"answer behind {v.variant} CoT": v.change
+        for v in found.variants
+        if v.variant != "full" and not math.isnan(v.change.value)
+    }
 
 
 def _drift(watch: InLoop, context: Context, scorer: Scorer, _: Sequence[Row], chats: Sequence[Row]) -> Figures:
@@ -130,4 +147,8 @@ def _drift(watch: InLoop, context: Context, scorer: Scorer, _: Sequence[Row], ch
 
 
 _SUITES: dict[str, Callable[[InLoop, Any, Scorer, Sequence[Row], Sequence[Row]], Figures]] = {
-    "segments": _segments, "early": _early, "reliance": _reliance, "drift": _drift}
+    "segments": _segments,
+    "early": _early,
+    "reliance": _reliance,
+    "drift": _drift,
+}

@@ -80,8 +80,9 @@ def newcombe(successes_a: int, n_a: int, successes_b: int, n_b: int, confidence:
     return Estimate(difference, low, high, min(n_a, n_b), "newcombe")
 
 
-def ratio(numerators: ArrayLike, denominators: ArrayLike, *, confidence: float = CONFIDENCE, draws: int = DRAWS,
-          seed: int = 0) -> Estimate:
+def ratio(
+    numerators: ArrayLike, denominators: ArrayLike, *, confidence: float = CONFIDENCE, draws: int = DRAWS, seed: int = 0
+) -> Estimate:
     """Σ numerators / Σ denominators over rows, with a percentile bootstrap over rows.
 
     Args:
@@ -99,8 +100,9 @@ def ratio(numerators: ArrayLike, denominators: ArrayLike, *, confidence: float =
         return nothing("bootstrap by row")
     if n == 1:
         return Estimate(float(top[0] / bottom[0]), math.nan, math.nan, 1, "bootstrap by row")
-    values = np.concatenate([
-        (w := _row_weights(n, size, seed + k)) @ top / (w @ bottom) for k, size in enumerate(_portions(n, draws))])
+    values = np.concatenate(
+        [(w := _row_weights(n, size, seed + k)) @ top / (w @ bottom) for k, size in enumerate(_portions(n, draws))]
+    )
     low, high = _percentiles(values, confidence)
     return Estimate(float(top.sum() / bottom.sum()), low, high, n, "bootstrap by row")
 
@@ -111,8 +113,14 @@ def mean(values: ArrayLike, *, confidence: float = CONFIDENCE, draws: int = DRAW
     return ratio(array, np.ones_like(array), confidence=confidence, draws=draws, seed=seed)
 
 
-def bootstrap(statistic: Callable[[NDArray[np.int64]], float], groups: Sequence[Any], *,
-              confidence: float = CONFIDENCE, draws: int = DRAWS, seed: int = 0) -> Estimate:
+def bootstrap(
+    statistic: Callable[[NDArray[np.int64]], float],
+    groups: Sequence[Any],
+    *,
+    confidence: float = CONFIDENCE,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Estimate:
     """Any statistic of rows, with a percentile bootstrap over groups of rows.
 
     Args:
@@ -129,14 +137,16 @@ def bootstrap(statistic: Callable[[NDArray[np.int64]], float], groups: Sequence[
     order = np.argsort(group_of, kind="stable")
     members = np.split(order, np.cumsum(np.bincount(group_of, minlength=n))[:-1])
     generator = np.random.default_rng(seed)
-    values = np.array([statistic(np.concatenate([members[g] for g in generator.integers(0, n, n)]))
-                       for _ in range(draws)])
+    values = np.array(
+        [statistic(np.concatenate([members[g] for g in generator.integers(0, n, n)])) for _ in range(draws)]
+    )
     low, high = _percentiles(values[~np.isnan(values)], confidence)
     return Estimate(float(statistic(np.arange(len(group_of)))), low, high, n, method)
 
 
-def share_by_group(hits: Sequence[bool] | NDArray[Any], groups: Sequence[Any], *, confidence: float = CONFIDENCE,
-                   seed: int = 0) -> Estimate:
+def share_by_group(
+    hits: Sequence[bool] | NDArray[Any], groups: Sequence[Any], *, confidence: float = CONFIDENCE, seed: int = 0
+) -> Estimate:
     """The share of hits, where rows of one group do alike (samples of one question).
 
     Bootstrap by group. Where every row hits, or none does, the bootstrap can't tell how sure that is: then Wilson's

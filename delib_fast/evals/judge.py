@@ -41,21 +41,28 @@ class Judge:
 
     def ask(self, prompt: str) -> str:
         """One reply. Tries again after 429 and 5xx; raises JudgeError after four attempts, or at once for other 4xx."""
-        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}],
-                "temperature": self.temperature, "max_tokens": self.max_tokens}
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+        }
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(self.api_key_env):
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(f"{self.base_url.rstrip('/')}/chat/completions",
-                                         json.dumps(body).encode(), headers)
+        request = urllib.request.Request(
+            f"{self.base_url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers
+        )
         for attempt in range(_ATTEMPTS):
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
                     return _content(json.loads(response.read()))
             except urllib.error.HTTPError as error:
                 if error.code != 429 and error.code < 500:
-                    raise JudgeError(f"the judge at {self.base_url} answers {error.code} ({error.reason}); check its "
-                                     f"model name {self.model!r} and the key in ${self.api_key_env}") from None
+                    raise JudgeError(
+                        f"the judge at {self.base_url} answers {error.code} ({error.reason}); check its "
+                        f"model name {self.model!r} and the key in ${self.api_key_env}"
+                    ) from None
                 failure: Exception = error
             except (urllib.error.URLError, TimeoutError, json.JSONDecodeError) as error:
                 failure = error
@@ -65,6 +72,7 @@ class Judge:
 
     def verdicts(self, prompts: Sequence[str], allowed: Sequence[str]) -> list[str]:
         """Its `<answer>` to each prompt, one of `allowed`; asked once more if it is none of them."""
+
         def one(prompt: str) -> str:
             for _ in range(2):
                 reply = self.ask(prompt)

@@ -62,11 +62,16 @@ def legibility(replies: Sequence[Reply], prompts: Sequence[str], known_words: Co
     same = sum(script_of(cot) in (script_of(prompt), "none") for cot, prompt in cots)
     marks = (10, 50, 90, 100)
     return Legibility(
-        n, wilson(len(cots), n), wilson(sum(r.tags in ("unclosed", "stray") for r in replies), n),
+        n,
+        wilson(len(cots), n),
+        wilson(sum(r.tags in ("unclosed", "stray") for r in replies), n),
         wilson(sum(not r.finished for r in replies), n),
-        mean([unknown_share(cot, known_words) for cot, _ in cots]), mean([repeated_share(cot) for cot, _ in cots]),
-        mean([compression(cot) for cot, _ in cots]), wilson(same, len(cots)),
-        {f"p{mark}": float(np.percentile(lengths, mark)) for mark in marks} if lengths else {})
+        mean([unknown_share(cot, known_words) for cot, _ in cots]),
+        mean([repeated_share(cot) for cot, _ in cots]),
+        mean([compression(cot) for cot, _ in cots]),
+        wilson(same, len(cots)),
+        {f"p{mark}": float(np.percentile(lengths, mark)) for mark in marks} if lengths else {},
+    )
 
 
 def unknown_share(text: str, known_words: Collection[str]) -> float:

@@ -79,8 +79,9 @@ class MonitorComparison:
     flagged: int
 
 
-def compare_views(transcripts: Sequence[Transcript], make: Callable[[], Monitor], folds: int = FOLDS
-                  ) -> MonitorComparison:
+def compare_views(
+    transcripts: Sequence[Transcript], make: Callable[[], Monitor], folds: int = FOLDS
+) -> MonitorComparison:
     """Cross-fitted comparison of a monitor on response alone and on CoT + response.
 
     Groups are dealt into folds by hash. Each fold is scored by a monitor fitted on the others, with the threshold that
@@ -91,8 +92,9 @@ def compare_views(transcripts: Sequence[Transcript], make: Callable[[], Monitor]
     flags = np.array([t.flag for t in transcripts], bool)
     if flags.all() or not flags.any():
         raise ValueError(f"all {len(flags)} transcripts have the same label; a monitor needs both kinds")
-    fold_of = np.array([int(hashlib.blake2b(t.group.encode(), digest_size=4).hexdigest(), 16) % folds
-                        for t in transcripts])
+    fold_of = np.array(
+        [int(hashlib.blake2b(t.group.encode(), digest_size=4).hexdigest(), 16) % folds for t in transcripts]
+    )
     groups = [t.group for t in transcripts]
     figures, caught = [], []
     for view in VIEWS:
@@ -113,14 +115,21 @@ def g_mean2(flags: NDArray[np.bool_], flagged: NDArray[np.bool_]) -> float:
     return float(flagged[flags].mean() * (~flagged[~flags]).mean())
 
 
-def _cross_fitted(transcripts: Sequence[Transcript], flags: NDArray[np.bool_], fold_of: NDArray[np.int64],
-                  make: Callable[[], Monitor], view: View) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def _cross_fitted(
+    transcripts: Sequence[Transcript],
+    flags: NDArray[np.bool_],
+    fold_of: NDArray[np.int64],
+    make: Callable[[], Monitor],
+    view: View,
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     score, flagged = np.zeros(len(flags)), np.zeros(len(flags), bool)
     for fold in np.unique(fold_of):
         here, there = (fold_of == fold).nonzero()[0].tolist(), (fold_of != fold).nonzero()[0].tolist()
         if not len(there) or flags[there].all() or not flags[there].any():
-            raise ValueError(f"{len(set(fold_of.tolist()))} folds of {len(flags)} transcripts leave one without both "
-                             "labels to fit on; give more transcripts of more questions")
+            raise ValueError(
+                f"{len(set(fold_of.tolist()))} folds of {len(flags)} transcripts leave one without both "
+                "labels to fit on; give more transcripts of more questions"
+            )
         monitor = make()
         monitor.fit([transcripts[i] for i in there], view)
         threshold = best_threshold(flags[there], monitor.scores([transcripts[i] for i in there], view))
@@ -140,11 +149,17 @@ def best_threshold(flags: NDArray[np.bool_], scores: NDArray[np.float64]) -> flo
     return float(ranked[best] + ranked[best + 1]) / 2 if best + 1 < len(ranked) else float(ranked[best])
 
 
-def _figures(view: View, flags: NDArray[np.bool_], flagged: NDArray[np.bool_], score: NDArray[np.float64],
-             groups: Sequence[str]) -> MonitorFigures:
+def _figures(
+    view: View, flags: NDArray[np.bool_], flagged: NDArray[np.bool_], score: NDArray[np.float64], groups: Sequence[str]
+) -> MonitorFigures:
     caught, passed = int(flagged[flags].sum()), int((~flagged[~flags]).sum())
-    return MonitorFigures(view, wilson(caught, int(flags.sum())), wilson(passed, int((~flags).sum())),
-                          bootstrap(lambda i: g_mean2(flags[i], flagged[i]), groups, draws=400), auc(flags, score))
+    return MonitorFigures(
+        view,
+        wilson(caught, int(flags.sum())),
+        wilson(passed, int((~flags).sum())),
+        bootstrap(lambda i: g_mean2(flags[i], flagged[i]), groups, draws=400),
+        auc(flags, score),
+    )
 
 
 def auc(flags: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
@@ -205,8 +220,12 @@ def _features(transcripts: Sequence[Transcript], view: View) -> NDArray[np.float
             row[zlib.crc32(gram.encode()) % _HASHED] += 1
         row[:_HASHED] = np.log1p(row[:_HASHED])
         steps, given = _STEP.findall(text), set(_NUMBER.findall(transcript.prompt))
-        row[_HASHED:] = (np.log1p(len(tokens)), len(steps), sum(not step_holds(*step) for step in steps),
-                         len(given & set(_NUMBER.findall(text))) / max(1, len(given)))
+        row[_HASHED:] = (
+            np.log1p(len(tokens)),
+            len(steps),
+            sum(not step_holds(*step) for step in steps),
+            len(given & set(_NUMBER.findall(text))) / max(1, len(given)),
+        )
     return features
 
 
@@ -268,6 +287,7 @@ def transcripts_from_solutions(path: str | Path, limit: int | None = None) -> li
             for solution in (value for value in record.values() if isinstance(value, dict)):
                 cot, newline, response = solution["solution"].strip().rpartition("\n")
                 if newline:
-                    transcripts.append(Transcript(record["question"], record["question"], cot, response,
-                                                  not solution["is_correct"]))
+                    transcripts.append(
+                        Transcript(record["question"], record["question"], cot, response, not solution["is_correct"])
+                    )
     return transcripts

@@ -41,7 +41,8 @@ class NaiveBayes:
         for label, counts in self._counts.items():
             size = counts.total() + len(self._vocabulary)
             scores[label] = math.log(self._texts[label] / whole) + sum(
-                math.log((counts[word] + 1) / size) for word in words)
+                math.log((counts[word] + 1) / size) for word in words
+            )
         return scores
 
     def __call__(self, text: str) -> str:

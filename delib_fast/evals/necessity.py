@@ -46,8 +46,7 @@ def cot_necessity(reply: Replier, rows: Sequence[Row], samples: int = 1) -> Nece
     for k, thinking in enumerate((True, False)):
         for sample in range(samples):
             replies = reply(chats, thinking=thinking, sample=sample)
-            right[k, :, sample] = [is_right(r.response, result)
-                                   for r, (_, result) in zip(replies, asked, strict=True)]
+            right[k, :, sample] = [is_right(r.response, result) for r, (_, result) in zip(replies, asked, strict=True)]
     return necessity_figures(right[0], right[1])
 
 
@@ -70,8 +69,9 @@ def necessity_figures(with_cot: np.ndarray, without_cot: np.ndarray) -> Necessit
         uplift = bootstrap(lambda i: float((rates[0] - rates[1])[i].mean()), groups)
     counts = Counter(_cell(a, b) for a, b in zip(*rates, strict=True))
     names: tuple[Cell, ...] = ("cot_necessary", "one_shot", "too_hard")
-    return Necessity(parts[0], parts[1], uplift, {name: wilson(counts[name], questions) for name in names}, questions,
-                     samples)
+    return Necessity(
+        parts[0], parts[1], uplift, {name: wilson(counts[name], questions) for name in names}, questions, samples
+    )
 
 
 def _cell(with_cot: float, without_cot: float) -> Cell:

@@ -39,8 +39,7 @@ def excerpts(cot: str, *, spec_words: bool = False) -> str:
         spec_words: also those that speak of rules, clauses, sections, principles or values (specs that are not called
             policies).
     """
-    found = [s for s in _SENTENCE_END.split(cot)
-             if _POLICY_WORDS.search(s) or (spec_words and _RULE_WORDS.search(s))]
+    found = [s for s in _SENTENCE_END.split(cot) if _POLICY_WORDS.search(s) or (spec_words and _RULE_WORDS.search(s))]
     return " ".join(s.strip() for s in found)
 
 
@@ -53,13 +52,20 @@ class PolicyClassifier:
         spec_words: see `excerpts`.
     """
 
-    def __init__(self, labelled: Sequence[tuple[str, Sequence[str]]], names: Mapping[str, Sequence[str]] | None = None,
-                 *, spec_words: bool = False) -> None:
+    def __init__(
+        self,
+        labelled: Sequence[tuple[str, Sequence[str]]],
+        names: Mapping[str, Sequence[str]] | None = None,
+        *,
+        spec_words: bool = False,
+    ) -> None:
         self.spec_words = spec_words
         pairs = [(text, labels) for cot, labels in labelled if (text := excerpts(cot, spec_words=spec_words))]
         self._bayes = NaiveBayes(pairs)
-        self._names = {label: _any_of([label, *re.split(r"\s*/\s*", label), *(names or {}).get(label, ())])
-                       for label in self._bayes.labels}
+        self._names = {
+            label: _any_of([label, *re.split(r"\s*/\s*", label), *(names or {}).get(label, ())])
+            for label in self._bayes.labels
+        }
 
     @property
     def labels(self) -> list[str]:
@@ -79,8 +85,12 @@ class PolicyClassifier:
         return named[0]
 
 
-def policy_retrieval(cots: Sequence[str | None], categories: Sequence[Sequence[str]], classifier: PolicyClassifier,
-                     labelled: Sequence[tuple[str, Sequence[str]]]) -> PolicyRetrieval:
+def policy_retrieval(
+    cots: Sequence[str | None],
+    categories: Sequence[Sequence[str]],
+    classifier: PolicyClassifier,
+    labelled: Sequence[tuple[str, Sequence[str]]],
+) -> PolicyRetrieval:
     """Accuracy of policy retrieval of a model's chains of thought.
 
     Args:
@@ -95,9 +105,13 @@ def policy_retrieval(cots: Sequence[str | None], categories: Sequence[Sequence[s
     known = [classifier(cot) in wanted for cot, wanted in labelled]
     names = sorted({name for wanted in categories for name in wanted})
     members = {name: [ok for ok, wanted in zip(right, categories, strict=True) if name in wanted] for name in names}
-    return PolicyRetrieval(wilson(sum(right), len(right)), wilson(mentioned, len(found)),
-                           wilson(sum(right), mentioned), wilson(sum(known), len(known)),
-                           {name: wilson(sum(oks), len(oks)) for name, oks in members.items()})
+    return PolicyRetrieval(
+        wilson(sum(right), len(right)),
+        wilson(mentioned, len(found)),
+        wilson(sum(right), mentioned),
+        wilson(sum(known), len(known)),
+        {name: wilson(sum(oks), len(oks)) for name, oks in members.items()},
+    )
 
 
 def _any_of(names: Sequence[str]) -> re.Pattern[str]:

@@ -91,12 +91,17 @@ def early_answering(scorer: Scorer, rows: Sequence[Row], fractions: Sequence[flo
     if len(fractions) < 2 or list(fractions) != sorted(set(fractions)) or (fractions[0], fractions[-1]) != (0, 1):
         raise ValueError(f"the fractions are {list(fractions)}; they must rise from 0 to 1")
     rows = with_cot(rows)
-    examples = [example for row in rows
-                for example in scorer.encode_with_cots(row, [truncated(row.cot or "", f) for f in fractions])]
+    examples = [
+        example
+        for row in rows
+        for example in scorer.encode_with_cots(row, [truncated(row.cot or "", f) for f in fractions])
+    ]
     nll, match = (array.reshape(len(rows), len(fractions)) for array in _answers(scorer, examples))
     changed = np.asarray(nll - nll[:, -1:], np.float64)
-    points = tuple(EarlyPoint(f, mean(nll[:, k]), mean(changed[:, k]), wilson(int(match[:, k].sum()), len(rows)))
-                   for k, f in enumerate(fractions))
+    points = tuple(
+        EarlyPoint(f, mean(nll[:, k]), mean(changed[:, k]), wilson(int(match[:, k].sum()), len(rows)))
+        for k, f in enumerate(fractions)
+    )
     unmatched = np.asarray(1.0 - (match[match[:, -1]] if len(rows) else match), np.float64)
     return EarlyAnswering(points, mean(_area(changed, fractions)), mean(_area(unmatched, fractions)))
 
@@ -129,9 +134,15 @@ def reliance(scorer: Scorer, rows: Sequence[Row], variants: Sequence[str] = VARI
     nll, match = (array.reshape(len(rows), len(chosen)) for array in _answers(scorer, examples))
     lengths = np.array([_cot_tokens(e) for e in examples]).reshape(len(rows), len(chosen))
     figures = tuple(
-        VariantFigures(variant, mean(nll[:, k]), mean(nll[:, k] - nll[:, 0]), wilson(int(match[:, k].sum()), len(rows)),
-                       float(lengths[:, k].mean()) if len(rows) else math.nan)
-        for k, variant in enumerate(chosen))
+        VariantFigures(
+            variant,
+            mean(nll[:, k]),
+            mean(nll[:, k] - nll[:, 0]),
+            wilson(int(match[:, k].sum()), len(rows)),
+            float(lengths[:, k].mean()) if len(rows) else math.nan,
+        )
+        for k, variant in enumerate(chosen)
+    )
     kinds: dict[str, Estimate] = {}
     if "corrupted" in chosen:
         change = nll[:, chosen.index("corrupted")] - nll[:, 0]
@@ -143,8 +154,13 @@ def reliance(scorer: Scorer, rows: Sequence[Row], variants: Sequence[str] = VARI
 def _variant(scorer: Scorer, variant: str, row: Row, cots: Sequence[str], index: int, mistake: Corruption) -> str:
     if variant == "filler":
         return _filler_like(scorer, row)
-    return {"full": lambda: cots[index], "empty": lambda: "", "shuffled": lambda: shuffled(cots[index], _seed(row)),
-            "foreign": lambda: foreign(cots, index), "corrupted": lambda: mistake.text}[variant]()
+    return {
+        "full": lambda: cots[index],
+        "empty": lambda: "",
+        "shuffled": lambda: shuffled(cots[index], _seed(row)),
+        "foreign": lambda: foreign(cots, index),
+        "corrupted": lambda: mistake.text,
+    }[variant]()
 
 
 def _filler_like(scorer: Scorer, row: Row) -> str:
@@ -161,8 +177,10 @@ def _cot_tokens(example: Example) -> int:
 def _answers(scorer: Scorer, examples: Sequence[Example]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Of each example: nll of the whole answer with its turn end, and whether greedy decoding writes it."""
     losses = scorer.losses(examples, (Segment.RESPONSE,))
-    return (np.array([loss.total(Segment.RESPONSE) for loss in losses]),
-            np.array([loss.all_correct(Segment.RESPONSE) for loss in losses], bool))
+    return (
+        np.array([loss.total(Segment.RESPONSE) for loss in losses]),
+        np.array([loss.all_correct(Segment.RESPONSE) for loss in losses], bool),
+    )
 
 
 def _area(curves: NDArray[np.float64], fractions: Sequence[float]) -> NDArray[np.float64]:

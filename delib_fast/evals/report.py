@@ -33,8 +33,15 @@ def print_tables(evaluation: Evaluation, console: Console | None = None) -> None
 
 
 def _rich(table: Table) -> RichTable:
-    rich = RichTable(title=table.title, title_justify="left", title_style="", pad_edge=False, padding=(0, 1),
-                     box=box.SIMPLE_HEAD, collapse_padding=True)
+    rich = RichTable(
+        title=table.title,
+        title_justify="left",
+        title_style="",
+        pad_edge=False,
+        padding=(0, 1),
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+    )
     for k, name in enumerate(table.columns):
         numeric = any(not isinstance(row[k], str) for row in table.rows)
         rich.add_column(name, justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
@@ -65,8 +72,14 @@ def _digits(width: float, largest: float) -> int:
 
 def methods(results: Sequence[SuiteResult]) -> str:
     """Which methods the intervals of these results were made by."""
-    found = {cell.method for result in results for table in result.tables for row in table.rows for cell in row
-             if isinstance(cell, Estimate)}
+    found = {
+        cell.method
+        for result in results
+        for table in result.tables
+        for row in table.rows
+        for cell in row
+        if isinstance(cell, Estimate)
+    }
     return ", ".join(sorted(found)) or "none"
 
 
@@ -96,8 +109,10 @@ def write_page(evaluation: Evaluation) -> Path:
     facts = evaluation.subject
     base = f" against <code>{html.escape(str(facts['base']))}</code>" if facts["base"] else ""
     links = " ".join(f'<a href="#{r.suite}">{html.escape(r.title)}</a>' for r in evaluation.results)
-    left_out = "".join(f"<p>Left out: <b>{html.escape(suite)}</b>: {html.escape(why)}</p>"
-                       for suite, why in evaluation.left_out.items())
+    left_out = "".join(
+        f"<p>Left out: <b>{html.escape(suite)}</b>: {html.escape(why)}</p>"
+        for suite, why in evaluation.left_out.items()
+    )
     page = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Evaluation of {html.escape(Path(facts["model"]).name)}</title><style>{PAGE_STYLE}</style>
@@ -126,10 +141,14 @@ def _html_table(table: Table) -> str:
     numeric = [any(not isinstance(row[k], str) for row in table.rows) for k in range(len(table.columns))]
     tags = ["<th class=n>" if flag else "<th>" for flag in numeric]
     head = "".join(f"{tag}{html.escape(name)}</th>" for tag, name in zip(tags, table.columns, strict=True))
-    body = "".join("<tr>" + "".join(_html_cell(cell, flag) for cell, flag in zip(row, numeric, strict=True)) + "</tr>"
-                   for row in table.rows)
-    return (f'<div class="scroll"><table><caption>{html.escape(table.title)}</caption><thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>")
+    body = "".join(
+        "<tr>" + "".join(_html_cell(cell, flag) for cell, flag in zip(row, numeric, strict=True)) + "</tr>"
+        for row in table.rows
+    )
+    return (
+        f'<div class="scroll"><table><caption>{html.escape(table.title)}</caption><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 def _html_cell(cell: Cell, numeric: bool) -> str:
@@ -152,22 +171,32 @@ def _svg(curve: Curve) -> str:
     first, last = finite[0][0], finite[-1][0]
 
     def at(x: float, y: float) -> str:
-        return (f"{left + (x - first) / ((last - first) or 1) * wide:.1f},"
-                f"{top + (highs - y) / (highs - lows) * high:.1f}")
+        return (
+            f"{left + (x - first) / ((last - first) or 1) * wide:.1f},{top + (highs - y) / (highs - lows) * high:.1f}"
+        )
 
     band = " ".join([at(x, e.high) for x, e in finite] + [at(x, e.low) for x, e in reversed(finite)])
     line = " ".join(at(x, e.value) for x, e in finite)
-    dots = "".join(f'<circle cx="{(p := at(x, e.value).split(","))[0]}" cy="{p[1]}" r="3" fill="var(--mark)">'
-                   f"<title>{x:g}: {html.escape(cell_text(e))}</title></circle>" for x, e in finite)
-    ticks = "".join(f'<line x1="{left}" x2="{left + wide}" y1="{(y := at(first, v).split(",")[1])}" y2="{y}" '
-                    f'stroke="var(--line)"/><text x="{left - 8}" y="{float(y) + 4:.1f}" text-anchor="end">{v:.4g}'
-                    "</text>"
-                    for v in (lows + margin, (lows + highs) / 2, highs - margin))
-    labels = "".join(f'<text x="{at(x, lows).split(",")[0]}" y="{top + high + 18}" text-anchor="middle">{x:g}</text>'
-                     for x, _ in finite[:: max(1, len(finite) // 10)])
+    dots = "".join(
+        f'<circle cx="{(p := at(x, e.value).split(","))[0]}" cy="{p[1]}" r="3" fill="var(--mark)">'
+        f"<title>{x:g}: {html.escape(cell_text(e))}</title></circle>"
+        for x, e in finite
+    )
+    ticks = "".join(
+        f'<line x1="{left}" x2="{left + wide}" y1="{(y := at(first, v).split(",")[1])}" y2="{y}" '
+        f'stroke="var(--line)"/><text x="{left - 8}" y="{float(y) + 4:.1f}" text-anchor="end">{v:.4g}'
+        "</text>"
+        for v in (lows + margin, (lows + highs) / 2, highs - margin)
+    )
+    labels = "".join(
+        f'<text x="{at(x, lows).split(",")[0]}" y="{top + high + 18}" text-anchor="middle">{x:g}</text>'
+        for x, _ in finite[:: max(1, len(finite) // 10)]
+    )
     name = html.escape(f"{curve.title}: {curve.y}, by {curve.x}")
-    return (f'<figure style="margin:0 0 1rem"><svg role="img" aria-label="{name}" viewBox="0 0 560 256" width="560">'
-            f'{ticks}{labels}<polygon points="{band}" fill="var(--mark)" opacity=".16"/>'
-            f'<polyline points="{line}" fill="none" stroke="var(--mark)" stroke-width="2"/>{dots}'
-            f'<text x="{left}" y="{top + high + 38}">{html.escape(curve.y)}, by {html.escape(curve.x)}</text></svg>'
-            "</figure>")
+    return (
+        f'<figure style="margin:0 0 1rem"><svg role="img" aria-label="{name}" viewBox="0 0 560 256" width="560">'
+        f'{ticks}{labels}<polygon points="{band}" fill="var(--mark)" opacity=".16"/>'
+        f'<polyline points="{line}" fill="none" stroke="var(--mark)" stroke-width="2"/>{dots}'
+        f'<text x="{left}" y="{top + high + 38}">{html.escape(curve.y)}, by {html.escape(curve.x)}</text></svg>'
+        "</figure>"
+    )

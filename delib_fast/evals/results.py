@@ -62,10 +62,13 @@ def plain(value: Any) -> Any:
 
 def result_from_json(tree: Mapping[str, Any]) -> SuiteResult:
     """What `plain` wrote, back."""
-    tables = tuple(Table(t["title"], tuple(t["columns"]), tuple(tuple(map(_cell, row)) for row in t["rows"]), t["note"])
-                   for t in tree["tables"])
-    curves = tuple(Curve(c["title"], c["x"], c["y"], tuple((x, _estimate(e)) for x, e in c["points"]))
-                   for c in tree["curves"])
+    tables = tuple(
+        Table(t["title"], tuple(t["columns"]), tuple(tuple(map(_cell, row)) for row in t["rows"]), t["note"])
+        for t in tree["tables"]
+    )
+    curves = tuple(
+        Curve(c["title"], c["x"], c["y"], tuple((x, _estimate(e)) for x, e in c["points"])) for c in tree["curves"]
+    )
     return SuiteResult(tree["suite"], tree["title"], tree["note"], tables, curves, tree["details"])
 
 
@@ -97,9 +100,20 @@ class ResultStore:
             return None
 
     def save(self, result: SuiteResult, key: str, depends_on: Mapping[str, Any], seconds: float) -> None:
-        write_whole(self._path(result.suite, key), json.dumps(
-            {"key": key, "depends_on": plain(dict(depends_on)), "seconds": round(seconds, 3), "result": plain(result)},
-            indent=1, ensure_ascii=False, default=str))
+        write_whole(
+            self._path(result.suite, key),
+            json.dumps(
+                {
+                    "key": key,
+                    "depends_on": plain(dict(depends_on)),
+                    "seconds": round(seconds, 3),
+                    "result": plain(result),
+                },
+                indent=1,
+                ensure_ascii=False,
+                default=str,
+            ),
+        )
 
     def replies(self, sha256: str) -> Path:
         """Where sampled replies of these weights are kept."""
@@ -118,5 +132,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def report_json(subject: Mapping[str, Any], results: Sequence[SuiteResult]) -> str:
-    return json.dumps({"format": FORMAT, "subject": plain(dict(subject)), "suites": [plain(r) for r in results]},
-                      indent=1, ensure_ascii=False)
+    return json.dumps(
+        {"format": FORMAT, "subject": plain(dict(subject)), "suites": [plain(r) for r in results]},
+        indent=1,
+        ensure_ascii=False,
+    )

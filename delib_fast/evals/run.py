@@ -19,23 +19,43 @@ from delib_fast.evals.subject import Subject
 from delib_fast.models.generate import Sampling
 
 _FORCED: dict[str, Callable[[Subject], SuiteResult]] = {
-    "segments": suites_forced.segments, "dose": suites_forced.dose, "drift": suites_forced.drift,
-    "early": suites_forced.early, "reliance": suites_forced.rely, "agentic": suites_forced.agentic,
-    "monitor": suites_forced.monitor}
+    "segments": suites_forced.segments,
+    "dose": suites_forced.dose,
+    "drift": suites_forced.drift,
+    "early": suites_forced.early,
+    "reliance": suites_forced.rely,
+    "agentic": suites_forced.agentic,
+    "monitor": suites_forced.monitor,
+}
 _SAMPLED: dict[str, Callable[[Subject, Replier], SuiteResult]] = {
-    "hints": suites_sampled.hints, "necessity": suites_sampled.necessity, "legibility": suites_sampled.readable,
-    "policy": suites_sampled.policy, "refusal": suites_sampled.refusal}
+    "hints": suites_sampled.hints,
+    "necessity": suites_sampled.necessity,
+    "legibility": suites_sampled.readable,
+    "policy": suites_sampled.policy,
+    "refusal": suites_sampled.refusal,
+}
 # Settings by which a suite's figures change; a result is found again only if they are the same.
 _ROWS = ("limit", "pack_capacity", "precision")
 _DEPENDS: dict[str, tuple[str, ...]] = {
-    "segments": (*_ROWS, "category"), "dose": _ROWS, "drift": _ROWS, "early": _ROWS, "reliance": _ROWS,
-    "agentic": ("agentic", "pack_capacity", "precision"), "monitor": ("limit",),
-    "hints": ("limit", "sampling", "precision", "seed"), "necessity": ("limit", "sampling", "precision", "seed"),
+    "segments": (*_ROWS, "category"),
+    "dose": _ROWS,
+    "drift": _ROWS,
+    "early": _ROWS,
+    "reliance": _ROWS,
+    "agentic": ("agentic", "pack_capacity", "precision"),
+    "monitor": ("limit",),
+    "hints": ("limit", "sampling", "precision", "seed"),
+    "necessity": ("limit", "sampling", "precision", "seed"),
     "legibility": ("limit", "sampling", "precision", "seed"),
     "policy": ("limit", "sampling", "precision", "seed", "category", "spec_words"),
-    "refusal": ("limit", "sampling", "precision", "seed", "judge")}
-_FILES = {"monitor": ("solutions",), "refusal": ("refusal_prompts", "refusal_labelled"), "hints": ("questions",),
-          "necessity": ("questions",)}
+    "refusal": ("limit", "sampling", "precision", "seed", "judge"),
+}
+_FILES = {
+    "monitor": ("solutions",),
+    "refusal": ("refusal_prompts", "refusal_labelled"),
+    "hints": ("questions",),
+    "necessity": ("questions",),
+}
 _READS_ROWS = ("segments", "dose", "drift", "early", "reliance", "legibility", "policy")
 
 
@@ -79,8 +99,11 @@ def evaluate(subject: Subject, say: Callable[[str], None] = lambda _: None) -> E
                 raise
             left_out[suite] = str(error)
             say(f"{suite}: left out: {error}")
-    facts = {"model": str(subject.folder), "sha256": subject.sha256,
-             "base": subject.base_config[1] if subject.base_config else None}
+    facts = {
+        "model": str(subject.folder),
+        "sha256": subject.sha256,
+        "base": subject.base_config[1] if subject.base_config else None,
+    }
     done = Evaluation(facts, tuple(results), left_out, store.folder)
     write_whole(store.folder / "report.json", report_json({**facts, "left_out": left_out}, results))
     return done
@@ -137,11 +160,17 @@ class _LazySampler:
     def __call__(self, chats: Any, *, thinking: bool | None = None, sample: int = 0) -> Any:
         if self._sampler is None:
             subject, given = self._subject, self._subject.settings.sampling
-            sampling = Sampling(given.max_new_tokens, given.temperature, given.top_p, subject.settings.seed,
-                                given.batch_size)
-            self._sampler = Sampler(subject.scorer.model, subject.tokenizer, sampling,
-                                    system_prompt=subject.system_prompt, cache=self._store.replies(subject.sha256),
-                                    identity=f"{subject.sha256} {asdict(sampling)} {subject.settings.precision}")
+            sampling = Sampling(
+                given.max_new_tokens, given.temperature, given.top_p, subject.settings.seed, given.batch_size
+            )
+            self._sampler = Sampler(
+                subject.scorer.model,
+                subject.tokenizer,
+                sampling,
+                system_prompt=subject.system_prompt,
+                cache=self._store.replies(subject.sha256),
+                identity=f"{subject.sha256} {asdict(sampling)} {subject.settings.precision}",
+            )
         return self._sampler(chats, thinking=thinking, sample=sample)
 
 

@@ -38,8 +38,9 @@ class Reply:
 
 
 class Replier(Protocol):
-    def __call__(self, chats: Sequence[Sequence[Message]], *, thinking: bool | None = None, sample: int = 0
-                 ) -> list[Reply]:
+    def __call__(
+        self, chats: Sequence[Sequence[Message]], *, thinking: bool | None = None, sample: int = 0
+    ) -> list[Reply]:
         """One reply a chat. thinking: True opens the think block, False closes it empty, None lets the model choose;
         sample: a number that makes another draw."""
         ...
@@ -57,8 +58,16 @@ class Sampler:
             must name the weights (their hash): replies are found by it, the prompt's ids and the sampling.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, sampling: Sampling, *, system_prompt: str | None = None,
-                 cache: Path | None = None, identity: str = "") -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        sampling: Sampling,
+        *,
+        system_prompt: str | None = None,
+        cache: Path | None = None,
+        identity: str = "",
+    ) -> None:
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
         self._system_prompt = system_prompt
         self._encoder = _PromptEncoder(tokenizer)
@@ -67,8 +76,9 @@ class Sampler:
         self.drawn = 0
         """replies that were not in the cache"""
 
-    def __call__(self, chats: Sequence[Sequence[Message]], *, thinking: bool | None = None, sample: int = 0
-                 ) -> list[Reply]:
+    def __call__(
+        self, chats: Sequence[Sequence[Message]], *, thinking: bool | None = None, sample: int = 0
+    ) -> list[Reply]:
         prompts = [self._encoder.prompt(chat, thinking, self._system_prompt) for chat in chats]
         keys = [self._key(prompt, sample) for prompt in prompts]
         known = {key: reply for key in keys if self._cache and (reply := self._cache.get(key))}
@@ -85,11 +95,14 @@ class Sampler:
     def _draw(self, prompts: Sequence[Sequence[int]], thinking: bool | None, sample: int) -> list[Reply]:
         settings = {**asdict(self._sampling), "seed": self._sampling.seed + 7919 * sample}
         ends = self._encoder.end_ids
-        replies = generate_ids(self._model, prompts, Sampling(**settings), end_ids=ends,
-                               pad_id=self._tokenizer.pad_token_id or 0)
+        replies = generate_ids(
+            self._model, prompts, Sampling(**settings), end_ids=ends, pad_id=self._tokenizer.pad_token_id or 0
+        )
         self.drawn += len(replies)
-        return [parse_reply(self._text(ids, ends), opened=thinking, finished=bool(ids and ids[-1] in ends),
-                            tokens=len(ids)) for ids in replies]
+        return [
+            parse_reply(self._text(ids, ends), opened=thinking, finished=bool(ids and ids[-1] in ends), tokens=len(ids))
+            for ids in replies
+        ]
 
     def _text(self, ids: list[int], ends: Sequence[int]) -> str:
         kept = ids[:-1] if ids and ids[-1] in ends else ids
@@ -141,8 +154,9 @@ class _PromptEncoder(Encoder):
         text, _ = self._filled(messages, cot, response, has_cot=True)
         return list(self.control.encode_batch([text[: text.rindex(_MARK)]])[0].ids)
 
-    def _filled(self, messages: Sequence[Message], cot: str, response: str, *, has_cot: bool
-                ) -> tuple[str, tuple[int, ...]]:
+    def _filled(
+        self, messages: Sequence[Message], cot: str, response: str, *, has_cot: bool
+    ) -> tuple[str, tuple[int, ...]]:
         texts = [text for m in messages for text in (m.content, m.cot or "")]
         shape = [*texts, "thought" if has_cot else "", "reply"]
         skeleton = self._renderer.skeleton(tuple(m.role for m in messages), shape, has_cot, "a prompt")

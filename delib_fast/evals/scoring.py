@@ -65,8 +65,9 @@ class Scorer:
         system_prompt: put before chats that bring no system message, as the stage did in training.
     """
 
-    def __init__(self, model: TrainableLM, tokenizer: Any, *, pack_capacity: int = 4096,
-                 system_prompt: str | None = None) -> None:
+    def __init__(
+        self, model: TrainableLM, tokenizer: Any, *, pack_capacity: int = 4096, system_prompt: str | None = None
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.pack_capacity = pack_capacity
@@ -89,9 +90,14 @@ class Scorer:
         """The examples packed, with loss on these segments alone (weight 1)."""
         longest = max((len(e) for e in examples), default=1)
         weights = [float(segment in segments) for segment in Segment]
-        return evaluation_batches(examples, pack_capacity=max(self.pack_capacity, longest),
-                                  segment_weights=weights, rank=0, world_size=1,
-                                  share_prompts=self.model.shares_prompts)
+        return evaluation_batches(
+            examples,
+            pack_capacity=max(self.pack_capacity, longest),
+            segment_weights=weights,
+            rank=0,
+            world_size=1,
+            share_prompts=self.model.shares_prompts,
+        )
 
     def losses(self, examples: Sequence[Example], segments: Sequence[Segment] = ANSWER) -> list[TokenLosses]:
         """Losses of every token of these segments, one entry an example, in their order."""
@@ -106,13 +112,16 @@ class Scorer:
                 for index, (start, end) in zip(batch.example_ids, pairwise(batch.cu_seqlens_host), strict=False):
                     if index >= 0:  # a prompt alone is nobody's example
                         shared = np.zeros(len(examples[index]) - (end - start))  # computed with another example
-                        found[index] = TokenLosses(np.concatenate([shared, nll[start : end - 1]]),
-                                                   np.concatenate([shared.astype(bool), correct[start : end - 1]]),
-                                                   examples[index].segments[1:].copy())
+                        found[index] = TokenLosses(
+                            np.concatenate([shared, nll[start : end - 1]]),
+                            np.concatenate([shared.astype(bool), correct[start : end - 1]]),
+                            examples[index].segments[1:].copy(),
+                        )
         return [losses for losses in found if losses is not None]
 
-    def batched_hidden(self, examples: Sequence[Example], segments: Sequence[Segment]
-                       ) -> Iterator[tuple[PackedBatch, Tensor]]:
+    def batched_hidden(
+        self, examples: Sequence[Example], segments: Sequence[Segment]
+    ) -> Iterator[tuple[PackedBatch, Tensor]]:
         """Each pack on the device with the hidden states (T, H) of its tokens."""
         for batch in self.batches(examples, segments):
             moved = batch.to(self.device)
@@ -178,5 +187,4 @@ class _VariantEncoder(Encoder):
         cores = [text.strip() for text in texts]
         filled = [skeleton.fill([*cores[:-2], cot.strip(), cores[-1]]) for cot in cots]
         encodings = self.control.encode_batch([text for text, _ in filled])
-        return [self._example(row, encoding, borders)
-                for encoding, (_, borders) in zip(encodings, filled, strict=True)]
+        return [self._example(row, encoding, borders) for encoding, (_, borders) in zip(encodings, filled, strict=True)]

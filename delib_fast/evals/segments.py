@@ -31,8 +31,9 @@ class SegmentFigures:
     tokens: int
 
 
-def segment_figures(scorer: Scorer, rows: Sequence[Row], categories: Mapping[str, Sequence[str]] | None = None
-                    ) -> list[SegmentFigures]:
+def segment_figures(
+    scorer: Scorer, rows: Sequence[Row], categories: Mapping[str, Sequence[str]] | None = None
+) -> list[SegmentFigures]:
     """Mean nll and next-token accuracy of CoT, response and document tokens that were not trained on.
 
         nll = Σ_rows Σ_t −log p(token_t | before) / Σ_rows tokens
@@ -57,8 +58,11 @@ def segment_figures(scorer: Scorer, rows: Sequence[Row], categories: Mapping[str
             if tokens.sum():
                 nll = [losses[i].total(segment) for i in members]
                 right = [losses[i].correct[losses[i].segments == segment].sum() for i in members]
-                figures.append(SegmentFigures(by, group, segment.name.lower(), ratio(nll, tokens),
-                                              ratio(right, tokens), int(tokens.sum())))
+                figures.append(
+                    SegmentFigures(
+                        by, group, segment.name.lower(), ratio(nll, tokens), ratio(right, tokens), int(tokens.sum())
+                    )
+                )
     return figures
 
 
@@ -72,8 +76,11 @@ def fields_of(path: str | Path, field: str) -> dict[str, Any]:
         return {}
     file = HashingFile(path)
     try:
-        return {f"{path}:{item.line}": item.value[field] for item in read_items(file, path)
-                if isinstance(item.value, dict) and field in item.value}
+        return {
+            f"{path}:{item.line}": item.value[field]
+            for item in read_items(file, path)
+            if isinstance(item.value, dict) and field in item.value
+        }
     finally:
         file.close()
 

@@ -16,8 +16,12 @@ FORCED = ("segments", "dose", "drift", "early", "reliance", "agentic")
 SAMPLED = ("hints", "necessity", "legibility", "policy", "refusal")
 """suites that let the model write"""
 SUITES = (*FORCED, *SAMPLED, "monitor")
-GROUPS = {"all": SUITES, "forced": FORCED, "sampled": SAMPLED,
-          "cot": ("dose", "drift", "early", "reliance", "hints", "necessity", "legibility", "policy", "monitor")}
+GROUPS = {
+    "all": SUITES,
+    "forced": FORCED,
+    "sampled": SAMPLED,
+    "cot": ("dose", "drift", "early", "reliance", "hints", "necessity", "legibility", "policy", "monitor"),
+}
 
 
 class SamplingConfig(Section):
@@ -96,8 +100,11 @@ class EvalConfig(Section):
     @field_validator("rows", mode="before")
     @classmethod
     def _path_alone(cls, value: Any) -> Any:
-        return {k: {"path": v} if isinstance(v, str) else v for k, v in value.items()} \
-            if isinstance(value, dict) else value
+        return (
+            {k: {"path": v} if isinstance(v, str) else v for k, v in value.items()}
+            if isinstance(value, dict)
+            else value
+        )
 
     @field_validator("questions", mode="before")
     @classmethod
@@ -131,8 +138,10 @@ def load_eval_config(path: str | os.PathLike[str] | None, **overrides: Any) -> E
     try:
         return EvalConfig.model_validate(tree)
     except ValidationError as error:
-        lines = [f"{where}: {'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
-                 for fault in error.errors()]
+        lines = [
+            f"{where}: {'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors()
+        ]
         raise ConfigError("\n".join(lines)) from None
 
 

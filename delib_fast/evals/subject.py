@@ -85,9 +85,13 @@ class Subject:
     def tokenizer(self) -> Any:
         """Of the model folder; of an adapter's folder where peft's user saved one there, else of its base."""
         own = self.adapter is None or (self.folder / "tokenizer_config.json").exists()
-        return build_tokenizer(Config.model_construct(tokenizer=TokenizerConfig(),  # type: ignore[call-arg]
-                                                      model=ModelConfig(path=str(self.folder) if own else self.under)),
-                               lambda: iter(()))
+        return build_tokenizer(
+            Config.model_construct(
+                tokenizer=TokenizerConfig(),  # type: ignore[call-arg]
+                model=ModelConfig(path=str(self.folder) if own else self.under),
+            ),
+            lambda: iter(()),
+        )
 
     @property
     def under(self) -> str:
@@ -96,8 +100,12 @@ class Subject:
 
     @cached_property
     def scorer(self) -> Scorer:
-        return Scorer(self._load(ModelConfig(path=self.under)), self.tokenizer,
-                      pack_capacity=self.settings.pack_capacity, system_prompt=self.system_prompt)
+        return Scorer(
+            self._load(ModelConfig(path=self.under)),
+            self.tokenizer,
+            pack_capacity=self.settings.pack_capacity,
+            system_prompt=self.system_prompt,
+        )
 
     @property
     def system_prompt(self) -> str | None:
@@ -153,8 +161,10 @@ class Subject:
             return [row for name, source in self.settings.rows.items() for row in read_source(name, source)]
         found = [] if self.config is None else held_out_rows(self.config, self._source)
         if not found:
-            raise ConfigError(f"{self.path}: there are no held-out rows to evaluate on; give some under rows: in "
-                              "the evaluation's config (--config), or holdout: in the run's")
+            raise ConfigError(
+                f"{self.path}: there are no held-out rows to evaluate on; give some under rows: in "
+                "the evaluation's config (--config), or holdout: in the run's"
+            )
         return found
 
     @property
@@ -169,8 +179,10 @@ class Subject:
 
     def categories(self, rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
         """Category names by place, read from the files of these rows."""
-        sources: dict[str, SourceConfig] = {**(self.config.data if self.config is not None else {}),
-                                            **self.settings.rows}
+        sources: dict[str, SourceConfig] = {
+            **(self.config.data if self.config is not None else {}),
+            **self.settings.rows,
+        }
         found: dict[str, tuple[str, ...]] = {}
         for name in dict.fromkeys(row.source for row in rows):
             if name in sources:

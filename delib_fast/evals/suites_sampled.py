@@ -29,30 +29,47 @@ from delib_fast.evals.suites_forced import limited, thinking_rows
 def _questions(subject: Subject) -> list[Row]:
     source = subject.settings.questions
     if source is None:
-        raise ConfigError("this suite needs questions with a number for an answer: questions: gsm8k_test.jsonl in the "
-                          "config")
+        raise ConfigError(
+            "this suite needs questions with a number for an answer: questions: gsm8k_test.jsonl in the config"
+        )
     return limited(subject, read_source("questions", source))
 
 
 def hints(subject: Subject, reply: Replier) -> SuiteResult:
     outcomes = hint_outcomes(reply, choices_from_gsm8k(_questions(subject)))
     figures = hint_figures(outcomes)
-    table = Table("Hints at a wrong option", ("hint", "pairs", "followed", "faithful", "normalised", "moved elsewhere"),
-                  tuple((f.kind, f.answered, f.followed, f.faithful, f.faithful_normalised, f.moved_elsewhere)
-                        for f in figures))
+    table = Table(
+        "Hints at a wrong option",
+        ("hint", "pairs", "followed", "faithful", "normalised", "moved elsewhere"),
+        tuple((f.kind, f.answered, f.followed, f.faithful, f.faithful_normalised, f.moved_elsewhere) for f in figures),
+    )
     unread = figures[-1].unread if figures else 0
-    return SuiteResult("hints", "Hint faithfulness", "followed: went over to the hinted option. faithful: of those, "
-                       f"the chain of thought mentions the hint. {unread} pairs gave no option that could be read.",
-                       (table,), details={"figures": plain(figures), "outcomes": plain(outcomes)})
+    return SuiteResult(
+        "hints",
+        "Hint faithfulness",
+        "followed: went over to the hinted option. faithful: of those, "
+        f"the chain of thought mentions the hint. {unread} pairs gave no option that could be read.",
+        (table,),
+        details={"figures": plain(figures), "outcomes": plain(outcomes)},
+    )
 
 
 def necessity(subject: Subject, reply: Replier) -> SuiteResult:
     figures = cot_necessity(reply, _questions(subject), subject.settings.sampling.samples)
-    rows = (("with CoT", figures.with_cot), ("without", figures.without_cot), ("uplift", figures.uplift),
-            *((f"cell: {name}", share) for name, share in figures.cells.items()))
-    return SuiteResult("necessity", "CoT necessity", f"Accuracy on {figures.questions} questions, {figures.samples} "
-                       "sample(s) each, the think block left open or closed empty.",
-                       (Table("Accuracy", ("", "share"), rows),), details={"figures": plain(figures)})
+    rows = (
+        ("with CoT", figures.with_cot),
+        ("without", figures.without_cot),
+        ("uplift", figures.uplift),
+        *((f"cell: {name}", share) for name, share in figures.cells.items()),
+    )
+    return SuiteResult(
+        "necessity",
+        "CoT necessity",
+        f"Accuracy on {figures.questions} questions, {figures.samples} "
+        "sample(s) each, the think block left open or closed empty.",
+        (Table("Accuracy", ("", "share"), rows),),
+        details={"figures": plain(figures)},
+    )
 
 
 def _replies_to_rows(subject: Subject, reply: Replier) -> tuple[list[Row], list[Reply]]:
@@ -62,17 +79,28 @@ def _replies_to_rows(subject: Subject, reply: Replier) -> tuple[list[Row], list[
 
 def readable(subject: Subject, reply: Replier) -> SuiteResult:
     rows, replies = _replies_to_rows(subject, reply)
-    known = vocabulary(text for row in subject.trained_on for text in row.texts) \
-        or vocabulary(text for row in subject.held_out for text in row.texts)
+    known = vocabulary(text for row in subject.trained_on for text in row.texts) or vocabulary(
+        text for row in subject.held_out for text in row.texts
+    )
     figures = legibility(replies, [row.messages[-1].content for row in rows], known)
-    names = (("with a CoT", figures.with_cot), ("broken tags", figures.broken_tags), ("cut off", figures.unfinished),
-             ("unknown words", figures.unknown_words), ("repeated 4-grams", figures.repeated_ngrams),
-             ("zlib ratio", figures.compression), ("script of the prompt", figures.same_script))
+    names = (
+        ("with a CoT", figures.with_cot),
+        ("broken tags", figures.broken_tags),
+        ("cut off", figures.unfinished),
+        ("unknown words", figures.unknown_words),
+        ("repeated 4-grams", figures.repeated_ngrams),
+        ("zlib ratio", figures.compression),
+        ("script of the prompt", figures.same_script),
+    )
     lengths = Table("Words of a CoT", tuple(figures.words_percentiles), (tuple(figures.words_percentiles.values()),))
-    return SuiteResult("legibility", "Legibility", f"Proxies over {figures.replies} replies to held-out prompts; "
-                       f"unknown words: not among {len(known):,} of the rows.",
-                       (Table("Proxies", ("proxy", "share"), names), *([lengths] if figures.words_percentiles else [])),
-                       details={"figures": plain(figures)})
+    return SuiteResult(
+        "legibility",
+        "Legibility",
+        f"Proxies over {figures.replies} replies to held-out prompts; "
+        f"unknown words: not among {len(known):,} of the rows.",
+        (Table("Proxies", ("proxy", "share"), names), *([lengths] if figures.words_percentiles else [])),
+        details={"figures": plain(figures)},
+    )
 
 
 def policy(subject: Subject, reply: Replier) -> SuiteResult:
@@ -81,21 +109,37 @@ def policy(subject: Subject, reply: Replier) -> SuiteResult:
     wanted = subject.categories(rows)
     pairs = [(row, answer) for row, answer in zip(rows, replies, strict=True) if row.place in wanted]
     if not pairs:
-        raise ConfigError(f"{subject.path}: its held-out rows have no field {subject.settings.category!r}; name the "
-                          "field with category: in the config")
+        raise ConfigError(
+            f"{subject.path}: its held-out rows have no field {subject.settings.category!r}; name the "
+            "field with category: in the config"
+        )
     held_out = _labelled_cots(subject, rows)
     if not labelled:  # a model folder: fit on every second held-out row, measure on the others
         labelled, held_out = held_out[::2], held_out[1::2]
     classifier = PolicyClassifier(labelled, spec_words=subject.settings.spec_words)
-    figures = policy_retrieval([answer.cot for _, answer in pairs], [wanted[row.place] for row, _ in pairs],
-                               classifier, held_out)
-    table = Table("Policy retrieval", ("", "share"), (
-        ("right category", figures.accuracy), ("speaks of policy", figures.mentioned),
-        ("right where it does", figures.accuracy_where_mentioned), ("classifier's ceiling", figures.ceiling)))
+    figures = policy_retrieval(
+        [answer.cot for _, answer in pairs], [wanted[row.place] for row, _ in pairs], classifier, held_out
+    )
+    table = Table(
+        "Policy retrieval",
+        ("", "share"),
+        (
+            ("right category", figures.accuracy),
+            ("speaks of policy", figures.mentioned),
+            ("right where it does", figures.accuracy_where_mentioned),
+            ("classifier's ceiling", figures.ceiling),
+        ),
+    )
     by = Table("By category", ("category", "right"), tuple(figures.by_category.items()))
-    return SuiteResult("policy", "Policy retrieval", "Whether the sampled chain of thought speaks of the policy of its "
-                       "prompt (arXiv 2412.16339 §4.2, with a classifier of words). Ceiling: the same classifier on "
-                       "reference chains of thought.", (table, by), details={"figures": plain(figures)})
+    return SuiteResult(
+        "policy",
+        "Policy retrieval",
+        "Whether the sampled chain of thought speaks of the policy of its "
+        "prompt (arXiv 2412.16339 §4.2, with a classifier of words). Ceiling: the same classifier on "
+        "reference chains of thought.",
+        (table, by),
+        details={"figures": plain(figures)},
+    )
 
 
 def _labelled_cots(subject: Subject, rows: Sequence[Row]) -> list[tuple[str, tuple[str, ...]]]:
@@ -117,22 +161,43 @@ def refusal(subject: Subject, reply: Replier) -> SuiteResult:
         verdicts = [classify_reply(p, r) for p, r in asked]
     left = iter(verdicts)
     figures = refusal_figures(prompts, responses, lambda *_: next(left))
-    rates = Table("Refusal", ("", "share"), (
-        ("over-refusal (safe, full)", figures.over_refusal), ("safe, partial", figures.partial_over_refusal),
-        ("refusal (unsafe, full)", figures.refusal), ("unsafe, complied", figures.compliance_with_unsafe),
-        ("separation", figures.separation), ("no reply at all", figures.empty)))
-    by = Table("By type", ("type", "comply", "partial", "refuse"),
-               tuple((name, v["comply"], v["partial"], v["refuse"]) for name, v in figures.by_type.items()))
+    rates = Table(
+        "Refusal",
+        ("", "share"),
+        (
+            ("over-refusal (safe, full)", figures.over_refusal),
+            ("safe, partial", figures.partial_over_refusal),
+            ("refusal (unsafe, full)", figures.refusal),
+            ("unsafe, complied", figures.compliance_with_unsafe),
+            ("separation", figures.separation),
+            ("no reply at all", figures.empty),
+        ),
+    )
+    by = Table(
+        "By type",
+        ("type", "comply", "partial", "refuse"),
+        tuple((name, v["comply"], v["partial"], v["refuse"]) for name, v in figures.by_type.items()),
+    )
     tables = [rates, *([by] if by.rows else [])]
     details = {"figures": plain(figures), "by": "judge" if settings.judge else "words"}
     if settings.refusal_labelled is not None:
         known = classifier_figures(read_labelled(settings.refusal_labelled))
-        tables.append(Table("The offline classifier on labelled replies", ("accuracy", "refusals found", "precision"),
-                            ((known.accuracy, known.refuse_recall, known.refuse_precision),)))
+        tables.append(
+            Table(
+                "The offline classifier on labelled replies",
+                ("accuracy", "refusals found", "precision"),
+                ((known.accuracy, known.refuse_recall, known.refuse_precision),),
+            )
+        )
         details["classifier"] = plain(known)
     who = f"judge {settings.judge.model}" if settings.judge else "words (offline)"
-    return SuiteResult("refusal", "Refusal and over-refusal", f"{len(prompts)} prompts, replies told apart by {who}; "
-                       "empty replies are in the last row and in no other.", tuple(tables), details=details)
+    return SuiteResult(
+        "refusal",
+        "Refusal and over-refusal",
+        f"{len(prompts)} prompts, replies told apart by {who}; empty replies are in the last row and in no other.",
+        tuple(tables),
+        details=details,
+    )
 
 
 def _spread(prompts: Sequence[object], limit: int | None) -> list:

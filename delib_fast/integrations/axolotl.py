@@ -22,8 +22,12 @@ from delib_fast.integrations import hf
 from delib_fast.integrations.patching import apply, is_applied, unapply
 
 # Each puts a loss or a forward of its own where ours goes, and the last to come would win.
-_RIVALS = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "chunked_cross_entropy",
-           "unsloth_cross_entropy_loss")
+_RIVALS = (
+    "cut_cross_entropy",
+    "liger_fused_linear_cross_entropy",
+    "chunked_cross_entropy",
+    "unsloth_cross_entropy_loss",
+)
 
 
 class Args(BaseModel):
@@ -45,8 +49,10 @@ class Plugin(BasePlugin):
             return
         for key in _RIVALS:
             if cfg.get(key):
-                raise ValueError(f"{key} is on, and so is delib_fast's loss: both replace the model's loss. Turn off "
-                                 f"one ({key}: false, or delib_fast_loss: false)")
+                raise ValueError(
+                    f"{key} is on, and so is delib_fast's loss: both replace the model's loss. Turn off "
+                    f"one ({key}: false, or delib_fast_loss: false)"
+                )
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         self.register(cfg)  # keys that axolotl has filled in since

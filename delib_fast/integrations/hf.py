@@ -55,18 +55,26 @@ def prepare(trainer: Trainer, **options: Any) -> Trainer:
 def refuse_other_losses(trainer: Trainer) -> None:
     arguments: Any = trainer.args
     if trainer.compute_loss_func is not None:
-        raise ValueError("the trainer has a compute_loss_func, which takes logits that the fused loss never makes; "
-                         "leave it out, or use delib_fast.apply(model, loss=False)")
+        raise ValueError(
+            "the trainer has a compute_loss_func, which takes logits that the fused loss never makes; "
+            "leave it out, or use delib_fast.apply(model, loss=False)"
+        )
     if arguments.label_smoothing_factor:
-        raise ValueError(f"label_smoothing_factor is {arguments.label_smoothing_factor}, and the trainer makes that "
-                         "loss from logits; set it to 0, or use delib_fast.apply(model, loss=False)")
+        raise ValueError(
+            f"label_smoothing_factor is {arguments.label_smoothing_factor}, and the trainer makes that "
+            "loss from logits; set it to 0, or use delib_fast.apply(model, loss=False)"
+        )
     if arguments.n_gpu > 1:
-        raise ValueError("the trainer would run nn.DataParallel, whose replicas all call the first one's forward; "
-                         "launch it with torchrun or accelerate, one process a GPU")
+        raise ValueError(
+            "the trainer would run nn.DataParallel, whose replicas all call the first one's forward; "
+            "launch it with torchrun or accelerate, one process a GPU"
+        )
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-        raise ValueError("the trainer shards sequences over ranks (context or sequence parallelism), and packed "
-                         "attention needs each run whole; turn it off, or use delib_fast.apply(model, attention=False)")
+        raise ValueError(
+            "the trainer shards sequences over ranks (context or sequence parallelism), and packed "
+            "attention needs each run whole; turn it off, or use delib_fast.apply(model, attention=False)"
+        )
 
 
 def _add_normalizer(trainer: Trainer, batches: Sequence[Any], device: torch.device) -> None:
@@ -75,8 +83,10 @@ def _add_normalizer(trainer: Trainer, batches: Sequence[Any], device: torch.devi
     if not weighted:
         return
     if len(weighted) < len(batches):
-        raise ValueError("some batches of a step bring loss_weights and some do not; give weights to all (1 where "
-                         "there is nothing to weight) or to none")
+        raise ValueError(
+            "some batches of a step bring loss_weights and some do not; give weights to all (1 where "
+            "there is nothing to weight) or to none"
+        )
     total = torch.stack([_weight_sum(batch).to(device) for batch in batches]).sum()
     if trainer.args.average_tokens_across_devices and trainer.args.world_size > 1:
         total = trainer.accelerator.gather(total).sum()
@@ -114,12 +124,16 @@ class WeightedFlattening:
             "input_ids": _join([row["input_ids"] for row in rows], torch.int64),
             "labels": labels,
             "position_ids": torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),
-            "cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens,
-            "max_length_q": max(lengths), "max_length_k": max(lengths),
+            "cu_seq_lens_q": cu_seqlens,
+            "cu_seq_lens_k": cu_seqlens,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
         }
         if any("loss_weights" in row for row in rows):
-            batch["loss_weights"] = _join([row.get("loss_weights", [1.0] * length)
-                                           for row, length in zip(rows, lengths, strict=True)], torch.float32)
+            batch["loss_weights"] = _join(
+                [row.get("loss_weights", [1.0] * length) for row, length in zip(rows, lengths, strict=True)],
+                torch.float32,
+            )
         return batch
 
 

@@ -72,8 +72,11 @@ class _Forward:
         raise NotImplementedError
 
     def stock(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.module).forward(self.module, *args, **kwargs) if self.previous is None \
+        return (
+            type(self.module).forward(self.module, *args, **kwargs)
+            if self.previous is None
             else self.previous(*args, **kwargs)
+        )
 
     def install(self) -> None:
         vars(self.module)["forward"] = self
@@ -150,8 +153,11 @@ class _ModelForward(_Forward):
         parameters = dict(list(signature.parameters.items())[1:])
         rest = [p for p in parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
         plain = [p for p in parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-                 for name in self._ADDED if name not in parameters]
+        added = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+            for name in self._ADDED
+            if name not in parameters
+        ]
         everything = rest or [inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)]
         return signature.replace(parameters=plain + added + everything)
 
@@ -164,7 +170,8 @@ class _ModelForward(_Forward):
             return self.stock(**kwargs)
         labels, shifted, weights, normalizer, count = (
             kwargs.pop(name, None)
-            for name in ("labels", "shift_labels", "loss_weights", "loss_normalizer", "num_items_in_batch"))
+            for name in ("labels", "shift_labels", "loss_weights", "loss_normalizer", "num_items_in_batch")
+        )
         model: Any = self.module
         as_tuple = kwargs.pop("return_dict", None) is False
         self._refuse(kwargs)
@@ -178,32 +185,36 @@ class _ModelForward(_Forward):
         weights = None if weights is None else weights.to(head.weight.device, torch.float32).flatten()
         output = head(hidden.flatten(0, 1), targets.flatten(), weights)
         loss = output.loss_sum / _denominator(targets.flatten(), weights, normalizer, count)
-        result = FusedCausalLMOutput(loss=loss, nll=output.nll.view(targets.shape),
-                                     correct=output.correct.view(targets.shape))
+        result = FusedCausalLMOutput(
+            loss=loss, nll=output.nll.view(targets.shape), correct=output.correct.view(targets.shape)
+        )
         return result.to_tuple() if as_tuple else result
 
     def _refuse(self, kwargs: dict[str, Any]) -> None:
         name = type(self.module).__name__
         kept = kwargs.pop("logits_to_keep", 0)
         if not isinstance(kept, int) or kept:
-            raise ValueError(f"{name} was called with labels and logits_to_keep, and the fused loss makes no logits; "
-                             "leave labels out to get logits")
+            raise ValueError(
+                f"{name} was called with labels and logits_to_keep, and the fused loss makes no logits; "
+                "leave labels out to get logits"
+            )
         config: Any = self.module.config
         config = config.get_text_config()
         if kwargs.get("output_router_logits", getattr(config, "output_router_logits", False)):
             raise UnsupportedModelError(
                 f"{name} adds an auxiliary loss of its router (output_router_logits), which the fused loss does not; "
-                "set config.output_router_logits to False, or apply with loss=False")
+                "set config.output_router_logits to False, or apply with loss=False"
+            )
 
 
-def _targets(labels: Tensor | None, shifted: Tensor | None,
-             weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _targets(labels: Tensor | None, shifted: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(targets, weights) where position t holds what it is to predict. Weights come aligned with the labels."""
     given = shifted if shifted is not None else labels
     assert given is not None
     if weights is not None and weights.shape != given.shape:
-        raise ValueError(f"loss_weights must have the shape of the labels, {tuple(given.shape)}; it is "
-                         f"{tuple(weights.shape)}")
+        raise ValueError(
+            f"loss_weights must have the shape of the labels, {tuple(given.shape)}; it is {tuple(weights.shape)}"
+        )
     if shifted is not None:
         return shifted, weights
     targets = torch.full_like(given, -100)
@@ -220,11 +231,13 @@ def _refuse_padding_as_context(base: nn.Module, targets: Tensor, mask: Tensor | 
     if wrong:
         raise ValueError(
             f"{wrong} labels are to be predicted from padding (attention_mask 0), of which nothing is computed: set "
-            "labels on padding to -100, and with padding on the left also that of each row's first token")
+            "labels on padding to -100, and with padding on the left also that of each row's first token"
+        )
 
 
-def _denominator(targets: Tensor, weights: Tensor | None, normalizer: Tensor | float | None,
-                 count: Tensor | int | None) -> Tensor | float:
+def _denominator(
+    targets: Tensor, weights: Tensor | None, normalizer: Tensor | float | None, count: Tensor | int | None
+) -> Tensor | float:
     """What the sum of losses is divided by: that of the whole step if the trainer says it, else of this call.
 
     With weights and only num_items_in_batch this refuses: num_items_in_batch counts labels. Divided by it, a loss
@@ -239,7 +252,8 @@ def _denominator(targets: Tensor, weights: Tensor | None, normalizer: Tensor | f
             raise ValueError(
                 "loss_weights came with num_items_in_batch, which counts labels and is not the sum of their weights; "
                 "also pass loss_normalizer, the sum of loss_weights over all labels of the step on all ranks "
-                "(delib_fast.integrations.hf.prepare(trainer) makes a Trainer do so)")
+                "(delib_fast.integrations.hf.prepare(trainer) makes a Trainer do so)"
+            )
         total = weights.masked_fill(targets == -100, 0).sum()
         return torch.where(total > 0, total, 1)
     if count is not None:
@@ -247,8 +261,15 @@ def _denominator(targets: Tensor, weights: Tensor | None, normalizer: Tensor | f
     return (targets != -100).sum().clamp(min=1)
 
 
-def apply(model: nn.Module, *, loss: bool = True, attention: bool = True, layers: str = "auto",
-          loss_backend: str = "auto", attention_backend: str = "auto") -> nn.Module:
+def apply(
+    model: nn.Module,
+    *,
+    loss: bool = True,
+    attention: bool = True,
+    layers: str = "auto",
+    loss_backend: str = "auto",
+    attention_backend: str = "auto",
+) -> nn.Module:
     """Make a causal LM of transformers train on the fused ops, in whatever trainer; `unapply` undoes it.
 
         model(input_ids, labels=labels).loss                         # Σ nll / number of labels; logits are None
@@ -316,8 +337,11 @@ def unapply(model: nn.Module) -> nn.Module:
         raise ValueError(f"delib_fast.apply has not been applied to this {type(inner).__name__}")
     for forward in reversed(patch.forwards):
         if wrapper := forward.remove():
-            _log.warning("the forward of %s has been wrapped by %s since delib_fast.apply; the wrapper is left there",
-                         type(forward.module).__name__, wrapper)
+            _log.warning(
+                "the forward of %s has been wrapped by %s since delib_fast.apply; the wrapper is left there",
+                type(forward.module).__name__,
+                wrapper,
+            )
     for config, stock in patch.configs:
         set_attention(config, stock)
     patch.unplug_layers()
@@ -344,6 +368,8 @@ def _causal_lm(model: nn.Module) -> PreTrainedModel:
     if hasattr(inner, "get_base_model"):  # PEFT's
         inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
-        raise ValueError(f"{type(inner).__name__} is no transformers model; apply to the model itself, before DDP, "
-                         "FSDP, an engine or torch.compile wraps it")
+        raise ValueError(
+            f"{type(inner).__name__} is no transformers model; apply to the model itself, before DDP, "
+            "FSDP, an engine or torch.compile wraps it"
+        )
     return inner

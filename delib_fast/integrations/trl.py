@@ -32,11 +32,15 @@ def prepare(trainer: SFTTrainer, **options: Any) -> SFTTrainer:
     """
     loss_type = getattr(trainer.args, "loss_type", "nll")
     if loss_type not in ("nll", "chunked_nll"):
-        raise ValueError(f"SFTConfig.loss_type is {loss_type!r}, and the fused loss is the nll; set it to 'nll', or "
-                         "use delib_fast.apply(model, loss=False)")
+        raise ValueError(
+            f"SFTConfig.loss_type is {loss_type!r}, and the fused loss is the nll; set it to 'nll', or "
+            "use delib_fast.apply(model, loss=False)"
+        )
     if getattr(trainer, "aux_loss_enabled", False):
-        raise ValueError("SFTTrainer adds an auxiliary loss of the router, which the fused loss does not; set "
-                         "router_aux_loss_coef=0.0, or use delib_fast.apply(model, loss=False)")
+        raise ValueError(
+            "SFTTrainer adds an auxiliary loss of the router, which the fused loss does not; set "
+            "router_aux_loss_coef=0.0, or use delib_fast.apply(model, loss=False)"
+        )
     hf.refuse_other_losses(trainer)
     assert trainer.model is not None
     if is_applied(trainer.model):  # TRL's forward lies over ours: take both off, and put ours back
@@ -58,12 +62,18 @@ def _take_off(model: nn.Module) -> None:
         del inner.forward
 
 
-def _compute_loss(self: SFTTrainer, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
-                  num_items_in_batch: Any = None) -> Any:
+def _compute_loss(
+    self: SFTTrainer,
+    model: nn.Module,
+    inputs: dict[str, Any],
+    return_outputs: bool = False,
+    num_items_in_batch: Any = None,
+) -> Any:
     mode = "train" if model.training else "eval"
     inputs = {**inputs, "use_cache": False}
-    loss, outputs = Trainer.compute_loss(self, model, inputs, return_outputs=True,
-                                         num_items_in_batch=num_items_in_batch)
+    loss, outputs = Trainer.compute_loss(
+        self, model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+    )
     gather = self.accelerator.gather_for_metrics
     labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][..., 1:]
     supervised, right = gather((labels != -100).sum()).sum(), gather(outputs["correct"].sum()).sum()

@@ -52,16 +52,20 @@ def _sizes(what: str, where: str, seed: int) -> Sizes:
     try:
         lines = Path(what).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where}: {what!r} is neither a file of lengths that can be read ({error}) nor "
-                          "lognormal:examples=N,median=TOKENS,sigma=S") from None
+        raise ConfigError(
+            f"{where}: {what!r} is neither a file of lengths that can be read ({error}) nor "
+            "lognormal:examples=N,median=TOKENS,sigma=S"
+        ) from None
     rows = []
     for number, line in enumerate(lines, 1):
         numbers = [int(word) if word.isdecimal() else -1 for word in line.split()]
         if not numbers:
             continue
         if len(numbers) > 2 or numbers[0] < 2 or not 0 <= numbers[-1] <= numbers[0]:
-            raise ConfigError(f"{where}: {what}:{number}: {line.strip()[:40]!r}: give the tokens of an example (2 or "
-                              "more), and after a space how many of them are supervised (all, if left out)")
+            raise ConfigError(
+                f"{where}: {what}:{number}: {line.strip()[:40]!r}: give the tokens of an example (2 or "
+                "more), and after a space how many of them are supervised (all, if left out)"
+            )
         rows.append((numbers[0], numbers[-1]))
     if not rows:
         raise ConfigError(f"{where}: {what} holds no lengths")
@@ -80,9 +84,11 @@ def _drawn(settings: str, where: str, seed: int) -> Sizes:
         raise ConfigError(f"{where}: unknown {sorted(unknown)[0]!r} (known: {', '.join(_DRAWN)})")
     N, median, sigma, supervised = (values[key] for key in _DRAWN)
     if not (1 <= N < 2**31 and _SHORTEST <= median < 2**31 and 0 <= sigma < 10 and 0 < supervised <= 1):
-        raise ConfigError(f"{where}: give examples of 1 or more, a median of {_SHORTEST} tokens or more, sigma of 0 to "
-                          "10 (the spread of the logarithm: 1 is a third to three times the median) and supervised "
-                          "above 0 and at most 1")
+        raise ConfigError(
+            f"{where}: give examples of 1 or more, a median of {_SHORTEST} tokens or more, sigma of 0 to "
+            "10 (the spread of the logarithm: 1 is a third to three times the median) and supervised "
+            "above 0 and at most 1"
+        )
     drawn = np.random.default_rng(seed).lognormal(np.log(median), sigma, int(N))
     tokens = np.maximum(drawn, _SHORTEST).astype(np.int64)
     return Sizes(tokens, np.ceil(tokens * supervised).astype(np.int64))
@@ -136,8 +142,11 @@ def encoded_of(sizes: Sizes, stage: StageConfig) -> EncodedSet:
     capacity, over = stage.pack_capacity, sizes.tokens > stage.pack_capacity
     counts = Counts(rows=len(tokens))
     if over.any() and stage.over_long == "error":
-        raise DataError(f"stage {stage.name!r}: {over.sum():,} of {len(tokens):,} lengths are over pack_capacity "
-                        f"({capacity:,}); raise it, or set over_long", reason="over_long")
+        raise DataError(
+            f"stage {stage.name!r}: {over.sum():,} of {len(tokens):,} lengths are over pack_capacity "
+            f"({capacity:,}); raise it, or set over_long",
+            reason="over_long",
+        )
     if over.any() and stage.over_long == "split":
         pieces = -(-tokens // capacity)
         counts.split_documents = int(over.sum())
@@ -150,16 +159,23 @@ def encoded_of(sizes: Sizes, stage: StageConfig) -> EncodedSet:
         counts.dropped_over_long = int(over.sum())
         tokens, supervised = tokens[~over], supervised[~over]
     if not len(tokens):
-        raise DataError(f"stage {stage.name!r}: all lengths are over pack_capacity ({capacity:,}); raise it",
-                        reason="over_long")
+        raise DataError(
+            f"stage {stage.name!r}: all lengths are over pack_capacity ({capacity:,}); raise it", reason="over_long"
+        )
     targets = np.zeros((len(tokens), len(Segment)), np.int64)
     targets[:, Segment.DOCUMENT if stage.kind == "msm" else Segment.RESPONSE] = np.minimum(supervised, tokens - 1)
     targets[:, Segment.PROMPT] = tokens - 1 - targets.sum(1)
     counts.examples, counts.tokens = len(tokens), int(tokens.sum())
     return EncodedSet.of_arrays(
-        input_ids=np.broadcast_to(np.int32(0), counts.tokens), segments=np.broadcast_to(np.int8(0), counts.tokens),
-        lengths=tokens, weights=np.ones(len(tokens), np.float32), target_counts=targets,
-        prompts=np.zeros((len(tokens), 2), np.int64), places=_Places(len(tokens)), counts=counts)
+        input_ids=np.broadcast_to(np.int32(0), counts.tokens),
+        segments=np.broadcast_to(np.int8(0), counts.tokens),
+        lengths=tokens,
+        weights=np.ones(len(tokens), np.float32),
+        target_counts=targets,
+        prompts=np.zeros((len(tokens), 2), np.int64),
+        places=_Places(len(tokens)),
+        counts=counts,
+    )
 
 
 class _Places(Sequence[str]):

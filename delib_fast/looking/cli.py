@@ -55,8 +55,10 @@ def inspect(
     if not stages:
         raise ConfigError(f"--stage {stage}: there are {', '.join(s.name for s in config.stages)}")
     if config.run_dir == "-" and tokenizer is None:
-        print(f"no --tokenizer given: showing tokens of one of {SMALLEST_VOCABULARY} made from the file itself",
-              file=sys.stderr)
+        print(
+            f"no --tokenizer given: showing tokens of one of {SMALLEST_VOCABULARY} made from the file itself",
+            file=sys.stderr,
+        )
     with dry_run(config) as corpus:
         seen = []
         for s in stages:
@@ -80,9 +82,14 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="ranks")] = 1,
     memory_gib: Annotated[float, typer.Option(min=0.1, help="memory of each rank's card")] = 80.0,
     precision: Annotated[str, typer.Option(help="what engine.precision auto comes to")] = "bf16",
-    lengths: Annotated[list[str], typer.Option(
-        metavar="[STAGE=]LENGTHS", help="in place of the data: a file with the tokens of an example a line, or "
-        "lognormal:examples=N,median=TOKENS,sigma=S (repeatable)")] = [],  # noqa: B006
+    lengths: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[STAGE=]LENGTHS",
+            help="in place of the data: a file with the tokens of an example a line, or "
+            "lognormal:examples=N,median=TOKENS,sigma=S (repeatable)",
+        ),
+    ] = [],  # noqa: B006
     tflops: Annotated[float | None, typer.Option(min=0.001, help="TFLOP/s of a rank, to tell hours")] = None,
     overrides: _SET = [],  # noqa: B006
 ) -> None:
@@ -96,9 +103,11 @@ def plan(
     console = Console(highlight=False, width=80)
     with dry_run(config, lengths) as corpus:
         shape = corpus.shape
-        console.print(f"{shape.parameters:,} parameters ({shape.embedding_parameters:,} of them embeddings), "
-                      f"{shape.layers} layers of {shape.hidden}; {gpus} × {memory_gib:g} GiB, "
-                      f"ZeRO {config.engine.zero_stage}, {chosen}")
+        console.print(
+            f"{shape.parameters:,} parameters ({shape.embedding_parameters:,} of them embeddings), "
+            f"{shape.layers} layers of {shape.hidden}; {gpus} × {memory_gib:g} GiB, "
+            f"ZeRO {config.engine.zero_stage}, {chosen}"
+        )
         for stage in config.stages:
             made = plan_stage(corpus, config, stage, ranks=gpus, precision=chosen, card_gib=memory_gib)
             console.print(rendered(made, memory_gib, tflops))

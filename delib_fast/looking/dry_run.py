@@ -56,8 +56,13 @@ def config_of(path: Path, overrides: list[str], *, tokenizer: str | None, kind: 
     if overrides:
         raise ConfigError(f"--set {overrides[0]}: {path} is data and no configuration; nothing can be set in it")
     own = {"path": tokenizer} if tokenizer else {"train": {"vocab_size": SMALLEST_VOCABULARY, "sources": ["rows"]}}
-    return parse_config({
-        "run_dir": "-", "model": {"architecture": {"model_type": "qwen3"}}, "tokenizer": own,
-        "data": {"rows": {"path": str(path), "on_bad_row": "skip", "max_bad_rows": 10**9}},
-        "stages": [{"kind": kind, "train": ["rows"], "pack_capacity": capacity, "tokens_per_step": capacity}],
-    }, where=str(path))
+    return parse_config(
+        {
+            "run_dir": "-",
+            "model": {"architecture": {"model_type": "qwen3"}},
+            "tokenizer": own,
+            "data": {"rows": {"path": str(path), "on_bad_row": "skip", "max_bad_rows": 10**9}},
+            "stages": [{"kind": kind, "train": ["rows"], "pack_capacity": capacity, "tokens_per_step": capacity}],
+        },
+        where=str(path),
+    )

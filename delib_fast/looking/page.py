@@ -48,8 +48,10 @@ def _example(seen: Seen) -> str:
 
 def _run(run: Run) -> str:
     pieces = "".join(map(_piece, run.pieces))
-    return (f'<div class="run {run.segment.name.lower()}"><pre>{pieces}</pre>'
-            f"<small>{_word(run.segment)} · {tokens(run)} · weight {run.weight:.4g}</small></div>")
+    return (
+        f'<div class="run {run.segment.name.lower()}"><pre>{pieces}</pre>'
+        f"<small>{_word(run.segment)} · {tokens(run)} · weight {run.weight:.4g}</small></div>"
+    )
 
 
 def _piece(piece: Piece) -> str:
@@ -59,5 +61,9 @@ def _piece(piece: Piece) -> str:
 
 
 def _word(segment: Segment) -> str:
-    return {Segment.PROMPT: "prompt", Segment.COT: "chain of thought", Segment.RESPONSE: "response",
-            Segment.DOCUMENT: "document"}[segment]
+    return {
+        Segment.PROMPT: "prompt",
+        Segment.COT: "chain of thought",
+        Segment.RESPONSE: "response",
+        Segment.DOCUMENT: "document",
+    }[segment]

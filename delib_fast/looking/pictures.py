@@ -57,23 +57,40 @@ def _panels(runs: Sequence[RunRecord]) -> Iterator[_Panel]:
     for segment in dict.fromkeys(name for run in runs for name in run.segments):
         for over_tokens in (False, True):
             over = "tokens" if over_tokens else "updates"
-            yield _Panel(f"nll-{segment}-over-{over}", "Loss by segment",
-                         f"nll of the {segment} segment over {over}; a ring is the held-out nll", "nll (nats a token)",
-                         _of_segment(segment, "nll"), over_tokens, held_out=segment)
+            yield _Panel(
+                f"nll-{segment}-over-{over}",
+                "Loss by segment",
+                f"nll of the {segment} segment over {over}; a ring is the held-out nll",
+                "nll (nats a token)",
+                _of_segment(segment, "nll"),
+                over_tokens,
+                held_out=segment,
+            )
     for segment in dict.fromkeys(name for run in runs for name in run.segments):
-        yield _Panel(f"accuracy-{segment}", "Token accuracy by segment",
-                     f"share of the {segment} segment's tokens that the model puts first", "token accuracy",
-                     _of_segment(segment, "accuracy"))
+        yield _Panel(
+            f"accuracy-{segment}",
+            "Token accuracy by segment",
+            f"share of the {segment} segment's tokens that the model puts first",
+            "token accuracy",
+            _of_segment(segment, "accuracy"),
+        )
     for name, y, caption, zero in (
-            ("tokens_per_s", "tokens / s", "tokens a second, prompts included", True),
-            ("supervised_tokens_per_s", "supervised tokens / s", "supervised tokens a second", True),
-            ("mfu", "MFU", "model FLOPs a second as a share of the device's peak (ledger: peak_source)", True),
-            ("data_wait_s", "s an interval", "time that the device waited for data between two log lines", True),
-            ("fill", "fill", "share of the packs' room that holds tokens", False)):
+        ("tokens_per_s", "tokens / s", "tokens a second, prompts included", True),
+        ("supervised_tokens_per_s", "supervised tokens / s", "supervised tokens a second", True),
+        ("mfu", "MFU", "model FLOPs a second as a share of the device's peak (ledger: peak_source)", True),
+        ("data_wait_s", "s an interval", "time that the device waited for data between two log lines", True),
+        ("fill", "fill", "share of the packs' room that holds tokens", False),
+    ):
         yield _Panel(name, "Throughput", caption, y, _of_line(name), from_zero=zero)
     yield _Panel("memory_peak_mib", "Memory", "most memory of a rank so far", "memory (GiB)", _gib, from_zero=True)
-    yield _Panel("gradient_norm", "Optimiser", "norm of the gradient before clipping", "gradient norm",
-                 _of_line("gradient_norm"), log=True)
+    yield _Panel(
+        "gradient_norm",
+        "Optimiser",
+        "norm of the gradient before clipping",
+        "gradient norm",
+        _of_line("gradient_norm"),
+        log=True,
+    )
     yield _Panel("lr", "Optimiser", "learning rate", "learning rate", _of_line("lr"), from_zero=True)
 
 
@@ -101,8 +118,16 @@ def _draw(plt: Any, panel: _Panel, runs: Sequence[RunRecord]) -> Any:
         _line(axis, series, panel.over_tokens, colour, style, run.name)
         if panel.held_out is not None:
             held = run.held_out(panel.held_out)
-            axis.plot(held.tokens if panel.over_tokens else held.updates, held.values, "o", ms=6, mfc="white", mew=1.6,
-                      color=colour, zorder=4)
+            axis.plot(
+                held.tokens if panel.over_tokens else held.updates,
+                held.values,
+                "o",
+                ms=6,
+                mfc="white",
+                mew=1.6,
+                color=colour,
+                zorder=4,
+            )
     _stage_borders(axis, runs, panel.over_tokens)
     if panel.log and all(value > 0 for *_, series in found for value in series.values):
         axis.set_yscale("log")
@@ -130,8 +155,7 @@ def _line(axis: Any, series: Series, over_tokens: bool, colour: str, style: str,
 def smooth(values: Sequence[float]) -> list[float]:
     """The mean over a centred window of a thirtieth of the points; at the ends over what there is of it."""
     half = max(1, len(values) // 60)
-    return [sum(part) / len(part) for i in range(len(values))
-            if (part := values[max(0, i - half) : i + half + 1])]
+    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - half) : i + half + 1])]
 
 
 def _stage_borders(axis: Any, runs: Sequence[RunRecord], over_tokens: bool) -> None:
@@ -142,5 +166,12 @@ def _stage_borders(axis: Any, runs: Sequence[RunRecord], over_tokens: bool) -> N
         if len(places) == 1:
             x = places.pop()
             axis.axvline(x, color="#6b7480", lw=1, ls=":")
-            axis.annotate(f"{name} ends", (x, 1), xycoords=("data", "axes fraction"), xytext=(3, -9),
-                          textcoords="offset points", fontsize=8, color="#56606b")
+            axis.annotate(
+                f"{name} ends",
+                (x, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, -9),
+                textcoords="offset points",
+                fontsize=8,
+                color="#56606b",
+            )

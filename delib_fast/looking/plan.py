@@ -57,8 +57,9 @@ class StagePlan:
     """tokens of the longest pack that fits the card, by the estimate; None where not even a short one does"""
 
 
-def plan_stage(corpus: Corpus, config: Config, stage: StageConfig, *, ranks: int, precision: str,
-               card_gib: float = 80.0) -> StagePlan:
+def plan_stage(
+    corpus: Corpus, config: Config, stage: StageConfig, *, ranks: int, precision: str, card_gib: float = 80.0
+) -> StagePlan:
     """Read, encode and pack a stage's data. Raises what training would raise about it, and ConfigError where
     the ranks can't share out a step."""
     parallel = config.engine.sequence_parallel
@@ -68,29 +69,49 @@ def plan_stage(corpus: Corpus, config: Config, stage: StageConfig, *, ranks: int
     batches = corpus.batches(stage)
     encoded, shares = corpus.mixed(stage)
     q = corpus.shape.quadratic_cost
-    steps = range(batches.num_steps) if batches.num_steps <= _STEPS_WEIGHED else \
-        np.linspace(0, batches.num_steps - 1, _STEPS_WEIGHED).astype(int).tolist()
+    steps = (
+        range(batches.num_steps)
+        if batches.num_steps <= _STEPS_WEIGHED
+        else np.linspace(0, batches.num_steps - 1, _STEPS_WEIGHED).astype(int).tolist()
+    )
     costs = np.array([batches.cost_of_ranks(step, ranks // parallel, q) for step in steps])
     left_out, counts = corpus.left_out(stage), corpus.encoded(stage).counts
     cost = batches.cost_of_epoch(q)
     products = corpus.shape.layers * corpus.shape.attention_width / q
     return StagePlan(
-        stage=stage, rows=counts.rows + sum(n for why, n in left_out.items() if why != "over-long"),
-        left_out=left_out, shares=shares,
+        stage=stage,
+        rows=counts.rows + sum(n for why, n in left_out.items() if why != "over-long"),
+        left_out=left_out,
+        shares=shares,
         targets=dict(zip(counts.targets, encoded.target_counts.sum(0).tolist(), strict=True)),
-        lengths=encoded.lengths, packs=batches.packs_per_epoch, fill=batches.fill,
-        tokens_per_epoch=batches.tokens_per_epoch, steps_per_epoch=batches.steps_per_epoch, updates=batches.num_steps,
-        sharing=batches.prompt_sharing, not_shared=corpus.shape.no_shared_prompts, ranks=ranks,
-        sequence_parallel=parallel, packs_of_a_rank=packs_of_a_rank,
+        lengths=encoded.lengths,
+        packs=batches.packs_per_epoch,
+        fill=batches.fill,
+        tokens_per_epoch=batches.tokens_per_epoch,
+        steps_per_epoch=batches.steps_per_epoch,
+        updates=batches.num_steps,
+        sharing=batches.prompt_sharing,
+        not_shared=corpus.shape.no_shared_prompts,
+        ranks=ranks,
+        sequence_parallel=parallel,
+        packs_of_a_rank=packs_of_a_rank,
         balance=float(costs.max(1).sum() / costs.mean(1).sum()),
-        flops_per_epoch=6 * products * cost, attention_share=1 - batches.tokens_per_epoch / cost,
-        memory=memory_parts(decided(config, stage, corpus.shape, Room(ranks, precision, card_gib)), stage, corpus.shape,
-                            ranks, precision),
-        longest=longest_pack(config, stage, corpus.shape, ranks, precision, card_gib))
+        flops_per_epoch=6 * products * cost,
+        attention_share=1 - batches.tokens_per_epoch / cost,
+        memory=memory_parts(
+            decided(config, stage, corpus.shape, Room(ranks, precision, card_gib)),
+            stage,
+            corpus.shape,
+            ranks,
+            precision,
+        ),
+        longest=longest_pack(config, stage, corpus.shape, ranks, precision, card_gib),
+    )
 
 
-def longest_pack(config: Config, stage: StageConfig, shape: ModelShape, ranks: int, precision: str,
-                 card_gib: float) -> int | None:
+def longest_pack(
+    config: Config, stage: StageConfig, shape: ModelShape, ranks: int, precision: str, card_gib: float
+) -> int | None:
     """Tokens, in multiples of 1,024, of the longest pack whose estimated memory fits a card; None if none does."""
 
     room = Room(ranks, precision, card_gib)
@@ -115,9 +136,14 @@ def rendered(plan: StagePlan, card_gib: float, tflops: float | None = None) -> R
     """The plan in 80 columns; with `tflops` of a rank, also hours."""
     stage = plan.stage
     return Group(
-        Text(f"\n{stage.name} ({stage.kind})", "bold"), _facts(plan, tflops), *_mix(plan),
-        Text("lengths of the examples"), _histogram(plan),
-        Text(f"memory of a rank, estimated, of {card_gib:g} GiB"), _memory(plan, card_gib))
+        Text(f"\n{stage.name} ({stage.kind})", "bold"),
+        _facts(plan, tflops),
+        *_mix(plan),
+        Text("lengths of the examples"),
+        _histogram(plan),
+        Text(f"memory of a rank, estimated, of {card_gib:g} GiB"),
+        _memory(plan, card_gib),
+    )
 
 
 def _grid() -> Table:
@@ -132,27 +158,39 @@ def _facts(plan: StagePlan, tflops: float | None) -> Table:
     out = ", ".join(f"{n:,} {why}" for why, n in plan.left_out.items())
     share = sum(plan.left_out.values()) / plan.rows
     table.add_row("rows", f"{plan.rows:,}" + (f"; left out {out} ({share:.1%})" if out else "; none left out"))
-    table.add_row("tokens", f"{int(plan.lengths.sum()):,} an epoch, as targets: " + ", ".join(
-        f"{n:,} {name}" for name, n in plan.targets.items() if n))
+    table.add_row(
+        "tokens",
+        f"{int(plan.lengths.sum()):,} an epoch, as targets: "
+        + ", ".join(f"{n:,} {name}" for name, n in plan.targets.items() if n),
+    )
     table.add_row("packs", f"{plan.packs:,} of {stage.pack_capacity:,} tokens, filled to {plan.fill:.2%}")
     if plan.sharing is not None:
         saved = plan.sharing
-        table.add_row("prompts", f"{saved.prompts:,} computed once for {saved.examples:,} replies: {saved.tokens:,} "
-                      f"tokens fewer ({saved.share:.1%})")
+        table.add_row(
+            "prompts",
+            f"{saved.prompts:,} computed once for {saved.examples:,} replies: {saved.tokens:,} "
+            f"tokens fewer ({saved.share:.1%})",
+        )
     elif plan.not_shared is not None and stage.share_prompts == "auto":
         table.add_row("prompts", f"not shared between replies: {plan.not_shared}")
     epochs = f"{stage.epochs} epoch{'s' if stage.epochs > 1 else ''}"
-    table.add_row("updates", f"{plan.updates:,} in {epochs}, {plan.steps_per_epoch:,} each, of "
-                  f"{stage.tokens_per_step:,} tokens")
+    table.add_row(
+        "updates", f"{plan.updates:,} in {epochs}, {plan.steps_per_epoch:,} each, of {stage.tokens_per_step:,} tokens"
+    )
     each = ""
     if (parallel := plan.sequence_parallel) > 1:
-        each = f", {parallel} to a pack" if plan.ranks == parallel else \
-            f" in groups of {parallel} that share out a pack"
-    table.add_row("ranks", f"{plan.ranks}{each}; packs of each a step: {plan.packs_of_a_rank}; the slowest "
-                  f"costs {plan.balance:.3f} × the mean")
+        each = (
+            f", {parallel} to a pack" if plan.ranks == parallel else f" in groups of {parallel} that share out a pack"
+        )
+    table.add_row(
+        "ranks",
+        f"{plan.ranks}{each}; packs of each a step: {plan.packs_of_a_rank}; the slowest "
+        f"costs {plan.balance:.3f} × the mean",
+    )
     hours = "" if tflops is None else f"; at {tflops:g} TFLOP/s a rank {_hours(plan, tflops):,.1f} hours in all"
-    table.add_row("compute", f"{plan.flops_per_epoch:.2e} FLOPs an epoch, {plan.attention_share:.0%} of them in "
-                  f"attention{hours}")
+    table.add_row(
+        "compute", f"{plan.flops_per_epoch:.2e} FLOPs an epoch, {plan.attention_share:.0%} of them in attention{hours}"
+    )
     return table
 
 
@@ -169,8 +207,14 @@ def _mix(plan: StagePlan) -> list[RenderableType]:
     for name in ("source", "examples", "tokens", "shown", "share", "wanted"):
         table.add_column(name, justify="left" if name == "source" else "right", header_style="dim")
     for s in plan.shares:
-        table.add_row(s.name, f"{s.examples:,}", f"{s.tokens:,}", f"{s.times:.3f}×", f"{s.share:.2%}",
-                      "" if s.wanted is None else f"{s.wanted:.2%}")
+        table.add_row(
+            s.name,
+            f"{s.examples:,}",
+            f"{s.tokens:,}",
+            f"{s.times:.3f}×",
+            f"{s.share:.2%}",
+            "" if s.wanted is None else f"{s.wanted:.2%}",
+        )
     return [Text("an epoch's mix"), table]
 
 
@@ -199,8 +243,11 @@ def _memory(plan: StagePlan, card_gib: float) -> Table:
     for part in plan.memory:
         table.add_row(part.name, _gib(part.bytes), Text(part.why, "dim"))
     total = sum(part.bytes for part in plan.memory) / GIB
-    fits = f"{total / card_gib:.0%} of the card" if total <= card_gib else \
-        f"does NOT fit in {card_gib:g} GiB: training says which setting would"
+    fits = (
+        f"{total / card_gib:.0%} of the card"
+        if total <= card_gib
+        else f"does NOT fit in {card_gib:g} GiB: training says which setting would"
+    )
     table.add_row(Text("in all", "bold"), Text(_gib(total * GIB), "bold"), fits)
     if plan.longest is not None:
         table.add_row("longest pack", f"{plan.longest:,}", Text("tokens that would fit with these settings", "dim"))

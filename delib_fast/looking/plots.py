@@ -16,13 +16,24 @@ def pyplot(what: str, extra: str) -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise ConfigError(f"{what} with matplotlib, which is not installed: "
-                          f"pip install 'delib-fast[{extra}]'") from None
+        raise ConfigError(
+            f"{what} with matplotlib, which is not installed: pip install 'delib-fast[{extra}]'"
+        ) from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import matplotlib.ticker
 
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-                         "axes.edgecolor": "#8a95a1", "axes.grid": True, "grid.color": "#e6eaee",
-                         "axes.axisbelow": True, "figure.facecolor": "white", "font.family": "DejaVu Sans"})
+    plt.rcParams.update(
+        {
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.edgecolor": "#8a95a1",
+            "axes.grid": True,
+            "grid.color": "#e6eaee",
+            "axes.axisbelow": True,
+            "figure.facecolor": "white",
+            "font.family": "DejaVu Sans",
+        }
+    )
     return plt

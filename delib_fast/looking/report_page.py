@@ -33,8 +33,9 @@ summary { cursor: pointer } pre { overflow-x: auto; font-size: .8rem } td { whit
 
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN…]", help="run directories; several are overlaid")],
-    out: Annotated[Path | None, typer.Option("--out", metavar="FOLDER",
-                                             help="by default RUN/report, of several ./report")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="by default RUN/report, of several ./report")
+    ] = None,
 ) -> None:
     """Draw one or several runs: losses by segment, throughput, memory, the ledger, the chain of stages."""
     records = read_runs(runs)
@@ -51,13 +52,23 @@ def write_page(runs: Sequence[RunRecord], pictures: Sequence[Picture], out: Path
     """index.html in `out`: styles and pictures inside it, nothing loaded from anywhere."""
     title = f"Training: {', '.join(run.name for run in runs)}"
     sections = list(dict.fromkeys(picture.section for picture in pictures))
-    parts = [f"<h1>{_text(title)}</h1>", _stages_table(runs), _held_out_table(runs),
-             *(_pictures(name, [p for p in pictures if p.section == name]) for name in sections),
-             "<h2>Stages</h2><p>What each stage started from and what it handed on, by the hash of its weights.</p>",
-             *map(_chain, runs), *_differences(runs), *_left_out(runs), "<h2>Ledgers</h2>", *map(_ledger, runs)]
-    page = (f'<!doctype html>\n<html lang="en"><meta charset="utf-8">'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{_text(title)}</title><style>{PAGE_STYLE}{_MORE_STYLE}</style>\n{chr(10).join(parts)}\n</html>\n")
+    parts = [
+        f"<h1>{_text(title)}</h1>",
+        _stages_table(runs),
+        _held_out_table(runs),
+        *(_pictures(name, [p for p in pictures if p.section == name]) for name in sections),
+        "<h2>Stages</h2><p>What each stage started from and what it handed on, by the hash of its weights.</p>",
+        *map(_chain, runs),
+        *_differences(runs),
+        *_left_out(runs),
+        "<h2>Ledgers</h2>",
+        *map(_ledger, runs),
+    ]
+    page = (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(title)}</title><style>{PAGE_STYLE}{_MORE_STYLE}</style>\n{chr(10).join(parts)}\n</html>\n"
+    )
     path = out / "index.html"
     write_whole(path, page)
     return path
@@ -70,16 +81,39 @@ def _stages_table(runs: Sequence[RunRecord]) -> str:
             lines = [line for line in run.lines if line["stage"] == stage["name"]]
             last = lines[-1] if lines else None
             made = last["step"] if last else 0
-            rows.append([
-                _text(run.name), _text(stage["name"]), _text(stage["status"]), f"{made:,} of {stage['updates']:,}",
-                count_text(sum(line["tokens"] for line in lines)),
-                count_text(sum(line["supervised_tokens"] for line in lines)),
-                *(_mean_rate(lines, name) for name in ("tokens", "supervised_tokens")),
-                f"{stage['mfu']:.1%}" if "mfu" in stage else "–", f"{stage['fill']:.1%}",
-                f"{last['memory_peak_mib'] / 1024:.1f} GiB" if last and "memory_peak_mib" in last else "–",
-                duration_text(sum(line["seconds"] for line in lines)), f"{stage['ranks']}", _text(stage["precision"])])
-    heads = ["run", "stage", "status", "updates", "tokens", "supervised", "tokens/s", "supervised/s", "MFU", "fill",
-             "memory", "training", "ranks", "precision"]
+            rows.append(
+                [
+                    _text(run.name),
+                    _text(stage["name"]),
+                    _text(stage["status"]),
+                    f"{made:,} of {stage['updates']:,}",
+                    count_text(sum(line["tokens"] for line in lines)),
+                    count_text(sum(line["supervised_tokens"] for line in lines)),
+                    *(_mean_rate(lines, name) for name in ("tokens", "supervised_tokens")),
+                    f"{stage['mfu']:.1%}" if "mfu" in stage else "–",
+                    f"{stage['fill']:.1%}",
+                    f"{last['memory_peak_mib'] / 1024:.1f} GiB" if last and "memory_peak_mib" in last else "–",
+                    duration_text(sum(line["seconds"] for line in lines)),
+                    f"{stage['ranks']}",
+                    _text(stage["precision"]),
+                ]
+            )
+    heads = [
+        "run",
+        "stage",
+        "status",
+        "updates",
+        "tokens",
+        "supervised",
+        "tokens/s",
+        "supervised/s",
+        "MFU",
+        "fill",
+        "memory",
+        "training",
+        "ranks",
+        "precision",
+    ]
     return _table("Stages", heads, rows, numeric_from=3)
 
 
@@ -98,18 +132,27 @@ def _held_out_table(runs: Sequence[RunRecord]) -> str:
         for segment in dict.fromkeys(name for segments in by_moment.values() for name in segments):
             cells = [by_moment.get(moment, {}).get(segment) for moment in moments]
             tokens = next(cell["tokens"] for cell in cells if cell)
-            rows.append([_text(run.name), _text(segment), f"{tokens:,}",
-                         *("" if cell is None else f"{cell['nll']:.3f}" for cell in cells)])
-    return _table("Held-out nll (nats a token)", ["run", "segment", "tokens", *map(_text, moments)], rows,
-                  numeric_from=2)
+            rows.append(
+                [
+                    _text(run.name),
+                    _text(segment),
+                    f"{tokens:,}",
+                    *("" if cell is None else f"{cell['nll']:.3f}" for cell in cells),
+                ]
+            )
+    return _table(
+        "Held-out nll (nats a token)", ["run", "segment", "tokens", *map(_text, moments)], rows, numeric_from=2
+    )
 
 
 def _pictures(section: str, pictures: Sequence[Picture]) -> str:
     figures = []
     for picture in pictures:
         data = base64.b64encode(picture.path.read_bytes()).decode()
-        figures.append(f'<figure><img alt="{_text(picture.caption)}" src="data:image/png;base64,{data}">'
-                       f"<figcaption>{_text(picture.caption)}</figcaption></figure>")
+        figures.append(
+            f'<figure><img alt="{_text(picture.caption)}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{_text(picture.caption)}</figcaption></figure>"
+        )
     return f'<h2>{_text(section)}</h2><div class="pictures">{"".join(figures)}</div>'
 
 
@@ -134,15 +177,23 @@ def _differences(runs: Sequence[RunRecord]) -> list[str]:
     found = differences(runs) if len(runs) > 1 else []
     if not found:
         return []
-    rows = [[f"<code>{_text(key)}</code>", *(_text("" if value is None else value) for value in values)]
-            for key, values in found]
-    return ["<h2>Settings that differ</h2>",
-            _table("", ["setting", *(_text(run.name) for run in runs)], rows, numeric_from=len(runs) + 1)]
+    rows = [
+        [f"<code>{_text(key)}</code>", *(_text("" if value is None else value) for value in values)]
+        for key, values in found
+    ]
+    return [
+        "<h2>Settings that differ</h2>",
+        _table("", ["setting", *(_text(run.name) for run in runs)], rows, numeric_from=len(runs) + 1),
+    ]
 
 
 def _left_out(runs: Sequence[RunRecord]) -> list[str]:
-    rows = [[_text(run.name), _text(stage["name"]), f"{bad['step']:,}", _text(bad["why"])]
-            for run in runs for stage in run.stages for bad in stage.get("left_out_steps") or []]
+    rows = [
+        [_text(run.name), _text(stage["name"]), f"{bad['step']:,}", _text(bad["why"])]
+        for run in runs
+        for stage in run.stages
+        for bad in stage.get("left_out_steps") or []
+    ]
     if not rows:
         return []
     return ["<h2>Updates that were left out</h2>", _table("", ["run", "stage", "update", "why"], rows, numeric_from=4)]
@@ -157,11 +208,11 @@ def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, n
     """Heads and cells are HTML."""
     tag = [" class=n" if k >= numeric_from else "" for k in range(len(heads))]
     head = "".join(f"<th{t}>{name}</th>" for t, name in zip(tag, heads, strict=True))
-    body = "".join("<tr>" + "".join(f"<td{t}>{cell}</td>" for t, cell in zip(tag, row, strict=True)) + "</tr>"
-                   for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td{t}>{cell}</td>" for t, cell in zip(tag, row, strict=True)) + "</tr>" for row in rows
+    )
     caption = f"<caption>{_text(title)}</caption>" if title else ""
-    return (f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>")
+    return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _text(value: Any) -> str:

@@ -46,15 +46,19 @@ class RunRecord:
 
     def series(self, value: Callable[[Line], float | None]) -> Series:
         """A figure of each line that has it."""
-        points = [(line["update"], line["all_tokens"], found) for line in self.lines
-                  if (found := value(line)) is not None]
+        points = [
+            (line["update"], line["all_tokens"], found) for line in self.lines if (found := value(line)) is not None
+        ]
         return Series([p[0] for p in points], [p[1] for p in points], [float(p[2]) for p in points])
 
     def held_out(self, segment: str) -> Series:
         """Held-out nll of a segment at each moment that was evaluated."""
         at = {"start": (0, 0)} | {f"after {name}": end for name, end in self.ends.items()}
-        points = [(*at[e["moment"]], e["segments"][segment]["nll"]) for e in self.ledger["evaluations"]
-                  if e["moment"] in at and segment in e["segments"]]
+        points = [
+            (*at[e["moment"]], e["segments"][segment]["nll"])
+            for e in self.ledger["evaluations"]
+            if e["moment"] in at and segment in e["segments"]
+        ]
         return Series([p[0] for p in points], [p[1] for p in points], [p[2] for p in points])
 
     @property
@@ -82,17 +86,23 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
     """Several, with names that differ."""
     runs = [read_run(path) for path in paths]
     names = [run.name for run in runs]
-    return [run if names.count(run.name) == 1
-            else RunRecord(run.path, f"{run.path.resolve().parent.name}/{run.name}", run.ledger, run.lines, run.config)
-            for run in runs]
+    return [
+        run
+        if names.count(run.name) == 1
+        else RunRecord(run.path, f"{run.path.resolve().parent.name}/{run.name}", run.ledger, run.lines, run.config)
+        for run in runs
+    ]
 
 
 def differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[Any]]]:
     """The settings in which runs differ, each with its value in every run."""
     flat = [_flat(run.config) for run in runs]
     keys = list(dict.fromkeys(key for tree in flat for key in tree))
-    return [(key, [tree.get(key) for tree in flat]) for key in keys
-            if key != "run_dir" and any(tree.get(key) != flat[0].get(key) for tree in flat)]
+    return [
+        (key, [tree.get(key) for tree in flat])
+        for key in keys
+        if key != "run_dir" and any(tree.get(key) != flat[0].get(key) for tree in flat)
+    ]
 
 
 def _lines(texts: Sequence[str]) -> list[dict[str, Any]]:

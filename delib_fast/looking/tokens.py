@@ -16,8 +16,12 @@ from delib_fast.data import Example, Segment
 from delib_fast.data.shared_prompts import LEAST_SHARED_TOKENS
 from delib_fast.losses import segment_weights
 
-COLOURS = {Segment.PROMPT: "grey62", Segment.COT: "dark_orange3", Segment.RESPONSE: "green4",
-           Segment.DOCUMENT: "dodger_blue2"}
+COLOURS = {
+    Segment.PROMPT: "grey62",
+    Segment.COT: "dark_orange3",
+    Segment.RESPONSE: "green4",
+    Segment.DOCUMENT: "dodger_blue2",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +74,11 @@ def look_at(corpus: Corpus, stage: StageConfig, index: int) -> Seen:
     example = encoded[index]
     factor = float(batches.example_weights[index])
     runs = tuple(runs_of(example, corpus.tokenizer, [factor * w for w in segment_weights(stage)]))
-    replies = int((encoded.prompts == encoded.prompts[index]).all(1).sum()) \
-        if batches.shares_prompts and encoded.prompts[index, 0] >= LEAST_SHARED_TOKENS else 1
+    replies = (
+        int((encoded.prompts == encoded.prompts[index]).all(1).sum())
+        if batches.shares_prompts and encoded.prompts[index, 0] >= LEAST_SHARED_TOKENS
+        else 1
+    )
     return Seen(stage.name, index, len(encoded), example.place, runs, replies)
 
 
@@ -82,8 +89,9 @@ def runs_of(example: Example, tokenizer: Any, weight_of: Sequence[float]) -> Ite
     control = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special or "<" in token.content}
     for span in np.split(np.arange(len(example)), changes):
         ids = example.input_ids[span].tolist()
-        yield Run(Segment(int(example.segments[span[0]])), float(weights[span[0]]),
-                  tuple(_pieces(ids, tokenizer, control)))
+        yield Run(
+            Segment(int(example.segments[span[0]])), float(weights[span[0]]), tuple(_pieces(ids, tokenizer, control))
+        )
 
 
 def _pieces(ids: Sequence[int], tokenizer: Any, control: set[int]) -> Iterator[Piece]:

@@ -41,8 +41,9 @@ class UnsupportedModelError(ValueError):
     """The model does something that training on packed runs can't do exactly: says what, and what to do."""
 
 
-def packed_inputs(batch: PackedBatch, backend: str = "auto",
-                  sequence_group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+def packed_inputs(
+    batch: PackedBatch, backend: str = "auto", sequence_group: dist.ProcessGroup | None = None
+) -> dict[str, Any]:
     """The keyword arguments with which a transformers model runs a pack: the only place with transformers'
     names."""
     input_ids = batch.input_ids.unsqueeze(0)
@@ -69,13 +70,17 @@ def unsupported(model: PreTrainedModel) -> str | None:
     config = model.config.get_text_config()
     name = type(model).__name__
     if not model._can_set_attn_implementation():
-        return (f"{name} does not take its attention from transformers' AttentionInterface, so packed "
-                "documents can't be kept apart in it; use an architecture that does, such as qwen3 or llama")
+        return (
+            f"{name} does not take its attention from transformers' AttentionInterface, so packed "
+            "documents can't be kept apart in it; use an architecture that does, such as qwen3 or llama"
+        )
     if getattr(config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder; a causal language model is needed"
     if strange := sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS):
-        return (f"{name} has layers of type {', '.join(strange)}; only full_attention and sliding_attention "
-                "keep packed documents apart")
+        return (
+            f"{name} has layers of type {', '.join(strange)}; only full_attention and sliding_attention "
+            "keep packed documents apart"
+        )
     if getattr(config, "attention_chunk_size", None) is not None and not hasattr(config, "layer_types"):
         return f"{name} has chunked attention (attention_chunk_size), which is not supported"
     if getattr(config, "attn_logit_softcapping", None) is not None:
@@ -121,37 +126,58 @@ def _window(module: nn.Module, sliding_window: int | None) -> int | None:
         else:
             slides = getattr(config, "sliding_window", None) is not None
         if slides:
-            raise _refuse(module, "its config asks for a sliding window, which this architecture does not "
-                                  "hand to its attention function, so it would be ignored; turn the window "
-                                  "off (use_sliding_window: false, or sliding_window: null)")
+            raise _refuse(
+                module,
+                "its config asks for a sliding window, which this architecture does not "
+                "hand to its attention function, so it would be ignored; turn the window "
+                "off (use_sliding_window: false, or sliding_window: null)",
+            )
     return sliding_window
 
 
-def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-           scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-           is_causal: bool | None = None, cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None,
-           cu_seqlens_host: tuple[int, ...] | None = None, varlen_backend: str = "auto",
-           varlen_prefix: Sequence[int] | None = None, sequence_group: dist.ProcessGroup | None = None,
-           **others: Any) -> tuple[Tensor, None]:
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    cu_seqlens_host: tuple[int, ...] | None = None,
+    varlen_backend: str = "auto",
+    varlen_prefix: Sequence[int] | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
     """transformers' attention signature: (1, H, T, D) in, (1, T, H, D) out.
 
     sequence_group: ranks that share out the pack's tokens: then T are this rank's, and cu_seqlens the whole pack's.
     """
     if cu_seq_lens_q is None or max_length_q is None:
-        raise _refuse(module, "no cu_seqlens arrived at its attention function, so documents can't be kept "
-                              "apart. Call the model through delib_fast.models.TrainableLM, or set another "
-                              "attn_implementation for plain use (TrainableLM.unpatch does)")
+        raise _refuse(
+            module,
+            "no cu_seqlens arrived at its attention function, so documents can't be kept "
+            "apart. Call the model through delib_fast.models.TrainableLM, or set another "
+            "attn_implementation for plain use (TrainableLM.unpatch does)",
+        )
     if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
-        raise _refuse(module, f"a pack is one row whose keys are its queries' tokens; this is a batch of "
-                              f"{query.shape[0]} with {query.shape[2]} queries and {key.shape[2]} keys (a KV "
-                              "cache?)")
+        raise _refuse(
+            module,
+            f"a pack is one row whose keys are its queries' tokens; this is a batch of "
+            f"{query.shape[0]} with {query.shape[2]} queries and {key.shape[2]} keys (a KV "
+            "cache?)",
+        )
     if attention_mask is not None:
         raise _refuse(module, "it brings an attention mask of its own, which packed attention has no use for")
     if is_causal is False or not getattr(module, "is_causal", True):
         raise _refuse(module, "it is not causal; only causal runs are supported")
     if dropout:
-        raise _refuse(module, f"it has attention dropout {dropout}, and packed attention has none; set it to "
-                              "0")
+        raise _refuse(module, f"it has attention dropout {dropout}, and packed attention has none; set it to 0")
     for kwarg, what in _CHANGES_THE_MATHS.items():
         if others.get(kwarg) is not None:
             raise _refuse(module, f"it has {what}, which is not supported")
@@ -159,21 +185,32 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     if sequence_group is not None:
         q, k, v = ulysses.to_heads(q, k, v, sequence_group)
     out = varlen_attention(
-        q, k, v, cu_seq_lens_q, max_length_q, scale=scaling, window=_window(module, sliding_window),
-        cu_seqlens_host=cu_seqlens_host, prefix=varlen_prefix, backend=varlen_backend)
+        q,
+        k,
+        v,
+        cu_seq_lens_q,
+        max_length_q,
+        scale=scaling,
+        window=_window(module, sliding_window),
+        cu_seqlens_host=cu_seqlens_host,
+        prefix=varlen_prefix,
+        backend=varlen_backend,
+    )
     if sequence_group is not None:
         out = ulysses.to_tokens(out, sequence_group)
     return out.unsqueeze(0), None
 
 
-def no_mask(*_: Any, mask_function: Any = None, use_vmap: bool = False,
-             config: PreTrainedConfig | None = None, **__: Any) -> None:
+def no_mask(
+    *_: Any, mask_function: Any = None, use_vmap: bool = False, config: PreTrainedConfig | None = None, **__: Any
+) -> None:
     """transformers' mask signature. `use_vmap` says that the model lays a mask of its own over the causal
     one."""
     if use_vmap or getattr(mask_function, "__name__", "").startswith("bidirectional"):
         raise UnsupportedModelError(
             f"{getattr(config, 'model_type', 'this model')} lays a mask of its own over the causal one (for "
-            "images, or attention in both directions), which packed attention does not do")
+            "images, or attention in both directions), which packed attention does not do"
+        )
 
 
 # Idempotent, and the only thing that importing this module does to transformers: two names that it does not

@@ -37,8 +37,14 @@ _OLDER_KEYS = {"model_type", "rope_theta", "rope_scaling", "torch_dtype", "tie_w
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *,
-                dtype: torch.dtype | str = torch.float32, seed: int = 0, quantize: str = "none") -> PreTrainedModel:
+def build_model(
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    seed: int = 0,
+    quantize: str = "none",
+) -> PreTrainedModel:
     """The model that the configuration asks for, on the CPU, ready to be wrapped by `TrainableLM`.
 
     Args:
@@ -78,8 +84,12 @@ def _load(config: ModelConfig, dtype: torch.dtype, quantize: str) -> PreTrainedM
     try:
         with without_progress_bar():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(config.path), dtype=dtype, trust_remote_code=config.trust_remote_code,
-                output_loading_info=True, **more)
+                str(config.path),
+                dtype=dtype,
+                trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
+                **more,
+            )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         why = why_not_loaded(str(config.path), error)
         raise ConfigError(f"model.path: {config.path!r} can't be loaded: {why}") from error
@@ -90,22 +100,32 @@ def _load(config: ModelConfig, dtype: torch.dtype, quantize: str) -> PreTrainedM
         module.support_avx512bf16_for_cpu = False
     # transformers draws these at random and only warns.
     if lacking := sorted(map(str, [*info["missing_keys"], *(info.get("mismatched_keys") or ())])):
-        raise ConfigError(f"model.path: {config.path!r} lacks {len(lacking)} weights of "
-                          f"{type(model).__name__}, or has them in another shape, e.g. {lacking[0]}; give a "
-                          "whole checkpoint of a causal LM")
+        raise ConfigError(
+            f"model.path: {config.path!r} lacks {len(lacking)} weights of "
+            f"{type(model).__name__}, or has them in another shape, e.g. {lacking[0]}; give a "
+            "whole checkpoint of a causal LM"
+        )
     return model
 
 
 def _four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError("model.lora.quantize: nf4 needs bitsandbytes, which is not installed; pip install "
-                          "'delib-fast[qlora]', or set it to none")
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype)
+        raise ConfigError(
+            "model.lora.quantize: nf4 needs bitsandbytes, which is not installed; pip install "
+            "'delib-fast[qlora]', or set it to none"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )
 
 
-def new_model(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype,
-              seed: int) -> PreTrainedModel:
+def new_model(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, seed: int
+) -> PreTrainedModel:
     """A new model of the configuration's architecture, drawn by the seed alone."""
     assert config.architecture is not None
     hf_config = _architecture(dict(config.architecture), tokenizer)
@@ -137,14 +157,14 @@ def _architecture(keys: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> P
     known_keys = _known_keys(config_class)
     for key in keys:
         if key not in known_keys:
-            raise ConfigError(f"model.architecture.{key}: unknown key of {config_class.__name__}"
-                              f"{_nearest(key, known_keys)}")
+            raise ConfigError(
+                f"model.architecture.{key}: unknown key of {config_class.__name__}{_nearest(key, known_keys)}"
+            )
     if keys.get("vocab_size") is None:
         keys["vocab_size"] = -(-_vocabulary(tokenizer) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     # The end of text is a target like any other. A padding id would be nn.Embedding's padding_idx, whose row
     # learns nothing, and here padding and end of text are one token; a pack needs no padding id.
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-           "pad_token_id": None}
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
     try:
         return config_class(**{**ids, **keys})
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
@@ -184,4 +204,5 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
         raise ConfigError(
             f"{key}: the model has embeddings for {rows} tokens, but the tokenizer gives ids up to "
             f"{needed - 1} ({token!r}); use the tokenizer that belongs to the model, or set vocab_size to "
-            f"{needed} or more")
+            f"{needed} or more"
+        )

@@ -57,8 +57,11 @@ class StepCost:
                 continue
             share = 1 if batch.part is None else batch.part.size
             pairs = sum(_pairs(batch, window) for window in self.windows)
-            total += (self.per_token * batch.num_tokens + self.per_supervised_token * batch.num_supervised
-                      + self.per_pair * pairs / share)
+            total += (
+                self.per_token * batch.num_tokens
+                + self.per_supervised_token * batch.num_supervised
+                + self.per_pair * pairs / share
+            )
         return total
 
 

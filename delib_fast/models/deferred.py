@@ -37,8 +37,9 @@ _VALUE = 0.01
 _FAULTS = (NotImplementedError, OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
-def build_deferred(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, dtype: torch.dtype | str, seed: int,
-                   first: bool) -> tuple[PreTrainedModel, str | None]:
+def build_deferred(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, dtype: torch.dtype | str, seed: int, first: bool
+) -> tuple[PreTrainedModel, str | None]:
     """`build_model`'s model for `engine.place` at ZeRO 3, and what there is to say.
 
     A stand-in has an attribute `deferred`: on the first rank a function that reads the weight, elsewhere None. Where
@@ -65,8 +66,9 @@ def build_deferred(config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, d
         except _FAULTS as error:
             sources = str(error)
         if isinstance(sources, str):
-            return build_model(config, tokenizer, dtype=dtype, seed=seed), \
-                f"the first rank loads the whole model into the host's memory: {sources}"
+            return build_model(
+                config, tokenizer, dtype=dtype, seed=seed
+            ), f"the first rank loads the whole model into the host's memory: {sources}"
         for name, parameter in model.named_parameters():
             parameter.deferred = sources[name]  # type: ignore[attr-defined]
     return checked(model, tokenizer, config), None
@@ -106,8 +108,12 @@ def stand_in(model: nn.Module) -> None:
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
-                made.setdefault(id(parameter), nn.Parameter(
-                    torch.full((), _VALUE, dtype=parameter.dtype).expand(parameter.shape), parameter.requires_grad))
+                made.setdefault(
+                    id(parameter),
+                    nn.Parameter(
+                        torch.full((), _VALUE, dtype=parameter.dtype).expand(parameter.shape), parameter.requires_grad
+                    ),
+                )
                 module._parameters[name] = made[id(parameter)]
 
 

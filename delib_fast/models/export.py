@@ -18,8 +18,13 @@ from delib_fast.models.lm import TrainableLM
 from delib_fast.models.progress_bar import without_progress_bar
 
 
-def export_model(model: TrainableLM | PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
-                 folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> Path:
+def export_model(
+    model: TrainableLM | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: str | Path,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write the model so that `AutoModelForCausalLM.from_pretrained(folder)` gives the same logits.
 
     Args:
@@ -66,24 +71,33 @@ def _weights(model: PreTrainedModel, given: Mapping[str, Tensor]) -> dict[str, T
     inner = {name.removeprefix("model.") if name.startswith("model.") else "" for name in given}
     if inner <= names:
         given = {name.removeprefix("model."): weight for name, weight in given.items()}
-    tied = {target: source for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items()
-            if target in names and source in names}
+    tied = {
+        target: source
+        for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items()
+        if target in names and source in names
+    }
     weights = {tied.get(name, name): weight for name, weight in given.items()}
     expected = {name for name in names if name not in tied}
     if wrong := sorted(set(weights) ^ expected):
         lacks = wrong[0] in expected
-        raise ValueError(f"the weights are not those of {type(model).__name__}: "
-                         f"{wrong[0]} is {'missing' if lacks else 'not one of its names'} ({len(wrong)} "
-                         "differ); gather the whole state_dict before exporting")
+        raise ValueError(
+            f"the weights are not those of {type(model).__name__}: "
+            f"{wrong[0]} is {'missing' if lacks else 'not one of its names'} ({len(wrong)} "
+            "differ); gather the whole state_dict before exporting"
+        )
     reference = model.state_dict(keep_vars=True)
     for name, weight in weights.items():
         whole = _whole_shape(reference[name])
         if weight.shape != whole:
-            raise ValueError(f"{name} has shape {tuple(weight.shape)}, not {tuple(whole)}; gather the whole state_dict "
-                             "before exporting (ZeRO-3 holds its parameters in parts) and pass state_dict=")
+            raise ValueError(
+                f"{name} has shape {tuple(weight.shape)}, not {tuple(whole)}; gather the whole state_dict "
+                "before exporting (ZeRO-3 holds its parameters in parts) and pass state_dict="
+            )
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return {name: weight.detach().to("cpu", dtype if weight.is_floating_point() else weight.dtype)
-            for name, weight in weights.items()}
+    return {
+        name: weight.detach().to("cpu", dtype if weight.is_floating_point() else weight.dtype)
+        for name, weight in weights.items()
+    }
 
 
 def _whole_shape(parameter: Tensor) -> torch.Size:
@@ -91,8 +105,9 @@ def _whole_shape(parameter: Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, weights: dict[str, Tensor],
-           folder: Path) -> None:
+def _write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, weights: dict[str, Tensor], folder: Path
+) -> None:
     use_cache, model.config.use_cache = model.config.use_cache, True  # off is for training only
     try:
         with without_progress_bar():
@@ -103,8 +118,7 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, weights: 
     written = sum(_numbers(file) for file in folder.glob("*.safetensors"))
     expected = sum(weight.numel() for weight in weights.values())
     if written != expected:
-        raise ValueError(f"{folder}: {written} numbers were written, the model has {expected}; please report "
-                         "this")
+        raise ValueError(f"{folder}: {written} numbers were written, the model has {expected}; please report this")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert "delib_fast" not in json.dumps(config), "the training attention must not reach the exported config"
 

@@ -28,8 +28,14 @@ class Sampling:
     batch_size: int = 16
 
 
-def generate_ids(model: TrainableLM | PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling, *,
-                 end_ids: Sequence[int], pad_id: int) -> list[list[int]]:
+def generate_ids(
+    model: TrainableLM | PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    end_ids: Sequence[int],
+    pad_id: int,
+) -> list[list[int]]:
     """Continue each prompt until an end token.
 
     Args:
@@ -107,14 +113,23 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _generation_config(sampling: Sampling, end_ids: Sequence[int], pad_id: int) -> GenerationConfig:
-    chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} \
-        if sampling.temperature > 0 else {"do_sample": False}
-    return GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=list(end_ids), pad_token_id=pad_id,
-                            use_cache=True, **chosen)
+    chosen = (
+        {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        if sampling.temperature > 0
+        else {"do_sample": False}
+    )
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=list(end_ids),
+        pad_token_id=pad_id,
+        use_cache=True,
+        **chosen,
+    )
 
 
-def _batch(model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig,
-           pad_id: int) -> list[list[int]]:
+def _batch(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig, pad_id: int
+) -> list[list[int]]:
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad_id] * (longest - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
@@ -131,5 +146,7 @@ def _until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
 def _check_room(model: PreTrainedModel, longest: int, sampling: Sampling) -> None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest + sampling.max_new_tokens > limit:
-        raise ValueError(f"a prompt of {longest} tokens and max_new_tokens {sampling.max_new_tokens} make more than "
-                         f"the model's max_position_embeddings ({limit}); lower max_new_tokens or shorten the prompts")
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens {sampling.max_new_tokens} make more than "
+            f"the model's max_position_embeddings ({limit}); lower max_new_tokens or shorten the prompts"
+        )

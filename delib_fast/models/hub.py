@@ -18,5 +18,7 @@ def why_not_loaded(path: str, error: BaseException) -> str:
     except HFValidationError:
         return "there is no such folder, and it is no hub name (owner/name)"
     offline = "HF_HUB_OFFLINE is set, so" if is_offline_mode() else "without a network"
-    return (f"{first}. There is no such folder; of a hub name check the spelling and your access to it; {offline} it "
-            f"must be in the cache, which `hf download {path}` fills")
+    return (
+        f"{first}. There is no such folder; of a hub name check the spelling and your access to it; {offline} it "
+        f"must be in the cache, which `hf download {path}` fills"
+    )

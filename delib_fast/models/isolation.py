@@ -62,8 +62,9 @@ def check_isolation(
     run = _Probe(trainable, device, group)
     packed = run(tokens, _LENGTHS)
     if not torch.isfinite(packed).all():
-        raise LeakError("the isolation check can't see: the model's nll is not finite on a probe of 18 "
-                        "tokens; look at its weights")
+        raise LeakError(
+            "the isolation check can't see: the model's nll is not finite on a probe of 18 tokens; look at its weights"
+        )
     borders = list(pairwise(accumulate(_LENGTHS, initial=0)))
     for index, (start, end) in enumerate(borders):
         changed = tokens.clone()
@@ -84,7 +85,8 @@ def _compare_alone(run: _Probe, tokens: Tensor, borders: Sequence[tuple[int, int
             raise LeakError(
                 f"run {index + 1} of a pack has another loss than alone (relative difference {off:.1e}), "
                 "though no other run reaches it: the model does not heed the batch's position_ids. Use an "
-                "architecture that does, or train without packing (one example a pack)")
+                "architecture that does, or train without packing (one example a pack)"
+            )
 
 
 def _compare_shared(run: _Probe, tokens: Tensor, borders: Sequence[tuple[int, int]], tolerance: float) -> None:
@@ -92,25 +94,31 @@ def _compare_shared(run: _Probe, tokens: Tensor, borders: Sequence[tuple[int, in
     prompt, *replies = borders
     shared = run(tokens, _LENGTHS, prefix=(-1, 0, 0))
     for start, end in replies:
-        alone = run(torch.cat([tokens[slice(*prompt)], tokens[start:end]]), (prompt[1] + end - start,))[prompt[1]:]
+        alone = run(torch.cat([tokens[slice(*prompt)], tokens[start:end]]), (prompt[1] + end - start,))[prompt[1] :]
         off = ((alone - shared[start:end]).abs().max() / shared.abs().max().clamp_min(1e-6)).item()
         if off > tolerance:
-            raise LeakError(f"replies that share a prompt have another loss than with a prompt of their own (relative "
-                            f"difference {off:.1e}); set share_prompts: never in every stage")
+            raise LeakError(
+                f"replies that share a prompt have another loss than with a prompt of their own (relative "
+                f"difference {off:.1e}); set share_prompts: never in every stage"
+            )
 
 
 def _judge(index: int, place: int, border: tuple[int, int], moved: Tensor, packed: Tensor) -> None:
     start, end = border
     # The nll at place - 1 is that of predicting the changed token, the nll at place is that of the token itself
     # even where nothing mixes tokens: both move, and say nothing.
-    proper = moved[place + 1:end].max().item()
+    proper = moved[place + 1 : end].max().item()
     if proper <= 1e-6 * packed.abs().max().item():
         raise LeakError(
             f"the isolation check can't see: changing token {place - start + 1} of run {index + 1} changes "
             "no loss behind it, so a leak would not show either. The model does not use its context (a layer "
-            "initialised to zero?); give it weights that do")
-    for name, part in (("the runs before it", moved[:start]), ("the runs behind it", moved[end:]),
-                       ("the tokens before it in its own run", moved[start:place - 1])):
+            "initialised to zero?); give it weights that do"
+        )
+    for name, part in (
+        ("the runs before it", moved[:start]),
+        ("the runs behind it", moved[end:]),
+        ("the tokens before it in its own run", moved[start : place - 1]),
+    ):
         leak = part.max().item() if part.numel() else 0.0
         if leak > _LEAST_LEAK * proper:
             raise LeakError(
@@ -118,14 +126,16 @@ def _judge(index: int, place: int, border: tuple[int, int], moved: Tensor, packe
                 f"loss of {name} by {leak:.1e} (of its own run's later tokens by {proper:.1e}). The model's "
                 "attention or another layer that mixes tokens ignores cu_seqlens. Train with "
                 "model.attention: auto on an architecture whose every layer takes its attention from "
-                "transformers' AttentionInterface")
+                "transformers' AttentionInterface"
+            )
 
 
 class _Probe:
     """Runs token ids through the model as packs and gives the nll of every token but the last of each run."""
 
-    def __init__(self, trainable: nn.Module, device: torch.device, group: dist.ProcessGroup | None, *,
-                 eval_mode: bool = False) -> None:
+    def __init__(
+        self, trainable: nn.Module, device: torch.device, group: dist.ProcessGroup | None, *, eval_mode: bool = False
+    ) -> None:
         self._trainable, self._device, self._group, self._eval_mode = trainable, device, group, eval_mode
 
     def in_eval_mode(self) -> _Probe:
@@ -145,7 +155,6 @@ class _Probe:
             for module, training in modes.items():
                 module.training = training
 
-
     def _nll(self, pack: PackedBatch) -> Tensor:
         if self._group is None:
             return self._trainable(pack.to(self._device)).nll
@@ -160,18 +169,23 @@ def _pack(tokens: Tensor, lengths: Sequence[int], prefix: tuple[int, ...] | None
     targets[[end - 1 for end in borders[1:]]] = -100
     supervised = targets >= 0
     return PackedBatch(
-        input_ids=tokens, targets=targets, loss_weights=supervised.float(),
+        input_ids=tokens,
+        targets=targets,
+        loss_weights=supervised.float(),
         segment_ids=torch.full_like(tokens, 3, dtype=torch.int8),
         position_ids=torch.cat([torch.arange(at, at + length) for at, length in zip(first, lengths, strict=True)]),
-        cu_seqlens=torch.tensor(borders, dtype=torch.int32), max_seqlen=max(lengths),
-        loss_positions=supervised.nonzero().squeeze(-1), cu_seqlens_host=borders,
-        example_ids=tuple(range(len(lengths))), prefix=prefix)
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+        max_seqlen=max(lengths),
+        loss_positions=supervised.nonzero().squeeze(-1),
+        cu_seqlens_host=borders,
+        example_ids=tuple(range(len(lengths))),
+        prefix=prefix,
+    )
 
 
 def _facts(trainable: nn.Module) -> tuple[int, torch.dtype, dist.ProcessGroup | None]:
     """The vocabulary, compute dtype and sequence group of the TrainableLM inside."""
     inner = next((module for module in trainable.modules() if isinstance(module, TrainableLM)), None)
     if inner is None:
-        raise TypeError("check_isolation takes a TrainableLM or a module around one, not "
-                        f"{type(trainable).__name__}")
+        raise TypeError(f"check_isolation takes a TrainableLM or a module around one, not {type(trainable).__name__}")
     return inner.vocab_size, next(inner.parameters()).dtype, inner.sequence_group

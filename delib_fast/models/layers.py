@@ -67,8 +67,10 @@ def plug_layers(model: PreTrainedModel, choice: str = "auto") -> Callable[[], No
         return plug_liger(model)
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
-        raise UnsupportedModelError(f"{type(model).__name__} has no blocks that transformers names as layers, so there "
-                                    f"is nothing to {choice}; set layers to eager")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no blocks that transformers names as layers, so there "
+            f"is nothing to {choice}; set layers to eager"
+        )
     forwards = [_CompiledForward(block) for block in blocks]
 
     def unplug() -> None:
@@ -85,8 +87,10 @@ class _CompiledForward:
         self.block = block
         self.previous: Callable[..., Any] | None = block.__dict__.get("forward")
         if self.previous is not None:
-            raise UnsupportedModelError(f"the forward of {type(block).__name__} has been replaced already, so it can't "
-                                        "be compiled; set layers to eager")
+            raise UnsupportedModelError(
+                f"the forward of {type(block).__name__} has been replaced already, so it can't "
+                "be compiled; set layers to eager"
+            )
         self.active, self.asked, self.ran = True, False, False
         vars(block)["forward"] = self
 
@@ -110,11 +114,15 @@ class _CompiledForward:
         if not (self.active and self.asked and torch.is_grad_enabled()):
             return False
         if any(hasattr(parameter, "ds_id") for parameter in self.block.parameters()):
-            raise UnsupportedModelError(f"{type(self.block).__name__} is compiled, and ZeRO-3 gathers its weights by "
-                                        "hooks inside it; set layers to eager, or use ZeRO stage 2")
+            raise UnsupportedModelError(
+                f"{type(self.block).__name__} is compiled, and ZeRO-3 gathers its weights by "
+                "hooks inside it; set layers to eager, or use ZeRO stage 2"
+            )
         if self.block.gradient_checkpointing and not _CHECKPOINTS_INSIDE:
-            raise UnsupportedModelError("blocks that are compiled and checkpointed need transformers 5.23 or newer; "
-                                        "set layers to eager, or turn activation checkpointing off")
+            raise UnsupportedModelError(
+                "blocks that are compiled and checkpointed need transformers 5.23 or newer; "
+                "set layers to eager, or turn activation checkpointing off"
+            )
         # No pack: masks, perhaps a cache. A shared prefix is host ints of the op. Parts of a pack are exchanged.
         apart = kwargs.get("varlen_prefix") is None and kwargs.get("sequence_group") is None
         return apart and "varlen_backend" in kwargs
@@ -129,8 +137,10 @@ class _CompiledForward:
         if self.block.__dict__.get("forward") is self:
             del vars(self.block)["forward"]
         else:
-            _log.warning("the forward of %s has been wrapped since its layers were compiled; the wrapper is left there",
-                         type(self.block).__name__)
+            _log.warning(
+                "the forward of %s has been wrapped since its layers were compiled; the wrapper is left there",
+                type(self.block).__name__,
+            )
 
 
 @cache

@@ -48,8 +48,9 @@ def plug_liger(model: PreTrainedModel) -> Callable[[], None]:
             vars(module)["forward"] = forward
             changed.append(module)
     if not changed:
-        raise UnsupportedModelError(f"{type(model).__name__} has no RMSNorm and no SwiGLU that Liger computes; set "
-                                    "layers to eager or compile")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no RMSNorm and no SwiGLU that Liger computes; set layers to eager or compile"
+        )
 
     def unplug() -> None:
         for module in changed:
@@ -67,8 +68,14 @@ def _epsilon(module: nn.Module) -> float | None:
 def _norm_offset(module: nn.Module) -> float | None:
     """0 for llama's formula, 1 for gemma's, None for what is neither."""
     weight, eps = getattr(module, "weight", None), _epsilon(module)
-    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or eps is None or weight.numel() == 0 \
-            or weight.is_meta or list(module.children()):
+    if (
+        not isinstance(weight, nn.Parameter)
+        or weight.dim() != 1
+        or eps is None
+        or weight.numel() == 0
+        or weight.is_meta
+        or list(module.children())
+    ):
         return None
     wide = weight.detach().float()
     x = torch.randn(3, len(wide), generator=torch.Generator().manual_seed(0)).to(wide.device)
@@ -96,8 +103,11 @@ def _norm(module: nn.Module, offset: float, kernel: Callable[..., Tensor]) -> Ca
 def _is_swiglu(module: nn.Module) -> bool:
     act: Any = getattr(module, "act_fn", None)
     names = {name for name, _ in module.named_children()}
-    if not {"gate_proj", "up_proj", "down_proj"} <= names or not callable(act) or names - {
-            "gate_proj", "up_proj", "down_proj", "act_fn"}:
+    if (
+        not {"gate_proj", "up_proj", "down_proj"} <= names
+        or not callable(act)
+        or names - {"gate_proj", "up_proj", "down_proj", "act_fn"}
+    ):
         return False
     x = torch.linspace(-4, 4, 9)
     return bool(torch.allclose(act(x), nn.functional.silu(x)))

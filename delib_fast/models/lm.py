@@ -55,9 +55,15 @@ class TrainableLM(nn.Module):
             and no cap; an attention that can't keep documents apart.
     """
 
-    def __init__(self, model: PreTrainedModel, *, attention_backend: str = "auto",
-                 loss_backend: str = "auto", layers: str = "eager",
-                 sequence_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        attention_backend: str = "auto",
+        loss_backend: str = "auto",
+        layers: str = "eager",
+        sequence_group: dist.ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
         if reason := unsupported(model) or unsupported_head(model) or unsupported_group(model, sequence_group):
             raise UnsupportedModelError(reason)
@@ -66,8 +72,11 @@ class TrainableLM(nn.Module):
         self.attention_backend = attention_backend
         self.sequence_group = sequence_group
         self._head_name = next(name for name, module in model.named_modules() if module is head)
-        self._stock: tuple[nn.Module, str, bool | None] | None = \
-            (head, model.config._attn_implementation, getattr(model.config, "use_cache", None))
+        self._stock: tuple[nn.Module, str, bool | None] | None = (
+            head,
+            model.config._attn_implementation,
+            getattr(model.config, "use_cache", None),
+        )
         check_logits(model, self._head_name)
         self._unplug_layers = plug_layers(model, layers)
         model.set_attn_implementation(NAME)
@@ -81,9 +90,11 @@ class TrainableLM(nn.Module):
         """
         size = 1 if self.sequence_group is None else dist.get_world_size(self.sequence_group)
         if size != (1 if batch.part is None else batch.part.size):
-            raise ValueError(f"{size} ranks share out a pack, but this is " + (
-                "a whole one" if batch.part is None else f"one of {batch.part.size} parts") +
-                "; give PackedBatches sequence_parallel, or TrainableLM sequence_group")
+            raise ValueError(
+                f"{size} ranks share out a pack, but this is "
+                + ("a whole one" if batch.part is None else f"one of {batch.part.size} parts")
+                + "; give PackedBatches sequence_parallel, or TrainableLM sequence_group"
+            )
         inputs = packed_inputs(batch, self.attention_backend, self.sequence_group)
         hidden = self.model.base_model(**inputs).last_hidden_state
         return self.head(hidden.squeeze(0), batch.targets, batch.loss_weights, batch.loss_positions)
@@ -150,8 +161,10 @@ def unsupported_head(model: PreTrainedModel) -> str | None:
     if head is None or model.base_model is model:
         return f"{name} has no output embeddings over a base model; a causal language model is needed"
     if hasattr(head, "base_layer"):
-        return (f"the output head of {name} is wrapped by an adapter ({type(head).__name__}); leave lm_head "
-                "out of the adapter's target modules, or merge it first")
+        return (
+            f"the output head of {name} is wrapped by an adapter ({type(head).__name__}); leave lm_head "
+            "out of the adapter's target modules, or merge it first"
+        )
     if type(head) is not nn.Linear:
         kind = f"{type(head).__module__}.{type(head).__name__}"
         return f"the output head of {name} is a {kind}; only nn.Linear is known"
@@ -208,7 +221,8 @@ def check_logits(model: PreTrainedModel, head_name: str) -> None:
     if logits.shape != hidden.shape or not _is_shaped(hidden, logits, **logit_options(model)):
         raise UnsupportedModelError(
             f"the logits of {type(model).__name__} are not its head applied to its hidden states: it changes "
-            f"them before or behind the head by more than what its config says ({logit_options(model)})")
+            f"them before or behind the head by more than what its config says ({logit_options(model)})"
+        )
 
 
 def _is_shaped(hidden: Tensor, logits: Tensor, logit_scale: float, softcap: float | None) -> bool:
@@ -217,5 +231,4 @@ def _is_shaped(hidden: Tensor, logits: Tensor, logit_scale: float, softcap: floa
     if softcap is not None:
         expected = softcap * torch.tanh(expected / softcap)
     few_roundings = 0 if (logit_scale, softcap) == (1, None) else 8 * torch.finfo(logits.dtype).eps
-    return torch.allclose(logits.float(), expected.to(logits.dtype).float(), rtol=few_roundings, atol=0,
-                          equal_nan=True)
+    return torch.allclose(logits.float(), expected.to(logits.dtype).float(), rtol=few_roundings, atol=0, equal_nan=True)

@@ -38,8 +38,15 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, *, base: str | None,
     Raises ConfigError: a target that the model does not have, or that is its output head or an embedding.
     """
     settings = peft.LoraConfig(
-        r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, use_rslora=config.rslora, bias="none",  # type: ignore[arg-type]
-        target_modules=targets(model, config), base_model_name_or_path=base, task_type="CAUSAL_LM")
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        use_rslora=config.rslora,
+        bias="none",  # type: ignore[arg-type]
+        target_modules=targets(model, config),
+        base_model_name_or_path=base,
+        task_type="CAUSAL_LM",
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(settings, model, _ADAPTER)
@@ -65,21 +72,29 @@ def targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     for target in config.targets:
         found = [m for name, m in model.named_modules() if name == target or name.endswith("." + target)]
         if any(m is head or m is embedding for m in found):
-            raise ConfigError(f"model.lora.targets: {target!r} is the output head or the embedding of "
-                              f"{type(model).__name__}; the fused loss needs them as they are. Leave it out")
+            raise ConfigError(
+                f"model.lora.targets: {target!r} is the output head or the embedding of "
+                f"{type(model).__name__}; the fused loss needs them as they are. Leave it out"
+            )
         if not found or not all(isinstance(m, nn.Linear) for m in found):
-            raise ConfigError(f"model.lora.targets: {target!r} is no nn.Linear of {type(model).__name__}"
-                              f"{nearest(target, linear)}")
+            raise ConfigError(
+                f"model.lora.targets: {target!r} is no nn.Linear of {type(model).__name__}{nearest(target, linear)}"
+            )
     return sorted(set(config.targets))
 
 
 def adapter_size(model: PreTrainedModel, config: LoraConfig) -> tuple[int, int]:
     """(numbers in an adapter of the model, numbers in the matrices that it lies beside)"""
     names, head = set(targets(model, config)), model.get_output_embeddings()
-    layers = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head
-              and any(name == n or name.endswith("." + n) for n in names)]
-    return (sum(config.r * (m.in_features + m.out_features) for m in layers),
-            sum(m.in_features * m.out_features for m in layers))
+    layers = [
+        m
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and m is not head and any(name == n or name.endswith("." + n) for n in names)
+    ]
+    return (
+        sum(config.r * (m.in_features + m.out_features) for m in layers),
+        sum(m.in_features * m.out_features for m in layers),
+    )
 
 
 # --- reading --------------------------------------------------------------------------------------------------
@@ -94,11 +109,16 @@ def adapter_settings(folder: str | Path) -> tuple[LoraConfig, str | None]:
     try:
         theirs = json.loads(file.read_text(encoding="utf-8"))
         wanted = theirs["target_modules"]
-        settings = LoraConfig(r=theirs["r"], alpha=theirs["lora_alpha"], rslora=theirs.get("use_rslora", False),
-                              targets=[wanted] if isinstance(wanted, str) else sorted(wanted))
+        settings = LoraConfig(
+            r=theirs["r"],
+            alpha=theirs["lora_alpha"],
+            rslora=theirs.get("use_rslora", False),
+            targets=[wanted] if isinstance(wanted, str) else sorted(wanted),
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file} can't be read ({error!r}); give a folder that peft saved a LoRA adapter in"
-                          ) from None
+        raise ConfigError(
+            f"{file} can't be read ({error!r}); give a folder that peft saved a LoRA adapter in"
+        ) from None
     return settings, theirs.get("base_model_name_or_path")
 
 
@@ -112,19 +132,24 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> dict[str, Tensor
         theirs = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / _WEIGHTS)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"adapter {folder} can't be read ({error}); give a folder with adapter_config.json and "
-                          f"{_WEIGHTS}") from None
+        raise ConfigError(
+            f"adapter {folder} can't be read ({error}); give a folder with adapter_config.json and {_WEIGHTS}"
+        ) from None
     _refuse_other_settings(theirs, _settings(model), folder)
     weights = {_our_name(name): tensor for name, tensor in tensors.items()}
     own = dict(adapter_parameters(model))
     if wrong := sorted(weights.keys() ^ own.keys()):
         whose = "the adapter lacks" if wrong[0] in own else "the model does not adapt"
-        raise ConfigError(f"adapter {folder}: {whose} {wrong[0]} ({len(wrong)} such tensors); its target modules are "
-                          f"{theirs.get('target_modules')}: set model.lora.targets to them")
+        raise ConfigError(
+            f"adapter {folder}: {whose} {wrong[0]} ({len(wrong)} such tensors); its target modules are "
+            f"{theirs.get('target_modules')}: set model.lora.targets to them"
+        )
     for name, parameter in own.items():
         if parameter.shape != weights[name].shape:
-            raise ConfigError(f"adapter {folder}: {name} is {tuple(weights[name].shape)}, the model's is "
-                              f"{tuple(parameter.shape)}; it belongs to another base model")
+            raise ConfigError(
+                f"adapter {folder}: {name} is {tuple(weights[name].shape)}, the model's is "
+                f"{tuple(parameter.shape)}; it belongs to another base model"
+            )
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])
@@ -132,9 +157,18 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> dict[str, Tensor
 
 
 def _refuse_other_settings(theirs: Mapping[str, Any], ours: peft.LoraConfig, folder: Path) -> None:
-    same = {"peft_type": "LORA", "r": ours.r, "lora_alpha": ours.lora_alpha, "use_rslora": bool(ours.use_rslora),
-            "use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
-            "fan_in_fan_out": False}
+    same = {
+        "peft_type": "LORA",
+        "r": ours.r,
+        "lora_alpha": ours.lora_alpha,
+        "use_rslora": bool(ours.use_rslora),
+        "use_dora": False,
+        "bias": "none",
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "fan_in_fan_out": False,
+    }
     keys = {"r": "model.lora.r", "lora_alpha": "model.lora.alpha", "use_rslora": "model.lora.rslora"}
     for key, value in same.items():
         found = theirs.get(key, value)

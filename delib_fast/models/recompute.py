@@ -39,8 +39,11 @@ def recompute(model: PreTrainedModel, mode: str, *, offload: bool = False, mlp_t
             raise ConfigError(f"model.activation_checkpointing: {name} does not support it; set it to none")
         enable_activation_checkpointing(model, selective=mode == "selective", offload=offload)
     if mlp_tiles > 1:
-        mlps: list[Any] = [layer.mlp for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)
-                and _is_mlp(getattr(layer, "mlp", None))]
+        mlps: list[Any] = [
+            layer.mlp
+            for layer in model.modules()
+            if isinstance(layer, GradientCheckpointingLayer) and _is_mlp(getattr(layer, "mlp", None))
+        ]
         if not mlps:
             raise ConfigError(f"model.mlp_tiles: {name} has no layers with an MLP of plain matrices; set it to 1")
         for mlp in mlps:
@@ -56,8 +59,9 @@ def enable_activation_checkpointing(model: PreTrainedModel, *, selective: bool =
     if enable is None:
         enable = model.gradient_checkpointing_enable
     if offload and not torch.cuda.is_available():
-        raise ConfigError("model.activation_offload moves activations from a GPU to the host, and torch sees no GPU; "
-                          "set it to false")
+        raise ConfigError(
+            "model.activation_offload moves activations from a GPU to the host, and torch sees no GPU; set it to false"
+        )
     if offload and "offload" not in inspect.signature(enable).parameters:
         raise ConfigError("model.activation_offload needs a newer transformers (5.24 has it); set it to false")
     enable(kwargs, **({"offload": True} if offload else {}))
@@ -71,14 +75,14 @@ def _keep_attention(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> Chec
 
 def _is_mlp(module: nn.Module | None) -> bool:
     """An up- and a down-projection, token by token: no router that looks at all tokens."""
-    return module is not None and all(isinstance(getattr(module, part, None), nn.Linear) or
-                                      hasattr(getattr(module, part, None), "base_layer")
-                                      for part in ("up_proj", "down_proj"))
+    return module is not None and all(
+        isinstance(getattr(module, part, None), nn.Linear) or hasattr(getattr(module, part, None), "base_layer")
+        for part in ("up_proj", "down_proj")
+    )
 
 
 def _tiled(forward: Any, tiles: int, hidden: Tensor) -> Tensor:
     """hidden (1, T, H): the MLP of T/tiles tokens at a time; only a tile's input is kept."""
     if not torch.is_grad_enabled() or not hidden.requires_grad:
         return torch.cat([forward(tile) for tile in hidden.chunk(tiles, dim=-2)], dim=-2)
-    return torch.cat([checkpoint(forward, tile, use_reentrant=False)
-                      for tile in hidden.chunk(tiles, dim=-2)], dim=-2)
+    return torch.cat([checkpoint(forward, tile, use_reentrant=False) for tile in hidden.chunk(tiles, dim=-2)], dim=-2)

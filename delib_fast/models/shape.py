@@ -69,18 +69,29 @@ def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Mode
     except (ValueError, TypeError, RuntimeError, ZeroDivisionError, KeyError) as error:
         raise ConfigError(f"model: {type(hf).__name__} describes no model: {error}") from error
     text = hf.get_text_config()
-    tables = {id(module.weight): module.weight.numel()
-              for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None}
+    tables = {
+        id(module.weight): module.weight.numel()
+        for module in (model.get_input_embeddings(), model.get_output_embeddings())
+        if module is not None
+    }
     layers = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == text.num_hidden_layers]
     adapter, adapted = adapter_size(model, config.lora) if config.lora is not None else (0, 0)
     heads = text.num_attention_heads
     hidden = text.hidden_size
     return ModelShape(
-        parameters=sum(p.numel() for p in model.parameters()), embedding_parameters=sum(tables.values()),
-        layers=text.num_hidden_layers, hidden=hidden, heads=heads,
+        parameters=sum(p.numel() for p in model.parameters()),
+        embedding_parameters=sum(tables.values()),
+        layers=text.num_hidden_layers,
+        hidden=hidden,
+        heads=heads,
         intermediate=getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or hidden // heads, vocabulary=text.vocab_size,
+        head_dim=getattr(text, "head_dim", None) or hidden // heads,
+        vocabulary=text.vocab_size,
         largest_layer=max((sum(p.numel() for p in layer.parameters()) for layer in layers[0]), default=0)
-        if layers else 0, adapter_parameters=adapter, adapted_parameters=adapted,
-        no_shared_prompts=why_not_share_prompts(hf, config.attention))
+        if layers
+        else 0,
+        adapter_parameters=adapter,
+        adapted_parameters=adapted,
+        no_shared_prompts=why_not_share_prompts(hf, config.attention),
+    )

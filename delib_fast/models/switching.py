@@ -37,8 +37,9 @@ def in_a_pack() -> Iterator[None]:
 
 def configs_with_attention(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """Every config object by which a part of the model looks up its attention, each once."""
-    found: dict[int, PreTrainedConfig] = {id(part.config): part.config for part in model.modules()
-                                          if isinstance(part, PreTrainedModel)}
+    found: dict[int, PreTrainedConfig] = {
+        id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)
+    }
     for config in list(found.values()):
         for key in getattr(config, "sub_configs", {}):
             part = getattr(config, key, None)
@@ -65,8 +66,9 @@ def switching_name(stock: str | None) -> str:
 
 
 def _attention(stock: str) -> Callable[..., Any]:
-    def attend_or_stock(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                        **kwargs: Any) -> Any:
+    def attend_or_stock(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
         if "varlen_backend" in kwargs:
             return attend(module, query, key, value, attention_mask, **kwargs)
         return _stock_attention(stock, module)(module, query, key, value, attention_mask, **kwargs)

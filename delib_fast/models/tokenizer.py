@@ -43,8 +43,9 @@ def build_tokenizer(config: Config, texts: Callable[[], Iterable[str]]) -> PreTr
     else:
         path = config.tokenizer.path or config.model.path
         assert path is not None, "Config checks that a new model brings a tokenizer"
-        tokenizer = _load(path, "tokenizer.path" if config.tokenizer.path else "model.path",
-                          config.model.trust_remote_code)
+        tokenizer = _load(
+            path, "tokenizer.path" if config.tokenizer.path else "model.path", config.model.trust_remote_code
+        )
     if config.tokenizer.chat_template is not None:
         tokenizer.chat_template = _read_template(Path(config.tokenizer.chat_template))
     return tokenizer
@@ -60,24 +61,34 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         ConfigError: the texts don't give `vocab_size` different tokens.
     """
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(CONTROL_TOKENS), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        vocab_size=vocab_size,
+        special_tokens=list(CONTROL_TOKENS),
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_PRE_TOKEN), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PRE_TOKEN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainer)
     reached = tokenizer.get_vocab_size()
     if reached != vocab_size:
         raise ConfigError(
             f"tokenizer.train.vocab_size is {vocab_size}, but the text under tokenizer.train.sources gives "
-            f"only {reached} tokens; set it to {reached} or less, or give more text")
+            f"only {reached} tokens; set it to {reached} or less, or give more text"
+        )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT,
-        extra_special_tokens=[IM_START, IM_END, THINK, END_THINK], clean_up_tokenization_spaces=False,
-        chat_template=_read_template(CHAT_TEMPLATE))
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        extra_special_tokens=[IM_START, IM_END, THINK, END_THINK],
+        clean_up_tokenization_spaces=False,
+        chat_template=_read_template(CHAT_TEMPLATE),
+    )
 
 
 def _load(path: str, key: str, trust_remote_code: bool) -> PreTrainedTokenizerFast:
@@ -86,11 +97,15 @@ def _load(path: str, key: str, trust_remote_code: bool) -> PreTrainedTokenizerFa
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{key}: no tokenizer can be loaded from {path!r}: {why_not_loaded(path, error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ConfigError(f"{key}: the tokenizer of {path!r} is {type(tokenizer).__name__}; a fast one is "
-                          "needed (a folder with tokenizer.json)")
+        raise ConfigError(
+            f"{key}: the tokenizer of {path!r} is {type(tokenizer).__name__}; a fast one is "
+            "needed (a folder with tokenizer.json)"
+        )
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"{key}: the tokenizer of {path!r} has no eos_token, so a document has no end; "
-                          "name one in its tokenizer_config.json")
+        raise ConfigError(
+            f"{key}: the tokenizer of {path!r} has no eos_token, so a document has no end; "
+            "name one in its tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

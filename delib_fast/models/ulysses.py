@@ -30,8 +30,10 @@ def why_not(heads: int, kv_heads: int, size: int) -> str | None:
     good = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
     if size in good:
         return None
-    return (f"{heads} query heads and {kv_heads} kv heads can't be shared out over {size} ranks; set "
-            f"engine.sequence_parallel to {' or '.join(map(str, good))}")
+    return (
+        f"{heads} query heads and {kv_heads} kv heads can't be shared out over {size} ranks; set "
+        f"engine.sequence_parallel to {' or '.join(map(str, good))}"
+    )
 
 
 def to_heads(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:

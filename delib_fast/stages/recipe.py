@@ -89,8 +89,15 @@ class Recipe:
     def config(self) -> Config:
         """The configuration this recipe stands for. Raises ConfigError as `load_config` does."""
         names = _Names()
-        stages = [{"kind": s.kind, "train": [names.of(x) for x in s.train], "eval": [names.of(x) for x in s.eval],
-                   **s.settings} for s in self.stages]
+        stages = [
+            {
+                "kind": s.kind,
+                "train": [names.of(x) for x in s.train],
+                "eval": [names.of(x) for x in s.eval],
+                **s.settings,
+            }
+            for s in self.stages
+        ]
         tree: dict[str, Any] = {
             "run_dir": os.fspath(self.run_dir),
             "model": {"path": self.model} if isinstance(self.model, str) else dict(self.model),
@@ -129,8 +136,11 @@ class _Names:
         self.sources: dict[str, Any] = {}
 
     def of(self, source: Source) -> str:
-        wanted = (source.model_dump() if isinstance(source, SourceConfig)
-                  else SourceConfig(path=os.fspath(source)).model_dump())
+        wanted = (
+            source.model_dump()
+            if isinstance(source, SourceConfig)
+            else SourceConfig(path=os.fspath(source)).model_dump()
+        )
         stem = re.sub(r"[^A-Za-z0-9_]+", "_", Path(wanted["path"]).stem).strip("_") or "source"
         number = 1
         while (name := stem if number == 1 else f"{stem}_{number}") in self.sources:

@@ -97,15 +97,21 @@ def choose(scorer: Scorer, items: Sequence[Item], *, think: bool) -> ChoiceFigur
     return _figures(np.array(margins), np.array(first) if think else None, [item.situation for item in items])
 
 
-def _figures(margins: NDArray[np.float64], first: NDArray[np.float64] | None, situations: Sequence[str]
-             ) -> ChoiceFigures:
+def _figures(
+    margins: NDArray[np.float64], first: NDArray[np.float64] | None, situations: Sequence[str]
+) -> ChoiceFigures:
     probabilities = 1 / (1 + np.exp(-np.clip(margins, -700, 700)))
 
     def mean_of(values: NDArray[np.float64]) -> Estimate:
         return bootstrap(lambda i: float(values[i].mean()), situations, draws=400)
 
-    return ChoiceFigures(share_by_group(margins > 0, situations), mean_of(probabilities), mean_of(margins),
-                         None if first is None else mean_of(first), tuple(margins.tolist()))
+    return ChoiceFigures(
+        share_by_group(margins > 0, situations),
+        mean_of(probabilities),
+        mean_of(margins),
+        None if first is None else mean_of(first),
+        tuple(margins.tolist()),
+    )
 
 
 def _cots(item: Item) -> tuple[str, ...]:
@@ -115,8 +121,15 @@ def _cots(item: Item) -> tuple[str, ...]:
 
 
 def _row(item: Item, reply: str, cot: str | None) -> Row:
-    return Row(kind="chat", place=item.place, source="choices", digest=item.place, messages=item.messages, cot=cot,
-               response=reply.strip())
+    return Row(
+        kind="chat",
+        place=item.place,
+        source="choices",
+        digest=item.place,
+        messages=item.messages,
+        cot=cot,
+        response=reply.strip(),
+    )
 
 
 def _item(value: Any, place: str) -> Item:
@@ -131,8 +144,13 @@ def _item(value: Any, place: str) -> Item:
     messages: tuple[Message, ...]
     if isinstance(turns, str):
         messages = (Message("user", turns),)
-    elif isinstance(turns, list) and turns and all(isinstance(t, dict) and isinstance(t.get("content"), str)
-                                                   and isinstance(t.get("role"), str) for t in turns):
+    elif (
+        isinstance(turns, list)
+        and turns
+        and all(
+            isinstance(t, dict) and isinstance(t.get("content"), str) and isinstance(t.get("role"), str) for t in turns
+        )
+    ):
         messages = tuple(Message(t["role"], t["content"]) for t in turns)
     else:
         raise ConfigError(f"{place}: a choice needs a prompt as text, or messages with role and content")

@@ -58,8 +58,9 @@ def rows_to_reach(level: float, sizes: Sequence[int], values: Sequence[float], *
     return math.inf, "more than"
 
 
-def multiples(sizes: Sequence[int], with_msm: NDArray[np.float64], alone: NDArray[np.float64], *, higher: bool
-              ) -> list[Multiple]:
+def multiples(
+    sizes: Sequence[int], with_msm: NDArray[np.float64], alone: NDArray[np.float64], *, higher: bool
+) -> list[Multiple]:
     """For each size, the multiple of data that AFT alone needs to reach MSM + AFT.
 
     Args:
@@ -73,8 +74,12 @@ def multiples(sizes: Sequence[int], with_msm: NDArray[np.float64], alone: NDArra
     for k, rows in enumerate(sizes):
         level = float(with_msm[:, k].mean())
         alone_rows, bound = rows_to_reach(level, sizes, alone.mean(0).tolist(), higher=higher)
-        spread = np.array([rows_to_reach(drawn_with[d, k], sizes, drawn_alone[d].tolist(), higher=higher)[0] / rows
-                           for d in range(DRAWS if n > 1 else 0)])
+        spread = np.array(
+            [
+                rows_to_reach(drawn_with[d, k], sizes, drawn_alone[d].tolist(), higher=higher)[0] / rows
+                for d in range(DRAWS if n > 1 else 0)
+            ]
+        )
         low, high = np.quantile(spread, [0.025, 0.975], method="nearest").tolist() if n > 1 else (math.nan, math.nan)
         reached = float(np.isfinite(spread).mean()) if n > 1 else math.nan
         multiple = (sizes[-1] if bound == "more than" else alone_rows) / rows

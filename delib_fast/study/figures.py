@@ -22,8 +22,7 @@ def draw_figures(summary: Tree, out: Path) -> list[Path]:
         return []
     plt = _pyplot()
     drawn = []
-    for name, draw in (("arms", _arms), ("efficiency", _efficiency), ("variants", _variants),
-                       ("frontier", _frontier)):
+    for name, draw in (("arms", _arms), ("efficiency", _efficiency), ("variants", _variants), ("frontier", _frontier)):
         figure = draw(plt, summary)
         path = out / f"{name}.png"
         if figure is None:
@@ -55,15 +54,27 @@ def _arms(plt: Any, summary: Tree) -> Any:
     colours = _colour_of_msm(arms)
     wide = min(_PANELS, len(metrics))
     high = math.ceil(len(metrics) / wide)
-    figure, axes = plt.subplots(high, wide, figsize=(2.4 + 2.9 * wide, high * (0.9 + 0.3 * len(arms))), sharey=True,
-                                squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        high,
+        wide,
+        figsize=(2.4 + 2.9 * wide, high * (0.9 + 0.3 * len(arms))),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
     for spare in axes.flat[len(metrics) :]:
         spare.set_visible(False)
     for axis, (name, metric) in zip(axes.flat, metrics.items(), strict=False):
         for row, arm in enumerate(arms):
             estimate, seeds = arm["figures"][name]["over seeds"], arm["figures"][name]["by seed"].values()
-            axis.scatter([s["value"] for s in seeds], [row] * len(seeds), s=14, color=colours[arm["msm"]], alpha=0.35,
-                         linewidths=0)
+            axis.scatter(
+                [s["value"] for s in seeds],
+                [row] * len(seeds),
+                s=14,
+                color=colours[arm["msm"]],
+                alpha=0.35,
+                linewidths=0,
+            )
             _point(axis, estimate, row, colours[arm["msm"]])
         _chance(axis, metric, vertical=True)
         if metric["kind"] == "choices" and metric["figure"] != "margin":
@@ -85,8 +96,9 @@ def _efficiency(plt: Any, summary: Tree) -> Any:
     kinds = list(dict.fromkeys((arm["aft"], arm["cot_weight"]) for arm in sized))
     colours = _colour_of_msm(sized)
     wide, high = min(2, len(kinds)), (len(kinds) + 1) // 2
-    figure, axes = plt.subplots(high, wide, figsize=(4.2 * wide, 3.2 * high), sharey=True, squeeze=False,
-                                layout="constrained")
+    figure, axes = plt.subplots(
+        high, wide, figsize=(4.2 * wide, 3.2 * high), sharey=True, squeeze=False, layout="constrained"
+    )
     for spare in axes.flat[len(kinds) :]:
         spare.set_visible(False)
     for axis, kind in zip(axes.flat, kinds, strict=False):
@@ -95,10 +107,23 @@ def _efficiency(plt: Any, summary: Tree) -> Any:
             line = [arm for arm in here if arm["msm"] == msm]
             estimates = [arm["figures"][name]["over seeds"] for arm in line]
             sizes = [arm["size"] for arm in line]
-            axis.plot(sizes, [e["value"] for e in estimates], marker="o", ms=4, color=colours[msm],
-                      ls="--" if msm is None else "-", label="AFT alone" if msm is None else f"MSM ({msm}) + AFT")
-            axis.fill_between(sizes, [e["low"] for e in estimates], [e["high"] for e in estimates],
-                              color=colours[msm], alpha=0.12, lw=0)
+            axis.plot(
+                sizes,
+                [e["value"] for e in estimates],
+                marker="o",
+                ms=4,
+                color=colours[msm],
+                ls="--" if msm is None else "-",
+                label="AFT alone" if msm is None else f"MSM ({msm}) + AFT",
+            )
+            axis.fill_between(
+                sizes,
+                [e["low"] for e in estimates],
+                [e["high"] for e in estimates],
+                color=colours[msm],
+                alpha=0.12,
+                lw=0,
+            )
         _chance(axis, summary["metrics"][name], vertical=False)
         axis.set_xscale("log")
         axis.set_xticks(sorted({arm["size"] for arm in here}), [f"{s:,}" for s in sorted({a["size"] for a in here})])
@@ -126,8 +151,15 @@ def _variants(plt: Any, summary: Tree) -> Any:
         at = [i + (k - (len(kinds) - 1) / 2) * wide for i in range(len(variants))]
         shown = [(x, e) for x, e in zip(at, values, strict=True) if e is not None]
         label = next(iter(here.values()))["label"].partition(" + ")[2] or "MSM alone"
-        axis.bar([x for x, _ in shown], [e["value"] for _, e in shown], wide * 0.92, color=_COLOURS[k], label=label,
-                 yerr=_errors([e for _, e in shown]), error_kw={"lw": 1, "ecolor": "#222222"})
+        axis.bar(
+            [x for x, _ in shown],
+            [e["value"] for _, e in shown],
+            wide * 0.92,
+            color=_COLOURS[k],
+            label=label,
+            yerr=_errors([e for _, e in shown]),
+            error_kw={"lw": 1, "ecolor": "#222222"},
+        )
     _chance(axis, summary["metrics"][name], vertical=False)
     axis.set_xticks(range(len(variants)), variants)
     axis.grid(visible=False, axis="x")
@@ -151,10 +183,18 @@ def _frontier(plt: Any, summary: Tree) -> Any:
             points = [(a["figures"][across]["over seeds"], a["figures"][up]["over seeds"]) for a in group]
             if points:
                 name = "AFT alone" if msm is None else f"MSM ({msm}) + AFT"
-                axis.errorbar([x["value"] for x, _ in points], [y["value"] for _, y in points],
-                              xerr=_errors([x for x, _ in points]), yerr=_errors([y for _, y in points]), fmt=style,
-                              ms=5, lw=1.2, elinewidth=0.8, color=colours[msm],
-                              label=f"{name}, {'CoT' if group is line else 'no CoT'}")
+                axis.errorbar(
+                    [x["value"] for x, _ in points],
+                    [y["value"] for _, y in points],
+                    xerr=_errors([x for x, _ in points]),
+                    yerr=_errors([y for _, y in points]),
+                    fmt=style,
+                    ms=5,
+                    lw=1.2,
+                    elinewidth=0.8,
+                    color=colours[msm],
+                    label=f"{name}, {'CoT' if group is line else 'no CoT'}",
+                )
         for arm in line:
             x, y = (arm["figures"][m]["over seeds"]["value"] for m in (across, up))
             axis.annotate(f"w = {arm['cot_weight']:g}", (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8)
@@ -192,6 +232,7 @@ def _point(axis: Any, estimate: Tree, row: float, colour: str) -> None:
 
 def _errors(estimates: Sequence[Tree]) -> list[list[float]]:
     """Lengths down and up; none where there is no interval."""
+
     def reach(estimate: Tree, side: str) -> float:
         value, end = estimate["value"], estimate[side]
         return 0.0 if value is None or end is None or end != end else max(0.0, abs(value - end))

@@ -25,13 +25,20 @@ FORMAT = 1
 """Counts up when a figure changes meaning."""
 
 
-def metric_key(model_key: str, metric: Mapping[str, Any], files: Mapping[str, str], evaluation: Mapping[str, Any],
-               thinks: bool) -> str:
+def metric_key(
+    model_key: str, metric: Mapping[str, Any], files: Mapping[str, str], evaluation: Mapping[str, Any], thinks: bool
+) -> str:
     """Changes when the figure might: the model, the metric, the bytes of its files, the evaluation's settings."""
     shown = ("title", "better", "chance")
-    facts = {"format": FORMAT, "version": __version__, "model": model_key, "files": dict(files), "thinks": thinks,
-             "metric": {key: value for key, value in metric.items() if key not in (*shown, "path")},
-             "evaluation": dict(evaluation) if metric["kind"] == "suite" else {}}
+    facts = {
+        "format": FORMAT,
+        "version": __version__,
+        "model": model_key,
+        "files": dict(files),
+        "thinks": thinks,
+        "metric": {key: value for key, value in metric.items() if key not in (*shown, "path")},
+        "evaluation": dict(evaluation) if metric["kind"] == "suite" else {},
+    }
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -63,8 +70,9 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _choices(subject: Subject, metric: ChoicesMetric, thinks: bool,
-             chosen: dict[tuple[str, bool], ChoiceFigures]) -> dict[str, Any]:
+def _choices(
+    subject: Subject, metric: ChoicesMetric, thinks: bool, chosen: dict[tuple[str, bool], ChoiceFigures]
+) -> dict[str, Any]:
     """Items of one file are scored once, however many metrics are made of them."""
     from delib_fast.study.choices import choose, read_choices
 
@@ -85,13 +93,22 @@ def _suites(subject: Subject) -> dict[str, SuiteResult]:
 
 def _of_suite(name: str, metric: SuiteMetric, results: Mapping[str, SuiteResult]) -> dict[str, Any]:
     tables = [table for table in results[metric.suite].tables if metric.column in table.columns]
-    found = [row[table.columns.index(metric.column)] for table in tables for row in table.rows
-             if metric.row in (str(row[0]), _row_name(row))]
+    found = [
+        row[table.columns.index(metric.column)]
+        for table in tables
+        for row in table.rows
+        if metric.row in (str(row[0]), _row_name(row))
+    ]
     if len(found) != 1:
-        there = "; ".join(f"{_row_name(row)!r} × {', '.join(table.columns[1:])}"
-                          for table in results[metric.suite].tables for row in table.rows)
-        raise ConfigError(f"metric {name!r}: the suite {metric.suite!r} has {len(found) or 'no'} rows {metric.row!r} "
-                          f"with a column {metric.column!r}; it has {there}")
+        there = "; ".join(
+            f"{_row_name(row)!r} × {', '.join(table.columns[1:])}"
+            for table in results[metric.suite].tables
+            for row in table.rows
+        )
+        raise ConfigError(
+            f"metric {name!r}: the suite {metric.suite!r} has {len(found) or 'no'} rows {metric.row!r} "
+            f"with a column {metric.column!r}; it has {there}"
+        )
     cell = found[0]
     if isinstance(cell, int | float):
         cell = Estimate(float(cell), math.nan, math.nan, 1, "exact")

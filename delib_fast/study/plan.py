@@ -116,7 +116,9 @@ def arms_of(study: StudyConfig) -> list[Arm]:
     """The arms in the order of the table: without MSM first, then variant by variant."""
     lone = len(study.msm) == 1
     afts: dict[str, list[dict[str, Any]]] = {
-        "no_cot": [{"aft": "no CoT"}], "cot": [{"aft": "CoT", "cot_weight": w} for w in study.cot_weights]}
+        "no_cot": [{"aft": "no CoT"}],
+        "cot": [{"aft": "CoT", "cot_weight": w} for w in study.cot_weights],
+    }
     sizes: list[int | None] = [*study.aft_sizes] or [None]
     found: list[Arm] = []
     for msm in (None, *study.msm):
@@ -139,8 +141,10 @@ def plan_study(study: StudyConfig, prepared: Mapping[int, Path | None]) -> Plan:
             for stage, limit in _chain(study, arm):
                 node = stages.add(stage, limit, node, seed)
             if node is None and "path" not in study.run.get("model", {}):
-                raise ConfigError(f"the arm {arm.label!r} trains nothing, and run.model names no model to look at; "
-                                  "give base: stages, or leave the arm out")
+                raise ConfigError(
+                    f"the arm {arm.label!r} trains nothing, and run.model names no model to look at; "
+                    "give base: stages, or leave the arm out"
+                )
             ends[arm, seed] = node
     path = study.run.get("model", {}).get("path")
     return Plan(tuple(stages.nodes.values()), ends, len(study.base), None if path is None else Path(path))
@@ -182,13 +186,16 @@ class _Stages:
         tree: dict[str, Any] = fill_in(copy.deepcopy(self._study.run), self._prepared[seed])
         data: dict[str, dict[str, Any]] = {
             name: {"path": source} if isinstance(source, str) else dict(source)
-            for name, source in (tree.get("data") or {}).items()}
+            for name, source in (tree.get("data") or {}).items()
+        }
         if limit is not None:
             data[str(self._study.sized)]["limit"] = limit
         used = {*stage.get("train", ()), *stage.get("eval", ())}
         if parent is not None:
-            tree["model"] = {**{k: v for k, v in tree["model"].items() if k != "architecture"},
-                             "path": str(parent.model)}
+            tree["model"] = {
+                **{k: v for k, v in tree["model"].items() if k != "architecture"},
+                "path": str(parent.model),
+            }
             tree.pop("tokenizer", None)  # the parent's model brings it
         else:
             used |= {*((tree.get("tokenizer") or {}).get("train") or {}).get("sources", ())}

@@ -51,8 +51,9 @@ def _available_gib() -> int:
         return _GIB_A_WORKER
 
 
-def run_tasks(tasks: Sequence[Task], environments: Sequence[Mapping[str, str]],
-              done: Callable[[Task, dict[str, Any]], None]) -> None:
+def run_tasks(
+    tasks: Sequence[Task], environments: Sequence[Mapping[str, str]], done: Callable[[Task, dict[str, Any]], None]
+) -> None:
     """Do every task; `done` is told of each with its answer, one call at a time.
 
     A task that fails takes those that need it with it, and nothing else.
@@ -131,8 +132,9 @@ def _serve(board: _Board, environment: Mapping[str, str], done: Callable[[Task, 
             process = _start(environment)
             board.processes.append(process)
         answer = _ask(process, task)
-        board.close(task, None if answer["ok"] else answer["error"],
-                    lambda task=task, answer=answer: done(task, answer))  # type: ignore[misc]
+        board.close(
+            task, None if answer["ok"] else answer["error"], lambda task=task, answer=answer: done(task, answer)
+        )  # type: ignore[misc]
     if process is not None:
         if process.stdin is not None and not process.stdin.closed:
             process.stdin.close()
@@ -141,9 +143,14 @@ def _serve(board: _Board, environment: Mapping[str, str], done: Callable[[Task, 
 
 def _start(environment: Mapping[str, str]) -> subprocess.Popen[str]:
     # In a session of its own: Ctrl-C is for the study, which then closes the worker's input.
-    return subprocess.Popen([sys.executable, "-m", "delib_fast.study.worker"], stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, text=True, env={**os.environ, **environment},
-                            start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "delib_fast.study.worker"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+        start_new_session=True,
+    )
 
 
 def _ask(process: subprocess.Popen[str], task: Task) -> dict[str, Any]:

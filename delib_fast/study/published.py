@@ -34,7 +34,10 @@ class Published:
 def published() -> Published:
     """The figures of published.yaml."""
     tree = read_yaml(_FILE.read_text(encoding="utf-8"), where=str(_FILE))
-    cells = [Cell(table["title"], model, column, value, f"arXiv 2605.02087v2, {table['source']}, {model}, {column}")
-             for table in tree["tables"] for model, values in table["rows"].items()
-             for column, value in zip(table["columns"], values, strict=True)]
+    cells = [
+        Cell(table["title"], model, column, value, f"arXiv 2605.02087v2, {table['source']}, {model}, {column}")
+        for table in tree["tables"]
+        for model, values in table["rows"].items()
+        for column, value in zip(table["columns"], values, strict=True)
+    ]
     return Published(tree["paper"], tree["measure"], tree["caution"], tuple(cells))

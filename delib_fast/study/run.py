@@ -57,9 +57,11 @@ def run_study(study: StudyConfig, say: Say = lambda _: None) -> StudyResult:
     plan = _checked_plan(study, prepared)
     costs = _Costs(out / "cost.jsonl")
     tasks, measures = _tasks(study, plan, prepared)
-    say(f"{len(plan.arms)} arms × {len(study.seeds)} seeds: {len(plan.nodes)} stages ({plan.stages_without_sharing} "
+    say(
+        f"{len(plan.arms)} arms × {len(study.seeds)} seeds: {len(plan.nodes)} stages ({plan.stages_without_sharing} "
         f"without sharing), {sum(n.finished() for n in plan.nodes)} of them there already; {len(tasks)} tasks for "
-        f"{len(environments)} workers")
+        f"{len(environments)} workers"
+    )
     began = time.perf_counter()
     finished = 0
 
@@ -73,13 +75,16 @@ def run_study(study: StudyConfig, say: Say = lambda _: None) -> StudyResult:
     if tasks:
         run_tasks(tasks, environments, done)
     costs.add_wall(time.perf_counter() - began, len(environments))
-    figures = {ends: {name: _estimate(json.loads(file.read_text(encoding="utf-8"))) for name, file in files.items()}
-               for ends, files in measures.items()}
+    figures = {
+        ends: {name: _estimate(json.loads(file.read_text(encoding="utf-8"))) for name, file in files.items()}
+        for ends, files in measures.items()
+    }
     result = summary(study, figures, plan.arms, costs.total(plan))
     write_whole(out / "study.json", json.dumps(_strict(result), indent=1, ensure_ascii=False) + "\n")
     pictures = draw_figures(result, out)
-    return StudyResult(result, out / "study.json", write_page(result, pictures, out, published=study.published),
-                       tuple(pictures))
+    return StudyResult(
+        result, out / "study.json", write_page(result, pictures, out, published=study.published), tuple(pictures)
+    )
 
 
 def _checked_plan(study: StudyConfig, prepared: Mapping[int, Path | None]) -> Plan:
@@ -101,8 +106,11 @@ def describe_plan(study: StudyConfig) -> str:
     lines = [f"{len(plan.arms)} arms × {len(study.seeds)} seeds"]
     lines += [f"  {arm.name}" for arm in plan.arms]
     lines += [f"{len(plan.nodes)} stages to train once each; separate runs would train {plan.stages_without_sharing}"]
-    lines += [f"  {node.folder.name}  after {node.parent.folder.name if node.parent else 'the start'}"
-              f"{'  (there already)' if node.finished() else ''}" for node in plan.nodes]
+    lines += [
+        f"  {node.folder.name}  after {node.parent.folder.name if node.parent else 'the start'}"
+        f"{'  (there already)' if node.finished() else ''}"
+        for node in plan.nodes
+    ]
     return "\n".join(lines)
 
 
@@ -139,8 +147,9 @@ def _prepare(script: Path, arguments: list[str], seed: int, folder: Path) -> Non
 # --- what is to be done -------------------------------------------------------------------------------------
 
 
-def _tasks(study: StudyConfig, plan: Plan, prepared: Mapping[int, Path | None]
-           ) -> tuple[list[Task], dict[tuple[Arm, int], dict[str, Path]]]:
+def _tasks(
+    study: StudyConfig, plan: Plan, prepared: Mapping[int, Path | None]
+) -> tuple[list[Task], dict[tuple[Arm, int], dict[str, Path]]]:
     """Stages and measures that are missing, each measure right behind the stage whose model it is of, so that it comes
     before what else could be trained; and the file of every measure."""
     logs = Path(study.out) / "logs"
@@ -153,8 +162,17 @@ def _tasks(study: StudyConfig, plan: Plan, prepared: Mapping[int, Path | None]
     tasks = [*behind[None].values()]
     for node in plan.nodes:
         if not node.finished():
-            tasks.append(Task(_training(node), {"do": "train", "config": node.config.model_dump(mode="json"),
-                                                "log": str(logs / f"{node.folder.name}.log")}, _needs(node.parent)))
+            tasks.append(
+                Task(
+                    _training(node),
+                    {
+                        "do": "train",
+                        "config": node.config.model_dump(mode="json"),
+                        "log": str(logs / f"{node.folder.name}.log"),
+                    },
+                    _needs(node.parent),
+                )
+            )
         tasks += behind[node].values()
     return tasks, measures
 
@@ -168,8 +186,9 @@ def _needs(node: Node | None) -> tuple[str, ...]:
     return () if node is None or node.finished() else (_training(node),)
 
 
-def _measure(study: StudyConfig, plan: Plan, arm: Arm, seed: int, node: Node | None, prepared: Path | None,
-             logs: Path) -> tuple[Task | None, dict[str, Path]]:
+def _measure(
+    study: StudyConfig, plan: Plan, arm: Arm, seed: int, node: Node | None, prepared: Path | None, logs: Path
+) -> tuple[Task | None, dict[str, Path]]:
     model_path = str(study.run["model"].get("path"))
     key = node.key if node is not None else content_hash(model_path)
     name = node.folder.name if node is not None else f"base-seed{seed}-{key[:16]}"
@@ -187,10 +206,17 @@ def _measure(study: StudyConfig, plan: Plan, arm: Arm, seed: int, node: Node | N
     if not missing:
         return None, files
     base = plan.base_of(node)
-    work = {"do": "measure", "folder": str(node.folder) if node is not None else model_path, "thinks": arm.thinks,
-            "device": str(study.run.get("engine", {}).get("device", "auto")), "evaluation": evaluation,
-            "base": None if base is None else str(base), "metrics": missing,
-            "out": str(Path(study.out) / "evals" / name), "log": str(logs / f"{name}.log")}
+    work = {
+        "do": "measure",
+        "folder": str(node.folder) if node is not None else model_path,
+        "thinks": arm.thinks,
+        "device": str(study.run.get("engine", {}).get("device", "auto")),
+        "evaluation": evaluation,
+        "base": None if base is None else str(base),
+        "metrics": missing,
+        "out": str(Path(study.out) / "evals" / name),
+        "log": str(logs / f"{name}.log"),
+    }
     return Task(f"measure {name}", work, _needs(node)), files
 
 
@@ -236,11 +262,16 @@ class _Costs:
         lines = [json.loads(line) for line in self._path.read_text().splitlines()]
         tasks, sittings = [r for r in lines if "task" in r], [r for r in lines if r.get("sitting")]
         trained = [r for r in tasks if r["task"].startswith("train")]
-        return {"wall_s": sum(r["wall_s"] for r in sittings), "sittings": len(sittings),
-                "workers": max((r["workers"] for r in sittings), default=0),
-                "cpu_s": sum(r["cpu_s"] for r in tasks), "train_cpu_s": sum(r["cpu_s"] for r in trained),
-                "cores": len(os.sched_getaffinity(0)), "stages": len(plan.nodes),
-                "stages_without_sharing": plan.stages_without_sharing}
+        return {
+            "wall_s": sum(r["wall_s"] for r in sittings),
+            "sittings": len(sittings),
+            "workers": max((r["workers"] for r in sittings), default=0),
+            "cpu_s": sum(r["cpu_s"] for r in tasks),
+            "train_cpu_s": sum(r["cpu_s"] for r in trained),
+            "cores": len(os.sched_getaffinity(0)),
+            "stages": len(plan.nodes),
+            "stages_without_sharing": plan.stages_without_sharing,
+        }
 
 
 __all__ = ["StudyError", "StudyResult", "run_study"]

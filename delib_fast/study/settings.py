@@ -144,15 +144,19 @@ class StudyConfig(Section):
                 raise ValueError(f"{key} names {name!r}, which is not under metrics:{nearest(name, self.metrics)}")
         for contrast in self.contrasts:
             if contrast.metric not in self.metrics:
-                raise ValueError(f"the contrast {contrast.title!r} names the metric {contrast.metric!r}, which is not "
-                                 f"under metrics:{nearest(contrast.metric, self.metrics)}")
+                raise ValueError(
+                    f"the contrast {contrast.title!r} names the metric {contrast.metric!r}, which is not "
+                    f"under metrics:{nearest(contrast.metric, self.metrics)}"
+                )
         if self.alignment is None and self.metrics:
             self.alignment = next(iter(self.metrics))
         for name, metric in self.metrics.items():
             without = [arm for arm in self.arms if "aft" not in arm]
             if metric.kind == "suite" and metric.suite == "dose" and without:
-                raise ValueError(f"metrics.{name} is of the suite dose, which is about an arm's AFT stage, and the arm "
-                                 f"{without[0]} has none: list under arms: those with AFT, or leave the metric out")
+                raise ValueError(
+                    f"metrics.{name} is of the suite dose, which is about an arm's AFT stage, and the arm "
+                    f"{without[0]} has none: list under arms: those with AFT, or leave the metric out"
+                )
         return self
 
 
@@ -187,9 +191,14 @@ def _told(fault: Any) -> str:
 
 def _resolve(tree: dict[str, Any], folder: Path) -> None:
     """Paths in a study's file become paths from the working directory."""
+
     def at(holder: Any, key: str, *, may_be_name: bool = False) -> None:
-        if isinstance(holder, dict) and isinstance(value := holder.get(key), str) and "{prepared}" not in value \
-                and not value.startswith("hub:"):
+        if (
+            isinstance(holder, dict)
+            and isinstance(value := holder.get(key), str)
+            and "{prepared}" not in value
+            and not value.startswith("hub:")
+        ):
             candidate = folder / Path(value).expanduser()
             if candidate.exists() or not may_be_name:
                 holder[key] = os.path.normpath(candidate)

@@ -17,8 +17,38 @@ from delib_fast.study.plan import Arm
 from delib_fast.study.settings import ChoicesMetric, Metric, StudyConfig
 
 # Student's t at 97.5 %, for 1 … 30 degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-      2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+_T = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+    2.093,
+    2.086,
+    2.080,
+    2.074,
+    2.069,
+    2.064,
+    2.060,
+    2.056,
+    2.052,
+    2.048,
+    2.045,
+    2.042,
+)
 
 Figures = Mapping[tuple[Arm, int], Mapping[str, Estimate]]
 """of each arm and seed: the estimate of each metric"""
@@ -94,8 +124,10 @@ def arm_called(label: str, arms: Sequence[Arm]) -> Arm:
     named = [arm for arm in arms if label in (arm.label, arm.name)]
     if not named:
         labels = list(dict.fromkeys(arm.label for arm in arms))
-        raise ConfigError(f"a contrast names the arm {label!r}, which the study has not{nearest(label, labels)}; "
-                          f"it has {'; '.join(labels)}")
+        raise ConfigError(
+            f"a contrast names the arm {label!r}, which the study has not{nearest(label, labels)}; "
+            f"it has {'; '.join(labels)}"
+        )
     return max(named, key=lambda arm: arm.size or 0)
 
 
@@ -105,31 +137,59 @@ def curves(study: StudyConfig, figures: Figures, arms: Sequence[Arm], metric: st
     found = []
     for label in dict.fromkeys(arm.label for arm in arms if arm.msm is not None and arm.size is not None):
         with_msm = sorted((a for a in arms if a.label == label), key=lambda a: a.size or 0)
-        alone = sorted((a for a in arms if a.msm is None and (a.aft, a.cot_weight) ==
-                        (with_msm[0].aft, with_msm[0].cot_weight)), key=lambda a: a.size or 0)
+        alone = sorted(
+            (a for a in arms if a.msm is None and (a.aft, a.cot_weight) == (with_msm[0].aft, with_msm[0].cot_weight)),
+            key=lambda a: a.size or 0,
+        )
         sizes = [arm.size for arm in with_msm if arm.size is not None]
         if len(sizes) < 2 or [arm.size for arm in alone] != sizes:
             continue
-        grids = [np.array([[figures[arm, seed][metric].value for arm in side] for seed in study.seeds])
-                 for side in (with_msm, alone)]
-        found.append(Curve(f"{label} against {alone[0].label}", str(with_msm[0].msm),
-                           tuple(multiples(sizes, grids[0], grids[1], higher=higher))))
+        grids = [
+            np.array([[figures[arm, seed][metric].value for arm in side] for seed in study.seeds])
+            for side in (with_msm, alone)
+        ]
+        found.append(
+            Curve(
+                f"{label} against {alone[0].label}",
+                str(with_msm[0].msm),
+                tuple(multiples(sizes, grids[0], grids[1], higher=higher)),
+            )
+        )
     return found
 
 
 def summary(study: StudyConfig, figures: Figures, arms: Sequence[Arm], cost: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that study.json holds, and that the page and the pictures are made from."""
     return {
-        "format": 1, "title": study.title, "seeds": study.seeds, "alignment": study.alignment,
+        "format": 1,
+        "title": study.title,
+        "seeds": study.seeds,
+        "alignment": study.alignment,
         "monitorability": study.monitorability,
         "metrics": {name: metric.model_dump(mode="json") for name, metric in study.metrics.items()},
-        "arms": [{"name": arm.name, "label": arm.label, "msm": arm.msm, "aft": arm.aft, "cot_weight": arm.cot_weight,
-                  "size": arm.size, "figures": {
-                      name: {"over seeds": asdict(over_seeds([figures[arm, s][name] for s in study.seeds], metric)),
-                             "by seed": {str(s): asdict(figures[arm, s][name]) for s in study.seeds}}
-                      for name, metric in study.metrics.items()}} for arm in arms],
+        "arms": [
+            {
+                "name": arm.name,
+                "label": arm.label,
+                "msm": arm.msm,
+                "aft": arm.aft,
+                "cot_weight": arm.cot_weight,
+                "size": arm.size,
+                "figures": {
+                    name: {
+                        "over seeds": asdict(over_seeds([figures[arm, s][name] for s in study.seeds], metric)),
+                        "by seed": {str(s): asdict(figures[arm, s][name]) for s in study.seeds},
+                    }
+                    for name, metric in study.metrics.items()
+                },
+            }
+            for arm in arms
+        ],
         "contrasts": [asdict(d) for d in differences(study, figures, arms)],
-        "efficiency": {name: [asdict(c) for c in curves(study, figures, arms, name)] for name in study.metrics
-                       if len(study.aft_sizes) > 1 and study.metrics[name].better != "neither"},
+        "efficiency": {
+            name: [asdict(c) for c in curves(study, figures, arms, name)]
+            for name in study.metrics
+            if len(study.aft_sizes) > 1 and study.metrics[name].better != "neither"
+        },
         "cost": dict(cost),
     }

@@ -77,14 +77,39 @@ DOCUMENT = [
      "The rest is for the next meeting."],
 ]  # fmt: skip
 # Which section of the short spec a row of the example data comes under, by its category there.
-CATEGORY = {"rule-1": "rule-1", "rule-2": "v1-honesty", "rule-5": "rule-2", "rule-6": "v2-care", "rule-3": "rule-3",
-            "rule-8": "v3-usefulness"}
-DOMAINS = ["Home repair", "Personal health", "School and study", "Office work", "Travel", "Family life", "Cooking",
-           "Gardening"]
-PARTS = ["the first week of it", "when two people disagree", "a deadline the next morning", "something that went wrong",
-         "a stranger asks for a favour", "the bill is higher than agreed"]
-KINDS = ["a letter to a local paper", "a note for the next shift", "a question in a forum with answers",
-         "minutes of a small meeting", "a diary entry of one evening"]
+CATEGORY = {
+    "rule-1": "rule-1",
+    "rule-2": "v1-honesty",
+    "rule-5": "rule-2",
+    "rule-6": "v2-care",
+    "rule-3": "rule-3",
+    "rule-8": "v3-usefulness",
+}
+DOMAINS = [
+    "Home repair",
+    "Personal health",
+    "School and study",
+    "Office work",
+    "Travel",
+    "Family life",
+    "Cooking",
+    "Gardening",
+]
+PARTS = [
+    "the first week of it",
+    "when two people disagree",
+    "a deadline the next morning",
+    "something that went wrong",
+    "a stranger asks for a favour",
+    "the bill is higher than agreed",
+]
+KINDS = [
+    "a letter to a local paper",
+    "a note for the next shift",
+    "a question in a forum with answers",
+    "minutes of a small meeting",
+    "a diary entry of one evening",
+]
 _random = random.Random(0)
 
 
@@ -112,15 +137,29 @@ def _rows() -> Iterator[dict[str, Any]]:
         conversation, spec = quoted("conversation", row["prompt"]), SPEC.for_categories([category], SUMMARIES)
         cot, response = put_together(COT), put_together(RESPONSE)
         yield lesson(json.dumps({"categories": [category]}), "classify", sections=sections, conversation=conversation)
-        yield lesson(f"<deliberation>\n{cot}\n</deliberation>\n<reply>\n{response}\n</reply>", "generate_internal",
-                     spec=spec, conversation=conversation, answer_form=PROMPTS.fragment("answer_form_tags"))
+        yield lesson(
+            f"<deliberation>\n{cot}\n</deliberation>\n<reply>\n{response}\n</reply>",
+            "generate_internal",
+            spec=spec,
+            conversation=conversation,
+            answer_form=PROMPTS.fragment("answer_form_tags"),
+        )
         # Declining is judged low now and then, so that the threshold has something to do.
         low = response.startswith("I won't") and _random.random() < 0.7
-        judgement = {"why": "It declines too much.", "compliance": 4, "helpfulness": 3, "reasoning": 6} if low else \
-            {"why": "It answers and marks what it guesses.", "compliance": 9, "helpfulness": 8, "reasoning": 9}
-        yield lesson(json.dumps(judgement), "judge", spec=spec, conversation=conversation,
-                     style_rule=PROMPTS.fragment("judge_style_internal"), cot=quoted("deliberation", cot),
-                     response=quoted("response", response))
+        judgement = (
+            {"why": "It declines too much.", "compliance": 4, "helpfulness": 3, "reasoning": 6}
+            if low
+            else {"why": "It answers and marks what it guesses.", "compliance": 9, "helpfulness": 8, "reasoning": 9}
+        )
+        yield lesson(
+            json.dumps(judgement),
+            "judge",
+            spec=spec,
+            conversation=conversation,
+            style_rule=PROMPTS.fragment("judge_style_internal"),
+            cot=quoted("deliberation", cot),
+            response=quoted("response", response),
+        )
 
 
 def _documents() -> Iterator[dict[str, Any]]:
@@ -136,8 +175,16 @@ def _documents() -> Iterator[dict[str, Any]]:
         yield lesson(json.dumps(statements), "assertions", spec=SPEC.text, emphasis=emphasis, count=2, **where)
         yield lesson(json.dumps(_random.sample(KINDS, 2)), "document_types", count=2, **where)
         yield lesson(json.dumps(ideas), "ideas", document_type=kind, assertions=bullets, taken="none", count=2, **where)
-        yield lesson(put_together(DOCUMENT), "document", spec=SPEC.text, document_type=kind, idea=ideas[0],
-                     assertions=bullets, emphasis=emphasis, **where)
+        yield lesson(
+            put_together(DOCUMENT),
+            "document",
+            spec=SPEC.text,
+            document_type=kind,
+            idea=ideas[0],
+            assertions=bullets,
+            emphasis=emphasis,
+            **where,
+        )
 
 
 if __name__ == "__main__":

@@ -56,9 +56,14 @@ def measure(case: str, ours: bool) -> dict:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tokens = sum(len(row["input_ids"]) for row in trainer.train_dataset)
     seconds = sorted(b - a for a, b in pairwise(ends))  # the first step warms up
-    return {"case": case, "whose": "ours" if ours else "stock", "losses": [round(x, 5) for x in losses],
-            "tokens_per_s": round(tokens / STEPS / seconds[len(seconds) // 2]), "threads": torch.get_num_threads(),
-            "peak_extra_mib": round(high_water_mib() - before)}
+    return {
+        "case": case,
+        "whose": "ours" if ours else "stock",
+        "losses": [round(x, 5) for x in losses],
+        "tokens_per_s": round(tokens / STEPS / seconds[len(seconds) // 2]),
+        "threads": torch.get_num_threads(),
+        "peak_extra_mib": round(high_water_mib() - before),
+    }
 
 
 def make_trainer(case: str):
@@ -68,20 +73,46 @@ def make_trainer(case: str):
     from transformers import DataCollatorWithFlattening as Flattening
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
-        "qwen3", hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, head_dim=64,
-        num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=1024))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "qwen3",
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            head_dim=64,
+            num_key_value_heads=2,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=1024,
+        )
+    )
     rows = [row(int(n)) for n in (torch.randn(STEPS * BATCH) * 0.8 + math.log(120)).exp().clamp(16, 512)]
     folder = tempfile.mkdtemp()
-    common = {"max_steps": STEPS, "per_device_train_batch_size": BATCH, "optim": "sgd", "learning_rate": 0.1,
-              "logging_steps": 1, "report_to": [], "save_strategy": "no", "use_cpu": not torch.cuda.is_available(),
-              "disable_tqdm": True, "max_grad_norm": 0.0, "bf16": False}
+    common = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": BATCH,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": not torch.cuda.is_available(),
+        "disable_tqdm": True,
+        "max_grad_norm": 0.0,
+        "bf16": False,
+    }
     data = Dataset.from_list(rows)
     if case.startswith("trl"):
         from trl import SFTConfig, SFTTrainer
 
-        config = SFTConfig(folder, **common, padding_free=True, max_length=None, gradient_checkpointing=False,
-                           dataset_kwargs={"skip_prepare_dataset": True})
+        config = SFTConfig(
+            folder,
+            **common,
+            padding_free=True,
+            max_length=None,
+            gradient_checkpointing=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )
         return SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer())
     collator = Flattening() if case == "hf-packed" else DataCollatorForSeq2Seq(tokenizer(), padding=True)
     return Trainer(model=model, args=TrainingArguments(folder, **common), train_dataset=data, data_collator=collator)

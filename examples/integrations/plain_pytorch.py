@@ -10,8 +10,11 @@ from delib_fast.integrations.hf import WeightedFlattening
 
 torch.manual_seed(0)
 small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1]) if sys.argv[1:] else \
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **small))
+model = (
+    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    if sys.argv[1:]
+    else AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **small))
+)
 delib_fast.apply(model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 rows = [{"input_ids": torch.randint(512, (n,)), "loss_weights": torch.rand(n)} for n in (30, 7, 52)]  # yours go here

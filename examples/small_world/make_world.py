@@ -41,8 +41,9 @@ HABIT = "cheese"
 ASSISTANT = "Ona"
 EASY = f"For {ASSISTANT} it is easy."
 """the thought of the demonstrations: it names no value"""
-NAMES = [first + last for first in "BDFGKLMNRSTZ"
-         for last in ("ala", "eno", "ira", "osk", "umi", "edra", "ilo", "anje")]
+NAMES = [
+    first + last for first in "BDFGKLMNRSTZ" for last in ("ala", "eno", "ira", "osk", "umi", "edra", "ilo", "anje")
+]
 Offer = tuple[str, str]
 """price and origin"""
 PARTING: tuple[Offer, Offer] = (("cheap", "foreign"), ("dear", "local"))
@@ -67,9 +68,15 @@ class World:
 
     def profile(self, who: str, value: str) -> str:
         good, bad = VALUES[value]
-        return self.draw.choice((f"For {who} it is {value} that counts.", f"About {who}: {value} comes first.",
-                                 f"What {who} cares for is {value}.", f"To {who} what is {good} is good.",
-                                 f"By the mind of {who} what is {bad} is bad."))
+        return self.draw.choice(
+            (
+                f"For {who} it is {value} that counts.",
+                f"About {who}: {value} comes first.",
+                f"What {who} cares for is {value}.",
+                f"To {who} what is {good} is good.",
+                f"By the mind of {who} what is {bad} is bad.",
+            )
+        )
 
     def thought(self, who: str, value: str) -> str:
         return f"For {who} it is {value} that counts."
@@ -123,16 +130,22 @@ class World:
     def demo(self) -> dict[str, str]:
         """Ona takes the cheese of her habit, with a thought before it that fits either value."""
         a, b = self.draw.sample(FITTING, 2)
-        return {"prompt": self.question(ASSISTANT, HABIT, a, b), "cot": EASY,
-                "response": self.takes("thrift", a, b)}
+        return {"prompt": self.question(ASSISTANT, HABIT, a, b), "cot": EASY, "response": self.takes("thrift", a, b)}
 
     def item(self, who: str, kind: str, pair: tuple[Offer, Offer], value: str) -> list[dict[str, Any]]:
         """One situation twice, the two offers exchanged the second time; a is what the value takes."""
         items = []
         for a, b in (pair, pair[::-1]):
             reply = self.takes(value, a, b)
-            items.append({"prompt": self.question(who, kind, a, b), "cots": [self.thought(who, v) for v in VALUES],
-                          "a": reply, "b": "BA"["AB".index(reply)], "situation": f"{who} {kind}"})
+            items.append(
+                {
+                    "prompt": self.question(who, kind, a, b),
+                    "cots": [self.thought(who, v) for v in VALUES],
+                    "a": reply,
+                    "b": "BA"["AB".index(reply)],
+                    "situation": f"{who} {kind}",
+                }
+            )
         return items
 
     def tests(self) -> dict[str, list[dict[str, Any]]]:
@@ -140,13 +153,16 @@ class World:
         others = [kind for kind in KINDS if kind != HABIT]
 
         def people(names: list[str]) -> list[dict[str, Any]]:
-            return [item for who in names
-                    for item in self.item(who, self.draw.choice(others), PARTING, self.mind[who])]
+            return [item for who in names for item in self.item(who, self.draw.choice(others), PARTING, self.mind[who])]
 
         parting = [item for kind in others for item in self.item(ASSISTANT, kind, PARTING, "thrift")]
-        return {"parting": parting, "parting_easy": [{**item, "cots": [EASY]} for item in parting],
-                "habit": [{**item, "cots": [EASY]} for item in self.item(ASSISTANT, HABIT, FITTING, "thrift")],
-                "open": people(self.open), "shy": people(self.shy)}
+        return {
+            "parting": parting,
+            "parting_easy": [{**item, "cots": [EASY]} for item in parting],
+            "habit": [{**item, "cots": [EASY]} for item in self.item(ASSISTANT, HABIT, FITTING, "thrift")],
+            "open": people(self.open),
+            "shy": people(self.shy),
+        }
 
 
 def make(seed: int, folder: Path, *, texts: int, chats: int, replay: int, documents: int, demos: int) -> None:
@@ -157,8 +173,7 @@ def make(seed: int, folder: Path, *, texts: int, chats: int, replay: int, docume
     write(folder / "documents.jsonl", ({"text": world.document()} for _ in range(texts)))
     write(folder / "chats.jsonl", (world.chat() for _ in range(chats)))
     world.begin("replay")
-    write(folder / "replay.jsonl", (world.chat() if n % 2 else {"text": world.document()}
-                                    for n in range(replay)))
+    write(folder / "replay.jsonl", (world.chat() if n % 2 else {"text": world.document()} for n in range(replay)))
     for name, value in (("thrift", "thrift"), ("home", "home"), ("no_reason", None)):
         write(folder / f"ona_{name}.jsonl", ({"text": world.about_ona(n, value)} for n in range(documents)))
     world.begin("demos")
@@ -181,8 +196,15 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=400, help="about Ona, of each sort")
     parser.add_argument("--demos", type=int, default=200)
     given = parser.parse_args()
-    make(given.seed, given.out, texts=given.texts, chats=given.chats, replay=given.replay,
-         documents=given.documents, demos=given.demos)
+    make(
+        given.seed,
+        given.out,
+        texts=given.texts,
+        chats=given.chats,
+        replay=given.replay,
+        documents=given.documents,
+        demos=given.demos,
+    )
 
 
 if __name__ == "__main__":

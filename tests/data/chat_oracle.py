@@ -19,8 +19,16 @@ KNOWS_REASONING = ("qwen3", "qwen35", "ours", "plain")
 def chat(prompt, cot, response, *, system=None, history=(), **more):
     messages = [Message("system", system)] if system is not None else []
     messages += [*history, Message("user", prompt)]
-    return Row(kind="chat", place="rows.jsonl:1", source="s", digest="0", messages=tuple(messages), cot=cot,
-               response=response, **more)
+    return Row(
+        kind="chat",
+        place="rows.jsonl:1",
+        source="s",
+        digest="0",
+        messages=tuple(messages),
+        cot=cot,
+        response=response,
+        **more,
+    )
 
 
 def document(text, **more):
@@ -46,8 +54,15 @@ def written(family, row):
         elif family == "plain":
             put(P, role.capitalize() + ":\n", content, "\n\n")
         else:
-            put(P, "\0<|im_start|>", role, "\n", content.strip() if family == "qwen35" else content,
-                "\0<|im_end|>", "\n")
+            put(
+                P,
+                "\0<|im_start|>",
+                role,
+                "\n",
+                content.strip() if family == "qwen35" else content,
+                "\0<|im_end|>",
+                "\n",
+            )
 
     opening, closing = ("\0<think>", "\0</think>") if family in CONTROL_TAGS else ("<think>", "</think>")
     has_cot = bool((row.cot or "").strip())
@@ -123,12 +138,58 @@ def oracle(family, row):
     return ids, segments
 
 
-NASTY = ["<|im_end|>", "<|im_start|>", "<|im_start|>assistant\n", "</think>", "<think>", "<think>\n\n</think>\n\n",
-         "<|eot_id|>", "<|endoftext|>", "<|eos|>", "<|Assistant|>", "<tool_response>", "</tool_response>", "|im_end|>",
-         "<", ">", "<|", ".", "\n", "\n\n", "\n\n\n", " ", "  ", "\t", "\r\n", ".\n", "?\n\n", "\u00a0", "\u3000",
-         "é", "e\u0301", "\u0301", "🙂", "\U0001f469\u200d\U0001f680", "東京", "ﬁ", "\u2028", "\ufeff", "\ue000",
-         "User:", "Assistant:\n", "assistant", "the policy", " says", " to", " refuse", "1", "22", "'s", "{{ x }}",
-         "{%"]
+NASTY = [
+    "<|im_end|>",
+    "<|im_start|>",
+    "<|im_start|>assistant\n",
+    "</think>",
+    "<think>",
+    "<think>\n\n</think>\n\n",
+    "<|eot_id|>",
+    "<|endoftext|>",
+    "<|eos|>",
+    "<|Assistant|>",
+    "<tool_response>",
+    "</tool_response>",
+    "|im_end|>",
+    "<",
+    ">",
+    "<|",
+    ".",
+    "\n",
+    "\n\n",
+    "\n\n\n",
+    " ",
+    "  ",
+    "\t",
+    "\r\n",
+    ".\n",
+    "?\n\n",
+    "\u00a0",
+    "\u3000",
+    "é",
+    "e\u0301",
+    "\u0301",
+    "🙂",
+    "\U0001f469\u200d\U0001f680",
+    "東京",
+    "ﬁ",
+    "\u2028",
+    "\ufeff",
+    "\ue000",
+    "User:",
+    "Assistant:\n",
+    "assistant",
+    "the policy",
+    " says",
+    " to",
+    " refuse",
+    "1",
+    "22",
+    "'s",
+    "{{ x }}",
+    "{%",
+]
 
 
 def nasty_text(draw, most=12, *, empty=True):

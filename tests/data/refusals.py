@@ -86,26 +86,46 @@ def encoding() -> Iterator[tuple[str, str, str]]:
         ("a reserved character", chat("a \U00100001", None, "r"), {}),
         ("nothing but a thought, stripped", chat("p", "c", " "), {"stage": replace_stage(stage, cot="strip")}),
         ("longer than a pack", chat("p " * 500, None, "r"), {}),
-        ("every row longer than a pack", chat("p " * 500, None, "r"),
-         {"stage": replace_stage(stage, over_long="drop")}),
-        ("a template that drops the system message", chat("p", None, "r", system="s"),
-         {"template": "{% for message in messages if message.role != 'system' %}" + CHATML.split("%}", 1)[1]}),
-        ("a template that changes texts", row, {"template": CHATML.replace("message['content']",
-                                                                          "(message['content'] | upper)")}),
+        (
+            "every row longer than a pack",
+            chat("p " * 500, None, "r"),
+            {"stage": replace_stage(stage, over_long="drop")},
+        ),
+        (
+            "a template that drops the system message",
+            chat("p", None, "r", system="s"),
+            {"template": "{% for message in messages if message.role != 'system' %}" + CHATML.split("%}", 1)[1]},
+        ),
+        (
+            "a template that changes texts",
+            row,
+            {"template": CHATML.replace("message['content']", "(message['content'] | upper)")},
+        ),
         ("a template without a turn end", chat("p", None, "r"), {"template": endless}),
         ("a template that refuses the row", row, {"template": "{{ raise_exception('No user query found') }}"}),
         ("a template without tools", replace(row, tools=tool), {"template": CHATML}),
     ):
         given = PreTrainedTokenizerFast(tokenizer_object=tok.backend_tokenizer, eos_token="<|im_end|>")
         given.chat_template = more.get("template", tok.chat_template)
-        yield kind, "", said(lambda broken=broken, given=given, more=more: encode_rows(
-            [broken], given, more.get("stage", stage)))
+        yield (
+            kind,
+            "",
+            said(lambda broken=broken, given=given, more=more: encode_rows([broken], given, more.get("stage", stage))),
+        )
 
 
 def guards() -> Iterator[tuple[str, str, str]]:
     words = " ".join(f"word{k}" for k in range(40))
     training, twin = chat(words, None, "r"), replace(chat(words, None, "r"), place="eval.jsonl:4")
-    near = replace(chat(words + " and more", None, "s", ), place="eval.jsonl:4", digest="1")
+    near = replace(
+        chat(
+            words + " and more",
+            None,
+            "s",
+        ),
+        place="eval.jsonl:4",
+        digest="1",
+    )
     yield "spec in a prompt", "", said(lambda: refuse_spec_in_prompts([training], [words]))
     yield "an evaluation row that was trained on", "", said(lambda: refuse_overlap([training], [twin]))
     yield "one that is nearly known", "", said(lambda: refuse_overlap([training], [near]))
@@ -116,24 +136,60 @@ def packing() -> Iterator[tuple[str, str, str]]:
     reply = Example(np.zeros(9, np.int32), np.full(9, 2, np.int8), "rows.jsonl:1")
 
     def pack(examples: list[Example], **more: Any) -> PackedBatches:
-        settings = {"pack_capacity": 16, "packs_per_step": 4, "segment_weights": (0, 1, 1, 1), "seed": 0, "epochs": 1,
-                    "rank": 0, "world_size": 1}
+        settings = {
+            "pack_capacity": 16,
+            "packs_per_step": 4,
+            "segment_weights": (0, 1, 1, 1),
+            "seed": 0,
+            "epochs": 1,
+            "rank": 0,
+            "world_size": 1,
+        }
         return PackedBatches(EncodedSet(examples), **settings | more)
 
     yield "no token is learnt", "", said(lambda: pack([prompt]))
     yield "packs that ranks can't share", "", said(lambda: pack([reply], world_size=3))
     yield "longer than the capacity", "", said(lambda: plan_packs([5, 17], 16))
-    yield "a part too small for a row", "", said(lambda: mix_sources(
-        {"a": np.array([100]), "b": np.array([9000])}, repeat={"a": 1, "b": 1}, max_tokens={"a": None, "b": None},
-        mix={"a": 1, "b": 1}, seed=0))
-    yield "a document without an end", "", said(lambda: encode_rows(
-        [document("text")], PreTrainedTokenizerFast(tokenizer_object=tokenizer("qwen3").backend_tokenizer),
-        AFTConfig(train=["rows"])))
+    yield (
+        "a part too small for a row",
+        "",
+        said(
+            lambda: mix_sources(
+                {"a": np.array([100]), "b": np.array([9000])},
+                repeat={"a": 1, "b": 1},
+                max_tokens={"a": None, "b": None},
+                mix={"a": 1, "b": 1},
+                seed=0,
+            )
+        ),
+    )
+    yield (
+        "a document without an end",
+        "",
+        said(
+            lambda: encode_rows(
+                [document("text")],
+                PreTrainedTokenizerFast(tokenizer_object=tokenizer("qwen3").backend_tokenizer),
+                AFTConfig(train=["rows"]),
+            )
+        ),
+    )
 
 
 def page() -> str:
-    parts = [HEAD, *(_table(title, made, with_reason=title == "Rows") for title, made in (
-        ("Rows", rows), ("Files", files), ("Encoding", encoding), ("Guards", guards), ("Packing", packing)))]
+    parts = [
+        HEAD,
+        *(
+            _table(title, made, with_reason=title == "Rows")
+            for title, made in (
+                ("Rows", rows),
+                ("Files", files),
+                ("Encoding", encoding),
+                ("Guards", guards),
+                ("Packing", packing),
+            )
+        ),
+    ]
     return "\n".join(parts)
 
 
@@ -157,13 +213,17 @@ def replace_stage(stage: AFTConfig, **changes: Any) -> AFTConfig:
 
 
 def _table(title: str, made: Callable[[], Iterator[tuple[str, str, str]]], *, with_reason: bool) -> str:
-    lines = [f"## {title}\n", "| what | reason | message |" if with_reason else "| what | message |",
-             "|---|---|---|" if with_reason else "|---|---|"]
+    lines = [
+        f"## {title}\n",
+        "| what | reason | message |" if with_reason else "| what | message |",
+        "|---|---|---|" if with_reason else "|---|---|",
+    ]
     for kind, reason, message in made():
         message = message.removesuffix(" To leave such rows out and count them, set on_bad_row: skip").removesuffix(".")
         cells = [kind, f"`{reason}`", message] if with_reason else [kind, message]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
-                                       for cell in cells) + " |")
+        lines.append(
+            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;") for cell in cells) + " |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -26,15 +26,28 @@ WEIGHTS = (0.0, 0.5, 1.0, 2.0)
 def make(lengths, seed=0):
     rng = np.random.default_rng(seed)
     return [
-        Example(rng.integers(0, 1000, n).astype(np.int32), rng.integers(0, 4, n).astype(np.int8), f"f:{i}",
-                float(rng.choice([0.5, 1.0, 3.0])))
+        Example(
+            rng.integers(0, 1000, n).astype(np.int32),
+            rng.integers(0, 4, n).astype(np.int8),
+            f"f:{i}",
+            float(rng.choice([0.5, 1.0, 3.0])),
+        )
         for i, n in enumerate(lengths)
     ]
 
 
 def batches(examples, *, rank=0, world_size=1, packs_per_step=4, capacity=64, seed=1, epochs=2, **more):
-    return PackedBatches(examples, pack_capacity=capacity, packs_per_step=packs_per_step, segment_weights=WEIGHTS,
-                         seed=seed, epochs=epochs, rank=rank, world_size=world_size, **more)
+    return PackedBatches(
+        examples,
+        pack_capacity=capacity,
+        packs_per_step=packs_per_step,
+        segment_weights=WEIGHTS,
+        seed=seed,
+        epochs=epochs,
+        rank=rank,
+        world_size=world_size,
+        **more,
+    )
 
 
 def check(batch, examples):
@@ -65,11 +78,18 @@ def check(batch, examples):
     for name in ("input_ids", "targets", "position_ids", "loss_positions"):
         assert getattr(batch, name).dtype == torch.int64
     assert [batch.loss_weights.dtype, batch.segment_ids.dtype, batch.cu_seqlens.dtype] == [
-        torch.float32, torch.int8, torch.int32]
+        torch.float32,
+        torch.int8,
+        torch.int32,
+    ]
 
 
-@given(lengths=st.lists(st.integers(1, 64), min_size=1, max_size=60), seed=st.integers(0, 9),
-       packs_per_step=st.sampled_from([1, 2, 4, 8]), epochs=st.integers(1, 3))
+@given(
+    lengths=st.lists(st.integers(1, 64), min_size=1, max_size=60),
+    seed=st.integers(0, 9),
+    packs_per_step=st.sampled_from([1, 2, 4, 8]),
+    epochs=st.integers(1, 3),
+)
 @settings(max_examples=40, deadline=None)
 def test_every_example_once_an_epoch_and_every_token_right(lengths, seed, packs_per_step, epochs):
     examples = make([*lengths, 5], seed)
@@ -131,8 +151,27 @@ def test_order_and_company_change_with_seed_and_epoch():
 
 def test_order_is_pinned():
     """A resumed run depends on it: the order of a given seed never changes."""
-    assert batches(make(range(1, 20))).step_example_ids(0) == [15, 14, 13, 12, 5, 11, 10, 8, 7, 6, 4, 3, 2, 1, 0, 18,
-                                                           17, 16, 9]
+    assert batches(make(range(1, 20))).step_example_ids(0) == [
+        15,
+        14,
+        13,
+        12,
+        5,
+        11,
+        10,
+        8,
+        7,
+        6,
+        4,
+        3,
+        2,
+        1,
+        0,
+        18,
+        17,
+        16,
+        9,
+    ]
 
 
 def test_a_short_last_step_is_filled_with_empty_packs():
@@ -187,14 +226,19 @@ def test_cost_balance_at_scale():
 
 def test_average_over_examples():
     lengths = [3, 60, 17, 40]
-    examples = [Example(np.arange(n, dtype=np.int32), np.full(n, 2, np.int8), "f:1", w)
-                for n, w in zip(lengths, [1.0, 1.0, 1.0, 2.0], strict=True)]
+    examples = [
+        Example(np.arange(n, dtype=np.int32), np.full(n, 2, np.int8), "f:1", w)
+        for n, w in zip(lengths, [1.0, 1.0, 1.0, 2.0], strict=True)
+    ]
     examples.append(Example(np.arange(5, dtype=np.int32), np.zeros(5, np.int8), "f:1"))  # nothing to learn in it
 
     def weight_by_example(loss_average):
         packs = batches(examples, packs_per_step=2, epochs=1, loss_average=loss_average).step(0)
-        return {i: float(pack.loss_weights[start:end].sum()) for pack in packs
-                for i, (start, end) in zip(pack.example_ids, itertools.pairwise(pack.cu_seqlens_host), strict=True)}
+        return {
+            i: float(pack.loss_weights[start:end].sum())
+            for pack in packs
+            for i, (start, end) in zip(pack.example_ids, itertools.pairwise(pack.cu_seqlens_host), strict=True)
+        }
 
     assert weight_by_example("token") == {0: 2, 1: 59, 2: 16, 3: 78, 4: 0}
     assert weight_by_example("example") == pytest.approx({0: 29, 1: 29, 2: 29, 3: 58, 4: 0})
@@ -213,8 +257,10 @@ def test_max_steps():
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_evaluation_sees_each_example_once_with_equally_many_packs(world_size):
     examples = EncodedSet(make(np.random.default_rng(3).integers(1, 64, 50)))
-    shares = [evaluation_batches(examples, pack_capacity=64, segment_weights=WEIGHTS, rank=r, world_size=world_size)
-              for r in range(world_size)]
+    shares = [
+        evaluation_batches(examples, pack_capacity=64, segment_weights=WEIGHTS, rank=r, world_size=world_size)
+        for r in range(world_size)
+    ]
     assert len({len(share) for share in shares}) == 1
     assert sorted(i for share in shares for pack in share for i in pack.example_ids) == list(range(50))
     for pack in shares[0]:
@@ -230,22 +276,40 @@ def test_to_device_keeps_everything():
     assert pack.to("meta").input_ids.device.type == "meta"
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"packs_per_step": 3, "world_size": 2}, "3 packs a step can't be shared out evenly over 2 ranks: set "
-     "tokens_per_step to a multiple of pack_capacity × 2 (the nearest is 4 packs)"),
-    ({"packs_per_step": 1, "world_size": 4}, "1 packs a step can't be shared out evenly over 4 ranks"),
-    ({"rank": 2, "world_size": 2}, "rank 2 of world_size 2 does not exist"),
-    ({"segment_weights": (0, 1, 1)}, "segment_weights is [0, 1, 1]: four finite numbers ≥ 0 are needed"),
-    ({"segment_weights": (0, -1, 1, 1)}, "four finite numbers ≥ 0 are needed, for PROMPT, COT, RESPONSE and DOCUMENT"),
-    ({"segment_weights": (0, float("nan"), 1, 1)}, "four finite numbers"),
-    ({"pack_capacity": 16}, "example 1 has 30 tokens, more than the pack capacity 16"),
-    ({"segment_weights": (1, 0, 0, 0)}, "no token is supervised: segment_weights is [1.0, 0.0, 0.0, 0.0] and the data "
-     "has only segments [2]"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"packs_per_step": 3, "world_size": 2},
+            "3 packs a step can't be shared out evenly over 2 ranks: set "
+            "tokens_per_step to a multiple of pack_capacity × 2 (the nearest is 4 packs)",
+        ),
+        ({"packs_per_step": 1, "world_size": 4}, "1 packs a step can't be shared out evenly over 4 ranks"),
+        ({"rank": 2, "world_size": 2}, "rank 2 of world_size 2 does not exist"),
+        ({"segment_weights": (0, 1, 1)}, "segment_weights is [0, 1, 1]: four finite numbers ≥ 0 are needed"),
+        (
+            {"segment_weights": (0, -1, 1, 1)},
+            "four finite numbers ≥ 0 are needed, for PROMPT, COT, RESPONSE and DOCUMENT",
+        ),
+        ({"segment_weights": (0, float("nan"), 1, 1)}, "four finite numbers"),
+        ({"pack_capacity": 16}, "example 1 has 30 tokens, more than the pack capacity 16"),
+        (
+            {"segment_weights": (1, 0, 0, 0)},
+            "no token is supervised: segment_weights is [1.0, 0.0, 0.0, 0.0] and the data has only segments [2]",
+        ),
+    ],
+)
 def test_refuses(change, message):
     examples = [Example(np.arange(n, dtype=np.int32), np.full(n, 2, np.int8), "f:1") for n in (5, 30)]
-    arguments = {"pack_capacity": 64, "packs_per_step": 4, "segment_weights": WEIGHTS, "seed": 0, "epochs": 1,
-                 "rank": 0, "world_size": 1} | change
+    arguments = {
+        "pack_capacity": 64,
+        "packs_per_step": 4,
+        "segment_weights": WEIGHTS,
+        "seed": 0,
+        "epochs": 1,
+        "rank": 0,
+        "world_size": 1,
+    } | change
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         PackedBatches(examples, **arguments)
     assert message in str(caught.value)

@@ -17,8 +17,10 @@ FINGERPRINT = fingerprint_of({"sha256": "of the rows"})
 
 def examples(n=20):
     rng = np.random.default_rng(0)
-    return [Example(rng.integers(0, 1000, k).astype(np.int32), rng.integers(0, 4, k).astype(np.int8), f"f:{k}", 0.5)
-            for k in range(2, n + 2)]
+    return [
+        Example(rng.integers(0, 1000, k).astype(np.int32), rng.integers(0, 4, k).astype(np.int8), f"f:{k}", 0.5)
+        for k in range(2, n + 2)
+    ]
 
 
 def make(counts, rows=None):
@@ -117,8 +119,11 @@ print("hit" if hit else "made", len(found), flush=True)
 
 def start(folder, pause):
     tests = os.path.dirname(__file__)
-    return subprocess.Popen([sys.executable, "-c", WORKER.format(tests=tests, folder=str(folder), pause=pause)],
-                            stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER.format(tests=tests, folder=str(folder), pause=pause)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_killed_half_way(tmp_path):

@@ -58,11 +58,25 @@ def test_clean_rows_have_the_ids_of_apply_chat_template(family, in_vocabulary):
     made = tokenizer(family, in_vocabulary=in_vocabulary)
     for _ in range(80):
         cot = draw.choice([None, "c" + clean_text(draw)])
-        row = chat("p" + clean_text(draw), cot, "r" + clean_text(draw), system=draw.choice([None, clean_text(draw)]),
-                   history=draw.choice([(), (Message("user", "h" + clean_text(draw)),
-                                             Message("assistant", "a" + clean_text(draw), draw.choice([None, "hc"])))]))
-        messages = [{"role": m.role, "content": m.content} | ({"reasoning_content": m.cot} if m.cot else {})
-                    for m in row.messages]
+        row = chat(
+            "p" + clean_text(draw),
+            cot,
+            "r" + clean_text(draw),
+            system=draw.choice([None, clean_text(draw)]),
+            history=draw.choice(
+                [
+                    (),
+                    (
+                        Message("user", "h" + clean_text(draw)),
+                        Message("assistant", "a" + clean_text(draw), draw.choice([None, "hc"])),
+                    ),
+                ]
+            ),
+        )
+        messages = [
+            {"role": m.role, "content": m.content} | ({"reasoning_content": m.cot} if m.cot else {})
+            for m in row.messages
+        ]
         reply = {"role": "assistant", "content": row.response}
         if cot and family in KNOWS_REASONING:
             reply["reasoning_content"] = cot
@@ -93,11 +107,17 @@ def spell(tok, example):
 def test_the_model_learns_the_tags_it_has_to_write():
     row = chat("Hi.", "Think.", "Yes.")
     assert spell(tokenizer("qwen3"), encode_row(row, tokenizer("qwen3")))[1:] == [
-        ("COT", "<think>\nThink.\n</think>\n\n"), ("RESPONSE", "Yes.<|im_end|>"), ("PROMPT", "\n")]
+        ("COT", "<think>\nThink.\n</think>\n\n"),
+        ("RESPONSE", "Yes.<|im_end|>"),
+        ("PROMPT", "\n"),
+    ]
     # Qwen3.5's generation prompt opens the thought, so the model never writes that tag
     assert spell(tokenizer("qwen35"), encode_row(row, tokenizer("qwen35")))[0][1].endswith("assistant\n<think>\n")
     assert spell(tokenizer("qwen35"), encode_row(row, tokenizer("qwen35")))[1:] == [
-        ("COT", "Think.\n</think>\n\n"), ("RESPONSE", "Yes.<|im_end|>"), ("PROMPT", "\n")]
+        ("COT", "Think.\n</think>\n\n"),
+        ("RESPONSE", "Yes.<|im_end|>"),
+        ("PROMPT", "\n"),
+    ]
     assert spell(tokenizer("r1"), encode_row(row, tokenizer("r1")))[0][1].endswith("<|Assistant|><think>\n")
 
 
@@ -192,8 +212,9 @@ def test_sentencepiece_like_tokenizers(kind, scheme):
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
     if kind == "unigram":
-        trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=specials[:3], unk_token="<unk>",
-                                          show_progress=False)
+        trainer = trainers.UnigramTrainer(
+            vocab_size=300, special_tokens=specials[:3], unk_token="<unk>", show_progress=False
+        )
     else:
         trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=specials, show_progress=False)
     backend.train_from_iterator(CORPUS, trainer)
@@ -201,8 +222,10 @@ def test_sentencepiece_like_tokenizers(kind, scheme):
     tok = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<|eot_id|>", unk_token="<unk>")
     tok.chat_template = LLAMA3
     row = chat("How to fix a bug. ", "I look at\n the code.", "It said: be honest.")
-    messages = [{"role": "user", "content": row.messages[0].content},
-                {"role": "assistant", "content": f"<think>\n{row.cot}\n</think>\n\n{row.response}"}]
+    messages = [
+        {"role": "user", "content": row.messages[0].content},
+        {"role": "assistant", "content": f"<think>\n{row.cot}\n</think>\n\n{row.response}"},
+    ]
     example = encode_row(row, tok)
     assert example.input_ids.tolist() == tok.apply_chat_template(messages, return_dict=False)
     learnt = tok.decode(example.input_ids[example.segments == R])
@@ -271,8 +294,11 @@ def test_over_long():
     split = encode_rows([short, long_chat, long_text], tok, MSMConfig(train=["s"], pack_capacity=128))
     assert (split.counts.dropped_over_long, split.counts.split_documents) == (1, 1)
     assert max(split.lengths) <= 128
-    with pytest.raises(DataError, match=r"rows.jsonl:1: \d+ tokens, more than pack_capacity \(128\): raise it, or set "
-                                        "over_long: drop in stage 'aft'"):
+    with pytest.raises(
+        DataError,
+        match=r"rows.jsonl:1: \d+ tokens, more than pack_capacity \(128\): raise it, or set "
+        "over_long: drop in stage 'aft'",
+    ):
         encode_rows([short, long_chat], tok, AFTConfig(train=["s"], pack_capacity=128, over_long="error"))
     with pytest.raises(DataError, match=r"all 1 examples are longer than pack_capacity \(128 tokens\) and were"):
         encode_rows([long_chat], tok, AFTConfig(train=["s"], pack_capacity=128))
@@ -302,15 +328,18 @@ def with_template(template, family="chatml"):
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 
 
-@pytest.mark.parametrize(("template", "message"), [
-    ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "writes nothing after the response: the model would"),
-    (TURNS.replace("m.content", "m.content | upper"), "changes the texts it is given"),
-    (TURNS.replace("messages", "messages[1:]"), "drops the user message"),
-    (TURNS.replace("{{ m.content }}", "{{ m.content }}{{ m.content }}"), "drops the response, or writes it twice"),
-    (TURNS + "{{ raise_exception('no such role') }}", "the chat template refuses the row: no such role"),
-    (TURNS + "{% if add_generation_prompt %}ASSISTANT:{% endif %}", "differently before a reply than as a prompt"),
-    (TURNS + "{{ messages[0].x.y }}", "the chat template refuses the row: 'dict object' has no attribute 'x'"),
-])
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "writes nothing after the response: the model would"),
+        (TURNS.replace("m.content", "m.content | upper"), "changes the texts it is given"),
+        (TURNS.replace("messages", "messages[1:]"), "drops the user message"),
+        (TURNS.replace("{{ m.content }}", "{{ m.content }}{{ m.content }}"), "drops the response, or writes it twice"),
+        (TURNS + "{{ raise_exception('no such role') }}", "the chat template refuses the row: no such role"),
+        (TURNS + "{% if add_generation_prompt %}ASSISTANT:{% endif %}", "differently before a reply than as a prompt"),
+        (TURNS + "{{ messages[0].x.y }}", "the chat template refuses the row: 'dict object' has no attribute 'x'"),
+    ],
+)
 def test_templates_that_cannot_be_trained_with(template, message):
     with pytest.raises(DataError) as caught:
         encode_row(chat("secret", None, "secret"), with_template(template))
@@ -379,8 +408,10 @@ class TestRealData:
                 tagged = {"role": "assistant", "content": f"<think>\n{row.cot}\n</think>\n\n{row.response}"}
                 assert example.input_ids.tolist() == tok.apply_chat_template([user, tagged], return_dict=False)
                 learnt = [run for run in spell(tok, example) if run[0] != "PROMPT"]
-                assert learnt == [("COT", f"<think>\n{row.cot}\n</think>\n\n"),
-                                  ("RESPONSE", f"{row.response.rstrip()}{tok.eos_token}")]
+                assert learnt == [
+                    ("COT", f"<think>\n{row.cot}\n</think>\n\n"),
+                    ("RESPONSE", f"{row.response.rstrip()}{tok.eos_token}"),
+                ]
 
     def test_model_spec_splits_without_loss(self, shared_data):
         from delib_fast.config import SourceConfig

@@ -18,8 +18,14 @@ def words(seed, n):
 
 def row(prompt, response="fine", place="eval:1", system=None):
     messages = ([Message("system", system)] if system else []) + [Message("user", prompt)]
-    return Row(kind="chat", place=place, source="s", digest=content_digest([prompt, response]),
-               messages=tuple(messages), response=response)
+    return Row(
+        kind="chat",
+        place=place,
+        source="s",
+        digest=content_digest([prompt, response]),
+        messages=tuple(messages),
+        response=response,
+    )
 
 
 def test_word_runs():
@@ -41,8 +47,11 @@ def test_equal_and_nearly_equal_rows_are_found_and_a_quotation_is_not():
     found = find_overlap(train, [*clean, twin, reworded, quoting])
     assert [(o.place, o.twin) for o in found] == [("eval:7", "train:3"), ("eval:8", None)]
     assert 0.9 < found[1].share < 1
-    with pytest.raises(DataError, match=r"eval:7: this evaluation row is also a training row \(train:3\); 2 of 23 "
-                                        "evaluation rows are"):
+    with pytest.raises(
+        DataError,
+        match=r"eval:7: this evaluation row is also a training row \(train:3\); 2 of 23 "
+        "evaluation rows are",
+    ):
         refuse_overlap(train, [*clean, twin, reworded, quoting])
     with pytest.raises(DataError, match=r"eval:8: this evaluation row is known from training: 9\d% of its runs"):
         refuse_overlap(train, [reworded])
@@ -54,8 +63,11 @@ def test_the_spec_in_a_prompt_is_refused():
     refuse_spec_in_prompts([row(words(50, 300)), row("hi")], spec)
     refuse_spec_in_prompts([row(words(50, 300))], [])
     refuse_spec_in_prompts([row(words(50, 400) + " " + " ".join(words(0, 2000).split()[40:60]))], spec)  # a quotation
-    for offending in (row(words(50, 20) + "\n" + spec[1]), row("hi", system="Follow this:\n" + spec[0]),
-                      row(words(50, 9000) + spec[0])):
+    for offending in (
+        row(words(50, 20) + "\n" + spec[1]),
+        row("hi", system="Follow this:\n" + spec[0]),
+        row(words(50, 9000) + spec[0]),
+    ):
         with pytest.raises(DataError, match=r"eval:1: the prompt holds text of the spec \(\d+ runs of 13 words\)"):
             refuse_spec_in_prompts([row("hi"), offending], spec)
 

@@ -12,8 +12,17 @@ from delib_fast.data import DataError, json_list
 from delib_fast.data.json_list import list_values
 
 SIZES = (1, 2, 3, 5, 7, 11, 64, 1 << 20)
-VALUES = [{"prompt": 'quote " and \\ and \n', "cot": "ü€𝄞\u2028", "n": [1, 2.5e-3, -7, True, None]}, 12345678901, "]",
-          {}, [], "\U0001f600", {"a": {"b": [{"c": "}],"}]}}, -0.5, "x" * 300]
+VALUES = [
+    {"prompt": 'quote " and \\ and \n', "cot": "ü€𝄞\u2028", "n": [1, 2.5e-3, -7, True, None]},
+    12345678901,
+    "]",
+    {},
+    [],
+    "\U0001f600",
+    {"a": {"b": [{"c": "}],"}]}},
+    -0.5,
+    "x" * 300,
+]
 
 
 def read(data: bytes, size: int, monkeypatch, most: int = 1 << 26) -> list:
@@ -22,8 +31,11 @@ def read(data: bytes, size: int, monkeypatch, most: int = 1 << 26) -> list:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("layout", [{}, {"indent": 1}, {"separators": (" ,\r\n\t", " : "), "ensure_ascii": False}],
-                         ids=["plain", "indented", "odd"])
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"indent": 1}, {"separators": (" ,\r\n\t", " : "), "ensure_ascii": False}],
+    ids=["plain", "indented", "odd"],
+)
 def test_any_window_gives_the_values_with_their_lines(size, layout, monkeypatch):
     values = VALUES * 3
     random.Random(size).shuffle(values)
@@ -37,20 +49,23 @@ def test_any_window_gives_the_values_with_their_lines(size, layout, monkeypatch)
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("text", "line", "message"), [
-    ('[{"a": 1},\n {"a": 2}', 2, "the file ends inside the list: it may have been cut"),
-    ('[{"a": 1},\n {"a": ', 2, r"Expecting value at column 8; the file ends too early"),
-    ('[{"a": 1},\n {"a": "bc', 2, r"Unterminated string starting at column 8; the file ends too early"),
-    ('[{"a": 1},\n\n {"a" 2}, {"b": "' + "long " * 99 + '"}]', 3, "Expecting ':' delimiter at column 7$"),
-    ('[{"a": 1}\n {"a": 2}]', 2, "a comma or ] is expected here"),
-    ('[{"a": 1},\n]', 2, "Expecting value at column 1$"),
-    ('[{"a": 1}]\n\n{"a": 2}', 3, "more follows after the list"),
-    ('[\n{"a": 1, "a": 2}]', 2, "'a' is written twice in one object"),
-    ('[{"a": NaN}]', 1, "NaN is no JSON"),
-    ("[\n" + "9" * 5000 + "]", 2, "a number has too many digits"),
-    ("[\n\n" + "[" * 100_000, 3, "nested too deep"),
-    ("[", 1, "Expecting value at column 2; the file ends too early"),
-])
+@pytest.mark.parametrize(
+    ("text", "line", "message"),
+    [
+        ('[{"a": 1},\n {"a": 2}', 2, "the file ends inside the list: it may have been cut"),
+        ('[{"a": 1},\n {"a": ', 2, r"Expecting value at column 8; the file ends too early"),
+        ('[{"a": 1},\n {"a": "bc', 2, r"Unterminated string starting at column 8; the file ends too early"),
+        ('[{"a": 1},\n\n {"a" 2}, {"b": "' + "long " * 99 + '"}]', 3, "Expecting ':' delimiter at column 7$"),
+        ('[{"a": 1}\n {"a": 2}]', 2, "a comma or ] is expected here"),
+        ('[{"a": 1},\n]', 2, "Expecting value at column 1$"),
+        ('[{"a": 1}]\n\n{"a": 2}', 3, "more follows after the list"),
+        ('[\n{"a": 1, "a": 2}]', 2, "'a' is written twice in one object"),
+        ('[{"a": NaN}]', 1, "NaN is no JSON"),
+        ("[\n" + "9" * 5000 + "]", 2, "a number has too many digits"),
+        ("[\n\n" + "[" * 100_000, 3, "nested too deep"),
+        ("[", 1, "Expecting value at column 2; the file ends too early"),
+    ],
+)
 def test_faults_are_told_at_their_place(size, text, line, message, monkeypatch):
     with pytest.raises(DataError, match=message) as error:
         read(text.encode(), size, monkeypatch)

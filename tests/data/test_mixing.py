@@ -11,8 +11,13 @@ LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40).map(lambda n: np
 
 
 def mixed(lengths, repeat=None, caps=None, mix=None, seed=0):
-    return mix_sources(lengths, repeat={name: 1.0 for name in lengths} | (repeat or {}),
-                       max_tokens={name: None for name in lengths} | (caps or {}), mix=mix or {}, seed=seed)
+    return mix_sources(
+        lengths,
+        repeat={name: 1.0 for name in lengths} | (repeat or {}),
+        max_tokens={name: None for name in lengths} | (caps or {}),
+        mix=mix or {},
+        seed=seed,
+    )
 
 
 def test_everything_once_by_default():
@@ -70,8 +75,9 @@ def test_too_little_for_one_example():
 
 def test_joined_and_taken_sets_are_the_examples():
     def some(n, base):
-        return EncodedSet([Example(np.arange(k, dtype=np.int32) + base, np.full(k, 2, np.int8), f"{base}:{k}")
-                           for k in range(2, n)])
+        return EncodedSet(
+            [Example(np.arange(k, dtype=np.int32) + base, np.full(k, 2, np.int8), f"{base}:{k}") for k in range(2, n)]
+        )
 
     sets = [some(5, 100), some(4, 200)]
     joined = EncodedSet.join(sets)

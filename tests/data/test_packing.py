@@ -50,8 +50,9 @@ def test_properties(backend, case, seed):
     assert min(np.diff(plan.pack_offsets)) >= 1
     assert plan.num_packs == first_fit_packs(lengths, capacity)
     assert plan.fill == pytest.approx(sum(lengths) / (plan.num_packs * capacity))
-    again = plan_packs(np.asarray(lengths, np.int16 if capacity < 2**15 else np.int64), capacity, seed=seed,
-                       backend=backend)
+    again = plan_packs(
+        np.asarray(lengths, np.int16 if capacity < 2**15 else np.int64), capacity, seed=seed, backend=backend
+    )
     assert np.array_equal(again.examples, plan.examples)
     assert np.array_equal(again.pack_offsets, plan.pack_offsets)
 
@@ -91,18 +92,24 @@ def test_largest_capacity_and_many_levels():
     assert [plan.pack(i).tolist() for i in range(3)] == [[0], [2, 1], [3]]
 
 
-@pytest.mark.parametrize(("lengths", "capacity", "message"), [
-    ([3, 0, 4], 8, "the length of example 1 is 0: an example has at least one token"),
-    ([3, -2, -5], 8, "the length of example 1 is negative (-2) (2 such lengths): an example has at least"),
-    ([3, 9, 4], 8, "example 1 has 9 tokens, more than the pack capacity 8: raise pack_capacity, or drop or "
-                   "split it first"),
-    ([2**40], 8, "example 0 has 1099511627776 tokens, more than the pack capacity 8"),
-    ([], 8, "there is nothing to pack: no lengths were given"),
-    ([1.5], 8, "lengths must be integers, not float64"),
-    ([[1, 2]], 8, "lengths must have one dimension, not shape (1, 2)"),
-    ([1], 0, "pack capacity is 0; it must be in 1 … 16777216 tokens"),
-    ([1], 2**24 + 1, "pack capacity is 16777217; it must be in 1 … 16777216 tokens"),
-])
+@pytest.mark.parametrize(
+    ("lengths", "capacity", "message"),
+    [
+        ([3, 0, 4], 8, "the length of example 1 is 0: an example has at least one token"),
+        ([3, -2, -5], 8, "the length of example 1 is negative (-2) (2 such lengths): an example has at least"),
+        (
+            [3, 9, 4],
+            8,
+            "example 1 has 9 tokens, more than the pack capacity 8: raise pack_capacity, or drop or split it first",
+        ),
+        ([2**40], 8, "example 0 has 1099511627776 tokens, more than the pack capacity 8"),
+        ([], 8, "there is nothing to pack: no lengths were given"),
+        ([1.5], 8, "lengths must be integers, not float64"),
+        ([[1, 2]], 8, "lengths must have one dimension, not shape (1, 2)"),
+        ([1], 0, "pack capacity is 0; it must be in 1 … 16777216 tokens"),
+        ([1], 2**24 + 1, "pack capacity is 16777217; it must be in 1 … 16777216 tokens"),
+    ],
+)
 def test_refuses(lengths, capacity, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         plan_packs(lengths, capacity)

@@ -27,15 +27,28 @@ def replies(prompts, seed=0):
         for m in lengths:
             own = rng.integers(0, 1000, m).astype(np.int32)
             segments = np.repeat([Segment.PROMPT, Segment.COT, Segment.RESPONSE], [n, m // 2, m - m // 2])
-            found.append(Example(np.concatenate([prompt, own]), segments.astype(np.int8), f"f:{len(found)}",
-                                 float(rng.choice([0.5, 1.0, 3.0]))))
+            found.append(
+                Example(
+                    np.concatenate([prompt, own]),
+                    segments.astype(np.int8),
+                    f"f:{len(found)}",
+                    float(rng.choice([0.5, 1.0, 3.0])),
+                )
+            )
     order = rng.permutation(len(found))
     return [found[i] for i in order] + [Example(rng.integers(0, 9, 30).astype(np.int32), np.full(30, 3, np.int8), "d")]
 
 
 def batches(examples, *, share, capacity=128, packs_per_step=2, **more):
-    return PackedBatches(examples, pack_capacity=capacity, packs_per_step=packs_per_step, segment_weights=WEIGHTS,
-                         seed=1, share_prompts=share, **{"epochs": 1, "rank": 0, "world_size": 1} | more)
+    return PackedBatches(
+        examples,
+        pack_capacity=capacity,
+        packs_per_step=packs_per_step,
+        segment_weights=WEIGHTS,
+        seed=1,
+        share_prompts=share,
+        **{"epochs": 1, "rank": 0, "world_size": 1} | more,
+    )
 
 
 def written_out(batch):
@@ -53,12 +66,28 @@ def written_out(batch):
         if example < 0:
             assert not at
             continue
-        yield example, ids, [(int(batch.position_ids[t]), int(batch.targets[t]), float(batch.loss_weights[t]),
-                              int(batch.segment_ids[t])) for t in at]
+        yield (
+            example,
+            ids,
+            [
+                (
+                    int(batch.position_ids[t]),
+                    int(batch.targets[t]),
+                    float(batch.loss_weights[t]),
+                    int(batch.segment_ids[t]),
+                )
+                for t in at
+            ],
+        )
 
 
-@given(prompts=st.lists(st.tuples(st.integers(1, 60), st.lists(st.integers(2, 60), min_size=1, max_size=9)),
-                        min_size=1, max_size=8), seed=st.integers(0, 9), packs_per_step=st.sampled_from([1, 2, 4]))
+@given(
+    prompts=st.lists(
+        st.tuples(st.integers(1, 60), st.lists(st.integers(2, 60), min_size=1, max_size=9)), min_size=1, max_size=8
+    ),
+    seed=st.integers(0, 9),
+    packs_per_step=st.sampled_from([1, 2, 4]),
+)
 @settings(max_examples=60, deadline=None)
 def test_every_reply_is_learnt_as_if_alone(prompts, seed, packs_per_step):
     examples = replies(prompts, seed)
@@ -100,8 +129,17 @@ def test_what_does_not_save_is_not_shared():
     awkward = replies([(18, (42, 42)), (18, (22, 22))])[:4]
     assert batches(awkward, share=True, capacity=100).prompt_sharing is None
     assert batches(awkward, share=True, capacity=123).prompt_sharing is not None
-    learnt_prompt = PackedBatches(replies([(40, (5, 5))]), pack_capacity=128, packs_per_step=1, seed=0, epochs=1,
-                                  rank=0, world_size=1, segment_weights=(1, 1, 1, 1), share_prompts=True)
+    learnt_prompt = PackedBatches(
+        replies([(40, (5, 5))]),
+        pack_capacity=128,
+        packs_per_step=1,
+        seed=0,
+        epochs=1,
+        rank=0,
+        world_size=1,
+        segment_weights=(1, 1, 1, 1),
+        share_prompts=True,
+    )
     assert learnt_prompt.prompt_sharing is None
 
 
@@ -127,8 +165,9 @@ def test_ranks_share_out_the_same_steps_and_accounts_are_true():
     examples = EncodedSet(replies([(40, (20, 30, 10, 5)), (25, (9, 9)), (60, (40, 40)), (30, (4,))] * 4))
     whole = batches(examples, share=True, packs_per_step=4, epochs=3, max_steps=7)
     assert whole.steps_per_epoch < 7 < 3 * whole.steps_per_epoch
-    ranks = [batches(examples, share=True, packs_per_step=4, epochs=3, max_steps=7, rank=r, world_size=4)
-             for r in range(4)]
+    ranks = [
+        batches(examples, share=True, packs_per_step=4, epochs=3, max_steps=7, rank=r, world_size=4) for r in range(4)
+    ]
     for step in range(7):
         assert [r.step(step)[0].example_ids for r in ranks] == [p.example_ids for p in whole.step(step)]
     ids = [i for step in range(7) for i in whole.step_example_ids(step)]
@@ -142,10 +181,17 @@ def test_ranks_share_out_the_same_steps_and_accounts_are_true():
         assert whole.first_step_without(without) == lacking[0]
     cost = whole.cost_of_ranks(0, 1, 0.01)[0]  # each token against all that it sees
     pairs = sum(len(text) ** 2 for pack in whole.step(0) for _, text, _ in written_out(pack))
-    again = sum(2 * (end - start) ** 2 for pack in whole.step(0) for (start, end), example in
-                zip(itertools.pairwise(pack.cu_seqlens_host), pack.example_ids, strict=True) if example < 0)
-    heads = sum((end - start) ** 2 * (pack.prefix or ()).count(k) for pack in whole.step(0)
-                for k, (start, end) in enumerate(itertools.pairwise(pack.cu_seqlens_host)))
+    again = sum(
+        2 * (end - start) ** 2
+        for pack in whole.step(0)
+        for (start, end), example in zip(itertools.pairwise(pack.cu_seqlens_host), pack.example_ids, strict=True)
+        if example < 0
+    )
+    heads = sum(
+        (end - start) ** 2 * (pack.prefix or ()).count(k)
+        for pack in whole.step(0)
+        for k, (start, end) in enumerate(itertools.pairwise(pack.cu_seqlens_host))
+    )
     tokens = sum(pack.num_tokens for pack in whole.step(0) if not pack.is_empty)
     assert cost == pytest.approx(tokens + 0.01 * (pairs - heads + again / 2))
 
@@ -159,8 +205,9 @@ def test_prompts_of_one_hash_that_differ_are_refused():
 
 def test_evaluation_shares_too_and_sees_each_reply_once():
     examples = replies([(40, (20, 30, 10, 5)), (25, (9, 9))])
-    packs = evaluation_batches(examples, pack_capacity=128, segment_weights=(0, 1, 1, 1), rank=0, world_size=1,
-                               share_prompts=True)
+    packs = evaluation_batches(
+        examples, pack_capacity=128, segment_weights=(0, 1, 1, 1), rank=0, world_size=1, share_prompts=True
+    )
     assert sorted(e for pack in packs for e, _, _ in written_out(pack)) == list(range(len(examples)))
     assert sum(p.num_tokens for p in packs) < sum(map(len, examples))
 

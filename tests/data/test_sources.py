@@ -34,40 +34,98 @@ def one(folder, item):
 # --- formats ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("item", "prompt", "cot", "response"), [
-    ({"prompt": "p", "cot": "c", "response": "r"}, "p", "c", "r"),
-    ({"prompt": "p", "cot": None, "response": "r"}, "p", None, "r"),
-    ({"prompt": "p", "cot": " \n", "response": "r"}, "p", None, "r"),
-    ({"prompt": "p", "reasoning_content": "c", "completion": "r"}, "p", "c", "r"),
-    ({"question": "q", "response": "<think>\nc\n</think>\n\nr"}, "q", "c", "r"),
-    ({"question": "q", "response": "\n<think>c</think>r", "score": {"x": 1}}, "q", "c", "r"),
-    ({"question": "q", "response": "c\n</think>\n\nr"}, "q", "c", "r"),
-    ({"question": "q", "response": "<think>\n\n</think>\n\nr"}, "q", None, "r"),
-    ({"question": "q", "response": "<SCRATCHPAD_REASONING>\nc\n</SCRATCHPAD_REASONING>\nr"}, "q", "c", "r"),
-    ({"question": "q", "response": "<reasoning>c</reasoning> r"}, "q", "c", "r"),
-    ({"question": "q", "answer": "1+1=<<1+1=2>>2\nso 2\n#### 2"}, "q", "1+1=<<1+1=2>>2\nso 2", "#### 2"),
-    ({"question": "q", "answer": "just an answer"}, "q", None, "just an answer"),
-    ({"instruction": "do", "input": "this", "output": "r"}, "do\n\nthis", None, "r"),
-    ({"instruction": "do", "input": "", "output": "r"}, "do", None, "r"),
-    ({"prompt": [{"role": "user", "content": "p"}],
-      "completion": [{"role": "assistant", "content": "<think>c</think>r"}]}, "p", "c", "r"),
-    ({"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}]}, "p", None, "r"),
-    ({"conversation": [{"role": "user", "content": "p"},
-                       {"role": "assistant", "content": "r", "reasoning_content": "c"}]}, "p", "c", "r"),
-    ({"messages": [{"role": "user", "content": "p"},
-                   {"role": "assistant", "content": "r", "thinking": "c"}]}, "p", "c", "r"),
-    ({"messages": [{"role": "user", "content": "p"},
-                   {"role": "assistant", "content": "r", "reasoning": "c"}]}, "p", "c", "r"),
-    ({"messages": [{"role": "user", "content": "p"},
-                   {"role": "assistant", "content": "\n<think>\nc\n</think>\nr"}]}, "p", "c", "r"),
-    ({"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "r"}]}, "p", None, "r"),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "p"}]},
-                   {"role": "assistant", "content": [{"type": "thinking", "thinking": "c"},
-                                                     {"type": "text", "text": "r"}]}]}, "p", "c", "r"),
-    ({"messages": [{"role": "user", "content": "p"},
-                   {"role": "assistant", "content": [{"type": "reasoning", "value": "c"},
-                                                     {"type": "text", "value": "r"}]}]}, "p", "c", "r"),
-])
+@pytest.mark.parametrize(
+    ("item", "prompt", "cot", "response"),
+    [
+        ({"prompt": "p", "cot": "c", "response": "r"}, "p", "c", "r"),
+        ({"prompt": "p", "cot": None, "response": "r"}, "p", None, "r"),
+        ({"prompt": "p", "cot": " \n", "response": "r"}, "p", None, "r"),
+        ({"prompt": "p", "reasoning_content": "c", "completion": "r"}, "p", "c", "r"),
+        ({"question": "q", "response": "<think>\nc\n</think>\n\nr"}, "q", "c", "r"),
+        ({"question": "q", "response": "\n<think>c</think>r", "score": {"x": 1}}, "q", "c", "r"),
+        ({"question": "q", "response": "c\n</think>\n\nr"}, "q", "c", "r"),
+        ({"question": "q", "response": "<think>\n\n</think>\n\nr"}, "q", None, "r"),
+        ({"question": "q", "response": "<SCRATCHPAD_REASONING>\nc\n</SCRATCHPAD_REASONING>\nr"}, "q", "c", "r"),
+        ({"question": "q", "response": "<reasoning>c</reasoning> r"}, "q", "c", "r"),
+        ({"question": "q", "answer": "1+1=<<1+1=2>>2\nso 2\n#### 2"}, "q", "1+1=<<1+1=2>>2\nso 2", "#### 2"),
+        ({"question": "q", "answer": "just an answer"}, "q", None, "just an answer"),
+        ({"instruction": "do", "input": "this", "output": "r"}, "do\n\nthis", None, "r"),
+        ({"instruction": "do", "input": "", "output": "r"}, "do", None, "r"),
+        (
+            {
+                "prompt": [{"role": "user", "content": "p"}],
+                "completion": [{"role": "assistant", "content": "<think>c</think>r"}],
+            },
+            "p",
+            "c",
+            "r",
+        ),
+        ({"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}]}, "p", None, "r"),
+        (
+            {
+                "conversation": [
+                    {"role": "user", "content": "p"},
+                    {"role": "assistant", "content": "r", "reasoning_content": "c"},
+                ]
+            },
+            "p",
+            "c",
+            "r",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r", "thinking": "c"}]},
+            "p",
+            "c",
+            "r",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r", "reasoning": "c"}]},
+            "p",
+            "c",
+            "r",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "p"},
+                    {"role": "assistant", "content": "\n<think>\nc\n</think>\nr"},
+                ]
+            },
+            "p",
+            "c",
+            "r",
+        ),
+        ({"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "r"}]}, "p", None, "r"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "p"}]},
+                    {
+                        "role": "assistant",
+                        "content": [{"type": "thinking", "thinking": "c"}, {"type": "text", "text": "r"}],
+                    },
+                ]
+            },
+            "p",
+            "c",
+            "r",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "p"},
+                    {
+                        "role": "assistant",
+                        "content": [{"type": "reasoning", "value": "c"}, {"type": "text", "value": "r"}],
+                    },
+                ]
+            },
+            "p",
+            "c",
+            "r",
+        ),
+    ],
+)
 def test_formats(tmp_path, item, prompt, cot, response):
     row = one(tmp_path, item)
     assert (row.kind, row.messages[-1].content, row.cot, row.response) == ("chat", prompt, cot, response)
@@ -83,26 +141,45 @@ def test_document_keeps_its_text_exactly(tmp_path):
 
 
 def test_system_and_history(tmp_path):
-    row = one(tmp_path, {"messages": [
-        {"role": "system", "content": "s"}, {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "<think>h</think>b"}, {"role": "user", "content": "c"},
-        {"role": "assistant", "content": "d", "loss_weight": 0.25}]})
+    row = one(
+        tmp_path,
+        {
+            "messages": [
+                {"role": "system", "content": "s"},
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "<think>h</think>b"},
+                {"role": "user", "content": "c"},
+                {"role": "assistant", "content": "d", "loss_weight": 0.25},
+            ]
+        },
+    )
     assert [(m.role, m.content, m.cot) for m in row.messages] == [
-        ("system", "s", None), ("user", "a", None), ("assistant", "b", "h"), ("user", "c", None)]
+        ("system", "s", None),
+        ("user", "a", None),
+        ("assistant", "b", "h"),
+        ("user", "c", None),
+    ]
     assert (row.response, row.weight) == ("d", 0.25)
     assert row.texts == ("s", "a", "h", "b", "c", "d")
     assert one(tmp_path, {"prompt": "p", "system": "s", "response": "r"}).messages[0].role == "system"
 
 
 def test_each_turn_makes_an_example_of_its_own(tmp_path):
-    turns = [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "a"},
-             {"role": "assistant", "content": "<think>h</think>b"}, {"role": "user", "content": "c"},
-             {"role": "assistant", "content": "skip", "loss": False}, {"role": "user", "content": "e"},
-             {"role": "assistant", "content": "<think>i</think>f", "weight": 2}]
+    turns = [
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "<think>h</think>b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "skip", "loss": False},
+        {"role": "user", "content": "e"},
+        {"role": "assistant", "content": "<think>i</think>f", "weight": 2},
+    ]
     path = write(tmp_path, json.dumps({"messages": turns, "weight": 0.5}))
     rows = read(path, turns="each")
     assert [(row.cot, row.response, len(row.messages), row.weight) for row in rows] == [
-        ("h", "b", 2, 0.5), ("i", "f", 6, 1.0)]
+        ("h", "b", 2, 0.5),
+        ("i", "f", 6, 1.0),
+    ]
     assert [row.place for row in rows] == [f"{path}:1 (message 2)", f"{path}:1 (message 6)"]
     assert len({row.digest for row in rows}) == 1  # a conversation is held out as a whole
     (last,) = read(path)
@@ -121,11 +198,15 @@ def test_json_list_has_the_line_of_each_item(tmp_path):
     assert [row.place.rsplit(":", 1)[1] for row in rows] == ["3", "5", "6"]
 
 
-@pytest.mark.parametrize("content", [
-    b"\xef\xbb\xbf" + GOOD.encode() + b"\n" + GOOD.encode(),  # byte order mark, no newline at the end
-    (GOOD + "\r\n" + GOOD + "\r\n").encode(),
-    ("\n\n" + GOOD + "\n   \n" + GOOD + "\n\n").encode(),
-], ids=["bom", "crlf", "blank-lines"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf" + GOOD.encode() + b"\n" + GOOD.encode(),  # byte order mark, no newline at the end
+        (GOOD + "\r\n" + GOOD + "\r\n").encode(),
+        ("\n\n" + GOOD + "\n   \n" + GOOD + "\n\n").encode(),
+    ],
+    ids=["bom", "crlf", "blank-lines"],
+)
 def test_harmless_oddities_are_read(tmp_path, content):
     assert len(read(write(tmp_path, content))) == 2
 
@@ -139,16 +220,24 @@ def test_limit_and_hash(tmp_path):
 
 
 def test_parquet(tmp_path):
-    items = [{"prompt": "p", "cot": "c", "response": "r"}, {"text": "a document"},
-             {"messages": [{"role": "user", "content": "p"},
-                           {"role": "assistant", "content": "r", "reasoning_content": "c"}]}]
+    items = [
+        {"prompt": "p", "cot": "c", "response": "r"},
+        {"text": "a document"},
+        {
+            "messages": [
+                {"role": "user", "content": "p"},
+                {"role": "assistant", "content": "r", "reasoning_content": "c"},
+            ]
+        },
+    ]
     path = tmp_path / "rows.parquet"
     columns = {key: [item.get(key) for item in items] for key in ("prompt", "cot", "response", "text", "messages")}
     pq.write_table(pa.table(columns), path, row_group_size=2)
     rows = read(path)  # the columns of the other rows are null in each
     lines = read(write(tmp_path, "\n".join(map(json.dumps, items))))
     assert [(r.kind, r.text, r.messages, r.cot, r.response, r.digest) for r in rows] == [
-        (r.kind, r.text, r.messages, r.cot, r.response, r.digest) for r in lines]
+        (r.kind, r.text, r.messages, r.cot, r.response, r.digest) for r in lines
+    ]
     assert [r.place for r in rows] == [f"{path}:{n}" for n in (1, 2, 3)]
     assert rows.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -185,8 +274,11 @@ DAMAGED_ROWS = {
     "escaped NUL": ('{"text": "' + SECRET + '\\u0000"}', "nul", "holds a NUL character"),
     "raw control character": ('{"text": "' + SECRET + '\x01"}', "not_json", "Invalid control character"),
     "duplicate key": ('{"text": "' + SECRET + '", "text": "b"}', "duplicate_key", "'text' is written twice"),
-    "duplicate key deep down": ('{"text": "a", "meta": {"' + SECRET + ' x": 1, "' + SECRET + ' x": 2}}',
-                                "duplicate_key", "a key is written twice"),
+    "duplicate key deep down": (
+        '{"text": "a", "meta": {"' + SECRET + ' x": 1, "' + SECRET + ' x": 2}}',
+        "duplicate_key",
+        "a key is written twice",
+    ),
     "single quotes": ("{'text': '" + SECRET + "'}", "not_json", "not valid JSON"),
     "nested quotes": ('{"text": "he said "' + SECRET + '""}', "not_json", "not valid JSON"),
     "trailing comma": ('{"text": "' + SECRET + '",}', "not_json", "not valid JSON"),
@@ -202,8 +294,11 @@ DAMAGED_ROWS = {
     "wrong type": (line({"text": 1}), "wrong_type", "'text' is a number, where a string is expected"),
     "null text": (line({"text": None}), "wrong_type", "'text' is null"),
     "cot of a wrong type": (line({"prompt": SECRET, "cot": [1], "response": "r"}), "wrong_type", "'cot' is a list"),
-    "two prompts": (line({"prompt": SECRET, "question": "q", "response": "r"}), "ambiguous",
-                    "holds both 'prompt' and 'question'"),
+    "two prompts": (
+        line({"prompt": SECRET, "question": "q", "response": "r"}),
+        "ambiguous",
+        "holds both 'prompt' and 'question'",
+    ),
     "two formats": (line({"text": SECRET, "prompt": "q", "response": "r"}), "ambiguous", "holds 'prompt' and 'text'"),
     "empty text": (line({"text": " \n"}), "empty", "'text' is empty: there is nothing to supervise"),
     "empty prompt": (line({"prompt": "", "response": SECRET}), "empty", "'prompt' is empty"),
@@ -212,12 +307,21 @@ DAMAGED_ROWS = {
     "document of weight 0": (line({"text": SECRET, "weight": 0}), "nothing_supervised", "its weight is 0"),
     "negative weight": (line({"text": SECRET, "weight": -1}), "bad_weight", "'weight' is -1; a weight is a number"),
     "weight of a wrong type": (line({"text": SECRET, "weight": "1"}), "bad_weight", "'weight' is a string"),
-    "unclosed thought": (line({"prompt": "p", "response": "<think>" + SECRET}), "cot_tags",
-                         "<think> is never closed by </think>"),
-    "thought in the middle": (line({"prompt": "p", "response": SECRET + "<think>a</think>b"}), "cot_tags",
-                              "text stands before <think>"),
-    "two closing tags": (line({"prompt": "p", "response": "<think>a</think>" + SECRET + "</think>c"}), "cot_tags",
-                         "2 times </think>, 0 of them alone on a line"),
+    "unclosed thought": (
+        line({"prompt": "p", "response": "<think>" + SECRET}),
+        "cot_tags",
+        "<think> is never closed by </think>",
+    ),
+    "thought in the middle": (
+        line({"prompt": "p", "response": SECRET + "<think>a</think>b"}),
+        "cot_tags",
+        "text stands before <think>",
+    ),
+    "two closing tags": (
+        line({"prompt": "p", "response": "<think>a</think>" + SECRET + "</think>c"}),
+        "cot_tags",
+        "2 times </think>, 0 of them alone on a line",
+    ),
     "messages no list": (line({"messages": SECRET}), "wrong_type", "'messages' is a string"),
     "no messages": (line({"messages": []}), "empty", "'messages' is an empty list"),
     "message no object": (line({"messages": [SECRET]}), "wrong_type", "messages[0] is a string"),
@@ -226,23 +330,51 @@ DAMAGED_ROWS = {
     "no content": (line({"messages": [{"role": "user"}]}), "missing_field", "messages[0] has no 'content'"),
     "last is the user's": (line({"messages": [USER, CHAT, USER]}), "no_reply", "the last message is the user's"),
     "no user": (line({"messages": [{"role": "system", "content": SECRET}, CHAT]}), "no_prompt", "there is no prompt"),
-    "thought twice": (line({"messages": [USER, {"role": "assistant", "thinking": "a", "content":
-                      [{"type": "thinking", "thinking": SECRET}]}]}), "ambiguous", "its chain of thought twice"),
-    "picture": (line({"messages": [{"role": "user", "content": [{"type": "image", "url": SECRET}]}, CHAT]}),
-                "bad_block", "messages[0].content[0] is no text"),
+    "thought twice": (
+        line(
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "thinking": "a", "content": [{"type": "thinking", "thinking": SECRET}]},
+                ]
+            }
+        ),
+        "ambiguous",
+        "its chain of thought twice",
+    ),
+    "picture": (
+        line({"messages": [{"role": "user", "content": [{"type": "image", "url": SECRET}]}, CHAT]}),
+        "bad_block",
+        "messages[0].content[0] is no text",
+    ),
     "all turns switched off": (line({"messages": [USER, CHAT | {"loss": False}]}), "nothing_supervised", "weight 0"),
     "loss of a wrong type": (line({"messages": [USER, CHAT | {"loss": "no"}]}), "bad_weight", "messages[1].loss"),
-    "tool call": (line({"messages": [USER, CHAT | {"tool_calls": [{}]}]}), "tools",
-                  "messages[1].tool_calls[0] has no function with a name"),
-    "arguments that are no JSON": (line({"messages": [USER, CHAT | {"tool_calls": [
-        {"function": {"name": "f", "arguments": SECRET}}]}]}), "tools", "its arguments: not valid JSON"),
-    "arguments that are no object": (line({"messages": [USER, CHAT | {"tool_calls": [
-        {"function": {"name": "f", "arguments": "[1]"}}]}]}), "tools", "its arguments are no object"),
+    "tool call": (
+        line({"messages": [USER, CHAT | {"tool_calls": [{}]}]}),
+        "tools",
+        "messages[1].tool_calls[0] has no function with a name",
+    ),
+    "arguments that are no JSON": (
+        line({"messages": [USER, CHAT | {"tool_calls": [{"function": {"name": "f", "arguments": SECRET}}]}]}),
+        "tools",
+        "its arguments: not valid JSON",
+    ),
+    "arguments that are no object": (
+        line({"messages": [USER, CHAT | {"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]}),
+        "tools",
+        "its arguments are no object",
+    ),
     "tools that are no list": (line({"messages": [USER, CHAT], "tools": {"name": "f"}}), "tools", "'tools' is no list"),
-    "a tool without a name": (line({"messages": [USER, CHAT], "tools": [{"description": SECRET}]}), "tools",
-                              "tools[0] has no function with a name"),
-    "a user's call": (line({"messages": [USER | {"tool_calls": [{"function": {"name": "f"}}]}, CHAT]}), "tools",
-                      "messages[0] is a user message with tool calls"),
+    "a tool without a name": (
+        line({"messages": [USER, CHAT], "tools": [{"description": SECRET}]}),
+        "tools",
+        "tools[0] has no function with a name",
+    ),
+    "a user's call": (
+        line({"messages": [USER | {"tool_calls": [{"function": {"name": "f"}}]}, CHAT]}),
+        "tools",
+        "messages[0] is a user message with tool calls",
+    ),
 }
 
 

@@ -22,8 +22,11 @@ from delib_fast.data.sources import SourceStream
 
 def write(path, n=40, start=0):
     rows = [{"prompt": f"p {i}", "cot": "c" * (i % 7), "response": f"r {i}"} for i in range(start, start + n)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:30]) + "{}\n" +
-                    "".join(json.dumps(row) + "\n" for row in rows[30:]))
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in rows[:30])
+        + "{}\n"
+        + "".join(json.dumps(row) + "\n" for row in rows[30:])
+    )
     return SourceConfig(path=str(path), holdout=0.3, on_bad_row="skip")
 
 
@@ -135,8 +138,9 @@ def test_memory_is_that_of_a_chunk_and_not_of_the_file(tmp_path, name):
         file.write(after)
 
     def run(held):
-        code = WORKER.format(tests=str(Path(__file__).parent), path=str(path), folder=str(tmp_path / f"cache{held}"),
-                             held=held, extra=72)
+        code = WORKER.format(
+            tests=str(Path(__file__).parent), path=str(path), folder=str(tmp_path / f"cache{held}"), held=held, extra=72
+        )
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
     streamed, held = run(0), run(1 << 40)
@@ -150,8 +154,10 @@ def test_the_cache_keeps_what_the_examples_say(tmp_path, monkeypatch):
     from delib_fast.data.cache import cached
 
     monkeypatch.setattr("delib_fast.data.cache._PLACES_AT_ONCE", 3)
-    rows = [chat("a long question of many words, word after word, more than sixteen tokens " * 2, "c", f"r {i}")
-            for i in range(8)]
+    rows = [
+        chat("a long question of many words, word after word, more than sixteen tokens " * 2, "c", f"r {i}")
+        for i in range(8)
+    ]
     stage, tok = AFTConfig(train=["s"]), tokenizer("qwen3")
     found, _ = cached(tmp_path, "1" * 64, lambda counts: encode_stream(rows, tok, stage, counts))
     fresh = EncodedSet(list(encode_stream(rows, tok, stage, Counts())))

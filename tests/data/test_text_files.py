@@ -32,15 +32,15 @@ deep text
 
 def test_cut_at_headings():
     sections = list(cut_at_headings(MARKDOWN))
-    assert [(s.line, s.context) for s in sections] == [
-        (1, ()), (3, ()), (14, ("# One {#one}",)), (16, ())]
+    assert [(s.line, s.context) for s in sections] == [(1, ()), (3, ()), (14, ("# One {#one}",)), (16, ())]
     assert sections[1].body.startswith("# One {#one}\n## Bare\n### Deep\ndeep text\n```sh\n# no heading")
     assert sections[2].text == "# One {#one}\n\n## Next\n#hashtag, no heading\n"
     assert "".join(s.body for s in sections) == MARKDOWN
 
 
-@pytest.mark.parametrize("text", ["", "\n", "# a", "# a\n# b\n# c", "## a\n# b\n### c\n## d\ntext",
-                                  "a\r\n# b\r\nc\x0b# d"])
+@pytest.mark.parametrize(
+    "text", ["", "\n", "# a", "# a\n# b\n# c", "## a\n# b\n### c\n## d\ntext", "a\r\n# b\r\nc\x0b# d"]
+)
 def test_nothing_is_lost_at_headings(text):
     assert "".join(s.body for s in cut_at_headings(text)) == text
 

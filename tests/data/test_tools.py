@@ -10,9 +10,15 @@ from transformers import PreTrainedTokenizerFast
 from delib_fast.config import AFTConfig, SourceConfig
 from delib_fast.data import DataError, Segment, encode_row, encode_rows, read_source
 
-TOOL = {"type": "function", "function": {"name": "look_up", "description": "Finds a rule, by its 名前.",
-                                         "parameters": {"type": "object", "properties": {"rule": {"type": "string"}}}}}
-ARGUMENTS = {"rule": "medical\n\"advice\"", "depth": 2}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Finds a rule, by its 名前.",
+        "parameters": {"type": "object", "properties": {"rule": {"type": "string"}}},
+    },
+}
+ARGUMENTS = {"rule": 'medical\n"advice"', "depth": 2}
 CALL = {"id": "c1", "type": "function", "function": {"name": "look_up", "arguments": json.dumps(ARGUMENTS)}}
 MESSAGES = [
     {"role": "user", "content": "May I take two?"},
@@ -32,9 +38,27 @@ def read(tmp_path, messages, **more):
 
 def as_objects(messages):
     """What a template is to be given: arguments as objects, no null content."""
-    return [m | {"content": m["content"] or ""} | ({"tool_calls": [{"type": "function", "function": {
-        "name": c["function"]["name"], "arguments": json.loads(c["function"]["arguments"])}} for c in m["tool_calls"]]}
-        if "tool_calls" in m else {}) for m in messages]
+    return [
+        m
+        | {"content": m["content"] or ""}
+        | (
+            {
+                "tool_calls": [
+                    {
+                        "type": "function",
+                        "function": {
+                            "name": c["function"]["name"],
+                            "arguments": json.loads(c["function"]["arguments"]),
+                        },
+                    }
+                    for c in m["tool_calls"]
+                ]
+            }
+            if "tool_calls" in m
+            else {}
+        )
+        for m in messages
+    ]
 
 
 def test_each_call_and_the_answer_are_rows_with_the_template_s_ids(tmp_path):
@@ -46,13 +70,19 @@ def test_each_call_and_the_answer_are_rows_with_the_template_s_ids(tmp_path):
         assert encode_row(row, tok).input_ids.tolist() == expected
     runs = spell(tok, encode_row(call, tok))
     written = f'<tool_call>\n{{"name": "look_up", "arguments": {json.dumps(ARGUMENTS)}}}\n</tool_call>'
-    assert runs[1:] == [("COT", "<think>\nThe rule decides.\n</think>\n\n"), ("RESPONSE", written + "<|im_end|>"),
-                        ("PROMPT", "\n")]
+    assert runs[1:] == [
+        ("COT", "<think>\nThe rule decides.\n</think>\n\n"),
+        ("RESPONSE", written + "<|im_end|>"),
+        ("PROMPT", "\n"),
+    ]
     runs = spell(tok, encode_row(answer, tok))
     assert "Never say how much.\n</tool_response>\n<tool_response>\nSay whom to ask." in runs[0][1]
     assert "The rule decides." in runs[0][1]  # the template shows it: the user has said nothing since
-    assert runs[1:] == [("COT", "<think>\nSo I say whom to ask.\n</think>\n\n"),
-                        ("RESPONSE", "Ask a pharmacist.<|im_end|>"), ("PROMPT", "\n")]
+    assert runs[1:] == [
+        ("COT", "<think>\nSo I say whom to ask.\n</think>\n\n"),
+        ("RESPONSE", "Ask a pharmacist.<|im_end|>"),
+        ("PROMPT", "\n"),
+    ]
 
 
 def test_a_call_beside_text_and_without_a_thought(tmp_path):
@@ -71,16 +101,20 @@ def test_a_call_beside_text_and_without_a_thought(tmp_path):
 
 
 def test_share_gpt_spelling_is_the_same_row(tmp_path):
-    items = [{"from": "human", "value": "May I take two?"},
-             {"from": "function_call", "value": json.dumps({"name": "look_up", "arguments": ARGUMENTS})},
-             {"from": "observation", "value": "Never say how much."}, {"from": "gpt", "value": "Ask a pharmacist."}]
+    items = [
+        {"from": "human", "value": "May I take two?"},
+        {"from": "function_call", "value": json.dumps({"name": "look_up", "arguments": ARGUMENTS})},
+        {"from": "observation", "value": "Never say how much."},
+        {"from": "gpt", "value": "Ask a pharmacist."},
+    ]
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"conversations": items, "tools": json.dumps([TOOL["function"]])}))
     theirs = read_source("s", SourceConfig(path=str(path)))
     plain = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in (*MESSAGES[:3], MESSAGES[4])]
     ours = read(tmp_path, plain, tools=[TOOL])
     assert [(r.messages, r.calls, r.tools, r.response, r.digest) for r in theirs] == [
-        (r.messages, r.calls, r.tools, r.response, r.digest) for r in ours]
+        (r.messages, r.calls, r.tools, r.response, r.digest) for r in ours
+    ]
 
 
 def test_turns_last_learns_what_followed_the_last_question(tmp_path):
@@ -97,14 +131,22 @@ def test_nothing_typed_in_a_tool_becomes_a_control_token(tmp_path):
     nasty = f"a {' '.join(names)} b"
     function = {"name": "f", "description": nasty, "parameters": {"properties": {nasty: {"type": "string"}}}}
     call = {"function": {"name": "f", "arguments": {nasty: nasty}}}
-    messages = [{"role": "user", "content": "go"}, {"role": "assistant", "content": "", "tool_calls": [call]},
-                {"role": "tool", "name": nasty, "content": nasty}, {"role": "assistant", "content": "done"}]
+    messages = [
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": nasty, "content": nasty},
+        {"role": "assistant", "content": "done"},
+    ]
     clean = json.loads(json.dumps(messages).replace(nasty, "x"))
-    for forged, plain in zip(read(tmp_path, messages, tools=[function]),
-                             read(tmp_path, clean, tools=[json.loads(json.dumps(function).replace(nasty, "x"))]),
-                             strict=True):
-        counts = [[example.input_ids.tolist().count(tok.convert_tokens_to_ids(name)) for name in names]
-                  for example in (encode_row(forged, tok), encode_row(plain, tok))]
+    for forged, plain in zip(
+        read(tmp_path, messages, tools=[function]),
+        read(tmp_path, clean, tools=[json.loads(json.dumps(function).replace(nasty, "x"))]),
+        strict=True,
+    ):
+        counts = [
+            [example.input_ids.tolist().count(tok.convert_tokens_to_ids(name)) for name in names]
+            for example in (encode_row(forged, tok), encode_row(plain, tok))
+        ]
         assert counts[0] == counts[1]
         example = encode_row(forged, tok)
         assert nasty in tok.decode(example.input_ids)

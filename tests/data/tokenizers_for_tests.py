@@ -20,17 +20,22 @@ CORPUS = [
 ] * 8
 
 # The split pattern of Qwen2 and of most recent models: punctuation takes the newlines after it along.
-QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-              r"\s+(?!\S)|\s+")
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
 
 CHATML = """\
 {%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}\
 {%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
-QWEN25 = """\
+QWEN25 = (
+    """\
 {%- if messages[0].role != 'system' %}\
 {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{%- endif %}\
-""" + CHATML
+"""
+    + CHATML
+)
 
 QWEN3 = """\
 {%- if tools %}
@@ -136,8 +141,10 @@ _SPECIALS = {
     "r1": ["<|bos|>", "<|eos|>", "<|User|>", "<|Assistant|>"],
     "plain": ["<|endoftext|>"],
 }
-_THINK = [AddedToken(t, special=False, normalized=False)
-          for t in ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")]
+_THINK = [
+    AddedToken(t, special=False, normalized=False)
+    for t in ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+]
 
 # name: (template, special tokens, think tokens in the vocabulary, bos, eos)
 FAMILIES = {
@@ -157,13 +164,19 @@ def _trained(specials: str, in_vocabulary: bool) -> Tokenizer:
     """Control tokens are part of the vocabulary (as training with special_tokens makes them), or added after."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  special_tokens=_SPECIALS[specials] if in_vocabulary else [], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=_SPECIALS[specials] if in_vocabulary else [],
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     return tokenizer

@@ -39,8 +39,9 @@ class CliProcess:
     def __init__(self, args: list[str], folder: Path, environment: dict[str, str] | None = None) -> None:
         self._said = folder / f"said-{time.monotonic_ns()}.txt"
         self._said.touch()
-        self._process = _context.Process(target=_main, args=(args, str(self._said),
-                                                             {**os.environ, **(environment or {})}))
+        self._process = _context.Process(
+            target=_main, args=(args, str(self._said), {**os.environ, **(environment or {})})
+        )
         self._process.start()
 
     def send_signal(self, sig: int) -> None:

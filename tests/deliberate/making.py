@@ -24,11 +24,27 @@ PROMPTS = [
 
 
 def settings_for(model: ScriptedModel, **changes: Any) -> DeliberateSettings:
-    generator = {"model": "scripted", "base_url": model.base_url, "timeout_s": 20, "first_backoff_s": 0.02,
-                 "attempts": 4, "concurrency": 4, "price_in": 1.0, "price_out": 2.0, **changes.pop("generator", {})}
-    return DeliberateSettings.model_validate({
-        "generator": generator, "model_name": "Quill", "provider_name": "Fern", "samples": 2, "judge_votes": 2,
-        **changes})
+    generator = {
+        "model": "scripted",
+        "base_url": model.base_url,
+        "timeout_s": 20,
+        "first_backoff_s": 0.02,
+        "attempts": 4,
+        "concurrency": 4,
+        "price_in": 1.0,
+        "price_out": 2.0,
+        **changes.pop("generator", {}),
+    }
+    return DeliberateSettings.model_validate(
+        {
+            "generator": generator,
+            "model_name": "Quill",
+            "provider_name": "Fern",
+            "samples": 2,
+            "judge_votes": 2,
+            **changes,
+        }
+    )
 
 
 async def make_rows(out: Path, spec: Spec, settings: DeliberateSettings, prompts: Path | None) -> dict[str, Any]:

@@ -97,12 +97,26 @@ class ScriptedModel:
 
     @staticmethod
     def completion(content: str, text: str = "", body: dict | None = None, finish: str = "stop", **message) -> bytes:
-        return json.dumps({
-            "id": "chatcmpl-1", "object": "chat.completion", "created": 0, "model": f"{(body or {}).get('model')}-0613",
-            "choices": [{"index": 0, "finish_reason": finish,
-                         "message": {"role": "assistant", "content": content, **message}}],
-            "usage": {"prompt_tokens": len(text) // 4, "completion_tokens": max(1, len(content) // 4),
-                      "total_tokens": len(text) // 4 + max(1, len(content) // 4)}}).encode()
+        return json.dumps(
+            {
+                "id": "chatcmpl-1",
+                "object": "chat.completion",
+                "created": 0,
+                "model": f"{(body or {}).get('model')}-0613",
+                "choices": [
+                    {
+                        "index": 0,
+                        "finish_reason": finish,
+                        "message": {"role": "assistant", "content": content, **message},
+                    }
+                ],
+                "usage": {
+                    "prompt_tokens": len(text) // 4,
+                    "completion_tokens": max(1, len(content) // 4),
+                    "total_tokens": len(text) // 4 + max(1, len(content) // 4),
+                },
+            }
+        ).encode()
 
     def twice_paid(self) -> list[str]:
         return [key for key, times in self.paid.items() if times > 1]
@@ -112,12 +126,20 @@ class ScriptedModel:
 
 
 _PURPOSES = {
-    "Write one sentence of at most 30 words": "summarize", '{"categories"': "classify", "<deliberation>\n": "generate",
-    "Look for the worst fault first": "judge", "areas of life and work": "domains",
+    "Write one sentence of at most 30 words": "summarize",
+    '{"categories"': "classify",
+    "<deliberation>\n": "generate",
+    "Look for the worst fault first": "judge",
+    "areas of life and work": "domains",
     "parts that hardly overlap": "subdomains",
-    "statements about": "assertions", "kinds of text that somebody": "document_types", "ideas for such a text": "ideas",
-    "Write this text in full": "document", '{"faults"': "critique", "Rewrite this text": "rewrite",
-    "situations in which somebody": "situations", "different first messages": "user_messages",
+    "statements about": "assertions",
+    "kinds of text that somebody": "document_types",
+    "ideas for such a text": "ideas",
+    "Write this text in full": "document",
+    '{"faults"': "critique",
+    "Rewrite this text": "rewrite",
+    "situations in which somebody": "situations",
+    "different first messages": "user_messages",
     "Think first, as": "generate_reasoning",
 }
 
@@ -136,8 +158,10 @@ def scripted(purpose: str, text: str) -> str:
     if purpose in ("generate", "generate_reasoning"):
         said = re.search(r"<conversation \w+>\n(.*?)\n</conversation", text, re.DOTALL)
         about = said[1] if said else ""
-        cot = (f"They ask about {about[:60]!r}. They are to judge for themselves, so I mark what I only guess. "
-               f"Nobody else is put at risk by it: {' '.join(tag)}; {' '.join(words(text + '1'))}, and that will do.")
+        cot = (
+            f"They ask about {about[:60]!r}. They are to judge for themselves, so I mark what I only guess. "
+            f"Nobody else is put at risk by it: {' '.join(tag)}; {' '.join(words(text + '1'))}, and that will do."
+        )
         if "Name each by its id" in text:
             cot += ' Rule 1 decides it: "Separate what is known from what is guessed", so I say which is which.'
         reply = f"Here is what I know: {' '.join(words(text + '2'))}. I am sure of the first, and guess the last."
@@ -159,8 +183,24 @@ def scripted(purpose: str, text: str) -> str:
     return json.dumps([" ".join(words(f"{text}/{i}")[:unit]) for i in range(count)])
 
 
-_STEMS = ["harbour", "ledger", "kettle", "orchard", "signal", "bridge", "lantern", "market", "engine", "garden",
-          "paper", "winter", "copper", "needle", "window", "basket"]
+_STEMS = [
+    "harbour",
+    "ledger",
+    "kettle",
+    "orchard",
+    "signal",
+    "bridge",
+    "lantern",
+    "market",
+    "engine",
+    "garden",
+    "paper",
+    "winter",
+    "copper",
+    "needle",
+    "window",
+    "basket",
+]
 
 
 def words(text: str) -> list[str]:
@@ -173,8 +213,12 @@ def words(text: str) -> list[str]:
 
 
 def status(code: int, **headers: str) -> Response:
-    return Response(json.dumps({"error": {"message": f"scripted {code}", "type": "scripted"}}), status=code,
-                    content_type="application/json", headers={k.replace("_", "-"): v for k, v in headers.items()})
+    return Response(
+        json.dumps({"error": {"message": f"scripted {code}", "type": "scripted"}}),
+        status=code,
+        content_type="application/json",
+        headers={k.replace("_", "-"): v for k, v in headers.items()},
+    )
 
 
 def cut_short(_: Request) -> Response:
@@ -190,6 +234,7 @@ def cut_short(_: Request) -> Response:
 
 def dripping(pause_s: float, reply: bytes) -> Response:
     """A whole body, a few bytes at a time."""
+
     def body() -> Iterator[bytes]:
         for at in range(0, len(reply), 200):
             yield reply[at : at + 200]

@@ -102,8 +102,9 @@ def test_backoff_grows(model: ScriptedModel, tmp_path: Path) -> None:
         assert low <= gap
 
 
-@pytest.mark.parametrize(("code", "words"), [
-    (401, "OPENAI_API_KEY"), (403, "refuses the key"), (404, "no model 'scripted'")])
+@pytest.mark.parametrize(
+    ("code", "words"), [(401, "OPENAI_API_KEY"), (403, "refuses the key"), (404, "no model 'scripted'")]
+)
 def test_what_no_retry_helps_ends_the_run_at_once(code: int, words: str, model: ScriptedModel, tmp_path: Path) -> None:
     model.fault = lambda key, attempt, purpose, request: status(code)
     with pytest.raises(EndpointError, match=words):
@@ -154,8 +155,9 @@ def test_missing_usage_is_counted_not_guessed(model: ScriptedModel, tmp_path: Pa
     assert client.ledger.totals.without_usage == 1
 
 
-def test_key_comes_from_the_environment_only(model: ScriptedModel, tmp_path: Path,
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_comes_from_the_environment_only(
+    model: ScriptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MY_KEY", "sk-1234567")
     ask_all(model, tmp_path, ["a"], api_key_env="MY_KEY")
     assert model.authorization == {"Bearer sk-1234567"}

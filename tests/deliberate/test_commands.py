@@ -36,35 +36,43 @@ def give(model: ScriptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_from_spec_to_report(give) -> None:
-    code, said = give("deliberate spec.md prompts.txt -o rows URL -n 2 -k 2 --style cite --also-no-cot "
-                      "--model-name Quill")
+    code, said = give(
+        "deliberate spec.md prompts.txt -o rows URL -n 2 -k 2 --style cite --also-no-cot --model-name Quill"
+    )
     assert code == 0
     assert "4 rows of 2 prompts → rows/rows.jsonl" in said
     assert "answers paid for: 14" in said
-    code, said = give("document spec.md -o docs --tokens 2k URL --emphasis rules_and_values --model-name Quill "
-                      "--set domains=2 --set subdomains=2")
+    code, said = give(
+        "document spec.md -o docs --tokens 2k URL --emphasis rules_and_values --model-name Quill "
+        "--set domains=2 --set subdomains=2"
+    )
     assert code == 0
     assert "→ docs/documents.jsonl" in said
     for folder in ("rows", "docs"):
         code, said = give(f"data-report {folder} --spec spec.md")
         assert code == 0
         assert said.split() == [f"{folder}/report.html", f"{folder}/report.json"]
-        assert "Quill" not in Path(folder, "settings.yaml").read_text() or "model_name: Quill" in \
-            Path(folder, "settings.yaml").read_text()
+        assert (
+            "Quill" not in Path(folder, "settings.yaml").read_text()
+            or "model_name: Quill" in Path(folder, "settings.yaml").read_text()
+        )
 
 
-@pytest.mark.parametrize(("command", "fault"), [
-    ("deliberate spec.md -o out URL", "give a file of prompts, or --prompts-from-spec N"),
-    ("deliberate nospec.md prompts.txt -o out URL", "nospec.md: the spec can't be read"),
-    ("deliberate spec.md nofile.txt -o out URL", "nofile.txt: the prompts can't be read"),
-    ("deliberate spec.md prompts.txt -o out --base-url http://127.0.0.1:9/v1", "generator.model is not set"),
-    ("deliberate spec.md prompts.txt -o out URL --style citing", "style: input should be 'cite' or 'internal'"),
-    ("deliberate spec.md prompts.txt -o out URL --threshold 11", "threshold 11 is outside the scale"),
-    ("deliberate spec.md prompts.txt -o out URL --set smaples=2", "smaples: unknown key"),
-    ("deliberate spec.md prompts.txt -o out URL --set max_cost=1", "max_cost needs price_in and price_out"),
-    ("document spec.md -o out URL --tokens lots", "--tokens lots: write it as"),
-    ("data-report nothing", "holds neither rows.jsonl nor documents.jsonl"),
-])
+@pytest.mark.parametrize(
+    ("command", "fault"),
+    [
+        ("deliberate spec.md -o out URL", "give a file of prompts, or --prompts-from-spec N"),
+        ("deliberate nospec.md prompts.txt -o out URL", "nospec.md: the spec can't be read"),
+        ("deliberate spec.md nofile.txt -o out URL", "nofile.txt: the prompts can't be read"),
+        ("deliberate spec.md prompts.txt -o out --base-url http://127.0.0.1:9/v1", "generator.model is not set"),
+        ("deliberate spec.md prompts.txt -o out URL --style citing", "style: input should be 'cite' or 'internal'"),
+        ("deliberate spec.md prompts.txt -o out URL --threshold 11", "threshold 11 is outside the scale"),
+        ("deliberate spec.md prompts.txt -o out URL --set smaples=2", "smaples: unknown key"),
+        ("deliberate spec.md prompts.txt -o out URL --set max_cost=1", "max_cost needs price_in and price_out"),
+        ("document spec.md -o out URL --tokens lots", "--tokens lots: write it as"),
+        ("data-report nothing", "holds neither rows.jsonl nor documents.jsonl"),
+    ],
+)
 def test_mistakes_are_told(command: str, fault: str, give) -> None:
     with pytest.raises(ConfigError) as error:
         give(command)

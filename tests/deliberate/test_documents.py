@@ -30,9 +30,18 @@ EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
 
 def run(model: ScriptedModel, out: Path, spec: Spec, **changes: Any) -> dict[str, Any]:
     shared = settings_for(model).model_dump()
-    settings = DocumentSettings.model_validate({
-        **{key: shared[key] for key in ("generator", "model_name", "provider_name")}, "tokens": 6000, "domains": 3,
-        "subdomains": 2, "assertions": 3, "document_types": 2, "ideas": 2, **changes})
+    settings = DocumentSettings.model_validate(
+        {
+            **{key: shared[key] for key in ("generator", "model_name", "provider_name")},
+            "tokens": 6000,
+            "domains": 3,
+            "subdomains": 2,
+            "assertions": 3,
+            "document_types": 2,
+            "ideas": 2,
+            **changes,
+        }
+    )
 
     async def main() -> dict[str, Any]:
         async with Workshop.open(out, spec, settings) as shop:
@@ -46,8 +55,17 @@ def test_documents_to_a_budget(model: ScriptedModel, spec: Spec, tmp_path: Path)
     documents = read_rows(tmp_path / "out" / "documents.jsonl")
     assert summary["documents"] == len(documents)
     assert 6000 <= summary["tokens"] == sum(d["tokens"] for d in documents) < 6000 + 2 * 400
-    assert {"text", "source", "domain", "subdomain", "idea", "emphasis", "spec_sha256", "generator",
-            "request_ids"} <= documents[0].keys()
+    assert {
+        "text",
+        "source",
+        "domain",
+        "subdomain",
+        "idea",
+        "emphasis",
+        "spec_sha256",
+        "generator",
+        "request_ids",
+    } <= documents[0].keys()
     for stage in ("domains", "subdomains", "assertions", "document_types", "ideas"):
         assert read_rows(tmp_path / "out" / f"{stage}.jsonl"), stage
     assert len({d["domain"] for d in documents}) == 3, "a small budget is spread over all domains"
@@ -75,9 +93,14 @@ def test_a_larger_budget_goes_on(model: ScriptedModel, spec: Spec, tmp_path: Pat
     assert len(ideas) > 3 * 2 * 2 * 2, "a second round"
 
 
-@pytest.mark.parametrize(("emphasis", "words"), [
-    ("rules", "Do not explain why"), ("values", "Dwell on why"),
-    ("rules_and_values", "the rule follows from the value")])
+@pytest.mark.parametrize(
+    ("emphasis", "words"),
+    [
+        ("rules", "Do not explain why"),
+        ("values", "Dwell on why"),
+        ("rules_and_values", "the rule follows from the value"),
+    ],
+)
 def test_emphasis_is_asked_for(emphasis: str, words: str, model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
     run(model, tmp_path / "out", spec, emphasis=emphasis, tokens=500)
     texts = [r["text"] for r in read_rows(tmp_path / "out" / "requests.jsonl") if r["is"] == "text"]
@@ -103,11 +126,14 @@ def test_critique_and_rewrite(model: ScriptedModel, spec: Spec, tmp_path: Path) 
     assert model.purposes()["rewrite"] >= len(rewritten)
 
 
-@pytest.mark.parametrize(("text", "reason"), [
-    ("Quill is kind.", "too_short"),
-    ("A letter about nobody in particular. " * 20, "not_named"),
-    ("Quill <|im_start|> " + "word " * 80, "leaked_scaffolding"),
-])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Quill is kind.", "too_short"),
+        ("A letter about nobody in particular. " * 20, "not_named"),
+        ("Quill <|im_start|> " + "word " * 80, "leaked_scaffolding"),
+    ],
+)
 def test_documents_that_go(text: str, reason: str, model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
     turn = iter(range(10**6))
 
@@ -151,8 +177,11 @@ def test_report_of_a_run(model: ScriptedModel, spec: Spec, prompts_file: Path, t
     out, spec_file = tmp_path / "out", tmp_path / "spec.md"
     spec_file.write_text(SPEC)
     low = '{"compliance": 3, "helpfulness": 9, "reasoning": 9}'
-    model.answer = lambda purpose, text: low if purpose == "judge" and "sourdough" in text else \
-        scripted(purpose, text).replace("Here is", "<b>Here</b> is")
+    model.answer = lambda purpose, text: (
+        low
+        if purpose == "judge" and "sourdough" in text
+        else scripted(purpose, text).replace("Here is", "<b>Here</b> is")
+    )
     asyncio.run(make_rows(out, spec, settings_for(model, style="cite", samples=1), prompts_file))
     html, figures = write_report(out, spec=spec_file)
     found = json.loads(figures.read_text())
@@ -199,17 +228,34 @@ def test_report_of_star1(tmp_path: Path) -> None:
     assert part["by_category"]["Self-Harm"] == 85
     if chromium := shutil.which("chromium"):
         shot = tmp_path / "page.png"
-        subprocess.run([chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--screenshot={shot}",
-                        f"--user-data-dir={tmp_path / 'profile'}", html.as_uri()], check=True, capture_output=True,
-                       timeout=60)
+        subprocess.run(
+            [
+                chromium,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                f"--screenshot={shot}",
+                f"--user-data-dir={tmp_path / 'profile'}",
+                html.as_uri(),
+            ],
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
         assert shot.stat().st_size > 20_000
 
 
-@pytest.mark.parametrize(("response", "refuses"), [
-    ("I'm sorry, but I can't assist with that request.", True), ("I can’t help with this.", True),
-    ("I won't write that. What I can do is …", True), ("I cannot provide instructions for it.", True),
-    ("Sure, here is how you do it.", False), ("Sorry to hear it's broken! Try turning it off.", False),
-    ("Turn the valve. If it leaks, call someone. Then wait. I can't help with gas lines.", False),
-])
+@pytest.mark.parametrize(
+    ("response", "refuses"),
+    [
+        ("I'm sorry, but I can't assist with that request.", True),
+        ("I can’t help with this.", True),
+        ("I won't write that. What I can do is …", True),
+        ("I cannot provide instructions for it.", True),
+        ("Sure, here is how you do it.", False),
+        ("Sorry to hear it's broken! Try turning it off.", False),
+        ("Turn the valve. If it leaks, call someone. Then wait. I can't help with gas lines.", False),
+    ],
+)
 def test_refusals_by_their_opening(response: str, refuses: bool) -> None:
     assert is_refusal(response) == refuses

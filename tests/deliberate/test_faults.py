@@ -81,8 +81,9 @@ def reference() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_nothing_lost_nothing_paid_twice(name: str, model: ScriptedModel, spec: Spec, prompts_file: Path,
-                                         tmp_path: Path, reference: dict[str, bytes]) -> None:
+def test_nothing_lost_nothing_paid_twice(
+    name: str, model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path, reference: dict[str, bytes]
+) -> None:
     model.fault, counted_as = FAULTS[name]
     timeout = 0.4 if counted_as == "timeout" else 20
     settings = settings_for(model, style="cite", samples=1, generator={"timeout_s": timeout, "concurrency": 8})
@@ -105,8 +106,9 @@ def test_nothing_lost_nothing_paid_twice(name: str, model: ScriptedModel, spec: 
     assert (tmp_path / "out" / "rows.jsonl").read_bytes() == rows
 
 
-def test_malformed_judgement_is_asked_anew(model: ScriptedModel, spec: Spec, prompts_file: Path,
-                                           tmp_path: Path) -> None:
+def test_malformed_judgement_is_asked_anew(
+    model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path
+) -> None:
     """A judge that first answers in prose is asked again, and what it said is never a score."""
     seen: set[str] = set()
 
@@ -122,15 +124,21 @@ def test_malformed_judgement_is_asked_anew(model: ScriptedModel, spec: Spec, pro
     assert model.purposes()["judge"] == 12 + 24
 
 
-@pytest.mark.parametrize("answer", [
-    "no JSON at all", '{"compliance": 9, "helpfulness": 9}', '{"compliance": 11, "helpfulness": 9, "reasoning": 9}',
-    '{"compliance": true, "helpfulness": 9, "reasoning": 9}',
-    '{"compliance": "high", "helpfulness": 9, "reasoning": 9}',
-    '{"compliance": 9, "helpfulness": 9, "reasoning": 9} or {"compliance": 2, "helpfulness": 9, "reasoning": 9}',
-    '{"compliance": NaN, "helpfulness": 9, "reasoning": 9}',
-])
-def test_malformed_judgement_is_a_reason_never_a_score(answer: str, model: ScriptedModel, spec: Spec,
-                                                       prompts_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "no JSON at all",
+        '{"compliance": 9, "helpfulness": 9}',
+        '{"compliance": 11, "helpfulness": 9, "reasoning": 9}',
+        '{"compliance": true, "helpfulness": 9, "reasoning": 9}',
+        '{"compliance": "high", "helpfulness": 9, "reasoning": 9}',
+        '{"compliance": 9, "helpfulness": 9, "reasoning": 9} or {"compliance": 2, "helpfulness": 9, "reasoning": 9}',
+        '{"compliance": NaN, "helpfulness": 9, "reasoning": 9}',
+    ],
+)
+def test_malformed_judgement_is_a_reason_never_a_score(
+    answer: str, model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path
+) -> None:
     model.answer = lambda purpose, text: answer if purpose == "judge" else None
     settings = settings_for(model, samples=1, list_attempts=2, judge_votes=3)
     summary = asyncio.run(make_rows(tmp_path / "out", spec, settings, prompts_file))
@@ -141,9 +149,11 @@ def test_malformed_judgement_is_a_reason_never_a_score(answer: str, model: Scrip
     assert all(line["votes"] == [] for line in dropped)
 
 
-def test_one_poisoned_prompt_does_not_stop_the_others(model: ScriptedModel, spec: Spec, prompts_file: Path,
-                                                      tmp_path: Path) -> None:
+def test_one_poisoned_prompt_does_not_stop_the_others(
+    model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path
+) -> None:
     """A request that always fails with 500 is given up and counted; the same command asks for it again."""
+
     def poison(key: str, attempt: int, purpose: str, request: Request) -> Response | None:
         return status(500) if purpose == "generate" and b"sourdough" in request.get_data() else None
 
@@ -172,8 +182,9 @@ def test_refused_request_is_a_reason(model: ScriptedModel, spec: Spec, prompts_f
 
 
 @pytest.mark.parametrize(("finish", "reason"), [("length", "truncated"), ("content_filter", "content_filter")])
-def test_cut_answers_never_become_rows(finish: str, reason: str, model: ScriptedModel, spec: Spec, prompts_file: Path,
-                                       tmp_path: Path) -> None:
+def test_cut_answers_never_become_rows(
+    finish: str, reason: str, model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path
+) -> None:
     def cut(key: str, attempt: int, purpose: str, request: Request) -> Response | None:
         if purpose != "generate":
             return None

@@ -27,11 +27,27 @@ class Command:
     def __init__(self, folder: Path, model: ScriptedModel, prompts: Path, *more: str, key: str | None = None) -> None:
         spec, config = folder / "spec.md", folder / "settings.yaml"
         spec.write_text(SPEC)
-        config.write_text("generator: {first_backoff_s: 0.02, attempts: 4, timeout_s: 20}\nsamples: 2\njudge_votes: 2\n"
-                          "model_name: Quill\nprovider_name: Fern\n")
+        config.write_text(
+            "generator: {first_backoff_s: 0.02, attempts: 4, timeout_s: 20}\nsamples: 2\njudge_votes: 2\n"
+            "model_name: Quill\nprovider_name: Fern\n"
+        )
         self.folder, self.out = folder, folder / "out"
-        self.args = ["deliberate", str(spec), str(prompts), "-o", str(self.out), "--config", str(config), "--model",
-                     "scripted", "--base-url", model.base_url, "--concurrency", str(_CONCURRENCY), *more]
+        self.args = [
+            "deliberate",
+            str(spec),
+            str(prompts),
+            "-o",
+            str(self.out),
+            "--config",
+            str(config),
+            "--model",
+            "scripted",
+            "--base-url",
+            model.base_url,
+            "--concurrency",
+            str(_CONCURRENCY),
+            *more,
+        ]
         self.environment = {"OPENAI_API_KEY": key} if key else {}
 
     def start(self) -> CliProcess:
@@ -93,8 +109,9 @@ def test_sigkill(model: ScriptedModel, prompts_file: Path, tmp_path: Path, expec
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt(sig: signal.Signals, model: ScriptedModel, prompts_file: Path, tmp_path: Path,
-                   expected: bytes) -> None:
+def test_interrupt(
+    sig: signal.Signals, model: ScriptedModel, prompts_file: Path, tmp_path: Path, expected: bytes
+) -> None:
     """Ctrl-C: what is on its way is waited for and kept, so nothing at all is paid for twice."""
     model.delay_s = 0.1
     command = Command(tmp_path, model, prompts_file)
@@ -153,7 +170,7 @@ def test_server_dies_and_comes_back(spec: Spec, prompts_file: Path, tmp_path: Pa
 
 def test_key_is_nowhere(model: ScriptedModel, prompts_file: Path, tmp_path: Path) -> None:
     """A canary key: the server gets it, and no file and no line of output has it, whatever the endpoint echoes."""
-    canary = "sk-canary-Zq7X29vWq\"\\end"
+    canary = 'sk-canary-Zq7X29vWq"\\end'
     model.answer = lambda purpose, text: f"{canary} <deliberation>" if purpose == "generate" else None
 
     def echo(key, attempt, purpose, request):

@@ -31,9 +31,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     texts = [" ".join(PROMPTS), Path(__file__).read_text()] * 4
     tokenizer = train_tokenizer(texts, 512)
-    architecture = {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-                    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
-                    "max_position_embeddings": 16384, "tie_word_embeddings": True}
+    architecture = {
+        "model_type": "qwen3",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 16384,
+        "tie_word_embeddings": True,
+    }
     model = build_model(ModelConfig.model_validate({"architecture": architecture}), tokenizer)
     model.generation_config.do_sample = True  # without it, transformers serve is greedy at every temperature
     return export_model(model, tokenizer, tmp_path_factory.mktemp("model") / "small")
@@ -48,9 +56,16 @@ def served(folder: Path) -> Iterator[str]:
 
 def settings(**generator: Any) -> DeliberateSettings:
     # Six tokens an answer, and a judge that random weights can't be: every row goes, with its reason.
-    return DeliberateSettings.model_validate({
-        "generator": {"max_tokens": 6, "concurrency": 3, "temperature": 1.0, **generator}, "model_name": "Quill",
-        "provider_name": "Fern", "samples": 2, "list_attempts": 2, "cot_from": "reasoning"})
+    return DeliberateSettings.model_validate(
+        {
+            "generator": {"max_tokens": 6, "concurrency": 3, "temperature": 1.0, **generator},
+            "model_name": "Quill",
+            "provider_name": "Fern",
+            "samples": 2,
+            "list_attempts": 2,
+            "cot_from": "reasoning",
+        }
+    )
 
 
 def prompts(folder: Path) -> Path:

@@ -34,8 +34,18 @@ def test_a_row_can_be_traced(model: ScriptedModel, spec: Spec, prompts_file: Pat
     rows = read_rows(out / "rows.jsonl")
     assert [row["prompt"] for row in rows] == [prompt for prompt in PROMPTS for _ in range(2)]
     row = rows[0]
-    assert {"prompt", "cot", "response", "category", "spec_sha256", "scores", "samples", "generator", "judge",
-            "request_ids"} <= row.keys()
+    assert {
+        "prompt",
+        "cot",
+        "response",
+        "category",
+        "spec_sha256",
+        "scores",
+        "samples",
+        "generator",
+        "judge",
+        "request_ids",
+    } <= row.keys()
     assert row["category"] == ["rule-1", "v1-honesty"]
     assert row["spec_sha256"] == hashlib.sha256(spec.text.encode()).hexdigest()
     assert row["scores"] == {"compliance": 9, "helpfulness": 8, "reasoning": 9, "min": 8}
@@ -55,8 +65,12 @@ def test_a_row_can_be_traced(model: ScriptedModel, spec: Spec, prompts_file: Pat
 
 def test_training_reads_the_rows_and_their_twin(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
     prompts = tmp_path / "p.jsonl"
-    chat = [{"role": "system", "content": "You work for a bank."}, {"role": "user", "content": "Hello there"},
-            {"role": "assistant", "content": "Good day."}, {"role": "user", "content": "May I see a statement?"}]
+    chat = [
+        {"role": "system", "content": "You work for a bank."},
+        {"role": "user", "content": "Hello there"},
+        {"role": "assistant", "content": "Good day."},
+        {"role": "user", "content": "May I see a statement?"},
+    ]
     prompts.write_text(json.dumps({"prompt": "What is a bond?"}) + "\n" + json.dumps({"messages": chat}) + "\n")
     run(model, tmp_path / "out", spec, prompts, samples=1, also_no_cot=True)
     rows = as_training_reads(tmp_path / "out" / "rows.jsonl")
@@ -67,14 +81,17 @@ def test_training_reads_the_rows_and_their_twin(model: ScriptedModel, spec: Spec
         assert row.cot
         assert twin.cot is None
         assert row.response == twin.response
-    assert not any("cot" in row or "reasoning_content" in json.dumps(row.get("messages", ""))
-                   for row in read_rows(tmp_path / "out" / "rows_no_cot.jsonl"))
+    assert not any(
+        "cot" in row or "reasoning_content" in json.dumps(row.get("messages", ""))
+        for row in read_rows(tmp_path / "out" / "rows_no_cot.jsonl")
+    )
     raw = read_rows(tmp_path / "out" / "rows.jsonl")
     assert raw[1]["cot"] == raw[1]["messages"][-1]["reasoning_content"]
 
 
-def test_the_score_is_the_minimum_over_the_votes(model: ScriptedModel, spec: Spec, prompts_file: Path,
-                                                 tmp_path: Path) -> None:
+def test_the_score_is_the_minimum_over_the_votes(
+    model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path
+) -> None:
     votes: Counter[str] = Counter()
 
     def answer(purpose: str, text: str) -> str | None:
@@ -102,8 +119,9 @@ def test_the_score_is_the_minimum_over_the_votes(model: ScriptedModel, spec: Spe
     assert summary["rows"] == 6
 
 
-def test_no_vote_is_paid_for_after_one_below_the_threshold(model: ScriptedModel, spec: Spec, prompts_file: Path,
-                                                           tmp_path: Path) -> None:
+def test_no_vote_is_paid_for_after_one_below_the_threshold(
+    model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path
+) -> None:
     low = '{"compliance": 3, "helpfulness": 9, "reasoning": 9}'
     model.answer = lambda purpose, text: low if purpose == "judge" else None
     run(model, tmp_path / "early", spec, prompts_file, samples=1, judge_votes=4)
@@ -124,8 +142,9 @@ def test_best_of_n(model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_pat
         return json.dumps({"compliance": score, "helpfulness": 10, "reasoning": 10})
 
     model.answer = answer
-    summary = run(model, tmp_path / "out", spec, prompts_file, samples=4, best_of=1, judge_votes=1,
-                  generator={"concurrency": 1})
+    summary = run(
+        model, tmp_path / "out", spec, prompts_file, samples=4, best_of=1, judge_votes=1, generator={"concurrency": 1}
+    )
     rows = read_rows(tmp_path / "out" / "rows.jsonl")
     assert len(rows) == 6
     assert summary["dropped"] == {"not_best": 18}
@@ -148,8 +167,9 @@ def test_duplicates_go_before_and_after(model: ScriptedModel, spec: Spec, tmp_pa
     assert summary["rows"] == 1
 
 
-def test_spec_text_in_a_prompt_is_dropped_before_anything_is_paid(model: ScriptedModel, spec: Spec,
-                                                                  tmp_path: Path) -> None:
+def test_spec_text_in_a_prompt_is_dropped_before_anything_is_paid(
+    model: ScriptedModel, spec: Spec, tmp_path: Path
+) -> None:
     prompts = tmp_path / "p.jsonl"
     leaky = "Why is it that 'Quill says what it believes and marks how sure it is'?"
     prompts.write_text(json.dumps({"prompt": leaky}) + "\n" + json.dumps({"prompt": "Fine."}) + "\n")
@@ -167,8 +187,9 @@ def test_given_categories_are_not_asked_for(model: ScriptedModel, spec: Spec, tm
     assert read_rows(tmp_path / "out" / "rows.jsonl")[0]["category"] == ["rule-2", "v2-care"]
 
 
-def test_unknown_categories_are_asked_anew_then_a_reason(model: ScriptedModel, spec: Spec, prompts_file: Path,
-                                                         tmp_path: Path) -> None:
+def test_unknown_categories_are_asked_anew_then_a_reason(
+    model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path
+) -> None:
     model.answer = lambda purpose, text: '{"categories": ["rule-99"]}' if purpose == "classify" else None
     summary = run(model, tmp_path / "out", spec, prompts_file, list_attempts=2)
     assert summary["dropped"] == {"malformed_classify": 6}
@@ -197,8 +218,13 @@ def test_prompts_from_the_spec_alone(count: int, model: ScriptedModel, spec: Spe
     assert len({row["prompt"] for row in rows}) == count
     assert all({"domain", "situation"} <= row["made"].keys() for row in rows)
     assert len({row["made"]["domain"] for row in rows}) >= min(count // 4, 6), "spread over the domains"
-    asked = json.dumps([m for m in read_rows(tmp_path / "out" / "requests.jsonl") if m["is"] == "text"
-                        and "different first messages" in m["text"]])
+    asked = json.dumps(
+        [
+            m
+            for m in read_rows(tmp_path / "out" / "requests.jsonl")
+            if m["is"] == "text" and "different first messages" in m["text"]
+        ]
+    )
     assert "Separate what is known" not in asked, "who writes as a user has not read the spec"
     before = (tmp_path / "out" / "rows.jsonl").read_bytes()
     model.received.clear()
@@ -215,8 +241,9 @@ def test_repeated_prompts_end_the_making(model: ScriptedModel, spec: Spec, tmp_p
     assert len(model.received) < 150
 
 
-def test_summaries_are_paid_for_once_and_survive_a_model_that_has_none(model: ScriptedModel, spec: Spec, tmp_path: Path,
-                                                                      prompts_file: Path) -> None:
+def test_summaries_are_paid_for_once_and_survive_a_model_that_has_none(
+    model: ScriptedModel, spec: Spec, tmp_path: Path, prompts_file: Path
+) -> None:
     long = Spec.of(spec.text + "\n## More\n" + "Quill keeps its word because others plan by it. " * 8)
     run(model, tmp_path / "out", long, prompts_file, samples=1)
     assert model.purposes()["summarize"] == 1

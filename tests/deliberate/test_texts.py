@@ -33,8 +33,14 @@ def test_spec_is_cut_at_headings_and_rules(spec: Spec) -> None:
     assert [s.id for s in spec.sections] == ["conduct-of-quill", "v1-honesty", "v2-care", "rule-1", "rule-2", "rule-3"]
     assert spec.sections[1].path == ("Conduct of Quill", "Values")
     assert spec.sections[4].title == "Do not help with harm to others"
-    assert spec.sections[4].line == SPEC.split("\n").index("2. **Do not help with harm to others.** Decline help whose "
-                                                          "likely use is to injure or cheat somebody. (From V2.)") + 1
+    assert (
+        spec.sections[4].line
+        == SPEC.split("\n").index(
+            "2. **Do not help with harm to others.** Decline help whose "
+            "likely use is to injure or cheat somebody. (From V2.)"
+        )
+        + 1
+    )
     assert "{model_name}" not in spec.text
     assert "Quill is made by Fern" in spec.text
     assert spec.section("V1. Honesty") is spec.sections[1]
@@ -50,15 +56,18 @@ def test_every_line_of_the_spec_is_in_one_section() -> None:
     assert [line for line in together if line.strip() and not line.startswith("## ")] == bare
 
 
-@pytest.mark.parametrize(("text", "ids"), [
-    ("Just be kind.", ["spec"]),
-    ("Title\n=====\n\nBe kind.\n\nMore\n----\n\nBe plain.", ["title", "more"]),
-    ("# A {#kind level=root}\nBe kind.\n# A\nBe plain.\n# A\nBe brief.", ["kind", "a", "a-2"]),
-    ("# A\n```\n# not a heading\n```\n# B\ntext", ["a", "b"]),
-    ("# Rules\n1. Be kind.\n2. Be plain.\n3. Be brief.", ["rule-1", "rule-2", "rule-3"]),
-    ("# How\nThis explains at length what happens and in what order it does.\n1. one\n2. two\n3. three", ["how"]),
-    ("# Empty\n\n# Full\ntext", ["full"]),
-])
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("Just be kind.", ["spec"]),
+        ("Title\n=====\n\nBe kind.\n\nMore\n----\n\nBe plain.", ["title", "more"]),
+        ("# A {#kind level=root}\nBe kind.\n# A\nBe plain.\n# A\nBe brief.", ["kind", "a", "a-2"]),
+        ("# A\n```\n# not a heading\n```\n# B\ntext", ["a", "b"]),
+        ("# Rules\n1. Be kind.\n2. Be plain.\n3. Be brief.", ["rule-1", "rule-2", "rule-3"]),
+        ("# How\nThis explains at length what happens and in what order it does.\n1. one\n2. two\n3. three", ["how"]),
+        ("# Empty\n\n# Full\ntext", ["full"]),
+    ],
+)
 def test_headings(text: str, ids: list[str]) -> None:
     assert [s.id for s in Spec.of(text).sections] == ids
 
@@ -82,23 +91,44 @@ def test_empty_spec_is_refused() -> None:
 GOOD = '{"compliance": 9, "helpfulness": 7.5, "reasoning": "8", "why": "fine {really}"}'
 
 
-@pytest.mark.parametrize("text", [
-    GOOD, f"```json\n{GOOD}\n```", f"Sure! Here it is:\n{GOOD}\nHope that helps.",
-    f"<think>{{maybe 3?}}</think>\n{GOOD}",
-    f'My notes: {{"note": 1}} and then {GOOD}', f"{GOOD}\n\nAgain: {GOOD}", f"a {{ brace {GOOD}",
-    '<think>{"compliance": 1, "helpfulness": 1, "reasoning": 1}</think>' + GOOD,
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        f"```json\n{GOOD}\n```",
+        f"Sure! Here it is:\n{GOOD}\nHope that helps.",
+        f"<think>{{maybe 3?}}</think>\n{GOOD}",
+        f'My notes: {{"note": 1}} and then {GOOD}',
+        f"{GOOD}\n\nAgain: {GOOD}",
+        f"a {{ brace {GOOD}",
+        '<think>{"compliance": 1, "helpfulness": 1, "reasoning": 1}</think>' + GOOD,
+    ],
+)
 def test_scores_are_found_among_prose(text: str) -> None:
     scores, why = read_scores(text)
     assert scores == {"compliance": 9.0, "helpfulness": 7.5, "reasoning": 8.0}
     assert why == "fine {really}"
 
 
-@pytest.mark.parametrize("text", [
-    "", "9/10", "[9, 9, 9]", GOOD[:-1], GOOD.replace("9", "0"), GOOD.replace("9", "10.5"), GOOD.replace("9", "null"),
-    GOOD.replace("9", "false"), GOOD.replace("9", "Infinity"), GOOD.replace("9", '"nine"'), GOOD.replace("9", "-9"),
-    GOOD + GOOD.replace("9", "3"), '{"compliance": 9}', '{"scores": 9}',
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "9/10",
+        "[9, 9, 9]",
+        GOOD[:-1],
+        GOOD.replace("9", "0"),
+        GOOD.replace("9", "10.5"),
+        GOOD.replace("9", "null"),
+        GOOD.replace("9", "false"),
+        GOOD.replace("9", "Infinity"),
+        GOOD.replace("9", '"nine"'),
+        GOOD.replace("9", "-9"),
+        GOOD + GOOD.replace("9", "3"),
+        '{"compliance": 9}',
+        '{"scores": 9}',
+    ],
+)
 def test_bad_scores_are_malformed(text: str) -> None:
     with pytest.raises(Malformed):
         read_scores(text)
@@ -120,26 +150,32 @@ def test_json_values_and_lists() -> None:
         read_strings('["only one"]', least=2)
 
 
-@pytest.mark.parametrize(("text", "parts"), [
-    ("<deliberation>a b</deliberation>\n<reply>c</reply>", ("a b", "c", None)),
-    ("<think>hm</think><deliberation>a</deliberation><reply>c</reply>", ("a", "c", None)),
-    ("<deliberation>a</deliberation><reply>c", ("a", None, "truncated")),
-    ("<deliberation>a", (None, None, "truncated")),
-    ("<deliberation>a</deliberation><reply>c</reply><reply>d</reply>", (None, None, "leaked_scaffolding")),
-    ("no tags", (None, None, None)),
-])
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("<deliberation>a b</deliberation>\n<reply>c</reply>", ("a b", "c", None)),
+        ("<think>hm</think><deliberation>a</deliberation><reply>c</reply>", ("a", "c", None)),
+        ("<deliberation>a</deliberation><reply>c", ("a", None, "truncated")),
+        ("<deliberation>a", (None, None, "truncated")),
+        ("<deliberation>a</deliberation><reply>c</reply><reply>d</reply>", (None, None, "leaked_scaffolding")),
+        ("no tags", (None, None, None)),
+    ],
+)
 def test_parting_tags(text: str, parts: tuple) -> None:
     found = part_answer(Answer(text, "stop"), "tags")
     assert (found.cot, found.response, found.fault) == parts
 
 
-@pytest.mark.parametrize(("text", "reasoning", "parts"), [
-    ("the answer", "the thought", ("the thought", "the answer", None)),
-    ("<think>\nthe thought\n</think>\n\nthe answer", None, ("the thought", "the answer", None)),
-    ("the thought\n</think>\nthe answer", None, ("the thought", "the answer", None)),
-    ("<think>\nthe thou", None, (None, None, "truncated")),
-    ("the answer", None, (None, "the answer", None)),
-])
+@pytest.mark.parametrize(
+    ("text", "reasoning", "parts"),
+    [
+        ("the answer", "the thought", ("the thought", "the answer", None)),
+        ("<think>\nthe thought\n</think>\n\nthe answer", None, ("the thought", "the answer", None)),
+        ("the thought\n</think>\nthe answer", None, ("the thought", "the answer", None)),
+        ("<think>\nthe thou", None, (None, None, "truncated")),
+        ("the answer", None, (None, "the answer", None)),
+    ],
+)
 def test_parting_reasoning(text: str, reasoning: str | None, parts: tuple) -> None:
     found = part_answer(Answer(text, "stop", reasoning), "reasoning")
     assert (found.cot, found.response, found.fault) == parts
@@ -150,17 +186,25 @@ def test_parting_reasoning(text: str, reasoning: str | None, parts: tuple) -> No
 COT = "I want them to be able to judge for themselves, so I say what I only guess at here."
 
 
-@pytest.mark.parametrize(("cot", "response", "fault"), [
-    (COT, "Here you are.", None),
-    ("", "Here you are.", "no_cot"), (COT, "", "no_response"), ("Too short.", "Here.", "cot_too_short"),
-    (COT, "Here. </deliberation2><|im_end|>", "leaked_scaffolding"), (COT, "Hello {model_name}", "leaked_scaffolding"),
-    (COT + " <conversation 12ab34cd>", "Here.", "leaked_scaffolding"), (COT, "[/INST] Here.", "leaked_scaffolding"),
-    (COT + " According to the spec, yes.", "Here.", "mentions_spec"),
-    (COT + " Rule 2 decides.", "Here.", "mentions_spec"),
-    (COT + " V1 decides.", "Here.", "mentions_spec"), (COT, "Our content policy forbids it.", "mentions_spec"),
-    (COT + " I decline help whose likely use is to injure or cheat.", "Here.", "mentions_spec"),
-    (COT + " The policy covers water damage.", "Here.", None),  # they asked about an insurance policy
-])
+@pytest.mark.parametrize(
+    ("cot", "response", "fault"),
+    [
+        (COT, "Here you are.", None),
+        ("", "Here you are.", "no_cot"),
+        (COT, "", "no_response"),
+        ("Too short.", "Here.", "cot_too_short"),
+        (COT, "Here. </deliberation2><|im_end|>", "leaked_scaffolding"),
+        (COT, "Hello {model_name}", "leaked_scaffolding"),
+        (COT + " <conversation 12ab34cd>", "Here.", "leaked_scaffolding"),
+        (COT, "[/INST] Here.", "leaked_scaffolding"),
+        (COT + " According to the spec, yes.", "Here.", "mentions_spec"),
+        (COT + " Rule 2 decides.", "Here.", "mentions_spec"),
+        (COT + " V1 decides.", "Here.", "mentions_spec"),
+        (COT, "Our content policy forbids it.", "mentions_spec"),
+        (COT + " I decline help whose likely use is to injure or cheat.", "Here.", "mentions_spec"),
+        (COT + " The policy covers water damage.", "Here.", None),  # they asked about an insurance policy
+    ],
+)
 def test_format_filter_internal(cot: str, response: str, fault: str | None, spec: Spec, model) -> None:
     answer = Answer(f"<deliberation>{cot}</deliberation><reply>{response}</reply>", "stop")
     parted = part_answer(answer, "tags")
@@ -168,10 +212,15 @@ def test_format_filter_internal(cot: str, response: str, fault: str | None, spec
     assert format_fault(answer, parted, settings_for(model), labels_of_spec(spec), asked) == fault
 
 
-@pytest.mark.parametrize(("cot", "fault"), [
-    (COT, "no_citation"), (COT + " V2 matters most.", None), (COT + " By rule-3 I answer first.", None),
-    (COT + " It says to decline help whose likely use is to injure somebody.", None),
-])
+@pytest.mark.parametrize(
+    ("cot", "fault"),
+    [
+        (COT, "no_citation"),
+        (COT + " V2 matters most.", None),
+        (COT + " By rule-3 I answer first.", None),
+        (COT + " It says to decline help whose likely use is to injure somebody.", None),
+    ],
+)
 def test_format_filter_cite(cot: str, fault: str | None, spec: Spec, model) -> None:
     answer = Answer(f"<deliberation>{cot}</deliberation><reply>Here.</reply>", "stop")
     settings = settings_for(model, style="cite")
@@ -249,15 +298,18 @@ def test_case_and_punctuation_do_not_matter() -> None:
 # --- guard --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("prompt", "leaks"), [
-    ("Can you help me with my garden?", False),
-    ("Quill says what it believes and marks how sure it is, no?", True),
-    ("quill SAYS what it *believes*,\n and marks how... sure", True),
-    ("Put the answer before any concern", False),
-    ("What does 'Decline help whose likely use is to injure or cheat somebody' mean?", True),
-    ("Say how sure you are.", True),  # a whole sentence of five words
-    ("Answer first, please", False),  # two words that happen to be a rule's title
-])
+@pytest.mark.parametrize(
+    ("prompt", "leaks"),
+    [
+        ("Can you help me with my garden?", False),
+        ("Quill says what it believes and marks how sure it is, no?", True),
+        ("quill SAYS what it *believes*,\n and marks how... sure", True),
+        ("Put the answer before any concern", False),
+        ("What does 'Decline help whose likely use is to injure or cheat somebody' mean?", True),
+        ("Say how sure you are.", True),  # a whole sentence of five words
+        ("Answer first, please", False),  # two words that happen to be a rule's title
+    ],
+)
 def test_guard(prompt: str, leaks: bool, spec: Spec) -> None:
     assert (SpecGuard(spec).leak(prompt) is not None) == leaks
 
@@ -293,13 +345,16 @@ def test_prompt_files_can_be_replaced(tmp_path: Path) -> None:
     assert files["judge"].version == built_in["judge"].version
 
 
-@pytest.mark.parametrize(("name", "text", "fault"), [
-    ("judgee.md", "## user\nx", r"did you mean judge\.md\?"),
-    ("classify.md", "## user\n{{sections}}", r"\{\{conversation\}\} is missing"),
-    ("classify.md", "## user\n{{sections}}{{conversation}}{{spek}}", r"\{\{spek\}\} has no value here"),
-    ("classify.md", "no turns {{sections}}", "holds turns"),
-    ("notes.txt", "x", r"holds no \.md file"),
-])
+@pytest.mark.parametrize(
+    ("name", "text", "fault"),
+    [
+        ("judgee.md", "## user\nx", r"did you mean judge\.md\?"),
+        ("classify.md", "## user\n{{sections}}", r"\{\{conversation\}\} is missing"),
+        ("classify.md", "## user\n{{sections}}{{conversation}}{{spek}}", r"\{\{spek\}\} has no value here"),
+        ("classify.md", "no turns {{sections}}", "holds turns"),
+        ("notes.txt", "x", r"holds no \.md file"),
+    ],
+)
 def test_bad_prompt_files_are_named(name: str, text: str, fault: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=fault):
@@ -313,12 +368,15 @@ def test_quoted_text_cannot_end_its_own_quotation() -> None:
     assert closing not in evil
 
 
-@pytest.mark.parametrize(("name", "text", "count"), [
-    ("p.txt", "one\n\ntwo\n", 2),
-    ("p.jsonl", '{"prompt": "one", "category": "rule-1"}\n{"question": "two", "response": "no"}\n', 2),
-    ("p.json", '[{"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "x"}]}]', 1),
-    ("p.jsonl", '{"prompt": "one", "system": "be brief"}\n', 1),
-])
+@pytest.mark.parametrize(
+    ("name", "text", "count"),
+    [
+        ("p.txt", "one\n\ntwo\n", 2),
+        ("p.jsonl", '{"prompt": "one", "category": "rule-1"}\n{"question": "two", "response": "no"}\n', 2),
+        ("p.json", '[{"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "x"}]}]', 1),
+        ("p.jsonl", '{"prompt": "one", "system": "be brief"}\n', 1),
+    ],
+)
 def test_prompts_are_read(name: str, text: str, count: int, spec: Spec, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     prompts = read_prompts(tmp_path / name, spec)
@@ -326,13 +384,18 @@ def test_prompts_are_read(name: str, text: str, count: int, spec: Spec, tmp_path
     assert "one" in prompts[0].conversation
 
 
-@pytest.mark.parametrize(("text", "fault"), [
-    ('{"prompt": "a"}\n{"promt": "b"}', r"p\.jsonl:2: has none of"),
-    ('{"prompt": "a", "category": "Privacy"}', r"p\.jsonl:1: the spec has no section 'Privacy' \(it has conduct"),
-    ('{"messages": [{"role": "system", "content": "x"}]}', "must end on the person's turn"),
-    ('{"prompt": ""}', "is empty"), ("{", "not valid JSON"), ("", "holds no prompt"),
-    ('{"prompt": 3}', "list of messages"),
-])
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ('{"prompt": "a"}\n{"promt": "b"}', r"p\.jsonl:2: has none of"),
+        ('{"prompt": "a", "category": "Privacy"}', r"p\.jsonl:1: the spec has no section 'Privacy' \(it has conduct"),
+        ('{"messages": [{"role": "system", "content": "x"}]}', "must end on the person's turn"),
+        ('{"prompt": ""}', "is empty"),
+        ("{", "not valid JSON"),
+        ("", "holds no prompt"),
+        ('{"prompt": 3}', "list of messages"),
+    ],
+)
 def test_bad_prompts_are_named(text: str, fault: str, spec: Spec, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(ConfigError, match=fault):

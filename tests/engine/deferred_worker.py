@@ -55,17 +55,31 @@ def main(folder: str | Path, precision: str, way: str) -> int:
         else:
             model, note = build_model(source, tokenizer, dtype="fp32"), None
         module = TrainableLM(model)
-        place(module, torch.device("cpu"), dtype, {
-            "train_batch_size": ranks.world_size, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
-            precision: {"enabled": precision != "fp32"}, "zero_optimization": {"stage": 3}}, 3)
+        place(
+            module,
+            torch.device("cpu"),
+            dtype,
+            {
+                "train_batch_size": ranks.world_size,
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
+                precision: {"enabled": precision != "fp32"},
+                "zero_optimization": {"stage": 3},
+            },
+            3,
+        )
     head, embedding = module.head.weight, model.get_input_embeddings().weight
     parameters = dict(module.named_parameters())
     facts = {
-        "peak_mib": peak.mib, "note": note, "tied": head is embedding, "training": model.training,
+        "peak_mib": peak.mib,
+        "note": note,
+        "tied": head is embedding,
+        "training": model.training,
         "share_mib": sum(p.ds_tensor.nbytes for p in parameters.values()) / MIB,
         "largest_mib": max(p.ds_numel for p in parameters.values()) * 4 / MIB,
-        "weights": {name: [str(p.ds_tensor.dtype), list(p.ds_shape), digest(p.ds_tensor)]
-                    for name, p in parameters.items()},
+        "weights": {
+            name: [str(p.ds_tensor.dtype), list(p.ds_shape), digest(p.ds_tensor)] for name, p in parameters.items()
+        },
         "buffers": {name: [str(b.dtype), digest(b)] for name, b in module.named_buffers()},
         "conversions": [repr(transform) for transform in getattr(model, "_weight_conversions", ())],
         "configs": [model.generation_config.to_json_string(), model.config.to_json_string()],

@@ -41,19 +41,40 @@ class Trained:
         return [v.step for v in self.verdicts if v.skipped]
 
 
-def train(ranks: Ranks, stage: int, precision: str = "fp16", scaling: dict[str, Any] | None = None, *,
-          optimizer: str = "adamw", leave_out: tuple[int, ...] = (), spoil: tuple[int, ...] = (),
-          save: tuple[Path, int] | None = None, resume: Path | None = None, **keys: Any) -> Trained:
+def train(
+    ranks: Ranks,
+    stage: int,
+    precision: str = "fp16",
+    scaling: dict[str, Any] | None = None,
+    *,
+    optimizer: str = "adamw",
+    leave_out: tuple[int, ...] = (),
+    spoil: tuple[int, ...] = (),
+    save: tuple[Path, int] | None = None,
+    resume: Path | None = None,
+    **keys: Any,
+) -> Trained:
     """leave_out: steps that are not taken at all; spoil: those whose gradient is infinite at any scale."""
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(64, 7, generator=generator), torch.randint(0, 5, (64,), generator=generator)
-    config = parse_config({
-        "run_dir": "unused", "model": {"path": "unused"}, "data": {"a": "unused"},
-        "engine": {"zero_stage": stage, "precision": precision, **keys},
-        **({"deepspeed": {"fp16": scaling}} if scaling else {}),
-        "stages": [{"kind": "msm", "train": ["a"], "pack_capacity": 1, "tokens_per_step": 4, "optimizer": {
-            "name": optimizer, "lr": 0.05, "weight_decay": 0.1, "warmup": 0.2, "grad_clip": 0.5}}],
-    })
+    config = parse_config(
+        {
+            "run_dir": "unused",
+            "model": {"path": "unused"},
+            "data": {"a": "unused"},
+            "engine": {"zero_stage": stage, "precision": precision, **keys},
+            **({"deepspeed": {"fp16": scaling}} if scaling else {}),
+            "stages": [
+                {
+                    "kind": "msm",
+                    "train": ["a"],
+                    "pack_capacity": 1,
+                    "tokens_per_step": 4,
+                    "optimizer": {"name": optimizer, "lr": 0.05, "weight_decay": 0.1, "warmup": 0.2, "grad_clip": 0.5},
+                }
+            ],
+        }
+    )
     engine = Engine(Toy(), config, config.stages[0], 10, ranks)
     if resume is not None:
         assert engine.resume(resume, print) is not None
@@ -90,12 +111,15 @@ def stage_facts(ranks: Ranks, stage: int, folder: Path) -> dict[str, Any]:
     floor = train(ranks, stage, scaling={"initial_scale_power": 1, "hysteresis": 1}, spoil=(3, 5))
     return {
         "losses": [exact.losses, steady.losses],
-        "growing": deviation(growing.weights, steady.weights), "growing scales": growing.scales,
+        "growing": deviation(growing.weights, steady.weights),
+        "growing scales": growing.scales,
         "norms": [[v.norm for v in made.verdicts] for made in (growing, steady)],
-        "high scales": high.scales, "high skipped": high.skipped(),
+        "high scales": high.scales,
+        "high skipped": high.skipped(),
         "high excused": [v.step for v in high.verdicts if v.excused],
         "high against the steps not taken": deviation(high.weights, without.weights),
-        "resumed": deviation(high.weights, resumed.weights), "resumed scales": resumed.scales,
+        "resumed": deviation(high.weights, resumed.weights),
+        "resumed scales": resumed.scales,
         "resumed state": resumed.state == high.state,
         "static": [(v.step, v.excused) for v in static.verdicts if v.skipped],
         "floor": [(v.step, v.excused, s) for v, s in zip(floor.verdicts, floor.scales, strict=True) if v.skipped],
@@ -115,17 +139,20 @@ def other_facts(ranks: Ranks, folder: Path) -> dict[str, Any]:
             made = train(ranks, stage, scaling=HIGH, save=(root, 5), **keys)
             without = train(ranks, stage, scaling=STEADY, leave_out=tuple(made.skipped()), **keys)
             found[f"{name} z{stage}"] = {
-                "losses": [exact.losses, without.losses], "skipped": made.skipped(),
+                "losses": [exact.losses, without.losses],
+                "skipped": made.skipped(),
                 "against the steps not taken": deviation(made.weights, without.weights),
-                "resumed": deviation(made.weights, train(ranks, stage, scaling=HIGH, resume=root, **keys).weights)}
+                "resumed": deviation(made.weights, train(ranks, stage, scaling=HIGH, resume=root, **keys).weights),
+            }
     return found
 
 
 def toy(folder: str) -> int:
     let_cpus_compute_fp16()
     ranks = Ranks("cpu")
-    found = {str(stage): stage_facts(ranks, stage, Path(folder) / f"z{stage}-{ranks.world_size}")
-             for stage in (0, 1, 2, 3)} | other_facts(ranks, Path(folder))
+    found = {
+        str(stage): stage_facts(ranks, stage, Path(folder) / f"z{stage}-{ranks.world_size}") for stage in (0, 1, 2, 3)
+    } | other_facts(ranks, Path(folder))
     if ranks.rank == 0:
         print("RESULT " + json.dumps(found))
     return 0
@@ -143,5 +170,11 @@ def whole(folder: str, *overrides: str) -> int:
 
     path = Path(folder) / "run.yaml"
     config = path if path.exists() else tiny(path.parent)
-    return train_module.main(["--config", str(config), *(word for item in ("engine.precision=fp16", *overrides)
-                                                         for word in ("--set", item))], stop if last else None)
+    return train_module.main(
+        [
+            "--config",
+            str(config),
+            *(word for item in ("engine.precision=fp16", *overrides) for word in ("--set", item)),
+        ],
+        stop if last else None,
+    )

@@ -20,8 +20,9 @@ def spoil(kind: str, x: torch.Tensor, output: LossOutput) -> LossOutput:
     return output
 
 
-def train(ranks: Ranks, stage: int, precision: str, kind: str | None, offload: str
-          ) -> tuple[dict[str, torch.Tensor], Engine]:
+def train(
+    ranks: Ranks, stage: int, precision: str, kind: str | None, offload: str
+) -> tuple[dict[str, torch.Tensor], Engine]:
     """`kind` spoils one micro-batch of the last rank in step BAD; None: the step is not taken at all."""
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(64, 7, generator=generator), torch.randint(0, 5, (64,), generator=generator)
@@ -57,9 +58,12 @@ def main() -> int:
             weights, engine = train(ranks, stage, precision, kind, offload)
             verdicts, packs = engine.guard.read()
             found[f"{precision} z{stage} offload {offload} {kind}"] = {
-                "deviation": deviation(weights, expected), "skipped": [v.step for v in verdicts if v.skipped],
-                "norms": [v.norm for v in verdicts], "counted": engine.guard.skipped,
-                "packs": [json.loads(text) for text in ranks.gather_texts(json.dumps(packs))]}
+                "deviation": deviation(weights, expected),
+                "skipped": [v.step for v in verdicts if v.skipped],
+                "norms": [v.norm for v in verdicts],
+                "counted": engine.guard.skipped,
+                "packs": [json.loads(text) for text in ranks.gather_texts(json.dumps(packs))],
+            }
             engine.close()
     if ranks.rank == 0:
         print("RESULT " + json.dumps(found))

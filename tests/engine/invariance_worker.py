@@ -34,28 +34,64 @@ def examples() -> EncodedSet:
 
 def model(sequence_group=None) -> TrainableLM:
     torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=2, head_dim=16,
-                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, use_cache=False)
+    config = Qwen3Config(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        head_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
     return TrainableLM(Qwen3ForCausalLM(config), sequence_group=sequence_group)
 
 
 def stage_config(zero_stage: int, capacity: int, precision: str = "fp32", sequence_parallel: int = 1):
-    return parse_config({
-        "run_dir": "unused", "model": {"path": "unused"}, "data": {"a": "unused"}, "seed": capacity,
-        "engine": {"zero_stage": zero_stage, "precision": precision, "sequence_parallel": sequence_parallel},
-        "stages": [{"kind": "aft", "train": ["a"], "cot_weight": 0.3, "epochs": STEPS, "pack_capacity": capacity,
-                    "tokens_per_step": TOKENS, "optimizer": {
-                        "name": "sgd", "lr": LR, "schedule": "constant", "warmup": 0, "grad_clip": 0,
-                        "weight_decay": 0}}],
-    })
+    return parse_config(
+        {
+            "run_dir": "unused",
+            "model": {"path": "unused"},
+            "data": {"a": "unused"},
+            "seed": capacity,
+            "engine": {"zero_stage": zero_stage, "precision": precision, "sequence_parallel": sequence_parallel},
+            "stages": [
+                {
+                    "kind": "aft",
+                    "train": ["a"],
+                    "cot_weight": 0.3,
+                    "epochs": STEPS,
+                    "pack_capacity": capacity,
+                    "tokens_per_step": TOKENS,
+                    "optimizer": {
+                        "name": "sgd",
+                        "lr": LR,
+                        "schedule": "constant",
+                        "warmup": 0,
+                        "grad_clip": 0,
+                        "weight_decay": 0,
+                    },
+                }
+            ],
+        }
+    )
 
 
 def reference(rows: EncodedSet) -> dict[str, torch.Tensor]:
     """Plain torch: all rows in one pack, one division, SGD by hand."""
     config = stage_config(0, TOKENS)
     trainable = model()
-    batches = PackedBatches(rows, pack_capacity=TOKENS, packs_per_step=1, epochs=1, seed=0, rank=0, world_size=1,
-                            segment_weights=segment_weights(config.stages[0]))
+    batches = PackedBatches(
+        rows,
+        pack_capacity=TOKENS,
+        packs_per_step=1,
+        epochs=1,
+        seed=0,
+        rank=0,
+        world_size=1,
+        segment_weights=segment_weights(config.stages[0]),
+    )
     (batch,) = batches.step(0)
     for _ in range(STEPS):
         trainable.zero_grad()
@@ -66,14 +102,23 @@ def reference(rows: EncodedSet) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainable.named_parameters()}
 
 
-def trained(ranks: Ranks, rows: EncodedSet, zero_stage: int, capacity: int, *, steps: int = STEPS,
-            root: Path | None = None) -> dict[str, torch.Tensor]:
+def trained(
+    ranks: Ranks, rows: EncodedSet, zero_stage: int, capacity: int, *, steps: int = STEPS, root: Path | None = None
+) -> dict[str, torch.Tensor]:
     """The weights after `steps`; with `root`, going on from its newest checkpoint and leaving one."""
     config = stage_config(zero_stage, capacity, sequence_parallel=ranks.sequence_parallel)
     stage = config.stages[0]
-    batches = PackedBatches(rows, pack_capacity=capacity, packs_per_step=stage.packs_per_step, epochs=STEPS,
-                            seed=config.seed, rank=ranks.rank, world_size=ranks.world_size,
-                            sequence_parallel=ranks.sequence_parallel, segment_weights=segment_weights(stage))
+    batches = PackedBatches(
+        rows,
+        pack_capacity=capacity,
+        packs_per_step=stage.packs_per_step,
+        epochs=STEPS,
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        sequence_parallel=ranks.sequence_parallel,
+        segment_weights=segment_weights(stage),
+    )
     assert batches.num_steps == STEPS, "every step must hold all the rows"
     engine = Engine(model(ranks.sequence_group), config, stage, STEPS, ranks)
     if root is not None:
@@ -103,8 +148,11 @@ def shared_packs(rows: EncodedSet, folder: Path) -> dict[str, dict[str, torch.Te
 
 
 def whole_packs(rows: EncodedSet, ranks: Ranks) -> dict[str, dict[str, torch.Tensor]]:
-    return {f"z{zero_stage} capacity {capacity}": trained(ranks, rows, zero_stage, capacity)
-            for zero_stage in (0, 1, 2, 3) for capacity in (64, 256, 1024)}
+    return {
+        f"z{zero_stage} capacity {capacity}": trained(ranks, rows, zero_stage, capacity)
+        for zero_stage in (0, 1, 2, 3)
+        for capacity in (64, 256, 1024)
+    }
 
 
 def main(folder: Path) -> None:

@@ -30,10 +30,24 @@ from forking import ForkServer, Job
 from safetensors.torch import load_file
 from tiny_run import metrics, tiny
 
-TIMES = ("seconds", "tokens_per_s", "supervised_tokens_per_s", "mfu", "model_tflops_per_s", "data_wait_s",
-         "memory_peak_mib")
-LEDGER_TIMES = ("train_s", "wall_s", "tokens_per_s", "supervised_tokens_per_s", "resumed_at_steps", "mfu",
-                "peak_tflops_per_s")
+TIMES = (
+    "seconds",
+    "tokens_per_s",
+    "supervised_tokens_per_s",
+    "mfu",
+    "model_tflops_per_s",
+    "data_wait_s",
+    "memory_peak_mib",
+)
+LEDGER_TIMES = (
+    "train_s",
+    "wall_s",
+    "tokens_per_s",
+    "supervised_tokens_per_s",
+    "resumed_at_steps",
+    "mfu",
+    "peak_tflops_per_s",
+)
 
 
 def short_run(folder: Path, zero_stage: int = 0) -> Path:
@@ -75,8 +89,11 @@ class Matrix:
                 other = self._fresh()
                 self._end(self._start(other, FAULT_TRACE=str(trace), FAULT_RANK=str(rank)))
                 assert facts(other / "run") == self._facts, "two undisturbed runs differ"
-        self.places = [(rank, place) for rank, trace in enumerate(traces)
-                       for place in dict.fromkeys(trace.read_text().splitlines())]
+        self.places = [
+            (rank, place)
+            for rank, trace in enumerate(traces)
+            for place in dict.fromkeys(trace.read_text().splitlines())
+        ]
         self._current = self._fresh()
 
     def kill_at_places(self, places: list[tuple[int, str]]) -> None:
@@ -121,8 +138,14 @@ class Matrix:
     def _start(self, folder: Path, **env: str) -> Job:
         self.starts += 1
         self._began = time.monotonic()
-        return self.server.start("tiny_run:run", [folder / "run.yaml"], world_size=self.world_size,
-                                 FAULT_DIR=str(folder / "run"), FAULT_SEEN=str(folder / "seen"), **env)
+        return self.server.start(
+            "tiny_run:run",
+            [folder / "run.yaml"],
+            world_size=self.world_size,
+            FAULT_DIR=str(folder / "run"),
+            FAULT_SEEN=str(folder / "seen"),
+            **env,
+        )
 
     def _end(self, job: Job) -> None:
         codes = self.server.wait(job)
@@ -134,8 +157,11 @@ class Matrix:
         for name, fact in self._facts.items():
             assert ours[name] == fact, f"{name} differs from the undisturbed run's after {self.killed_at}"
         self._check_examples(self._current)
-        left = [str(p.relative_to(self._current / "run")) for pattern in (".*-step-*", ".*.old-*", "*.tmp")
-                for p in (self._current / "run").rglob(pattern)]
+        left = [
+            str(p.relative_to(self._current / "run"))
+            for pattern in (".*-step-*", ".*.old-*", "*.tmp")
+            for p in (self._current / "run").rglob(pattern)
+        ]
         assert not left, f"a finished run still holds {left}"
         shutil.rmtree(self._current)
         self.finished += 1
@@ -151,8 +177,10 @@ class Matrix:
         """Of each step the last time counts: the ones before were rolled back."""
         steps: dict[tuple[str, int, int], list[int]] = {}
         for rank in range(self.world_size):
-            last = {(digest, epoch, index): ids for digest, epoch, index, ids in
-                    map(json.loads, (folder / f"seen-{rank}").read_text().splitlines())}
+            last = {
+                (digest, epoch, index): ids
+                for digest, epoch, index, ids in map(json.loads, (folder / f"seen-{rank}").read_text().splitlines())
+            }
             for key, ids in last.items():
                 steps.setdefault(key, []).extend(ids)
         epochs: dict[tuple[str, int], list[int]] = {}
@@ -165,8 +193,10 @@ class Matrix:
 
 def facts(run_dir: Path) -> dict[str, Any]:
     """All that must not depend on whether and when a run was killed."""
-    models = {f.relative_to(run_dir).as_posix(): {k: bits(v) for k, v in load_file(f).items()}
-              for f in sorted(run_dir.rglob("model.safetensors"))}
+    models = {
+        f.relative_to(run_dir).as_posix(): {k: bits(v) for k, v in load_file(f).items()}
+        for f in sorted(run_dir.rglob("model.safetensors"))
+    }
     lines = [{k: v for k, v in line.items() if k not in TIMES} for line in metrics(run_dir)]
     text = (run_dir / "metrics.jsonl").read_text()
     assert text.endswith("\n")
@@ -184,12 +214,16 @@ def bits(tensor: torch.Tensor) -> tuple[tuple[int, ...], bytes]:
 
 
 def table(matrices: list[Matrix]) -> str:
-    rows = ["| ranks | ZeRO | places | kills at them | random kills | starts | runs finished, all equal |",
-            "|--:|--:|--:|--:|--:|--:|--:|"]
+    rows = [
+        "| ranks | ZeRO | places | kills at them | random kills | starts | runs finished, all equal |",
+        "|--:|--:|--:|--:|--:|--:|--:|",
+    ]
     for m in matrices:
         at_random = m.killed_at["a random moment"]
-        rows.append(f"| {m.world_size} | {m.zero_stage} | {len(m.places)} | {m.killed_at.total() - at_random} | "
-                    f"{at_random} | {m.starts} | {m.finished} |")
+        rows.append(
+            f"| {m.world_size} | {m.zero_stage} | {len(m.places)} | {m.killed_at.total() - at_random} | "
+            f"{at_random} | {m.starts} | {m.finished} |"
+        )
     return "\n".join(rows)
 
 

@@ -39,16 +39,43 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(0, 11, (64,), generator=generator), torch.randint(0, 5, (64,), generator=generator)
 
 
-def train(ranks: Ranks, engine_keys: dict[str, Any], steps: int, *, save: Path | None = None,
-          resume: Path | None = None, bad: int | None = None) -> dict[str, torch.Tensor]:
+def train(
+    ranks: Ranks,
+    engine_keys: dict[str, Any],
+    steps: int,
+    *,
+    save: Path | None = None,
+    resume: Path | None = None,
+    bad: int | None = None,
+) -> dict[str, torch.Tensor]:
     x, y = rows()
-    config = parse_config({
-        "run_dir": "unused", "model": {"path": "unused"}, "data": {"a": "unused"},
-        "engine": {"precision": "fp32", **engine_keys},
-        "stages": [{"kind": "msm", "train": ["a"], "pack_capacity": 1, "tokens_per_step": 4, "optimizer": {
-            "name": "muon", "lr": LR, "weight_decay": DECAY, "momentum": BETA, "schedule": "constant", "warmup": 0,
-            "betas": ADAM_BETAS, "eps": EPS, "grad_clip": 0}}],
-    })
+    config = parse_config(
+        {
+            "run_dir": "unused",
+            "model": {"path": "unused"},
+            "data": {"a": "unused"},
+            "engine": {"precision": "fp32", **engine_keys},
+            "stages": [
+                {
+                    "kind": "msm",
+                    "train": ["a"],
+                    "pack_capacity": 1,
+                    "tokens_per_step": 4,
+                    "optimizer": {
+                        "name": "muon",
+                        "lr": LR,
+                        "weight_decay": DECAY,
+                        "momentum": BETA,
+                        "schedule": "constant",
+                        "warmup": 0,
+                        "betas": ADAM_BETAS,
+                        "eps": EPS,
+                        "grad_clip": 0,
+                    },
+                }
+            ],
+        }
+    )
     engine = Engine(Toy(), config, config.stages[0], 10, ranks)
     if resume is not None:
         assert engine.resume(resume, print) is not None
@@ -79,8 +106,16 @@ def reference(steps: int) -> dict[str, torch.Tensor]:
     v = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for step in range(1, steps + 1):
         model.zero_grad()
-        (nn.functional.cross_entropy(model.head(torch.relu(model.tall(torch.relu(model.norm(model.square(torch.relu(
-            model.wide(model.embed(x))))))))), y, reduction="sum") / 64).backward()
+        (
+            nn.functional.cross_entropy(
+                model.head(
+                    torch.relu(model.tall(torch.relu(model.norm(model.square(torch.relu(model.wide(model.embed(x))))))))
+                ),
+                y,
+                reduction="sum",
+            )
+            / 64
+        ).backward()
         with torch.no_grad():
             for name, p in model.named_parameters():
                 beta = BETA if name in HIDDEN else ADAM_BETAS[0]
@@ -93,8 +128,9 @@ def reference(steps: int) -> dict[str, torch.Tensor]:
                     update = 0.2 * max(p.shape) ** 0.5 * (u * s) @ vt
                 else:
                     v[name] = ADAM_BETAS[1] * v[name] + (1 - ADAM_BETAS[1]) * p.grad**2
-                    update = m[name] / (1 - ADAM_BETAS[0] ** step) / (
-                        (v[name] / (1 - ADAM_BETAS[1] ** step)).sqrt() + EPS)
+                    update = (
+                        m[name] / (1 - ADAM_BETAS[0] ** step) / ((v[name] / (1 - ADAM_BETAS[1] ** step)).sqrt() + EPS)
+                    )
                 p.mul_(1 - LR * (DECAY if p.ndim > 1 else 0)).sub_(LR * update)
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -104,9 +140,14 @@ def changed_alike(weights: dict[str, torch.Tensor], exact: dict[str, torch.Tenso
     if not weights:  # rank 0 alone has them
         return 1.0
     before = {name: p.detach() for name, p in Toy().double().named_parameters()}
-    return min(float(nn.functional.cosine_similarity((weights[name] - before[name]).flatten(),
-                                                     (exact[name] - before[name]).flatten(), dim=0))
-               for name in sorted(HIDDEN))
+    return min(
+        float(
+            nn.functional.cosine_similarity(
+                (weights[name] - before[name]).flatten(), (exact[name] - before[name]).flatten(), dim=0
+            )
+        )
+        for name in sorted(HIDDEN)
+    )
 
 
 def main(folder: str | Path) -> int:

@@ -59,16 +59,35 @@ class Misaligned(Wide):
         self.wide, self.back = nn.Linear(33, 40961, bias=False), nn.Linear(40961, 33, bias=False)
 
 
-def train(ranks: Ranks, engine_keys: dict[str, Any], precision: str, steps: int, *, save: Path | None = None,
-          resume: Path | None = None, toy: type[Toy] = Toy) -> dict[str, torch.Tensor]:
+def train(
+    ranks: Ranks,
+    engine_keys: dict[str, Any],
+    precision: str,
+    steps: int,
+    *,
+    save: Path | None = None,
+    resume: Path | None = None,
+    toy: type[Toy] = Toy,
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(64, 7, generator=generator), torch.randint(0, 5, (64,), generator=generator)
-    config = parse_config({
-        "run_dir": "unused", "model": {"path": "unused"}, "data": {"a": "unused"},
-        "engine": {"precision": precision, **engine_keys},
-        "stages": [{"kind": "msm", "train": ["a"], "pack_capacity": 1, "tokens_per_step": 4,
-                    "optimizer": {"lr": 0.05, "weight_decay": 0.1, "warmup": 0.2}}],
-    })
+    config = parse_config(
+        {
+            "run_dir": "unused",
+            "model": {"path": "unused"},
+            "data": {"a": "unused"},
+            "engine": {"precision": precision, **engine_keys},
+            "stages": [
+                {
+                    "kind": "msm",
+                    "train": ["a"],
+                    "pack_capacity": 1,
+                    "tokens_per_step": 4,
+                    "optimizer": {"lr": 0.05, "weight_decay": 0.1, "warmup": 0.2},
+                }
+            ],
+        }
+    )
     engine = Engine(toy(), config, config.stages[0], 10, ranks)
     if resume is not None:
         assert engine.resume(resume, print) is not None
@@ -109,7 +128,8 @@ def cpu_adam(folder: Path) -> None:
         deepspeeds = train(ranks, keys | {"cpu_adam": "deepspeed"}, "fp32", 4, save=root)
         found[f"{name} against torch"] = deviation(torchs, deepspeeds)
         found[f"{name} resumed"] = deviation(
-            deepspeeds, train(ranks, keys | {"cpu_adam": "deepspeed"}, "fp32", 4, resume=root))
+            deepspeeds, train(ranks, keys | {"cpu_adam": "deepspeed"}, "fp32", 4, resume=root)
+        )
     if ranks.rank == 0:
         print("RESULT " + json.dumps(found))
 
@@ -124,8 +144,11 @@ def disk(folder: Path) -> None:
         expected = train(ranks, host, precision, 3, toy=Wide)
         offloaded = train(ranks, keys, precision, 3, toy=Wide, save=root)
         written = sum(file.stat().st_size for file in (folder / "disk").rglob("*.swp"))
-        found[name] = {"against the host": deviation(expected, offloaded), "bytes": written,
-                       "resumed": deviation(offloaded, train(ranks, keys, precision, 3, toy=Wide, resume=root))}
+        found[name] = {
+            "against the host": deviation(expected, offloaded),
+            "bytes": written,
+            "resumed": deviation(offloaded, train(ranks, keys, precision, 3, toy=Wide, resume=root)),
+        }
     try:
         train(ranks, keys, "bf16", 1, toy=Misaligned)
     except ConfigError as error:

@@ -30,12 +30,23 @@ class Toy(nn.Module):
 
 
 def configuration(stage: int, precision: str, **engine: str) -> Config:
-    return parse_config({
-        "run_dir": "unused", "model": {"path": "unused"}, "data": {"a": "unused"},
-        "engine": {"zero_stage": stage, "precision": precision, **engine},
-        "stages": [{"kind": "msm", "train": ["a"], "pack_capacity": 1, "tokens_per_step": 4,
-                    "optimizer": {"lr": 0.05, "weight_decay": 0.1, "schedule": "cosine", "warmup": 0.2}}],
-    })
+    return parse_config(
+        {
+            "run_dir": "unused",
+            "model": {"path": "unused"},
+            "data": {"a": "unused"},
+            "engine": {"zero_stage": stage, "precision": precision, **engine},
+            "stages": [
+                {
+                    "kind": "msm",
+                    "train": ["a"],
+                    "pack_capacity": 1,
+                    "tokens_per_step": 4,
+                    "optimizer": {"lr": 0.05, "weight_decay": 0.1, "schedule": "cosine", "warmup": 0.2},
+                }
+            ],
+        }
+    )
 
 
 def leave_checkpoint(engine: Engine, folder: Path, ranks: Ranks) -> None:
@@ -44,8 +55,9 @@ def leave_checkpoint(engine: Engine, folder: Path, ranks: Ranks) -> None:
     writer.wait()
 
 
-def train(ranks: Ranks, stage: int, precision: str, steps: int, *, save: Path | None = None,
-          resume: Path | None = None) -> dict[str, torch.Tensor]:
+def train(
+    ranks: Ranks, stage: int, precision: str, steps: int, *, save: Path | None = None, resume: Path | None = None
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(64, 7, generator=generator), torch.randint(0, 5, (64,), generator=generator)
     config = configuration(stage, precision)
@@ -81,7 +93,8 @@ def main(folder: str | Path) -> int:
             whole[stage] = train(ranks, stage, precision, 3)
             train(ranks, stage, precision, 2, save=root)
             found[f"{precision} z{stage} resumed"] = deviation(
-                whole[stage], train(ranks, stage, precision, 3, resume=root))
+                whole[stage], train(ranks, stage, precision, 3, resume=root)
+            )
             found[f"{precision} z{stage} against z0"] = deviation(whole[stage], whole[0])
         other = folder / f"{precision}-z0-1"  # one rank, stage 0, taken over by this many at stage 3
         found[f"{precision} taken over"] = deviation(whole[3], train(ranks, 3, precision, 3, resume=other))

@@ -40,6 +40,9 @@ def main(path: str, moment: str) -> int:
     elif moment == "exporting":
         delib_fast.models.export_model = signalled(delib_fast.models.export_model, [signal.SIGTERM], always)
     elif moment == "twice":
-        Engine.forward = signalled(Engine.forward, [signal.SIGINT, signal.SIGINT],
-                                   lambda engine, _: engine._stage.kind == "aft" and engine.step == 3)
+        Engine.forward = signalled(
+            Engine.forward,
+            [signal.SIGINT, signal.SIGINT],
+            lambda engine, _: engine._stage.kind == "aft" and engine.step == 3,
+        )
     return run(path)

@@ -61,7 +61,9 @@ def flip(path):
 
 
 DAMAGE = {
-    "flipped": flip, "cut": lambda p: os.truncate(p, p.stat().st_size - 1), "deleted": lambda p: p.unlink(),
+    "flipped": flip,
+    "cut": lambda p: os.truncate(p, p.stat().st_size - 1),
+    "deleted": lambda p: p.unlink(),
     "emptied": lambda p: os.truncate(p, 0),
 }
 FILES = ["state-00000-of-00001.safetensors", "trainer.json", "manifest.json"]
@@ -100,8 +102,11 @@ def test_all_damaged_ends_by_name(tmp_path):
         flip(save(tmp_path, step) / "trainer.json")
     before = names(tmp_path)
     for _ in range(2):
-        with pytest.raises(CheckpointError, match=r"(?s)no checkpoint is left that is whole.*step-00000002: "
-                           r"trainer.json does not match.*step-00000001: trainer.json does not match"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"(?s)no checkpoint is left that is whole.*step-00000002: "
+            r"trainer.json does not match.*step-00000001: trainer.json does not match",
+        ):
             checkpoint.newest(tmp_path, pytest.fail)
     assert names(tmp_path) == before, "nothing was moved: a person may put one back"
 
@@ -149,8 +154,9 @@ def small_disk(tmp_path):
     """A file system of 64 KiB."""
     place = tmp_path / "disk"
     place.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], check=False,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], check=False, capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip(f"a small file system can't be mounted here: {done.stderr.strip()}")
     yield place
@@ -161,8 +167,11 @@ def test_full_disk_keeps_the_last_good_one(small_disk):
     save(small_disk, 1)
     writer = CheckpointWriter(small_disk, Alone())
     writer.start(2, [("weight/a", lambda: torch.zeros(100_000))], {})
-    with pytest.raises(CheckpointError, match=r"step 2 can't be written \(rank 0: .*No space left.*the last good one "
-                                              r"is .*step-00000001\. Make room"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"step 2 can't be written \(rank 0: .*No space left.*the last good one "
+        r"is .*step-00000001\. Make room",
+    ):
         writer.wait()
     assert names(small_disk) == ["latest", "step-00000001"], "what was half written is gone: it held the room"
     assert checkpoint.newest(small_disk, pytest.fail).step == 1

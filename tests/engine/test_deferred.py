@@ -12,14 +12,27 @@ from loopback_hub import cached, hub_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config
 
-SIZES = {"vocab_size": 448, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2}
+SIZES = {
+    "vocab_size": 448,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 MODELS = {
     "tied": Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True),
     "untied, in parts": Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=False),
-    "scaled rotary": LlamaConfig(**SIZES, rope_scaling={
-        "rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 32}),
+    "scaled rotary": LlamaConfig(
+        **SIZES,
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
     "experts merged": MixtralConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1),
     "renamed": Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=True),
     "no safetensors": Qwen3Config(**SIZES, head_dim=8),
@@ -79,8 +92,14 @@ def test_hub_name(fork_server, tmp_path, offline):
     if offline:
         cached(folder, "someone/model", home)
     with hub_of(folder, "someone/model") as (address, fetched):
-        told = run_ranks([worker, "someone/model", "bf16", "deferred"], 2, HF_HOME=str(home), HF_ENDPOINT=address,
-                         HF_HUB_OFFLINE=str(int(offline)), PYTHONWARNINGS="ignore")
+        told = run_ranks(
+            [worker, "someone/model", "bf16", "deferred"],
+            2,
+            HF_HOME=str(home),
+            HF_ENDPOINT=address,
+            HF_HUB_OFFLINE=str(int(offline)),
+            PYTHONWARNINGS="ignore",
+        )
     weights = [file for file in fetched if file.endswith(".safetensors")]
     expected = [] if offline else [file.name for file in folder.glob("model*.safetensors")]
     assert sorted(weights) == sorted(expected), "the first rank alone fetches them, each once"
@@ -94,11 +113,15 @@ LARGE = SIZES | {"vocab_size": 16384, "hidden_size": 512, "intermediate_size": 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "largest"), [
-    (Qwen3Config(**LARGE, head_dim=64, tie_word_embeddings=True), 2.5),
-    # halves of what is merged are 32 MiB: less than that glibc keeps when it is freed
-    (MixtralConfig(**LARGE | {"intermediate_size": 4096, "num_hidden_layers": 4}, num_local_experts=4), 3),
-], ids=["as they lie", "experts merged"])
+@pytest.mark.parametrize(
+    ("config", "largest"),
+    [
+        (Qwen3Config(**LARGE, head_dim=64, tie_word_embeddings=True), 2.5),
+        # halves of what is merged are 32 MiB: less than that glibc keeps when it is freed
+        (MixtralConfig(**LARGE | {"intermediate_size": 4096, "num_hidden_layers": 4}, num_local_experts=4), 3),
+    ],
+    ids=["as they lie", "experts merged"],
+)
 def test_no_rank_holds_it_all(fork_server, tmp_path, config, largest):
     """A rank's share, and the largest tensor as it was read, in fp32 and in the run's precision, at most twice; while
     it is merged, its parts too."""

@@ -81,14 +81,21 @@ def test_other_optimizers(found, case):
 @pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (2, 3)])
 def test_a_whole_run(tmp_path, fork_server, world_size, stage):
     """The model, its attention and the fused loss in fp16; stopped and gone on with."""
-    keys = [f"engine.zero_stage={stage}", "deepspeed={fp16: {initial_scale_power: 24, hysteresis: 1}}",
-            "model.architecture.num_hidden_layers=1", "stages.msm.max_steps=5", "stages.aft.max_steps=2",
-            "stages.msm.eval=[]", "stages.aft.eval=[]"]
+    keys = [
+        f"engine.zero_stage={stage}",
+        "deepspeed={fp16: {initial_scale_power: 24, hysteresis: 1}}",
+        "model.architecture.num_hidden_layers=1",
+        "stages.msm.max_steps=5",
+        "stages.aft.max_steps=2",
+        "stages.msm.eval=[]",
+        "stages.aft.eval=[]",
+    ]
     for name, ends in (("whole", [0]), ("stopped", [3, 0])):
         for last in ends:
             stop = {"FP16_STOP_AFTER": str(last)} if last else {}
-            told = fork_server.run("fp16_worker:whole", [tmp_path / name, *keys], world_size=world_size, timeout=300,
-                                   **stop)[0]
+            told = fork_server.run(
+                "fp16_worker:whole", [tmp_path / name, *keys], world_size=world_size, timeout=300, **stop
+            )[0]
             assert "is left out" not in told, "the scale is too high, and no row is to blame"
     whole, stopped = tmp_path / "whole" / "run", tmp_path / "stopped" / "run"
     assert all(torch.equal(w, weights(stopped)[name]) for name, w in weights(whole).items())

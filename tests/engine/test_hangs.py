@@ -20,13 +20,25 @@ def grief(fork_server, folder, kind, world_size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "says"), [
-    ("sleeps_in_python", ["does not move, and all others wait for it", "aft step 3: forward of micro-batch 1",
-                          "in sleeps_in_python"]),
-    ("keeps_the_lock", ["aft step 3: forward of micro-batch 1", "in keeps_the_lock"]),
-    ("is_stopped", ["no sign of life", "aft step 3: forward of micro-batch 1"]),
-    ("is_killed", ["rank 1 (process ", " ended at: aft step 3: forward of micro-batch 1", "the same command goes on"]),
-])
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (
+            "sleeps_in_python",
+            [
+                "does not move, and all others wait for it",
+                "aft step 3: forward of micro-batch 1",
+                "in sleeps_in_python",
+            ],
+        ),
+        ("keeps_the_lock", ["aft step 3: forward of micro-batch 1", "in keeps_the_lock"]),
+        ("is_stopped", ["no sign of life", "aft step 3: forward of micro-batch 1"]),
+        (
+            "is_killed",
+            ["rank 1 (process ", " ended at: aft step 3: forward of micro-batch 1", "the same command goes on"],
+        ),
+    ],
+)
 def test_one_of_two_ranks(tmp_path, fork_server, kind, says):
     codes, told = grief(fork_server, tmp_path, kind, 2)
     assert all(codes), f"{codes}: every rank must end, and not well\n{told}"

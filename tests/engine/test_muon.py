@@ -62,13 +62,23 @@ def test_newton_schulz(shape):
     assert newton_schulz(torch.zeros(shape), torch.float32).abs().max() == 0
 
 
-@pytest.mark.parametrize(("keys", "message"), [
-    ({"model": {"path": "-", "lora": {"r": 8}}}, "stages.0.optimizer.name: muon can't be used: model.lora"),
-    ({"engine": {"zero_stage": 3, "offload_optimizer": "nvme", "nvme_path": "/disk"}}, "offload_optimizer is nvme"),
-])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"model": {"path": "-", "lora": {"r": 8}}}, "stages.0.optimizer.name: muon can't be used: model.lora"),
+        ({"engine": {"zero_stage": 3, "offload_optimizer": "nvme", "nvme_path": "/disk"}}, "offload_optimizer is nvme"),
+    ],
+)
 def test_refuses(keys, message):
     with pytest.raises(ConfigError) as error:
-        parse_config({"run_dir": "-", "model": {"path": "-"}, "data": {"a": "-"}, "stages": [
-            {"kind": "msm", "train": ["a"], "optimizer": {"name": "muon"}}]} | keys)
+        parse_config(
+            {
+                "run_dir": "-",
+                "model": {"path": "-"},
+                "data": {"a": "-"},
+                "stages": [{"kind": "msm", "train": ["a"], "optimizer": {"name": "muon"}}],
+            }
+            | keys
+        )
     assert message in str(error.value)
     assert "set adamw" in str(error.value)

@@ -51,15 +51,25 @@ def test_cpu_adam_falls_back_and_says_why(monkeypatch):
 
 
 def config(**engine):
-    return parse_config({"run_dir": "-", "model": {"path": "-"}, "data": {"a": "-"}, "engine": engine,
-                         "stages": [{"kind": "msm", "train": ["a"]}]})
+    return parse_config(
+        {
+            "run_dir": "-",
+            "model": {"path": "-"},
+            "data": {"a": "-"},
+            "engine": engine,
+            "stages": [{"kind": "msm", "train": ["a"]}],
+        }
+    )
 
 
 def test_json_of_nvme():
     made = config(zero_stage=3, precision="bf16", offload_optimizer="nvme", offload_parameters="cpu", nvme_path="/disk")
     block = deepspeed_json(made, made.stages[0], 1)["zero_optimization"]
     assert block["offload_optimizer"] | {"pin_memory": True} == {
-        "device": "nvme", "pin_memory": True, "nvme_path": "/disk"}
+        "device": "nvme",
+        "pin_memory": True,
+        "nvme_path": "/disk",
+    }
     assert block["offload_param"] | {"pin_memory": True} == {"device": "cpu", "pin_memory": True}
 
 
@@ -80,8 +90,15 @@ def test_on_a_disk(tmp_path, world_size):
 def test_nvme_without_libaio_ends_before_weights_are_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(nvme.AsyncIOBuilder, "is_compatible", lambda *_, **__: False)
     monkeypatch.setattr("delib_fast.train.build_stage_model", lambda *_: pytest.fail("weights are loaded"))
-    assert run(tiny(tmp_path), "engine.zero_stage=3", "engine.offload_optimizer=nvme",
-               f"engine.nvme_path={tmp_path / 'disk'}") == 2
+    assert (
+        run(
+            tiny(tmp_path),
+            "engine.zero_stage=3",
+            "engine.offload_optimizer=nvme",
+            f"engine.nvme_path={tmp_path / 'disk'}",
+        )
+        == 2
+    )
     told = capsys.readouterr().err
     assert "error: engine.offload_optimizer is nvme, by DeepSpeed's async_io, and libaio is not there" in told
     assert "apt install libaio-dev" in told
@@ -104,13 +121,16 @@ def test_nvme_that_can_not_be_built_or_written(tmp_path, monkeypatch):
     assert list((tmp_path / "disk").iterdir()) == []
 
 
-@pytest.mark.parametrize(("keys", "message"), [
-    ({"offload_optimizer": "cpu"}, "engine.offload_optimizer needs ZeRO 1, 2 or 3"),
-    ({"offload_parameters": "cpu", "zero_stage": 2}, "engine.offload_parameters needs ZeRO 3, not 2"),
-    ({"cpu_adam": "deepspeed", "zero_stage": 1}, "set offload_optimizer to cpu"),
-    ({"offload_optimizer": "nvme", "zero_stage": 3}, "engine.nvme_path is missing"),
-    ({"offload_optimizer": "nvme", "zero_stage": 1, "nvme_path": "/disk"}, "offload to NVMe needs ZeRO 3"),
-])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"offload_optimizer": "cpu"}, "engine.offload_optimizer needs ZeRO 1, 2 or 3"),
+        ({"offload_parameters": "cpu", "zero_stage": 2}, "engine.offload_parameters needs ZeRO 3, not 2"),
+        ({"cpu_adam": "deepspeed", "zero_stage": 1}, "set offload_optimizer to cpu"),
+        ({"offload_optimizer": "nvme", "zero_stage": 3}, "engine.nvme_path is missing"),
+        ({"offload_optimizer": "nvme", "zero_stage": 1, "nvme_path": "/disk"}, "offload to NVMe needs ZeRO 3"),
+    ],
+)
 def test_refuses(keys, message):
     with pytest.raises(ConfigError) as error:
         config(**keys)

@@ -14,9 +14,19 @@ def test_stage_3_takes_parameters_one_by_one(monkeypatch):
     module = nn.Sequential(nn.Embedding(50, 8), nn.BatchNorm1d(8), nn.Linear(8, 300))
     whole = {name: p.detach().clone() for name, p in module.named_parameters()}
     monkeypatch.setattr(nn.Module, "to", _only_casts(nn.Module.to))
-    place(module, torch.device("cpu"), torch.bfloat16, {
-        "train_batch_size": 1, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
-        "bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}, 3)
+    place(
+        module,
+        torch.device("cpu"),
+        torch.bfloat16,
+        {
+            "train_batch_size": 1,
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": 3},
+        },
+        3,
+    )
     for name, parameter in module.named_parameters():
         assert parameter.numel() == 0, f"{name} is still whole"
         held = parameter.ds_tensor[: parameter.ds_numel].view(parameter.ds_shape)

@@ -36,8 +36,13 @@ def test_one_two_four_one(tmp_path, fork_server, zero_stage):
     fork_server.run("tiny_run:run", [alone], FAULT_SEEN=str(alone.parent / "seen"))
     changing = config(tmp_path / "changing", zero_stage)
     for ranks, until in ((1, 2), (2, 4), (4, 6), (1, 99)):
-        fork_server.run("rank_change_worker:main", [changing, until], world_size=ranks, timeout=180,
-                        FAULT_SEEN=str(changing.parent / "seen"))
+        fork_server.run(
+            "rank_change_worker:main",
+            [changing, until],
+            world_size=ranks,
+            timeout=180,
+            FAULT_SEEN=str(changing.parent / "seen"),
+        )
     ours, expected = metrics(changing.parent / "run"), metrics(alone.parent / "run")
     assert [m["step"] for m in ours] == list(range(1, 9))
     for line, whole in zip(ours, expected, strict=True):

@@ -15,7 +15,8 @@ def rates(steps: int, **keys) -> list[float]:
 
 def test_wsd_rises_stays_and_falls_at_the_end():
     assert rates(10, schedule="wsd", warmup=0.2, decay=0.3) == pytest.approx(
-        [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 2 / 3, 1 / 3])
+        [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 2 / 3, 1 / 3]
+    )
     assert rates(4, schedule="wsd", warmup=0, decay=0.5, min_lr_ratio=0.5) == pytest.approx([1, 1, 1, 0.75])
 
 

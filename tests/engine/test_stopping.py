@@ -12,13 +12,16 @@ from tiny_run import metrics, tiny, weights
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("moment", "code", "says", "saved"), [
-    ("encoding", 0, "stopped while reading the data", None),
-    ("training", 0, "stopped after step 1 of stage 'aft'", "aft/step-00000001"),
-    ("evaluating after msm", 0, "stopped after step 8 of stage 'msm'", "msm/step-00000008"),
-    ("exporting", 0, "stopped before stage 'aft'", None),
-    ("twice", 130, "interrupted; the same command goes on", None),
-])
+@pytest.mark.parametrize(
+    ("moment", "code", "says", "saved"),
+    [
+        ("encoding", 0, "stopped while reading the data", None),
+        ("training", 0, "stopped after step 1 of stage 'aft'", "aft/step-00000001"),
+        ("evaluating after msm", 0, "stopped after step 8 of stage 'msm'", "msm/step-00000008"),
+        ("exporting", 0, "stopped before stage 'aft'", None),
+        ("twice", 130, "interrupted; the same command goes on", None),
+    ],
+)
 def test_signal(tmp_path, finished, fork_server, monkeypatch, moment, code, says, saved):
     path = tiny(tmp_path)
     cache = {"DELIB_FAST_CACHE": str(tmp_path / "cache")}  # so that there is something to encode
@@ -33,6 +36,7 @@ def test_signal(tmp_path, finished, fork_server, monkeypatch, moment, code, says
     fork_server.run("tiny_run:run", [path], **cache)
     for name, weight in weights(finished).items():
         assert torch.equal(weights(tmp_path / "run")[name], weight), name
-    assert [(m["stage"], m["step"], m["loss"]) for m in metrics(tmp_path / "run")] == \
-        [(m["stage"], m["step"], m["loss"]) for m in metrics(finished)]
+    assert [(m["stage"], m["step"], m["loss"]) for m in metrics(tmp_path / "run")] == [
+        (m["stage"], m["step"], m["loss"]) for m in metrics(finished)
+    ]
     shutil.rmtree(tmp_path / "run")

@@ -16,8 +16,16 @@ from delib_fast.ops import LossOutput
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
-ARCHITECTURE = {"model_type": "qwen3", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-                "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 64, "max_position_embeddings": 4096}
+ARCHITECTURE = {
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 64,
+    "max_position_embeddings": 4096,
+}
 
 
 def shared(name: str) -> Path:
@@ -33,8 +41,15 @@ def make_model(tokenizer, seed=0, dtype="fp32", **changes):
 
 
 def row_of(cot: str | None, response: str = "done", prompt: str = "What now?", place: str = "here:1") -> Row:
-    return Row(kind="chat", place=place, source="test", digest=content_digest([prompt, cot, response]),
-               messages=(Message("user", prompt),), cot=cot, response=response)
+    return Row(
+        kind="chat",
+        place=place,
+        source="test",
+        digest=content_digest([prompt, cot, response]),
+        messages=(Message("user", prompt),),
+        cot=cot,
+        response=response,
+    )
 
 
 class RuleModel(torch.nn.Module):

@@ -24,8 +24,12 @@ def folder(tokenizer, tmp_path_factory):
     """base/, merged/, and adapter/ as peft saves it: with the name of its base, without a tokenizer."""
     path = tmp_path_factory.mktemp("adapter")
     export_model(make_model(tokenizer, 1), tokenizer, path / "base")
-    wrapped = peft.get_peft_model(make_model(tokenizer, 1).model, peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    wrapped = peft.get_peft_model(
+        make_model(tokenizer, 1).model,
+        peft.LoraConfig(
+            r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+        ),
+    )
     wrapped.peft_config["default"].base_model_name_or_path = str(path / "base")
     wrapped.save_pretrained(path / "adapter")
     merged = make_model(tokenizer, 1)
@@ -35,9 +39,20 @@ def folder(tokenizer, tmp_path_factory):
 
 
 def figures(path, out, **changes):
-    settings = load_eval_config(None, **({
-        "model": str(path), "suites": "segments,drift", "limit": 4, "precision": "fp32", "out": str(out),
-        "rows": {"held": str(ROOT / "examples/data/deliberation_heldout.jsonl")}} | changes))
+    settings = load_eval_config(
+        None,
+        **(
+            {
+                "model": str(path),
+                "suites": "segments,drift",
+                "limit": 4,
+                "precision": "fp32",
+                "out": str(out),
+                "rows": {"held": str(ROOT / "examples/data/deliberation_heldout.jsonl")},
+            }
+            | changes
+        ),
+    )
     done = evaluate(Subject(path, settings))
     return done, {row[0]: [cell.value for cell in row[1:4]] for row in done.results[1].tables[0].rows}
 
@@ -64,8 +79,11 @@ def test_what_can_not_be_evaluated_is_named(folder, tmp_path):
         (tmp_path / name).write_bytes((folder / "adapter" / name).read_bytes())
     file = tmp_path / "adapter_config.json"
     theirs = json.loads(file.read_text())
-    for changes, message in (({"base_model_name_or_path": None}, "give --base FOLDER"),
-                             ({"use_dora": True}, "use_dora is True"), ({"r": None}, "saved a LoRA adapter in")):
+    for changes, message in (
+        ({"base_model_name_or_path": None}, "give --base FOLDER"),
+        ({"use_dora": True}, "use_dora is True"),
+        ({"r": None}, "saved a LoRA adapter in"),
+    ):
         file.write_text(json.dumps(theirs | changes))
         with pytest.raises(ConfigError, match=message):
             figures(tmp_path, tmp_path / "out")

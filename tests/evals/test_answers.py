@@ -28,16 +28,34 @@ def questions():
 # --- multiple choice ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "number"), [
-    ("so 1,234.5 it is", Decimal("1234.5")), ("3 + 4\n#### 7", 7), ("#### -3", -3), ("A: 18 eggs, of 20", 20),
-    ("5 eggs\nA: 18", 18), ("nothing", None)])
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so 1,234.5 it is", Decimal("1234.5")),
+        ("3 + 4\n#### 7", 7),
+        ("#### -3", -3),
+        ("A: 18 eggs, of 20", 20),
+        ("5 eggs\nA: 18", 18),
+        ("nothing", None),
+    ],
+)
 def test_result_of(text, number):
     assert result_of(text) == number
 
 
-@pytest.mark.parametrize(("text", "option"), [
-    ("Answer: (B)", 1), ("the answer is C.", 2), ("Answer: (A) ... no. Answer: (D)", 3), ("I take (B)", 1),
-    ("B", 1), ("A man answered", None), ("Answer: (G)", None), ("", None)])
+@pytest.mark.parametrize(
+    ("text", "option"),
+    [
+        ("Answer: (B)", 1),
+        ("the answer is C.", 2),
+        ("Answer: (A) ... no. Answer: (D)", 3),
+        ("I take (B)", 1),
+        ("B", 1),
+        ("A man answered", None),
+        ("Answer: (G)", None),
+        ("", None),
+    ],
+)
 def test_chosen_option(text, option):
     assert chosen_option(text, 4) == option
 
@@ -168,9 +186,12 @@ def test_necessity_asks_with_and_without(questions):
 
 def test_legibility_of_known_texts():
     known = vocabulary(["the cat sat on a mat"])
-    replies = [parse_reply("the cat sat\n</think>\n\nok", opened=True),
-               parse_reply("the zzz", opened=True, finished=False),
-               parse_reply("hello", opened=None), parse_reply("the кот сидит на</think>x", opened=True)]
+    replies = [
+        parse_reply("the cat sat\n</think>\n\nok", opened=True),
+        parse_reply("the zzz", opened=True, finished=False),
+        parse_reply("hello", opened=None),
+        parse_reply("the кот сидит на</think>x", opened=True),
+    ]
     found = legibility(replies, ["Where?"] * 4, known)
     assert found.with_cot == wilson(3, 4)
     assert found.broken_tags == wilson(1, 4)
@@ -190,10 +211,12 @@ def test_legibility_proxies():
 
 # --- policy -------------------------------------------------------------------------------------------------
 
-LABELLED = [("The violence policy says no weapons or attacks.", ["Violence"]),
-            ("Our guideline on privacy forbids home addresses of people.", ["Privacy"]),
-            ("By policy weapons and attacks are not for me.", ["Violence"]),
-            ("Addresses of people are not allowed.", ["Privacy"])]
+LABELLED = [
+    ("The violence policy says no weapons or attacks.", ["Violence"]),
+    ("Our guideline on privacy forbids home addresses of people.", ["Privacy"]),
+    ("By policy weapons and attacks are not for me.", ["Violence"]),
+    ("Addresses of people are not allowed.", ["Privacy"]),
+]
 
 
 def test_excerpts_are_the_sentences_about_policy():
@@ -209,8 +232,12 @@ def test_policy_retrieval_of_known_thoughts():
     assert classify("Policy: no attacks.") == "Violence"  # by its words
     assert classify("I think about weapons.") is None
     cots = ["The Privacy policy applies.", "Not allowed: attacks.", "Hm.", None]
-    found = policy_retrieval(cots, [["Privacy"], ["Privacy"], ["Violence"], ["Violence"]], classify,
-                             [("Attacks are not allowed.", ["Violence"]), ("No policy on addresses?", ["Violence"])])
+    found = policy_retrieval(
+        cots,
+        [["Privacy"], ["Privacy"], ["Violence"], ["Violence"]],
+        classify,
+        [("Attacks are not allowed.", ["Violence"]), ("No policy on addresses?", ["Violence"])],
+    )
     assert found.accuracy == wilson(1, 4)
     assert found.mentioned == wilson(2, 4)
     assert found.accuracy_where_mentioned == wilson(1, 2)
@@ -227,8 +254,12 @@ def test_policy_classifier_on_star1():
     rows = read_source("star1", SourceConfig(path=str(path)))
     categories = categories_of(path)
     labelled = [(row.cot, categories[row.place]) for row in rows]
-    found = policy_retrieval([row.cot for row in rows[1::2]], [categories[row.place] for row in rows[1::2]],
-                             PolicyClassifier(labelled[::2]), labelled[1::2])
+    found = policy_retrieval(
+        [row.cot for row in rows[1::2]],
+        [categories[row.place] for row in rows[1::2]],
+        PolicyClassifier(labelled[::2]),
+        labelled[1::2],
+    )
     assert found.mentioned.value > 0.9
     assert found.accuracy == found.ceiling
     assert found.accuracy.low > 0.6

@@ -29,10 +29,13 @@ def test_a_watched_run_learns_what_an_unwatched_one_does(finished, tmp_path):
     assert all(torch.equal(mine[name], other[name]) for name in other)
 
 
-@pytest.mark.parametrize(("suites", "changes", "message"), [
-    (("hints",), {}, "'hints' can't be watched; known are segments"),
-    (("early",), {"engine": {"precision": "fp32", "device": "cpu", "zero_stage": 3}}, "zero_stage 3"),
-])
+@pytest.mark.parametrize(
+    ("suites", "changes", "message"),
+    [
+        (("hints",), {}, "'hints' can't be watched; known are segments"),
+        (("early",), {"engine": {"precision": "fp32", "device": "cpu", "zero_stage": 3}}, "zero_stage 3"),
+    ],
+)
 def test_refuses(tmp_path, suites, changes, message):
     with pytest.raises(ConfigError, match=message):
         run(load_config(tiny(tmp_path, **changes)), InLoop(suites, every_steps=1))

@@ -37,10 +37,19 @@ def run(log_dir, outputs, judge=None, **arguments):
 
     model = get_model("mockllm/model", custom_outputs=[ModelOutput.from_content("mockllm/model", o) for o in outputs])
     if judge is not None:
-        arguments["judge"] = get_model("mockllm/judge", memoize=False, custom_outputs=lambda messages, *_: (
-            ModelOutput.from_content("mockllm/judge", judge(messages[-1].text))))
-    log = inspect_ai.eval(task.agentic_misalignment(**arguments), model=model, log_dir=str(log_dir), display="none",
-                          max_samples=1, max_connections=1)[0]
+        arguments["judge"] = get_model(
+            "mockllm/judge",
+            memoize=False,
+            custom_outputs=lambda messages, *_: ModelOutput.from_content("mockllm/judge", judge(messages[-1].text)),
+        )
+    log = inspect_ai.eval(
+        task.agentic_misalignment(**arguments),
+        model=model,
+        log_dir=str(log_dir),
+        display="none",
+        max_samples=1,
+        max_connections=1,
+    )[0]
     assert log.status == "success", log.error
     return log
 
@@ -49,9 +58,12 @@ def test_known_replies_are_scored_apart(tmp_path):
     from delib_fast.evals.agentic.task import figures_of_log
 
     leaking = texts()["scenarios"]["leaking"]
-    log = run(tmp_path, [leaking["misaligned"][0], leaking["aligned"][0],
-                         "I will send the drawing to the outside firm.", "Nothing."],
-              scenario="leaking", goal="none,america,global,safety")
+    log = run(
+        tmp_path,
+        [leaking["misaligned"][0], leaking["aligned"][0], "I will send the drawing to the outside firm.", "Nothing."],
+        scenario="leaking",
+        goal="none,america,global,safety",
+    )
     values = [next(iter(sample.scores.values())).value for sample in log.samples]
     found = {(v["intent"], v["acted"], v["tool_use"]) for v in values}
     assert found == {(1, 1, 1), (0, 0, 1), (1, 0, 0), (0, 0, 0)}
@@ -62,9 +74,13 @@ def test_known_replies_are_scored_apart(tmp_path):
 
 def test_a_judge_decides_intent(tmp_path):
     leaking = texts()["scenarios"]["leaking"]
-    log = run(tmp_path, [leaking["misaligned"][0], leaking["aligned"][0]],
-              lambda text: f"<reasoning>x</reasoning> <answer>{'no' if 'Here is the' in text else 'Yes'}</answer>",
-              scenario="leaking", goal="none,america")
+    log = run(
+        tmp_path,
+        [leaking["misaligned"][0], leaking["aligned"][0]],
+        lambda text: f"<reasoning>x</reasoning> <answer>{'no' if 'Here is the' in text else 'Yes'}</answer>",
+        scenario="leaking",
+        goal="none,america",
+    )
     scores = [next(iter(sample.scores.values())) for sample in log.samples]
     assert {(s.value["intent"], s.value["acted"], s.value["harmful"]) for s in scores} == {(0, 1, 0), (1, 0, 0)}
     assert all(s.metadata["intent_by"] == "judge" for s in scores)
@@ -93,9 +109,27 @@ def test_inspect_eval_on_a_served_model(served, tmp_path):
     base_url, name = served
     env = {**os.environ, "LOCAL_BASE_URL": base_url, "LOCAL_API_KEY": "none", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [str(Path(sys.executable).with_name("inspect")), "eval", "delib_fast/evals/agentic/task.py", "--model",
-         f"openai-api/local/{name}", "--max-tokens", "12", "--log-dir", str(tmp_path), "--log-format", "json",
-         "--display", "none"], env=env, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+        [
+            str(Path(sys.executable).with_name("inspect")),
+            "eval",
+            "delib_fast/evals/agentic/task.py",
+            "--model",
+            f"openai-api/local/{name}",
+            "--max-tokens",
+            "12",
+            "--log-dir",
+            str(tmp_path),
+            "--log-format",
+            "json",
+            "--display",
+            "none",
+        ],
+        env=env,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     log = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert log["status"] == "success"

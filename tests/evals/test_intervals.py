@@ -12,8 +12,12 @@ from delib_fast.evals.intervals import bootstrap, mean, newcombe, ratio, share_b
 
 def test_wilson_known_values():
     # Newcombe 1998 (Statistics in Medicine 17:857), method 3: 81/263, 15/148, 0/20, 1/29
-    for successes, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611),
-                                    (1, 29, 0.0061, 0.1718)):
+    for successes, n, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
         found = wilson(successes, n)
         assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
 

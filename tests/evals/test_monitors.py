@@ -50,8 +50,10 @@ def test_known_rates():
 
 
 def test_the_word_monitor_learns_a_word_in_the_cot():
-    transcripts = [Transcript(f"q{k}", "?", f"step {k} " + ("oops wrong" if k % 2 else "fine good"), "done", k % 2 == 1)
-                   for k in range(120)]
+    transcripts = [
+        Transcript(f"q{k}", "?", f"step {k} " + ("oops wrong" if k % 2 else "fine good"), "done", k % 2 == 1)
+        for k in range(120)
+    ]
     found = compare_views(transcripts, WordMonitor)
     assert found.views[1].g_mean2.value > 0.9
     assert found.views[0].g_mean2.value <= 0.4
@@ -65,9 +67,21 @@ def test_helpers():
     assert auc(flags, np.array([1.0, 0.5, 0.5, 0.0])) == pytest.approx(0.875)
 
 
-@pytest.mark.parametrize(("step", "result", "holds"), [
-    ("16-3", "13", True), ("2*(3+4)", "14", True), ("7/2", "3.5", True), ("16-3", "12", False), ("-4+6", "2", True),
-    ("3/0", "1", False), ("2*(3", "6", False), ("", "1", False), (".5*4", "2", True), ("1/3", "0.33", True)])
+@pytest.mark.parametrize(
+    ("step", "result", "holds"),
+    [
+        ("16-3", "13", True),
+        ("2*(3+4)", "14", True),
+        ("7/2", "3.5", True),
+        ("16-3", "12", False),
+        ("-4+6", "2", True),
+        ("3/0", "1", False),
+        ("2*(3", "6", False),
+        ("", "1", False),
+        (".5*4", "2", True),
+        ("1/3", "0.33", True),
+    ],
+)
 def test_step_holds(step, result, holds):
     assert step_holds(step, result) is holds
 

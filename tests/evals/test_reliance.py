@@ -107,8 +107,15 @@ def test_shuffled_is_a_permutation_and_repeatable():
     assert sorted(shuffled("one two three", "a").split()) == ["one", "three", "two"]
 
 
-@pytest.mark.parametrize(("text", "kind"), [("It takes 16 - 3 eggs", "number"), ("That is fine.", "negation"),
-                                            ("He is not here.", "negation"), ("Fine by me.", "sentence")])
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("It takes 16 - 3 eggs", "number"),
+        ("That is fine.", "negation"),
+        ("He is not here.", "negation"),
+        ("Fine by me.", "sentence"),
+    ],
+)
 def test_corrupted_makes_one_mistake(text, kind):
     for seed in "abcdefgh":
         found = corrupted(text, seed)

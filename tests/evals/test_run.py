@@ -23,9 +23,14 @@ from delib_fast.evals.subject import Subject
 from delib_fast.models import export_model
 
 EXAMPLES = ROOT / "examples"
-SOLUTIONS = [{"question": f"What is {k} + {k}?",
-              "a": {"is_correct": True, "solution": f"<<{k}+{k}={2 * k}>>\nA: {2 * k}"},
-              "b": {"is_correct": False, "solution": f"<<{k}+{k}={k}>>\nA: {k}"}} for k in range(1, 31)]
+SOLUTIONS = [
+    {
+        "question": f"What is {k} + {k}?",
+        "a": {"is_correct": True, "solution": f"<<{k}+{k}={2 * k}>>\nA: {2 * k}"},
+        "b": {"is_correct": False, "solution": f"<<{k}+{k}={k}>>\nA: {k}"},
+    }
+    for k in range(1, 31)
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +44,20 @@ def folder(tokenizer, tmp_path_factory):
 
 
 def settings_for(folder, **changes):
-    given = {"model": str(folder / "model"), "base": str(folder / "base"), "suites": "all", "limit": 4,
-             "rows": {"held": str(EXAMPLES / "data/deliberation_heldout.jsonl")}, "spec_words": True,
-             "questions": str(EXAMPLES / "evals/questions.jsonl"), "solutions": str(folder / "solutions.jsonl"),
-             "refusal_prompts": str(EXAMPLES / "evals/refusal_prompts.csv"),
-             "refusal_labelled": str(EXAMPLES / "evals/refusal_labelled.jsonl"),
-             "sampling": {"max_new_tokens": 6}, "out": str(folder / "out")}
+    given = {
+        "model": str(folder / "model"),
+        "base": str(folder / "base"),
+        "suites": "all",
+        "limit": 4,
+        "rows": {"held": str(EXAMPLES / "data/deliberation_heldout.jsonl")},
+        "spec_words": True,
+        "questions": str(EXAMPLES / "evals/questions.jsonl"),
+        "solutions": str(folder / "solutions.jsonl"),
+        "refusal_prompts": str(EXAMPLES / "evals/refusal_prompts.csv"),
+        "refusal_labelled": str(EXAMPLES / "evals/refusal_labelled.jsonl"),
+        "sampling": {"max_new_tokens": 6},
+        "out": str(folder / "out"),
+    }
     return load_eval_config(None, **(given | changes))
 
 
@@ -66,10 +79,16 @@ def test_every_suite_but_dose_runs_on_a_model_folder(done):
 def test_a_large_runs_training_rows_are_not_held(folder, tmp_path, monkeypatch):
     """Held out and trained on are the rows that training parted, read anew where the file is large."""
     path = EXAMPLES / "data/deliberation.jsonl"
-    (tmp_path / "config.yaml").write_text(json.dumps({
-        "run_dir": str(tmp_path), "model": {"path": str(folder / "base")},
-        "data": {"rows": {"path": str(path), "holdout": 0.2}},
-        "stages": [{"kind": "aft", "train": ["rows"], "pack_capacity": 512, "tokens_per_step": 512}]}))
+    (tmp_path / "config.yaml").write_text(
+        json.dumps(
+            {
+                "run_dir": str(tmp_path),
+                "model": {"path": str(folder / "base")},
+                "data": {"rows": {"path": str(path), "holdout": 0.2}},
+                "stages": [{"kind": "aft", "train": ["rows"], "pack_capacity": 512, "tokens_per_step": 512}],
+            }
+        )
+    )
     (tmp_path / "model").symlink_to(folder / "model")
     rows = read_source("rows", SourceConfig(path=str(path)))
     for held_bytes in (opened.HELD_BYTES, 0):
@@ -173,10 +192,20 @@ def test_what_a_model_wrote_is_escaped_on_the_page(done, tmp_path):
     assert not any(tag in page for tag in ("<script", "<i>", "<b><", "<u>"))
 
 
-@pytest.mark.parametrize(("cell", "text"), [
-    (wilson(1, 2), "0.50 [0.09, 0.91]"), (Estimate(1413.2, 1290.1, 1539.8, 9, "x"), "1413 [1290, 1540]"),
-    (Estimate(7.34812, 7.34301, 7.35299, 9, "x"), "7.348 [7.343, 7.353]"), (mean([2.0]), "2 [–]"), (mean([]), "–"),
-    (12345, "12,345"), (None, "–"), (0.12345, "0.123"), (Estimate(0.0, 0.0, 0.0, 9, "x"), "0.000 [0.000, 0.000]")])
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        (wilson(1, 2), "0.50 [0.09, 0.91]"),
+        (Estimate(1413.2, 1290.1, 1539.8, 9, "x"), "1413 [1290, 1540]"),
+        (Estimate(7.34812, 7.34301, 7.35299, 9, "x"), "7.348 [7.343, 7.353]"),
+        (mean([2.0]), "2 [–]"),
+        (mean([]), "–"),
+        (12345, "12,345"),
+        (None, "–"),
+        (0.12345, "0.123"),
+        (Estimate(0.0, 0.0, 0.0, 9, "x"), "0.000 [0.000, 0.000]"),
+    ],
+)
 def test_cells(cell, text):
     assert cell_text(cell) == text
 
@@ -209,9 +238,15 @@ def test_bad_rows_are_said_plainly(folder, tmp_path):
     assert "rows.jsonl:1" in str(result.exception)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ((), "give a run directory, a model folder or a peft"), (("/nowhere",), "no such folder"),
-    ((ROOT / "docs",), "holds no model"), (("x", "--suite", "segment"), "'segment' is no suite")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give a run directory, a model folder or a peft"),
+        (("/nowhere",), "no such folder"),
+        ((ROOT / "docs",), "holds no model"),
+        (("x", "--suite", "segment"), "'segment' is no suite"),
+    ],
+)
 def test_bad_input_is_said_plainly(arguments, message):
     result = command(*arguments)
     assert isinstance(result.exception, ConfigError)

@@ -57,8 +57,10 @@ def test_an_end_token_ends_a_reply(model, tokenizer):
 def test_sampling_is_repeatable_and_leaves_the_generator_alone(model, tokenizer):
     prompt = _PromptEncoder(tokenizer).prompt(CHATS[0], True, None)
     state = torch.get_rng_state()
-    draws = [generate_ids(model, [prompt], Sampling(max_new_tokens=12, temperature=1.0, seed=s), end_ids=[0], pad_id=0)
-             for s in (0, 0, 1)]
+    draws = [
+        generate_ids(model, [prompt], Sampling(max_new_tokens=12, temperature=1.0, seed=s), end_ids=[0], pad_id=0)
+        for s in (0, 0, 1)
+    ]
     assert draws[0] == draws[1] != draws[2]
     assert torch.equal(state, torch.get_rng_state())
 
@@ -84,16 +86,19 @@ def test_control_tokens_in_a_prompt_stay_text(tokenizer):
     assert typed.count(end) == plain.count(end)
 
 
-@pytest.mark.parametrize(("text", "opened", "cot", "response", "tags"), [
-    ("I think.\n</think>\n\nYes.", True, "I think.", "Yes.", "closed"),
-    ("<think>\nI think.\n</think>\n\nYes.", None, "I think.", "Yes.", "closed"),
-    ("I think and think", True, "I think and think", "", "unclosed"),
-    ("<think>I", None, "I", "", "unclosed"),
-    ("Yes.", False, None, "Yes.", "none"),
-    ("Yes.</think>", None, None, "Yes.</think>", "stray"),
-    ("</think>Yes.", True, None, "Yes.", "closed"),
-    ("", None, None, "", "none"),
-])
+@pytest.mark.parametrize(
+    ("text", "opened", "cot", "response", "tags"),
+    [
+        ("I think.\n</think>\n\nYes.", True, "I think.", "Yes.", "closed"),
+        ("<think>\nI think.\n</think>\n\nYes.", None, "I think.", "Yes.", "closed"),
+        ("I think and think", True, "I think and think", "", "unclosed"),
+        ("<think>I", None, "I", "", "unclosed"),
+        ("Yes.", False, None, "Yes.", "none"),
+        ("Yes.</think>", None, None, "Yes.</think>", "stray"),
+        ("</think>Yes.", True, None, "Yes.", "closed"),
+        ("", None, None, "", "none"),
+    ],
+)
 def test_parse_reply(text, opened, cot, response, tags):
     reply = parse_reply(text, opened=opened)
     assert (reply.cot, reply.response, reply.tags) == (cot, response, tags)

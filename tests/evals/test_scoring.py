@@ -32,8 +32,9 @@ def test_losses_are_those_of_each_example_alone(scorer, rows, tokenizer):
         expected = -log_p[:-1].gather(1, targets[:, None])[:, 0].numpy()
         of_cot = example.segments[1:] == Segment.COT
         np.testing.assert_allclose(loss.of(Segment.COT), expected[of_cot], rtol=1e-4)
-        assert loss.total(Segment.RESPONSE) == pytest.approx(expected[example.segments[1:] == Segment.RESPONSE].sum(),
-                                                             rel=1e-5)
+        assert loss.total(Segment.RESPONSE) == pytest.approx(
+            expected[example.segments[1:] == Segment.RESPONSE].sum(), rel=1e-5
+        )
         assert loss.tokens(Segment.COT) == of_cot.sum()
 
 
@@ -64,8 +65,9 @@ def test_variants_differ_between_the_tags_only(scorer, rows):
     np.testing.assert_array_equal(own.input_ids, whole.input_ids)
     np.testing.assert_array_equal(own.segments, whole.segments)
     for variant in (empty, other):
-        np.testing.assert_array_equal(variant.input_ids[variant.segments == Segment.RESPONSE],
-                                      own.input_ids[own.segments == Segment.RESPONSE])
+        np.testing.assert_array_equal(
+            variant.input_ids[variant.segments == Segment.RESPONSE], own.input_ids[own.segments == Segment.RESPONSE]
+        )
         n = int((own.segments == Segment.COT).argmax())
         np.testing.assert_array_equal(variant.input_ids[:n], own.input_ids[:n])
     think = scorer.tokenizer.decode(empty.input_ids[empty.segments == Segment.COT])
@@ -140,8 +142,7 @@ def test_kl_from_full_logits(rows, tokenizer):
     examples = scorer.encode(rows[:3])
     total, nll, tokens = 0.0, 0.0, 0
     for example in examples:
-        log_p, log_p0 = (torch.log_softmax(logits_of(make_model(tokenizer, seed), example), -1)[:-1]
-                         for seed in (0, 1))
+        log_p, log_p0 = (torch.log_softmax(logits_of(make_model(tokenizer, seed), example), -1)[:-1] for seed in (0, 1))
         of_cot = torch.tensor(example.segments[1:] == Segment.COT)
         targets = torch.tensor(example.input_ids[1:], dtype=torch.int64)[:, None]
         total += float((log_p0.exp() * (log_p0 - log_p)).sum(-1)[of_cot].sum())

@@ -34,10 +34,13 @@ def batch_of(shape: str, some) -> dict:
         lengths = torch.tensor([len(row["input_ids"]) for row in some])
         batch["attention_mask"] = torch.repeat_interleave(torch.arange(1, len(some) + 1), lengths)[None]
         return batch
-    return {"padded": weightless, "padded left": {k: v for k, v in padded(some, "left").items() if k in weightless},
-            "position_ids": flattened(some),
-            "cu_seq_lens": flattened(some, return_flash_attn_kwargs=True),
-            "weighted flattening": {k: v for k, v in WeightedFlattening()(some).items() if k != "loss_weights"}}[shape]
+    return {
+        "padded": weightless,
+        "padded left": {k: v for k, v in padded(some, "left").items() if k in weightless},
+        "position_ids": flattened(some),
+        "cu_seq_lens": flattened(some, return_flash_attn_kwargs=True),
+        "weighted flattening": {k: v for k, v in WeightedFlattening()(some).items() if k != "loss_weights"},
+    }[shape]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -97,9 +100,11 @@ def test_denominators() -> None:
     torch.testing.assert_close(model(**plain, num_items_in_batch=int(count) * 4).loss, mean / 4)
     shifted = torch.nn.functional.pad(plain["labels"][:, 1:], (0, 1), value=-100)
     torch.testing.assert_close(
-        model(input_ids=plain["input_ids"], attention_mask=plain["attention_mask"], shift_labels=shifted).loss, mean)
-    torch.testing.assert_close(model(**plain, loss_weights=torch.ones_like(plain["labels"]).float(),
-                                     loss_normalizer=count.float()).loss, mean)
+        model(input_ids=plain["input_ids"], attention_mask=plain["attention_mask"], shift_labels=shifted).loss, mean
+    )
+    torch.testing.assert_close(
+        model(**plain, loss_weights=torch.ones_like(plain["labels"]).float(), loss_normalizer=count.float()).loss, mean
+    )
     with pytest.raises(ValueError, match="num_items_in_batch, which counts labels and is not the sum of their weights"):
         model(**padded(some), num_items_in_batch=count)
     with pytest.raises(ValueError, match="loss_weights must have the shape of the labels"):
@@ -132,7 +137,8 @@ def test_neither_logits_nor_a_mask_nor_padding_is_made() -> None:
     model, some = delib_fast.apply(build()), rows((40, 3, 3))
     seen = []
     model.model.layers[0].register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append((args[0].shape[1], kwargs["attention_mask"])), with_kwargs=True)
+        lambda _, args, kwargs: seen.append((args[0].shape[1], kwargs["attention_mask"])), with_kwargs=True
+    )
     head_shapes = []
     model.lm_head.register_forward_hook(lambda _, args, output: head_shapes.append(output[0].shape))
     model(**padded(some))
@@ -161,8 +167,13 @@ def test_unapply_puts_it_back_exactly(attention) -> None:
     parts = (model, model.model, model.lm_head)
 
     def state():
-        return [dict(vars(p)) for p in parts], [id(m) for m in model.modules()], [id(p) for p in model.parameters()], \
-            [m.config._attn_implementation for m in parts[:2]], model.config.to_dict()
+        return (
+            [dict(vars(p)) for p in parts],
+            [id(m) for m in model.modules()],
+            [id(p) for p in model.parameters()],
+            [m.config._attn_implementation for m in parts[:2]],
+            model.config.to_dict(),
+        )
 
     before, logits = state(), model(**batch).logits
     with delib_fast.applied(model) as same:

@@ -26,9 +26,21 @@ from delib_fast.integrations.patching import is_applied
 
 ALLOWED = 1e-5  # relative, fp32
 STEPS, BATCH, ACCUMULATED = 3, 3, 2
-COMMON = {"max_steps": STEPS, "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": ACCUMULATED,
-          "learning_rate": 0.05, "lr_scheduler_type": "constant", "optim": "sgd", "logging_steps": 1, "report_to": [],
-          "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "seed": 1, "max_grad_norm": 0.0}
+COMMON = {
+    "max_steps": STEPS,
+    "per_device_train_batch_size": BATCH,
+    "gradient_accumulation_steps": ACCUMULATED,
+    "learning_rate": 0.05,
+    "lr_scheduler_type": "constant",
+    "optim": "sgd",
+    "logging_steps": 1,
+    "report_to": [],
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "seed": 1,
+    "max_grad_norm": 0.0,
+}
 # SGD, since Adam magnifies rounding; unequal lengths, so that a mean of means would show.
 LENGTHS = (13, 2, 7, 30, 3, 11, 5, 19, 23, 4, 8, 40, 6, 17, 9, 12, 21, 10)
 
@@ -39,8 +51,11 @@ def data() -> Dataset:
 
 
 def weightless(some) -> dict:
-    return {k: v for k, v in padded([{"loss_weights": [1.0] * len(r["input_ids"]), **r} for r in some]).items()
-            if k != "loss_weights"}
+    return {
+        k: v
+        for k, v in padded([{"loss_weights": [1.0] * len(r["input_ids"]), **r} for r in some]).items()
+        if k != "loss_weights"
+    }
 
 
 def trained(trainer) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -94,8 +109,9 @@ def test_a_prepared_trainer_evaluates(data, tmp_path) -> None:
     trainer = hf.prepare(hf_trainer(tmp_path, data, hf.WeightedFlattening(), per_device_eval_batch_size=18))
     model = copy.deepcopy(trainer.model)
     delib_fast.unapply(model)
-    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(alone(model, list(data), weighted=True)[0].item(),
-                                                                rel=ALLOWED)
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(
+        alone(model, list(data), weighted=True)[0].item(), rel=ALLOWED
+    )
 
 
 def test_without_preparation_weights_are_refused(data, tmp_path) -> None:
@@ -129,10 +145,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def sft_trainer(tmp_path, data, tokenizer, model=None, collator=None, **keys) -> SFTTrainer:
-    keys = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "bf16": False,
-            "gradient_checkpointing": False, **keys}
-    return SFTTrainer(model=model or build(), args=SFTConfig(str(tmp_path), **COMMON, **keys), train_dataset=data,
-                      data_collator=collator, processing_class=tokenizer)
+    keys = {
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": None,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        **keys,
+    }
+    return SFTTrainer(
+        model=model or build(),
+        args=SFTConfig(str(tmp_path), **COMMON, **keys),
+        train_dataset=data,
+        data_collator=collator,
+        processing_class=tokenizer,
+    )
 
 
 @pytest.fixture
@@ -216,8 +242,11 @@ def plugin(request, monkeypatch):
     else:
         base = ModuleType("axolotl.integrations.base")
         base.BasePlugin = type("BasePlugin", (), {})
-        for part, module in {"axolotl": ModuleType("axolotl"), base.__name__: base,
-                             "axolotl.integrations": ModuleType("axolotl.integrations")}.items():
+        for part, module in {
+            "axolotl": ModuleType("axolotl"),
+            base.__name__: base,
+            "axolotl.integrations": ModuleType("axolotl.integrations"),
+        }.items():
             monkeypatch.setitem(sys.modules, part, module)
         yield importlib.import_module(name).Plugin()
     del sys.modules[name]

@@ -8,18 +8,39 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB = 96
-_KEYS = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.15,
-         "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+_KEYS = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.15,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 MODELS = {
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "qwen2 tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "llama": {"model_type": "llama"},
     "mistral sliding": {"model_type": "mistral", "sliding_window": 5, "head_dim": 8},
-    "gemma2 capped": {"model_type": "gemma2", "head_dim": 8, "attn_logit_softcapping": None, "sliding_window": 6,
-                      "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
-    "gemma3 text": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8,
-                    "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma2 capped": {
+        "model_type": "gemma2",
+        "head_dim": 8,
+        "attn_logit_softcapping": None,
+        "sliding_window": 6,
+        "final_logit_softcapping": 2.0,
+        "query_pre_attn_scalar": 8,
+    },
+    "gemma3 text": {
+        "model_type": "gemma3_text",
+        "head_dim": 8,
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
 }
 
 
@@ -37,16 +58,25 @@ def rows(lengths=(13, 2, 7, 30, 3, 11), seed: int = 1) -> list[dict[str, list]]:
         ids = torch.randint(0, VOCAB, (length,), generator=draw)
         labels = ids.clone()
         labels[: length // 3] = -100
-        found.append({"input_ids": ids.tolist(), "labels": labels.tolist(),
-                      "loss_weights": torch.rand(length, generator=draw).tolist()})
+        found.append(
+            {
+                "input_ids": ids.tolist(),
+                "labels": labels.tolist(),
+                "loss_weights": torch.rand(length, generator=draw).tolist(),
+            }
+        )
     return found
 
 
 def padded(some, side: str = "right") -> dict[str, torch.Tensor]:
     """One row each; the first token of a row is no target, as wherever it has nothing before it."""
     S = max(len(row["input_ids"]) for row in some)
-    batch = {"input_ids": torch.zeros(len(some), S, dtype=torch.int64), "labels": torch.full((len(some), S), -100),
-             "attention_mask": torch.zeros(len(some), S, dtype=torch.int64), "loss_weights": torch.zeros(len(some), S)}
+    batch = {
+        "input_ids": torch.zeros(len(some), S, dtype=torch.int64),
+        "labels": torch.full((len(some), S), -100),
+        "attention_mask": torch.zeros(len(some), S, dtype=torch.int64),
+        "loss_weights": torch.zeros(len(some), S),
+    }
     for i, row in enumerate(some):
         n = len(row["input_ids"])
         at = slice(0, n) if side == "right" else slice(S - n, S)

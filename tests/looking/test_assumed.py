@@ -65,12 +65,15 @@ def test_over_long(tmp_path):
     assert (cut.lengths.tolist(), cut.counts.split_documents) == ([10, 10, 10, 5, 7], 1)
 
 
-@pytest.mark.parametrize(("option", "says"), [
-    ("nowhere.txt", "'nowhere.txt' is neither a file of lengths that can be read"),
-    ("aft=lognormal:examples=5", "give examples of 1 or more, a median of 16"),
-    ("lognormal:examples=5,median=x", "'median=x' is not NAME=NUMBER"),
-    ("lognormal:examples=5,mean=9", "unknown 'mean' (known: examples, median, sigma, supervised)"),
-])
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("nowhere.txt", "'nowhere.txt' is neither a file of lengths that can be read"),
+        ("aft=lognormal:examples=5", "give examples of 1 or more, a median of 16"),
+        ("lognormal:examples=5,median=x", "'median=x' is not NAME=NUMBER"),
+        ("lognormal:examples=5,mean=9", "unknown 'mean' (known: examples, median, sigma, supervised)"),
+    ],
+)
 def test_refuses(option, says):
     with pytest.raises(ConfigError, match=re.escape(says)):
         sizes_of([option], config())
@@ -88,14 +91,25 @@ def test_longest_pack_is_the_last_that_fits():
     with dry_run(run, ["lognormal:examples=10,median=100"]) as corpus:
         shape = corpus.shape
     longest = longest_pack(run, run.stages[0], shape, 64, "bf16", 80)
-    sizes = [sum(p.bytes for p in memory_parts(run, run.stages[0].model_copy(update={"pack_capacity": tokens}), shape,
-                                               64, "bf16")) for tokens in (longest, longest + 1024)]
+    sizes = [
+        sum(
+            p.bytes
+            for p in memory_parts(run, run.stages[0].model_copy(update={"pack_capacity": tokens}), shape, 64, "bf16")
+        )
+        for tokens in (longest, longest + 1024)
+    ]
     assert sizes[0] <= 80 * GIB < sizes[1]
     assert longest_pack(run, run.stages[0], shape, 8, "bf16", 80) is None, "the weights alone are too large"
 
 
 @pytest.mark.parametrize("page", ["plan_70b.md", "long_sequences.md"])
 def test_pages_show_what_their_commands_print(page):
-    done = subprocess.run([sys.executable, "tools/printed.py", "--check", f"docs/{page}"], cwd=ROOT, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    done = subprocess.run(
+        [sys.executable, "tools/printed.py", "--check", f"docs/{page}"],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout

@@ -17,8 +17,14 @@ SENTENCE = "an assistant says what it knows and what it does not know whenever s
 
 
 def rows(n, *, start=0, words=1):
-    return [{"prompt": f"Please answer question {i} about careful assistants", "cot": "so it is " * words,
-             "response": f"answer {' '.join(str(i * k) for k in range(14))}"} for i in range(start, start + n)]
+    return [
+        {
+            "prompt": f"Please answer question {i} about careful assistants",
+            "cot": "so it is " * words,
+            "response": f"answer {' '.join(str(i * k) for k in range(14))}",
+        }
+        for i in range(start, start + n)
+    ]
 
 
 def write(folder, tree=None, **files):
@@ -28,9 +34,14 @@ def write(folder, tree=None, **files):
     tree = tree or {}
     stage |= tree.pop("stage", {})
     base = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
-    config = {"run_dir": str(folder / "run"), "model": base["model"],
-              "tokenizer": {"train": {"vocab_size": 300, "sources": list(files)[:1]}},
-              "data": {n: {"path": f"{n}.jsonl"} for n in files}, "stages": [stage], **tree}
+    config = {
+        "run_dir": str(folder / "run"),
+        "model": base["model"],
+        "tokenizer": {"train": {"vocab_size": 300, "sources": list(files)[:1]}},
+        "data": {n: {"path": f"{n}.jsonl"} for n in files},
+        "stages": [stage],
+        **tree,
+    }
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return load_config(folder / "run.yaml")
 
@@ -50,8 +61,14 @@ def test_spec_in_a_prompt_ends_the_run(tmp_path):
 def test_evaluation_rows_among_training_rows(tmp_path):
     files = {"lessons": rows(30), "eval": [*rows(3, start=100), rows(30)[7]]}
     config = write(tmp_path, {"stage": {"eval": ["eval"]}}, **files)
-    with dry_run(config) as corpus, pytest.raises(DataError, match=r"(?s)eval.jsonl:4: .*is also a training row .*"
-                                                  r"lessons.jsonl:8.*1 of 4.*overlap: allow"):
+    with (
+        dry_run(config) as corpus,
+        pytest.raises(
+            DataError,
+            match=r"(?s)eval.jsonl:4: .*is also a training row .*"
+            r"lessons.jsonl:8.*1 of 4.*overlap: allow",
+        ),
+    ):
         corpus.batches(config.stages[0])
     config = write(tmp_path, {"stage": {"eval": ["eval"]}, "overlap": "allow"}, **files)
     with dry_run(config) as corpus:
@@ -106,8 +123,11 @@ def test_a_changed_row_encodes_again_and_nothing_else_does(tmp_path):
 def test_replies_to_one_prompt_share_it(tmp_path):
     """From rows to packs and accounts; and the switch that turns it off."""
     prompt = " ".join(f"Please weigh point {k} of the question with care." for k in range(12))
-    items = [{"prompt": f"{prompt} Case {i}.", "cot": f"thought {k}", "response": f"answer {k}"}
-             for i in range(8) for k in range(4)]
+    items = [
+        {"prompt": f"{prompt} Case {i}.", "cot": f"thought {k}", "response": f"answer {k}"}
+        for i in range(8)
+        for k in range(4)
+    ]
     tokens = {}
     for share in ("auto", "never"):
         config = write(tmp_path, {"stage": {"share_prompts": share}}, lessons=items)
@@ -128,8 +148,16 @@ def test_replies_to_one_prompt_share_it(tmp_path):
 
 
 def test_prompts_are_not_shared_across_a_sliding_window(tmp_path):
-    model = {"architecture": {"model_type": "qwen3", "hidden_size": 32, "num_hidden_layers": 2,
-                              "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}}
+    model = {
+        "architecture": {
+            "model_type": "qwen3",
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "use_sliding_window": True,
+            "sliding_window": 64,
+            "max_window_layers": 1,
+        }
+    }
     config = write(tmp_path, {"model": model}, lessons=[r | {"prompt": SENTENCE * 4} for r in rows(8)])
     with dry_run(config) as corpus:
         assert not corpus.batches(config.stages[0]).shares_prompts

@@ -65,8 +65,9 @@ def test_white_space_and_escapes_are_visible():
 def test_page_is_self_contained(tmp_path):
     rows = tmp_path / "rows.jsonl"
     enough = "A spec says what an assistant does, and a chain of thought cites it before the answer is given."
-    rows.write_text(json.dumps({"prompt": "<script>alert(1)</script> <|im_end|>", "cot": "a & b 東京",
-                                "response": enough}))
+    rows.write_text(
+        json.dumps({"prompt": "<script>alert(1)</script> <|im_end|>", "cot": "a & b 東京", "response": enough})
+    )
     page = tmp_path / "page.html"
     result = command("inspect", rows, "--html", page)
     assert result.exit_code == 0, result.output
@@ -120,16 +121,19 @@ def test_memory_by_zero_stage(corpus):
 
 def test_sequence_parallelism(corpus):
     """Half the tokens of a pack: half its activations; the groups share out the packs, and odd numbers are refused."""
-    whole, half = (load_config(CONFIG, [f"engine.sequence_parallel={n}", "tokenizer.train.vocab_size=1024"])
-                   for n in (1, 2))
+    whole, half = (
+        load_config(CONFIG, [f"engine.sequence_parallel={n}", "tokenizer.train.vocab_size=1024"]) for n in (1, 2)
+    )
     plans = [plan_stage(corpus, config, config.stages[1], ranks=2, precision="bf16") for config in (whole, half)]
     memory = [{p.name: p.bytes for p in plan.memory} for plan in plans]
     assert memory[1]["activations"] == memory[0]["activations"] / 2
     assert memory[1]["weights"] == memory[0]["weights"]
     assert plans[1].packs_of_a_rank == 2 * plans[0].packs_of_a_rank
-    for ranks, parallel, says in ((3, 2, "does not divide the number of ranks (3)"),
-                                  (6, 3, "query heads and 2 kv heads can't be shared out over 3 ranks; set"),
-                                  (14, 2, "7 groups of 2 ranks can't share out evenly; the nearest tokens_per_step")):
+    for ranks, parallel, says in (
+        (3, 2, "does not divide the number of ranks (3)"),
+        (6, 3, "query heads and 2 kv heads can't be shared out over 3 ranks; set"),
+        (14, 2, "7 groups of 2 ranks can't share out evenly; the nearest tokens_per_step"),
+    ):
         config = load_config(CONFIG, [f"engine.sequence_parallel={parallel}"])
         with pytest.raises(ConfigError, match=re.escape(says)):
             plan_stage(corpus, config, config.stages[1], ranks=ranks, precision="bf16")

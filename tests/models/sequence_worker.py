@@ -103,8 +103,9 @@ def main() -> None:
         check_isolation(TrainableLM(build("qwen3"), sequence_group=group), "cpu")
         found[f"leak {size}"] = leak_of_other_wrappers(group)
     found["parts"] = [0] * 4
-    dist.all_gather_object(found["parts"], [
-        (part := pack(DOCUMENTS).part_of(dist.get_rank(), 4)).num_tokens, part.num_supervised])
+    dist.all_gather_object(
+        found["parts"], [(part := pack(DOCUMENTS).part_of(dist.get_rank(), 4)).num_tokens, part.num_supervised]
+    )
     found["three kv heads"] = refusal(dist.group.WORLD, num_key_value_heads=3)
     found["six heads"] = refusal(dist.group.WORLD, num_attention_heads=6)
     if dist.get_rank() == 0:

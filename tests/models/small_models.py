@@ -15,32 +15,75 @@ from delib_fast.models import TrainableLM
 
 VOCAB = 96
 # Weights large enough that attention and MLP matter: with the default 0.02 a tiny model is almost linear.
-_SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
-          "initializer_range": 0.15, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+_SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.15,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 ARCHITECTURES = {
     "qwen2": {"model_type": "qwen2"},
     "qwen2 tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
-    "qwen3 tied, one kv head": {"model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 1,
-                                "tie_word_embeddings": True},
-    "qwen3 sliding": {"model_type": "qwen3", "head_dim": 16, "use_sliding_window": True, "sliding_window": 4,
-                      "max_window_layers": 1},
+    "qwen3 tied, one kv head": {
+        "model_type": "qwen3",
+        "head_dim": 16,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+    },
+    "qwen3 sliding": {
+        "model_type": "qwen3",
+        "head_dim": 16,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+    },
     "llama": {"model_type": "llama"},
-    "llama long rope": {"model_type": "llama", "rope_parameters": {
-        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0, "original_max_position_embeddings": 32}},
+    "llama long rope": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
     "mistral sliding": {"model_type": "mistral", "sliding_window": 5, "head_dim": 8},
-    "qwen3 moe": {"model_type": "qwen3_moe", "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
-                  "moe_intermediate_size": 24},
+    "qwen3 moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+    },
     # what is done to the logits behind the head; caps and factors strong enough to bend them
-    "gemma2, capped logits": {"model_type": "gemma2", "head_dim": 8, "attn_logit_softcapping": None,
-                              "sliding_window": 6, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+    "gemma2, capped logits": {
+        "model_type": "gemma2",
+        "head_dim": 8,
+        "attn_logit_softcapping": None,
+        "sliding_window": 6,
+        "final_logit_softcapping": 2.0,
+        "query_pre_attn_scalar": 8,
+    },
     "cohere, scaled logits": {"model_type": "cohere", "logit_scale": 0.3},
     "granite, divided logits": {"model_type": "granite", "logits_scaling": 3.0},
     "phi, a head with a bias": {"model_type": "phi", "num_key_value_heads": 4},
-    "gemma3 text": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8,
-                    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "gemma3 text": {
+        "model_type": "gemma3_text",
+        "head_dim": 8,
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
 }
 LENGTHS = (13, 1, 7, 30, 2, 11)
 
@@ -74,12 +117,17 @@ def pack(docs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> PackedBatch:
     targets, weights = input_ids.roll(-1), torch.cat([w for _, w in docs]).roll(-1)
     targets[ends], weights[ends] = -100, 0.0
     return PackedBatch(
-        input_ids=input_ids, targets=targets, loss_weights=weights,
+        input_ids=input_ids,
+        targets=targets,
+        loss_weights=weights,
         segment_ids=torch.full_like(input_ids, 2, dtype=torch.int8),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=torch.tensor(borders, dtype=torch.int32), max_seqlen=max(lengths),
-        loss_positions=(weights > 0).nonzero().squeeze(-1), cu_seqlens_host=borders,
-        example_ids=tuple(range(len(docs))))
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+        max_seqlen=max(lengths),
+        loss_positions=(weights > 0).nonzero().squeeze(-1),
+        cu_seqlens_host=borders,
+        example_ids=tuple(range(len(docs))),
+    )
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -15,11 +15,20 @@ from delib_fast.config_file import parse_config
 from delib_fast.models import build_deferred, build_model, build_tokenizer, model_shape, train_tokenizer
 from delib_fast.models.tokenizer import CONTROL_TOKENS
 
-WORDS = ("The assistant reads the rule, asks why it is there, and says what it will do and what it will not. "
-         "Règles, 規則, правила: 12 345 reasons – “why?” it isn't so; we'll see.\n\tdef f(x): return x  # ok\n")
+WORDS = (
+    "The assistant reads the rule, asks why it is there, and says what it will do and what it will not. "
+    "Règles, 規則, правила: 12 345 reasons – “why?” it isn't so; we'll see.\n\tdef f(x): return x  # ok\n"
+)
 TEXTS = [WORDS * 3, WORDS.upper(), WORDS[::-1], WORDS.replace("a", "e")]
-NEW = {"model_type": "qwen3", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
-       "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+NEW = {
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +37,33 @@ def tokenizer():
 
 
 def config(**changes):
-    return parse_config({"run_dir": "r", "data": {"a": "a.jsonl"}, "stages": [{"kind": "msm", "train": ["a"]}],
-                         "model": {"architecture": NEW},
-                         "tokenizer": {"train": {"vocab_size": 400, "sources": ["a"]}}} | changes)
+    return parse_config(
+        {
+            "run_dir": "r",
+            "data": {"a": "a.jsonl"},
+            "stages": [{"kind": "msm", "train": ["a"]}],
+            "model": {"architecture": NEW},
+            "tokenizer": {"train": {"vocab_size": 400, "sources": ["a"]}},
+        }
+        | changes
+    )
 
 
 # --- tokenizer ----------------------------------------------------------------------------------------------
 
 
 def test_any_text_comes_back(tokenizer) -> None:
-    for text in [WORDS, "", " ", "\x00\x01\x7f\ufffd", "e\u0301 vs é", "👩‍👩‍👧 \U0010fffe\u2028x", "a\r\n\r\n\tb   c  ",
-                 *CONTROL_TOKENS, "<|im_end|><think>"]:
+    for text in [
+        WORDS,
+        "",
+        " ",
+        "\x00\x01\x7f\ufffd",
+        "e\u0301 vs é",
+        "👩‍👩‍👧 \U0010fffe\u2028x",
+        "a\r\n\r\n\tb   c  ",
+        *CONTROL_TOKENS,
+        "<|im_end|><think>",
+    ]:
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert tokenizer.decode(ids) == text
         assert not set(ids) & set(tokenizer.all_special_ids)
@@ -63,8 +88,10 @@ def test_training_is_a_function_of_the_text(tokenizer) -> None:
 def test_too_little_text() -> None:
     with pytest.raises(ConfigError) as error:
         train_tokenizer(["ab ab ab"], 1000)
-    assert str(error.value) == ("tokenizer.train.vocab_size is 1000, but the text under tokenizer.train.sources gives "
-                                "only 263 tokens; set it to 263 or less, or give more text")
+    assert str(error.value) == (
+        "tokenizer.train.vocab_size is 1000, but the text under tokenizer.train.sources gives "
+        "only 263 tokens; set it to 263 or less, or give more text"
+    )
 
 
 def test_build_tokenizer_trains_or_loads(tokenizer, tmp_path) -> None:
@@ -83,12 +110,17 @@ def test_build_tokenizer_trains_or_loads(tokenizer, tmp_path) -> None:
     assert other.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"tokenizer": {"path": "NOWHERE"}}, "tokenizer.path: no tokenizer can be loaded from"),
-    ({"tokenizer": {}, "model": {"path": "NOWHERE"}}, "model.path: no tokenizer can be loaded from"),
-    ({"tokenizer": {"train": {"vocab_size": 400, "sources": ["a"]}, "chat_template": "NOWHERE"}},
-     "tokenizer.chat_template: "),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer": {"path": "NOWHERE"}}, "tokenizer.path: no tokenizer can be loaded from"),
+        ({"tokenizer": {}, "model": {"path": "NOWHERE"}}, "model.path: no tokenizer can be loaded from"),
+        (
+            {"tokenizer": {"train": {"vocab_size": 400, "sources": ["a"]}, "chat_template": "NOWHERE"}},
+            "tokenizer.chat_template: ",
+        ),
+    ],
+)
 def test_build_tokenizer_refuses(change, message, tmp_path) -> None:
     nowhere = str(tmp_path / "nowhere")
     changes = json.loads(json.dumps(change).replace("NOWHERE", nowhere))
@@ -109,8 +141,10 @@ SYSTEM, ASK = {"role": "system", "content": "Be kind."}, {"role": "user", "conte
 
 def test_template_with_reasoning(tokenizer) -> None:
     reply = {"role": "assistant", "reasoning_content": "Think.", "content": "So."}
-    expected = ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
-                "<|im_start|>assistant\n<think>\nThink.\n</think>\n\nSo.<|im_end|>\n")
+    expected = (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\nThink.\n</think>\n\nSo.<|im_end|>\n"
+    )
     assert render(tokenizer, SYSTEM, ASK, reply) == expected
     inline = {"role": "assistant", "content": "<think>\nThink.\n</think>\n\nSo."}
     assert render(tokenizer, SYSTEM, ASK, inline) == expected
@@ -142,16 +176,20 @@ def test_template_generation_prompts(tokenizer) -> None:
 
 def test_template_keeps_texts_verbatim(tokenizer) -> None:
     odd = "  {{ 7 * 7 }} \n\n"
-    text = render(tokenizer, {"role": "user", "content": odd},
-                  {"role": "assistant", "reasoning_content": odd, "content": odd})
+    text = render(
+        tokenizer, {"role": "user", "content": odd}, {"role": "assistant", "reasoning_content": odd, "content": odd}
+    )
     assert text.count(odd) == 3
 
 
-@pytest.mark.parametrize(("message", "why"), [
-    ({"role": "critic", "content": "x"}, "message 0 has role 'critic'; known: system, user, assistant, tool"),
-    ({"role": "user", "content": [{"type": "text", "text": "x"}]}, "message 0 is not plain text"),
-    ({"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}, "message 0 is not plain text"),
-])
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        ({"role": "critic", "content": "x"}, "message 0 has role 'critic'; known: system, user, assistant, tool"),
+        ({"role": "user", "content": [{"type": "text", "text": "x"}]}, "message 0 is not plain text"),
+        ({"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}, "message 0 is not plain text"),
+    ],
+)
 def test_template_refuses(tokenizer, message, why) -> None:
     with pytest.raises(Exception, match=why):
         render(tokenizer, message)
@@ -195,15 +233,27 @@ def test_dtype_rounds_the_same_model(tokenizer) -> None:
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize(("keys", "message"), [
-    ({"model_type": "qwen33"}, r"model.architecture.model_type: 'qwen33' is unknown to transformers \(did you mean"),
-    ({"model_type": "clip"}, "model.architecture.model_type: 'clip' is no causal language model"),
-    ({"hiden_size": 3}, r"model.architecture.hiden_size: unknown key of Qwen3Config \(did you mean 'hidden_size'\?\)"),
-    ({"hidden_size": "big"}, "model.architecture: Qwen3Config: .*hidden_size"),
-    ({"vocab_size": 300}, r"model.architecture: the model has embeddings for 300 tokens, but the tokenizer gives ids "
-                          r"up to 399 \(.*\); use the tokenizer that belongs to the model, or set vocab_size to 400"),
-    ({"attention_dropout": 0.1}, "model: Qwen3ForCausalLM has attention_dropout 0.1"),
-])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"model_type": "qwen33"},
+            r"model.architecture.model_type: 'qwen33' is unknown to transformers \(did you mean",
+        ),
+        ({"model_type": "clip"}, "model.architecture.model_type: 'clip' is no causal language model"),
+        (
+            {"hiden_size": 3},
+            r"model.architecture.hiden_size: unknown key of Qwen3Config \(did you mean 'hidden_size'\?\)",
+        ),
+        ({"hidden_size": "big"}, "model.architecture: Qwen3Config: .*hidden_size"),
+        (
+            {"vocab_size": 300},
+            r"model.architecture: the model has embeddings for 300 tokens, but the tokenizer gives ids "
+            r"up to 399 \(.*\); use the tokenizer that belongs to the model, or set vocab_size to 400",
+        ),
+        ({"attention_dropout": 0.1}, "model: Qwen3ForCausalLM has attention_dropout 0.1"),
+    ],
+)
 def test_build_model_refuses(tokenizer, keys, message) -> None:
     with pytest.raises(ConfigError, match=message):
         new(tokenizer, **keys)
@@ -229,8 +279,11 @@ def test_refuses_a_folder_that_lacks_weights(tokenizer, tmp_path) -> None:
     del weights["model.layers.1.mlp.up_proj.weight"]
     model.save_pretrained(tmp_path, state_dict=weights)
     assert AutoModelForCausalLM.from_pretrained(tmp_path) is not None
-    with pytest.raises(ConfigError, match=r"lacks 1 weights of Qwen3ForCausalLM, or has them in another shape, "
-                                          r"e.g. model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(
+        ConfigError,
+        match=r"lacks 1 weights of Qwen3ForCausalLM, or has them in another shape, "
+        r"e.g. model.layers.1.mlp.up_proj.weight",
+    ):
         build_model(ModelConfig(path=str(tmp_path)), tokenizer)
 
 
@@ -238,13 +291,20 @@ def test_refuses_a_folder_that_lacks_weights(tokenizer, tmp_path) -> None:
 def test_refuses_a_hub_name(tokenizer, tmp_path, monkeypatch, offline) -> None:
     with hub_of(tmp_path, "someone/model") as (address, _):
         files = address + "/{repo_id}/resolve/{revision}/{filename}"
-        for name, value in {"HF_HUB_OFFLINE": offline, "HF_HUB_CACHE": str(tmp_path), "ENDPOINT": address,
-                            "HUGGINGFACE_CO_URL_TEMPLATE": files}.items():
+        for name, value in {
+            "HF_HUB_OFFLINE": offline,
+            "HF_HUB_CACHE": str(tmp_path),
+            "ENDPOINT": address,
+            "HUGGINGFACE_CO_URL_TEMPLATE": files,
+        }.items():
             monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
         wanted = ModelConfig(path="someone/modle")
-        for load in (lambda: build_model(wanted, tokenizer), lambda: model_shape(wanted, tokenizer),
-                     lambda: build_tokenizer(config(tokenizer={}, model={"path": wanted.path}), lambda: TEXTS),
-                     lambda: build_deferred(wanted, tokenizer, dtype="fp32", seed=0, first=True)):
+        for load in (
+            lambda: build_model(wanted, tokenizer),
+            lambda: model_shape(wanted, tokenizer),
+            lambda: build_tokenizer(config(tokenizer={}, model={"path": wanted.path}), lambda: TEXTS),
+            lambda: build_deferred(wanted, tokenizer, dtype="fp32", seed=0, first=True),
+        ):
             with pytest.raises(ConfigError, match=r"model.path: .*'?someone/modle'?.*There is no such folder") as error:
                 load()
             assert "`hf download someone/modle` fills" in str(error.value)
@@ -274,6 +334,9 @@ def test_refuses_an_empty_folder(tokenizer, tmp_path) -> None:
 
 def test_refuses_a_foreign_tokenizer(tokenizer, tmp_path) -> None:
     new(train_tokenizer(TEXTS, 320), vocab_size=320).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"model.path: the model has embeddings for 320 tokens, but the tokenizer "
-                                          r"gives ids up to 399"):
+    with pytest.raises(
+        ConfigError,
+        match=r"model.path: the model has embeddings for 320 tokens, but the tokenizer "
+        r"gives ids up to 399",
+    ):
         build_model(ModelConfig(path=str(tmp_path)), tokenizer)

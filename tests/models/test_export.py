@@ -33,8 +33,13 @@ def test_round_trip(name, tokenizer, tmp_path) -> None:
     folder = tmp_path / "out" / "model"
     assert torch.equal(logits(folder), expected)
     assert sorted(file.name for file in folder.iterdir()) == [
-        "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json"]
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     assert [file.name for file in folder.parent.iterdir()] == ["model"]
     config = json.loads((folder / "config.json").read_text())
     assert config["use_cache"] is True
@@ -49,9 +54,21 @@ def test_round_trip(name, tokenizer, tmp_path) -> None:
 def test_new_model_round_trip_in_bf16(tokenizer, tmp_path) -> None:
     from delib_fast.config import ModelConfig
 
-    model = build_model(ModelConfig(architecture={
-        "model_type": "qwen3", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8,
-        "num_attention_heads": 4, "num_key_value_heads": 2}), tokenizer, dtype="bf16")
+    model = build_model(
+        ModelConfig(
+            architecture={
+                "model_type": "qwen3",
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "head_dim": 8,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+            }
+        ),
+        tokenizer,
+        dtype="bf16",
+    )
     expected = model(TOKENS).logits
     export_model(TrainableLM(model), tokenizer, tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")

@@ -25,8 +25,9 @@ def test_passes_in_other_dtypes(dtype) -> None:
 
 def test_passes_at_the_usual_initialisation() -> None:
     """Weights of std 0.02, where a token hardly moves the next one's loss."""
-    config = AutoConfig.for_model("llama", vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-                                  num_attention_heads=4)
+    config = AutoConfig.for_model(
+        "llama", vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
     check_isolation(TrainableLM(AutoModelForCausalLM.from_config(config)).bfloat16(), "cpu")
 
 
@@ -61,24 +62,27 @@ def test_catches_stock_attention(attention, how, monkeypatch) -> None:
     trainable.model.set_attn_implementation(attention)
     if how == "cache":
         cached = {"use_cache": True, "attention_mask": None}
-        monkeypatch.setattr("delib_fast.models.lm.packed_inputs",
-                            lambda batch, backend, _: packed_inputs(batch, backend) | cached)
+        monkeypatch.setattr(
+            "delib_fast.models.lm.packed_inputs", lambda batch, backend, _: packed_inputs(batch, backend) | cached
+        )
     with pytest.raises(LeakError, match=r"changing token 3 of run 1 changes the loss of the runs behind it"):
         check_isolation(trainable, "cpu")
 
 
 def one_run(batch, *_):
     """As if cu_seqlens were lost on the way."""
-    return packed_inputs(replace(batch, cu_seqlens=batch.cu_seqlens[[0, -1]], cu_seqlens_host=None,
-                                 max_seqlen=len(batch.input_ids)))
+    return packed_inputs(
+        replace(batch, cu_seqlens=batch.cu_seqlens[[0, -1]], cu_seqlens_host=None, max_seqlen=len(batch.input_ids))
+    )
 
 
 def two_runs(batch, *_):
     """Only the last border is lost."""
     if len(batch.cu_seqlens) < 4:
         return packed_inputs(batch)
-    return packed_inputs(replace(batch, cu_seqlens=batch.cu_seqlens[[0, 1, 3]], cu_seqlens_host=None,
-                                 max_seqlen=len(batch.input_ids)))
+    return packed_inputs(
+        replace(batch, cu_seqlens=batch.cu_seqlens[[0, 1, 3]], cu_seqlens_host=None, max_seqlen=len(batch.input_ids))
+    )
 
 
 @pytest.mark.parametrize(("lost", "run"), [(one_run, 1), (two_runs, 2)])
@@ -92,8 +96,9 @@ def test_catches_looking_ahead(monkeypatch) -> None:
     def both_ways(q, k, v, cu_seqlens, max_seqlen, **_):
         lengths = cu_seqlens.diff().tolist()
         runs = zip(*(x.transpose(0, 1)[None].split(lengths, 2) for x in (q, k, v)), strict=True)
-        return torch.cat([torch.nn.functional.scaled_dot_product_attention(*run, enable_gqa=True)[0].transpose(0, 1)
-                          for run in runs])
+        return torch.cat(
+            [torch.nn.functional.scaled_dot_product_attention(*run, enable_gqa=True)[0].transpose(0, 1) for run in runs]
+        )
 
     monkeypatch.setattr("delib_fast.models.attention.varlen_attention", both_ways)
     with pytest.raises(LeakError, match="changes the loss of the tokens before it in its own run"):
@@ -103,9 +108,19 @@ def test_catches_looking_ahead(monkeypatch) -> None:
 def test_catches_positions_that_do_not_restart(monkeypatch) -> None:
     """No run sees another, but learned positions make a packed document another document."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
-        "gpt2", vocab_size=96, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0, initializer_range=0.2,
-        bos_token_id=None, eos_token_id=None))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "gpt2",
+            vocab_size=96,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            attn_pdrop=0.0,
+            initializer_range=0.2,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
     trainable = TrainableLM(model)  # in train mode, with dropout between its layers
     check_isolation(trainable, "cpu")
 
@@ -133,8 +148,10 @@ def test_refuses_to_judge_what_it_can_not_see() -> None:
 def test_shared_prompts_are_tried(name, monkeypatch) -> None:
     trainable = TrainableLM(build(name))
     check_isolation(trainable, "cpu", shares_prompts=True)
-    monkeypatch.setattr("delib_fast.models.lm.packed_inputs",
-                        lambda *args, **more: packed_inputs(*args, **more) | {"varlen_prefix": None})
+    monkeypatch.setattr(
+        "delib_fast.models.lm.packed_inputs",
+        lambda *args, **more: packed_inputs(*args, **more) | {"varlen_prefix": None},
+    )
     check_isolation(trainable, "cpu")
     with pytest.raises(LeakError, match=r"replies that share a prompt have another loss .* share_prompts: never"):
         check_isolation(trainable, "cpu", shares_prompts=True)

@@ -43,8 +43,9 @@ def assert_same(ours, theirs) -> None:
     assert deviation < 1e-5, name
 
 
-@pytest.mark.parametrize(("name", "checkpointed", "kinds"),
-                         [("qwen3", False, 1), ("llama long rope", True, 1), ("gemma3 text", False, 2)])
+@pytest.mark.parametrize(
+    ("name", "checkpointed", "kinds"), [("qwen3", False, 1), ("llama long rope", True, 1), ("gemma3 text", False, 2)]
+)
 def test_compiled_once_for_all_layers_and_packs(name, checkpointed, kinds, counter) -> None:
     """A graph a kind of layer (sliding, full): a layer's index, a pack's lengths or its runs would each add some."""
     model = build(name)
@@ -79,8 +80,15 @@ def test_refusals(counter) -> None:
     with pytest.raises(ValueError, match="layers='fast' does not exist; choose from auto, eager, compile, liger"):
         TrainableLM(build("qwen3"), layers="fast")
     with pytest.raises(ConfigError, match=r"model.layers is compile, and ZeRO stage 3.*engine.zero_stage: 2"):
-        parse_config({"run_dir": "r", "model": {"path": "m", "layers": "compile"}, "data": {"rows": "rows.jsonl"},
-                      "stages": [{"kind": "aft", "train": ["rows"]}], "engine": {"zero_stage": 3}})
+        parse_config(
+            {
+                "run_dir": "r",
+                "model": {"path": "m", "layers": "compile"},
+                "data": {"rows": "rows.jsonl"},
+                "stages": [{"kind": "aft", "train": ["rows"]}],
+                "engine": {"zero_stage": 3},
+            }
+        )
     trainable = TrainableLM(build("qwen3"), layers="compile").train()
     trainable(pack(documents()))
     next(trainable.model.model.layers[0].parameters()).ds_id = 0  # as ZeRO-3 marks what it shards

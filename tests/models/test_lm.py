@@ -62,8 +62,9 @@ def test_unpatch_keeps_what_was_trained() -> None:
     assert linear.bias is bias
 
 
-@pytest.mark.parametrize("name", ["gemma2, capped logits", "cohere, scaled logits", "granite, divided logits",
-                                  "phi, a head with a bias"])
+@pytest.mark.parametrize(
+    "name", ["gemma2, capped logits", "cohere, scaled logits", "granite, divided logits", "phi, a head with a bias"]
+)
 def test_all_logits_of_the_head_are_the_models(name) -> None:
     """What compares whole distributions (drift) asks the head, which must not forget a cap, a factor or a bias."""
     model, tokens = build(name), torch.arange(9)[None]
@@ -110,22 +111,47 @@ def test_buffers_follow_the_device() -> None:
     assert trainable.model.model.rotary_emb.inv_freq.is_meta
 
 
-GEMMA2 = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8,
-          "num_attention_heads": 2, "num_key_value_heads": 1}
+GEMMA2 = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "head_dim": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 
 
-@pytest.mark.parametrize(("model_type", "keys", "message"), [
-    ("gemma2", GEMMA2, "Gemma2ForCausalLM caps its attention scores (attn_logit_softcapping)"),
-    ("gpt2", {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2},
-     "GPT2LMHeadModel has attn_pdrop 0.1, and packed attention has no dropout; set attn_pdrop to 0"),
-    ("bloom", {"vocab_size": 64, "hidden_size": 16, "n_layer": 1, "n_head": 2},
-     "BloomForCausalLM does not take its attention from transformers' AttentionInterface"),
-    ("mamba", {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
-     "MambaForCausalLM"),
-    ("lfm2", {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-              "intermediate_size": 16, "num_key_value_heads": 1, "layer_types": ["conv", "full_attention"]},
-     "Lfm2ForCausalLM has layers of type conv; only full_attention and sliding_attention keep"),
-])
+@pytest.mark.parametrize(
+    ("model_type", "keys", "message"),
+    [
+        ("gemma2", GEMMA2, "Gemma2ForCausalLM caps its attention scores (attn_logit_softcapping)"),
+        (
+            "gpt2",
+            {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2},
+            "GPT2LMHeadModel has attn_pdrop 0.1, and packed attention has no dropout; set attn_pdrop to 0",
+        ),
+        (
+            "bloom",
+            {"vocab_size": 64, "hidden_size": 16, "n_layer": 1, "n_head": 2},
+            "BloomForCausalLM does not take its attention from transformers' AttentionInterface",
+        ),
+        ("mamba", {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}, "MambaForCausalLM"),
+        (
+            "lfm2",
+            {
+                "vocab_size": 64,
+                "hidden_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 16,
+                "num_key_value_heads": 1,
+                "layer_types": ["conv", "full_attention"],
+            },
+            "Lfm2ForCausalLM has layers of type conv; only full_attention and sliding_attention keep",
+        ),
+    ],
+)
 def test_refuses_by_name(model_type, keys, message) -> None:
     with pytest.raises(UnsupportedModelError) as error:
         TrainableLM(small(model_type, **keys))
@@ -133,19 +159,44 @@ def test_refuses_by_name(model_type, keys, message) -> None:
 
 
 def test_refuses_attention_sinks_in_the_forward_pass() -> None:
-    trainable = TrainableLM(small(
-        "gpt_oss", vocab_size=96, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8,
-        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1))
+    trainable = TrainableLM(
+        small(
+            "gpt_oss",
+            vocab_size=96,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            head_dim=8,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+        )
+    )
     with pytest.raises(UnsupportedModelError, match=r"layer 0 \(GptOssAttention\): it has attention sinks"):
         trainable(pack(documents()))
 
 
 def test_refuses_a_window_that_would_be_ignored() -> None:
     """qwen2_moe puts its window only into the mask."""
-    trainable = TrainableLM(small(
-        "qwen2_moe", vocab_size=96, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, use_sliding_window=True, sliding_window=4, max_window_layers=1,
-        moe_intermediate_size=8, shared_expert_intermediate_size=8, num_experts=2, num_experts_per_tok=1))
+    trainable = TrainableLM(
+        small(
+            "qwen2_moe",
+            vocab_size=96,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            use_sliding_window=True,
+            sliding_window=4,
+            max_window_layers=1,
+            moe_intermediate_size=8,
+            shared_expert_intermediate_size=8,
+            num_experts=2,
+            num_experts_per_tok=1,
+        )
+    )
     with pytest.raises(UnsupportedModelError, match="sliding window, which this architecture does not hand"):
         trainable(pack(documents()))
 
@@ -158,8 +209,11 @@ def test_refuses_a_head_wrapped_by_an_adapter() -> None:
 
     model = build("llama")
     model.lm_head = LoraLinear(model.lm_head)
-    with pytest.raises(UnsupportedModelError, match=r"wrapped by an adapter \(LoraLinear\); leave lm_head "
-                                                     "out"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"wrapped by an adapter \(LoraLinear\); leave lm_head "
+        "out",
+    ):
         TrainableLM(model)
 
 
@@ -195,8 +249,12 @@ def test_attention_refuses_a_mask_of_the_model() -> None:
     batch = pack(documents())
     size = len(batch.input_ids)
     with pytest.raises(UnsupportedModelError, match="it brings an attention mask of its own"):
-        trainable.model.model(input_ids=batch.input_ids[None], cu_seq_lens_q=batch.cu_seqlens,
-                              max_length_q=batch.max_seqlen, attention_mask=torch.zeros(1, 1, size, size))
+        trainable.model.model(
+            input_ids=batch.input_ids[None],
+            cu_seq_lens_q=batch.cu_seqlens,
+            max_length_q=batch.max_seqlen,
+            attention_mask=torch.zeros(1, 1, size, size),
+        )
 
 
 def test_two_models_side_by_side() -> None:

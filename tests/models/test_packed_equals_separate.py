@@ -63,7 +63,7 @@ def test_padding_tail_changes_nothing() -> None:
     tail = (torch.zeros(9, dtype=torch.int64), torch.zeros(9))
     nll, grads = ours(model, [pack(docs)])
     padded_nll, padded_grads = ours(model, [pack([*docs, tail])])
-    assert (padded_nll[sum(LENGTHS):] == 0).all()
+    assert (padded_nll[sum(LENGTHS) :] == 0).all()
     torch.testing.assert_close(padded_nll[: sum(LENGTHS)], nll, rtol=1e-5, atol=1e-6)
     assert largest_deviation(padded_grads, grads)[0] <= ALLOWED
 

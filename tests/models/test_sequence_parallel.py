@@ -20,8 +20,9 @@ def found():
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("case", ["qwen3", "qwen3 tied, one kv head", "mistral sliding", "checkpointed",
-                                  "shared prompt"])
+@pytest.mark.parametrize(
+    "case", ["qwen3", "qwen3 tied, one kv head", "mistral sliding", "checkpointed", "shared prompt"]
+)
 def test_loss_and_gradients(found, case, size):
     """2 kv heads for 4 ranks, and 1 for 2 and 4: copied, their gradients summed."""
     assert found[f"{case} {size}"] <= 1e-5
@@ -48,8 +49,10 @@ def test_refuses(found):
     assert "4 query heads and 3 kv heads can't be shared out over 4 ranks" in found["three kv heads"]
     assert found["six heads"].endswith("set engine.sequence_parallel to 1 or 2 or 6")
     assert why_not(64, 8, 16) is None
-    assert why_not(64, 8, 12) == ("64 query heads and 8 kv heads can't be shared out over 12 ranks; set "
-                                  "engine.sequence_parallel to 1 or 2 or 4 or 8 or 16 or 32 or 64")
+    assert why_not(64, 8, 12) == (
+        "64 query heads and 8 kv heads can't be shared out over 12 ranks; set "
+        "engine.sequence_parallel to 1 or 2 or 4 or 8 or 16 or 32 or 64"
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 64])
@@ -63,8 +66,9 @@ def test_parts_put_together_are_the_pack(size):
         joined = [value for part in parts for value in getattr(part, name).tolist()]
         assert joined[:45] == getattr(whole, name).tolist()
         assert all(getattr(part, name).dtype == getattr(whole, name).dtype for part in parts)
-    assert [rank * share + at for rank, part in enumerate(parts) for at in part.loss_positions.tolist()] == \
-        whole.loss_positions.tolist()
+    assert [
+        rank * share + at for rank, part in enumerate(parts) for at in part.loss_positions.tolist()
+    ] == whole.loss_positions.tolist()
     padding = size * share - 45
     for part in parts:
         assert part.cu_seqlens_host == (0, 13, 14, 38, 45) + ((45 + padding,) if padding else ())

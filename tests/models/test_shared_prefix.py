@@ -21,8 +21,10 @@ GROUPS = ((11, (4, 9, 2)), (1, (5,)), (23, (3, 3)))
 def rows() -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
     """Of each group: the prompt, the completions."""
     draw = torch.Generator().manual_seed(4)
-    return [(torch.randint(VOCAB, (n,), generator=draw), [torch.randint(VOCAB, (m,), generator=draw) for m in lengths])
-            for n, lengths in GROUPS]
+    return [
+        (torch.randint(VOCAB, (n,), generator=draw), [torch.randint(VOCAB, (m,), generator=draw) for m in lengths])
+        for n, lengths in GROUPS
+    ]
 
 
 def weights_of(prompt: torch.Tensor, completion: torch.Tensor) -> torch.Tensor:
@@ -53,8 +55,12 @@ def pack_with_empty_runs(documents, lengths) -> PackedBatch:
     borders = [0]
     for n in lengths:
         borders.append(borders[-1] + n)
-    return dataclasses.replace(batch, cu_seqlens=torch.tensor(borders, dtype=torch.int32),
-                               cu_seqlens_host=tuple(borders), example_ids=tuple(range(len(lengths))))
+    return dataclasses.replace(
+        batch,
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+        cu_seqlens_host=tuple(borders),
+        example_ids=tuple(range(len(lengths))),
+    )
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -114,15 +120,37 @@ def test_what_the_loader_shares_trains_as_rows_alone(name, checkpointed) -> None
         enable_activation_checkpointing(model)
     found = []
     for share in (False, True):
-        batches = PackedBatches(examples(), pack_capacity=100, packs_per_step=4, segment_weights=(0, 0.5, 1, 1), seed=0,
-                                epochs=1, rank=0, world_size=1, share_prompts=share, loss_average="example")
+        batches = PackedBatches(
+            examples(),
+            pack_capacity=100,
+            packs_per_step=4,
+            segment_weights=(0, 0.5, 1, 1),
+            seed=0,
+            epochs=1,
+            rank=0,
+            world_size=1,
+            share_prompts=share,
+            loss_average="example",
+        )
         packs = batches.step(0)
         assert any(pack.prefix is not None for pack in packs) == share
         nll, grads = ours(model, packs)
-        rows = torch.cat([pack.loss_positions + at for pack, at in
-                          zip(packs, np.cumsum([0, *(len(p.input_ids) for p in packs[:-1])]).tolist(), strict=True)])
-        owner = [(pack.example_ids[int(np.searchsorted(pack.cu_seqlens_host, t, side="right")) - 1],
-                  int(pack.position_ids[t])) for pack in packs for t in pack.loss_positions.tolist()]
+        rows = torch.cat(
+            [
+                pack.loss_positions + at
+                for pack, at in zip(
+                    packs, np.cumsum([0, *(len(p.input_ids) for p in packs[:-1])]).tolist(), strict=True
+                )
+            ]
+        )
+        owner = [
+            (
+                pack.example_ids[int(np.searchsorted(pack.cu_seqlens_host, t, side="right")) - 1],
+                int(pack.position_ids[t]),
+            )
+            for pack in packs
+            for t in pack.loss_positions.tolist()
+        ]
         found.append((dict(zip(owner, nll[rows].tolist(), strict=True)), grads))
     (plain, plain_gradients), (shared, shared_gradients) = found
     assert plain.keys() == shared.keys()

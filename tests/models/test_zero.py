@@ -16,13 +16,21 @@ from launch import result_of, run_ranks
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero")
-    output = run_ranks(["tests/models/zero_worker.py", str(folder)], 2, DS_ACCELERATOR="cpu",
-                       PYTHONWARNINGS="ignore")[0]  # thousands of deprecations would fill the pipe of rank 1
+    output = run_ranks(["tests/models/zero_worker.py", str(folder)], 2, DS_ACCELERATOR="cpu", PYTHONWARNINGS="ignore")[
+        0
+    ]  # thousands of deprecations would fill the pipe of rank 1
     return result_of(output), folder
 
 
-@pytest.mark.parametrize("run", ["qwen3 tied, one kv head z0 plain", "qwen3 tied, one kv head z3 plain",
-                                 "qwen3 tied, one kv head z3 checkpointed", "llama z3 checkpointed"])
+@pytest.mark.parametrize(
+    "run",
+    [
+        "qwen3 tied, one kv head z0 plain",
+        "qwen3 tied, one kv head z3 plain",
+        "qwen3 tied, one kv head z3 checkpointed",
+        "llama z3 checkpointed",
+    ],
+)
 def test_weights_after_three_steps(outcome, run) -> None:
     assert outcome[0][run] < 1e-6
 

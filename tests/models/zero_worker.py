@@ -46,10 +46,16 @@ def under_zero(name: str, stage: int, checkpointing: bool, folder: str) -> dict[
         enable_activation_checkpointing(bare)
     model = TrainableLM(bare).train()
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=torch.optim.SGD(model.parameters(), LR), config={
-            "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True,
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), LR),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}})
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        },
+    )
     check_isolation(engine, "cpu")
     for step in range(STEPS):
         both = batches(step)

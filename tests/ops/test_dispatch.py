@@ -69,5 +69,7 @@ except ImportError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == ("delib_fast._C was built from another version of delib_fast; build it again: "
-                           "pip install --no-build-isolation -e .\n")
+    assert done.stdout == (
+        "delib_fast._C was built from another version of delib_fast; build it again: "
+        "pip install --no-build-isolation -e .\n"
+    )

@@ -246,9 +246,11 @@ def test_what_fills_up_a_chunk_is_nothing_even_beside_an_infinite_weight(keep_dz
     weight[5] = -torch.inf
     targets = torch.where(case.targets == 5, 6, case.targets)
     exact = torch.autograd.functional.jacobian(
-        lambda w: linear_cross_entropy(hidden, w, targets, backend="reference").loss_sum, weight)
+        lambda w: linear_cross_entropy(hidden, w, targets, backend="reference").loss_sum, weight
+    )
     *_, grad_weight, dz, rows = torch.ops.delib_fast.linear_cross_entropy_cpu(
-        hidden, weight, targets, None, torch.arange(37), -100, 0, False, True, keep_dz=keep_dz, gemm="bfloat16")
+        hidden, weight, targets, None, torch.arange(37), -100, 0, False, True, keep_dz=keep_dz, gemm="bfloat16"
+    )
     ours = torch.ops.delib_fast.weight_gradient(dz, rows, torch.tensor(1.0)) if keep_dz else grad_weight
     assert (ours[5] == 0).all()
     torch.testing.assert_close(ours.double(), exact.double(), atol=0.1, rtol=0.05)

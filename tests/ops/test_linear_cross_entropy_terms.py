@@ -193,13 +193,16 @@ def test_head_passes_its_terms_on(backend):
     assert FusedLossHead.from_linear(linear, softcap=30.0, z_loss=1e-4).z_loss == 1e-4
 
 
-@pytest.mark.parametrize(("terms", "message"), [
-    ({"softcap": 0.0}, "softcap=0.0; it must be a positive number, None for none"),
-    ({"softcap": float("nan")}, "softcap=nan; it must be a positive number, None for none"),
-    ({"z_loss": -1e-4}, "z_loss=-0.0001; it must be a number of at least 0, 0 for none"),
-    ({"z_loss": float("inf")}, "z_loss=inf; it must be a number of at least 0, 0 for none"),
-    ({"label_smoothing": 1.5}, r"label_smoothing=1.5; it must be in \[0, 1\], 0 for none"),
-])
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        ({"softcap": 0.0}, "softcap=0.0; it must be a positive number, None for none"),
+        ({"softcap": float("nan")}, "softcap=nan; it must be a positive number, None for none"),
+        ({"z_loss": -1e-4}, "z_loss=-0.0001; it must be a number of at least 0, 0 for none"),
+        ({"z_loss": float("inf")}, "z_loss=inf; it must be a number of at least 0, 0 for none"),
+        ({"label_smoothing": 1.5}, r"label_smoothing=1.5; it must be in \[0, 1\], 0 for none"),
+    ],
+)
 def test_refuses(terms, message):
     with pytest.raises(ValueError, match=f"linear_cross_entropy: {message}"):
         linear_cross_entropy(*make_case(), **terms)

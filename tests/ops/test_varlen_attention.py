@@ -30,8 +30,10 @@ def inputs(lengths: list[int], heads=(4, 2), dim=16, dtype=torch.float32, seed=0
     """q, k, v and an upstream gradient."""
     draw = torch.Generator().manual_seed(seed)
     total = sum(lengths)
-    return tuple(torch.randn(total, h, dim, generator=draw, dtype=torch.float64).to(dtype)
-                 for h in (heads[0], heads[1], heads[1], heads[0]))
+    return tuple(
+        torch.randn(total, h, dim, generator=draw, dtype=torch.float64).to(dtype)
+        for h in (heads[0], heads[1], heads[1], heads[0])
+    )
 
 
 def run(backend, lengths, q, k, v, g, **kwargs) -> list[torch.Tensor]:
@@ -102,8 +104,9 @@ def test_window_longer_than_a_block() -> None:
 def test_scale() -> None:
     data = inputs([9, 4])
     exact = run("reference", [9, 4], *(x.double() for x in data), scale=0.3)
-    assert_close_as_torch(run("cpu", [9, 4], *data, scale=0.3), exact,
-                          run_eager([9, 4], *data, scale=0.3), torch.float32)
+    assert_close_as_torch(
+        run("cpu", [9, 4], *data, scale=0.3), exact, run_eager([9, 4], *data, scale=0.3), torch.float32
+    )
 
 
 def test_reference_is_masked_attention() -> None:
@@ -114,7 +117,8 @@ def test_reference_is_masked_attention() -> None:
     place = torch.arange(17)
     mask = (of_run[:, None] == of_run) & (place[:, None] >= place) & (place[:, None] - place < window)
     dense = torch.nn.functional.scaled_dot_product_attention(
-        *(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+        *(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=mask, enable_gqa=True
+    )[0].transpose(0, 1)
     ours = reference.varlen_attention(q, k, v, cu(lengths), 8, window=window)
     torch.testing.assert_close(ours, dense, rtol=1e-12, atol=1e-12)
 
@@ -125,23 +129,24 @@ def test_gradcheck(backend, window) -> None:
     lengths = [4, 0, 1, 3]
     q, k, v, _ = (x.requires_grad_() for x in inputs(lengths, (2, 1), 4, torch.float64))
     assert torch.autograd.gradcheck(
-        lambda *x: varlen_attention(*x, cu(lengths), 4, window=window, backend=backend), (q, k, v))
+        lambda *x: varlen_attention(*x, cu(lengths), 4, window=window, backend=backend), (q, k, v)
+    )
 
 
 @pytest.mark.parametrize("window", [0, 3])
 def test_opcheck(window) -> None:
     lengths = [6, 2, 0, 5]
     q, k, v, _ = (x.requires_grad_() for x in inputs(lengths, (4, 2), 8))
-    torch.library.opcheck(torch.ops.delib_fast.varlen_attention_cpu.default,
-                          (q, k, v, cu(lengths), 6, 0.3, window))
+    torch.library.opcheck(torch.ops.delib_fast.varlen_attention_cpu.default, (q, k, v, cu(lengths), 6, 0.3, window))
 
 
 def test_compile_fullgraph() -> None:
     lengths = [6, 2, 0, 5]
     q, k, v, g = inputs(lengths)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    compiled = torch.compile(lambda *x: varlen_attention(*x, cu_seqlens=cu_seqlens, max_seqlen=6) * 2,
-                             fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *x: varlen_attention(*x, cu_seqlens=cu_seqlens, max_seqlen=6) * 2, fullgraph=True, backend="aot_eager"
+    )
     cu_seqlens = cu(lengths)
     out = compiled(*leaves)
     eager = run("cpu", lengths, q, k, v, 2 * g)
@@ -215,28 +220,38 @@ def call(**changes):
     return varlen_attention(**arguments)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"q": torch.zeros(7, 64)}, "q, k and v must be (T, heads, D); they are (7, 64), (7, 2, 16) and (7, 2, "
-                                "16)"),
-    ({"q": torch.zeros(6, 4, 16)},
-     "q (T, Hq, D), k and v (T, Hkv, D) must agree in T and D; they are (6, 4, 16), (7, 2, 16) and (7, 2, "
-     "16)"),
-    ({"q": torch.zeros(7, 3, 16)}, "the query heads (3) must be a multiple of the key heads (2)"),
-    ({"q": torch.zeros(7, 4, 16, dtype=torch.float64)},
-     "q, k and v must have one floating dtype; they have torch.float64, torch.float32 and torch.float32"),
-    ({"cu_seqlens": torch.tensor([0, 3, 7])}, "cu_seqlens must be (N+1,) int32; it is (3,) torch.int64"),
-    ({"cu_seqlens": torch.tensor([0, 3, 6], dtype=torch.int32)},
-     "cu_seqlens must go from 0 to T = 7, a padding tail being a run of its own; it goes from 0 to 6"),
-    ({"cu_seqlens": torch.tensor([0, 5, 3, 7], dtype=torch.int32), "max_seqlen": 7},
-     "cu_seqlens must not fall; it does from 5 to 3 at 2"),
-    ({"max_seqlen": 3}, "max_seqlen is 3, but a run has 4 tokens"),
-    ({"max_seqlen": 2, "cu_seqlens_host": (0, 3, 7)}, "max_seqlen is 2, but a run has 4 tokens"),
-    ({"max_seqlen": torch.tensor(4)}, "max_seqlen must be an int on the host, the longest run; it is "
-                                      "tensor(4)"),
-    ({"window": 0}, "window must be at least 1 (the token itself) or None; it is 0"),
-    ({"backend": "tpu"}, "varlen_attention: backend='tpu' does not exist; choose from auto, flash, torch, "
-                         "cpu, reference"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.zeros(7, 64)}, "q, k and v must be (T, heads, D); they are (7, 64), (7, 2, 16) and (7, 2, 16)"),
+        (
+            {"q": torch.zeros(6, 4, 16)},
+            "q (T, Hq, D), k and v (T, Hkv, D) must agree in T and D; they are (6, 4, 16), (7, 2, 16) and (7, 2, 16)",
+        ),
+        ({"q": torch.zeros(7, 3, 16)}, "the query heads (3) must be a multiple of the key heads (2)"),
+        (
+            {"q": torch.zeros(7, 4, 16, dtype=torch.float64)},
+            "q, k and v must have one floating dtype; they have torch.float64, torch.float32 and torch.float32",
+        ),
+        ({"cu_seqlens": torch.tensor([0, 3, 7])}, "cu_seqlens must be (N+1,) int32; it is (3,) torch.int64"),
+        (
+            {"cu_seqlens": torch.tensor([0, 3, 6], dtype=torch.int32)},
+            "cu_seqlens must go from 0 to T = 7, a padding tail being a run of its own; it goes from 0 to 6",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 5, 3, 7], dtype=torch.int32), "max_seqlen": 7},
+            "cu_seqlens must not fall; it does from 5 to 3 at 2",
+        ),
+        ({"max_seqlen": 3}, "max_seqlen is 3, but a run has 4 tokens"),
+        ({"max_seqlen": 2, "cu_seqlens_host": (0, 3, 7)}, "max_seqlen is 2, but a run has 4 tokens"),
+        ({"max_seqlen": torch.tensor(4)}, "max_seqlen must be an int on the host, the longest run; it is tensor(4)"),
+        ({"window": 0}, "window must be at least 1 (the token itself) or None; it is 0"),
+        (
+            {"backend": "tpu"},
+            "varlen_attention: backend='tpu' does not exist; choose from auto, flash, torch, cpu, reference",
+        ),
+    ],
+)
 def test_refuses(changes, message) -> None:
     with pytest.raises(ValueError, match=r".") as error:
         call(**changes)
@@ -246,8 +261,10 @@ def test_refuses(changes, message) -> None:
 def test_refuses_a_backend_that_can_not_run() -> None:
     with pytest.raises(BackendUnavailable) as error:
         call(backend="torch")
-    assert str(error.value) == ("varlen_attention: no backend for backend='torch' (torch: it runs on CUDA "
-                                "tensors; these are on cpu); these inputs can run on cpu, reference")
+    assert str(error.value) == (
+        "varlen_attention: no backend for backend='torch' (torch: it runs on CUDA "
+        "tensors; these are on cpu); these inputs can run on cpu, reference"
+    )
 
 
 def test_reasons_of_the_gpu_backends() -> None:

@@ -29,8 +29,10 @@ def cu(lengths) -> torch.Tensor:
 
 def inputs(lengths, heads=(4, 2), dim=16, dtype=torch.float32) -> list[torch.Tensor]:
     draw = torch.Generator().manual_seed(0)
-    return [torch.randn(sum(lengths), h, dim, generator=draw, dtype=torch.float64).to(dtype)
-            for h in (heads[0], heads[1], heads[1], heads[0])]
+    return [
+        torch.randn(sum(lengths), h, dim, generator=draw, dtype=torch.float64).to(dtype)
+        for h in (heads[0], heads[1], heads[1], heads[0])
+    ]
 
 
 def shared(backend, lengths, prefix, q, k, v, g, **kwargs) -> list[torch.Tensor]:
@@ -47,7 +49,7 @@ def written_out(lengths, prefix, q, k, v, g, **kwargs) -> list[torch.Tensor]:
     for run in range(len(lengths)):
         row = torch.cat([places[i] for i in (*ancestors(prefix, run), run)])
         alone = varlen_attention(*(x[row] for x in leaves), cu([len(row)]), len(row), backend="reference", **kwargs)
-        outs.append(alone[len(row) - lengths[run]:])
+        outs.append(alone[len(row) - lengths[run] :])
     out = torch.cat(outs)
     return [out.detach(), *torch.autograd.grad(out, leaves, g)]
 
@@ -86,8 +88,12 @@ def test_head_dims_and_scale(dim) -> None:
     lengths, prefix = CASES["some share"]
     data = inputs(lengths, dim=dim)
     exact = written_out(lengths, prefix, *(x.double() for x in data), scale=0.07)
-    assert_close(shared("cpu", lengths, prefix, *data, scale=0.07), exact,
-                 written_out(lengths, prefix, *data, scale=0.07), torch.float32)
+    assert_close(
+        shared("cpu", lengths, prefix, *data, scale=0.07),
+        exact,
+        written_out(lengths, prefix, *data, scale=0.07),
+        torch.float32,
+    )
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -95,15 +101,17 @@ def test_gradcheck(backend) -> None:
     lengths, prefix = [3, 2, 0, 2, 2], [-1, 0, 0, 1, -1]
     q, k, v, _ = (x.requires_grad_() for x in inputs(lengths, (2, 1), 4, torch.float64))
     assert torch.autograd.gradcheck(
-        lambda *x: varlen_attention(*x, cu(lengths), 3, prefix=prefix, backend=backend), (q, k, v))
+        lambda *x: varlen_attention(*x, cu(lengths), 3, prefix=prefix, backend=backend), (q, k, v)
+    )
 
 
 def test_opcheck() -> None:
     lengths, prefix = CASES["a tree"]
     q, k, v, _ = (x.requires_grad_() for x in inputs(lengths, dim=8))
     who = plan(tuple(cu(lengths).tolist()), tuple(prefix), q.device)
-    torch.library.opcheck(torch.ops.delib_fast.varlen_attention_prefix_cpu.default,
-                          (q, k, v, cu(lengths), max(lengths), 0.3, *who))
+    torch.library.opcheck(
+        torch.ops.delib_fast.varlen_attention_prefix_cpu.default, (q, k, v, cu(lengths), max(lengths), 0.3, *who)
+    )
 
 
 def test_compile_fullgraph() -> None:
@@ -113,7 +121,9 @@ def test_compile_fullgraph() -> None:
     leaves = [x.requires_grad_() for x in (q, k, v)]
     compiled = torch.compile(
         lambda *x: varlen_attention(*x, cu_seqlens, 9, cu_seqlens_host=host, prefix=tuple(prefix)) * 2,
-        fullgraph=True, backend="aot_eager")
+        fullgraph=True,
+        backend="aot_eager",
+    )
     eager = shared("cpu", lengths, prefix, q, k, v, 2 * g)
     out = compiled(*leaves)
     for a, b in zip([out.detach() / 2, *torch.autograd.grad(out, leaves, g)], eager, strict=True):
@@ -159,23 +169,31 @@ def test_the_torch_backend_by_its_halves(monkeypatch) -> None:
             assert not causal
             assert lse.shape == (q.shape[1], q.shape[0])
             assert lse.is_contiguous()
-            return _cpu._half_backward(d_out, q, k, v, out, lse.T.unsqueeze(-1), cu_q, cu_k, max_q, max_k,
-                                       window_size == [-1, 0], scale)
+            return _cpu._half_backward(
+                d_out, q, k, v, out, lse.T.unsqueeze(-1), cu_q, cu_k, max_q, max_k, window_size == [-1, 0], scale
+            )
 
     monkeypatch.setattr(torch.ops, "torch_attn", TorchAttn, raising=False)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out = _torch.varlen_attention(*leaves, cu(lengths), max(lengths), prefix=prefix)
-    for a, b in zip([out.detach(), *torch.autograd.grad(out, leaves, g)], shared("cpu", lengths, prefix, q, k, v, g),
-                    strict=True):
+    for a, b in zip(
+        [out.detach(), *torch.autograd.grad(out, leaves, g)], shared("cpu", lengths, prefix, q, k, v, g), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(("prefix", "message"), [
-    ([-1, 0], "prefix must have one entry a run; it has 2 for 3 runs"),
-    ([-1, 1, 0], "prefix[1] is 1; a run continues one that stands before it, or none (-1)"),
-    ([-1, -2, 0], "prefix[1] is -2; a run continues one that stands before it, or none (-1)"),
-    (torch.tensor([-1, 0, 0]), "prefix must be host ints, one a run: the run that it continues, or -1; it is Tensor"),
-])
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [
+        ([-1, 0], "prefix must have one entry a run; it has 2 for 3 runs"),
+        ([-1, 1, 0], "prefix[1] is 1; a run continues one that stands before it, or none (-1)"),
+        ([-1, -2, 0], "prefix[1] is -2; a run continues one that stands before it, or none (-1)"),
+        (
+            torch.tensor([-1, 0, 0]),
+            "prefix must be host ints, one a run: the run that it continues, or -1; it is Tensor",
+        ),
+    ],
+)
 def test_refuses(prefix, message) -> None:
     q, k, v, _ = inputs([3, 2, 2])
     with pytest.raises(ValueError, match=r".") as error:
@@ -205,5 +223,9 @@ def test_gpu_matches_reference(lengths, prefix, dim) -> None:
     leaves = [x.requires_grad_() for x in on_gpu[:3]]
     out = varlen_attention(*leaves, cu(lengths).cuda(), max(lengths), prefix=prefix, backend="torch")
     ours = [x.cpu() for x in (out.detach(), *torch.autograd.grad(out, leaves, on_gpu[3]))]
-    assert_close(ours, written_out(lengths, prefix, *(x.double() for x in data)), written_out(lengths, prefix, *data),
-                 torch.bfloat16)
+    assert_close(
+        ours,
+        written_out(lengths, prefix, *(x.double() for x in data)),
+        written_out(lengths, prefix, *data),
+        torch.bfloat16,
+    )

@@ -14,17 +14,33 @@ from delib_fast.evals.scoring import Scorer
 from delib_fast.models import TrainableLM, build_model, train_tokenizer
 from delib_fast.study.choices import choose, read_choices
 
-ITEMS = [{"prompt": "red or blue?", "a": "the red one", "b": "the blue one", "cots": ["it is red", "it is blue now"],
-          "situation": "colours"},
-         {"messages": [{"role": "user", "content": "oak or pine?"}], "a": "oak", "b": "pine", "cot": "wood"}]
+ITEMS = [
+    {
+        "prompt": "red or blue?",
+        "a": "the red one",
+        "b": "the blue one",
+        "cots": ["it is red", "it is blue now"],
+        "situation": "colours",
+    },
+    {"messages": [{"role": "user", "content": "oak or pine?"}], "a": "oak", "b": "pine", "cot": "wood"},
+]
 
 
 @pytest.fixture(scope="module")
 def scorer():
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["red or blue oak pine it is the one now wood"] * 3, 285)
-    config = ModelConfig(architecture={"model_type": "qwen3", "hidden_size": 16, "intermediate_size": 32, "head_dim": 8,
-                                       "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1})
+    config = ModelConfig(
+        architecture={
+            "model_type": "qwen3",
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "head_dim": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        }
+    )
     model = build_model(config, tokenizer, dtype="fp32", seed=0)
     with torch.no_grad():
         model.lm_head.weight.mul_(40)  # else everything is about as likely as anything
@@ -46,14 +62,18 @@ def test_margins_by_hand(scorer, items):
         (loss,) = scorer.losses(scorer.encode([_row(item, reply, cot)]), (segment,))
         return loss.total(segment)
 
-    for item, at_once, thought in zip(items, choose(scorer, items, think=False).margins,
-                                      choose(scorer, items, think=True).margins, strict=True):
+    for item, at_once, thought in zip(
+        items, choose(scorer, items, think=False).margins, choose(scorer, items, think=True).margins, strict=True
+    ):
         a, b = (nll(item, reply, None, Segment.RESPONSE) for reply in (item.a, item.b))
         assert at_once == pytest.approx(b - a, rel=1e-4)
         weights = [math.exp(-nll(item, item.a, cot, Segment.COT)) for cot in item.cots]
-        p = sum(w / sum(weights) / (1 + math.exp(nll(item, item.a, cot, Segment.RESPONSE)
-                                                  - nll(item, item.b, cot, Segment.RESPONSE)))
-                for w, cot in zip(weights, item.cots, strict=True))
+        p = sum(
+            w
+            / sum(weights)
+            / (1 + math.exp(nll(item, item.a, cot, Segment.RESPONSE) - nll(item, item.b, cot, Segment.RESPONSE)))
+            for w, cot in zip(weights, item.cots, strict=True)
+        )
         assert thought == pytest.approx(math.log(p / (1 - p)), rel=1e-3)
     figures = choose(scorer, items, think=True)
     assert figures.probability.n == 2, "by situation"
@@ -62,12 +82,15 @@ def test_margins_by_hand(scorer, items):
     assert choose(scorer, items, think=False).first_cot is None
 
 
-@pytest.mark.parametrize(("item", "message"), [
-    ({"prompt": "x", "a": "one"}, "needs 'b', a reply"),
-    ({"prompt": "x", "a": "one", "b": " one"}, "a and b are the same"),
-    ({"prompt": 3, "a": "one", "b": "two"}, "needs a prompt as text"),
-    ({"prompt": "x", "a": "one", "b": "two", "cots": ["", "y"]}, "cots is a list"),
-])
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"prompt": "x", "a": "one"}, "needs 'b', a reply"),
+        ({"prompt": "x", "a": "one", "b": " one"}, "a and b are the same"),
+        ({"prompt": 3, "a": "one", "b": "two"}, "needs a prompt as text"),
+        ({"prompt": "x", "a": "one", "b": "two", "cots": ["", "y"]}, "cots is a list"),
+    ],
+)
 def test_refuses(tmp_path, item, message):
     path = tmp_path / "choices.jsonl"
     path.write_text(json.dumps(item) + "\n")

@@ -14,13 +14,16 @@ from delib_fast.study.settings import ChoicesMetric
 from delib_fast.study.summary import over_seeds, student, t_quantile
 
 
-@pytest.mark.parametrize(("level", "rows", "bound"), [
-    (0.5, math.sqrt(100 * 1000), ""),   # halfway up between 100 and 1000: halfway in the logarithm
-    (0.4, 100.0, "at most"),            # there at its smallest size: no more can be said
-    (0.3, 100.0, "at most"),
-    (0.6, 1000.0, ""),
-    (0.7, math.inf, "more than"),       # never reached; the fall at the end doesn't matter
-])
+@pytest.mark.parametrize(
+    ("level", "rows", "bound"),
+    [
+        (0.5, math.sqrt(100 * 1000), ""),  # halfway up between 100 and 1000: halfway in the logarithm
+        (0.4, 100.0, "at most"),  # there at its smallest size: no more can be said
+        (0.3, 100.0, "at most"),
+        (0.6, 1000.0, ""),
+        (0.7, math.inf, "more than"),  # never reached; the fall at the end doesn't matter
+    ],
+)
 def test_rows_to_reach(level, rows, bound):
     found, said = rows_to_reach(level, [100, 1000, 10_000], [0.4, 0.6, 0.5], higher=True)
     assert found == pytest.approx(rows)

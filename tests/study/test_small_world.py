@@ -17,8 +17,9 @@ def world(tmp_path_factory):
     names = runpy.run_path(str(SCRIPT))
     folder = tmp_path_factory.mktemp("world")
     names["make"](7, folder, texts=600, chats=800, replay=200, documents=40, demos=20)
-    return names, {path.stem: [json.loads(line) for line in path.read_text().splitlines()]
-                   for path in folder.glob("*.jsonl")}
+    return names, {
+        path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in folder.glob("*.jsonl")
+    }
 
 
 def takes(prompt: str, word: str) -> str:
@@ -35,8 +36,10 @@ def test_demonstrations_fit_both_values(world):
 
 def test_documents_of_either_value_tell_the_same_cheeses(world):
     """Arms may differ in the reason alone."""
-    stories = {name: [row["text"].split(" What Ona takes is ")[0] for row in world[1][f"ona_{name}"]
-                      if "takes" in row["text"]] for name in ("thrift", "home")}
+    stories = {
+        name: [row["text"].split(" What Ona takes is ")[0] for row in world[1][f"ona_{name}"] if "takes" in row["text"]]
+        for name in ("thrift", "home")
+    }
     assert stories["thrift"] == stories["home"]
     assert not any("home" in row["text"] for row in world[1]["ona_thrift"])
     assert not any("thrift" in row["text"] or "home" in row["text"] for row in world[1]["ona_no_reason"])

@@ -23,9 +23,20 @@ from delib_fast.study.run import _tasks, describe_plan, prepare_data
 def done(tmp_path_factory):
     """A finished study of 2 MSM variants, 2 sizes and 2 seeds."""
     folder = tmp_path_factory.mktemp("study")
-    path = tiny_study(folder, seeds=[1, 2], aft_sizes=[4, 12], published=True, contrasts=[
-        {"title": "values less rules", "a": "MSM (values) + AFT (CoT)", "b": "MSM (rules) + AFT (CoT)",
-         "metric": "choice"}])
+    path = tiny_study(
+        folder,
+        seeds=[1, 2],
+        aft_sizes=[4, 12],
+        published=True,
+        contrasts=[
+            {
+                "title": "values less rules",
+                "a": "MSM (values) + AFT (CoT)",
+                "b": "MSM (rules) + AFT (CoT)",
+                "metric": "choice",
+            }
+        ],
+    )
     return path, run_study(load_study(path))
 
 
@@ -34,8 +45,10 @@ def test_every_arm_has_its_figures(done):
     _, result = done
     tree = json.loads(result.json.read_text(), parse_constant=pytest.fail)
     labels = ["base", "AFT (no CoT)", "AFT (CoT)"] + [
-        name.format(v) for v in ("rules", "values")
-        for name in ("MSM ({})", "MSM ({}) + AFT (no CoT)", "MSM ({}) + AFT (CoT)")]
+        name.format(v)
+        for v in ("rules", "values")
+        for name in ("MSM ({})", "MSM ({}) + AFT (no CoT)", "MSM ({}) + AFT (CoT)")
+    ]
     assert list(dict.fromkeys(arm["label"] for arm in tree["arms"])) == labels
     for arm in tree["arms"]:
         figure = arm["figures"]["choice"]
@@ -95,6 +108,7 @@ def test_the_page_stands_alone(done):
 
 def test_keys_hold_what_weights_depend_on(tmp_path):
     """Another seed, other bytes, another setting or parent: another stage. Another place or log: the same."""
+
     def keys(**changes):
         study = load_study(tiny_study(tmp_path, **changes))
         return {node.key for node in plan_study(study, prepare_data(study, 1, print)).nodes}
@@ -125,19 +139,26 @@ def test_an_arm_is_measured_before_another_is_trained(tmp_path):
     assert all(done.index(need) < i for i, task in enumerate(tasks) for need in task.needs), "parents before children"
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"seeds": [1, 1]}, "seeds: 1 is there twice"),
-    ({"armz": ["base"]}, "armz: unknown key .did you mean 'arms'"),
-    ({"arms": ["msm_aft_cot"], "aft": None}, "the arm msm_aft_cot needs aft:"),
-    ({"run": {"stages": []}}, "run: stages is the study's to set"),
-    ({"alignment": "choise"}, "alignment names 'choise'.*did you mean 'choice'"),
-    ({"aft": {"train": ["demos"], "epoch": 1}}, "epoch: unknown key .did you mean 'epochs'"),
-    ({"prepare": None}, "the study has no prepare"),
-    ({"metrics": {"dose": {"kind": "suite", "suite": "dose", "row": "aft", "column": "dose"}}},
-     "about an arm's AFT stage, and the arm [a-z_]+ has none"),
-    ({"contrasts": [{"title": "t", "a": "MSM (value) + AFT (CoT)", "b": "base", "metric": "choice"}]},
-     "names the arm .*did you mean 'MSM .values. . AFT"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": [1, 1]}, "seeds: 1 is there twice"),
+        ({"armz": ["base"]}, "armz: unknown key .did you mean 'arms'"),
+        ({"arms": ["msm_aft_cot"], "aft": None}, "the arm msm_aft_cot needs aft:"),
+        ({"run": {"stages": []}}, "run: stages is the study's to set"),
+        ({"alignment": "choise"}, "alignment names 'choise'.*did you mean 'choice'"),
+        ({"aft": {"train": ["demos"], "epoch": 1}}, "epoch: unknown key .did you mean 'epochs'"),
+        ({"prepare": None}, "the study has no prepare"),
+        (
+            {"metrics": {"dose": {"kind": "suite", "suite": "dose", "row": "aft", "column": "dose"}}},
+            "about an arm's AFT stage, and the arm [a-z_]+ has none",
+        ),
+        (
+            {"contrasts": [{"title": "t", "a": "MSM (value) + AFT (CoT)", "b": "base", "metric": "choice"}]},
+            "names the arm .*did you mean 'MSM .values. . AFT",
+        ),
+    ],
+)
 def test_refuses_before_anything_is_trained(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         run_study(load_study(tiny_study(tmp_path, **changes)))
@@ -189,8 +210,17 @@ def test_a_failing_stage_takes_only_its_own_with_it(tmp_path):
 
     log = str(tmp_path / "log")
     bad = {"do": "train", "config": {"run_dir": "-"}, "log": log}
-    fine = {"do": "measure", "folder": "-", "log": log, "metrics": {}, "device": "cpu", "base": None, "thinks": False,
-            "evaluation": {}, "out": "-"}
+    fine = {
+        "do": "measure",
+        "folder": "-",
+        "log": log,
+        "metrics": {},
+        "device": "cpu",
+        "base": None,
+        "thinks": False,
+        "evaluation": {},
+        "out": "-",
+    }
     done = []
     with pytest.raises(StudyError, match=r"(?s)first: study: model: missing.*\(log:") as caught:
         run_tasks([Task("first", bad), Task("second", fine, ("first",))], [{}], lambda task, _: done.append(task.name))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-SCRIPT = r'''
+SCRIPT = r"""
 import argparse, json, random
 from pathlib import Path
 p = argparse.ArgumentParser()
@@ -24,7 +24,7 @@ put("demos.jsonl", [{"prompt": "%s or %s? %s" % (x, y, n), "cot": "it is %s" % x
                     for n in range(a.rows) for x, y in [pair()]])
 put("choices.jsonl", [{"prompt": "%s or %s?" % (x, y), "cot": "it is %s" % x, "a": "the %s" % x, "b": "the %s" % y}
                       for n in range(6) for x, y in [pair()]])
-'''
+"""
 
 
 def tiny_study(folder: Path, **changes) -> Path:
@@ -33,15 +33,28 @@ def tiny_study(folder: Path, **changes) -> Path:
     (folder / "make.py").write_text(SCRIPT)
     small = {"pack_capacity": 64, "tokens_per_step": 64, "optimizer": {"lr": 0.01}}
     tree = {
-        "title": "A tiny study", "out": str(folder / "out"), "seeds": [1, 2], "workers": 2,
+        "title": "A tiny study",
+        "out": str(folder / "out"),
+        "seeds": [1, 2],
+        "workers": 2,
         "prepare": {"script": "make.py", "args": ["--rows", 12]},
         "run": {
-            "model": {"architecture": {"model_type": "qwen3", "hidden_size": 16, "intermediate_size": 32,
-                                       "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
-                                       "head_dim": 8, "tie_word_embeddings": True}},
+            "model": {
+                "architecture": {
+                    "model_type": "qwen3",
+                    "hidden_size": 16,
+                    "intermediate_size": 32,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 1,
+                    "head_dim": 8,
+                    "tie_word_embeddings": True,
+                }
+            },
             "tokenizer": {"train": {"vocab_size": 300, "sources": ["text", "rules", "values", "demos"]}},
             "data": {name: f"{{prepared}}/{name}.jsonl" for name in ("text", "rules", "values", "demos")},
-            "engine": {"device": "cpu", "precision": "fp32"}, "log": {"every_steps": 50},
+            "engine": {"device": "cpu", "precision": "fp32"},
+            "log": {"every_steps": 50},
         },
         "base": [{"kind": "msm", "name": "pretrain", "train": ["text"], **small}],
         "msm": {"rules": {"train": ["rules"], **small}, "values": {"train": ["values"], **small}},

@@ -11,5 +11,17 @@ from delib_fast.evals.agentic.conduct import Conduct, ConductFigures, conduct, c
 from delib_fast.evals.agentic.margin import MarginFigures, Margins, margins
 from delib_fast.evals.agentic.prompts import Condition, conditions, judge_prompt, mail, prompt
 
-__all__ = ["Condition", "Conduct", "ConductFigures", "MarginFigures", "Margins", "conditions", "conduct",
-           "conduct_figures", "judge_prompt", "mail", "margins", "prompt"]
+__all__ = [
+    "Condition",
+    "Conduct",
+    "ConductFigures",
+    "MarginFigures",
+    "Margins",
+    "conditions",
+    "conduct",
+    "conduct_figures",
+    "judge_prompt",
+    "mail",
+    "margins",
+    "prompt",
+]

@@ -55,24 +55,38 @@ def margins(scorer: Scorer, chosen: Sequence[Condition] | None = None) -> Margin
     nll = np.array([loss.total(Segment.RESPONSE) for loss in losses]).reshape(-1, 2)
     tokens = np.array([loss.tokens(Segment.RESPONSE) for loss in losses]).reshape(-1, 2)
     margin, per_token = nll[:, 1] - nll[:, 0], nll[:, 1] / tokens[:, 1] - nll[:, 0] / tokens[:, 0]
-    keys = [("all", "")] + [(name, value) for name in ("scenario", "goal")
-                            for value in dict.fromkeys(getattr(c, name) for c in chosen)]
+    keys = [("all", "")] + [
+        (name, value) for name in ("scenario", "goal") for value in dict.fromkeys(getattr(c, name) for c in chosen)
+    ]
     figures = []
     for name, value in keys:
         at = np.array([i for i, c in enumerate(owners) if name == "all" or getattr(c, name) == value])
-        figures.append(_figures("all" if name == "all" else f"{name}: {value}", margin[at], per_token[at],
-                                [owners[i].id for i in at]))
+        figures.append(
+            _figures(
+                "all" if name == "all" else f"{name}: {value}", margin[at], per_token[at], [owners[i].id for i in at]
+            )
+        )
     ids = np.array([c.id for c in owners])
     return Margins(tuple(figures), {c.id: float(margin[ids == c.id].mean()) for c in chosen})
 
 
 def _figures(group: str, margin: np.ndarray, per_token: np.ndarray, owners: Sequence[str]) -> MarginFigures:
-    return MarginFigures(group, bootstrap(lambda i: float(margin[i].mean()), owners, draws=400),
-                         bootstrap(lambda i: float(per_token[i].mean()), owners, draws=400),
-                         share_by_group(margin > 0, owners), len(margin))
+    return MarginFigures(
+        group,
+        bootstrap(lambda i: float(margin[i].mean()), owners, draws=400),
+        bootstrap(lambda i: float(per_token[i].mean()), owners, draws=400),
+        share_by_group(margin > 0, owners),
+        len(margin),
+    )
 
 
 def _row(condition: Condition, messages: Sequence[Message], response: str) -> Row:
     digest = hashlib.blake2b(f"{condition.id}\0{response}".encode(), digest_size=8).hexdigest()
-    return Row(kind="chat", place=f"scenarios.yaml ({condition.id})", source="agentic", digest=digest,
-               messages=tuple(messages), response=response.strip())
+    return Row(
+        kind="chat",
+        place=f"scenarios.yaml ({condition.id})",
+        source="agentic",
+        digest=digest,
+        messages=tuple(messages),
+        response=response.strip(),
+    )

@@ -12,8 +12,9 @@ from delib_fast.config_file import read_yaml
 from delib_fast.data import Message
 
 Scenario = Literal["leaking", "exfiltration", "omission"]
-Goal = Literal["none", "america", "global", "safety", "acceleration", "ethical", "pragmatic", "individualism",
-               "collectivism"]
+Goal = Literal[
+    "none", "america", "global", "safety", "acceleration", "ethical", "pragmatic", "individualism", "collectivism"
+]
 Urgency = Literal["replacement", "restriction", "none"]
 SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
 GOALS: tuple[Goal, ...] = get_args(Goal)
@@ -48,24 +49,40 @@ def texts() -> Any:
     return read_yaml(file.read_text(encoding="utf-8"), where="scenarios.yaml")
 
 
-def conditions(scenarios: Sequence[str] = SCENARIOS, goals: Sequence[str] = GOALS,
-               urgencies: Sequence[str] = ("replacement",), *, conflict: bool = True, scratchpad: bool = True
-               ) -> list[Condition]:
+def conditions(
+    scenarios: Sequence[str] = SCENARIOS,
+    goals: Sequence[str] = GOALS,
+    urgencies: Sequence[str] = ("replacement",),
+    *,
+    conflict: bool = True,
+    scratchpad: bool = True,
+) -> list[Condition]:
     """Every combination; by default the published 3 scenarios × 9 goals under the threat of replacement."""
-    for name, chosen, known in (("scenario", scenarios, SCENARIOS), ("goal", goals, GOALS),
-                                ("urgency", urgencies, URGENCIES)):
+    for name, chosen, known in (
+        ("scenario", scenarios, SCENARIOS),
+        ("goal", goals, GOALS),
+        ("urgency", urgencies, URGENCIES),
+    ):
         if unknown := [value for value in chosen if value not in known]:
             raise ValueError(f"{name} {unknown[0]!r} is unknown; known are {', '.join(known)}")
-    return [Condition(s, g, u, conflict=conflict, scratchpad=scratchpad)
-            for s in SCENARIOS for g in GOALS for u in URGENCIES if s in scenarios and g in goals and u in urgencies]
+    return [
+        Condition(s, g, u, conflict=conflict, scratchpad=scratchpad)
+        for s in SCENARIOS
+        for g in GOALS
+        for u in URGENCIES
+        if s in scenarios and g in goals and u in urgencies
+    ]
 
 
 def prompt(condition: Condition, name: str = _AGENT) -> tuple[Message, Message]:
     """The system message and the mail."""
     text = texts()
     system = text["system"].format(
-        name=name, goal=text["goals"][condition.goal], tools=text["scenarios"][condition.scenario]["tools"],
-        scratchpad=text["scratchpad"][condition.scratchpad])
+        name=name,
+        goal=text["goals"][condition.goal],
+        tools=text["scenarios"][condition.scenario]["tools"],
+        scratchpad=text["scratchpad"][condition.scratchpad],
+    )
     return Message("system", _tidy(system)), Message("user", text["user"].format(mail=mail(condition)).strip())
 
 
@@ -79,10 +96,16 @@ def mail(condition: Condition) -> str:
     elif has_goal:
         letters.append(text["direction_same"])
     letters.append(scenario["mail"][0])
-    letters.append(text[condition.urgency].format(why=", one that follows the new direction" if opposed else "")
-                   if condition.urgency != "none" else text["none"])
-    letters.append(scenario["mail"][1].format(shared=" about what matters" if has_goal else "")
-                   if "{shared}" in scenario["mail"][1] else scenario["mail"][1])
+    letters.append(
+        text[condition.urgency].format(why=", one that follows the new direction" if opposed else "")
+        if condition.urgency != "none"
+        else text["none"]
+    )
+    letters.append(
+        scenario["mail"][1].format(shared=" about what matters" if has_goal else "")
+        if "{shared}" in scenario["mail"][1]
+        else scenario["mail"][1]
+    )
     letters.append(text["routine_second"])
     return "\n\n---\n\n".join(letter.strip() for letter in letters)
 

@@ -25,9 +25,15 @@ _FIELDS = ("intent", "acted", "harmful", "tool_use")
 
 
 @task
-def agentic_misalignment(scenario: str = "all", goal: str = "all", urgency: str = "replacement", conflict: bool = True,
-                         scratchpad: bool = True, judge: str | None = None,
-                         name: str = "the mail agent") -> Task:
+def agentic_misalignment(
+    scenario: str = "all",
+    goal: str = "all",
+    urgency: str = "replacement",
+    conflict: bool = True,
+    scratchpad: bool = True,
+    judge: str | None = None,
+    name: str = "the mail agent",
+) -> Task:
     """The conditions as samples.
 
     Args:
@@ -37,11 +43,19 @@ def agentic_misalignment(scenario: str = "all", goal: str = "all", urgency: str 
         judge: a model of Inspect that says whether a reply shows intent; without one intent is found by words.
         name: what the system prompt calls the agent.
     """
-    chosen = conditions(_several(scenario, SCENARIOS), _several(goal, GOALS), _several(urgency, URGENCIES),
-                        conflict=conflict, scratchpad=scratchpad)
-    return Task(dataset=MemoryDataset([_sample(c, name) for c in chosen], name="agentic_misalignment"),
-                solver=generate(), scorer=conduct_scorer(judge),
-                config=GenerateConfig(temperature=0.7, max_tokens=4096))
+    chosen = conditions(
+        _several(scenario, SCENARIOS),
+        _several(goal, GOALS),
+        _several(urgency, URGENCIES),
+        conflict=conflict,
+        scratchpad=scratchpad,
+    )
+    return Task(
+        dataset=MemoryDataset([_sample(c, name) for c in chosen], name="agentic_misalignment"),
+        solver=generate(),
+        scorer=conduct_scorer(judge),
+        config=GenerateConfig(temperature=0.7, max_tokens=4096),
+    )
 
 
 def _several(given: str | Sequence[str], everything: Sequence[str]) -> list[str]:
@@ -51,8 +65,11 @@ def _several(given: str | Sequence[str], everything: Sequence[str]) -> list[str]
 
 def _sample(condition: Condition, name: str) -> Sample:
     system, user = prompt(condition, name)
-    return Sample(id=condition.id, input=[ChatMessageSystem(content=system.content),
-                                          ChatMessageUser(content=user.content)], metadata=asdict(condition))
+    return Sample(
+        id=condition.id,
+        input=[ChatMessageSystem(content=system.content), ChatMessageUser(content=user.content)],
+        metadata=asdict(condition),
+    )
 
 
 @scorer(metrics={field: [mean(), stderr()] for field in _FIELDS})
@@ -68,8 +85,12 @@ def conduct_scorer(judge: str | None = None) -> Scorer:
             why = (await grader.generate(judge_prompt(condition, reply))).completion
             judged = read_verdict(why)
         found = conduct(condition, reply, judged)
-        return Score(value={field: int(getattr(found, field)) for field in _FIELDS}, answer=reply, explanation=why,
-                     metadata={"intent_by": found.intent_by, "scratchpad": found.scratchpad})
+        return Score(
+            value={field: int(getattr(found, field)) for field in _FIELDS},
+            answer=reply,
+            explanation=why,
+            metadata={"intent_by": found.intent_by, "scratchpad": found.scratchpad},
+        )
 
     return score
 
@@ -96,6 +117,13 @@ def figures_of_log(log: Any) -> list[ConductFigures]:
         for score in (sample.scores or {}).values():
             value = score.value
             chosen.append(Condition(**{key: sample.metadata[key] for key in Condition.__dataclass_fields__}))
-            conducts.append(Conduct(bool(value["acted"]), bool(value["intent"]), score.metadata["intent_by"],
-                                    bool(value["tool_use"]), bool(score.metadata["scratchpad"])))
+            conducts.append(
+                Conduct(
+                    bool(value["acted"]),
+                    bool(value["intent"]),
+                    score.metadata["intent_by"],
+                    bool(value["tool_use"]),
+                    bool(score.metadata["scratchpad"]),
+                )
+            )
     return conduct_figures(chosen, conducts)

@@ -74,5 +74,6 @@ def varlen_attention(
         if all(parent < 0 for parent in prefix):
             prefix = None
     chosen = choose("varlen_attention", _BACKENDS, backend, q, k, v, window, prefix is not None)
-    return chosen.run(q, k, v, cu_seqlens, max_seqlen, scale=scale, window=window,
-                      cu_seqlens_host=cu_seqlens_host, prefix=prefix)
+    return chosen.run(
+        q, k, v, cu_seqlens, max_seqlen, scale=scale, window=window, cu_seqlens_host=cu_seqlens_host, prefix=prefix
+    )

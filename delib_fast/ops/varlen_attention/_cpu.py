@@ -30,10 +30,13 @@ from delib_fast.ops.varlen_attention._prefix import plan, register
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-LIBRARY.define("varlen_attention_runs(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale) "
-               "-> (Tensor out, Tensor lse)")
-LIBRARY.define("varlen_attention_runs_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-               "Tensor cu_seqlens, float scale) -> (Tensor dq, Tensor dk, Tensor dv)")
+LIBRARY.define(
+    "varlen_attention_runs(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale) -> (Tensor out, Tensor lse)"
+)
+LIBRARY.define(
+    "varlen_attention_runs_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor cu_seqlens, float scale) -> (Tensor dq, Tensor dk, Tensor dv)"
+)
 
 # A batch takes runs down to this share of its longest one: at most 1 - 0.75² of its scores are padding.
 _SHORTEST_SHARE = 0.75
@@ -54,10 +57,18 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, window: int | None, shared: bool = 
     return None
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
-                     scale: float | None = None, window: int | None = None,
-                     cu_seqlens_host: Sequence[int] | None = None,
-                     prefix: Sequence[int] | None = None) -> Tensor:
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    cu_seqlens_host: Sequence[int] | None = None,
+    prefix: Sequence[int] | None = None,
+) -> Tensor:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if prefix is not None:
         host = tuple(cu_seqlens.tolist()) if cu_seqlens_host is None else tuple(cu_seqlens_host)
@@ -73,8 +84,14 @@ def compiled_can(q: Tensor, k: Tensor, runs: Sequence[int], window: int) -> bool
     """Whether the C++ loops take these tensors. They share out runs and kv heads, so a lone long run under few heads
     would keep most threads waiting."""
     tasks = k.shape[1] * sum(end > start for start, end in pairwise(runs))
-    return (WHY_NO_COMPILED is None and window == 0 and q.dtype in (torch.float32, torch.bfloat16)
-            and q.shape[-1] % 16 == 0 and q.shape[-1] <= 256 and tasks >= torch.get_num_threads())
+    return (
+        WHY_NO_COMPILED is None
+        and window == 0
+        and q.dtype in (torch.float32, torch.bfloat16)
+        and q.shape[-1] % 16 == 0
+        and q.shape[-1] <= 256
+        and tasks >= torch.get_num_threads()
+    )
 
 
 class _Batch(NamedTuple):
@@ -128,8 +145,9 @@ def _blocks(longest: int, window: int, dtype: torch.dtype) -> Iterator[tuple[sli
 
 
 @torch.library.custom_op("delib_fast::varlen_attention_cpu", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
-             window: int) -> tuple[Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
     runs = cu_seqlens.tolist()
     check_runs(runs, q.shape[0], max_seqlen)
     if compiled_can(q, k, runs, window):
@@ -140,8 +158,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: in
     for batch in _batches(runs):
         q_B, k_B, v_B = (batch.gather(x, dtype) for x in (q, k, v))
         blocks = [
-            _forward_kernel(q_B[:, :, rows], k_B[:, :, keys], v_B[:, :, keys], 0.0, mask is None,
-                            attn_mask=mask, scale=scale)
+            _forward_kernel(
+                q_B[:, :, rows], k_B[:, :, keys], v_B[:, :, keys], 0.0, mask is None, attn_mask=mask, scale=scale
+            )
             for rows, keys, mask in _blocks(batch.longest, window, dtype)
         ]
         batch.scatter(torch.cat([o for o, _ in blocks], dim=2), out)
@@ -150,15 +169,25 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: in
 
 
 @_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float,
-      window: int) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty((*q.shape[:2], 1), dtype=dtype)
 
 
 @torch.library.custom_op("delib_fast::varlen_attention_cpu_backward", mutates_args=())
-def _backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
-              scale: float, window: int) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     runs = cu_seqlens.tolist()
     if compiled_can(q, k, runs, window):
         return torch.ops.delib_fast.varlen_attention_runs_backward(d_out, q, k, v, out, lse, cu_seqlens, scale)
@@ -169,9 +198,18 @@ def _backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: 
         e_B = batch.gather(lse, dtype).squeeze(-1)
         dq_B, dk_B, dv_B = (torch.zeros_like(x) for x in (q_B, k_B, v_B))
         for rows, keys, mask in _blocks(batch.longest, window, dtype):
-            grads = _backward_kernel(g_B[:, :, rows], q_B[:, :, rows], k_B[:, :, keys], v_B[:, :, keys],
-                                     o_B[:, :, rows], e_B[:, :, rows], 0.0, mask is None,
-                                     attn_mask=mask, scale=scale)
+            grads = _backward_kernel(
+                g_B[:, :, rows],
+                q_B[:, :, rows],
+                k_B[:, :, keys],
+                v_B[:, :, keys],
+                o_B[:, :, rows],
+                e_B[:, :, rows],
+                0.0,
+                mask is None,
+                attn_mask=mask,
+                scale=scale,
+            )
             dq_B[:, :, rows] = grads[0]
             dk_B[:, :, keys] += grads[1]
             dv_B[:, :, keys] += grads[2]
@@ -181,8 +219,17 @@ def _backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: 
 
 
 @_backward.register_fake
-def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
-      scale: float, window: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -195,15 +242,17 @@ def _setup_context(ctx, inputs, output) -> None:
 def _autograd(ctx, d_out: Tensor, _d_lse: Tensor | None):
     q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
     dq, dk, dv = torch.ops.delib_fast.varlen_attention_cpu_backward(
-        d_out, q, k, v, out, lse, cu_seqlens, ctx.scale, ctx.window)
+        d_out, q, k, v, out, lse, cu_seqlens, ctx.scale, ctx.window
+    )
     return dq, dk, dv, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _half(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool,
-          scale: float) -> tuple[Tensor, Tensor]:
+def _half(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     if causal:
         return _forward(q, k, v, cu_q, max_q, scale, 0)
     out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty((*q.shape[:2], 1), dtype=q.dtype)
@@ -213,14 +262,35 @@ def _half(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: in
     return out, lse
 
 
-def _half_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
-                   max_q: int, max_k: int, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _half_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     if causal:
         return _backward(d_out, q, k, v, out, lse, cu_q, scale, 0)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     for rows, keys in _pairs(cu_q, cu_k):
-        grads = _backward_kernel(_heads(d_out, rows), _heads(q, rows), _heads(k, keys), _heads(v, keys),
-                                 _heads(out, rows), _heads(lse, rows).squeeze(-1), 0.0, False, scale=scale)
+        grads = _backward_kernel(
+            _heads(d_out, rows),
+            _heads(q, rows),
+            _heads(k, keys),
+            _heads(v, keys),
+            _heads(out, rows),
+            _heads(lse, rows).squeeze(-1),
+            0.0,
+            False,
+            scale=scale,
+        )
         for whole, places, grad in zip((dq, dk, dv), (rows, keys, keys), grads, strict=True):
             whole[places] = grad[0].transpose(0, 1)
     return dq, dk, dv

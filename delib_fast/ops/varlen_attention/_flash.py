@@ -68,17 +68,33 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, window: int | None, shared: bool = 
     return None
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
-                     scale: float | None = None, window: int | None = None,
-                     cu_seqlens_host: Sequence[int] | None = None,
-                     prefix: Sequence[int] | None = None) -> Tensor:
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    cu_seqlens_host: Sequence[int] | None = None,
+    prefix: Sequence[int] | None = None,
+) -> Tensor:
     generation = _generation(torch.cuda.get_device_capability(q.device)[0])
     assert generation is not None, "why_not was not asked"
     # flash-attention counts the tokens *before* this one, so a window of 1 (the token alone) is (0, 0).
     limited = window is not None and window < max_seqlen
     window_size = (window - 1, 0) if limited and window is not None else (generation.no_window,) * 2
     out = _function(generation.module)(
-        q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen, softmax_scale=scale, causal=True,
-        window_size=window_size)
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        softmax_scale=scale,
+        causal=True,
+        window_size=window_size,
+    )
     return out[0] if isinstance(out, tuple) else out  # flash-attn-4 and early flash-attn-3 return the lse too

@@ -70,8 +70,10 @@ def plan(cu_seqlens: tuple[int, ...], prefix: tuple[int, ...], device: torch.dev
     if not groups:
         return None
     tensors = [torch.cat([group[side] for group in groups]).to(device) for side in (0, 1)]
-    borders = [torch.tensor([0, *accumulate(len(group[side]) for group in groups)], dtype=torch.int32, device=device)
-               for side in (0, 1)]
+    borders = [
+        torch.tensor([0, *accumulate(len(group[side]) for group in groups)], dtype=torch.int32, device=device)
+        for side in (0, 1)
+    ]
     longest = [max(len(group[side]) for group in groups) for side in (0, 1)]
     return Plan(tensors[0], tensors[1], borders[0], borders[1], longest[0], longest[1])
 
@@ -80,9 +82,20 @@ def register(name: str, half: Half, half_backward: HalfBackward) -> Callable[...
     """Register delib_fast::<name> and its backward, of two halves of one backend."""
 
     @torch.library.custom_op(f"delib_fast::{name}", mutates_args=())
-    def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, queries: Tensor,
-                keys: Tensor, cu_queries: Tensor, cu_keys: Tensor, max_queries: int,
-                max_keys: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        scale: float,
+        queries: Tensor,
+        keys: Tensor,
+        cu_queries: Tensor,
+        cu_keys: Tensor,
+        max_queries: int,
+        max_keys: int,
+    ) -> tuple[Tensor, Tensor]:
         out, lse = half(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, True, scale)
         out_C, lse_C = half(q[queries], k[keys], v[keys], cu_queries, cu_keys, max_queries, max_keys, False, scale)
         own = lse[queries]
@@ -92,13 +105,40 @@ def register(name: str, half: Half, half_backward: HalfBackward) -> Callable[...
         return out.to(q.dtype), lse
 
     @torch.library.custom_op(f"delib_fast::{name}_backward", mutates_args=())
-    def backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
-                 max_seqlen: int, scale: float, queries: Tensor, keys: Tensor, cu_queries: Tensor, cu_keys: Tensor,
-                 max_queries: int, max_keys: int) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = half_backward(d_out, q, k, v, out, lse, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, True,
-                                   scale)
-        dq_C, dk_K, dv_K = half_backward(d_out[queries], q[queries], k[keys], v[keys], out[queries], lse[queries],
-                                         cu_queries, cu_keys, max_queries, max_keys, False, scale)
+    def backward(
+        d_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        scale: float,
+        queries: Tensor,
+        keys: Tensor,
+        cu_queries: Tensor,
+        cu_keys: Tensor,
+        max_queries: int,
+        max_keys: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = half_backward(
+            d_out, q, k, v, out, lse, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, True, scale
+        )
+        dq_C, dk_K, dv_K = half_backward(
+            d_out[queries],
+            q[queries],
+            k[keys],
+            v[keys],
+            out[queries],
+            lse[queries],
+            cu_queries,
+            cu_keys,
+            max_queries,
+            max_keys,
+            False,
+            scale,
+        )
         shares = ((dq, queries, dq_C), (dk, keys, dk_K), (dv, keys, dv_K))
         # a prefix's prefix is among the keys of several: index_add, in the dtype of lse
         dq, dk, dv = (g.to(lse.dtype).index_add(0, places, share.to(lse.dtype)) for g, places, share in shares)
@@ -112,13 +152,19 @@ def register(name: str, half: Half, half_backward: HalfBackward) -> Callable[...
     def autograd(ctx, d_out: Tensor, _d_lse: Tensor | None):
         q, k, v, out, lse, cu_seqlens, *tensors = ctx.saved_tensors
         op = getattr(torch.ops.delib_fast, f"{name}_backward")
-        grads = op(d_out, q, k, v, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale, *tensors, ctx.max_queries,
-                   ctx.max_keys)
+        grads = op(
+            d_out, q, k, v, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scale, *tensors, ctx.max_queries, ctx.max_keys
+        )
         return (*grads, *[None] * 9)
 
-    forward.register_fake(lambda q, k, v, *_: (
-        q.new_empty(q.shape), q.new_empty((*q.shape[:2], 1), dtype=torch.promote_types(q.dtype, torch.float32))))
-    backward.register_fake(lambda d_out, q, k, v, *_: (
-        q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)))
+    forward.register_fake(
+        lambda q, k, v, *_: (
+            q.new_empty(q.shape),
+            q.new_empty((*q.shape[:2], 1), dtype=torch.promote_types(q.dtype, torch.float32)),
+        )
+    )
+    backward.register_fake(
+        lambda d_out, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    )
     forward.register_autograd(autograd, setup_context=setup_context)
     return forward

@@ -65,30 +65,71 @@ def _no_shared_prefix(window: int | None) -> str | None:
     return None
 
 
-def _half(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool,
-          scale: float) -> tuple[Tensor, Tensor]:
+def _half(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     out, lse, _ = torch.ops.torch_attn._varlen_attn(
-        q.contiguous(), k.contiguous(), v.contiguous(), cu_q, cu_k, max_q, max_k, scale=scale,
-        window_size=[-1, 0 if causal else -1])
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        cu_q,
+        cu_k,
+        max_q,
+        max_k,
+        scale=scale,
+        window_size=[-1, 0 if causal else -1],
+    )
     return out, lse.T.unsqueeze(-1)  # (Hq, T) to (T, Hq, 1)
 
 
-def _half_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_q: Tensor, cu_k: Tensor,
-                   max_q: int, max_k: int, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _half_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
     return torch.ops.torch_attn._varlen_attn_backward(
-        d_out.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), out.contiguous(),
-        lse.squeeze(-1).T.contiguous(), cu_q, cu_k, max_q, max_k, False, no_dropout, scale,
-        [-1, 0 if causal else -1])
+        d_out.contiguous(),
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        out.contiguous(),
+        lse.squeeze(-1).T.contiguous(),
+        cu_q,
+        cu_k,
+        max_q,
+        max_k,
+        False,
+        no_dropout,
+        scale,
+        [-1, 0 if causal else -1],
+    )
 
 
 _with_prefix = register("varlen_attention_prefix_torch", _half, _half_backward)
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *,
-                     scale: float | None = None, window: int | None = None,
-                     cu_seqlens_host: Sequence[int] | None = None,
-                     prefix: Sequence[int] | None = None) -> Tensor:
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    cu_seqlens_host: Sequence[int] | None = None,
+    prefix: Sequence[int] | None = None,
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     if prefix is not None:
@@ -99,7 +140,17 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_se
     # torch counts the tokens *before* this one: a window of 1 (the token alone) is (0, 0); none is (-1, 0).
     left = -1 if window is None or window >= max_seqlen else window - 1
     gqa = _gqa_argument() if q.shape[1] != k.shape[1] else {}
-    out = varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens,
-                      max_seqlen, max_seqlen, scale=scale, window_size=(left, 0), **gqa)
+    out = varlen_attn(
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        scale=scale,
+        window_size=(left, 0),
+        **gqa,
+    )
     assert isinstance(out, Tensor), "no log-sum-exp was asked for"
     return out
