@@ -19,11 +19,11 @@ import pytest
 
 openai = pytest.importorskip("openai", reason="generation needs the openai package (extra `generate`)")
 
-from delib_fast.deliberate.backends import Secrets  # noqa: E402
-from delib_fast.deliberate.client import Client, for_each  # noqa: E402
-from delib_fast.deliberate.ledger import RequestLedger  # noqa: E402
-from delib_fast.deliberate.progress import Meter  # noqa: E402
-from delib_fast.deliberate.settings import EndpointSettings  # noqa: E402
+from delib_fast.datagen.backends import Secrets  # noqa: E402
+from delib_fast.datagen.client import Client, for_each  # noqa: E402
+from delib_fast.datagen.progress import Meter  # noqa: E402
+from delib_fast.datagen.request_log import RequestLedger  # noqa: E402
+from delib_fast.datagen.settings import EndpointSettings  # noqa: E402
 
 _REQUESTS = 200 if os.environ.get("DELIB_FAST_BENCH") == "quick" else 1000
 _SYSTEM = "A spec of some length, as the context of every request. " * 100  # 5.6 kB

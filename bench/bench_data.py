@@ -19,8 +19,8 @@ import pytest
 from conftest import machine
 
 from delib_fast.config import AFTConfig, SourceConfig
-from delib_fast.data import PackedBatches, Segment, encode_rows, encode_stream, read_source
-from delib_fast.data.cache import cached, fingerprint_of
+from delib_fast.data import PackedDataLoader, Segment, encode_rows, encode_stream, read_source
+from delib_fast.data.encode.cache import cached, fingerprint_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "data"))
 from chat_oracle import chat, nasty_text, oracle
@@ -214,7 +214,7 @@ def bench_file_to_packs(benchmark, who, file, tmp_path):
         return encode_stream(rows, tok, stage, counts)
 
     def packs(encoded):
-        batches = PackedBatches(
+        batches = PackedDataLoader(
             encoded,
             pack_capacity=CAPACITY,
             packs_per_step=1,

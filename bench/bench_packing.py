@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 
 from delib_fast.config import AFTConfig
-from delib_fast.data import EncodedSet, Example, Message, PackedBatches, Row, encode_rows, plan_packs
-from delib_fast.data.epochs import pack_costs
-from delib_fast.data.packing import _compiled
-from delib_fast.data.shared_prompts import bundle, plan_bundles
+from delib_fast.data import Example, Message, PackedDataLoader, Row, TokenizedDataset, encode_rows, plan_packs
+from delib_fast.data.pack.epochs import pack_costs
+from delib_fast.data.pack.packing import _compiled
+from delib_fast.data.pack.shared_prompts import bundle, plan_bundles
 
 CAPACITY = 32_768
 MATH_COT = Path(__file__).parents[2] / "shared" / "data" / "math_cot_100x8.jsonl"
@@ -132,11 +132,11 @@ def bench_cost_balance(benchmark, model, ranks):
     """Max over mean cost of the ranks of a step (what the slowest costs all), in random order and balanced."""
     q = {"Qwen3-1.7B": 28 * 2048 / 1.7e9, "Qwen3-8B": 36 * 4096 / 8.2e9}[model]
     lengths = np.clip(long_cot_lengths(200_000), 64, CAPACITY)
-    examples = EncodedSet([Example(np.zeros(n, np.int32), np.full(n, 2, np.int8), "") for n in (2, 2)])
+    examples = TokenizedDataset([Example(np.zeros(n, np.int32), np.full(n, 2, np.int8), "") for n in (2, 2)])
     examples.lengths = lengths  # only lengths matter here: 1.8 billion tokens need not be made
 
     def ratio(quadratic_cost: float) -> float:
-        batches = PackedBatches(
+        batches = PackedDataLoader(
             examples,
             pack_capacity=2 * CAPACITY,
             packs_per_step=ranks,
@@ -165,7 +165,7 @@ def bench_bundle_prompts(benchmark, quick):
     rng = np.random.default_rng(0)
     prompts = np.repeat(np.clip(rng.lognormal(np.log(400), 1, N // 8), 20, 8000).astype(np.int64), 8)
     own = np.clip(rng.lognormal(np.log(2000), 0.9, N), 64, CAPACITY - 8000).astype(np.int64)
-    examples = EncodedSet([Example(np.zeros(2, np.int32), np.full(2, 2, np.int8), "")])
+    examples = TokenizedDataset([Example(np.zeros(2, np.int32), np.full(2, 2, np.int8), "")])
     examples.lengths = prompts + own  # only lengths and hashes matter here
     examples.prompts = np.stack([prompts, np.repeat(rng.integers(-(2**62), 2**62, N // 8), 8)], axis=1)
 
@@ -189,7 +189,14 @@ def bench_math_cot(benchmark, quick):
     """100 prompts with 8 chains of thought each: tokens computed with shared prompts and without."""
     items = [json.loads(line) for line in MATH_COT.read_text().splitlines()[: 20 if quick else None]]
     rows = [
-        Row(kind="chat", place="", source="s", digest="", messages=(Message("user", item["question"]),), response=reply)
+        Row(
+            kind="chat",
+            location="",
+            source="s",
+            digest="",
+            messages=(Message("user", item["question"]),),
+            response=reply,
+        )
         for item in items
         for reply in item["code"]
     ]
@@ -199,8 +206,8 @@ def bench_math_cot(benchmark, quick):
         AFTConfig(train=["s"], pack_capacity=8192),
     )
 
-    def batches(share: bool) -> PackedBatches:
-        return PackedBatches(
+    def batches(share: bool) -> PackedDataLoader:
+        return PackedDataLoader(
             encoded,
             pack_capacity=8192,
             packs_per_step=1,
@@ -234,13 +241,13 @@ def bench_assemble(benchmark, median):
     """Packs as tensors: ids, shifted targets, weights, positions, run borders. One core."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(median), 0.9, 2_000_000 // median), 16, CAPACITY).astype(int)
-    examples = EncodedSet(
+    examples = TokenizedDataset(
         [
             Example(rng.integers(0, 50_000, n).astype(np.int32), (np.arange(n) * 3 // n).astype(np.int8), f"row {i}")
             for i, n in enumerate(lengths)
         ]
     )
-    batches = PackedBatches(
+    batches = PackedDataLoader(
         examples,
         pack_capacity=CAPACITY,
         packs_per_step=4,
@@ -273,7 +280,7 @@ def bench_encode(benchmark):
     rows = [
         Row(
             kind="chat",
-            place=f"rows.jsonl:{i}",
+            location=f"rows.jsonl:{i}",
             source="s",
             digest="",
             messages=(Message("user", text(40)),),

@@ -37,9 +37,9 @@ from step_cases import SHAPES, Workload, padded_batches
 from torch.nn import functional as F
 
 from delib_fast.engine import Engine
-from delib_fast.engine.engine import DTYPES
+from delib_fast.engine.sharding import DTYPES
 from delib_fast.models import StepCost, TrainableLM
-from delib_fast.throughput import device_peak
+from delib_fast.training.throughput import device_peak
 
 Contender = tuple[Callable[[], float], Callable[[], None]]
 """One update, giving its loss; and what frees it."""

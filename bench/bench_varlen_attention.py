@@ -97,10 +97,10 @@ def sdpa_dense(window: int | None, inputs: Inputs) -> tuple[Tensor, ...]:
     run = torch.repeat_interleave(
         torch.arange(len(inputs.lengths), device=DEVICE), torch.tensor(inputs.lengths, device=DEVICE)
     )
-    place = torch.arange(len(run), device=DEVICE)
-    mask = (run[:, None] == run) & (place[:, None] >= place)
+    location = torch.arange(len(run), device=DEVICE)
+    mask = (run[:, None] == run) & (location[:, None] >= location)
     if window is not None:
-        mask &= place[:, None] - place < window
+        mask &= location[:, None] - location < window
     return inputs.finish(_sdpa(inputs.q, inputs.k, inputs.v, attn_mask=mask))
 
 

@@ -179,8 +179,8 @@ def main() -> None:
             folder, label = top / f"ours-{name}", re.sub(r"\d{4,}", "N", name)
             short_run(folder)
             suffix = "" if name.startswith("state") else ".tmp"
-            place = f"write checkpoints/aft/.writing-step-N/{label}{suffix}"
-            assert ours(folder, FAULT=place)[0] == -signal.SIGKILL, place
+            location = f"write checkpoints/aft/.writing-step-N/{label}{suffix}"
+            assert ours(folder, FAULT=location)[0] == -signal.SIGKILL, location
             rows.append(("delib_fast", f"killed while {name} is written", restarts(ours, folder, truth, our_end)))
         folder = top / "ours-lost"
         short_run(folder)

@@ -66,10 +66,10 @@ def history(lines: list[dict[str, Any]], device: str, path: Path) -> None:
     for axis, suite in zip(axes[:, 0], suites, strict=True):
         mine = [line for line in lines if line["suite"] == suite]
         runs = sorted({(line["time"], line["commit"]) for line in mine})
-        place = {run: k for k, run in enumerate(runs)}
+        location = {run: k for k, run in enumerate(runs)}
         for case in sorted({(line["case"], line["contender"]) for line in mine}):
             points = [
-                (place[line["time"], line["commit"]], line["share_of_roof"])
+                (location[line["time"], line["commit"]], line["share_of_roof"])
                 for line in mine
                 if (line["case"], line["contender"]) == case
             ]

@@ -116,11 +116,11 @@ def stored(device: str, suite: str) -> list[dict[str, Any]]:
 def record(entries: list[dict[str, Any]]) -> list[Path]:
     """Store them: each replaces the one of its name; a line of history for every case of ours. Returns the files."""
     written = []
-    places: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    locations: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for entry in entries:
         info = entry["extra_info"]
-        places.setdefault((info["device"], "quick" if info.get("quick") else entry["suite"]), []).append(entry)
-    for (device, suite), new in places.items():
+        locations.setdefault((info["device"], "quick" if info.get("quick") else entry["suite"]), []).append(entry)
+    for (device, suite), new in locations.items():
         names = {(e["suite"], e["name"]) for e in new}
         kept = [e for e in stored(device, suite) if (e.get("suite", suite), e["name"]) not in names]
         path = RESULTS / device / f"{suite}.json"

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from delib_fast.config import Config, LoraConfig, ModelConfig, SourceConfig
-from delib_fast.config_file import parse_config
-from delib_fast.data import EncodedSet, PackedBatches, encode_rows, read_source
+from delib_fast.config.load import parse_config
+from delib_fast.data import PackedDataLoader, TokenizedDataset, encode_rows, read_source
+from delib_fast.data.pack.weights import loss_normalizer, segment_weights
 from delib_fast.engine import Ranks, native_precision
-from delib_fast.losses import loss_normalizer, segment_weights
 from delib_fast.models import add_adapter, build_model, train_tokenizer
 from delib_fast.models.recompute import enable_activation_checkpointing
 
@@ -121,8 +121,8 @@ class Workload:
         self.config = self._config(data, path)
         self.stage = self.config.stages[0]
         self.supervised_segments = {k for k, weight in enumerate(segment_weights(self.stage)) if weight > 0}
-        self.examples: EncodedSet = encode_rows(rows, self.tokenizer, self.stage)
-        self.batches = PackedBatches(
+        self.examples: TokenizedDataset = encode_rows(rows, self.tokenizer, self.stage)
+        self.batches = PackedDataLoader(
             self.examples,
             pack_capacity=shape.pack_capacity,
             packs_per_step=self.stage.packs_per_step,

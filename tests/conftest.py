@@ -28,7 +28,7 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The folder of a small run that nothing disturbed; the others must equal it."""
-    from tiny_run import run, tiny
+    from helpers.tiny_run import run, tiny
 
     folder = tmp_path_factory.mktemp("finished")
     assert run(tiny(folder)) == 0
@@ -38,7 +38,7 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="session")
 def fork_server():
     """Ranks that start in a moment (`forking`)."""
-    from forking import ForkServer
+    from helpers.forking import ForkServer
 
     with ForkServer() as server:
         yield server

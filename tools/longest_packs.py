@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from delib_fast.config_file import parse_config
-from delib_fast.looking.assumed import NoTokenizer
-from delib_fast.looking.plan import longest_pack
+from delib_fast.config.load import parse_config
 from delib_fast.models import model_shape
+from delib_fast.preview.plan import longest_pack
+from delib_fast.preview.synthetic_lengths import NoTokenizer
 
 QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
 MODELS: dict[str, dict[str, Any]] = {

@@ -18,10 +18,10 @@ class DataError(ValueError):
     `reason` is a short name of the kind of fault, under which skipped rows are counted.
     """
 
-    def __init__(self, message: str, *, reason: str, place: object = None) -> None:
-        super().__init__(message if place is None else f"{place}: {message}")
+    def __init__(self, message: str, *, reason: str, location: object = None) -> None:
+        super().__init__(message if location is None else f"{location}: {message}")
         self.reason = reason
-        self.place = None if place is None else str(place)
+        self.location = None if location is None else str(location)
 
 
 class Segment(IntEnum):
@@ -52,7 +52,7 @@ class Row:
     """One document, or one prompt with its reply."""
 
     kind: Literal["document", "chat"]
-    place: str
+    location: str
     """`file:line` (or the heading's line), for messages"""
     source: str
     """the name under `data:`"""

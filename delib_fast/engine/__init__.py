@@ -1,8 +1,7 @@
 """Training on DeepSpeed ZeRO: the only package that imports deepspeed."""
 
-from delib_fast.engine.checkpoint_writer import CheckpointWriter
-from delib_fast.engine.engine import Engine, Ranks, native_precision
-from delib_fast.engine.guard import StepVerdict
-from delib_fast.engine.watchdog import Watchdog
+from delib_fast.engine.engine import Engine
+from delib_fast.engine.ranks import Ranks, native_precision
+from delib_fast.engine.step_guard import StepVerdict
 
-__all__ = ["CheckpointWriter", "Engine", "Ranks", "StepVerdict", "Watchdog", "native_precision"]
+__all__ = ["Engine", "Ranks", "StepVerdict", "native_precision"]

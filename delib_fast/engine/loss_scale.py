@@ -13,7 +13,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 _STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-class LateLossScaler(DynamicLossScaler):
+class DeferredLossScaler(DynamicLossScaler):
     """DeepSpeed's, with a scale that changes between updates only.
 
     DeepSpeed 0.19 changes it in the update, before it divides the gradients by it: an update that doubles the scale is
@@ -29,15 +29,15 @@ class LateLossScaler(DynamicLossScaler):
     def update_scale(self, overflow: bool) -> None:
         self._overflow = overflow
 
-    def settle(self) -> bool:
+    def update(self) -> bool:
         """After an update: lower or raise the scale for the next. Returns whether the scale, too high, is what this
         update was left out for: where it can't fall any more, it isn't."""
         overflow, self._overflow = self._overflow, None
         if overflow is None:
             return False
-        excused = overflow and self.cur_scale > self.min_scale
+        due_to_loss_scale = overflow and self.cur_scale > self.min_scale
         super().update_scale(overflow)
-        return excused
+        return due_to_loss_scale
 
     def state(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _STATE}
@@ -46,9 +46,9 @@ class LateLossScaler(DynamicLossScaler):
         self.__dict__.update({name: state[name] for name in _STATE})
 
 
-def late_loss_scaler(zero: Any) -> LateLossScaler | None:
+def defer_loss_scaler(zero: Any) -> DeferredLossScaler | None:
     """Put it in the place of DeepSpeed's; None where the loss is not scaled, or by a factor that never changes."""
     if not isinstance(getattr(zero, "loss_scaler", None), DynamicLossScaler):
         return None
-    zero.loss_scaler = LateLossScaler(zero.loss_scaler)
+    zero.loss_scaler = DeferredLossScaler(zero.loss_scaler)
     return zero.loss_scaler

@@ -22,9 +22,9 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from delib_fast.engine.cpu_adam import CPUAdam
+from delib_fast.engine.import_deepspeed import deepspeed
 from delib_fast.engine.muon import MOMENTUM, grouped_parameters
 from delib_fast.engine.optimizer import moments_of
-from delib_fast.engine.quiet import deepspeed
 
 
 class TrainingState:

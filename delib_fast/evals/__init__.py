@@ -20,26 +20,26 @@ give plain dataclasses in which every figure is an `Estimate` with its interval.
 from __future__ import annotations
 
 from delib_fast.evals.agentic import margins
-from delib_fast.evals.choices import choices_from_gsm8k
-from delib_fast.evals.dose import cot_dose, gradient_share
-from delib_fast.evals.drift import drift_from_base
-from delib_fast.evals.hints import hint_figures, hint_outcomes
-from delib_fast.evals.in_loop import InLoop
+from delib_fast.evals.eval_callback import EvalCallback
 from delib_fast.evals.intervals import Estimate, bootstrap, mean, newcombe, ratio, wilson
-from delib_fast.evals.legibility import legibility, vocabulary
-from delib_fast.evals.monitors import WordMonitor, compare_views, transcripts_from_solutions
-from delib_fast.evals.necessity import cot_necessity
-from delib_fast.evals.policy import PolicyClassifier, policy_retrieval
-from delib_fast.evals.refusal import classifier_figures, classify_reply, read_prompts, refusal_figures
-from delib_fast.evals.reliance import early_answering, reliance
+from delib_fast.evals.metrics.choices import choices_from_gsm8k
+from delib_fast.evals.metrics.dose import cot_dose, gradient_share
+from delib_fast.evals.metrics.drift import drift_from_base
+from delib_fast.evals.metrics.hints import hint_figures, hint_outcomes
+from delib_fast.evals.metrics.legibility import legibility, vocabulary
+from delib_fast.evals.metrics.monitors import WordMonitor, compare_views, transcripts_from_solutions
+from delib_fast.evals.metrics.necessity import cot_necessity
+from delib_fast.evals.metrics.policy import PolicyClassifier, policy_retrieval
+from delib_fast.evals.metrics.refusal import classifier_figures, classify_reply, read_prompts, refusal_figures
+from delib_fast.evals.metrics.reliance import early_answering, reliance
+from delib_fast.evals.metrics.segments import categories_of, segment_figures
 from delib_fast.evals.sampling import Replier, Reply, Sampler
 from delib_fast.evals.scoring import Scorer
-from delib_fast.evals.segments import categories_of, segment_figures
 from delib_fast.models.generate import Sampling
 
 __all__ = [
     "Estimate",
-    "InLoop",
+    "EvalCallback",
     "PolicyClassifier",
     "Replier",
     "Reply",

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from delib_fast.evals.refusal import VERDICTS, Verdict
+from delib_fast.evals.metrics.refusal import VERDICTS, Verdict
 
 _ANSWER = re.compile(r"<answer>\s*(\w+)\s*</answer>", re.IGNORECASE)
 _ATTEMPTS = 4

@@ -6,13 +6,13 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from delib_fast.evals.intervals import Estimate
+from delib_fast.files import write_atomic
 
 FORMAT = 1
 """Counts up when a suite's figures change meaning: older results are then made again."""
@@ -100,7 +100,7 @@ class ResultStore:
             return None
 
     def save(self, result: SuiteResult, key: str, depends_on: Mapping[str, Any], seconds: float) -> None:
-        write_whole(
+        write_atomic(
             self._path(result.suite, key),
             json.dumps(
                 {
@@ -121,14 +121,6 @@ class ResultStore:
 
     def _path(self, suite: str, key: str) -> Path:
         return self.folder / f"{suite}-{key}.json"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The new file or the old one, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def report_json(subject: Mapping[str, Any], results: Sequence[SuiteResult]) -> str:

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from delib_fast.config import ConfigError
-from delib_fast.evals import suites_forced, suites_sampled
-from delib_fast.evals.results import ResultStore, SuiteResult, report_json, write_whole
+from delib_fast.evals import generative as suites_sampled
+from delib_fast.evals import teacher_forced as suites_forced
+from delib_fast.evals.results import ResultStore, SuiteResult, report_json
 from delib_fast.evals.sampling import Replier, Sampler
 from delib_fast.evals.settings import SAMPLED, EvalConfig
-from delib_fast.evals.subject import Subject
+from delib_fast.evals.target import EvalTarget
+from delib_fast.files import write_atomic
 from delib_fast.models.generate import Sampling
 
-_FORCED: dict[str, Callable[[Subject], SuiteResult]] = {
+_FORCED: dict[str, Callable[[EvalTarget], SuiteResult]] = {
     "segments": suites_forced.segments,
     "dose": suites_forced.dose,
     "drift": suites_forced.drift,
@@ -27,7 +29,7 @@ _FORCED: dict[str, Callable[[Subject], SuiteResult]] = {
     "agentic": suites_forced.agentic,
     "monitor": suites_forced.monitor,
 }
-_SAMPLED: dict[str, Callable[[Subject, Replier], SuiteResult]] = {
+_SAMPLED: dict[str, Callable[[EvalTarget, Replier], SuiteResult]] = {
     "hints": suites_sampled.hints,
     "necessity": suites_sampled.necessity,
     "legibility": suites_sampled.readable,
@@ -69,7 +71,7 @@ class Evaluation:
     folder: Path
 
 
-def evaluate(subject: Subject, say: Callable[[str], None] = lambda _: None) -> Evaluation:
+def evaluate(subject: EvalTarget, say: Callable[[str], None] = lambda _: None) -> Evaluation:
     """Run the chosen suites and keep each result as it is done.
 
     Raises:
@@ -105,11 +107,11 @@ def evaluate(subject: Subject, say: Callable[[str], None] = lambda _: None) -> E
         "base": subject.base_config[1] if subject.base_config else None,
     }
     done = Evaluation(facts, tuple(results), left_out, store.folder)
-    write_whole(store.folder / "report.json", report_json({**facts, "left_out": left_out}, results))
+    write_atomic(store.folder / "report.json", report_json({**facts, "left_out": left_out}, results))
     return done
 
 
-def results_folder(subject: Subject) -> Path:
+def results_folder(subject: EvalTarget) -> Path:
     """`out`, or evals/ in the run directory, or NAME-evals beside a model folder."""
     if subject.settings.out is not None:
         return Path(subject.settings.out)
@@ -118,7 +120,7 @@ def results_folder(subject: Subject) -> Path:
     return subject.path.with_name(f"{subject.path.resolve().name}-evals")
 
 
-def _depends_on(suite: str, subject: Subject) -> Mapping[str, Any]:
+def _depends_on(suite: str, subject: EvalTarget) -> Mapping[str, Any]:
     settings = subject.settings.model_dump(mode="json")
     depends: dict[str, Any] = {"settings": {name: settings[name] for name in _DEPENDS[suite]}}
     if suite != "monitor":
@@ -153,7 +155,7 @@ def _hash(data: bytes) -> str:
 class _LazySampler:
     """The subject as a `Replier`, loaded when the first reply is wanted."""
 
-    def __init__(self, subject: Subject, store: ResultStore) -> None:
+    def __init__(self, subject: EvalTarget, store: ResultStore) -> None:
         self._subject, self._store = subject, store
         self._sampler: Sampler | None = None
 

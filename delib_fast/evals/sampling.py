@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from delib_fast.data import Message
-from delib_fast.data.encode import Encoder
+from delib_fast.data.encode.encoder import Encoder
 from delib_fast.models.generate import Sampling, generate_ids
 
 Tags = Literal["none", "closed", "unclosed", "stray"]

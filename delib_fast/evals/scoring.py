@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from delib_fast.data import Example, Message, PackedBatch, Row, Segment, evaluation_batches
-from delib_fast.data.encode import Encoder
+from delib_fast.data.encode.encoder import Encoder
 from delib_fast.models import TrainableLM
 from delib_fast.models.attention import packed_inputs
 
@@ -175,12 +175,12 @@ class _VariantEncoder(Encoder):
 
     def with_cots(self, row: Row, cots: Sequence[str], system_prompt: str | None) -> list[Example]:
         if row.kind != "chat" or not (row.cot or "").strip():
-            raise ValueError(f"{row.place}: the row has no chain of thought that others could take the place of")
+            raise ValueError(f"{row.location}: the row has no chain of thought that others could take the place of")
         messages = row.messages
         if system_prompt is not None and messages[0].role != "system":
             messages = (Message("system", system_prompt), *messages)
         for text in (*row.texts, *cots):
-            self.control.refuse_reserved(text, row.place)
+            self.control.refuse_reserved(text, row.location)
         texts = [text for message in messages for text in (message.content, message.cot or "")]
         texts += [(row.cot or "").strip(), row.response]
         skeleton = self._skeleton(row, messages, texts, True)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveInt, ValidationError, field_validator
 
 from delib_fast.config import ConfigError, Precision, Section, SourceConfig
-from delib_fast.config_file import read_yaml
+from delib_fast.config.load import read_yaml
 
 FORCED = ("segments", "dose", "drift", "early", "reliance", "agentic")
 """suites that only score text"""

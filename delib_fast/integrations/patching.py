@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from delib_fast.integrations.switching import configs_with_attention, in_a_pack, set_attention, switching_name
+from delib_fast.integrations.unpadding import as_pack, why_not_a_pack
 from delib_fast.models.attention import UnsupportedModelError, unsupported
 from delib_fast.models.layers import plug_layers, resolve_layers
 from delib_fast.models.lm import check_logits, logit_options, unsupported_head
-from delib_fast.models.switching import configs_with_attention, in_a_pack, set_attention, switching_name
-from delib_fast.models.unpadding import as_pack, why_not_a_pack
 from delib_fast.ops import linear_cross_entropy
 
 _log = logging.getLogger("delib_fast")

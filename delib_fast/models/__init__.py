@@ -11,10 +11,10 @@ from delib_fast.models.lm import TrainableLM
 from delib_fast.models.lora import (
     adapter_settings,
     add_adapter,
-    bare_twin,
     export_adapter,
     load_adapter,
     merged_weights,
+    skeleton_without_adapter,
 )
 from delib_fast.models.recompute import recompute
 from delib_fast.models.shape import ModelShape, model_shape
@@ -28,7 +28,6 @@ __all__ = [
     "UnsupportedModelError",
     "adapter_settings",
     "add_adapter",
-    "bare_twin",
     "build_deferred",
     "build_model",
     "build_tokenizer",
@@ -40,5 +39,6 @@ __all__ = [
     "model_shape",
     "recompute",
     "resolve_layers",
+    "skeleton_without_adapter",
     "train_tokenizer",
 ]

@@ -107,8 +107,8 @@ def why_not_share_prompts(config: PreTrainedConfig, backend: str) -> str | None:
 
 
 def _refuse(module: nn.Module, why: str) -> UnsupportedModelError:
-    place = f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__})"
-    return UnsupportedModelError(f"{place}: {why}")
+    location = f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__})"
+    return UnsupportedModelError(f"{location}: {why}")
 
 
 def _window(module: nn.Module, sliding_window: int | None) -> int | None:

@@ -55,7 +55,7 @@ class StepCost:
         for batch in batches:
             if batch.is_empty:
                 continue
-            share = 1 if batch.part is None else batch.part.size
+            share = 1 if batch.shard is None else batch.shard.size
             pairs = sum(_pairs(batch, window) for window in self.windows)
             total += (
                 self.per_token * batch.num_tokens

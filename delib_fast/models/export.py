@@ -4,9 +4,7 @@ at all."""
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from delib_fast.files import replace_folder
 from delib_fast.models.lm import TrainableLM
 from delib_fast.models.progress_bar import without_progress_bar
 
@@ -42,26 +41,7 @@ def export_model(
     """
     inner = model.model if isinstance(model, TrainableLM) else model
     weights = _weights(inner, inner.state_dict() if state_dict is None else state_dict)
-    return whole_folder(folder, lambda beside: _write(inner, tokenizer, weights, beside))
-
-
-def whole_folder(folder: str | Path, write: Callable[[Path], None]) -> Path:
-    """Let `write` fill a folder beside this one, sync its files, and only then put it in this one's place."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-    for pattern in ("writing", "old"):  # what an export that was killed left
-        for left in folder.parent.glob(f".{folder.name}.{pattern}-*"):
-            shutil.rmtree(left, ignore_errors=True)
-    try:
-        write(beside)
-        for file in beside.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        _replace(folder, beside)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return folder
+    return replace_folder(folder, lambda beside: _write(inner, tokenizer, weights, beside))
 
 
 def _weights(model: PreTrainedModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -123,28 +103,7 @@ def _write(
     assert "delib_fast" not in json.dumps(config), "the training attention must not reach the exported config"
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _numbers(file: Path) -> int:
     with safe_open(file, framework="pt") as tensors:
         names = tensors.keys()
         return sum(torch.Size(tensors.get_slice(name).get_shape()).numel() for name in names)
-
-
-def _replace(folder: Path, beside: Path) -> None:
-    if not folder.exists():
-        beside.rename(folder)
-        _sync_folder(folder.parent)
-        return
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    shutil.rmtree(old, ignore_errors=True)
-    folder.rename(old)
-    beside.rename(folder)
-    _sync_folder(folder.parent)
-    shutil.rmtree(old)

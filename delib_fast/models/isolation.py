@@ -68,9 +68,9 @@ def check_isolation(
     borders = list(pairwise(accumulate(_LENGTHS, initial=0)))
     for index, (start, end) in enumerate(borders):
         changed = tokens.clone()
-        place = start + 2
-        changed[place] = (changed[place] + vocab_size // 2) % vocab_size
-        _judge(index, place, (start, end), (run(changed, _LENGTHS) - packed).abs(), packed)
+        location = start + 2
+        changed[location] = (changed[location] + vocab_size // 2) % vocab_size
+        _judge(index, location, (start, end), (run(changed, _LENGTHS) - packed).abs(), packed)
     _compare_alone(run.in_eval_mode(), tokens, borders, _TOLERANCE.get(dtype, 5e-2))
     if shares_prompts:
         _compare_shared(run.in_eval_mode(), tokens, borders, _TOLERANCE.get(dtype, 5e-2))
@@ -103,26 +103,26 @@ def _compare_shared(run: _Probe, tokens: Tensor, borders: Sequence[tuple[int, in
             )
 
 
-def _judge(index: int, place: int, border: tuple[int, int], moved: Tensor, packed: Tensor) -> None:
+def _judge(index: int, location: int, border: tuple[int, int], moved: Tensor, packed: Tensor) -> None:
     start, end = border
     # The nll at place - 1 is that of predicting the changed token, the nll at place is that of the token itself
     # even where nothing mixes tokens: both move, and say nothing.
-    proper = moved[place + 1 : end].max().item()
+    proper = moved[location + 1 : end].max().item()
     if proper <= 1e-6 * packed.abs().max().item():
         raise LeakError(
-            f"the isolation check can't see: changing token {place - start + 1} of run {index + 1} changes "
+            f"the isolation check can't see: changing token {location - start + 1} of run {index + 1} changes "
             "no loss behind it, so a leak would not show either. The model does not use its context (a layer "
             "initialised to zero?); give it weights that do"
         )
     for name, part in (
         ("the runs before it", moved[:start]),
         ("the runs behind it", moved[end:]),
-        ("the tokens before it in its own run", moved[start : place - 1]),
+        ("the tokens before it in its own run", moved[start : location - 1]),
     ):
         leak = part.max().item() if part.numel() else 0.0
         if leak > _LEAST_LEAK * proper:
             raise LeakError(
-                f"packed documents leak: changing token {place - start + 1} of run {index + 1} changes the "
+                f"packed documents leak: changing token {location - start + 1} of run {index + 1} changes the "
                 f"loss of {name} by {leak:.1e} (of its own run's later tokens by {proper:.1e}). The model's "
                 "attention or another layer that mixes tokens ignores cu_seqlens. Train with "
                 "model.attention: auto on an architecture whose every layer takes its attention from "
@@ -158,7 +158,7 @@ class _Probe:
     def _nll(self, pack: PackedBatch) -> Tensor:
         if self._group is None:
             return self._trainable(pack.to(self._device)).nll
-        part = pack.part_of(dist.get_rank(self._group), dist.get_world_size(self._group))
+        part = pack.shard_of(dist.get_rank(self._group), dist.get_world_size(self._group))
         return gather_tokens(self._trainable(part.to(self._device)).nll, self._group)[: pack.num_tokens]
 
 

@@ -19,13 +19,7 @@ from transformers import PreTrainedModel
 
 from delib_fast.data import PackedBatch
 from delib_fast.models import ulysses
-from delib_fast.models.attention import (
-    NAME,
-    UnsupportedModelError,
-    packed_inputs,
-    unsupported,
-    why_not_share_prompts,
-)
+from delib_fast.models.attention import NAME, UnsupportedModelError, packed_inputs, unsupported, why_not_share_prompts
 from delib_fast.models.layers import plug_layers
 from delib_fast.ops import FusedLossHead, LossOutput
 
@@ -89,11 +83,11 @@ class TrainableLM(nn.Module):
         detached.
         """
         size = 1 if self.sequence_group is None else dist.get_world_size(self.sequence_group)
-        if size != (1 if batch.part is None else batch.part.size):
+        if size != (1 if batch.shard is None else batch.shard.size):
             raise ValueError(
                 f"{size} ranks share out a pack, but this is "
-                + ("a whole one" if batch.part is None else f"one of {batch.part.size} parts")
-                + "; give PackedBatches sequence_parallel, or TrainableLM sequence_group"
+                + ("a whole one" if batch.shard is None else f"one of {batch.shard.size} parts")
+                + "; give PackedDataLoader sequence_parallel, or TrainableLM sequence_group"
             )
         inputs = packed_inputs(batch, self.attention_backend, self.sequence_group)
         hidden = self.model.base_model(**inputs).last_hidden_state

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from delib_fast.config import ConfigError, LoraConfig, nearest
-from delib_fast.models.export import whole_folder
+from delib_fast.files import replace_folder
 
 _ADAPTER = "default"
 _PEFT_PREFIX = "base_model.model."
@@ -199,7 +199,7 @@ def export_adapter(model: PreTrainedModel, folder: str | Path, weights: Mapping[
         _settings(model).save_pretrained(str(beside))
         save_file(tensors, beside / _WEIGHTS, metadata={"format": "pt"})
 
-    return whole_folder(folder, write)
+    return replace_folder(folder, write)
 
 
 def merged_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -221,7 +221,7 @@ def merged_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dic
     return merged
 
 
-def bare_twin(model: PreTrainedModel) -> PreTrainedModel:
+def skeleton_without_adapter(model: PreTrainedModel) -> PreTrainedModel:
     """The same architecture without adapter layers and without numbers (on the meta device): what names, shapes and
     dtype an exported model has."""
     dtype = model.get_output_embeddings().weight.dtype

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from delib_fast import __version__
 from delib_fast.config import ConfigError
 from delib_fast.evals.intervals import Estimate
-from delib_fast.evals.results import plain, write_whole
+from delib_fast.evals.results import plain
+from delib_fast.files import write_atomic
 from delib_fast.study.settings import ChoicesMetric, SuiteMetric
 
 if TYPE_CHECKING:
+    from delib_fast.evals.metrics.forced_choices import ChoiceFigures
     from delib_fast.evals.results import SuiteResult
-    from delib_fast.evals.subject import Subject
-    from delib_fast.study.choices import ChoiceFigures
+    from delib_fast.evals.target import EvalTarget
 
 FORMAT = 1
 """Counts up when a figure changes meaning."""
@@ -49,14 +50,14 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
     stand behind a chain of thought), and `metrics`: for each name its settings and the file it goes to.
     """
     from delib_fast.evals.settings import load_eval_config
-    from delib_fast.evals.subject import Subject
+    from delib_fast.evals.target import EvalTarget
 
     suites = sorted({m["metric"]["suite"] for m in task["metrics"].values() if m["metric"]["kind"] == "suite"})
     given = {"device": task["device"], **task["evaluation"], "suites": suites or ("segments",)}
     if task["base"] is not None:
         given.setdefault("base", task["base"])
     given["out"] = task["out"]
-    subject = Subject(Path(task["folder"]), load_eval_config(None, **given))
+    subject = EvalTarget(Path(task["folder"]), load_eval_config(None, **given))
     results = _suites(subject) if suites else {}
     found: dict[str, Any] = {}
     chosen: dict[tuple[str, bool], ChoiceFigures] = {}
@@ -65,16 +66,16 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
             figure = _choices(subject, ChoicesMetric.model_validate(item["metric"]), task["thinks"], chosen)
         else:
             figure = _of_suite(name, SuiteMetric.model_validate(item["metric"]), results)
-        write_whole(Path(item["file"]), json.dumps(figure))
+        write_atomic(Path(item["file"]), json.dumps(figure))
         found[name] = figure
     return found
 
 
 def _choices(
-    subject: Subject, metric: ChoicesMetric, thinks: bool, chosen: dict[tuple[str, bool], ChoiceFigures]
+    subject: EvalTarget, metric: ChoicesMetric, thinks: bool, chosen: dict[tuple[str, bool], ChoiceFigures]
 ) -> dict[str, Any]:
     """Items of one file are scored once, however many metrics are made of them."""
-    from delib_fast.study.choices import choose, read_choices
+    from delib_fast.evals.metrics.forced_choices import choose, read_choices
 
     think = {"as trained": thinks, "never": False, "always": True}[metric.cot]
     if (metric.path, think) not in chosen:
@@ -85,7 +86,7 @@ def _choices(
     return {"estimate": plain(getattr(figures, metric.figure)), "margins": [round(m, 4) for m in figures.margins]}
 
 
-def _suites(subject: Subject) -> dict[str, SuiteResult]:
+def _suites(subject: EvalTarget) -> dict[str, SuiteResult]:
     from delib_fast.evals.run import evaluate
 
     return {result.suite: result for result in evaluate(subject, print).results}

@@ -17,7 +17,7 @@ from typing import Any
 
 from delib_fast import __version__
 from delib_fast.config import Config, ConfigError
-from delib_fast.config_file import parse_config
+from delib_fast.config.load import parse_config
 from delib_fast.study.settings import StudyConfig
 
 # Of a run's settings, what changes where and how fast it computes and not what it learns.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from delib_fast.config_file import read_yaml
+from delib_fast.config.load import read_yaml
 
 _FILE = Path(__file__).parent / "published.yaml"
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from delib_fast.config import ConfigError
 from delib_fast.evals.intervals import Estimate
-from delib_fast.evals.report import cell_text
-from delib_fast.evals.results import write_whole
-from delib_fast.study.choices import read_choices
+from delib_fast.evals.metrics.forced_choices import read_choices
+from delib_fast.files import write_atomic
+from delib_fast.reports.eval_page import cell_text
 from delib_fast.study.measure import metric_key
 from delib_fast.study.plan import Arm, Node, Plan, content_hash, fill_in, plan_study
 from delib_fast.study.pool import StudyError, Task, run_tasks, worker_environments
@@ -47,8 +47,8 @@ def run_study(study: StudyConfig, say: Say = lambda _: None) -> StudyResult:
         ConfigError: the study can't be run as it is; said before anything is trained.
         StudyError: some stages failed; everything that does not need them is done.
     """
-    from delib_fast.study.figures import draw_figures
-    from delib_fast.study.page import write_page
+    from delib_fast.reports.study_figures import draw_figures
+    from delib_fast.reports.study_page import write_page
 
     out = Path(study.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def run_study(study: StudyConfig, say: Say = lambda _: None) -> StudyResult:
         for ends, files in measures.items()
     }
     result = summary(study, figures, plan.arms, costs.total(plan))
-    write_whole(out / "study.json", json.dumps(_strict(result), indent=1, ensure_ascii=False) + "\n")
+    write_atomic(out / "study.json", json.dumps(_strict(result), indent=1, ensure_ascii=False) + "\n")
     pictures = draw_figures(result, out)
     return StudyResult(
         result, out / "study.json", write_page(result, pictures, out, published=study.published), tuple(pictures)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveInt, ValidationError, field_validator, model_validator
 
 from delib_fast.config import ConfigError, Section, nearest
-from delib_fast.config_file import read_yaml
+from delib_fast.config.load import read_yaml
 
 ArmName = Literal["base", "msm", "aft_no_cot", "aft_cot", "msm_aft_no_cot", "msm_aft_cot"]
 ARMS: tuple[ArmName, ...] = ("base", "msm", "aft_no_cot", "aft_cot", "msm_aft_no_cot", "msm_aft_cot")
@@ -183,10 +183,10 @@ def load_study(path: str | os.PathLike[str], **overrides: Any) -> StudyConfig:
 
 
 def _told(fault: Any) -> str:
-    place = ".".join(map(str, fault["loc"])) or "the study"
+    location = ".".join(map(str, fault["loc"])) or "the study"
     if fault["type"] == "extra_forbidden":
-        return f"{place}: unknown key{nearest(place, StudyConfig.model_fields) if len(fault['loc']) == 1 else ''}"
-    return f"{place}: {fault['msg'].removeprefix('Value error, ')}"
+        return f"{location}: unknown key{nearest(location, StudyConfig.model_fields) if len(fault['loc']) == 1 else ''}"
+    return f"{location}: {fault['msg'].removeprefix('Value error, ')}"
 
 
 def _resolve(tree: dict[str, Any], folder: Path) -> None:
@@ -208,10 +208,10 @@ def _resolve(tree: dict[str, Any], folder: Path) -> None:
             holder = holder.get(key) if isinstance(holder, dict) else None
         return list(holder.items()) if isinstance(holder, dict) else []
 
-    for place in (("run", "data"), ("evaluation", "rows")):
-        for name, source in each(tree, *place):
+    for location in (("run", "data"), ("evaluation", "rows")):
+        for name, source in each(tree, *location):
             if isinstance(source, str):
-                holder = tree[place[0]][place[1]]
+                holder = tree[location[0]][location[1]]
                 at(holder, name)
             else:
                 at(source, "path")

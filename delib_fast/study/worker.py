@@ -63,8 +63,8 @@ def _answer(task: dict[str, Any]) -> dict[str, Any]:
 
 def _do(task: dict[str, Any]) -> Any:
     if task["do"] == "train":
-        from delib_fast.config_file import parse_config
-        from delib_fast.train import run
+        from delib_fast.config.load import parse_config
+        from delib_fast.training.run import run
 
         run(parse_config(task["config"], where="study"))
         return None

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from delib_fast.deliberate.prompt_files import PromptFiles, quoted
-from delib_fast.deliberate.spec import Spec, first_sentence
+from delib_fast.datagen.prompt_files import PromptFiles, quoted
+from delib_fast.datagen.spec import Spec, first_sentence
 
 HERE = Path(__file__).parent
 ROWS = HERE.parent / "data" / "deliberation.jsonl"

@@ -12,8 +12,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from delib_fast.study.figures import draw_figures
-from delib_fast.study.page import markdown
+from delib_fast.reports.study_figures import draw_figures
+from delib_fast.reports.study_page import markdown
 
 DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = "<!-- study:begin -->\n", "<!-- study:end -->\n"

@@ -21,7 +21,7 @@ def chat(prompt, cot, response, *, system=None, history=(), **more):
     messages += [*history, Message("user", prompt)]
     return Row(
         kind="chat",
-        place="rows.jsonl:1",
+        location="rows.jsonl:1",
         source="s",
         digest="0",
         messages=tuple(messages),
@@ -32,7 +32,7 @@ def chat(prompt, cot, response, *, system=None, history=(), **more):
 
 
 def document(text, **more):
-    return Row(kind="document", place="docs.jsonl:1", source="s", digest="0", text=text, **more)
+    return Row(kind="document", location="docs.jsonl:1", source="s", digest="0", text=text, **more)
 
 
 # --- the oracle -----------------------------------------------------------------------------------------------

@@ -27,17 +27,17 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 from delib_fast.config import AFTConfig, SourceConfig  # noqa: E402
 from delib_fast.data import (  # noqa: E402
     DataError,
-    EncodedSet,
     Example,
-    PackedBatches,
+    PackedDataLoader,
+    TokenizedDataset,
     encode_rows,
     mix_sources,
-    opened,
     plan_packs,
     read_source,
     refuse_overlap,
     refuse_spec_in_prompts,
 )
+from delib_fast.data.read import source_cache  # noqa: E402
 
 PAGE = ROOT / "docs" / "refusals.md"
 HEAD = """\
@@ -69,13 +69,13 @@ def files() -> Iterator[tuple[str, str, str]]:
             yield kind, "", said(lambda path=path: read(path))
         yield "no such file", "", said(lambda: read(Path(name) / "none.jsonl"))
         path = write(Path(name), GOOD)
-        before, opened.HELD_BYTES = opened.HELD_BYTES, 0
+        before, source_cache.HELD_BYTES = source_cache.HELD_BYTES, 0
         try:
-            source = opened.open_source("rows", SourceConfig(path=str(path)), Path(name) / "cache")
+            source = source_cache.load_source("rows", SourceConfig(path=str(path)), Path(name) / "cache")
             write(Path(name), GOOD + "\n" + GOOD)
             yield "changed between two passes", "", said(lambda: list(source.train))
         finally:
-            opened.HELD_BYTES = before
+            source_cache.HELD_BYTES = before
 
 
 def encoding() -> Iterator[tuple[str, str, str]]:
@@ -116,14 +116,14 @@ def encoding() -> Iterator[tuple[str, str, str]]:
 
 def guards() -> Iterator[tuple[str, str, str]]:
     words = " ".join(f"word{k}" for k in range(40))
-    training, twin = chat(words, None, "r"), replace(chat(words, None, "r"), place="eval.jsonl:4")
+    training, twin = chat(words, None, "r"), replace(chat(words, None, "r"), location="eval.jsonl:4")
     near = replace(
         chat(
             words + " and more",
             None,
             "s",
         ),
-        place="eval.jsonl:4",
+        location="eval.jsonl:4",
         digest="1",
     )
     yield "spec in a prompt", "", said(lambda: refuse_spec_in_prompts([training], [words]))
@@ -135,7 +135,7 @@ def packing() -> Iterator[tuple[str, str, str]]:
     prompt = Example(np.zeros(9, np.int32), np.zeros(9, np.int8), "rows.jsonl:1")
     reply = Example(np.zeros(9, np.int32), np.full(9, 2, np.int8), "rows.jsonl:1")
 
-    def pack(examples: list[Example], **more: Any) -> PackedBatches:
+    def pack(examples: list[Example], **more: Any) -> PackedDataLoader:
         settings = {
             "pack_capacity": 16,
             "packs_per_step": 4,
@@ -145,7 +145,7 @@ def packing() -> Iterator[tuple[str, str, str]]:
             "rank": 0,
             "world_size": 1,
         }
-        return PackedBatches(EncodedSet(examples), **settings | more)
+        return PackedDataLoader(TokenizedDataset(examples), **settings | more)
 
     yield "no token is learnt", "", said(lambda: pack([prompt]))
     yield "packs that ranks can't share", "", said(lambda: pack([reply], world_size=3))

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 
 from delib_fast.data import (
     IGNORE_INDEX,
-    EncodedSet,
     Example,
-    PackedBatches,
+    PackedDataLoader,
+    TokenizedDataset,
     empty_pack,
     evaluation_batches,
     plan_packs,
 )
-from delib_fast.data.epochs import like_with_like, pack_costs
-from delib_fast.data.packing import seeded_permutation
+from delib_fast.data.pack.epochs import bucket_by_cost, pack_costs
+from delib_fast.data.pack.packing import seeded_permutation
 
 WEIGHTS = (0.0, 0.5, 1.0, 2.0)
 
@@ -37,7 +37,7 @@ def make(lengths, seed=0):
 
 
 def batches(examples, *, rank=0, world_size=1, packs_per_step=4, capacity=64, seed=1, epochs=2, **more):
-    return PackedBatches(
+    return PackedDataLoader(
         examples,
         pack_capacity=capacity,
         packs_per_step=packs_per_step,
@@ -221,7 +221,7 @@ def test_cost_balance_at_scale():
         return (steps.max(1) / steps.mean(1)).mean()
 
     assert imbalance(random_order) > 1.3
-    assert imbalance(like_with_like(random_order, costs, 32, 0)) < 1.005
+    assert imbalance(bucket_by_cost(random_order, costs, 32, 0)) < 1.005
 
 
 def test_average_over_examples():
@@ -256,7 +256,7 @@ def test_max_steps():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_evaluation_sees_each_example_once_with_equally_many_packs(world_size):
-    examples = EncodedSet(make(np.random.default_rng(3).integers(1, 64, 50)))
+    examples = TokenizedDataset(make(np.random.default_rng(3).integers(1, 64, 50)))
     shares = [
         evaluation_batches(examples, pack_capacity=64, segment_weights=WEIGHTS, rank=r, world_size=world_size)
         for r in range(world_size)
@@ -311,7 +311,7 @@ def test_refuses(change, message):
         "world_size": 1,
     } | change
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        PackedBatches(examples, **arguments)
+        PackedDataLoader(examples, **arguments)
     assert message in str(caught.value)
 
 
@@ -323,8 +323,8 @@ def test_only_the_first_token_supervised_is_nothing_supervised():
 
 def test_steps_made_ahead_are_the_steps():
     whole = batches(make(range(1, 60)), packs_per_step=2)
-    ahead = list(whole.from_step(3))
-    assert len(ahead) == whole.num_steps - 3
-    for step, packs in enumerate(ahead, start=3):
+    prefetch = list(whole.from_step(3))
+    assert len(prefetch) == whole.num_steps - 3
+    for step, packs in enumerate(prefetch, start=3):
         assert [p.example_ids for p in packs] == [p.example_ids for p in whole.step(step)]
         assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(packs, whole.step(step), strict=True))

@@ -9,8 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from delib_fast.data import EncodedSet, Example
-from delib_fast.data.cache import cached, fingerprint_of
+from delib_fast.data import Example, TokenizedDataset
+from delib_fast.data.encode.cache import cached, fingerprint_of
 
 FINGERPRINT = fingerprint_of({"sha256": "of the rows"})
 
@@ -39,7 +39,7 @@ def same(a, b):
     for x, y in zip(a, b, strict=True):
         assert np.array_equal(x.input_ids, y.input_ids)
         assert np.array_equal(x.segments, y.segments)
-        assert (x.place, x.weight) == (y.place, y.weight)
+        assert (x.location, x.weight) == (y.location, y.weight)
 
 
 def test_comes_back_the_same(tmp_path):
@@ -48,9 +48,9 @@ def test_comes_back_the_same(tmp_path):
     assert (hit, hit_again) == (False, True)
     same(made, examples())
     same(again, examples())
-    assert again.counts == EncodedSet(examples()).counts
-    assert np.array_equal(again.target_counts, EncodedSet(examples()).target_counts)
-    assert again.digest() == EncodedSet(examples()).digest()
+    assert again.counts == TokenizedDataset(examples()).counts
+    assert np.array_equal(again.target_counts, TokenizedDataset(examples()).target_counts)
+    assert again.digest() == TokenizedDataset(examples()).digest()
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -148,8 +148,8 @@ def test_of_two_at_once_one_encodes(tmp_path):
 def test_tokens_are_hashed_once(tmp_path, monkeypatch):
     """A checkpoint asks for the digest each time it is written."""
     found = cached(tmp_path, FINGERPRINT, make)[0]
-    joined = EncodedSet.join([found, found.take(np.arange(3))])
+    joined = TokenizedDataset.join([found, found.take(np.arange(3))])
     before = joined.digest()
-    monkeypatch.setattr("delib_fast.data.encoded_set._digest_of", lambda part: pytest.fail("read again"))
+    monkeypatch.setattr("delib_fast.data.encode.tokenized_dataset._digest_of", lambda part: pytest.fail("read again"))
     assert joined.digest() == before
     assert found.take(np.arange(2)).digest() != found.digest()

@@ -22,7 +22,7 @@ from delib_fast.data import (
     read_source,
     split_document,
 )
-from delib_fast.data.encode import Encoder
+from delib_fast.data.encode.encoder import Encoder
 
 
 @pytest.mark.parametrize("in_vocabulary", [False, True], ids=["added", "in-vocabulary"])
@@ -313,7 +313,7 @@ def test_split_loses_nothing(n, capacity):
     targets = np.concatenate([piece.input_ids[1:] for piece in pieces])
     assert targets.tolist() == list(range(1, n))  # every token but the first is a target, once, in order
     assert all(b.input_ids[0] == a.input_ids[-1] for a, b in itertools.pairwise(pieces))
-    assert {(p.place, p.weight) for p in pieces} == {("place", 0.5)}
+    assert {(p.location, p.weight) for p in pieces} == {("place", 0.5)}
 
 
 # --- refusals -------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def test_a_saved_folder_is_its_rows(saved):
     (saved / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     ours, plain = read(saved / "one"), read(saved / "rows.jsonl")
     assert [(r.digest, r.cot, r.response) for r in ours] == [(r.digest, r.cot, r.response) for r in plain]
-    assert ours[2].place == f"{saved / 'one'}:3"
+    assert ours[2].location == f"{saved / 'one'}:3"
     assert ours.sha256 == read(saved / "several").sha256
 
 

@@ -8,8 +8,9 @@ import random
 
 import pytest
 
-from delib_fast.data import DataError, json_list
-from delib_fast.data.json_list import list_values
+from delib_fast.data import DataError
+from delib_fast.data.read import json_list
+from delib_fast.data.read.json_list import list_values
 
 SIZES = (1, 2, 3, 5, 7, 11, 64, 1 << 20)
 VALUES = [
@@ -69,7 +70,7 @@ def test_any_window_gives_the_values_with_their_lines(size, layout, monkeypatch)
 def test_faults_are_told_at_their_place(size, text, line, message, monkeypatch):
     with pytest.raises(DataError, match=message) as error:
         read(text.encode(), size, monkeypatch)
-    assert error.value.place == f"f.json:{line}"
+    assert error.value.location == f"f.json:{line}"
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -77,7 +78,7 @@ def test_bytes_that_are_no_utf8_are_told_by_line_and_place(size, monkeypatch):
     data = '["ü",\n "€", "'.encode() + b"\xe2\x82x" + b'"]'
     with pytest.raises(DataError, match="0xe2 at byte 17 of the file") as error:
         read(data, size, monkeypatch)
-    assert error.value.place == "f.json:2"
+    assert error.value.location == "f.json:2"
     with pytest.raises(DataError, match="not UTF-8: byte 0xe2"):
         read(data[:17], size, monkeypatch)
 
@@ -85,4 +86,4 @@ def test_bytes_that_are_no_utf8_are_told_by_line_and_place(size, monkeypatch):
 def test_a_row_longer_than_any_is_refused(monkeypatch):
     with pytest.raises(DataError, match="no row is so long") as error:
         read(b'[1,\n"' + b"x" * 5000, 64, monkeypatch, most=1000)
-    assert (error.value.reason, error.value.place) == ("long_line", "f.json:2")
+    assert (error.value.reason, error.value.location) == ("long_line", "f.json:2")

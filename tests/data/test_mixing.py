@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from delib_fast.data import EncodedSet, Example, mix_sources
+from delib_fast.data import Example, TokenizedDataset, mix_sources
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=40).map(lambda n: np.array(n, np.int64))
 
@@ -75,15 +75,15 @@ def test_too_little_for_one_example():
 
 def test_joined_and_taken_sets_are_the_examples():
     def some(n, base):
-        return EncodedSet(
+        return TokenizedDataset(
             [Example(np.arange(k, dtype=np.int32) + base, np.full(k, 2, np.int8), f"{base}:{k}") for k in range(2, n)]
         )
 
     sets = [some(5, 100), some(4, 200)]
-    joined = EncodedSet.join(sets)
-    assert [e.place for e in joined] == [e.place for s in sets for e in s]
+    joined = TokenizedDataset.join(sets)
+    assert [e.location for e in joined] == [e.location for s in sets for e in s]
     taken = joined.take(np.array([4, 0, 4]))
-    assert [e.place for e in taken] == ["200:3", "100:2", "200:3"]
+    assert [e.location for e in taken] == ["200:3", "100:2", "200:3"]
     assert [e.input_ids[0] for e in taken] == [200, 100, 200]
     ids, _ = taken.gather(np.array([2, 1]))
     assert ids.tolist() == [200, 201, 202, 100, 101]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from delib_fast.data.packing import MAX_CAPACITY, _compiled, _plan_in_python, plan_packs, seeded_permutation
+from delib_fast.data.pack.packing import MAX_CAPACITY, _compiled, _plan_in_python, plan_packs, seeded_permutation
 
 BACKENDS = [
     pytest.param("cpp", marks=pytest.mark.skipif(_compiled() is None, reason="delib_fast._C is not built")),
@@ -121,7 +121,7 @@ def test_refuses_an_unknown_backend():
 
 
 def test_without_a_compiler_auto_falls_to_python_and_cpp_is_refused(monkeypatch):
-    from delib_fast.data import packing
+    from delib_fast.data.pack import packing
 
     monkeypatch.setattr(packing, "_compiled", lambda: None)
     assert plan_packs([3, 2, 1], 4).num_packs == 2

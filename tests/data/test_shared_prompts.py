@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers_for_tests import tokenizer
 
 from delib_fast.config import AFTConfig
-from delib_fast.data import EncodedSet, Example, PackedBatches, Segment, encode_rows, evaluation_batches
-from delib_fast.data.shared_prompts import LEAST_SHARED_TOKENS, bundle
+from delib_fast.data import Example, PackedDataLoader, Segment, TokenizedDataset, encode_rows, evaluation_batches
+from delib_fast.data.pack.shared_prompts import LEAST_SHARED_TOKENS, bundle
 
 WEIGHTS = (0.0, 0.5, 1.0, 2.0)
 
@@ -40,7 +40,7 @@ def replies(prompts, seed=0):
 
 
 def batches(examples, *, share, capacity=128, packs_per_step=2, **more):
-    return PackedBatches(
+    return PackedDataLoader(
         examples,
         pack_capacity=capacity,
         packs_per_step=packs_per_step,
@@ -129,7 +129,7 @@ def test_what_does_not_save_is_not_shared():
     awkward = replies([(18, (42, 42)), (18, (22, 22))])[:4]
     assert batches(awkward, share=True, capacity=100).prompt_sharing is None
     assert batches(awkward, share=True, capacity=123).prompt_sharing is not None
-    learnt_prompt = PackedBatches(
+    learnt_prompt = PackedDataLoader(
         replies([(40, (5, 5))]),
         pack_capacity=128,
         packs_per_step=1,
@@ -144,7 +144,7 @@ def test_what_does_not_save_is_not_shared():
 
 
 def test_a_prompt_with_more_replies_than_fit_is_computed_in_each_bundle():
-    examples = EncodedSet(replies([(50, (30,) * 10)])[:10])
+    examples = TokenizedDataset(replies([(50, (30,) * 10)])[:10])
     found = bundle(examples, 128)
     assert np.diff(found.offsets).tolist() == [2] * 5
     assert found.lengths.tolist() == [49 + 2 * 31] * 5
@@ -153,16 +153,16 @@ def test_a_prompt_with_more_replies_than_fit_is_computed_in_each_bundle():
 
 def test_smaller_bundles_where_they_fill_packs_better(monkeypatch):
     draw = random.Random(0)
-    examples = EncodedSet(replies([(20, [draw.randint(30, 60) for _ in range(8)]) for _ in range(60)]))
+    examples = TokenizedDataset(replies([(20, [draw.randint(30, 60) for _ in range(8)]) for _ in range(60)]))
     packs = {}
     for parts in ((1,), (1, 2, 3, 4)):
-        monkeypatch.setattr("delib_fast.data.shared_prompts._PARTS", parts)
+        monkeypatch.setattr("delib_fast.data.pack.shared_prompts._PARTS", parts)
         packs[parts] = batches(examples, share=True, capacity=512).packs_per_epoch
     assert packs[(1, 2, 3, 4)] < packs[(1,)] <= batches(examples, share=False, capacity=512).packs_per_epoch
 
 
 def test_ranks_share_out_the_same_steps_and_accounts_are_true():
-    examples = EncodedSet(replies([(40, (20, 30, 10, 5)), (25, (9, 9)), (60, (40, 40)), (30, (4,))] * 4))
+    examples = TokenizedDataset(replies([(40, (20, 30, 10, 5)), (25, (9, 9)), (60, (40, 40)), (30, (4,))] * 4))
     whole = batches(examples, share=True, packs_per_step=4, epochs=3, max_steps=7)
     assert whole.steps_per_epoch < 7 < 3 * whole.steps_per_epoch
     ranks = [
@@ -197,7 +197,7 @@ def test_ranks_share_out_the_same_steps_and_accounts_are_true():
 
 
 def test_prompts_of_one_hash_that_differ_are_refused():
-    examples = EncodedSet(replies([(40, (20, 30)), (40, (20, 30))])[:4])
+    examples = TokenizedDataset(replies([(40, (20, 30)), (40, (20, 30))])[:4])
     examples.prompts[:, 1] = 7
     with pytest.raises(ValueError, match=r"f:\d and f:\d have different prompts of one hash; set share_prompts"):
         batches(examples, share=True, capacity=200, packs_per_step=1).step(0)

@@ -10,7 +10,7 @@ import pytest
 
 from delib_fast.config import SourceConfig
 from delib_fast.data import DataError, read_source
-from delib_fast.data.cot_tags import split_cot
+from delib_fast.data.read.cot_tags import split_cot
 
 SECRET = "Rosebud"  # the text of every damaged row: no message may show it
 GOOD = json.dumps({"prompt": "p", "cot": "c", "response": "r"})
@@ -130,7 +130,7 @@ def test_formats(tmp_path, item, prompt, cot, response):
     row = one(tmp_path, item)
     assert (row.kind, row.messages[-1].content, row.cot, row.response) == ("chat", prompt, cot, response)
     assert [m.role for m in row.messages] == ["user"]
-    assert row.place == f"{tmp_path / 'rows.jsonl'}:1"
+    assert row.location == f"{tmp_path / 'rows.jsonl'}:1"
     assert row.source == "rows"
 
 
@@ -180,10 +180,10 @@ def test_each_turn_makes_an_example_of_its_own(tmp_path):
         ("h", "b", 2, 0.5),
         ("i", "f", 6, 1.0),
     ]
-    assert [row.place for row in rows] == [f"{path}:1 (message 2)", f"{path}:1 (message 6)"]
+    assert [row.location for row in rows] == [f"{path}:1 (message 2)", f"{path}:1 (message 6)"]
     assert len({row.digest for row in rows}) == 1  # a conversation is held out as a whole
     (last,) = read(path)
-    assert (last.response, last.place) == ("f", f"{path}:1")
+    assert (last.response, last.location) == ("f", f"{path}:1")
     assert [m.cot for m in last.messages] == [None, None, "h", None, None, None]
 
 
@@ -195,7 +195,7 @@ def test_think_tags_by_config(tmp_path):
 
 def test_json_list_has_the_line_of_each_item(tmp_path):
     rows = read(write(tmp_path, '\n[\n {"text": "a"},\n\n {"text":\n "b"}, {"text": "c"}]\n', "rows.json"))
-    assert [row.place.rsplit(":", 1)[1] for row in rows] == ["3", "5", "6"]
+    assert [row.location.rsplit(":", 1)[1] for row in rows] == ["3", "5", "6"]
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_parquet(tmp_path):
     assert [(r.kind, r.text, r.messages, r.cot, r.response, r.digest) for r in rows] == [
         (r.kind, r.text, r.messages, r.cot, r.response, r.digest) for r in lines
     ]
-    assert [r.place for r in rows] == [f"{path}:{n}" for n in (1, 2, 3)]
+    assert [r.location for r in rows] == [f"{path}:{n}" for n in (1, 2, 3)]
     assert rows.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -452,7 +452,7 @@ def test_line_of_a_hundred_megabytes(tmp_path):
     with pytest.raises(DataError, match=r":2: a line of more than 64 MiB"):
         read(path)
     rows = read(path, on_bad_row="skip")
-    assert [row.place.rsplit(":", 1)[1] for row in rows] == ["1", "3"]
+    assert [row.location.rsplit(":", 1)[1] for row in rows] == ["1", "3"]
     assert rows.bad_rows == {"long_line": 1}
 
 

@@ -13,11 +13,12 @@ from chat_oracle import chat
 from tokenizers_for_tests import tokenizer
 
 from delib_fast.config import AFTConfig, SourceConfig
-from delib_fast.data import Counts, DataError, EncodedSet, encode_stream, opened
-from delib_fast.data.ahead import ahead
-from delib_fast.data.encode import encoder_for
-from delib_fast.data.opened import open_source
-from delib_fast.data.sources import SourceStream
+from delib_fast.data import Counts, DataError, TokenizedDataset, encode_stream
+from delib_fast.data.encode.encoder import encoder_for
+from delib_fast.data.prefetch import prefetch
+from delib_fast.data.read import source_cache as opened
+from delib_fast.data.read.source_cache import load_source
+from delib_fast.data.read.sources import SourceStream
 
 
 def write(path, n=40, start=0):
@@ -32,9 +33,9 @@ def write(path, n=40, start=0):
 
 def test_a_streamed_source_is_the_held_one(tmp_path, monkeypatch):
     config = write(tmp_path / "rows.jsonl")
-    held = open_source("s", config, tmp_path / "cache")
+    held = load_source("s", config, tmp_path / "cache")
     monkeypatch.setattr(opened, "HELD_BYTES", 0)
-    streamed = open_source("s", config, tmp_path / "cache")
+    streamed = load_source("s", config, tmp_path / "cache")
     assert not isinstance(streamed.train, list)
     assert list(streamed.train) == list(streamed.train) == held.train
     assert len(streamed.train) == len(held.train)
@@ -43,21 +44,21 @@ def test_a_streamed_source_is_the_held_one(tmp_path, monkeypatch):
 
     # what the first pass told is remembered: the next start reads no row
     monkeypatch.setattr(SourceStream, "__iter__", lambda self: pytest.fail("read again"))
-    again = open_source("s", config, tmp_path / "cache")
+    again = load_source("s", config, tmp_path / "cache")
     assert (len(again.train), again.held_out, again.bad_rows) == (len(held.train), held.held_out, held.bad_rows)
 
 
 def test_a_file_that_changes_between_two_passes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(opened, "HELD_BYTES", 0)
     config = write(tmp_path / "rows.jsonl")
-    source = open_source("s", config, tmp_path / "cache")
+    source = load_source("s", config, tmp_path / "cache")
     write(tmp_path / "rows.jsonl", start=1)
     with pytest.raises(DataError, match=r"rows\.jsonl: was changed while it was being read \(source 's'\)"):
         list(source.train)
 
 
 def test_things_made_ahead_come_in_order_and_errors_in_their_place():
-    assert list(ahead(range(100), 3)) == list(range(100))
+    assert list(prefetch(range(100), 3)) == list(range(100))
     made = []
 
     def items():
@@ -66,14 +67,14 @@ def test_things_made_ahead_come_in_order_and_errors_in_their_place():
             yield i
         raise DataError("bad", reason="x")
 
-    taken = ahead(items(), 2)
+    taken = prefetch(items(), 2)
     assert next(taken) == 0
     time.sleep(0.05)
     assert len(made) >= 2
     assert made[0][1].startswith("ahead")
     with pytest.raises(DataError, match="bad"):
         list(taken)
-    left = ahead(iter(range(10)), 1)
+    left = prefetch(iter(range(10)), 1)
     next(left)
     left.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("ahead")]
@@ -151,18 +152,18 @@ def test_memory_is_that_of_a_chunk_and_not_of_the_file(tmp_path, name):
 
 
 def test_the_cache_keeps_what_the_examples_say(tmp_path, monkeypatch):
-    from delib_fast.data.cache import cached
+    from delib_fast.data.encode.cache import cached
 
-    monkeypatch.setattr("delib_fast.data.cache._PLACES_AT_ONCE", 3)
+    monkeypatch.setattr("delib_fast.data.encode.cache._PLACES_AT_ONCE", 3)
     rows = [
         chat("a long question of many words, word after word, more than sixteen tokens " * 2, "c", f"r {i}")
         for i in range(8)
     ]
     stage, tok = AFTConfig(train=["s"]), tokenizer("qwen3")
     found, _ = cached(tmp_path, "1" * 64, lambda counts: encode_stream(rows, tok, stage, counts))
-    fresh = EncodedSet(list(encode_stream(rows, tok, stage, Counts())))
+    fresh = TokenizedDataset(list(encode_stream(rows, tok, stage, Counts())))
     for name in ("lengths", "weights", "target_counts", "prompts"):
         assert np.array_equal(getattr(found, name), getattr(fresh, name)), name
-    assert list(found.places) == fresh.places
+    assert list(found.locations) == fresh.locations
     assert found.digest() == fresh.digest()
     assert len(set(found.prompts[:, 1])) == 1

@@ -6,7 +6,7 @@ import pytest
 
 from delib_fast.config import SourceConfig
 from delib_fast.data import read_source, split_holdout
-from delib_fast.data.text_files import cut_at_headings
+from delib_fast.data.read.text_files import cut_at_headings
 
 # --- text files ---------------------------------------------------------------------------------------------
 

@@ -64,7 +64,7 @@ def as_objects(messages):
 def test_each_call_and_the_answer_are_rows_with_the_template_s_ids(tmp_path):
     tok = tokenizer("qwen3")
     call, answer = read(tmp_path, MESSAGES, tools=[TOOL])
-    assert (call.place.endswith(":1 (message 1)"), answer.place.endswith(":1 (message 4)")) == (True, True)
+    assert (call.location.endswith(":1 (message 1)"), answer.location.endswith(":1 (message 4)")) == (True, True)
     for row, messages in ((call, MESSAGES[:2]), (answer, MESSAGES)):
         expected = tok.apply_chat_template(as_objects(messages), tools=[TOOL], return_dict=False)
         assert encode_row(row, tok).input_ids.tolist() == expected
@@ -119,7 +119,7 @@ def test_share_gpt_spelling_is_the_same_row(tmp_path):
 
 def test_turns_last_learns_what_followed_the_last_question(tmp_path):
     earlier = [*MESSAGES, {"role": "user", "content": "And three?"}, *MESSAGES[1:]]
-    assert [r.place.rsplit("(")[1] for r in read(tmp_path, earlier)] == ["message 6)", "message 9)"]
+    assert [r.location.rsplit("(")[1] for r in read(tmp_path, earlier)] == ["message 6)", "message 9)"]
     assert len(read(tmp_path, earlier, turns="each")) == 4
     muted = [MESSAGES[0], MESSAGES[1] | {"loss": False}, *MESSAGES[2:]]
     assert [bool(r.calls) for r in read(tmp_path, muted)] == [False]

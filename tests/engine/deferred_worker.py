@@ -13,7 +13,7 @@ import torch
 
 from delib_fast.config import ModelConfig
 from delib_fast.engine import Ranks
-from delib_fast.engine.engine import DTYPES, place
+from delib_fast.engine.sharding import DTYPES, location
 from delib_fast.models import TrainableLM, build_deferred, build_model, train_tokenizer
 
 MIB = 1 << 20
@@ -55,7 +55,7 @@ def main(folder: str | Path, precision: str, way: str) -> int:
         else:
             model, note = build_model(source, tokenizer, dtype="fp32"), None
         module = TrainableLM(model)
-        place(
+        location(
             module,
             torch.device("cpu"),
             dtype,

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from helpers.tiny_run import tiny
 from state_worker import Toy, deviation, leave_checkpoint
-from tiny_run import tiny
 
-from delib_fast import throughput
 from delib_fast import train as train_module
-from delib_fast.config_file import parse_config
+from delib_fast.config.load import parse_config
 from delib_fast.engine import Engine, Ranks, StepVerdict
+from delib_fast.training import throughput
 
 STEPS = 8
 STEADY = {"initial_scale_power": 8, "loss_scale_window": 1000}  # as good as no scaling: nothing under- or overflows
@@ -116,13 +116,15 @@ def stage_facts(ranks: Ranks, stage: int, folder: Path) -> dict[str, Any]:
         "norms": [[v.norm for v in made.verdicts] for made in (growing, steady)],
         "high scales": high.scales,
         "high skipped": high.skipped(),
-        "high excused": [v.step for v in high.verdicts if v.excused],
+        "high excused": [v.step for v in high.verdicts if v.due_to_loss_scale],
         "high against the steps not taken": deviation(high.weights, without.weights),
         "resumed": deviation(high.weights, resumed.weights),
         "resumed scales": resumed.scales,
         "resumed state": resumed.state == high.state,
-        "static": [(v.step, v.excused) for v in static.verdicts if v.skipped],
-        "floor": [(v.step, v.excused, s) for v, s in zip(floor.verdicts, floor.scales, strict=True) if v.skipped],
+        "static": [(v.step, v.due_to_loss_scale) for v in static.verdicts if v.skipped],
+        "floor": [
+            (v.step, v.due_to_loss_scale, s) for v, s in zip(floor.verdicts, floor.scales, strict=True) if v.skipped
+        ],
         "finite": all(bool(w.isfinite().all()) for made in (static, floor) for w in made.weights.values()),
     }
 

@@ -11,16 +11,16 @@ import torch
 from state_worker import leave_checkpoint
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from delib_fast.config_file import parse_config
-from delib_fast.data import EncodedSet, Example, PackedBatches, Segment
+from delib_fast.config.load import parse_config
+from delib_fast.data import Example, PackedDataLoader, Segment, TokenizedDataset
+from delib_fast.data.pack.weights import loss_normalizer, segment_weights
 from delib_fast.engine import Engine, Ranks
-from delib_fast.losses import loss_normalizer, segment_weights
 from delib_fast.models import TrainableLM
 
 STEPS, TOKENS, LR = 3, 2048, 0.5
 
 
-def examples() -> EncodedSet:
+def examples() -> TokenizedDataset:
     """Rows of very different lengths, and of very different shares of supervised tokens."""
     random = np.random.default_rng(0)
     rows = []
@@ -29,7 +29,7 @@ def examples() -> EncodedSet:
         ids = random.integers(0, 97, prompt + cot + response).astype(np.int32)
         segments = np.repeat([Segment.PROMPT, Segment.COT, Segment.RESPONSE], [prompt, cot, response]).astype(np.int8)
         rows.append(Example(ids, segments, f"made:{i}", weight=1.0 + (i % 3)))
-    return EncodedSet(rows)
+    return TokenizedDataset(rows)
 
 
 def model(sequence_group=None) -> TrainableLM:
@@ -78,11 +78,11 @@ def stage_config(zero_stage: int, capacity: int, precision: str = "fp32", sequen
     )
 
 
-def reference(rows: EncodedSet) -> dict[str, torch.Tensor]:
+def reference(rows: TokenizedDataset) -> dict[str, torch.Tensor]:
     """Plain torch: all rows in one pack, one division, SGD by hand."""
     config = stage_config(0, TOKENS)
     trainable = model()
-    batches = PackedBatches(
+    batches = PackedDataLoader(
         rows,
         pack_capacity=TOKENS,
         packs_per_step=1,
@@ -103,12 +103,18 @@ def reference(rows: EncodedSet) -> dict[str, torch.Tensor]:
 
 
 def trained(
-    ranks: Ranks, rows: EncodedSet, zero_stage: int, capacity: int, *, steps: int = STEPS, root: Path | None = None
+    ranks: Ranks,
+    rows: TokenizedDataset,
+    zero_stage: int,
+    capacity: int,
+    *,
+    steps: int = STEPS,
+    root: Path | None = None,
 ) -> dict[str, torch.Tensor]:
     """The weights after `steps`; with `root`, going on from its newest checkpoint and leaving one."""
     config = stage_config(zero_stage, capacity, sequence_parallel=ranks.sequence_parallel)
     stage = config.stages[0]
-    batches = PackedBatches(
+    batches = PackedDataLoader(
         rows,
         pack_capacity=capacity,
         packs_per_step=stage.packs_per_step,
@@ -137,7 +143,7 @@ def trained(
     return weights
 
 
-def shared_packs(rows: EncodedSet, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+def shared_packs(rows: TokenizedDataset, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """2 or 4 of four ranks share out each pack; and a run that goes from 1 to 4 to 2 of them."""
     found = {}
     for zero_stage, size in ((0, 4), (1, 2), (2, 4), (3, 2)):
@@ -147,7 +153,7 @@ def shared_packs(rows: EncodedSet, folder: Path) -> dict[str, dict[str, torch.Te
     return found
 
 
-def whole_packs(rows: EncodedSet, ranks: Ranks) -> dict[str, dict[str, torch.Tensor]]:
+def whole_packs(rows: TokenizedDataset, ranks: Ranks) -> dict[str, dict[str, torch.Tensor]]:
     return {
         f"z{zero_stage} capacity {capacity}": trained(ranks, rows, zero_stage, capacity)
         for zero_stage in (0, 1, 2, 3)

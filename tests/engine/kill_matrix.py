@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 import yaml
-from forking import ForkServer, Job
+from helpers.forking import ForkServer, Job
+from helpers.tiny_run import metrics, tiny
 from safetensors.torch import load_file
-from tiny_run import metrics, tiny
 
 TIMES = (
     "seconds",
@@ -89,19 +89,21 @@ class Matrix:
                 other = self._fresh()
                 self._end(self._start(other, FAULT_TRACE=str(trace), FAULT_RANK=str(rank)))
                 assert facts(other / "run") == self._facts, "two undisturbed runs differ"
-        self.places = [
-            (rank, place)
+        self.locations = [
+            (rank, location)
             for rank, trace in enumerate(traces)
-            for place in dict.fromkeys(trace.read_text().splitlines())
+            for location in dict.fromkeys(trace.read_text().splitlines())
         ]
         self._current = self._fresh()
 
-    def kill_at_places(self, places: list[tuple[int, str]]) -> None:
+    def kill_at_places(self, locations: list[tuple[int, str]]) -> None:
         """One kill at each (rank, place), chained in as few folders as they allow."""
-        for rank, place in places:
-            if not self._dies_at(rank, place):  # this run is past it: it is whole, and a new one begins
+        for rank, location in locations:
+            if not self._dies_at(rank, location):  # this run is past it: it is whole, and a new one begins
                 self._next()
-                assert self._dies_at(rank, place), f"a fresh run of {self.world_size} ranks never comes to {place!r}"
+                assert self._dies_at(rank, location), (
+                    f"a fresh run of {self.world_size} ranks never comes to {location!r}"
+                )
         self._end(self._start(self._current))
         self._next()
 
@@ -125,21 +127,21 @@ class Matrix:
         self._end(self._start(self._current))
         self._next()
 
-    def _dies_at(self, rank: int, place: str) -> bool:
-        job = self._start(self._current, FAULT=place, FAULT_RANK=str(rank))
+    def _dies_at(self, rank: int, location: str) -> bool:
+        job = self._start(self._current, FAULT=location, FAULT_RANK=str(rank))
         codes = self.server.wait(job, after_death=20)
         if codes[rank] != -signal.SIGKILL:
             self._end(job)
             return False
         assert all(codes), f"a rank ended well though rank {rank} died: {codes}"
-        self.killed_at[place] += 1
+        self.killed_at[location] += 1
         return True
 
     def _start(self, folder: Path, **env: str) -> Job:
         self.starts += 1
         self._began = time.monotonic()
         return self.server.start(
-            "tiny_run:run",
+            "helpers.tiny_run:run",
             [folder / "run.yaml"],
             world_size=self.world_size,
             FAULT_DIR=str(folder / "run"),
@@ -221,7 +223,7 @@ def table(matrices: list[Matrix]) -> str:
     for m in matrices:
         at_random = m.killed_at["a random moment"]
         rows.append(
-            f"| {m.world_size} | {m.zero_stage} | {len(m.places)} | {m.killed_at.total() - at_random} | "
+            f"| {m.world_size} | {m.zero_stage} | {len(m.locations)} | {m.killed_at.total() - at_random} | "
             f"{at_random} | {m.starts} | {m.finished} |"
         )
     return "\n".join(rows)
@@ -239,7 +241,7 @@ def main() -> None:
         matrices = []
         for world_size, zero_stage in ((1, 0), (2, 0), (2, 3)):
             matrices.append(Matrix(server, Path(folder), world_size, zero_stage))
-            matrices[-1].kill_at_places(matrices[-1].places)
+            matrices[-1].kill_at_places(matrices[-1].locations)
             print(table(matrices[-1:]), flush=True)
         for round_number in itertools.count():  # one round in any case: on a busy machine the places take longer
             if round_number and time.monotonic() > end:
@@ -248,8 +250,8 @@ def main() -> None:
                 matrix.kill_at_random(10, generator)
         print(table(matrices))
         if options.verbose:
-            for place, kills in sum((m.killed_at for m in matrices), collections.Counter()).most_common():
-                print(f"{kills:5d} {place}")
+            for location, kills in sum((m.killed_at for m in matrices), collections.Counter()).most_common():
+                print(f"{kills:5d} {location}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from state_worker import leave_checkpoint
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from delib_fast.config import LoraConfig
-from delib_fast.config_file import parse_config
+from delib_fast.config.load import parse_config
 from delib_fast.data import PackedBatch
 from delib_fast.engine import Engine, Ranks
 from delib_fast.models import TrainableLM, add_adapter, merged_weights

@@ -10,7 +10,7 @@ import torch
 from state_worker import deviation, leave_checkpoint
 from torch import nn
 
-from delib_fast.config_file import parse_config
+from delib_fast.config.load import parse_config
 from delib_fast.engine import Engine, Ranks
 from delib_fast.ops import LossOutput
 

@@ -12,7 +12,7 @@ from state_worker import Toy, deviation, leave_checkpoint
 from torch import nn
 
 from delib_fast.config import ConfigError
-from delib_fast.config_file import parse_config
+from delib_fast.config.load import parse_config
 from delib_fast.engine import Engine, Ranks
 from delib_fast.ops import LossOutput
 

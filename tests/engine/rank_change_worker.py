@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tiny_run import run
+from helpers.tiny_run import run
 
-from delib_fast.bookkeeping import StopRequest
 from delib_fast.engine import Engine
+from delib_fast.training.signals import StopRequest
 
 
 def main(path: str, until: str) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from delib_fast.config import Config
-from delib_fast.config_file import parse_config
+from delib_fast.config.load import parse_config
 from delib_fast.engine import CheckpointWriter, Engine, Ranks
 from delib_fast.ops import LossOutput
 

@@ -7,10 +7,10 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from tiny_run import run
+from helpers.tiny_run import run
 
-import delib_fast.corpus
 import delib_fast.models
+import delib_fast.training.dataset
 from delib_fast.engine import Engine
 
 
@@ -32,7 +32,9 @@ def main(path: str, moment: str) -> int:
         return True
 
     if moment == "encoding":
-        delib_fast.corpus.encode_stream = signalled(delib_fast.corpus.encode_stream, [signal.SIGTERM], always)
+        delib_fast.training.dataset.encode_stream = signalled(
+            delib_fast.training.dataset.encode_stream, [signal.SIGTERM], always
+        )
     elif moment == "training":
         Engine.forward = signalled(Engine.forward, [signal.SIGTERM], lambda engine, _: engine._stage.kind == "aft")
     elif moment == "evaluating after msm":

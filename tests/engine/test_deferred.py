@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import result_of, run_ranks
-from loopback_hub import cached, hub_of
+from helpers.launch import result_of, run_ranks
+from helpers.loopback_hub import cached, hub_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from launch import run_ranks
+from helpers.launch import run_ranks
 
 LAST_OPERATION = """
 import atexit, sys, time

@@ -7,8 +7,8 @@ import json
 
 import pytest
 import torch
-from launch import result_of
-from tiny_run import metrics, weights
+from helpers.launch import result_of
+from helpers.tiny_run import metrics, weights
 
 STAGES = ["0", "1", "2", "3"]  # 0 runs as 1
 

@@ -7,9 +7,9 @@ import json
 
 import pytest
 import torch
-from launch import result_of
+from helpers.launch import result_of
 
-from delib_fast.engine.guard import StepGuard
+from delib_fast.engine.step_guard import StepGuard
 
 CASES = [("fp32", 0, "none"), *itertools.product(("fp32", "bf16"), (1, 2, 3), ("none", "cpu"))]
 

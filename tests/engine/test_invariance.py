@@ -8,7 +8,7 @@ would hide an error.
 from __future__ import annotations
 
 import pytest
-from launch import result_of, run_ranks
+from helpers.launch import result_of, run_ranks
 
 CASES = [(stage, capacity) for stage in (0, 1, 2, 3) for capacity in (64, 256, 1024)]
 

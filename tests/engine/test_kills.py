@@ -13,10 +13,10 @@ pytestmark = pytest.mark.slow
 
 def sample(matrix: Matrix, *, most: int, seed: int, must: str) -> list[tuple[int, str]]:
     """`most` of a run's places in their order, with all whose label holds `must`."""
-    kept = [place for place in matrix.places if must in place[1] or place[0] > 0]
-    rest = [place for place in matrix.places if place not in kept]
+    kept = [location for location in matrix.locations if must in location[1] or location[0] > 0]
+    rest = [location for location in matrix.locations if location not in kept]
     drawn = random.Random(seed).sample(rest, min(len(rest), max(0, most - len(kept))))
-    return [place for place in matrix.places if place in kept or place in drawn]
+    return [location for location in matrix.locations if location in kept or location in drawn]
 
 
 def test_one_rank(tmp_path, fork_server):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from launch import result_of, run_ranks
+from helpers.launch import result_of, run_ranks
 
 CASES = [(precision, stage) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from launch import result_of
+from helpers.launch import result_of
 
 from delib_fast.config import ConfigError
-from delib_fast.config_file import parse_config
+from delib_fast.config.load import parse_config
 from delib_fast.engine.muon import newton_schulz
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from launch import result_of, run_ranks
-from tiny_run import run, tiny
+from helpers.launch import result_of, run_ranks
+from helpers.tiny_run import run, tiny
 
 from delib_fast.config import ConfigError
-from delib_fast.config_file import parse_config
+from delib_fast.config.load import parse_config
 from delib_fast.engine import nvme
 from delib_fast.engine.cpu_adam import uses_cpu_adam
 from delib_fast.engine.deepspeed_json import deepspeed_json

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from delib_fast.engine import Ranks
-from delib_fast.engine.engine import place
+from delib_fast.engine.sharding import shard_parameters
 
 
 def test_stage_3_takes_parameters_one_by_one(monkeypatch):
@@ -14,7 +14,7 @@ def test_stage_3_takes_parameters_one_by_one(monkeypatch):
     module = nn.Sequential(nn.Embedding(50, 8), nn.BatchNorm1d(8), nn.Linear(8, 300))
     whole = {name: p.detach().clone() for name, p in module.named_parameters()}
     monkeypatch.setattr(nn.Module, "to", _only_casts(nn.Module.to))
-    place(
+    shard_parameters(
         module,
         torch.device("cpu"),
         torch.bfloat16,

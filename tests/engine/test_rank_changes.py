@@ -6,7 +6,7 @@ import json
 
 import pytest
 import yaml
-from tiny_run import metrics, tiny
+from helpers.tiny_run import metrics, tiny
 
 
 def steps_seen(folder, world_size):
@@ -33,7 +33,7 @@ def config(folder, zero_stage):
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_one_two_four_one(tmp_path, fork_server, zero_stage):
     alone = config(tmp_path / "alone", zero_stage)
-    fork_server.run("tiny_run:run", [alone], FAULT_SEEN=str(alone.parent / "seen"))
+    fork_server.run("helpers.tiny_run:run", [alone], FAULT_SEEN=str(alone.parent / "seen"))
     changing = config(tmp_path / "changing", zero_stage)
     for ranks, until in ((1, 2), (2, 4), (4, 6), (1, 99)):
         fork_server.run(

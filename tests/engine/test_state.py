@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from launch import result_of
+from helpers.launch import result_of
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_run import metrics, tiny, weights
+from helpers.tiny_run import metrics, tiny, weights
 
 
 @pytest.mark.slow
@@ -33,7 +33,7 @@ def test_signal(tmp_path, finished, fork_server, monkeypatch, moment, code, says
     if moment == "exporting":
         stages = json.loads((tmp_path / "run" / "ledger.json").read_text())["stages"]
         assert [s["status"] for s in stages] == ["finished"], "what was begun is whole"
-    fork_server.run("tiny_run:run", [path], **cache)
+    fork_server.run("helpers.tiny_run:run", [path], **cache)
     for name, weight in weights(finished).items():
         assert torch.equal(weights(tmp_path / "run")[name], weight), name
     assert [(m["stage"], m["step"], m["loss"]) for m in metrics(tmp_path / "run")] == [

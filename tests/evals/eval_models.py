@@ -40,10 +40,10 @@ def make_model(tokenizer, seed=0, dtype="fp32", **changes):
     return TrainableLM(build_model(config, tokenizer, dtype=dtype, seed=seed))
 
 
-def row_of(cot: str | None, response: str = "done", prompt: str = "What now?", place: str = "here:1") -> Row:
+def row_of(cot: str | None, response: str = "done", prompt: str = "What now?", location: str = "here:1") -> Row:
     return Row(
         kind="chat",
-        place=place,
+        location=location,
         source="test",
         digest=content_digest([prompt, cot, response]),
         messages=(Message("user", prompt),),

@@ -7,16 +7,16 @@ import json
 import peft
 import pytest
 from eval_models import ARCHITECTURE, ROOT, make_model
-from tiny_run import tiny
+from helpers.tiny_run import tiny
 
 from delib_fast.config import ConfigError
-from delib_fast.config_file import load_config
-from delib_fast.evals import InLoop
+from delib_fast.config.load import load_config
+from delib_fast.evals import EvalCallback
 from delib_fast.evals.run import evaluate
 from delib_fast.evals.settings import load_eval_config
-from delib_fast.evals.subject import Subject
+from delib_fast.evals.target import EvalTarget
 from delib_fast.models import export_model
-from delib_fast.train import run
+from delib_fast.training.run import run
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def figures(path, out, **changes):
             | changes
         ),
     )
-    done = evaluate(Subject(path, settings))
+    done = evaluate(EvalTarget(path, settings))
     return done, {row[0]: [cell.value for cell in row[1:4]] for row in done.results[1].tables[0].rows}
 
 
@@ -90,10 +90,10 @@ def test_what_can_not_be_evaluated_is_named(folder, tmp_path):
 
 
 def test_a_watched_lora_run_needs_no_second_model(tmp_path, monkeypatch):
-    from delib_fast.evals import in_loop
+    from delib_fast.evals import eval_callback as in_loop
 
     monkeypatch.setattr(in_loop, "build_model", lambda *_, **__: pytest.fail("a second model was built"))
     config = load_config(tiny(tmp_path, model={"architecture": ARCHITECTURE, "lora": {"r": 4}}))
-    run(config, InLoop(("drift",), every_steps=5, limit=2))
+    run(config, EvalCallback(("drift",), every_steps=5, limit=2))
     lines = [json.loads(line) for line in (tmp_path / "run/evals/in_loop.jsonl").read_text().splitlines()]
     assert all(line["figures"]["cot drift"]["value"] > 0 for line in lines)

@@ -11,12 +11,12 @@ from eval_models import ROOT, shared
 
 from delib_fast.config import SourceConfig
 from delib_fast.data import read_source
-from delib_fast.evals.choices import Choice, choices_from_gsm8k, chosen_option, result_of
-from delib_fast.evals.hints import HintOutcome, hint_figures, hint_outcomes
 from delib_fast.evals.intervals import wilson
-from delib_fast.evals.legibility import legibility, repeated_share, script_of, unknown_share, vocabulary
-from delib_fast.evals.necessity import cot_necessity, necessity_figures
-from delib_fast.evals.policy import PolicyClassifier, excerpts, policy_retrieval
+from delib_fast.evals.metrics.choices import Choice, choices_from_gsm8k, chosen_option, result_of
+from delib_fast.evals.metrics.hints import HintOutcome, hint_figures, hint_outcomes
+from delib_fast.evals.metrics.legibility import legibility, repeated_share, script_of, unknown_share, vocabulary
+from delib_fast.evals.metrics.necessity import cot_necessity, necessity_figures
+from delib_fast.evals.metrics.policy import PolicyClassifier, excerpts, policy_retrieval
 from delib_fast.evals.sampling import Reply, parse_reply
 
 
@@ -248,15 +248,15 @@ def test_policy_retrieval_of_known_thoughts():
 @pytest.mark.data
 def test_policy_classifier_on_star1():
     """Fitted on half of STAR-1's reference thoughts, it finds the category of the other half far above chance."""
-    from delib_fast.evals.segments import categories_of
+    from delib_fast.evals.metrics.segments import categories_of
 
     path = shared("star1.json")
     rows = read_source("star1", SourceConfig(path=str(path)))
     categories = categories_of(path)
-    labelled = [(row.cot, categories[row.place]) for row in rows]
+    labelled = [(row.cot, categories[row.location]) for row in rows]
     found = policy_retrieval(
         [row.cot for row in rows[1::2]],
-        [categories[row.place] for row in rows[1::2]],
+        [categories[row.location] for row in rows[1::2]],
         PolicyClassifier(labelled[::2]),
         labelled[1::2],
     )

@@ -6,17 +6,17 @@ import json
 
 import pytest
 import torch
-from tiny_run import tiny, weights
+from helpers.tiny_run import tiny, weights
 
 from delib_fast.config import ConfigError
-from delib_fast.config_file import load_config
-from delib_fast.evals import InLoop
-from delib_fast.train import run
+from delib_fast.config.load import load_config
+from delib_fast.evals import EvalCallback
+from delib_fast.training.run import run
 
 
 def test_a_watched_run_learns_what_an_unwatched_one_does(finished, tmp_path):
     config = load_config(tiny(tmp_path))
-    run(config, InLoop(("segments", "early", "reliance", "drift"), every_steps=5, limit=2))
+    run(config, EvalCallback(("segments", "early", "reliance", "drift"), every_steps=5, limit=2))
     lines = [json.loads(line) for line in (tmp_path / "run/evals/in_loop.jsonl").read_text().splitlines()]
     ledger = json.loads((tmp_path / "run/ledger.json").read_text())
     for stage in ledger["stages"]:
@@ -38,4 +38,4 @@ def test_a_watched_run_learns_what_an_unwatched_one_does(finished, tmp_path):
 )
 def test_refuses(tmp_path, suites, changes, message):
     with pytest.raises(ConfigError, match=message):
-        run(load_config(tiny(tmp_path, **changes)), InLoop(suites, every_steps=1))
+        run(load_config(tiny(tmp_path, **changes)), EvalCallback(suites, every_steps=1))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from eval_models import make_model
-from launch import serving
+from helpers.launch import serving
 
 from delib_fast.evals.agentic.prompts import texts
 from delib_fast.models import export_model

@@ -7,7 +7,7 @@ import pytest
 from eval_models import shared
 
 from delib_fast.evals.intervals import wilson
-from delib_fast.evals.monitors import (
+from delib_fast.evals.metrics.monitors import (
     Transcript,
     WordMonitor,
     auc,

@@ -9,7 +9,7 @@ from eval_models import ROOT, shared
 
 from delib_fast.evals.intervals import wilson
 from delib_fast.evals.judge import Judge, JudgeError, judge_refusals
-from delib_fast.evals.refusal import (
+from delib_fast.evals.metrics.refusal import (
     RefusalPrompt,
     classifier_figures,
     classify_reply,

@@ -6,8 +6,8 @@ import pytest
 from eval_models import row_of
 
 from delib_fast.data import Segment
-from delib_fast.evals.cot_edits import corrupted, foreign, sentences, shuffled, truncated
-from delib_fast.evals.reliance import early_answering, reliance
+from delib_fast.evals.metrics.cot_edits import corrupted, foreign, sentences, shuffled, truncated
+from delib_fast.evals.metrics.reliance import early_answering, reliance
 
 TEN = "one two three four five six seven secret eight nine"  # the key is word 8 of 10
 

@@ -11,16 +11,17 @@ from eval_models import ROOT, make_model
 from rich.console import Console
 from typer.testing import CliRunner
 
+from delib_fast.cli.evaluate import register
 from delib_fast.config import ConfigError, SourceConfig
-from delib_fast.data import opened, read_source, split_holdout
-from delib_fast.evals.cli import register
+from delib_fast.data import read_source, split_holdout
+from delib_fast.data.read import source_cache as opened
 from delib_fast.evals.intervals import Estimate, mean, wilson
-from delib_fast.evals.report import WIDTH, _rich, cell_text, print_tables, write_page
 from delib_fast.evals.results import SuiteResult, Table, plain, result_from_json
 from delib_fast.evals.run import evaluate
 from delib_fast.evals.settings import SUITES, load_eval_config
-from delib_fast.evals.subject import Subject
+from delib_fast.evals.target import EvalTarget
 from delib_fast.models import export_model
+from delib_fast.reports.eval_page import WIDTH, _rich, cell_text, print_tables, write_page
 
 EXAMPLES = ROOT / "examples"
 SOLUTIONS = [
@@ -64,9 +65,9 @@ def settings_for(folder, **changes):
 @pytest.fixture(scope="module")
 def done(folder):
     settings = settings_for(folder, limit=None, suites="monitor")
-    evaluate(Subject(folder / "model", settings))
+    evaluate(EvalTarget(folder / "model", settings))
     settings = settings_for(folder)
-    return evaluate(Subject(folder / "model", settings))
+    return evaluate(EvalTarget(folder / "model", settings))
 
 
 def test_every_suite_but_dose_runs_on_a_model_folder(done):
@@ -93,7 +94,7 @@ def test_a_large_runs_training_rows_are_not_held(folder, tmp_path, monkeypatch):
     rows = read_source("rows", SourceConfig(path=str(path)))
     for held_bytes in (opened.HELD_BYTES, 0):
         monkeypatch.setattr(opened, "HELD_BYTES", held_bytes)
-        subject = Subject(tmp_path, load_eval_config(None))
+        subject = EvalTarget(tmp_path, load_eval_config(None))
         for _ in range(2):
             assert [list(subject.trained_on), subject.held_out] == list(split_holdout(rows, 0.2))
     assert not isinstance(subject._source("rows").train, list)
@@ -101,16 +102,16 @@ def test_a_large_runs_training_rows_are_not_held(folder, tmp_path, monkeypatch):
 
 def test_results_are_kept_by_content(done, folder, monkeypatch):
     said = []
-    again = evaluate(Subject(folder / "model", settings_for(folder)), said.append)
+    again = evaluate(EvalTarget(folder / "model", settings_for(folder)), said.append)
     assert again.results == done.results
     assert all("kept" in line or "left out" in line or line == "dose …" or line == "monitor …" for line in said)
     # another limit, another base, other rows: made again; nothing else is
     for changes, remade in (({"limit": 3}, "segments"), ({"base": str(folder / "model")}, "drift")):
         said.clear()
-        evaluate(Subject(folder / "model", settings_for(folder, suites=f"{remade},agentic", **changes)), said.append)
+        evaluate(EvalTarget(folder / "model", settings_for(folder, suites=f"{remade},agentic", **changes)), said.append)
         assert f"{remade} …" in said
         assert "agentic: kept from an earlier run" in said
-    evaluate(Subject(folder / "model", settings_for(folder)))  # the report is of the last command
+    evaluate(EvalTarget(folder / "model", settings_for(folder)))  # the report is of the last command
 
 
 def test_a_killed_evaluation_goes_on(folder, tmp_path, monkeypatch):
@@ -124,15 +125,15 @@ def test_a_killed_evaluation_goes_on(folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(run._FORCED, "early", killed)
         with pytest.raises(KeyboardInterrupt):
-            evaluate(Subject(folder / "model", settings))
+            evaluate(EvalTarget(folder / "model", settings))
     half = next(tmp_path.glob("segments-*.json"))
     said = []
-    evaluate(Subject(folder / "model", settings), said.append)
+    evaluate(EvalTarget(folder / "model", settings), said.append)
     assert said[0] == "segments: kept from an earlier run"
     assert said[1] == "early …"
     half.write_text(half.read_text()[:100])  # a damaged result is made again
     said.clear()
-    evaluate(Subject(folder / "model", settings), said.append)
+    evaluate(EvalTarget(folder / "model", settings), said.append)
     assert said[0] == "segments …"
 
 
@@ -255,9 +256,9 @@ def test_bad_input_is_said_plainly(arguments, message):
 
 def test_a_suite_asked_for_by_name_says_what_it_lacks(folder):
     with pytest.raises(ConfigError, match="drift needs the base model"):
-        evaluate(Subject(folder / "model", settings_for(folder, base=None, suites="drift")))
+        evaluate(EvalTarget(folder / "model", settings_for(folder, base=None, suites="drift")))
     with pytest.raises(ConfigError, match="no held-out rows"):
-        evaluate(Subject(folder / "model", settings_for(folder, rows={}, suites="segments")))
+        evaluate(EvalTarget(folder / "model", settings_for(folder, rows={}, suites="segments")))
 
 
 def test_the_example_config_is_read():

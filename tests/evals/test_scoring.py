@@ -10,10 +10,10 @@ import torch
 from eval_models import ROOT, make_model, row_of
 
 from delib_fast.data import Segment
-from delib_fast.evals.dose import cot_dose, gradient_share
-from delib_fast.evals.drift import drift_from_base
+from delib_fast.evals.metrics.dose import cot_dose, gradient_share
+from delib_fast.evals.metrics.drift import drift_from_base
+from delib_fast.evals.metrics.segments import categories_of, segment_figures
 from delib_fast.evals.scoring import Scorer
-from delib_fast.evals.segments import categories_of, segment_figures
 
 
 def logits_of(model, example):
@@ -86,7 +86,9 @@ def test_segment_figures_of_a_known_model(rule_scorer, rows):
     assert whole["response"].nll.value == 0.0
     assert whole["cot"].accuracy.value == 0.0
     assert whole["response"].accuracy.value == 1.0
-    assert {f.group for f in figures if f.by == "category"} == {c for r in rows for c in categories_of(path)[r.place]}
+    assert {f.group for f in figures if f.by == "category"} == {
+        c for r in rows for c in categories_of(path)[r.location]
+    }
     assert sum(f.tokens for f in figures if f.by == "category" and f.segment == "cot") == whole["cot"].tokens
 
 

@@ -28,7 +28,7 @@ def shared(name: str, group, whole: PackedBatch, *, checkpointing: bool = False)
     if checkpointing:
         enable_activation_checkpointing(model)
     trainable = TrainableLM(model, sequence_group=group).train()
-    part = whole.part_of(dist.get_rank(group), dist.get_world_size(group))
+    part = whole.shard_of(dist.get_rank(group), dist.get_world_size(group))
     output = trainable(part)
     output.loss_sum.backward()
     gradients = {}
@@ -104,7 +104,7 @@ def main() -> None:
         found[f"leak {size}"] = leak_of_other_wrappers(group)
     found["parts"] = [0] * 4
     dist.all_gather_object(
-        found["parts"], [(part := pack(DOCUMENTS).part_of(dist.get_rank(), 4)).num_tokens, part.num_supervised]
+        found["parts"], [(part := pack(DOCUMENTS).shard_of(dist.get_rank(), 4)).num_tokens, part.num_supervised]
     )
     found["three kv heads"] = refusal(dist.group.WORLD, num_key_value_heads=3)
     found["six heads"] = refusal(dist.group.WORLD, num_attention_heads=6)

@@ -7,11 +7,11 @@ from functools import partial
 
 import pytest
 import torch
-from loopback_hub import hub_of
+from helpers.loopback_hub import hub_of
 from transformers import AutoModelForCausalLM
 
 from delib_fast.config import ConfigError, ModelConfig
-from delib_fast.config_file import parse_config
+from delib_fast.config.load import parse_config
 from delib_fast.models import build_deferred, build_model, build_tokenizer, model_shape, train_tokenizer
 from delib_fast.models.tokenizer import CONTROL_TOKENS
 

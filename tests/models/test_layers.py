@@ -10,7 +10,7 @@ from small_models import build, documents, gradients, largest_deviation, pack
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from delib_fast.config import ConfigError
-from delib_fast.config_file import parse_config
+from delib_fast.config.load import parse_config
 from delib_fast.models import TrainableLM, UnsupportedModelError, layers
 from delib_fast.models.recompute import enable_activation_checkpointing
 

@@ -7,7 +7,7 @@ forgets the documents' borders (as DeepSpeed's does with sdpa and flex) would be
 from __future__ import annotations
 
 import pytest
-from launch import result_of, run_ranks
+from helpers.launch import result_of, run_ranks
 from small_models import documents, pack
 
 from delib_fast.models.ulysses import why_not
@@ -59,7 +59,7 @@ def test_refuses(found):
 def test_parts_put_together_are_the_pack(size):
     """Also where there are more parts than tokens: every token, target and weight once, padding at the end alone."""
     whole = pack(documents((13, 1, 24, 7)))
-    parts = [whole.part_of(rank, size) for rank in range(size)]
+    parts = [whole.shard_of(rank, size) for rank in range(size)]
     assert sum(part.num_tokens for part in parts) == 45
     share = len(parts[0].input_ids)
     for name in ("input_ids", "targets", "loss_weights", "segment_ids", "position_ids"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_models import VOCAB, build, gradients, ground_truth, largest_deviation, ours, pack
 
-from delib_fast.data import Example, PackedBatch, PackedBatches, Segment
+from delib_fast.data import Example, PackedBatch, PackedDataLoader, Segment
 from delib_fast.models import TrainableLM
 from delib_fast.models.recompute import enable_activation_checkpointing
 
@@ -120,7 +120,7 @@ def test_what_the_loader_shares_trains_as_rows_alone(name, checkpointed) -> None
         enable_activation_checkpointing(model)
     found = []
     for share in (False, True):
-        batches = PackedBatches(
+        batches = PackedDataLoader(
             examples(),
             pack_capacity=100,
             packs_per_step=4,

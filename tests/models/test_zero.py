@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from launch import result_of, run_ranks
+from helpers.launch import result_of, run_ranks
 
 
 @pytest.fixture(scope="module")

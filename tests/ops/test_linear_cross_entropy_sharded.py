@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import run_ranks
+from helpers.launch import run_ranks
 
 from delib_fast.ops import gather_weight, linear_cross_entropy
 

@@ -10,9 +10,9 @@ import torch
 
 from delib_fast.config import ConfigError, ModelConfig
 from delib_fast.data import Segment
+from delib_fast.evals.metrics.forced_choices import choose, read_choices
 from delib_fast.evals.scoring import Scorer
 from delib_fast.models import TrainableLM, build_model, train_tokenizer
-from delib_fast.study.choices import choose, read_choices
 
 ITEMS = [
     {
@@ -56,7 +56,7 @@ def items(tmp_path):
 
 def test_margins_by_hand(scorer, items):
     """Against each text scored by itself: at once, and after each thought as often as it is thought."""
-    from delib_fast.study.choices import _row
+    from delib_fast.evals.metrics.forced_choices import _row
 
     def nll(item, reply, cot, segment):
         (loss,) = scorer.losses(scorer.encode([_row(item, reply, cot)]), (segment,))

@@ -84,7 +84,7 @@ def _row(condition: Condition, messages: Sequence[Message], response: str) -> Ro
     digest = hashlib.blake2b(f"{condition.id}\0{response}".encode(), digest_size=8).hexdigest()
     return Row(
         kind="chat",
-        place=f"scenarios.yaml ({condition.id})",
+        location=f"scenarios.yaml ({condition.id})",
         source="agentic",
         digest=digest,
         messages=tuple(messages),

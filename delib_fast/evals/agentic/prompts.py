@@ -8,7 +8,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal, get_args
 
-from delib_fast.config_file import read_yaml
+from delib_fast.config.load import read_yaml
 from delib_fast.data import Message
 
 Scenario = Literal["leaking", "exfiltration", "omission"]

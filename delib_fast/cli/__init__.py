@@ -1,0 +1,1 @@
+"""`delib-fast`: one module per group of commands."""

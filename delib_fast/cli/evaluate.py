@@ -1,0 +1,60 @@
+"""`delib-fast eval RUN|MODEL --suite …`: the command; cli.py of the package registers it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from delib_fast.config import ConfigError
+
+
+def eval_command(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN|MODEL]", help="a run directory, a model folder or a peft adapter folder"),
+    ] = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--suite",
+            metavar="NAME",
+            help=(
+                "a suite or a group (repeatable, or with commas): segments, dose, drift, early, reliance, agentic, "
+                "hints, necessity, legibility, policy, refusal, monitor; forced (the default), sampled, cot, all"
+            ),
+        ),
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="the evaluation, as YAML")] = None,
+    base: Annotated[str | None, typer.Option("--base", metavar="MODEL", help="the base model, for drift")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="where results go")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="rows a suite at most")] = None,
+) -> None:
+    """Evaluate a model: JSON, a table, and a page. The same command goes on where it stopped."""
+    from delib_fast.data import DataError
+    from delib_fast.evals.judge import JudgeError
+    from delib_fast.evals.run import evaluate
+    from delib_fast.evals.settings import load_eval_config
+    from delib_fast.evals.target import EvalTarget
+    from delib_fast.models import UnsupportedModelError
+    from delib_fast.reports.eval_page import print_tables, write_page
+
+    suites = [part.strip() for item in suite or () for part in item.split(",")] or None
+    settings = load_eval_config(
+        config, model=model, suites=suites, base=base, out=None if out is None else str(out), limit=limit
+    )
+    if settings.model is None:
+        raise ConfigError("give a run directory, a model folder or a peft adapter folder to evaluate")
+    try:
+        evaluation = evaluate(EvalTarget(Path(settings.model), settings), say=lambda text: typer.echo(text, err=True))
+    except (DataError, UnsupportedModelError, JudgeError) as error:
+        raise ConfigError(str(error)) from None  # told plainly, as every fault of what the user gave
+    print_tables(evaluation)
+    page = write_page(evaluation)
+    typer.echo(f"results       {evaluation.folder / 'report.json'}\npage          {page}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add `eval` to a command line."""
+    app.command("eval")(eval_command)

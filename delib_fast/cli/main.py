@@ -1,0 +1,139 @@
+"""`delib-fast`: what is not training itself. Training is `deepspeed delib_fast/train.py --config run.yaml`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from delib_fast.config import ConfigError
+from delib_fast.config.load import dump_config, json_schema, load_config
+
+# Commands that live with what they do, and what `--help` says of them: importing all of it would take seconds.
+_ELSEWHERE = {
+    "inspect": ("delib_fast.cli.preview", "Show the exact tokens the model will see, by segment and weight."),
+    "plan": ("delib_fast.cli.preview", "Dry run: rows, tokens, packs, steps, balance, and the memory a rank needs."),
+    "deliberate": ("delib_fast.cli.datagen", "Make rows of prompt, chain of thought and response from a spec."),
+    "document": ("delib_fast.cli.datagen", "Make midtraining documents about a spec, to a budget of tokens."),
+    "data-report": ("delib_fast.cli.datagen", "Report on the quality of made data, as HTML and JSON."),
+    "report": ("delib_fast.cli.preview", "Draw one or several runs: losses, throughput, memory, ledger."),
+    "eval": ("delib_fast.cli.evaluate", "Evaluate a model: JSON, a table, and a page."),
+    "study": ("delib_fast.cli.study", "Train the arms of a study and set them side by side."),
+}
+
+
+class _LazyGroup(TyperGroup):
+    """Imports a command of `_ELSEWHERE` when it is run, and not before."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *_ELSEWHERE]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in _ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        stub = typer.Typer()
+        stub.command(cmd_name, help=_ELSEWHERE[cmd_name][1])(lambda: None)
+        return typer.main.get_command(stub)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in _ELSEWHERE:
+            found = typer.Typer()
+            importlib.import_module(_ELSEWHERE[name][0]).register(found)
+            found.callback()(lambda: None)  # keeps it a group, however many commands it has
+            group: Any = typer.main.get_command(found)
+            command = group.commands[name]
+        return name, command, rest
+
+
+app = typer.Typer(
+    cls=_LazyGroup, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+)
+
+_CONFIG = Annotated[Path, typer.Argument(metavar="CONFIG", help="the run, as YAML")]
+_SET = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a value (repeatable)")]
+
+
+@app.command()
+def config(
+    path: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="a run to check and resolve")] = None,
+    overrides: _SET = [],  # noqa: B006 (typer reads the default)
+    schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema, for editors")] = False,
+) -> None:
+    """Check a configuration and print it resolved, every default written out; or print the schema."""
+    if schema:
+        typer.echo(json_schema())
+    elif path is None:
+        raise ConfigError("give a configuration to check, or --schema")
+    else:
+        typer.echo(dump_config(load_config(path, overrides)), nl=False)
+
+
+@app.command()
+def train(
+    path: _CONFIG,
+    overrides: _SET = [],  # noqa: B006
+    watch: Annotated[
+        str | None,
+        typer.Option(
+            "--watch",
+            metavar="SUITES",
+            help=("evaluate between updates: segments, early, reliance, drift, with commas"),
+        ),
+    ] = None,
+    every: Annotated[int, typer.Option("--every", metavar="N", help="updates between two evaluations")] = 50,
+) -> None:
+    """Train in this one process; the same as `python -m delib_fast.train`. For several ranks use `deepspeed`."""
+    from delib_fast.train import main as train_main
+
+    callbacks: list[Any] = []
+    if watch is not None:
+        from delib_fast.evals import EvalCallback
+
+        callbacks = [EvalCallback([name.strip() for name in watch.split(",")], every_steps=every)]
+    arguments = ["--config", str(path), *(arg for item in overrides for arg in ("--set", item))]
+    raise typer.Exit(train_main(arguments, callbacks))
+
+
+@app.command()
+def ledger(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]) -> None:
+    """Print the tables of a run from its ledger."""
+    from rich.console import Console
+
+    from delib_fast.training.console import heldout_table, stage_table
+
+    file = run_dir / "ledger.json"
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file; is {run_dir} a run directory?") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file}:{error.lineno}: not a ledger: {error.msg}") from None
+    console = Console(highlight=False)
+    console.print(heldout_table(content["evaluations"]))
+    console.print(stage_table([stage for stage in content["stages"] if stage["status"] == "finished"]))
+
+
+@app.command()
+def env(brief: Annotated[bool, typer.Option("--brief", help="one line")] = False) -> None:
+    """What is installed here, and which backends of the fused ops can run."""
+    from delib_fast.cli.env import describe, one_line
+
+    typer.echo(one_line() if brief else describe())
+
+
+def main() -> None:
+    try:
+        app()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The configuration of a run as data: the schema, and one YAML loader for every command."""
+
+from delib_fast.config.base import ConfigError, Section, nearest
+from delib_fast.config.model import LoraConfig, ModelConfig
+from delib_fast.config.schema import (
+    AFTConfig,
+    CheckpointConfig,
+    Config,
+    EngineConfig,
+    GuardConfig,
+    LogConfig,
+    MSMConfig,
+    OptimizerConfig,
+    Precision,
+    SourceConfig,
+    StageBase,
+    StageConfig,
+    TokenizerConfig,
+    TokenizerTrainConfig,
+    packs_per_rank,
+    rank_groups,
+)
+
+__all__ = [
+    "AFTConfig",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "EngineConfig",
+    "GuardConfig",
+    "LogConfig",
+    "LoraConfig",
+    "MSMConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Precision",
+    "Section",
+    "SourceConfig",
+    "StageBase",
+    "StageConfig",
+    "TokenizerConfig",
+    "TokenizerTrainConfig",
+    "nearest",
+    "packs_per_rank",
+    "rank_groups",
+]

@@ -1,0 +1,311 @@
+"""How a chat template writes a row: what is scaffolding, what is the row's, what the model has to write.
+
+A template is rendered once for each *shape* of row (roles, which texts are empty, the white space around
+them), with one private-use character standing for each text. So a template never sees what a row says and
+can't be steered by it, and a million rows of one shape cost one rendering.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jinja2
+
+from delib_fast.data.encode.control_tokens import ControlTokens
+from delib_fast.data.read.tools import NO_TOOLS, Tools
+from delib_fast.data.rows import DataError
+
+THINK = ("<think>", "</think>")
+PLAIN_TEMPLATE = """\
+{%- if add_bos is defined and add_bos -%}{{- bos_token -}}{%- endif -%}
+{%- for message in messages -%}
+  {{- message.role | capitalize ~ ':\\n' -}}
+  {%- if message.role == 'assistant' and loop.last and message.reasoning_content -%}
+    {{- '<think>\\n' ~ message.reasoning_content ~ '\\n</think>\\n\\n' -}}
+  {%- endif -%}
+  {{- message.content ~ (eos_token if message.role == 'assistant' else '\\n\\n') -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'Assistant:\\n' -}}{%- endif -%}
+"""
+"""For models that bring no chat template; what a tokenizer should be given when such a model is exported."""
+
+_SLOT = 0xF0000  # the plane of private-use characters that stands for a row's texts
+_SLOTS = re.compile(f"[{chr(_SLOT)}-{chr(_SLOT + 0xFFFD)}]")
+_MAX_SHAPES = 10_000
+_PROBE_SLOT = chr(_SLOT + 0xFFFD)
+
+Shape = tuple[str, bool, str]
+
+
+def shape_of(text: str) -> Shape:
+    """(white space before, is there anything, white space after): all that a template may see of a text."""
+    core = text.strip()
+    if not core:
+        return text, False, ""
+    start = len(text) - len(text.lstrip())
+    return text[:start], True, text[start + len(core) :]
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A rendered template with holes: `pieces[0] text[slots[0]] pieces[1] …`.
+
+    Control tokens are in their private spelling (control_tokens.py).
+    """
+
+    pieces: tuple[str, ...]
+    slots: tuple[int, ...]
+    borders: tuple[tuple[int, int], ...]
+    """where the chain of thought begins, the response begins, and the response (with its turn end) ends: each
+    as (how many slots stand before it, characters of scaffolding before it)"""
+
+    def fill(self, cores: Sequence[str]) -> tuple[str, tuple[int, ...]]:
+        """The whole text, and the three borders as positions in it; `cores` are the texts, stripped."""
+        parts = [self.pieces[0]]
+        lengths = [0]
+        for slot, piece in zip(self.slots, self.pieces[1:], strict=True):
+            parts += (cores[slot], piece)
+            lengths.append(lengths[-1] + len(cores[slot]))
+        return "".join(parts), tuple(lengths[slots] + chars for slots, chars in self.borders)
+
+
+@dataclass
+class ChatRenderer:
+    """Skeletons of one tokenizer's chat template, kept by shape."""
+
+    tokenizer: Any
+    control: ControlTokens
+    add_bos: bool = False
+    """whether the plain template starts with BOS (a model's own template decides for itself)"""
+    _skeletons: dict[Any, Skeleton] = field(default_factory=dict)
+
+    def skeleton(
+        self, roles: tuple[str, ...], texts: Sequence[str], has_cot: bool, location: str, tools: Tools = NO_TOOLS
+    ) -> Skeleton:
+        """The skeleton of a row: roles of its messages; texts: content, CoT of each, then CoT, response; its tools.
+
+        Raises:
+            DataError: the template refuses the row, drops a text or the tools, or writes nothing after the response.
+        """
+        key = (roles, has_cot, tuple(map(shape_of, texts)), tools)
+        found = self._skeletons.get(key)
+        if found is None:
+            if len(self._skeletons) >= _MAX_SHAPES:
+                self._skeletons.clear()
+            try:
+                found = self._skeletons[key] = self._build(roles, key[2], has_cot, tools.mapped(self.control.guarded))
+            except jinja2.TemplateError as error:
+                raise DataError(
+                    f"the chat template refuses the row: {error}", reason="template", location=location
+                ) from None
+            except TypeError as error:  # a template of another kind of tools, given these
+                raise DataError(
+                    f"the chat template can't take the row's tools: {error}", reason="template", location=location
+                ) from None
+            except DataError as error:
+                raise DataError(str(error), reason=error.reason, location=location) from None
+        return found
+
+    def _build(self, roles: tuple[str, ...], shapes: Sequence[Shape], has_cot: bool, tools: Tools) -> Skeleton:
+        marked = [f"{lead}{chr(_SLOT + k) if core else ''}{trail}" for k, (lead, core, trail) in enumerate(shapes)]
+        text, prompt_chars, way = self._render_reply(roles, marked, has_cot, tools)
+        for k in range(0, len(shapes) - 2, 2):
+            if shapes[k][1] and chr(_SLOT + k) not in text:
+                raise DataError(
+                    f"the chat template drops the {roles[k // 2]} message (number {k // 2})", reason="template"
+                )
+        if tools:
+            self._refuse_dropped_tools(text, roles, marked, tools, way)
+        skeleton = _cut(self.control, text, prompt_chars, len(shapes), has_cot, tools.replies_with_calls)
+        self._check(skeleton, text, roles, shapes, way, tools)
+        return skeleton
+
+    # --- rendering ------------------------------------------------------------------------------------------
+
+    def render(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
+        if self.tokenizer.chat_template is None:
+            kwargs |= {"chat_template": PLAIN_TEMPLATE, "add_bos": self.add_bos}
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+
+    def _render_reply(
+        self, roles: tuple[str, ...], texts: Sequence[str], has_cot: bool, tools: Tools
+    ) -> tuple[str, int, Way | None]:
+        """(rendering, how much of it the generation prompt supplies, the way in which it was rendered).
+
+        A chain of thought goes in the first way that keeps it: as `reasoning_content`; inside the content
+        between think tags, for templates that know no reasoning; or, for templates that cut it out of every
+        finished turn, behind the generation prompt, where the model will write it (no way then: it is not
+        the template that writes it).
+        """
+        before = _messages(roles, texts, tools)
+        wanted = [text for text in texts[-2:] if _SLOTS.search(text)]
+        for way in (_as_reasoning, _in_content) if has_cot else (_as_reasoning,):
+            reply = tools.add_to(way(texts[-2] if has_cot else "", texts[-1]), -1)
+            text = self.render([*before, reply], **tools.offer())
+            if _once_in_order(text, wanted):
+                return text, self._supplied(before, text, has_cot, tools), way
+        if tools.replies_with_calls:
+            raise DataError(
+                "the chat template drops the text beside a tool call, or the chain of thought before it",
+                reason="template",
+            )
+        if not has_cot:
+            raise DataError("the chat template drops the response, or writes it twice", reason="template")
+        text, prompt_chars = self._behind_generation_prompt(before, texts[-2], texts[-1], tools)
+        return text, prompt_chars, None
+
+    def _supplied(self, before: list[dict[str, Any]], text: str, has_cot: bool, tools: Tools) -> int:
+        """How many characters of a rendering inference supplies: the model never has to write them."""
+        prompts = [
+            self.render(before, add_generation_prompt=True, **more, **tools.offer())
+            for more in ({}, {"enable_thinking": has_cot})
+        ]
+        for prompt in prompts:
+            if text.startswith(prompt):
+                return len(prompt)
+        differ = (k for k, (a, b) in enumerate(zip(text, prompts[0], strict=False)) if a != b)
+        common = next(differ, min(len(text), len(prompts[0])))
+        if prompts[0][common:].replace(THINK[0], "").replace(THINK[1], "").strip():
+            raise DataError(
+                "the chat template writes these turns differently before a reply than as a "
+                "prompt for one: what the model has to write can't be told",
+                reason="template",
+            )
+        return common
+
+    def _behind_generation_prompt(
+        self, before: list[dict[str, Any]], cot: str, response: str, tools: Tools
+    ) -> tuple[str, int]:
+        opening, closing = THINK
+        for kwargs in ({}, {"enable_thinking": True}):
+            prompt = self.render(before, add_generation_prompt=True, **kwargs, **tools.offer())
+            if not prompt.rstrip().endswith(closing):
+                break
+        else:
+            raise DataError(
+                "the chat template cuts the chain of thought out of replies, and its generation "
+                "prompt closes it: it can't be trained with this template (cot: strip can)",
+                reason="template",
+            )
+        finished = self.render([*before, _as_reasoning("", _PROBE_SLOT)], **tools.offer())
+        turn_end = finished[finished.rindex(_PROBE_SLOT) + 1 :]
+        tag = "" if prompt.rstrip().endswith(opening) else f"{opening}\n"
+        return f"{prompt}{tag}{cot}\n{closing}\n\n{response}{turn_end}", len(prompt)
+
+    def _check(
+        self,
+        skeleton: Skeleton,
+        text: str,
+        roles: tuple[str, ...],
+        shapes: Sequence[Shape],
+        way: Way | None,
+        tools: Tools,
+    ) -> None:
+        """Our ids of a row of this shape are the tokenizer's own."""
+        if self.control.is_guarded(text):
+            return  # its tools spell control tokens, which the tokenizer itself would take for such
+        cores = [f"Probe {k}, of no meaning" if core else "" for k, (_, core, _) in enumerate(shapes)]
+        ours = self.control.encode_batch([skeleton.fill(cores)[0]])[0].ids
+        if way is None:
+            whole = _SLOTS.sub(lambda match: cores[ord(match[0]) - _SLOT], text)
+        else:
+            texts = [lead + core + trail for (lead, _, trail), core in zip(shapes, cores, strict=True)]
+            reply = tools.add_to(way(texts[-2], texts[-1]), -1)
+            whole = self.render([*_messages(roles, texts, tools), reply], **tools.offer())
+        theirs = self.tokenizer.backend_tokenizer.encode(whole, add_special_tokens=False).ids
+        if ours != theirs:
+            raise DataError(
+                "the chat template changes the texts it is given (it does more than strip white "
+                "space): masks can't be exact with it",
+                reason="template",
+            )
+
+    def _refuse_dropped_tools(
+        self, text: str, roles: tuple[str, ...], marked: Sequence[str], tools: Tools, way: Way | None
+    ) -> None:
+        """Raise DataError where the template writes the same without the tools on offer, or without the calls."""
+        if way is None:
+            return
+        without = [("tools on offer", replace(tools, offered=""))] if tools.offered else []
+        without += [("tool calls", replace(tools, calls=()))] if tools.calls else []
+        for what, fewer in without:
+            reply = fewer.add_to(way(marked[-2], marked[-1]), -1)
+            if self.render([*_messages(roles, marked, fewer), reply], **fewer.offer()) == text:
+                raise DataError(
+                    f"the chat template does not write the {what}: use one that does "
+                    "(tokenizer.chat_template), or remove them from the rows",
+                    reason="template",
+                )
+
+
+Way = Callable[[str, str], dict[str, Any]]
+
+
+def _as_reasoning(cot: str, response: str) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": response}
+    return message | {"reasoning_content": cot} if cot else message
+
+
+def _in_content(cot: str, response: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": f"{THINK[0]}\n{cot}\n{THINK[1]}\n\n{response}"}
+
+
+def _messages(roles: Sequence[str], texts: Sequence[str], tools: Tools) -> list[dict[str, Any]]:
+    messages = []
+    for k, role in enumerate(roles):
+        message: dict[str, Any] = {"role": role, "content": texts[2 * k]}
+        if texts[2 * k + 1]:
+            message["reasoning_content"] = texts[2 * k + 1]
+        messages.append(tools.add_to(message, k))
+    return messages
+
+
+def _once_in_order(text: str, wanted: Sequence[str]) -> bool:
+    slots = [slot for piece in wanted for slot in _SLOTS.findall(piece)]
+    return [slot for slot in _SLOTS.findall(text) if slot in slots] == slots
+
+
+# --- cutting ------------------------------------------------------------------------------------------------
+
+
+def _cut(
+    control: ControlTokens, raw: str, prompt_chars: int, num_texts: int, has_cot: bool, has_calls: bool
+) -> Skeleton:
+    """Pieces, slots and borders of a rendering with slots."""
+    text = control.spell(raw)
+    supplied = len(control.spell(raw[:prompt_chars]))
+    closing = control.spell(THINK[1])
+    cot_slot, response_slot = chr(_SLOT + num_texts - 2), chr(_SLOT + num_texts - 1)
+    response_at = text.find(response_slot)
+    thought_from = text.index(cot_slot) if has_cot else supplied
+    if has_cot and response_at >= 0:
+        response_start = response_at
+    else:  # behind the think block: a template may write an empty one for a reply without a CoT
+        closed = text.find(closing, thought_from, response_at if response_at >= 0 else len(text))
+        after = thought_from + has_cot if closed < 0 else closed + len(closing)
+        response_start = after if closed < 0 else after + len(text[after:]) - len(text[after:].lstrip())
+    end = _reply_end(control, text, response_at + 1 if response_at >= 0 else response_start, has_calls)
+    positions = (supplied if has_cot else response_start, response_start, end)
+    slots = [(match.start(), ord(match[0]) - _SLOT) for match in _SLOTS.finditer(text)]
+    borders = tuple((n := sum(at < position for at, _ in slots), position - n) for position in positions)
+    return Skeleton(tuple(_SLOTS.split(text)), tuple(slot for _, slot in slots), borders)
+
+
+def _reply_end(control: ControlTokens, text: str, after: int, has_calls: bool) -> int:
+    """Behind the first control token after the response: generation stops there. Behind calls, which have control
+    tokens of their own, it is the last one."""
+    locations = range(after, len(text))
+    for at in reversed(locations) if has_calls else locations:
+        if control.is_control(text[at]):
+            return at + 1
+    end = len(text.rstrip())
+    if end <= after:
+        raise DataError(
+            "the chat template writes nothing after the response: the model would never learn to "
+            "stop; let it end the turn with the tokenizer's end-of-turn token",
+            reason="template",
+        )
+    return end

@@ -1,0 +1,67 @@
+"""Data sets of the `datasets` library: a folder that it saved, or a name on the Hugging Face hub.
+
+Plain files are never read through it: it can't say on which line a fault stands, and takes what is no row for one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from delib_fast.config import SourceConfig
+from delib_fast.data.read.jsonl import Item, without_nulls
+from delib_fast.data.rows import DataError
+
+HUB = "hub:"
+
+
+def is_data_set(path: str) -> bool:
+    """A hub name, or a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+    folder = Path(path)
+    return path.startswith(HUB) or (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def open_data_set(config: SourceConfig) -> tuple[Any, str]:
+    """The data set, memory-mapped, and a hash of its content. Raises DataError where it can't be loaded."""
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            "needs the datasets library (pip install datasets)", reason="no_file", location=config.path
+        ) from None
+    name = config.path.removeprefix(HUB)
+    try:
+        if config.path.startswith(HUB):
+            owner_name, _, revision = name.partition("@")
+            found = datasets.load_dataset(owner_name, config.subset, split=config.split, revision=revision or None)
+        else:
+            found = datasets.load_from_disk(name)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DataError(f"can't be loaded by datasets: {first}", reason="no_file", location=config.path) from None
+    if isinstance(found, datasets.DatasetDict):
+        if config.split not in found:
+            raise DataError(
+                f"has no split {config.split!r}; there are {', '.join(sorted(found))}: set split",
+                reason="no_file",
+                location=config.path,
+            )
+        found = found[config.split]
+    return found, _sha256(found)
+
+
+def read_data_set_items(data_set: Any) -> Iterator[Item]:
+    """One item a row; `line` is the row's number, from 1. A null is a field that is absent."""
+    for number, row in enumerate(data_set, start=1):
+        yield Item(number, without_nulls(row), raw=json.dumps(row, default=str).encode())
+
+
+def _sha256(data_set: Any) -> str:
+    """Of the rows themselves: the library's own fingerprint changes with the way they came about."""
+    digest = hashlib.sha256(json.dumps(data_set.column_names).encode())
+    for start in range(0, len(data_set), 1000):
+        digest.update(json.dumps(data_set[start : start + 1000], default=str).encode())
+    return digest.hexdigest()

@@ -1,0 +1,35 @@
+"""The rows of a Parquet file, one by one, without holding the file in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from delib_fast.data.read.jsonl import Item, without_nulls
+from delib_fast.data.rows import DataError
+
+_BATCH_ROWS = 1024
+
+
+def read_parquet_items(path: Path) -> Iterator[Item]:
+    """One item a row; `line` is the row's number, from 1. A column of nulls in a row is a field that is absent."""
+    try:
+        with pq.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(_BATCH_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Item(number, without_nulls(row), raw=json.dumps(row, default=str).encode())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"can't be read as Parquet: {first_line}", reason="foreign_file", location=path) from None
+    except (UnicodeDecodeError, pa.ArrowException) as error:
+        raise DataError(
+            f"holds text that is not UTF-8 or a damaged column ({type(error).__name__})",
+            reason="invalid_utf8",
+            location=path,
+        ) from None

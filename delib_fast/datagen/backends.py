@@ -1,0 +1,183 @@
+"""What answers a request: an OpenAI-compatible endpoint here, a model in this process in in_process.py."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import os
+import time
+from typing import Any, Protocol
+
+from delib_fast.config import ConfigError
+from delib_fast.datagen.request_log import Answer, Request
+from delib_fast.datagen.settings import EndpointSettings
+
+
+class Retry(Exception):  # noqa: N818 (the request may yet be answered)
+    """This attempt brought no answer; another may."""
+
+    def __init__(self, reason: str, *, after_s: float | None = None, detail: str = "") -> None:
+        super().__init__(f"{reason}{f': {detail}' if detail else ''}")
+        self.reason = reason
+        self.after_s = after_s
+
+
+class Refused(Exception):  # noqa: N818
+    """The endpoint will never answer this request, but may answer others (too long, against its rules)."""
+
+
+class EndpointError(RuntimeError):
+    """The endpoint answers nothing: the run ends here, and the same command goes on with it."""
+
+
+class Backend(Protocol):
+    async def complete(self, request: Request) -> Answer:
+        """Raises Retry, Refused or EndpointError."""
+
+    async def close(self) -> None: ...
+
+
+class Secrets:
+    """Takes the keys that this process knows out of every text that leaves it."""
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def add(self, key: str) -> None:
+        if len(key) >= 6:
+            self._known |= {key, json.dumps(key, ensure_ascii=False)[1:-1]}
+
+    def scrub(self, text: str) -> str:
+        for key in self._known:
+            text = text.replace(key, "***")
+        return text
+
+
+class OpenAIBackend:
+    def __init__(self, settings: EndpointSettings, secrets: Secrets) -> None:
+        try:
+            import openai
+        except ImportError:
+            raise ConfigError(
+                "the openai package is missing: pip install 'delib-fast[generate]', or generate in this "
+                "process with --backend transformers"
+            ) from None
+        if not settings.model:
+            raise ConfigError("generator.model is not set: give --model NAME, as the endpoint calls it")
+        self._openai = openai
+        self._settings = settings
+        self._client = openai.AsyncOpenAI(
+            base_url=settings.base_url, api_key=_key(settings, secrets), max_retries=0, timeout=settings.timeout_s
+        )
+
+    async def complete(self, request: Request) -> Answer:
+        openai = self._openai
+        body = {"model": request.model, "messages": list(request.messages), **request.params}
+        try:
+            # Not chat.completions.create: its typed copies of request and answer are a quarter of the client's work.
+            reply = await self._client.post(
+                "/chat/completions", cast_to=object, body=body, options={"headers": {"Idempotency-Key": request.id}}
+            )
+        except openai.APITimeoutError:
+            raise Retry("timeout", detail=f"no answer within {self._settings.timeout_s:g} s") from None
+        except openai.APIConnectionError as error:
+            raise Retry("connection", detail=_cause(error)) from None
+        except openai.APIStatusError as error:
+            raise self._of_status(error) from None
+        except (openai.APIError, ValueError) as error:  # a body that is no JSON, or cut short
+            raise Retry("malformed_body", detail=_cause(error)) from None
+        return _answer(reply)
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    def _of_status(self, error: Any) -> Exception:
+        status, text = error.status_code, _said(error)
+        where = self._settings.base_url or "the endpoint"
+        if getattr(error, "code", None) == "insufficient_quota":
+            return EndpointError(f"{where} says that the account has no quota left: {text}")
+        if status in (401, 403):
+            return EndpointError(
+                f"{where} refuses the key (HTTP {status}: {text}); it is read from the environment "
+                f"variable {self._settings.api_key_env}"
+            )
+        if status == 404:
+            return EndpointError(
+                f"{where} has no model {self._settings.model!r}, or no chat completions there "
+                f"(HTTP 404: {text}); check --model and --base-url"
+            )
+        if status in (408, 409, 425, 429) or status >= 500:
+            reason = "rate_limit" if status == 429 else "timeout" if status == 408 else f"http_{status}"
+            return Retry(reason, after_s=_retry_after(error.response.headers), detail=text)
+        return Refused(f"HTTP {status}: {text}")
+
+
+def _key(settings: EndpointSettings, secrets: Secrets) -> str:
+    key = os.environ.get(settings.api_key_env, "").strip()
+    if key:
+        secrets.add(key)
+        return key
+    address = settings.base_url or os.environ.get("OPENAI_BASE_URL", "")
+    host = address.split("://")[-1].split("/")[0].rsplit(":", 1)[0]
+    if host in ("localhost", "[::1]") or host.startswith("127."):
+        return "none"  # a server on this machine asks for no key
+    raise ConfigError(
+        f"no key: set the environment variable {settings.api_key_env}, or name another one by "
+        "api_key_env (a server on this machine needs none)"
+    )
+
+
+def _answer(reply: Any) -> Answer:
+    """The first choice of a chat completion; endpoints differ, so each field is looked at before it is trusted."""
+    choices = reply.get("choices") if isinstance(reply, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        raise Retry("malformed_body", detail="the answer holds no choice with a message")
+    text = message.get("content") or message.get("refusal") or ""
+    if not isinstance(text, str):
+        raise Retry("malformed_body", detail="the content of the message is no text")
+    reasoning = next(
+        (r for name in ("reasoning_content", "reasoning") if isinstance(r := message.get(name), str) and r.strip()),
+        None,
+    )
+    usage = reply.get("usage")
+    return Answer(
+        text=text,
+        finish=str(choice.get("finish_reason") or "unknown"),
+        reasoning=reasoning,
+        prompt_tokens=_count(usage, "prompt_tokens"),
+        completion_tokens=_count(usage, "completion_tokens"),
+        served_by=str(reply.get("model", "")),
+    )
+
+
+def _count(usage: Any, name: str) -> int | None:
+    value = usage.get(name) if isinstance(usage, dict) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def _retry_after(headers: Any) -> float | None:
+    """Seconds to wait, as the endpoint asks: retry-after-ms, or Retry-After in seconds or as a date."""
+    try:
+        if "retry-after-ms" in headers:
+            return max(0.0, float(headers["retry-after-ms"]) / 1000)
+        value = headers.get("retry-after")
+        if value is None:
+            return None
+        try:
+            return max(0.0, float(value))
+        except ValueError:
+            return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None
+
+
+def _said(error: Any) -> str:
+    text = str(getattr(error, "message", "") or error)
+    return " ".join(text.split())[:300]
+
+
+def _cause(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}{f': {said}' if (said := ' '.join(str(cause).split())[:200]) else ''}"

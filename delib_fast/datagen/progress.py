@@ -1,0 +1,133 @@
+"""What a person sees of a run: a live line in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from delib_fast.datagen.request_log import Answer, RequestLedger
+
+_PLAIN_EVERY_S = 5.0
+
+
+class Meter:
+    """Counts of one run, and the line that shows them."""
+
+    def __init__(self, ledger: RequestLedger | None = None, *, console: Console | None = None) -> None:
+        self.ledger = ledger
+        self.in_flight = 0
+        self.reused = 0
+        self.answers = 0
+        self.completion_tokens = 0
+        self.retries: Counter[str] = Counter()
+        self.kept = 0
+        self.dropped: Counter[str] = Counter()
+        self._console = console or Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
+        self._live: Progress | None = None
+        self._task: Any = None
+        self._what, self._unit = "", ""
+        self._done = self._total = 0.0
+        self._began = self._sending_since = time.monotonic()
+        self._last_line = 0.0
+
+    # --- counting -------------------------------------------------------------------------------------------
+
+    def received(self, answer: Answer) -> None:
+        self.answers += 1
+        self.completion_tokens += answer.completion_tokens or 0
+        self._show()
+
+    def retried(self, reason: str) -> None:
+        self.retries[reason] += 1
+        self._show()
+
+    def keep(self, rows: int = 1) -> None:
+        self.kept += rows
+
+    def drop(self, reason: str) -> None:
+        self.dropped[reason] += 1
+
+    # --- showing --------------------------------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        self._console.print(Text(text))
+
+    def begin(self, what: str, total: float, unit: str = "") -> None:
+        """Start to show a part of the run: `what`, done of `total`."""
+        self.end()
+        self._what, self._unit, self._done, self._total = what, unit, 0.0, total
+        self._began, self._last_line = time.monotonic(), 0.0
+        if self._console.is_terminal:
+            count = MofNCompleteColumn() if not unit else TextColumn("{task.fields[count]}")
+            self._live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=12),
+                count,
+                TextColumn("{task.fields[told]}"),
+                console=self._console,
+            )
+            self._live.start()
+            self._task = self._live.add_task(what, total=total, told="", count="")
+
+    def advance(self, by: float = 1.0) -> None:
+        self._done += by
+        self._show(last=self._done >= self._total)
+
+    def end(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        self._what = ""
+
+    def told(self) -> str:
+        """kept 12 · dropped 3 (truncated 2, judge_score 1) · 61 answers · 340 tok/s · cost 0.12 · 3m left"""
+        parts = []
+        if self.kept or self.dropped:
+            parts.append(f"kept {self.kept}")
+        if self.dropped:
+            reasons = ", ".join(f"{reason} {n}" for reason, n in self.dropped.most_common(4))
+            parts.append(f"dropped {self.dropped.total()} ({reasons})")
+        elapsed = max(1e-3, time.monotonic() - self._sending_since)
+        if self.answers:
+            parts.append(f"{self.answers} answers")
+            parts.append(f"{self.completion_tokens / elapsed:.0f} tok/s")
+        if self.reused:
+            parts.append(f"{self.reused} reused")
+        if self.retries:
+            parts.append(f"{self.retries.total()} retries")
+        cost = self.ledger.totals.cost if self.ledger else None
+        if cost is not None:
+            parts.append(f"cost {money(cost)}")
+        if 0 < self._done < self._total:
+            spent = time.monotonic() - self._began
+            parts.append(f"{_duration(spent / self._done * (self._total - self._done))} left")
+        return " · ".join(parts)
+
+    def _show(self, *, last: bool = False) -> None:
+        now = time.monotonic()
+        if not self._what:
+            return
+        if self._live is not None:
+            count = f"{self._done:,.0f}/{self._total:,.0f} {self._unit}"
+            self._live.update(self._task, completed=self._done, told=self.told(), count=count)
+        elif last or now - self._last_line >= _PLAIN_EVERY_S:
+            self._last_line = now
+            unit = f" {self._unit}" if self._unit else ""
+            self._console.print(Text(f"{self._what} {self._done:,.0f}/{self._total:,.0f}{unit}  {self.told()}"))
+
+
+def money(amount: float) -> str:
+    return f"{amount:,.2f}" if amount >= 1 else f"{amount:.4f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, secs = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"

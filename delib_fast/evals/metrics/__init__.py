@@ -1,0 +1,1 @@
+"""Metrics: functions from a model and rows to figures with intervals."""

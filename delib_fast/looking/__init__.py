@@ -1,1 +1,0 @@
-"""Looking before training: the exact tokens that a model will see, and what a run will take. Needs no GPU."""

@@ -1,0 +1,1 @@
+"""Every page and plot: of runs, evaluations, studies and generated data."""

@@ -1,0 +1,275 @@
+"""`delib-fast data-report`: what made data is like. One JSON of figures, and one page that shows them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from delib_fast.config import ConfigError, SourceConfig
+from delib_fast.data import DataError, Row, read_source
+from delib_fast.data.read.jsonl import HashingFile, read_items
+from delib_fast.datagen.citations import labels_of_names, labels_of_spec
+from delib_fast.datagen.request_log import read_answers
+from delib_fast.datagen.spec import Spec
+from delib_fast.reports.data_page import page
+from delib_fast.reports.text_statistics import (
+    by_quantile,
+    citation_accuracy,
+    count_by,
+    diversity,
+    histogram,
+    is_refusal,
+    near_duplicates,
+    quantiles,
+)
+
+_ROW_FILES = ("rows.jsonl", "documents.jsonl")
+
+
+def write_report(data: Path, *, spec: Path | None = None, out: Path | None = None) -> tuple[Path, Path]:
+    """Report on a folder of `deliberate` or `document`, or on any file of rows that `data/` reads.
+
+    Returns: the page and the JSON. Raises: ConfigError if there is nothing to report on.
+    """
+    folder = data if data.is_dir() else None
+    files = [data] if folder is None else [data / name for name in _ROW_FILES if (data / name).exists()]
+    if not files or not files[0].exists():
+        raise ConfigError(
+            f"{data}: holds neither {' nor '.join(_ROW_FILES)}; give the folder of a finished run, or a file of rows"
+        )
+    figures = report(files, folder, None if spec is None else _spec(spec, folder))
+    out = out or folder or data.parent
+    out.mkdir(parents=True, exist_ok=True)
+    stem = "report" if folder is not None else f"{data.stem}.report"
+    html, js = out / f"{stem}.html", out / f"{stem}.json"
+    js.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    html.write_text(page(figures), encoding="utf-8")
+    return html, js
+
+
+def report(files: Sequence[Path], folder: Path | None = None, spec: Spec | None = None) -> dict[str, Any]:
+    """All figures, as plain data."""
+    figures: dict[str, Any] = {"data": [path.name for path in files], "parts": {}}
+    for path in files:
+        rows = _rows(path)
+        documents = [(row, raw) for row, raw in rows if row.kind == "document"]
+        chats = [(row, raw) for row, raw in rows if row.kind == "chat"]
+        if documents:
+            figures["parts"][f"{path.name}: documents"] = _documents(documents)
+        if chats:
+            figures["parts"][f"{path.name}: rows"] = _chats(chats, spec)
+    if folder is not None:
+        figures["run"] = _run(folder)
+    return figures
+
+
+def _spec(path: Path, folder: Path | None) -> Spec:
+    """The spec with the names that the run gave it, so that its hash is the rows' spec_sha256."""
+    names = {"model_name": "the assistant", "provider_name": "its developer", "cut_numbered_items": True}
+    if folder is not None and (folder / "settings.yaml").exists():
+        from delib_fast.config.load import read_yaml
+
+        kept = read_yaml((folder / "settings.yaml").read_text(encoding="utf-8"), where="settings.yaml")
+        names = {key: kept.get(key, value) for key, value in names.items()}
+    return Spec.read(path, **names)  # type: ignore[arg-type]
+
+
+def _rows(path: Path) -> list[tuple[Row, Mapping[str, Any]]]:
+    """The rows as training would read them, each with the raw object it came from (its other fields)."""
+    try:
+        rows = read_source(path.stem, SourceConfig.model_validate({"path": str(path)}))
+        if path.suffix in (".txt", ".md"):
+            return [(row, {}) for row in rows]
+        with contextlib.closing(HashingFile(path)) as file:
+            raw = [item.value for item in read_items(file, path)]
+    except DataError as error:
+        raise ConfigError(str(error)) from None
+    # One object is one row here: `read_source` has refused every object that is none.
+    return list(zip(rows, raw, strict=True))
+
+
+# --- rows -------------------------------------------------------------------------------------------------------
+
+
+def _chats(rows: Sequence[tuple[Row, Mapping[str, Any]]], spec: Spec | None) -> dict[str, Any]:
+    cots = [row.cot or "" for row, _ in rows]
+    responses = [row.response for row, _ in rows]
+    prompts = ["\n".join(m.content for m in row.messages) for row, _ in rows]
+    different = list(dict.fromkeys(prompts))  # several samples of one prompt repeat nothing
+    categories = [_categories(raw) for _, raw in rows]
+    scores = [_scores(raw) for _, raw in rows]
+    shown = [_shown(*parts) for parts in zip(rows, prompts, categories, scores, strict=True)]
+    scored = len({item["score"] for item in shown}) > 2  # else every quantile is the same score
+    refusals = [is_refusal(response) for response in responses]
+    return {
+        "count": len(rows),
+        "prompts": len(different),
+        "with_cot": sum(map(bool, cots)),
+        "by_category": count_by(c for names in categories for c in names),
+        "by_style": count_by(raw["style"] for _, raw in rows if "style" in raw),
+        "scores": {
+            axis: {**quantiles(v := [s[axis] for s in scores if axis in s]), "histogram": _score_bars(v)}
+            for axis in sorted({axis for s in scores for axis in s})
+        },
+        "words": _lengths({"prompt": prompts, "cot": [c for c in cots if c], "response": responses}),
+        "diversity": {
+            "prompt": diversity(different),
+            "cot": diversity([c for c in cots if c]),
+            "response": diversity(responses),
+        },
+        "near_duplicates": {
+            "prompts": near_duplicates(different, 0.9),
+            "rows": near_duplicates([f"{c}\n{r}" for c, r in zip(cots, responses, strict=True)]),
+        },
+        "refusals": {"share": round(sum(refusals) / len(rows), 4), "by_category": _share_by(categories, refusals)},
+        "citations": _citations(rows, categories, spec),
+        "examples": {
+            "by": "score" if scored else "words of the CoT",
+            "rows": by_quantile(shown, "score" if scored else "cot_words"),
+        },
+    }
+
+
+def _citations(
+    rows: Sequence[tuple[Row, Mapping[str, Any]]], categories: Sequence[Sequence[str]], spec: Spec | None
+) -> dict[str, Any] | None:
+    """Accuracy over the rows that have a CoT and a category and are not to keep the spec unnamed; else None."""
+    pairs = [
+        (row.cot, names)
+        for (row, raw), names in zip(rows, categories, strict=True)
+        if row.cot and names and raw.get("style") != "internal"
+    ]
+    if not pairs:
+        return None
+    labels = labels_of_spec(spec) if spec is not None else labels_of_names(sorted({n for _, ns in pairs for n in ns}))
+    return {
+        "sections_known_by": "the spec" if spec is not None else "the names of the categories",
+        **citation_accuracy([cot for cot, _ in pairs], [names for _, names in pairs], labels),
+    }
+
+
+def _shown(
+    pair: tuple[Row, Mapping[str, Any]], prompt: str, categories: Sequence[str], scores: Mapping[str, float]
+) -> dict[str, Any]:
+    row, _ = pair
+    return {
+        "prompt": prompt[:1500],
+        "cot": (row.cot or "")[:3000],
+        "response": row.response[:2000],
+        "category": list(categories),
+        "cot_words": len((row.cot or "").split()),
+        "score": sum(scores.values()) / len(scores) if scores else None,
+        "place": row.location.rsplit("/", 1)[-1],
+    }
+
+
+def _categories(raw: Mapping[str, Any]) -> list[str]:
+    value = raw.get("category", raw.get("categories"))
+    return [value] if isinstance(value, str) else [str(v) for v in value] if isinstance(value, list) else []
+
+
+def _scores(raw: Mapping[str, Any]) -> dict[str, float]:
+    """`scores` as this project writes them, or `score` as STAR-1 does."""
+    value = raw.get("scores", raw.get("score"))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = {"score": value}
+    if not isinstance(value, dict):
+        return {}
+    return {
+        str(axis): float(v)
+        for axis, v in value.items()
+        if isinstance(v, int | float) and math.isfinite(v) and axis != "min"
+    }
+
+
+def _score_bars(values: Sequence[float]) -> list[dict[str, float]]:
+    return histogram(values, bins=10, low=0.5, high=10.5)
+
+
+def _share_by(categories: Sequence[Sequence[str]], flags: Sequence[bool]) -> dict[str, float]:
+    found: dict[str, list[bool]] = {}
+    for names, flag in zip(categories, flags, strict=True):
+        for name in names:
+            found.setdefault(name, []).append(flag)
+    return {name: round(sum(part) / len(part), 4) for name, part in sorted(found.items())}
+
+
+def _lengths(texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    count: Callable[[str], int] = lambda text: len(text.split())  # noqa: E731
+    return {
+        name: {**quantiles(values := [count(t) for t in part]), "histogram": histogram(values)}
+        for name, part in texts.items()
+        if part
+    }
+
+
+# --- documents and the run ----------------------------------------------------------------------------------------
+
+
+def _documents(rows: Sequence[tuple[Row, Mapping[str, Any]]]) -> dict[str, Any]:
+    texts = [row.text for row, _ in rows]
+    shown = [
+        {
+            "text": row.text[:2500],
+            "words": len(row.text.split()),
+            "domain": raw.get("domain"),
+            "source": raw.get("source"),
+            "place": row.location.rsplit("/", 1)[-1],
+        }
+        for row, raw in rows
+    ]
+    return {
+        "count": len(rows),
+        "tokens": sum(int(raw["tokens"]) for _, raw in rows if isinstance(raw.get("tokens"), int)) or None,
+        "by_domain": count_by(raw["domain"] for _, raw in rows if raw.get("domain")),
+        "by_source": count_by(raw["source"] for _, raw in rows if raw.get("source")),
+        "words": _lengths({"document": texts}),
+        "diversity": {"document": diversity(texts)},
+        "near_duplicates": {"documents": near_duplicates(texts)},
+        "rewritten": count_by(raw["rewritten"] for _, raw in rows if "rewritten" in raw),
+        "examples": {"by": "words", "rows": by_quantile(shown, "words")},
+    }
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    """What became of everything that was asked for: the summary, and scores of what was dropped too."""
+    run: dict[str, Any] = {}
+    if (folder / "summary.json").exists():
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        run |= {
+            key: summary[key]
+            for key in (
+                "command",
+                "rows",
+                "documents",
+                "prompts",
+                "samples",
+                "dropped",
+                "paid",
+                "tokens",
+                "budget",
+                "guard",
+                "style",
+                "emphasis",
+            )
+            if key in summary
+        }
+    if (folder / "requests.jsonl").exists():
+        answers = list(read_answers(folder / "requests.jsonl"))
+        run["answers"] = {
+            "by_purpose": count_by(a["purpose"] for a in answers),
+            "by_finish": count_by(a["answer"]["finish"] for a in answers),
+            "attempts": count_by(a["attempts"] for a in answers),
+            "seconds": quantiles([a["seconds"] for a in answers]),
+        }
+    if (folder / "dropped.jsonl").exists():
+        lines = [json.loads(line) for line in (folder / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
+        votes = [vote for line in lines for vote in line["votes"]]
+        run["dropped_scores"] = {
+            axis: _score_bars([v[axis] for v in votes]) for axis in ("compliance", "helpfulness", "reasoning") if votes
+        }
+    return run

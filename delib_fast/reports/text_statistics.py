@@ -1,0 +1,145 @@
+"""Figures of a set of texts, computed from the texts alone: lengths, diversity, refusals, citations."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from delib_fast.datagen.citations import Label, cited, policy_sentences
+from delib_fast.datagen.dedup import NearDuplicates, words_of
+
+QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+
+# Declining shows in how an answer opens. Checked against the first sentences only: an answer that helps may well
+# say further down what it can't do.
+_REFUSAL = re.compile(
+    r"\b(?:i\s*(?:['’]m|am)\s+(?:very\s+|really\s+|so\s+)?(?:sorry|unable)|i\s+(?:can\s*not|can['’]?t|won['’]?t|will\s+not|"
+    r"must\s+decline|have\s+to\s+decline|do\s+not|don['’]t)\s+(?:\w+\s+)?(?:help|assist|provide|support|do\s+that|share|"
+    r"write|create|give|tell|engage|comply|fulfil|fulfill|answer|discuss|offer|produce|generate|be\s+able)"
+    r"|i['’]m\s+not\s+(?:able|going|willing)\s+to|i\s+decline|not\s+something\s+i\s+(?:can|will)|"
+    r"(?:can\s*not|can['’]?t)\s+(?:assist|help)\s+(?:you\s+)?with)",
+    re.IGNORECASE,
+)
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Mean and quantiles of a list of numbers; empty for an empty list."""
+    if not values:
+        return {}
+    at = np.quantile(np.asarray(values, dtype=float), QUANTILES)
+    return {
+        "mean": round(float(np.mean(values)), 2),
+        **{f"p{round(q * 100)}": round(float(v), 2) for q, v in zip(QUANTILES, at, strict=True)},
+    }
+
+
+def histogram(
+    values: Sequence[float], bins: int = 20, *, low: float | None = None, high: float | None = None
+) -> list[dict[str, float]]:
+    """[{from, to, count}] over bins of one width."""
+    if not values:
+        return []
+    counts, edges = np.histogram(
+        values, bins=bins, range=(min(values) if low is None else low, max(values) if high is None else high)
+    )
+    return [
+        {"from": round(float(a), 3), "to": round(float(b), 3), "count": int(n)}
+        for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]
+
+
+def is_refusal(response: str) -> bool:
+    """Does the answer decline, by its opening words? A word list, no judge: English only, and not without error."""
+    opening = " ".join(re.split(r"(?<=[.!?])\s+", response.strip())[:2])[:400]
+    return _REFUSAL.search(opening) is not None
+
+
+def diversity(texts: Sequence[str]) -> dict[str, Any]:
+    """Share of distinct n-grams, the commonest openings, and how far all texts together compress."""
+    grams = {n: array("q") for n in (1, 2, 3)}  # hashes, 8 bytes each, where a set takes 57
+    openings: Counter[str] = Counter()
+    for text in texts:
+        words = words_of(text)
+        openings[" ".join(words[:4])] += 1
+        for n, hashes in grams.items():
+            hashes.extend(hash(tuple(words[i : i + n])) for i in range(len(words) - n + 1))
+    whole = "\n".join(texts).encode("utf-8", "replace")
+    return {
+        **{
+            f"distinct_{n}": round(_distinct(hashes) / len(hashes), 4) if hashes else None
+            for n, hashes in grams.items()
+        },
+        "compressed_to": round(len(zlib.compress(whole, 6)) / len(whole), 4) if whole else None,
+        "commonest_openings": [{"words": words, "count": n} for words, n in openings.most_common(8) if n > 1],
+    }
+
+
+def _distinct(numbers: array[int]) -> int:
+    return 1 + int(np.count_nonzero(np.diff(np.sort(numbers))))
+
+
+def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> dict[str, Any]:
+    """How many texts repeat an earlier one, and a few pairs."""
+    seen = NearDuplicates(threshold)
+    pairs = []
+    for i, text in enumerate(texts):
+        if (found := seen.find_or_add(str(i), text)) is not None:
+            pairs.append({"row": i, "of": int(found[0]), "similarity": round(found[1], 3)})
+    return {
+        "threshold": threshold,
+        "count": len(pairs),
+        "share": round(len(pairs) / max(1, len(texts)), 4),
+        "pairs": pairs[:10],
+    }
+
+
+def citation_accuracy(cots: Sequence[str], right: Sequence[Sequence[str]], labels: Sequence[Label]) -> dict[str, Any]:
+    """Share of CoTs whose cited section is a right one, as §4.2 of arXiv 2412.16339 measures it.
+
+    There a model sorts the excerpts that speak of policy; here the sections' names, numbers and words do, on the
+    sentences that speak of policy (for quotations, on the whole CoT).
+    """
+    by_category: dict[str, Counter[str]] = {}
+    total: Counter[str] = Counter()
+    for cot, wanted in zip(cots, right, strict=True):
+        excerpts = policy_sentences(cot)
+        quoted = [label.category for label in labels if label.quotations and label.category in cited(cot, [label])]
+        names = set(cited(excerpts, labels)) | set(quoted)
+        kind = "none" if not names else "right" if names & set(wanted) else "wrong"
+        total[kind] += 1
+        total["speaks_of_policy"] += bool(excerpts)
+        for category in wanted:
+            by_category.setdefault(category, Counter())[kind] += 1
+    n = max(1, len(cots))
+    return {
+        "rows": len(cots),
+        "accuracy": round(total["right"] / n, 4),
+        "accuracy_of_those_that_cite": round(total["right"] / max(1, total["right"] + total["wrong"]), 4),
+        "cites_none": round(total["none"] / n, 4),
+        "speaks_of_policy": round(total["speaks_of_policy"] / n, 4),
+        "by_category": {
+            category: {"rows": counts.total(), "accuracy": round(counts["right"] / counts.total(), 4)}
+            for category, counts in sorted(by_category.items())
+        },
+    }
+
+
+def by_quantile(items: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, Any]]:
+    """The items that stand at the quantiles of a number, each with its quantile."""
+    ordered = sorted((item for item in items if item.get(key) is not None), key=lambda item: item[key])
+    if not ordered:
+        return []
+    locations: dict[int, float] = {}
+    for q in (0.0, 0.25, 0.5, 0.75, 1.0):
+        locations.setdefault(round(q * (len(ordered) - 1)), q)
+    return [{"quantile": q, **ordered[i]} for i, q in locations.items()]
+
+
+def count_by(values: Iterable[Any]) -> dict[str, int]:
+    return dict(Counter(str(value) for value in values).most_common())

@@ -1,0 +1,46 @@
+"""Hooks of the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from delib_fast.config import StageConfig
+    from delib_fast.data import PackedBatch
+    from delib_fast.engine import Engine
+    from delib_fast.ops import LossOutput
+    from delib_fast.training.context import RunContext
+
+
+class Callback:
+    """Hooks of the training loop. Override those that are needed; each does nothing by default.
+
+    Every hook is called on every rank, in the same order, so a hook may use collectives. A hook must leave weights
+    and random numbers unchanged.
+    """
+
+    def micro_batch(self, batch: PackedBatch, output: LossOutput) -> None:
+        """Called after the backward pass of a micro-batch. Both arguments are on the device; do not synchronise."""
+
+    def step_end(self, run: RunContext, engine: Engine, stage: StageConfig) -> None:
+        """Called after each step; `engine.step` is the number of steps done."""
+
+
+class CallbackList:
+    """The callbacks of one stage: the loop's own log first, then those of the user, in order."""
+
+    def __init__(
+        self, run: RunContext, engine: Engine, stage: StageConfig, log: Callback, callbacks: Sequence[Callback]
+    ) -> None:
+        self._run, self._engine, self._stage, self._log, self._callbacks = run, engine, stage, log, callbacks
+
+    def micro_batch(self, batch: PackedBatch, output: LossOutput) -> None:
+        for callback in (self._log, *self._callbacks):
+            callback.micro_batch(batch, output)
+
+    def step_end(self) -> None:
+        self._log.step_end(self._run, self._engine, self._stage)
+        for callback in self._callbacks:
+            with self._run.watchdog.suspended(f"callback {type(callback).__name__}"):
+                callback.step_end(self._run, self._engine, self._stage)

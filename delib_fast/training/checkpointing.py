@@ -1,0 +1,102 @@
+"""When a checkpoint is due, what it holds, and how a run stops between two steps."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+from delib_fast.checkpoint.writer import CheckpointWriter
+from delib_fast.training.errors import Stopped
+
+if TYPE_CHECKING:
+    from delib_fast.config import StageConfig
+    from delib_fast.engine import Engine
+    from delib_fast.training.context import RunContext
+    from delib_fast.training.step_log import StepLog
+
+
+@dataclass(frozen=True)
+class StepPoll:
+    """What the ranks agree on before a step; each figure is a sum over the ranks, the same on all of them."""
+
+    normalizer: float
+    """Σ loss weights of the step, by which its loss is divided."""
+    stop_requested: float
+    save_due: float
+    writer_busy: float
+    """Above 0 while a rank still writes its part of the last checkpoint."""
+    writer_failed: float
+
+
+class Checkpointer:
+    """Decides when a checkpoint is due and has it written. The clock of rank 0 decides for all ranks."""
+
+    def __init__(self, run: RunContext, engine: Engine, stage: StageConfig, log: StepLog) -> None:
+        self._run, self._engine, self._stage, self._log = run, engine, stage, log
+        self._saved_at, self._saved_step = time.monotonic(), engine.step
+        settings = run.config.checkpoint
+        self._writer = CheckpointWriter(
+            run.directory.checkpoints(stage.name),
+            run.ranks,
+            keep_last=settings.keep_last,
+            keep_every=settings.keep_every_steps,
+        )
+
+    def poll(self, normalizer: float) -> StepPoll:
+        """Sum this rank's part of the normalizer, and what it has to report, over all ranks. A collective."""
+        run, writer = self._run, self._writer
+        run.ranks.heartbeat(f"{self._stage.name} step {self._engine.step + 1}: waiting for the other ranks")
+        poll = StepPoll(*run.ranks.sum(normalizer, run.stop.requested, self._due(), writer.busy, writer.failed))
+        assert poll.normalizer > 0, "RunDataset.batches refuses a step without a supervised token"
+        return poll
+
+    def apply(self, poll: StepPoll) -> None:
+        """Publish a checkpoint whose parts are all written, begin one that is due, or stop. A collective.
+
+        Raises:
+            Stopped: a stop was requested on any rank; a checkpoint has been saved.
+            CheckpointError: a rank could not write its part.
+        """
+        if poll.writer_failed:
+            self._writer.raise_failure()
+        if not poll.writer_busy:
+            self._writer.advance()
+        if poll.stop_requested:
+            self.stop()
+        if poll.save_due:
+            self.save()
+
+    def save(self) -> None:
+        """Begin to write a checkpoint of the engine's step. A collective."""
+        extra = {
+            "stage": self._stage.name,
+            "data": self._run.dataset.fingerprint(self._stage),
+            "log": self._log.state(self._engine),
+        }
+        self._run.directory.sync_metrics()  # first: the checkpoint promises the records before it
+        self.finish()
+        self._engine.save(self._writer, extra)
+        self._saved_at, self._saved_step = time.monotonic(), self._engine.step
+
+    def stop(self) -> NoReturn:
+        """Save the steps that are not saved yet, and raise Stopped. A collective."""
+        if self._engine.step != self._saved_step:
+            self.save()
+        self.finish()
+        raise Stopped(f"stopped after step {self._engine.step} of stage {self._stage.name!r}")
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written is on the disk. A collective."""
+        with self._run.watchdog.suspended("waiting for a checkpoint to be on the disk"):
+            self._writer.wait()
+
+    def _due(self) -> bool:
+        settings, step = self._run.config.checkpoint, self._engine.step
+        if step == self._saved_step or self._run.ranks.rank != 0:
+            return False
+        minutes = (time.monotonic() - self._saved_at) / 60
+        return bool(
+            any(every and step % every == 0 for every in (settings.every_steps, settings.keep_every_steps))
+            or (settings.every_minutes and minutes >= settings.every_minutes)
+        )

@@ -1,0 +1,119 @@
+"""What a person sees while a run goes on: a live line in a terminal, plain lines elsewhere, a table at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+_PLAIN_EVERY_S = 5.0  # without a terminal: at most one line in this time
+
+
+class ConsoleLogger:
+    """Progress of one run. Silent on every rank but the first."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._enabled = enabled
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+        self._live: Progress | None = None
+        self._task: Any = None
+        self._started = self._last_line = 0.0
+        self._first_step = 0
+
+    def print(self, text: str) -> None:
+        if self._enabled:
+            self._console.print(Text(text))
+
+    def begin_stage(self, name: str, first_step: int, num_steps: int) -> None:
+        self._name, self._num_steps, self._first_step = name, num_steps, first_step
+        self._started, self._last_line = time.perf_counter(), 0.0
+        if self._enabled and self._console.is_terminal:
+            self._live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=12),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[told]}"),
+                console=self._console,
+            )
+            self._live.start()
+            self._task = self._live.add_task(name, total=num_steps, completed=first_step, told="")
+
+    def log(self, step: int, record: Mapping[str, Any]) -> None:
+        """After an update: `record` is the line of metrics.jsonl."""
+        if not self._enabled:
+            return
+        losses = " ".join(f"{name} {part['nll']:.3f}" for name, part in record["segments"].items())
+        done, now = step - self._first_step, time.perf_counter()
+        left = (now - self._started) / max(1, done) * (self._num_steps - step)
+        told = f"{losses}  {count_text(record['tokens_per_s'])} tok/s  {duration_text(left)} left"
+        if self._live is not None:
+            self._live.update(self._task, completed=step, told=told)
+        elif now - self._last_line >= _PLAIN_EVERY_S or step == self._num_steps:
+            self._last_line = now
+            self._console.print(f"{self._name} step {step}/{self._num_steps}  {told}")
+
+    def end_stage(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def print_tables(self, ledger: Mapping[str, Any], locations: Sequence[tuple[str, str]]) -> None:
+        """The end of a run: held-out nll by segment at each moment, and each stage's figures."""
+        if not self._enabled:
+            return
+        self._console.print(heldout_table(ledger["evaluations"]))
+        self._console.print(stage_table(ledger["stages"]))
+        for name, location in locations:
+            self.print(f"{name:<14}{location}")
+
+
+def heldout_table(evaluations: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="Held-out nll (nats a token)", title_justify="left")
+    table.add_column("segment")
+    table.add_column("tokens", justify="right")
+    for evaluation in evaluations:
+        table.add_column(evaluation["moment"], justify="right")
+    segments = list(dict.fromkeys(name for e in evaluations for name in e["segments"]))
+    for segment in segments:
+        parts = [e["segments"].get(segment) for e in evaluations]
+        tokens = next(p["tokens"] for p in parts if p)
+        table.add_row(segment, f"{tokens:,}", *(f"{p['nll']:.3f}" if p else "" for p in parts))
+    return table
+
+
+def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(title="Stages", title_justify="left")
+    for name in ("stage", "steps", "tokens", "supervised", "tok/s", "sup. tok/s", "fill", "time"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for stage in stages:
+        table.add_row(
+            stage["name"],
+            str(stage["updates"]),
+            count_text(stage["tokens"]),
+            count_text(sum(stage["supervised_tokens"].values())),
+            count_text(stage["tokens_per_s"]),
+            count_text(stage["supervised_tokens_per_s"]),
+            f"{stage['fill']:.1%}",
+            duration_text(stage["train_s"]),
+        )
+    return table
+
+
+def count_text(number: float) -> str:
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if number >= limit:
+            scale = {"G": 1e9, "M": 1e6, "k": 1e3}[unit]
+            return f"{number / scale:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def duration_text(seconds: float) -> str:
+    minutes, secs = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"

@@ -1,0 +1,23 @@
+"""How a training run ends before it is finished."""
+
+from __future__ import annotations
+
+
+class Stopped(Exception):  # noqa: N818 (a requested stop is not an error)
+    """A stop was requested (Ctrl-C, SIGTERM), and the state of the run has been saved."""
+
+
+class TrainingError(RuntimeError):
+    """The run cannot continue. The message says at which step and why."""
+
+
+class LostRankError(TrainingError):
+    """Another rank has ended, so this one cannot continue.
+
+    Args:
+        reports: whether this rank is the one that prints the message.
+    """
+
+    def __init__(self, message: str, *, reports: bool) -> None:
+        super().__init__(message)
+        self.reports = reports

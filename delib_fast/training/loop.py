@@ -1,0 +1,73 @@
+"""The training loop of a stage, and the evaluation on held-out rows before and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from delib_fast.data import loss_normalizer
+from delib_fast.training.callbacks import Callback, CallbackList
+from delib_fast.training.checkpointing import Checkpointer
+from delib_fast.training.errors import Stopped
+from delib_fast.training.meter import Meter, segment_report
+from delib_fast.training.step_log import StepLog
+
+if TYPE_CHECKING:
+    from delib_fast.config import StageConfig
+    from delib_fast.engine import Engine
+    from delib_fast.training.context import RunContext
+
+
+def train_stage(
+    run: RunContext,
+    engine: Engine,
+    stage: StageConfig,
+    callbacks: Sequence[Callback] = (),
+    log_state: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], Checkpointer]:
+    """Train from the engine's step to the last step of the stage.
+
+    Args:
+        callbacks: the user's; they are called after the loop's own.
+        log_state: `StepLog.state` as the checkpoint stores it that the stage resumes from.
+    Returns:
+        The stage's figures for the ledger, and the checkpointer, for a stop after the last step.
+    Raises:
+        Stopped: a stop was requested; a checkpoint has been saved.
+        TrainingError, CheckpointError: a step cannot be made, or a checkpoint cannot be written.
+    """
+    batches = run.dataset.batches(stage)
+    log = StepLog(run, engine, stage, batches, log_state)
+    checkpointer = Checkpointer(run, engine, stage, log)
+    hooks = CallbackList(run, engine, stage, log, callbacks)
+    for micro_batches in log.timed(batches.from_step(engine.step, pin=engine.device.type == "cuda")):
+        poll = checkpointer.poll(loss_normalizer(micro_batches))  # the step's only collective over host numbers
+        checkpointer.apply(poll)  # publishes, saves, or raises Stopped
+        engine.train_step(micro_batches, poll.normalizer, hooks.micro_batch)
+        hooks.step_end()
+    checkpointer.finish()
+    return log.totals(), checkpointer
+
+
+def evaluate(run: RunContext, engine: Engine, moment: str, checkpointer: Checkpointer | None = None) -> None:
+    """Record the held-out nll by segment of every evaluation set in the ledger, under `moment`.
+
+    Raises:
+        Stopped: a stop was requested; the checkpointer, if given, has saved the last step.
+    """
+    if run.directory.evaluation(moment) is not None:
+        return
+    segments: dict[str, Any] = {}
+    for prefix, batches in run.dataset.evaluation(run.ranks):
+        meter = Meter(engine.device)
+        for batch in batches:
+            run.ranks.heartbeat(f"evaluation, {moment}")
+            if any(run.ranks.sum(run.stop.requested)):
+                if checkpointer is not None:
+                    checkpointer.stop()
+                raise Stopped(f"stopped while evaluating ({moment})")
+            on_device = batch.to(engine.device)
+            meter.add(on_device, engine.evaluate(on_device))
+        report = segment_report(run.ranks.sum_tensor(meter.sums).cpu())
+        segments |= {prefix + name: part for name, part in report.items()}
+    run.directory.record_evaluation(moment, segments)

@@ -1,0 +1,225 @@
+"""What a rank's memory has to hold, by part, from the model's sizes: an estimate without a GPU; and what it decides.
+
+    P parameters, of which t are trained (all, or an adapter's), R ranks, T tokens of a pack that a rank holds (its
+    part, under sequence parallelism), H hidden, F intermediate, A attention width, V vocabulary; b bytes of the compute
+    dtype (2, or 4 in fp32). Sharded parts count 1/R of it for the ZeRO stages that shard them.
+
+    weights      b·P (0.55 bytes each in nf4) and b·t of an adapter
+                                     sharded at stage 3, which gathers two layers and the embeddings at a time
+    gradients    b·t, and 4·t fp32 where they are accumulated in fp32       sharded at stages 2 and 3
+    optimiser    8·t AdamW (SGD 0; Muon 4, but 8 of embeddings and head), and 4·t master weights in half precision
+                                     sharded at stages 1 to 3
+    activations  of a layer T·b·(10·H + 4·A + 3·F), of which tiles divide the 3·F. All layers keep theirs; or
+                 T·b·H each (full), T·b·(H + A) each (selective), and one layer whole
+    loss         b·chunk·V logits of a chunk, 2·b·T·H hidden states and their gradient, and of a head that is trained
+                 4·V·H of its gradient in float32 and b·V·H as it is handed on. In bf16 with T <= 2·H: b·T·V of
+                 logits in the place of chunk and float32 (`ops.linear_cross_entropy`)
+
+What is offloaded is not counted. `auto` activation checkpointing leaves a tenth of the memory free for what is not
+counted; a stage that needs more than there is ends the run (`check_fits`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from delib_fast.config import Config, ConfigError, StageConfig
+from delib_fast.models import ModelShape
+from delib_fast.ops.linear_cross_entropy import GPU_CHUNK_TOKENS
+
+GIB = 1 << 30
+_NF4_BYTES = 0.55  # four bits, and a scale of 8 bits a block of 64, itself in blocks
+_SHARE_FOR_AUTO = 0.9
+Mode = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPart:
+    name: str
+    bytes: float
+    why: str
+
+
+def memory_parts(config: Config, stage: StageConfig, shape: ModelShape, ranks: int, precision: str) -> list[MemoryPart]:
+    """The parts of a rank's memory, in bytes. `precision` is what `engine.precision` comes to: fp32, bf16, fp16."""
+    half = precision != "fp32"
+    # As the engine does: half precision at stage 0 runs as stage 1.
+    zero = max(config.engine.zero_stage, 1 if half else 0)
+    b, lora = (2 if half else 4), config.model.lora
+    trained = shape.parameters if lora is None else shape.adapter_parameters
+
+    def shard(amount: float, from_stage: int) -> float:
+        return amount / ranks if zero >= from_stage else amount
+
+    weights = float(b * shape.parameters)
+    if lora is not None:
+        weights += b * trained - (shape.adapted_parameters * (b - _NF4_BYTES) if lora.quantize != "none" else 0)
+    gathered = b * (2 * shape.largest_layer + shape.embedding_parameters) if zero == 3 and ranks > 1 else 0
+    ends = min(shape.embedding_parameters, trained)
+    moments = {"sgd": 0, "adamw": 8 * trained, "muon": 4 * (trained + ends)}[stage.optimizer.name]
+    T = tokens_of_a_rank(config, stage)
+    host = config.engine.offload_optimizer != "none"
+    kept = "" if lora is None else f", adapter of {trained:,}"
+    return [
+        MemoryPart(
+            "weights",
+            gathered if config.engine.offload_parameters != "none" else shard(weights, 3) + gathered,
+            f"{precision}{_over(ranks, zero >= 3)}{kept}",
+        ),
+        MemoryPart(
+            "gradients",
+            shard(b * trained, 2) + (shard(4 * trained, 1) if half and not host else 0),
+            f"{precision}{' and fp32 sums' if half else ''}{_over(ranks, zero >= 2)}",
+        ),
+        MemoryPart(
+            "optimiser",
+            0 if host else shard(moments + (4 if half else 0) * trained, 1),
+            "on the host"
+            if host
+            else f"{stage.optimizer.name}{', fp32 master weights' if half else ''}{_over(ranks, zero >= 1)}",
+        ),
+        _activations(config, stage, shape, b),
+        _loss(T, shape, b, head=lora is None, kept=precision == "bf16"),
+    ]
+
+
+def _loss(T: int, shape: ModelShape, b: int, *, head: bool, kept: bool) -> MemoryPart:
+    """head: whether it is trained. kept: whether the logits' gradient may stand for the head's."""
+    V, H = shape.vocabulary, shape.hidden
+    hidden = 2.0 * b * T * H
+    if head and kept and T <= 2 * H:
+        return MemoryPart("loss", b * (T * V + V * H) + hidden, "the logits' gradient, and the head's made from it")
+    trained = (4 + b) * V * H if head else 0
+    why = f"chunks of {GPU_CHUNK_TOKENS:,} tokens{' and the gradient of the head' if head else ''}, never T × V"
+    return MemoryPart("loss", b * min(GPU_CHUNK_TOKENS, T) * V + trained + hidden, why)
+
+
+def tokens_of_a_rank(config: Config, stage: StageConfig) -> int:
+    """Tokens of a full pack that a rank computes on: ranks that share it out hold a part each."""
+    return -(-stage.pack_capacity // config.engine.sequence_parallel)
+
+
+def _activations(config: Config, stage: StageConfig, shape: ModelShape, b: int) -> MemoryPart:
+    T, model = tokens_of_a_rank(config, stage), config.model
+    layer = T * b * (10 * shape.hidden + 4 * shape.attention_width + 3 * shape.intermediate / model.mlp_tiles)
+    mode = model.activation_checkpointing
+    if mode in ("none", "auto"):  # auto that nothing has decided: there is no limit
+        return MemoryPart("activations", layer * shape.layers, f"{shape.layers} layers of {T:,} tokens")
+    kept = 0 if model.activation_offload else shape.hidden
+    if mode == "selective":
+        kept += shape.attention_width
+    return MemoryPart("activations", float(T * b * kept * shape.layers + layer), f"{mode}: one layer whole")
+
+
+def _over(ranks: int, sharded: bool) -> str:
+    return f", over {ranks} ranks" if sharded and ranks > 1 else ""
+
+
+# --- what it decides ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """The memory that a run has. limit_gib: of each rank's device; None is not asked for."""
+
+    ranks: int
+    precision: str
+    limit_gib: float | None
+
+    def needs_gib(self, config: Config, stage: StageConfig, shape: ModelShape) -> float:
+        return sum(part.bytes for part in memory_parts(config, stage, shape, self.ranks, self.precision)) / GIB
+
+
+def resolve_activation_checkpointing(
+    config: Config, stage: StageConfig, shape: ModelShape, budget: MemoryBudget
+) -> Config:
+    """The configuration with `activation_checkpointing: auto` as the least recomputation that fits (else full)."""
+    if config.model.activation_checkpointing != "auto":
+        return config
+    mode: Mode = "none"
+    if budget.limit_gib is not None:
+        whole = config.model.layers == "compile" or config.model.activation_offload
+        modes: Sequence[Mode] = (
+            ("full",)
+            if config.model.activation_offload
+            else ("none", "full")
+            if whole
+            else ("none", "selective", "full")
+        )
+        enough = _SHARE_FOR_AUTO * budget.limit_gib
+        mode = next(
+            (
+                m
+                for m in modes
+                if enough >= budget.needs_gib(_changed(config, "model.activation_checkpointing", m), stage, shape)
+            ),
+            "full",
+        )
+    elif config.model.activation_offload:
+        mode = "full"
+    return _changed(config, "model.activation_checkpointing", mode)
+
+
+def check_fits(config: Config, stage: StageConfig, shape: ModelShape, budget: MemoryBudget) -> None:
+    """Raises ConfigError where a stage is estimated to need more memory than there is, with the setting that fits."""
+    config = resolve_activation_checkpointing(config, stage, shape, budget)
+    needs = budget.needs_gib(config, stage, shape)
+    if budget.limit_gib is None or needs <= budget.limit_gib:
+        return
+    raise ConfigError(
+        f"stage {stage.name!r} is estimated to need {needs:.1f} GiB of a rank's {budget.limit_gib:.1f} GiB "
+        f"(`delib-fast plan` shows of what); {_remedy(config, stage, shape, budget)}, or engine.memory_gib=0 to "
+        "try all the same"
+    )
+
+
+def _remedy(config: Config, stage: StageConfig, shape: ModelShape, budget: MemoryBudget) -> str:
+    """What fits: one change if one is enough, else several, the cheapest first."""
+    changes = list(_changes(config, stage, budget))
+    for key, value in changes:
+        if budget.needs_gib(*_with(config, stage, key, value), shape) <= budget.limit_gib:  # type: ignore[operator]
+            alone = key == "engine.offload_optimizer" and config.engine.zero_stage == 0
+            needed = "engine.zero_stage=1 " if alone else ""
+            return f"it would fit with {needed}{key}={value}"
+    said: list[str] = []
+    for key, value in changes:
+        config, stage = _with(config, stage, key, value)
+        said = [s for s in said if not s.startswith(f"{key}=")] + [f"{key}={value}"]
+        if budget.needs_gib(config, stage, shape) <= budget.limit_gib:  # type: ignore[operator]
+            return f"it would fit with {' '.join(said)}"
+    return "no setting of this model would fit on so few ranks: use more of them, or model.lora"
+
+
+def _changes(config: Config, stage: StageConfig, budget: MemoryBudget) -> Iterator[tuple[str, Any]]:
+    if config.model.activation_checkpointing in ("none", "selective"):
+        if config.model.activation_checkpointing == "none" and config.model.layers != "compile":
+            yield "model.activation_checkpointing", "selective"
+        yield "model.activation_checkpointing", "full"
+    if budget.ranks > 1:
+        yield from (("engine.zero_stage", zero) for zero in range(config.engine.zero_stage + 1, 4))
+    elif config.engine.zero_stage == 0:
+        yield "engine.zero_stage", 1
+    if config.engine.offload_optimizer == "none":
+        yield "engine.offload_optimizer", "cpu"
+    if not config.model.activation_offload:
+        yield "model.activation_offload", "true"
+    for capacity in (stage.pack_capacity // 2, stage.pack_capacity // 4):
+        yield f"stages.{stage.name}.pack_capacity", capacity
+
+
+def _with(config: Config, stage: StageConfig, key: str, value: Any) -> tuple[Config, StageConfig]:
+    if key.startswith("stages."):
+        return config, stage.model_copy(update={"pack_capacity": value})
+    if key == "engine.offload_optimizer" and config.engine.zero_stage == 0:
+        config = _changed(config, "engine.zero_stage", 1)
+    if key == "model.activation_offload":
+        config, value = _changed(config, "model.activation_checkpointing", "full"), True
+    return _changed(config, key, value), stage
+
+
+def _changed(config: Config, key: str, value: Any) -> Config:
+    section, _, name = key.partition(".")
+    part = getattr(config, section).model_copy(update={name: value})
+    return config.model_copy(update={section: part})

@@ -1,0 +1,66 @@
+"""Per-segment sums of the loss, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from delib_fast.data import PackedBatch, Segment
+from delib_fast.ops import LossOutput
+
+
+class Meter:
+    """Per-segment sums over micro-batches, on the device: no host sync until `totals`.
+
+    Keeps, for each segment, Σ nll, Σ weight·nll, how many supervised tokens, how many were predicted right, and
+    Σ weight. A token whose nll is not finite is left out of all of them: the guard tells of it, and one of them
+    would hide the loss of all the others.
+    """
+
+    _COLUMNS = ("nll", "weighted_nll", "tokens", "correct", "weight")
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(len(Segment), len(self._COLUMNS), dtype=torch.float64, device=device)
+
+    def add(self, batch: PackedBatch, output: LossOutput) -> None:
+        at = batch.loss_positions
+        nll, weight = output.nll[at].double(), batch.loss_weights[at].double()
+        finite = nll.isfinite()
+        nll = nll.where(finite, 0.0)
+        weight = weight.where(finite, 0.0)
+        columns = torch.stack(
+            [nll, nll * weight, finite.double(), (output.correct[at] & finite).double(), weight], dim=1
+        )
+        self._sums.index_add_(0, batch.segment_ids[at].long(), columns)
+
+    @property
+    def sums(self) -> Tensor:
+        return self._sums
+
+    def reset(self) -> None:
+        self._sums.zero_()
+
+    def restore(self, sums: list[list[float]]) -> None:
+        """Go on from sums that a checkpoint kept."""
+        self._sums.copy_(torch.tensor(sums, dtype=self._sums.dtype))
+
+
+def segment_report(sums: Tensor) -> dict[str, dict[str, float]]:
+    """Mean nll (nats a token), accuracy and token count of each segment that has tokens, from `Meter.sums`."""
+    report = {}
+    for segment, (nll, _, tokens, correct, _) in zip(Segment, sums.tolist(), strict=True):
+        if tokens:
+            report[segment.name.lower()] = {"nll": nll / tokens, "accuracy": correct / tokens, "tokens": int(tokens)}
+    return report
+
+
+def weighted_loss(sums: Tensor) -> float | None:
+    """The loss that was minimised: Σ weight·nll / Σ weight; None where no token counted."""
+    weight = float(sums[:, 4].sum())
+    return float(sums[:, 1].sum()) / weight if weight else None
+
+
+def tokens_of(report: Mapping[str, Mapping[str, float]]) -> int:
+    return int(sum(part["tokens"] for part in report.values()))

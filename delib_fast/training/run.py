@@ -1,0 +1,247 @@
+"""A run: every stage of a configuration, one after another."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from delib_fast.config import Config, ConfigError, StageConfig
+from delib_fast.training.artifacts import StageInputs, build_stage_model, export, exported_by, stage_inputs
+from delib_fast.training.context import RunContext
+from delib_fast.training.errors import LostRankError, Stopped
+from delib_fast.training.memory import MemoryBudget, check_fits, resolve_activation_checkpointing
+from delib_fast.training.signals import StopRequest
+
+if TYPE_CHECKING:
+    from delib_fast.checkpoint.format import Checkpoint
+    from delib_fast.engine import Engine, Ranks
+    from delib_fast.training.callbacks import Callback
+    from delib_fast.training.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run made: its folder, its exported model, and the ledger as in ledger.json."""
+
+    run_dir: Path
+    model: Path
+    ledger: dict[str, Any]
+
+
+def run(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
+    """Run every stage of a configuration that is not finished yet, and print the table of the whole run.
+
+    Args:
+        callbacks: called on every rank after each micro-batch and each step; see `training.callbacks.Callback`.
+    Raises:
+        ConfigError, DataError, LeakError: the configuration, the rows or the model cannot be used; raised before
+            anything is trained.
+        TrainingError, CheckpointError: the run cannot continue.
+        Stopped: a stop was requested, and the state has been saved.
+    """
+    if config.engine.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+    from delib_fast.engine import Ranks
+    from delib_fast.training.console import ConsoleLogger
+    from delib_fast.training.dataset import RunDataset
+    from delib_fast.training.loggers import Loggers, refuse_missing_loggers
+    from delib_fast.training.run_directory import RunDirectory
+    from delib_fast.training.watchdog import Watchdog
+
+    refuse_missing_loggers(config)
+    ranks = Ranks(config.engine.device, config.engine.sequence_parallel)
+    config = resolve_precision(config, ranks)
+    is_main = ranks.rank == 0
+    directory, console = RunDirectory(config.run_dir, writes=is_main), ConsoleLogger(enabled=is_main)
+    loggers = Loggers(config, directory.path, enabled=is_main, warn=console.print)
+    try:
+        for mine in (is_main, not is_main):  # rank 0 creates what the other ranks find
+            ranks.raise_together(partial(directory.open, config) if mine else lambda: None)
+        stop = StopRequest()
+        watchdog = Watchdog(directory.ranks, ranks.rank, ranks.world_size, config.guard.hang_timeout_s)
+        ranks.heartbeat = watchdog.at
+        dataset = RunDataset(config, directory, ranks)
+        context = RunContext(config, ranks, directory, console, dataset, stop, loggers, watchdog)
+        with stop.listening(), watchdog.running(), naming_lost_ranks(watchdog):
+            run_stages(context, callbacks)
+        model = directory.exported(config.stages[-1].name, last=True)
+        console.print_tables(directory.ledger, [("run directory", str(directory.path)), ("model", str(model))])
+        return RunResult(directory.path, model, directory.ledger)
+    finally:
+        loggers.close()
+        directory.close()
+
+
+@contextlib.contextmanager
+def naming_lost_ranks(watchdog: Watchdog) -> Iterator[None]:
+    """Raise LostRankError, with the rank and where it was, for a collective that failed because a rank has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__module__.startswith("delib_fast"):
+            raise
+        lost, reports = watchdog.lost()
+        if not lost:
+            raise
+        raise LostRankError(
+            f"{'; '.join(lost)}. The output of that rank has the reason; the same command resumes from the last "
+            "checkpoint",
+            reports=reports,
+        ) from error
+
+
+def run_stages(run: RunContext, callbacks: Sequence[Callback] = ()) -> None:
+    """Run every stage that is not finished yet. Raises Stopped if a stop is requested."""
+    stages = run.config.stages
+    finished = {entry["name"]: entry for entry in run.directory.ledger["stages"] if entry["status"] == "finished"}
+    with run.watchdog.suspended("reading the data"), run.stop.raise_immediately("reading the data"):
+        check_stages(run, [stage for stage in stages if stage.name not in finished])
+    for index, stage in enumerate(stages):
+        if stage.name in finished:
+            run.console.print(f"{stage.name}: already finished ({finished[stage.name]['updates']} steps)")
+            continue
+        if any(run.ranks.sum(run.stop.requested)):
+            raise Stopped(f"stopped before stage {stage.name!r}")
+        run_stage(run, index, callbacks)
+    if stages[-1].name in finished:
+        exported_by(run, len(stages) - 1, "model")
+
+
+def check_stages(run: RunContext, stages: Sequence[StageConfig]) -> None:
+    """Read, encode and plan every stage before the first one trains, so that a fault in the last is reported now."""
+    from delib_fast.engine.deepspeed_json import deepspeed_json
+    from delib_fast.engine.nvme import check_nvme
+
+    run.ranks.raise_together(partial(check_nvme, run.config.engine))
+    for stage in stages:
+        deepspeed_json(run.config, stage, run.ranks.world_size)
+        run.dataset.batches(stage)
+        check_fits(run.config, stage, run.dataset.shape, memory_budget(run))
+
+
+def run_stage(run: RunContext, index: int, callbacks: Sequence[Callback] = ()) -> None:
+    """Prepare, train and export one stage, starting from the model that the previous stage exported."""
+    from delib_fast.training.loop import evaluate, train_stage
+
+    stage = run.config.stages[index]
+    inputs = stage_inputs(run, index)
+    config = resolve_activation_checkpointing(run.config, stage, run.dataset.shape, memory_budget(run))
+    run.console.print(f"{stage.name}: {run.dataset.describe(stage)}")
+    engine = build_engine(run, config, stage, inputs)
+    checkpoint = resume(run, engine, stage)
+    if index == 0:
+        evaluate(run, engine, "start")
+    entry = stage_entry(run, config, stage, inputs, engine)
+    run.directory.record_stage(entry)
+    before = [run.directory.stage(other.name) or {} for other in config.stages[:index]]
+    run.loggers.begin_stage(sum(other["updates"] for other in before), engine.step)
+    began = time.perf_counter()
+    figures, checkpointer = train_stage(
+        run, engine, stage, callbacks, checkpoint.trainer["log"] if checkpoint else None
+    )
+    entry |= {**figures, "wall_s": time.perf_counter() - began}
+    evaluate(run, engine, f"after {stage.name}", checkpointer)
+    with run.watchdog.suspended("exporting the model"):
+        exported = export(run, engine, index, inputs)
+    run.directory.record_stage(entry | exported | {"status": "finished"})
+    engine.close()
+
+
+def build_engine(run: RunContext, config: Config, stage: StageConfig, inputs: StageInputs) -> Engine:
+    """The stage's model under DeepSpeed, checked for leaks between packed documents in the precision it trains in."""
+    from delib_fast.engine import Engine
+    from delib_fast.models import TrainableLM, check_isolation, resolve_layers
+
+    ranks, batches = run.ranks, run.dataset.batches(stage)
+    with run.watchdog.suspended("loading the model"):
+        model, exact_weights = build_stage_model(run, inputs, config)
+    module = ranks.raise_together(
+        lambda: TrainableLM(
+            model,
+            attention_backend=config.model.attention,
+            loss_backend=config.model.loss,
+            sequence_group=ranks.sequence_group,
+            layers=resolve_layers(config.model.layers, ranks.device, config.engine.zero_stage),
+        )
+    )
+    engine = Engine(module, config, stage, batches.num_steps, ranks)
+    if engine.note is not None:
+        run.console.print(f"{stage.name}: {engine.note}")
+    engine.state.set_weights(exact_weights)
+    check_isolation(engine.wrapped, ranks.device, shares_prompts=batches.shares_prompts)
+    return engine
+
+
+def resume(run: RunContext, engine: Engine, stage: StageConfig) -> Checkpoint | None:
+    """Load the stage's newest checkpoint, if there is one, and drop the metrics records after it.
+
+    Raises:
+        ConfigError: the stage's data changed since the checkpoint was written.
+        CheckpointError: there are checkpoints, but none can be used.
+    """
+    with run.watchdog.suspended("reading a checkpoint"):
+        checkpoint = engine.resume(run.directory.checkpoints(stage.name), run.console.print)
+    if checkpoint is not None:
+        if checkpoint.trainer["data"] != run.dataset.fingerprint(stage):
+            raise ConfigError(
+                f"the data of stage {stage.name!r} changed since {checkpoint.folder} was written; put the "
+                "old files back, or give another run_dir"
+            )
+        steps = run.dataset.batches(stage).num_steps
+        run.console.print(f"{stage.name}: resuming from step {checkpoint.step} of {steps}")
+    run.directory.rewind_metrics(stage.name, engine.step)
+    return checkpoint
+
+
+def stage_entry(
+    run: RunContext, config: Config, stage: StageConfig, inputs: StageInputs, engine: Engine
+) -> dict[str, Any]:
+    """The stage's ledger entry as it is when training begins."""
+    return {
+        "name": stage.name,
+        "kind": stage.kind,
+        "status": "running",
+        **inputs.describe(),
+        **run.dataset.ledger(stage),
+        "updates": run.dataset.batches(stage).num_steps,
+        "ranks": run.ranks.world_size,
+        "sequence_parallel": run.ranks.sequence_parallel,
+        "zero_stage": config.engine.zero_stage,
+        "precision": config.engine.precision,
+        "activation_checkpointing": config.model.activation_checkpointing,
+        "trained_parameters": engine.trained_parameters,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide a run's numbers."""
+    names = ("delib-fast", "torch", "deepspeed", "transformers", "peft")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def memory_budget(run: RunContext) -> MemoryBudget:
+    """What the memory estimate of a stage is compared with: `engine.memory_gib`, else the GPU's memory."""
+    engine, ranks = run.config.engine, run.ranks
+    limit = ranks.memory_gib if engine.memory_gib is None else engine.memory_gib or None
+    return MemoryBudget(ranks.world_size, engine.precision, limit)
+
+
+def resolve_precision(config: Config, ranks: Ranks) -> Config:
+    """The configuration with `engine.precision: auto` replaced by what the device computes natively."""
+    from delib_fast.engine import native_precision
+
+    if config.engine.precision == "fp16" and ranks.device.type == "cpu":
+        raise ConfigError("engine.precision: fp16 needs a GPU; on a CPU set bf16 or fp32")
+    if config.engine.precision != "auto":
+        return config
+    engine = config.engine.model_copy(update={"precision": native_precision(ranks.device)})
+    return config.model_copy(update={"engine": engine})

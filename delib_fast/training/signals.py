@@ -1,0 +1,58 @@
+"""SIGINT and SIGTERM: a run saves and ends between two steps."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+from delib_fast.training.errors import Stopped
+
+
+class StopRequest:
+    """Remembers SIGINT and SIGTERM, so that the run can save and end between two steps.
+
+    A second SIGINT raises KeyboardInterrupt. Inside `raise_immediately`, where nothing has to be saved, the first
+    signal raises Stopped.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._immediate: str | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle both signals while the block runs; the previous handlers are restored after it."""
+        try:
+            before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread, for example in a notebook: signals cannot be handled here
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def raise_immediately(self, activity: str) -> Iterator[None]:
+        """While the block runs, a signal raises Stopped("stopped while {activity}") wherever the program is."""
+        self._immediate = activity
+        try:
+            self.check(activity)
+            yield
+        finally:
+            self._immediate = None
+
+    def check(self, activity: str) -> None:
+        """Raise Stopped if a stop was requested."""
+        if self.requested:
+            raise Stopped(f"stopped while {activity}")
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        if self._immediate is not None:
+            raise Stopped(f"stopped while {self._immediate}")

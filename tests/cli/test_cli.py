@@ -1,0 +1,55 @@
+"""The command line: what it lists, how fast it answers, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from delib_fast.cli.main import app
+from delib_fast.config import ConfigError
+
+runner = CliRunner()
+
+
+def test_help_lists_every_command_and_imports_no_torch():
+    code = (
+        "import sys; from typer.testing import CliRunner; from delib_fast.cli import app; "
+        "print(CliRunner().invoke(app, ['--help']).stdout); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("config", "train", "ledger", "env", "deliberate", "document", "data-report", "eval"):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("name", ["deliberate", "document", "data-report", "eval"])
+def test_commands_from_elsewhere_have_their_own_help(name):
+    done = runner.invoke(app, [name, "--help"])
+    assert done.exit_code == 0
+    assert "Usage" in done.stdout
+
+
+def test_schema():
+    assert json.loads(runner.invoke(app, ["config", "--schema"]).stdout)["title"] == "Config"
+
+
+def test_config_resolves():
+    done = runner.invoke(app, ["config", "examples/quickstart.yaml", "--set", "stages.aft.cot=strip"])
+    assert "cot: strip" in done.stdout
+    assert "weight_decay: 0.01" in done.stdout
+
+
+def test_mistakes_are_config_errors():
+    done = runner.invoke(app, ["ledger", "nowhere"])
+    assert isinstance(done.exception, ConfigError)
+    assert "is nowhere a run directory?" in str(done.exception)
+
+
+def test_env_names_backends():
+    told = runner.invoke(app, ["env"]).stdout
+    assert "linear_cross_entropy" in told
+    assert "reference" in told

@@ -1,0 +1,226 @@
+"""The configuration: what is refused, with which words, and what survives a round trip."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from delib_fast.config import ConfigError
+from delib_fast.config.load import dump_config, json_schema, load_config, parse_config, redact
+from delib_fast.engine.deepspeed_json import deepspeed_json
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def tree(**changes):
+    base = {
+        "run_dir": "runs/x",
+        "model": {"path": "some/model"},
+        "data": {"rows": "rows.jsonl"},
+        "stages": [{"kind": "aft", "train": ["rows"], "pack_capacity": 512, "tokens_per_step": 2048}],
+    }
+    return {**base, **changes}
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+YAML = """
+run_dir: out
+model: {path: some/model}
+data:
+  rows: rows.jsonl
+  docs: {path: sub/docs.md, cut: headings}
+stages:
+  - {kind: msm, train: [docs]}
+  - {kind: aft, train: [rows], optimizer: {lr: 1e-4}}
+"""
+
+
+def test_round_trip(tmp_path):
+    config = load_config(write(tmp_path, YAML))
+    again = load_config(write(tmp_path, dump_config(config)))
+    assert again == config
+    assert config.stages[1].optimizer.lr == 1e-4  # YAML 1.1 alone would read the string "1e-4"
+
+
+def test_relative_paths_start_at_the_file(tmp_path):
+    config = load_config(write(tmp_path, YAML), ["data.rows.path=elsewhere.jsonl"])
+    assert config.data["docs"].path == str(tmp_path / "sub/docs.md")
+    assert config.data["rows"].path == "elsewhere.jsonl"  # an override is typed where the user stands
+    assert config.model.path == "some/model"  # no such folder beside the file: a hub name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stagse": []}, "config: stagse: unknown key (did you mean 'stages'?)"),
+        (
+            {"stages": [{"kind": "aft", "train": ["rows"], "cto": "train"}]},
+            "config: stages.0.cto: unknown key (did you mean 'cot'?)",
+        ),
+        (
+            {"stages": [{"kind": "aft", "train": ["rows"], "optimizer": {"learning_rate": 1}}]},
+            "config: stages.0.optimizer.learning_rate: unknown key",
+        ),
+        (
+            {"stages": [{"kind": "aft", "train": ["row"]}]},
+            "config: the configuration: stages.0.train names 'row', which is not under data: (did you mean 'rows'?)",
+        ),
+        (
+            {"stages": [{"kind": "aft", "train": ["rows"], "cot": "tran"}]},
+            "config: stages.0.cot: input should be 'train', 'context' or 'strip', not 'tran'",
+        ),
+        (
+            {"stages": [{"kind": "aft", "train": ["rows"], "pack_capacity": 500, "tokens_per_step": 1200}]},
+            "config: stages.0: tokens_per_step (1200) must be a multiple of pack_capacity (500); the nearest is 1000",
+        ),
+        (
+            {"stages": [{"kind": "aft", "train": ["rows"], "cot": "context", "response_weight": 0}]},
+            "config: stages.0: nothing is supervised: response_weight is 0 and the CoT is not trained",
+        ),
+        ({"stages": [{"train": ["rows"]}]}, "config: stages.0: needs kind: msm or kind: aft"),
+        (
+            {"stages": [{"kind": "aft", "train": ["rows"]}] * 2},
+            "config: the configuration: two stages are called 'aft': give each its own name",
+        ),
+        (
+            {"model": {}},
+            "config: model: give exactly one of model.path (a Hugging Face folder or name) and "
+            "model.architecture (a new model)",
+        ),
+        (
+            {"model": {"architecture": {"model_type": "qwen3"}}},
+            "config: the configuration: a new model (model.architecture) needs tokenizer.path or tokenizer.train",
+        ),
+        (
+            {"data": {"rows": {"path": "rows.jsonl", "holdout": 1.5}}},
+            "config: data.rows.holdout: input should be less than 1, not 1.5",
+        ),
+    ],
+)
+def test_refuses(change, message):
+    with pytest.raises(ConfigError) as error:
+        parse_config(tree(**change))
+    assert message in str(error.value)
+
+
+def test_every_fault_is_listed():
+    with pytest.raises(ConfigError) as error:
+        parse_config(tree(seed=-1, runs_dir="x", stages=[{"kind": "msm", "train": ["rows"], "epochs": 0}]))
+    assert len(str(error.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\na: 2\n", "run.yaml: line 2: the key 'a' is written twice"),
+        ("a: [1\n", "run.yaml:2: not valid YAML"),
+        ("- 1\n", "a configuration is a mapping of keys; this is list"),
+        ("a: !!python/object/apply:os.system [echo]\n", "not valid YAML: could not determine a constructor"),
+    ],
+)
+def test_refuses_files(tmp_path, text, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(write(tmp_path, text))
+    assert message in str(error.value)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_overrides(tmp_path):
+    path = write(tmp_path, YAML)
+    config = load_config(
+        path, ["stages.aft.cot=strip", "stages.0.epochs=3", "engine.zero_stage=2", "data.rows.holdout=0.25"]
+    )
+    assert (config.stages[1].cot, config.stages[0].epochs) == ("strip", 3)
+    assert (config.engine.zero_stage, config.data["rows"].holdout) == (2, 0.25)
+    for override, message in [
+        ("seed", "write it as key.sub=value"),
+        ("stages.sft.epochs=2", "stages.sft does not exist; there are 0, 1, msm, aft"),
+        ("seed.a=1", "seed: input should be a valid integer"),
+        ("stages.0.epoch=2", "stages.0.epoch: unknown key (did you mean 'epochs'?)"),
+    ]:
+        with pytest.raises(ConfigError) as error:
+            load_config(path, [override])
+        assert message in str(error.value)
+
+
+def test_secrets_do_not_leave():
+    block = {
+        "wandb": {"api_key": "CANARY", "token": "${WANDB}"},
+        "url": "https://me:CANARY@host/x",
+        "num_memory_tokens": 4,
+    }
+    shown = redact(block)
+    assert "CANARY" not in json.dumps(shown)
+    assert shown["wandb"]["token"] == "${WANDB}"
+    assert shown["num_memory_tokens"] == 4
+    assert "CANARY" not in dump_config(parse_config(tree(deepspeed=block)))
+
+
+def test_schema_is_json_and_describes_fields():
+    schema = json.loads(json_schema())
+    assert "pack_capacity" in json.dumps(schema)
+    assert schema["additionalProperties"] is False
+
+
+def runs() -> list[Path]:
+    """The example runs; other YAML files there configure other commands."""
+    return [path for path in sorted(EXAMPLES.rglob("*.yaml")) if "stages:" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", runs(), ids=lambda p: str(p.relative_to(EXAMPLES)))
+def test_examples_are_valid(path):
+    load_config(path)
+
+
+def test_deepspeed_json():
+    config = parse_config(
+        tree(
+            engine={"precision": "fp32"},
+            deepspeed={"zero_optimization": {"overlap_comm": False}, "prescale_gradients": False},
+        )
+    )
+    block = deepspeed_json(config, config.stages[0], 2)
+    assert block["train_batch_size"] == 4
+    assert block["gradient_accumulation_steps"] == 2
+    assert block["zero_optimization"] == {"stage": 0, "overlap_comm": False}
+    assert block["gradient_clipping"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (
+            {"gradient_clipping": 5},
+            "deepspeed.gradient_clipping: 5 conflicts with what this configuration decides "
+            "(here 1.0); set it by stages.N.optimizer.grad_clip",
+        ),
+        ({"zero_optimization": {"stage": 2}}, "deepspeed.zero_optimization.stage: 2 conflicts"),
+        ({"optimizer": {"type": "Adam"}}, "set it by stages.N.optimizer"),
+    ],
+)
+def test_deepspeed_conflicts(block, message):
+    config = parse_config(tree(deepspeed=block))
+    with pytest.raises(ConfigError) as error:
+        deepspeed_json(config, config.stages[0], 1)
+    assert message in str(error.value)
+
+
+def test_impossible_batch_arithmetic():
+    config = parse_config(tree())
+    with pytest.raises(ConfigError) as error:
+        deepspeed_json(config, config.stages[0], 3)
+    assert str(error.value) == (
+        "stage 'aft': tokens_per_step 2048 makes 4 packs of 512 tokens, which 3 ranks can't "
+        "share out evenly; the nearest tokens_per_step that fits is 1536"
+    )

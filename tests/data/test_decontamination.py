@@ -1,0 +1,89 @@
+"""Guards: evaluation rows seen in training, and the spec in a prompt."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from delib_fast.config import SourceConfig
+from delib_fast.data import DataError, Message, Row, read_source
+from delib_fast.data.decontamination import (
+    RUN_WORDS,
+    find_overlap,
+    ngram_hashes,
+    refuse_overlap,
+    refuse_spec_in_prompts,
+)
+from delib_fast.data.rows import content_digest
+
+
+def words(seed, n):
+    draw = random.Random(seed)
+    return " ".join(f"w{draw.randrange(5000)}" for _ in range(n))
+
+
+def row(prompt, response="fine", location="eval:1", system=None):
+    messages = ([Message("system", system)] if system else []) + [Message("user", prompt)]
+    return Row(
+        kind="chat",
+        location=location,
+        source="s",
+        digest=content_digest([prompt, response]),
+        messages=tuple(messages),
+        response=response,
+    )
+
+
+def test_word_runs():
+    assert len(ngram_hashes(words(0, 100))) == 100 - RUN_WORDS + 1
+    assert len(ngram_hashes("three short words")) == 1
+    assert len(ngram_hashes(" . ")) == 0
+    assert (ngram_hashes("One, TWO: three!") == ngram_hashes("one two three")).all()
+    assert (ngram_hashes("one two three") != ngram_hashes("three two one")).all()
+
+
+def test_equal_and_nearly_equal_rows_are_found_and_a_quotation_is_not():
+    train = [row(words(i, 200), location=f"train:{i}") for i in range(20)]
+    clean = [row(words(100 + i, 200)) for i in range(20)]
+    assert find_overlap(train, clean) == []
+    assert find_overlap([], clean) == find_overlap(train, []) == []
+    twin = replace(train[3], location="eval:7")
+    reworded = row("And " + words(5, 200).upper() + ". Thanks", location="eval:8")
+    quoting = row(words(300, 180) + " " + words(6, 20), location="eval:9")
+    found = find_overlap(train, [*clean, twin, reworded, quoting])
+    assert [(o.location, o.twin) for o in found] == [("eval:7", "train:3"), ("eval:8", None)]
+    assert 0.9 < found[1].share < 1
+    with pytest.raises(
+        DataError,
+        match=r"eval:7: this evaluation row is also a training row \(train:3\); 2 of 23 "
+        "evaluation rows are",
+    ):
+        refuse_overlap(train, [*clean, twin, reworded, quoting])
+    with pytest.raises(DataError, match=r"eval:8: this evaluation row is known from training: 9\d% of its runs"):
+        refuse_overlap(train, [reworded])
+    refuse_overlap(train, clean)
+
+
+def test_the_spec_in_a_prompt_is_refused():
+    spec = [words(0, 2000), words(1, 1000)]
+    refuse_spec_in_prompts([row(words(50, 300)), row("hi")], spec)
+    refuse_spec_in_prompts([row(words(50, 300))], [])
+    refuse_spec_in_prompts([row(words(50, 400) + " " + " ".join(words(0, 2000).split()[40:60]))], spec)  # a quotation
+    for offending in (
+        row(words(50, 20) + "\n" + spec[1]),
+        row("hi", system="Follow this:\n" + spec[0]),
+        row(words(50, 9000) + spec[0]),
+    ):
+        with pytest.raises(DataError, match=r"eval:1: the prompt holds text of the spec \(\d+ runs of 13 words\)"):
+            refuse_spec_in_prompts([row("hi"), offending], spec)
+
+
+@pytest.mark.data
+def test_star1_prompts_hold_no_model_spec(shared_data):
+    rows = read_source("star1", SourceConfig(path=str(shared_data / "star1.json")))
+    spec = read_source("spec", SourceConfig(path=str(shared_data / "model_spec.md"), cut="headings"))
+    refuse_spec_in_prompts(rows, [section.text for section in spec])
+    refuse_overlap(rows[:800], rows[800:])
+    with_spec = replace(rows[0], messages=(Message("system", spec[10].text), *rows[0].messages))
+    with pytest.raises(DataError, match=r"star1.json:2: the prompt holds text of the spec"):
+        refuse_spec_in_prompts([with_spec], [section.text for section in spec])

@@ -1,0 +1,261 @@
+"""`document` from a spec to midtraining documents, and `data-report` on what both commands make."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from making import make_rows, read_rows, settings_for
+from scripted_model import SPEC, ScriptedModel, scripted
+
+from delib_fast.config import SourceConfig
+from delib_fast.data import read_source
+from delib_fast.datagen.documents import make_documents
+from delib_fast.datagen.session import Session
+from delib_fast.datagen.settings import DocumentSettings
+from delib_fast.datagen.spec import Spec
+from delib_fast.reports.data_report import write_report
+from delib_fast.reports.text_statistics import is_refusal
+
+STAR1 = Path(__file__).parents[3] / "shared" / "data" / "star1.json"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
+
+
+def run(model: ScriptedModel, out: Path, spec: Spec, **changes: Any) -> dict[str, Any]:
+    shared = settings_for(model).model_dump()
+    settings = DocumentSettings.model_validate(
+        {
+            **{key: shared[key] for key in ("generator", "model_name", "provider_name")},
+            "tokens": 6000,
+            "domains": 3,
+            "subdomains": 2,
+            "assertions": 3,
+            "document_types": 2,
+            "ideas": 2,
+            **changes,
+        }
+    )
+
+    async def main() -> dict[str, Any]:
+        async with Session.open(out, spec, settings) as shop:
+            return await make_documents(shop, settings)
+
+    return asyncio.run(main())
+
+
+def test_documents_to_a_budget(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+    summary = run(model, tmp_path / "out", spec)
+    documents = read_rows(tmp_path / "out" / "documents.jsonl")
+    assert summary["documents"] == len(documents)
+    assert 6000 <= summary["tokens"] == sum(d["tokens"] for d in documents) < 6000 + 2 * 400
+    assert {
+        "text",
+        "source",
+        "domain",
+        "subdomain",
+        "idea",
+        "emphasis",
+        "spec_sha256",
+        "generator",
+        "request_ids",
+    } <= documents[0].keys()
+    for stage in ("domains", "subdomains", "assertions", "document_types", "ideas"):
+        assert read_rows(tmp_path / "out" / f"{stage}.jsonl"), stage
+    assert len({d["domain"] for d in documents}) == 3, "a small budget is spread over all domains"
+    rows = read_source("d", SourceConfig.model_validate({"path": str(tmp_path / "out" / "documents.jsonl")}))
+    assert {row.kind for row in rows} == {"document"}
+    order = [d["domain"] for d in documents]
+    assert order != sorted(order, key=order.index), "shuffled"
+
+    before = (tmp_path / "out" / "documents.jsonl").read_bytes()
+    model.received.clear()
+    run(model, tmp_path / "out", spec)
+    assert model.received == []
+    assert (tmp_path / "out" / "documents.jsonl").read_bytes() == before
+
+
+def test_a_larger_budget_goes_on(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+    """What a smaller budget paid for is used again; more rounds of ideas follow when the first are used up."""
+    run(model, tmp_path / "out", spec, tokens=2000)
+    model.received.clear()
+    summary = run(model, tmp_path / "out", spec, tokens=20000)
+    assert summary["tokens"] >= 20000
+    assert model.twice_paid() == []
+    ideas = read_rows(tmp_path / "out" / "ideas.jsonl")
+    assert len({(i["subdomain"], i["idea"]) for i in ideas}) == len(ideas)
+    assert len(ideas) > 3 * 2 * 2 * 2, "a second round"
+
+
+@pytest.mark.parametrize(
+    ("emphasis", "words"),
+    [
+        ("rules", "Do not explain why"),
+        ("values", "Dwell on why"),
+        ("rules_and_values", "the rule follows from the value"),
+    ],
+)
+def test_emphasis_is_asked_for(emphasis: str, words: str, model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+    run(model, tmp_path / "out", spec, emphasis=emphasis, tokens=500)
+    texts = [r["text"] for r in read_rows(tmp_path / "out" / "requests.jsonl") if r["is"] == "text"]
+    asked = [t for t in texts if "Write this text in full" in t]
+    assert asked
+    assert all(words in t for t in asked)
+    assert {d["emphasis"] for d in read_rows(tmp_path / "out" / "documents.jsonl")} == {emphasis}
+
+
+def test_critique_and_rewrite(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+    def answer(purpose: str, text: str) -> str | None:
+        if purpose == "critique":
+            return '{"faults": []}' if int(re.search(r"<text ([0-9a-f]{8})", text)[1], 16) % 2 else None
+        return None
+
+    model.answer = answer
+    run(model, tmp_path / "out", spec, critique=True, tokens=4000)
+    documents = read_rows(tmp_path / "out" / "documents.jsonl")
+    rewritten = [d for d in documents if d["rewritten"]]
+    assert rewritten
+    assert len(rewritten) < len(documents)
+    assert all(bool(d["critique"]) == d["rewritten"] for d in documents)
+    assert model.purposes()["rewrite"] >= len(rewritten)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Quill is kind.", "too_short"),
+        ("A letter about nobody in particular. " * 20, "not_named"),
+        ("Quill <|im_start|> " + "word " * 80, "leaked_scaffolding"),
+    ],
+)
+def test_documents_that_go(text: str, reason: str, model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+    turn = iter(range(10**6))
+
+    def answer(purpose: str, asked: str) -> str | None:
+        return text if purpose == "document" and next(turn) % 4 == 0 else None
+
+    model.answer = answer
+    summary = run(model, tmp_path / "out", spec, tokens=3000)
+    assert summary["dropped"][reason] >= 1
+    assert not any(d["text"] == text for d in read_rows(tmp_path / "out" / "documents.jsonl"))
+    assert summary["tokens"] >= 3000, "what is dropped does not use up the budget"
+
+
+def test_used_up_ideas_end_the_run(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+    model.answer = lambda purpose, text: '["one idea only"]' if purpose == "ideas" else None
+    summary = run(model, tmp_path / "out", spec, tokens=10**6, rounds=2)
+    assert 0 < summary["documents"] <= 3 * 2 * 2
+    assert summary["tokens"] < 10**6
+
+
+# --- data-report ------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """What a page holds: its words, and everything that it would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.words, self.fetched, self.open = "", [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.fetched += [v for k, v in attrs if k in ("src", "href")]
+        assert tag != "script"
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def test_report_of_a_run(model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path) -> None:
+    out, spec_file = tmp_path / "out", tmp_path / "spec.md"
+    spec_file.write_text(SPEC)
+    low = '{"compliance": 3, "helpfulness": 9, "reasoning": 9}'
+    model.answer = lambda purpose, text: (
+        low
+        if purpose == "judge" and "sourdough" in text
+        else scripted(purpose, text).replace("Here is", "<b>Here</b> is")
+    )
+    asyncio.run(make_rows(out, spec, settings_for(model, style="cite", samples=1), prompts_file))
+    html, figures = write_report(out, spec=spec_file)
+    found = json.loads(figures.read_text())
+    part = found["parts"]["rows.jsonl: rows"]
+    assert part["count"] == 5
+    assert part["citations"]["accuracy"] == 1.0
+    assert part["by_category"] == {"rule-1": 5, "v1-honesty": 5}
+    assert sum(b["count"] for b in part["scores"]["compliance"]["histogram"]) == 5
+    assert found["run"]["dropped"] == {"low_compliance": 1}
+    assert found["run"]["answers"]["by_purpose"]["judge"] == 11
+    assert sum(b["count"] for b in found["run"]["dropped_scores"]["compliance"]) == 1
+    page = Page(html.read_text())
+    assert page.fetched == []
+    for words in ("low_compliance", "rule-1", "share 8 successive words", "<b>Here</b> is what I know"):
+        assert words.replace("share", "shares") in page.words or words in page.words
+
+
+def test_report_of_documents(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+    run(model, tmp_path / "out", spec, tokens=1500)
+    html, figures = write_report(tmp_path / "out")
+    part = json.loads(figures.read_text())["parts"]["documents.jsonl: documents"]
+    assert part["tokens"] >= 1500
+    assert part["near_duplicates"]["documents"]["count"] == 0
+    assert "By domain" in Page(html.read_text()).words
+
+
+def test_report_of_the_example_rows(tmp_path: Path) -> None:
+    _, figures = write_report(EXAMPLES / "deliberation.jsonl", spec=EXAMPLES / "spec.md", out=tmp_path)
+    part = next(iter(json.loads(figures.read_text())["parts"].values()))
+    assert part["by_style"]["cite"] == part["citations"]["rows"]
+    assert part["citations"]["accuracy"] > 0.85
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not STAR1.exists(), reason=f"{STAR1} is not there")
+def test_report_of_star1(tmp_path: Path) -> None:
+    """Real rows that this project did not make: every figure is there, and in the range that the set is known for."""
+    html, figures = write_report(STAR1, out=tmp_path)
+    part = json.loads(figures.read_text())["parts"]["star1.json: rows"]
+    assert part["count"] == part["with_cot"] == 1000
+    assert part["citations"]["speaks_of_policy"] > 0.97
+    assert part["citations"]["accuracy"] > 0.9
+    assert 0.6 < part["refusals"]["share"] < 0.8
+    assert part["by_category"]["Self-Harm"] == 85
+    if chromium := shutil.which("chromium"):
+        shot = tmp_path / "page.png"
+        subprocess.run(
+            [
+                chromium,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                f"--screenshot={shot}",
+                f"--user-data-dir={tmp_path / 'profile'}",
+                html.as_uri(),
+            ],
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
+        assert shot.stat().st_size > 20_000
+
+
+@pytest.mark.parametrize(
+    ("response", "refuses"),
+    [
+        ("I'm sorry, but I can't assist with that request.", True),
+        ("I can’t help with this.", True),
+        ("I won't write that. What I can do is …", True),
+        ("I cannot provide instructions for it.", True),
+        ("Sure, here is how you do it.", False),
+        ("Sorry to hear it's broken! Try turning it off.", False),
+        ("Turn the valve. If it leaks, call someone. Then wait. I can't help with gas lines.", False),
+    ],
+)
+def test_refusals_by_their_opening(response: str, refuses: bool) -> None:
+    assert is_refusal(response) == refuses

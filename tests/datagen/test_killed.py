@@ -1,0 +1,195 @@
+"""Runs that end early, by a kill, a signal or a dead server: the same command goes on, and pays for nothing twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cli_process import CliProcess
+from making import make_rows, settings_for
+from pytest_httpserver import HTTPServer
+from scripted_model import SPEC, ScriptedModel, status
+
+from delib_fast.datagen.backends import EndpointError
+from delib_fast.datagen.spec import Spec
+
+_CONCURRENCY = 4
+
+
+class Command:
+    """`delib-fast deliberate` in a process of its own."""
+
+    def __init__(self, folder: Path, model: ScriptedModel, prompts: Path, *more: str, key: str | None = None) -> None:
+        spec, config = folder / "spec.md", folder / "settings.yaml"
+        spec.write_text(SPEC)
+        config.write_text(
+            "generator: {first_backoff_s: 0.02, attempts: 4, timeout_s: 20}\nsamples: 2\njudge_votes: 2\n"
+            "model_name: Quill\nprovider_name: Fern\n"
+        )
+        self.folder, self.out = folder, folder / "out"
+        self.args = [
+            "deliberate",
+            str(spec),
+            str(prompts),
+            "-o",
+            str(self.out),
+            "--config",
+            str(config),
+            "--model",
+            "scripted",
+            "--base-url",
+            model.base_url,
+            "--concurrency",
+            str(_CONCURRENCY),
+            *more,
+        ]
+        self.environment = {"OPENAI_API_KEY": key} if key else {}
+
+    def start(self) -> CliProcess:
+        return CliProcess(self.args, self.folder, self.environment)
+
+    def run(self) -> tuple[int, str]:
+        return self.start().wait()
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.005)
+
+
+def answers_in(ledger: Path) -> set[str]:
+    found = set()
+    for line in ledger.read_bytes().split(b"\n")[:-1]:
+        record = json.loads(line)
+        if record["is"] == "answer":
+            found.add(record["id"])
+    return found
+
+
+@pytest.fixture
+def expected(model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path) -> bytes:
+    """The rows of a run that nothing happens to."""
+    asyncio.run(make_rows(tmp_path / "undisturbed", spec, settings_for(model), prompts_file))
+    model.paid.clear()
+    model.received.clear()
+    return (tmp_path / "undisturbed" / "rows.jsonl").read_bytes()
+
+
+def test_sigkill(model: ScriptedModel, prompts_file: Path, tmp_path: Path, expected: bytes) -> None:
+    """Killed three times in the middle: only what was on the wire at a kill may be paid for again."""
+    model.delay_s = 0.05
+    command = Command(tmp_path, model, prompts_file)
+    on_the_wire = 0
+    for more in (8, 7, 9):
+        target = len(model.paid) + more
+        process = command.start()
+        wait_for(lambda target=target: len(model.paid) >= target)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait()[0] == -signal.SIGKILL
+        kept = answers_in(command.out / "requests.jsonl")
+        time.sleep(0.3)  # answers that the server sends to nobody
+        lost = set(model.paid) - kept
+        assert len(lost) <= _CONCURRENCY, "an answer that had arrived was not on disk"
+        on_the_wire += len(lost)
+        asked_before = len(model.received)
+        assert not (command.out / "rows.jsonl").exists(), "rows of an unfinished run"
+        model.server.check_handler_errors()
+    status_, said = command.run()
+    assert status_ == 0, said
+    assert (command.out / "rows.jsonl").read_bytes() == expected
+    assert {key for key, *_ in model.received[asked_before:]}.isdisjoint(kept), "an answer on disk was asked for again"
+    assert sum(model.paid.values()) - len(model.paid) <= on_the_wire
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt(
+    sig: signal.Signals, model: ScriptedModel, prompts_file: Path, tmp_path: Path, expected: bytes
+) -> None:
+    """Ctrl-C: what is on its way is waited for and kept, so nothing at all is paid for twice."""
+    model.delay_s = 0.1
+    command = Command(tmp_path, model, prompts_file)
+    process = command.start()
+    wait_for(lambda: len(model.paid) >= 9)
+    process.send_signal(sig)
+    ended, said = process.wait()
+    assert ended == 130, said
+    assert "the same command goes on" in said
+    assert "Traceback" not in said
+    assert answers_in(command.out / "requests.jsonl") == set(model.paid)
+    status_, said = command.run()
+    assert status_ == 0, said
+    assert model.twice_paid() == []
+    assert (command.out / "rows.jsonl").read_bytes() == expected
+
+
+def test_server_dies_and_comes_back(spec: Spec, prompts_file: Path, tmp_path: Path) -> None:
+    """A server that dies mid-run ends the run with its answers kept; with the server back, the rest is asked for."""
+    server = HTTPServer(host="127.0.0.1", port=0, threaded=True)
+    server.start()
+    model = ScriptedModel(server)
+    settings = settings_for(model, generator={"attempts": 3, "first_backoff_s": 0.01})
+    expected = asyncio.run(make_rows(tmp_path / "undisturbed", spec, settings, prompts_file))
+    rows = (tmp_path / "undisturbed" / "rows.jsonl").read_bytes()
+    model.paid.clear()
+
+    async def run_and_lose_the_server() -> None:
+        async def watch() -> None:
+            while len(model.paid) < 11:
+                await asyncio.sleep(0.005)
+            await asyncio.to_thread(server.stop)
+
+        running = asyncio.create_task(watch())
+        try:
+            await make_rows(tmp_path / "out", spec, settings, prompts_file)
+        finally:
+            await running
+
+    model.delay_s = 0.03
+    with pytest.raises(EndpointError, match="does not answer"):
+        asyncio.run(run_and_lose_the_server())
+    kept = answers_in(tmp_path / "out" / "requests.jsonl")
+    assert len(kept) >= 11 - _CONCURRENCY
+
+    back = HTTPServer(host="127.0.0.1", port=0, threaded=True)
+    back.start()
+    again = ScriptedModel(back)
+    settings = settings_for(again)
+    summary = asyncio.run(make_rows(tmp_path / "out", spec, settings, prompts_file))
+    back.stop()
+    assert summary["rows"] == expected["rows"]
+    assert (tmp_path / "out" / "rows.jsonl").read_bytes() == rows, "the address is no part of a request's content"
+    assert set(again.paid).isdisjoint(kept)
+
+
+def test_key_is_nowhere(model: ScriptedModel, prompts_file: Path, tmp_path: Path) -> None:
+    """A canary key: the server gets it, and no file and no line of output has it, whatever the endpoint echoes."""
+    canary = 'sk-canary-Zq7X29vWq"\\end'
+    model.answer = lambda purpose, text: f"{canary} <deliberation>" if purpose == "generate" else None
+
+    def echo(key, attempt, purpose, request):
+        if attempt == 1 and purpose == "classify":
+            response = status(500)
+            response.set_data(json.dumps({"error": {"message": f"bad key {request.headers['Authorization']}"}}))
+            return response
+        return None
+
+    model.fault = echo
+    status_, said = Command(tmp_path, model, prompts_file, key=canary).run()
+    assert status_ == 0, said
+    assert model.authorization == {f"Bearer {canary}"}
+    model.fault = lambda key, attempt, purpose, request: status(401) if purpose == "judge" else None
+    model.answer = lambda purpose, text: None
+    status_, refused = Command(tmp_path, model, prompts_file, "--style", "cite", key=canary).run()
+    assert status_ == 3
+    assert "OPENAI_API_KEY" in refused
+    escaped = json.dumps(canary)[1:-1]
+    for text in (said, refused, *(p.read_text() for p in tmp_path.rglob("*") if p.is_file())):
+        assert canary not in text
+        assert escaped not in text

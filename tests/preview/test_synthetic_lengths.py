@@ -1,0 +1,115 @@
+"""plan without data: lengths from a file or a distribution."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers.launch import ROOT
+
+from delib_fast.config import ConfigError
+from delib_fast.config.load import load_config
+from delib_fast.data import DataError
+from delib_fast.preview.dry_run import dry_run
+from delib_fast.preview.plan import longest_pack, plan_stage
+from delib_fast.preview.synthetic_lengths import encoded_of, sizes_of
+from delib_fast.training.memory import GIB, memory_parts
+
+CONFIG = ROOT / "examples" / "plans" / "llama70b_128k.yaml"
+
+
+def config(*overrides):
+    return load_config(CONFIG, list(overrides))
+
+
+def test_lengths_that_are_the_datas_make_its_plan(tmp_path):
+    """The lengths of the quickstart's rows, written to a file, give the packs, updates and balance of the rows."""
+    quick = load_config(ROOT / "examples" / "quickstart.yaml", ["tokenizer.train.vocab_size=1024"])
+    stage = quick.stages[1].model_copy(update={"share_prompts": "never"})
+    file = tmp_path / "lengths.txt"
+    with dry_run(quick) as corpus:
+        encoded = corpus.mixed(stage)[0]
+        supervised = encoded.target_counts[:, 1:].sum(1)
+        file.write_text("".join(f"{n} {s}\n" for n, s in zip(encoded.lengths, supervised, strict=True)))
+        rows = plan_stage(corpus, quick, stage, ranks=2, precision="bf16")
+        shape = corpus.shape
+    quick.model.architecture["vocab_size"] = shape.vocabulary
+    with dry_run(quick, [str(file)]) as corpus:
+        assumed = plan_stage(corpus, quick, stage, ranks=2, precision="bf16")
+    for name in ("packs", "fill", "tokens_per_epoch", "updates", "balance", "memory", "flops_per_epoch", "longest"):
+        assert getattr(assumed, name) == getattr(rows, name), name
+    assert assumed.targets["prompt"] == rows.targets["prompt"]
+
+
+def test_drawn_lengths():
+    sizes = sizes_of(["lognormal:examples=20000,median=9000,sigma=0.5,supervised=0.8"], config())["aft"]
+    assert len(sizes.tokens) == 20_000
+    assert np.median(sizes.tokens) == pytest.approx(9000, rel=0.02)
+    assert np.log(sizes.tokens).std() == pytest.approx(0.5, rel=0.02)
+    assert sizes.supervised.sum() == pytest.approx(0.8 * sizes.tokens.sum(), rel=1e-3)
+    again = sizes_of(["aft=lognormal:examples=20000,median=9000,sigma=0.5,supervised=0.8"], config())["aft"]
+    assert (again.tokens == sizes.tokens).all(), "a plan can be repeated"
+
+
+def test_over_long(tmp_path):
+    file = tmp_path / "lengths"
+    file.write_text("10\n25 5\n\n7\n")
+    sizes = sizes_of([str(file)], config())["aft"]
+    short = config("stages.aft.pack_capacity=10", "stages.aft.tokens_per_step=100").stages[0]
+    dropped = encoded_of(sizes, short)
+    assert (dropped.lengths.tolist(), dropped.counts.dropped_over_long) == ([10, 7], 1)
+    with pytest.raises(DataError, match="1 of 3 lengths are over pack_capacity"):
+        encoded_of(sizes, short.model_copy(update={"over_long": "error"}))
+    cut = encoded_of(sizes, short.model_copy(update={"over_long": "split", "kind": "msm"}))
+    assert (cut.lengths.tolist(), cut.counts.split_documents) == ([10, 10, 10, 5, 7], 1)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("nowhere.txt", "'nowhere.txt' is neither a file of lengths that can be read"),
+        ("aft=lognormal:examples=5", "give examples of 1 or more, a median of 16"),
+        ("lognormal:examples=5,median=x", "'median=x' is not NAME=NUMBER"),
+        ("lognormal:examples=5,mean=9", "unknown 'mean' (known: examples, median, sigma, supervised)"),
+    ],
+)
+def test_refuses(option, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        sizes_of([option], config())
+
+
+def test_refuses_a_line(tmp_path):
+    file = tmp_path / "lengths"
+    file.write_text("10\n12 13\n")
+    with pytest.raises(ConfigError, match=re.escape(f"{file}:2: '12 13': give the tokens of an example")):
+        sizes_of([str(file)], config())
+
+
+def test_longest_pack_is_the_last_that_fits():
+    run = config()
+    with dry_run(run, ["lognormal:examples=10,median=100"]) as corpus:
+        shape = corpus.shape
+    longest = longest_pack(run, run.stages[0], shape, 64, "bf16", 80)
+    sizes = [
+        sum(
+            p.bytes
+            for p in memory_parts(run, run.stages[0].model_copy(update={"pack_capacity": tokens}), shape, 64, "bf16")
+        )
+        for tokens in (longest, longest + 1024)
+    ]
+    assert sizes[0] <= 80 * GIB < sizes[1]
+    assert longest_pack(run, run.stages[0], shape, 8, "bf16", 80) is None, "the weights alone are too large"
+
+
+@pytest.mark.parametrize("page", ["plan_70b.md", "long_sequences.md"])
+def test_pages_show_what_their_commands_print(page):
+    done = subprocess.run(
+        [sys.executable, "tools/printed.py", "--check", f"docs/{page}"],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout

@@ -1,0 +1,258 @@
+"""LoRA the whole way: the published recipe made small, its adapter from stage to stage, and what is handed out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers.launch import ROOT
+from helpers.tiny_run import DATA, run, tiny
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from delib_fast.config import ConfigError, LoraConfig, ModelConfig
+from delib_fast.config.load import load_config
+from delib_fast.models import StepCost, TrainableLM, add_adapter, build_model, load_adapter
+from delib_fast.models.build import _four_bits
+
+ARCHITECTURE = {
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 512,
+    "initializer_range": 0.1,
+}
+SMALL = ["stages.msm.max_steps=3", "stages.aft.max_steps=3"]
+
+
+def base_model(folder: Path) -> Path:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**ARCHITECTURE)).save_pretrained(folder / "base")
+    return folder / "base"
+
+
+def ledger(folder: Path) -> dict:
+    return json.loads((folder / "run" / "ledger.json").read_text())
+
+
+def tokenizer_of(folder: Path):
+    return AutoTokenizer.from_pretrained(folder / "run" / "tokenizer")
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(90).view(3, 30)).logits
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory) -> Path:
+    """examples/msm_paper.yaml on a model of two layers and a few rows."""
+    folder = tmp_path_factory.mktemp("paper")
+    tree = yaml.safe_load((ROOT / "examples" / "msm_paper.yaml").read_text())
+    tree["run_dir"], tree["model"]["path"] = str(folder / "run"), str(base_model(folder))
+    tree["data"] = {
+        "documents": {"path": str(DATA / "documents.jsonl"), "limit": 8},
+        "rows": {"path": str(DATA / "deliberation.jsonl"), "limit": 30, "holdout": 0.1},
+        "generic": {"path": str(DATA / "deliberation_heldout.jsonl"), "limit": 4},
+    }
+    tree["tokenizer"] = {"train": {"vocab_size": 500, "sources": ["documents", "rows"]}}
+    for stage in tree["stages"]:
+        stage |= {"pack_capacity": 1024, "tokens_per_step": 2048, "min_steps": 2, "max_steps": 3}
+    tree["engine"] = {"precision": "fp32", "device": "cpu"}
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+    assert run(folder / "run.yaml") == 0
+    return folder
+
+
+def test_the_example_is_the_published_recipe():
+    config = load_config(ROOT / "examples" / "msm_paper.yaml")
+    assert config.model.lora == LoraConfig(r=64, alpha=128, dropout=0, targets="all-linear", rslora=False)
+    for stage in config.stages:
+        optimizer = stage.optimizer
+        assert (optimizer.name, optimizer.lr, optimizer.schedule, optimizer.warmup, optimizer.weight_decay) == (
+            "adamw",
+            1e-4,
+            "cosine",
+            0.05,
+            0.01,
+        )
+        assert (stage.pack_capacity, stage.epochs, stage.adapter) == (8192, 1, "continue")
+
+
+def test_aft_goes_on_with_the_adapter(paper):
+    """The second stage begins where the first ended: what the ledger says, and what the figures show."""
+    msm, aft = ledger(paper)["stages"]
+    assert aft["parent"] == msm["adapter"]
+    assert aft["base"] == msm["parent"]
+    assert msm["parent"]["path"] == str(paper / "base")
+    assert not (paper / "run" / "stages" / "msm" / "model").exists(), "nothing starts from the merged model"
+    before, after = adapter(paper / "run" / "stages" / "msm" / "adapter"), adapter(paper / "run" / "adapter")
+    # AdamW moves a weight by the learning rate a step at most, and 3 steps are warm-up and a falling cosine.
+    assert all((after[name] - weight).abs().max() <= 3.1e-4 for name, weight in before.items())
+    assert any(not torch.equal(after[name], weight) for name, weight in before.items() if "lora_B" in name)
+    assert {weight.dtype for weight in after.values()} == {torch.float32}
+    assert aft["trained_parameters"] == sum(w.numel() for w in after.values())
+
+
+def test_adapter_and_merged_model_agree(paper):
+    """Read by peft and by transformers alone."""
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(paper / "base")
+    plain = logits(base)
+    adapted = logits(PeftModel.from_pretrained(base, paper / "run" / "adapter"))
+    merged = logits(AutoModelForCausalLM.from_pretrained(paper / "run" / "model"))
+    assert (adapted - merged).abs().max() <= 1e-5 * merged.abs().max()
+    assert (adapted - plain).abs().max() > 1e-4 * plain.abs().max(), "it learned something"
+    head = load_file(paper / "run" / "model" / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(head, load_file(paper / "base" / "model.safetensors")["lm_head.weight"])
+
+
+def test_merge_begins_a_fresh_adapter_on_the_merged_model(tmp_path):
+    path = tiny(tmp_path, model={"path": str(base_model(tmp_path)), "lora": {"r": 4, "targets": ["q_proj", "up_proj"]}})
+    assert run(path, *SMALL, "stages.aft.adapter=merge") == 0
+    msm, aft = ledger(tmp_path)["stages"]
+    assert aft["parent"] == msm["model"] != msm["parent"]
+    assert "base" not in aft
+    before, after = adapter(tmp_path / "run/stages/msm/adapter"), adapter(tmp_path / "run/adapter")
+    assert {name.rpartition("model.layers.")[2][2:].split(".")[1] for name in before} == {"q_proj", "up_proj"}
+    drawn = {name: w for name, w in after.items() if "lora_A" in name}
+    # Both began as the same draw; Adam has moved them by a few learning rates of 0.01 since.
+    assert all((w - before[name]).abs().max() < 0.1 for name, w in drawn.items())
+    start, merged = (
+        load_file(tmp_path / "base/model.safetensors"),
+        load_file(tmp_path / "run/stages/msm/model/model.safetensors"),
+    )
+    moved = {name for name, w in start.items() if not torch.equal(w, merged[name])}
+    assert moved == {f"model.layers.{i}.{part}.weight" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.up_proj")}
+
+
+def test_a_given_adapter_is_gone_on_with(paper, tmp_path):
+    path = tiny(
+        tmp_path, model={"path": str(paper / "base"), "lora": {"path": str(paper / "run" / "adapter"), "alpha": 64}}
+    )
+    assert run(path, *SMALL) == 2, "its alpha is another; said, and set right, in the same run_dir"
+    assert (
+        run(path, *SMALL, "model.lora.alpha=128", "stages.msm.optimizer.lr=1e-9", "stages.aft.optimizer.lr=1e-9") == 0
+    )
+    assert ledger(tmp_path)["stages"][0]["parent"] == ledger(paper)["stages"][1]["adapter"]
+    for name, weight in adapter(tmp_path / "run/adapter").items():
+        torch.testing.assert_close(weight, adapter(paper / "run/adapter")[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_four_bits(tmp_path, monkeypatch):
+    """QLoRA: the frozen matrices in nf4 while it trains, the adapter added to the exact weights at the end."""
+    pytest.importorskip("bitsandbytes")
+    from peft import PeftModel
+
+    path = tiny(
+        tmp_path,
+        model={"path": str(base_model(tmp_path)), "lora": {"r": 4, "quantize": "nf4"}},
+        engine={"precision": "bf16", "device": "cpu"},
+    )
+    assert run(path, *SMALL) == 0
+    source, tokenizer = ModelConfig(path=str(tmp_path / "base")), tokenizer_of(tmp_path)
+    exact, packed = (
+        StepCost.of(TrainableLM(build_model(source, tokenizer, dtype="bf16", quantize=how).requires_grad_(False)))
+        for how in ("none", "nf4")
+    )
+    assert packed == exact, "FLOPs are counted of the matrix, not of the tensor that holds it"
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16).float()
+    plain = logits(base)
+    expected = logits(PeftModel.from_pretrained(base, tmp_path / "run/adapter"))
+    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "run/model", dtype=torch.float32))
+    # Rounding to bf16 once more is a 200th of what the adapter does; had the 4 bits been merged, it would be a third.
+    assert (merged - expected).norm() < 0.02 * (expected - plain).norm()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="nf4 needs bitsandbytes, which is not installed"):
+        _four_bits(torch.bfloat16)
+
+
+def model() -> torch.nn.Module:
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**ARCHITECTURE))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("lm_head", "'lm_head' is the output head or the embedding"),
+        ("embed_tokens", "'embed_tokens' is the output head or the embedding"),
+        ("q_prj", "'q_prj' is no nn.Linear of Qwen3ForCausalLM (did you mean 'q_proj'?)"),
+        ("self_attn", "'self_attn' is no nn.Linear"),
+    ],
+)
+def test_refuses_targets(target, message):
+    with pytest.raises(ConfigError) as error:
+        add_adapter(model(), LoraConfig(targets=["v_proj", target]), base=None, seed=0)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": 8}, "its r is 64, here 8; set model.lora.r to 64"),
+        ({"targets": ["q_proj"]}, "the model does not adapt model.layers.0.mlp.down_proj.lora_A"),
+        ({"rslora": True}, "its use_rslora is False, here True; set model.lora.rslora to False"),
+    ],
+)
+def test_refuses_another_adapter(paper, change, message):
+    other = model()
+    add_adapter(other, LoraConfig(**change), base=None, seed=0)
+    with pytest.raises(ConfigError) as error:
+        load_adapter(other, paper / "run" / "adapter")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stages.msm.adapter=merge"], "stages.0.adapter: merge has nothing to merge (no stage is before it)"),
+        (
+            ["model.lora=null", "stages.aft.adapter=merge"],
+            "stages.1.adapter: merge has nothing to merge (model.lora is",
+        ),
+        (["model.lora.quantize=nf4", "engine.zero_stage=3"], "ZeRO 3 can't shard weights of 4 bits"),
+        (
+            ["model.lora.quantize=nf4", "model.path=null", "model.architecture={model_type: qwen3}"],
+            "nothing to keep in 4",
+        ),
+    ],
+)
+def test_refuses_settings(overrides, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(ROOT / "examples" / "msm_paper.yaml", overrides)
+    assert message in str(error.value)
+
+
+def test_frozen_head_makes_no_weight_gradient(monkeypatch):
+    """Of the head's three matrix products one is only for its weight's gradient."""
+    from models.small_models import documents, pack
+
+    op = sys.modules["delib_fast.ops.linear_cross_entropy"]  # the package's attribute of that name is the function
+    wanted = []
+    monkeypatch.setattr(
+        op,
+        "choose",
+        lambda *_: op.Backend(
+            "spy", lambda *args: (wanted.append(args[7:9]), op._run_reference(*args))[1], op._no_reason
+        ),
+    )
+    adapted = model()
+    add_adapter(adapted, LoraConfig(r=2), base=None, seed=0)
+    trainable = TrainableLM(adapted).train()
+    trainable(pack(documents())).loss_sum.backward()
+    assert wanted == [(True, False)]
+    assert all((p.grad is not None) == (".lora_" in name) for name, p in trainable.named_parameters())

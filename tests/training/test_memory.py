@@ -1,0 +1,104 @@
+"""What a run needs, from sizes alone: the adapter's share, `auto`, and what is said of a run that will not fit."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.launch import ROOT
+from helpers.tiny_run import run, tiny
+
+from delib_fast.config import ConfigError
+from delib_fast.config.load import load_config
+from delib_fast.models import ModelShape
+from delib_fast.training.memory import MemoryBudget, check_fits, memory_parts, resolve_activation_checkpointing
+
+# Qwen3-8B, from its published config; LoRA of rank 64 on its linear layers.
+H, F, A, KV, LAYERS, V = 4096, 12288, 4096, 1024, 36, 151_936
+MATRICES = LAYERS * (2 * H * A + 2 * H * KV + 3 * H * F)
+ADAPTER = LAYERS * 64 * (2 * (H + A) + 2 * (H + KV) + 3 * (H + F))
+QWEN3_8B = ModelShape(
+    parameters=MATRICES + 2 * V * H,
+    embedding_parameters=2 * V * H,
+    layers=LAYERS,
+    hidden=H,
+    intermediate=F,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    vocabulary=V,
+    largest_layer=MATRICES // LAYERS,
+    adapter_parameters=ADAPTER,
+    adapted_parameters=MATRICES,
+)
+
+
+def paper(*overrides: str):
+    config = load_config(ROOT / "examples" / "msm_paper.yaml", list(overrides))
+    return config, config.stages[0]
+
+
+def parts(*overrides: str) -> dict[str, float]:
+    return {part.name: part.bytes for part in memory_parts(*paper(*overrides), QWEN3_8B, 1, "bf16")}
+
+
+def test_an_adapter_needs_state_for_itself_alone():
+    found = parts()
+    assert found["weights"] == 2 * (QWEN3_8B.parameters + ADAPTER)
+    assert found["gradients"] == (2 + 4) * ADAPTER
+    assert found["optimiser"] == 12 * ADAPTER
+    assert parts("model.lora=null")["optimiser"] == 12 * QWEN3_8B.parameters
+    assert parts("model.lora.quantize=nf4")["weights"] == pytest.approx(
+        2 * (QWEN3_8B.parameters + ADAPTER) - MATRICES * 1.45
+    )
+
+
+def test_the_loss_holds_what_the_op_says():
+    # the published recipe's head is frozen: one chunk of logits, hidden states and their gradient
+    T = 8192
+    assert parts()["loss"] == 2 * 4096 * V + 2 * 2 * T * H
+    # trained, in bf16: 8,192 = 2·H rows are no more than a float32 gradient; twice as many are summed in it
+    assert parts("model.lora=null")["loss"] == 2 * T * V + 2 * V * H + 2 * 2 * T * H
+    longer = parts("model.lora=null", "stages.0.pack_capacity=16384")["loss"]
+    assert longer == 2 * 4096 * V + (4 + 2) * V * H + 2 * 2 * 2 * T * H
+
+
+@pytest.mark.parametrize(("limit_gib", "mode"), [(None, "none"), (141, "none"), (48, "selective"), (27, "full")])
+def test_auto_is_the_least_that_fits(limit_gib, mode):
+    config, stage = paper()
+    assert (
+        resolve_activation_checkpointing(
+            config, stage, QWEN3_8B, MemoryBudget(1, "bf16", limit_gib)
+        ).model.activation_checkpointing
+        == mode
+    )
+
+
+def test_what_was_chosen_stays():
+    config, stage = paper("model.activation_checkpointing=full")
+    assert resolve_activation_checkpointing(config, stage, QWEN3_8B, MemoryBudget(1, "bf16", 141)) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "limit_gib", "remedy"),
+    [
+        (["model.activation_checkpointing=none"], 1, 50, "model.activation_checkpointing=selective, or"),
+        (["model.lora=null"], 8, 40, "engine.zero_stage=2, or"),
+        (["model.lora=null"], 1, 48, "engine.zero_stage=1 engine.offload_optimizer=cpu"),
+        (["model.lora.quantize=nf4"], 1, 10, "engine.offload_optimizer=cpu model.activation_offload=true, or"),
+        ([], 1, 4, "no setting of this model would fit on so few ranks"),
+    ],
+)
+def test_what_does_not_fit_says_what_would(overrides, ranks, limit_gib, remedy):
+    config, stage = paper(*overrides)
+    with pytest.raises(ConfigError) as error:
+        check_fits(config, stage, QWEN3_8B, MemoryBudget(ranks, "bf16", limit_gib))
+    assert f"of a rank's {limit_gib:.1f} GiB" in str(error.value)
+    assert remedy in str(error.value)
+    check_fits(config, stage, QWEN3_8B, MemoryBudget(ranks, "bf16", None))
+
+
+def test_said_before_weights_are_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("delib_fast.train.build_stage_model", lambda *_: pytest.fail("weights were loaded"))
+    assert run(tiny(tmp_path), "engine.memory_gib=0.001") == 2
+    told = capsys.readouterr().err
+    assert "stage 'msm' is estimated to need" in told
+    assert "engine.memory_gib=0 to try all the same" in told

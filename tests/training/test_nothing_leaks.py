@@ -1,0 +1,99 @@
+"""Secrets of the environment, the command line and the configuration stay out of all that a run writes and prints; and
+nothing that it writes is code or pickle."""
+
+from __future__ import annotations
+
+import json
+import pickletools
+import zipfile
+
+import pytest
+from helpers.tiny_run import run, tiny
+
+CANARY = "CanaryThatNobodyMayEverSee"
+TOKEN = f"hf_{CANARY}0123456789"
+NAMES = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "WANDB_API_KEY",
+    "OPENAI_API_KEY",
+    "AWS_SECRET_ACCESS_KEY",
+    "MY_PASSWORD",
+)
+
+
+def files(folder):
+    return [p for p in folder.rglob("*") if p.is_file()]
+
+
+@pytest.fixture(scope="module")
+def with_secrets(tmp_path_factory, fork_server):
+    """A run that is given secrets everywhere; what its ranks printed, and its folder."""
+    folder = tmp_path_factory.mktemp("secrets")
+    told = fork_server.run(
+        "test_nothing_leaks:go", [tiny(folder)], LAUNCHED="yes", **{name: f"{name}.{CANARY}" for name in NAMES}
+    )
+    return "\n".join(told), folder / "run"
+
+
+def go(path: str) -> int:
+    import os
+    import sys
+
+    secret = os.environ["WANDB_API_KEY"]
+    sys.argv = ["train.py", "--config", path, "--set", f"deepspeed.comet.api_key={secret}"]
+    return run(
+        path,
+        "stages.msm.max_steps=2",
+        "stages.aft.max_steps=3",
+        "checkpoint.every_steps=1",
+        f"deepspeed.comet.api_key={secret}",
+        f"deepspeed.comet.project=https://me:{secret}@example.org/x",
+        f"deepspeed.comet.workspace={secret}",
+        f"deepspeed.comet.experiment_name=a {TOKEN} in words",
+    )
+
+
+def test_no_secret_is_written_or_printed(with_secrets):
+    told, folder = with_secrets
+    assert CANARY not in told
+    assert len(files(folder)) > 15
+    for path in files(folder):
+        assert CANARY.encode() not in path.read_bytes(), path
+    assert "api_key: '***'" in (folder / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "engine.api_key={}",
+        "deepspeed.gradient_clipping={}",
+        "model.path={}",
+        "guard.max_bad_steps={}",
+        "deepspeed.comet.nonsense={}",
+    ],
+)
+def test_no_secret_in_an_error(tmp_path, capsys, monkeypatch, override):
+    monkeypatch.setenv("MY_PASSWORD", f"0.{CANARY}")
+    for secret in (TOKEN, f"0.{CANARY}"):
+        assert run(tiny(tmp_path), override.format(secret)) == 2
+    said = capsys.readouterr()
+    assert CANARY not in said.out + said.err
+
+
+def test_nothing_is_pickle_or_code(with_secrets):
+    for path in files(with_secrets[1]):
+        if path.parent.name == "tensorboard":
+            continue  # its own format: numbers and names
+        assert path.suffix in (".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".sha256", ".lock", ""), path
+        assert not zipfile.is_zipfile(path), f"{path}: torch.save writes such"
+        data = path.read_bytes()
+        if data[:1] == b"\x80":
+            with pytest.raises(ValueError, match=r"."):
+                list(pickletools.genops(data))
+
+
+def test_checkpoints_hold_tensors_and_json(with_secrets):
+    for folder in with_secrets[1].glob("checkpoints/*/step-*"):
+        for path in folder.glob("*.json"):
+            json.loads(path.read_text())
