@@ -59,6 +59,19 @@ def test_records_replace_and_history_grows(results) -> None:
     assert "| T=8 | **1.11×** | 3.33× |" in table
 
 
+@pytest.mark.parametrize(
+    ("cells", "best", "bold"),
+    [
+        (["1.10×", "1.09×", "", "1.09×"], min, ["1.10×", "**1.09×**", "", "**1.09×**"]),
+        (["4,632", "2,805", "1,520"], max, ["**4,632**", "2,805", "1,520"]),
+        (["1.1e-02", "1.1e-02"], min, ["1.1e-02", "1.1e-02"]),
+        (["331", "", ""], min, ["331", "", ""]),
+    ],
+)
+def test_bold_marks_the_best_of_a_row_whoever_it_is(cells, best, bold) -> None:
+    assert report.with_best_in_bold(cells, best) == bold
+
+
 def test_quick_figures_stay_apart(results) -> None:
     recording.record([entry("ours-cpu", 0.8, quick=True)])
     assert recording.stored("cpu-x", "linear_cross_entropy") == []
@@ -105,7 +118,6 @@ def test_pictures(results) -> None:
     assert "<!-- T=8 (ours-cpu) -->" in (results / "history.svg").read_text()
 
 
-def test_the_readme_says_what_is_stored() -> None:
-    readme = (report.ROOT / "README.md").read_text()
-    block = report.replaced(readme, "figures", report.figures_block())
-    assert block == readme, "run: python bench/report.py"
+@pytest.mark.parametrize("path", [report.README, report.BENCHMARKS], ids=["README.md", "docs/benchmarks.md"])
+def test_generated_pages_match_the_stored_results(path) -> None:
+    assert report.generated_pages()[path] == path.read_text(), "run: python bench/report.py"

@@ -1,0 +1,201 @@
+"""Draw the figures of the README as SVG, in a light and a dark version: `python tools/draw_figures.py [--check]`.
+
+    docs/images/row-*.svg                 a row of examples/data as the model sees it, from the real encoder
+    docs/images/small_world_effect-*.svg  what the small world found, from docs/small_world.json
+
+Both are plain text and depend only on their sources, so --check can compare them with the stored files.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+IMAGES = ROOT / "docs" / "images"
+
+CONFIG, STAGE, ROW, OVERRIDES = "examples/quickstart.yaml", "aft", 49, ["stages.aft.cot_weight=0.5"]
+LABELS = {"PROMPT": "prompt", "COT": "chain of thought", "RESPONSE": "response"}
+COLUMNS, CHARACTER, LINE = 96, 7.6, 21  # characters per line; width of one and height of a line, in pixels
+
+METRIC = "thinking"
+GROUPS = {
+    "thrift": "Reason given: thrift",
+    "no reason": "No reason given",
+    "home": "Reason given: home",
+}
+ARMS = {None: "MSM only", "no CoT": "then AFT without CoT", "CoT": "then AFT with CoT"}
+WIDTH, LEFT, RIGHT, ROW_HEIGHT = 800, 250, 40, 26
+
+
+@dataclass(frozen=True)
+class Theme:
+    ink: str
+    quiet: str
+    line: str
+    segments: dict[str, tuple[str, str]]
+    """the two alternating backgrounds of a segment's tokens"""
+    groups: dict[str, str]
+
+
+THEMES = {
+    "light": Theme(
+        ink="#1b1f24",
+        quiet="#59636e",
+        line="#c4cad1",
+        segments={"PROMPT": ("#e9ecef", "#dde1e6"), "COT": ("#ffe3c2", "#ffd4a3"), "RESPONSE": ("#cdeed3", "#b6e3bf")},
+        groups={"thrift": "#0b6e99", "no reason": "#59636e", "home": "#c2541f"},
+    ),
+    "dark": Theme(
+        ink="#e7eaee",
+        quiet="#9aa5b1",
+        line="#4a525b",
+        segments={"PROMPT": ("#262c33", "#313941"), "COT": ("#54340f", "#6a4315"), "RESPONSE": ("#153f22", "#1d522d")},
+        groups={"thrift": "#58b4dc", "no reason": "#9aa5b1", "home": "#f0925c"},
+    ),
+}
+
+
+def svg(width: float, height: float, title: str, body: list[str]) -> str:
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" role="img">'
+    return "\n".join([head, f"<title>{escape(title)}</title>", *body, "</svg>", ""])
+
+
+def text(x: float, y: float, content: str, colour: str, *, size: int = 13, more: str = "") -> str:
+    family = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
+    return (
+        f'<text x="{x:g}" y="{y:g}" fill="{colour}" font-family="{family}" font-size="{size}"{more}>'
+        f"{escape(content)}</text>"
+    )
+
+
+# --- the row ------------------------------------------------------------------------------------------------
+
+
+def encoded_row() -> Any:
+    """Encode the row as training does; this trains the tokenizer of the quickstart."""
+    from delib_fast.config_file import load_config
+    from delib_fast.looking.dry_run import dry_run
+    from delib_fast.looking.tokens import look_at
+
+    config = load_config(ROOT / CONFIG, OVERRIDES)
+    with dry_run(config) as dataset:
+        return look_at(dataset, next(stage for stage in config.stages if stage.name == STAGE), ROW)
+
+
+def tokens_as_lines(pieces: Any) -> Iterator[list[tuple[int, int, str, bool]]]:
+    """Wrap tokens at COLUMNS and at newlines: lists of (column, parity of the token, text, control token?)."""
+    line: list[tuple[int, int, str, bool]] = []
+    column = 0
+    for k, piece in enumerate(pieces):
+        shown = piece.text.replace("\n", "↵").replace(" ", "\N{NO-BREAK SPACE}")  # SVG collapses plain spaces
+        if line and column + len(shown) > COLUMNS:
+            yield line
+            line, column = [], 0
+        line.append((column, k % 2, shown, piece.control))
+        column += len(shown)
+        if piece.text.endswith("\n") and not piece.text.startswith("\n"):
+            yield line
+            line, column = [], 0
+    if line:
+        yield line
+
+
+def draw_row(seen: Any, theme: Theme) -> str:
+    left, top = 10.0, 6.0
+    labels, tokens = [], []
+    mono = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
+    for run in seen.runs:
+        name = run.segment.name
+        unit = "token" if run.tokens == 1 else "tokens"
+        labels.append(
+            text(left, top + 14, f"{LABELS[name]}, {run.tokens} {unit}, loss weight {run.weight:g}", theme.quiet)
+        )
+        top += 22
+        for line in tokens_as_lines(run.pieces):
+            for column, parity, shown, control in line:
+                x, width = left + column * CHARACTER, len(shown) * CHARACTER
+                frame = f' stroke="{theme.ink}"' if control else ""
+                tokens.append(
+                    f'<rect x="{x:g}" y="{top:g}" width="{width:g}" height="{LINE - 2}" '
+                    f'fill="{theme.segments[name][parity]}"{frame}/>'
+                )
+                if shown.strip():
+                    weight = ' font-weight="600"' if control else ""
+                    tokens.append(
+                        f'<text x="{x:g}" y="{top + 14:g}" textLength="{width:g}"{weight}>{escape(shown)}</text>'
+                    )
+            top += LINE
+        top += 8
+    group = f'<g font-family="{mono}" font-size="12.5" fill="{theme.ink}">'
+    body = [*labels, group, *tokens, "</g>"]
+    return svg(2 * left + COLUMNS * CHARACTER, top, f"{seen.heading}: its tokens, coloured by segment", body)
+
+
+# --- the small world ----------------------------------------------------------------------------------------
+
+
+def draw_effect(study: Any, theme: Theme) -> str:
+    """One row per arm: a dot for each seed, and the mean over seeds with its 95 % interval."""
+    arms = {(arm["msm"], arm["aft"]): arm["figures"][METRIC] for arm in study["arms"]}
+    body, y, scale = [], 8.0, WIDTH - LEFT - RIGHT
+
+    def at(probability: float) -> float:
+        return LEFT + scale * probability
+
+    rows: list[str] = []
+    for group, label in GROUPS.items():
+        colour = theme.groups[group]
+        rows.append(text(10, y + 16, label, colour, size=14, more=' font-weight="600"'))
+        y += ROW_HEIGHT
+        for aft, name in ARMS.items():
+            estimate, seeds = arms[group, aft]["over seeds"], arms[group, aft]["by seed"]
+            rows.append(text(LEFT - 16, y + 17, name, theme.ink, more=' text-anchor="end"'))
+            rows.append(
+                f'<line x1="{at(estimate["low"]):.1f}" x2="{at(estimate["high"]):.1f}" y1="{y + 13:g}" y2="{y + 13:g}" '
+                f'stroke="{colour}" stroke-width="2.5"/>'
+            )
+            rows.extend(
+                f'<circle cx="{at(seed["value"]):.1f}" cy="{y + 13:g}" r="3.5" fill="{colour}" fill-opacity="0.35"/>'
+                for seed in seeds.values()
+            )
+            rows.append(f'<circle cx="{at(estimate["value"]):.1f}" cy="{y + 13:g}" r="6" fill="{colour}"/>')
+            y += ROW_HEIGHT
+        y += 6
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        dash = ' stroke-dasharray="4 4"' if tick == 0.5 else ""
+        body.append(
+            f'<line x1="{at(tick):g}" x2="{at(tick):g}" y1="{ROW_HEIGHT:g}" y2="{y:g}" stroke="{theme.line}"{dash}/>'
+        )
+        body.append(text(at(tick), y + 18, f"{tick:g}", theme.quiet, more=' text-anchor="middle"'))
+    axis = "probability of the cheap choice, after a thought (0.5 is chance)"
+    body.append(text(at(0.5), y + 40, axis, theme.ink, more=' text-anchor="middle"'))
+    return svg(WIDTH, y + 50, "The small world: the documents' reason decides the choice after a thought", body + rows)
+
+
+def figures() -> dict[Path, str]:
+    seen, study = encoded_row(), json.loads((ROOT / "docs" / "small_world.json").read_text())
+    return {
+        IMAGES / f"{name}-{theme}.svg": picture
+        for theme, colours in THEMES.items()
+        for name, picture in (("row", draw_row(seen, colours)), ("small_world_effect", draw_effect(study, colours)))
+    }
+
+
+def main(arguments: list[str]) -> int:
+    stale = {p: picture for p, picture in figures().items() if not p.exists() or p.read_text() != picture}
+    for path, picture in stale.items():
+        if "--check" not in arguments:
+            IMAGES.mkdir(exist_ok=True)
+            path.write_text(picture)
+        print(path.relative_to(ROOT))
+    return int(bool(stale) and "--check" in arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
