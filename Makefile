@@ -1,22 +1,22 @@
-# delib_fast: `make quickstart` trains the example, `make test` runs the tests. Both set everything up in .venv first.
-# A torch that is already installed for PYTHON (on a GPU machine, say) is used and never replaced.
+# `make quickstart` trains the example, `make test` runs the tests. Both first set everything up in .venv.
+# A torch that PYTHON already has (on a GPU machine, for example) is used and never replaced.
 
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-# Two ranks share a small machine badly; leave the cores to one.
+# Two ranks on a small machine compete for its cores, so the default is one.
 RANKS  ?= 1
-# Processes that share the tests.
+# Number of test processes.
 WORKERS ?= 2
 
 .PHONY: help setup quickstart test test-fast lint bench bench-quick cuda clean
 
-help:           ## what there is to make
+help:           ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup: $(READY) ## a virtual environment in .venv with everything installed
+setup: $(READY) ## create .venv with everything installed
 
 $(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" bash tools/setup.sh
@@ -25,25 +25,25 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h 
 quickstart: setup ## train a small model on the example data: MSM, then AFT with CoT
 	$(BIN)/deepspeed --num_accelerators $(RANKS) delib_fast/train.py --config examples/quickstart.yaml
 
-test: setup     ## all tests
+test: setup     ## run all tests
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-test-fast: setup ## the tests a laptop runs between two edits
+test-fast: setup ## run the tests that are not marked slow
 	$(BIN)/python -m pytest -q -m "not slow"
 
-lint: setup     ## ruff format, ruff check, mypy
+lint: setup     ## run ruff format, ruff check and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: setup    ## every benchmark that runs on this machine
+bench: setup    ## run every benchmark that this machine supports
 	$(BIN)/python -m pytest bench -q --benchmark-json bench/results/last.json
 
-bench-quick: setup ## small cases, and whether their shares of the roof hold: what CI runs
+bench-quick: setup ## run small benchmarks and compare them with stored results, as CI does
 	$(BIN)/python bench/guard.py
 
-cuda:           ## compile every .cu for sm_80 and sm_90a (no GPU needed)
+cuda:           ## compile every .cu file for sm_80 and sm_90a (needs no GPU)
 	bash tools/compile_cuda.sh
 
-clean:          ## remove what the build made (not .venv, not runs/)
+clean:          ## remove build outputs (keeps .venv and runs/)
 	rm -rf build *.egg-info delib_fast/*.so
