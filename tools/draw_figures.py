@@ -79,9 +79,9 @@ def text(x: float, y: float, content: str, colour: str, *, size: int = 13, more:
 
 def encoded_row() -> Any:
     """Encode the row as training does; this trains the tokenizer of the quickstart."""
-    from delib_fast.config_file import load_config
-    from delib_fast.looking.dry_run import dry_run
-    from delib_fast.looking.tokens import look_at
+    from delib_fast.config.load import load_config
+    from delib_fast.preview.dry_run import dry_run
+    from delib_fast.preview.tokens import look_at
 
     config = load_config(ROOT / CONFIG, OVERRIDES)
     with dry_run(config) as dataset:
