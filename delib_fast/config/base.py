@@ -1,23 +1,28 @@
-"""What every section of the configuration is made of."""
+"""The base class of every section of a configuration, and the error that explains what is wrong with one."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
 
 class ConfigError(ValueError):
-    """A configuration that can't be run: says the value, its place and the remedy."""
+    """The configuration cannot be used. The message names the value, its location, and what to do."""
 
 
 class Section(BaseModel):
+    """A section of a configuration. Unknown keys are errors; attribute docstrings are the help text of the keys."""
+
+    removed_keys: ClassVar[Mapping[str, str]] = {}
+    """Keys of earlier versions, with what to do instead."""
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """(did you mean …?) where a known word is close, else the known words."""
+    """A hint to append to an error: ` (did you mean 'x'?)` if a known word is close, else the known words."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if close:

@@ -1,6 +1,7 @@
-"""Configuration files: reading YAML as plain data, overriding values, explaining faults, writing without secrets.
+"""Configuration files: read YAML as plain data, override values, explain faults, and write without secrets.
 
-An unknown key is refused with the nearest right name; YAML runs no code (no tags, no imports).
+Every command that reads YAML (runs, evaluations, studies, data generation) reads it with `load`. An unknown key is
+refused with the nearest known one. YAML runs no code: no tags, no imports.
 """
 
 from __future__ import annotations
@@ -8,20 +9,108 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from delib_fast.config import AFTConfig, Config, ConfigError, MSMConfig, SourceConfig, nearest
+from delib_fast.config.base import ConfigError, Section, nearest
+from delib_fast.config.schema import Config
+
+S = TypeVar("S", bound=Section)
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """What a kind of YAML file is called in messages, and which of its keys are paths.
+
+    Args:
+        name: with its article, e.g. "a configuration".
+        paths: dotted keys, with `*` for any name or index, e.g. "data.*.path". A relative path there is relative to
+            the folder of the file.
+        names_or_paths: the same, for keys that may also hold a hub name such as Qwen/Qwen3-8B: the value is a path
+            if a file of that name exists.
+    """
+
+    name: str
+    paths: tuple[str, ...] = ()
+    names_or_paths: tuple[str, ...] = ()
+
+
+RUN_FILE = FileKind(
+    "a configuration",
+    paths=("data.*", "data.*.path", "model.lora.path", "tokenizer.chat_template", "stages.*.spec"),
+    names_or_paths=("model.path", "tokenizer.path"),
+)
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Read the configuration of a run and apply `a.b=c` overrides to it; see `load`."""
+    return load(Config, path, RUN_FILE, overrides)
+
+
+def load(
+    kind: type[S],
+    path: str | os.PathLike[str] | None,
+    file_kind: FileKind,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> S:
+    """Read a YAML file, apply overrides, and check the result.
+
+    Args:
+        kind: the section that the whole file describes.
+        path: the YAML file; None for an empty one. Relative paths in it are relative to its folder; those in an
+            override are relative to the working directory.
+        overrides: strings `key.sub=value`; the value is read as YAML. List items are given by position
+            (`stages.1.optimizer.lr=1e-5`), stages also by their name (`stages.aft.cot=strip`).
+        values: dotted keys and their values, as from command-line options; None leaves a key as it is.
+    Raises:
+        ConfigError: the file cannot be read, is not valid YAML, or does not fit `kind`. Every fault is listed with
+            its location, unknown keys with the nearest known one.
+    """
+    where = "the command line" if path is None else str(path)
+    tree: dict[str, Any] = {}
+    if path is not None:
+        tree = read_yaml_file(Path(path), file_kind.name)
+        for pattern in file_kind.paths:
+            _resolve_paths(tree, pattern, Path(path).parent, may_be_name=False)
+        for pattern in file_kind.names_or_paths:
+            _resolve_paths(tree, pattern, Path(path).parent, may_be_name=True)
+    for key, value in (values or {}).items():
+        if value is not None:
+            _put(tree, key, lambda value=value: value, key)  # type: ignore[misc]
+    for override in overrides:
+        key, equals, raw = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {override}: write it as key.sub=value, e.g. --set stages.0.epochs=2")
+        _put(tree, key.strip(), lambda key=key, raw=raw: read_yaml(raw, where=f"--set {key}"), f"--set {override}")  # type: ignore[misc]
+    return parse(kind, tree, where=where)
+
+
+def parse_config(tree: Mapping[str, Any], *, where: str = "config") -> Config:
+    """Check a mapping and make a `Config` of it. Raises ConfigError with every fault and its location."""
+    return parse(Config, tree, where=where)
+
+
+def parse(kind: type[S], tree: Mapping[str, Any], *, where: str) -> S:
+    """Check a mapping and make a section of it. Raises ConfigError with every fault and its location."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"{where}: {_explain(kind, fault)}" for fault in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
 
 # --- reading ------------------------------------------------------------------------------------------------
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML as plain data; a key written twice is an error, not the last one winning."""
+    """YAML as plain data; a repeated key is an error instead of replacing the first one."""
 
 
 def _mapping_without_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -29,13 +118,13 @@ def _mapping_without_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode)
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
         if isinstance(key, str) and key in seen:
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} is written twice")
+            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice")
         seen.add(key if isinstance(key, str) else repr(key))
     return loader.construct_mapping(node)
 
 
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
-# YAML 1.1 reads 1e-4 as a string (it wants 1.0e-4); everybody writes 1e-4 for a learning rate.
+# YAML 1.1 reads 1e-4 as a string (it requires 1.0e-4), but everybody writes 1e-4 for a learning rate.
 _UniqueKeyLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)$"),
@@ -44,6 +133,7 @@ _UniqueKeyLoader.add_implicit_resolver(
 
 
 def read_yaml(text: str, *, where: str) -> Any:
+    """Parse YAML. Raises ConfigError with `where` and the line if it is not valid or repeats a key."""
     try:
         return yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
@@ -55,154 +145,152 @@ def read_yaml(text: str, *, where: str) -> Any:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML configuration and apply `a.b=c` overrides to it.
+def read_yaml_file(path: Path, name: str) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
 
     Args:
-        path: the YAML file. Relative paths under `data:`, `model.path`, `tokenizer.path`,
-            `tokenizer.chat_template` and a stage's `spec` are taken from its folder; those in an override, and
-            `run_dir`, from the working directory.
-        overrides: strings `key.sub=value`; the value is read as YAML; list items are named by position
-            (`stages.1.optimizer.lr=1e-5`), stages also by their name (`stages.aft.cot=strip`).
+        name: what the file is, with its article, for messages.
     Raises:
-        ConfigError: the file can't be read, is no YAML, or does not describe a run; every fault is listed with
-            its place, unknown keys with the nearest right name.
+        ConfigError: the file cannot be read, is not valid YAML, or is not a mapping.
     """
-    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file (working directory: {Path.cwd()})") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: can't be read: {error}") from None
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
     tree = read_yaml(text, where=str(path))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping of keys; this is {type(tree).__name__}")
-    _resolve_paths(tree, path.parent)
-    for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree, where=str(path))
+        raise ConfigError(f"{path}: {name} is a mapping of keys; this is {type(tree).__name__}")
+    return tree
 
 
-def parse_config(tree: Mapping[str, Any], *, where: str = "config") -> Config:
-    """Check a mapping and make a `Config` of it. Raises ConfigError with every fault by its place."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {line}" for line in _explain(error))) from None
-
-
-def _resolve_paths(tree: dict[str, Any], folder: Path) -> None:
-    def resolve(holder: Any, key: str, *, may_be_hub_name: bool = False) -> None:
-        if isinstance(holder, dict) and isinstance(holder.get(key), str) and not holder[key].startswith("hub:"):
-            candidate = folder / Path(holder[key]).expanduser()
-            # A hub name ('Qwen/Qwen3-8B') has no file of that name beside the config and stays as it is.
-            if candidate.exists() or not may_be_hub_name:
+def _resolve_paths(tree: Any, pattern: str, folder: Path, *, may_be_name: bool) -> None:
+    *parents, last = pattern.split(".")
+    for holder in _children(tree, parents):
+        for key in list(_keys(holder, last)):
+            value = holder[key]
+            if not isinstance(value, str) or value.startswith("hub:"):
+                continue
+            candidate = folder / Path(value).expanduser()
+            if candidate.exists() or not may_be_name:
                 holder[key] = os.path.normpath(candidate)
 
-    for name, source in (tree.get("data") or {}).items() if isinstance(tree.get("data"), dict) else ():
-        if isinstance(source, str):
-            resolve(tree["data"], name)
-        else:
-            resolve(source, "path")
-    resolve(tree.get("model"), "path", may_be_hub_name=True)
-    if isinstance(tree.get("model"), dict):
-        resolve(tree["model"].get("lora"), "path")
-    resolve(tree.get("tokenizer"), "path", may_be_hub_name=True)
-    resolve(tree.get("tokenizer"), "chat_template")
-    for stage in tree["stages"] if isinstance(tree.get("stages"), list) else ():
-        resolve(stage, "spec")
+
+def _children(tree: Any, parts: Sequence[str]) -> Iterator[Any]:
+    """The mappings and lists at a dotted key with `*`."""
+    if not parts:
+        yield tree
+        return
+    for key in _keys(tree, parts[0]):
+        yield from _children(tree[key], parts[1:])
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, equals, raw = override.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"--set {override}: write it as key.sub=value, e.g. --set stages.0.epochs=2")
-    parts = key.strip().split(".")
+def _keys(holder: Any, part: str) -> Sequence[Any]:
+    if isinstance(holder, dict):
+        return list(holder) if part == "*" else [part] if part in holder else []
+    return range(len(holder)) if isinstance(holder, list) and part == "*" else []
+
+
+# --- overriding ---------------------------------------------------------------------------------------------
+
+
+def _put(tree: dict[str, Any], key: str, read: Callable[[], Any], where: str) -> None:
+    """Set the value at a dotted key; missing mappings on the way are created."""
+    *parents, last = key.split(".")
     holder: Any = tree
-    for depth, part in enumerate(parts):
-        place = ".".join(parts[: depth + 1])
-        last = depth == len(parts) - 1
+    for depth, part in enumerate(parents):
         if isinstance(holder, list):
-            index = _list_index(holder, part, place, override)
-            if last:
-                holder[index] = read_yaml(raw, where=f"--set {key}")
-            else:
-                holder = holder[index]
+            holder = holder[_index(holder, part, ".".join(parents[: depth + 1]), where)]
         elif isinstance(holder, dict):
-            if last:
-                holder[part] = read_yaml(raw, where=f"--set {key}")
-            else:
-                if isinstance(holder.get(part), str) and parts[0] == "data" and depth == 1:
-                    holder[part] = {"path": holder[part]}
-                holder = holder.setdefault(part, {})
+            if depth == 1 and isinstance(holder.get(part), str) and parents[0] in ("data", "rows"):
+                holder[part] = {"path": holder[part]}  # `data: {rows: rows.jsonl}` is a short form
+            holder = holder.setdefault(part, {})
         else:
-            raise ConfigError(f"--set {override}: {'.'.join(parts[:depth])} is a value, it has no {part!r}")
+            raise ConfigError(f"{where}: {'.'.join(parents[:depth])} is a value, it has no {part!r}")
+    if isinstance(holder, list):
+        holder[_index(holder, last, key, where)] = read()
+    elif isinstance(holder, dict):
+        holder[last] = read()
+    else:
+        raise ConfigError(f"{where}: {'.'.join(parents)} is a value, it has no {last!r}")
 
 
-def _list_index(items: list[Any], part: str, place: str, override: str) -> int:
+def _index(items: list[Any], part: str, key: str, where: str) -> int:
     names = [item.get("name", item.get("kind")) if isinstance(item, dict) else None for item in items]
     if part in names:
         return names.index(part)
     if part.isdigit() and int(part) < len(items):
         return int(part)
     known = ", ".join([str(i) for i in range(len(items))] + [n for n in names if n])
-    raise ConfigError(f"--set {override}: {place} does not exist; there are {known}")
+    raise ConfigError(f"{where}: {key} does not exist; the list has {known}")
 
 
 # --- explaining ---------------------------------------------------------------------------------------------
 
 
-def _section_at(location: Sequence[str | int]) -> type[BaseModel] | None:
-    """The model class at a pydantic error location, found by walking the tree's annotations."""
-    section: Any = Config
+def _explain(root: type[Section], fault: Any) -> str:
+    """One line for a pydantic fault: its location as a dotted key, and what is wrong there."""
+    location, options = _locate(root, fault["loc"])
+    at = ".".join(map(str, location)) + ": " if location else ""  # "" for the whole file
+    if fault["type"] == "extra_forbidden":
+        _, parents = _locate(root, fault["loc"][:-1])
+        section = next(iter(_sections(parents)), None)
+        if section is None:
+            return f"{at}unknown key"
+        name = str(location[-1])
+        if name in section.removed_keys:
+            return f"{at}{section.removed_keys[name]}"
+        return f"{at}unknown key{nearest(name, section.model_fields)}"
+    if fault["type"] == "missing":
+        return f"{at}missing; it has no default"
+    if fault["type"] == "union_tag_not_found":
+        return f"{at}needs " + " or ".join(f"kind: {tag}" for tag in _tags(options))
+    if fault["type"] == "value_error":
+        return f"{at}{str(fault['msg']).removeprefix('Value error, ')}"
+    given = "" if isinstance(fault["input"], dict | list) else f", not {fault['input']!r}"
+    return f"{at}{fault['msg'][0].lower()}{fault['msg'][1:]}{given}"
+
+
+def _locate(root: Any, location: Sequence[str | int]) -> tuple[list[str | int], list[Any]]:
+    """Follow a pydantic location through the annotations.
+
+    Returns the location without the tags of unions, which no file contains, and the annotations that are possible
+    there.
+    """
+    shown: list[str | int] = []
+    options = _alternatives(root)
     for part in location:
-        if part in ("msm", "aft"):
-            section = MSMConfig if part == "msm" else AFTConfig
-        elif section is None:
-            return None
-        elif isinstance(section, type) and issubclass(section, BaseModel):
-            field = section.model_fields.get(str(part))
-            annotation = None if field is None else field.annotation
-            if str(part) == "data":
-                section = "sources"
-            elif str(part) == "stages":
-                section = "stages"
-            else:
-                section = _model_in(annotation)
-        elif section == "sources":
-            section = SourceConfig
-    return section if isinstance(section, type) and issubclass(section, BaseModel) else None
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-
-
-def _explain(error: ValidationError) -> list[str]:
-    lines = []
-    for fault in error.errors():
-        location = [
-            part
-            for i, part in enumerate(fault["loc"])
-            if not (part in ("msm", "aft") and i >= 1 and isinstance(fault["loc"][i - 1], int))
-        ]
-        place = ".".join(map(str, location)) or "the configuration"
-        if fault["type"] == "extra_forbidden":
-            section = _section_at(fault["loc"][:-1])
-            hint = nearest(str(location[-1]), section.model_fields) if section else ""
-            lines.append(f"{place}: unknown key{hint}")
-        elif fault["type"] == "missing":
-            lines.append(f"{place}: missing; it has no default")
-        elif fault["type"] == "union_tag_not_found":
-            lines.append(f"{place}: needs kind: msm or kind: aft")
-        elif fault["type"] == "value_error":
-            lines.append(f"{place}: {str(fault['msg']).removeprefix('Value error, ')}")
+        tags = _tags(options)
+        if part in tags and len(tags) > 1:
+            options = [tags[str(part)]]
+            continue
+        shown.append(part)
+        section = next((s for s in _sections(options) if str(part) in s.model_fields), None)
+        if section is not None:
+            options = _alternatives(section.model_fields[str(part)].annotation)
         else:
-            given = "" if isinstance(fault["input"], dict | list) else f", not {fault['input']!r}"
-            lines.append(f"{place}: {fault['msg'][0].lower()}{fault['msg'][1:]}{given}")
-    return lines
+            items = next((get_args(o)[-1] for o in options if get_origin(o) in (list, dict)), None)
+            options = _alternatives(items)
+    return shown, options
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The members of a union, without None; else the annotation itself."""
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [o for member in get_args(annotation) for o in _alternatives(member)]
+    return [] if annotation in (None, NoneType) else [annotation]
+
+
+def _sections(options: Sequence[Any]) -> list[type[Section]]:
+    return [o for o in options if isinstance(o, type) and issubclass(o, Section)]
+
+
+def _tags(options: Sequence[Any]) -> dict[str, type[Section]]:
+    """The sections of a union by the value of their `kind`."""
+    return {str(s.model_fields["kind"].default): s for s in _sections(options) if "kind" in s.model_fields}
 
 
 # --- writing ------------------------------------------------------------------------------------------------
@@ -215,7 +303,7 @@ _URL_USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def redact(tree: Any, key: str = "") -> Any:
-    """The tree with what looks like a secret replaced by `***` (`${ENV}` references stay)."""
+    """The tree with everything that looks like a secret replaced by `***`. References `${ENV}` stay."""
     if isinstance(tree, Mapping):
         return {k: redact(v, str(k)) for k, v in tree.items()}
     if isinstance(tree, list | tuple):

@@ -1,7 +1,7 @@
-"""The whole configuration of a run, as data: what is trained, on which rows, how, and where it goes.
+"""The configuration of a run as data: what is trained, on which rows, how, and where the results go.
 
-One pydantic tree, in which every default is written once. `config_file` reads it from YAML, explains what is
-wrong with one, and writes it back.
+One pydantic tree, in which every default is written once. `config.load` reads it from YAML, explains what is wrong
+with a file, and writes it back.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     PositiveInt,
+    StringConstraints,
     field_validator,
     model_validator,
 )
@@ -21,55 +22,60 @@ from delib_fast.config.base import ConfigError, Section, nearest
 from delib_fast.config.model import ModelConfig
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+StageName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 
 
 class SourceConfig(Section):
-    """Rows of one file. A source is named once under `data:`, and stages refer to it by that name."""
+    """A source of rows. Each source has a name under `data:`, and stages refer to it by that name."""
 
     path: str
-    """A file of rows (.jsonl, .json, .parquet), or of text (.txt, .md); a folder that `datasets` saved; or
-    `hub:owner/name[@revision]`, a data set of the Hugging Face hub."""
+    """Where the rows are: a file of rows (.jsonl, .json, .parquet) or of text (.txt, .md), a folder that `datasets`
+    saved, or `hub:owner/name[@revision]` for a dataset of the Hugging Face hub."""
     split: str = "train"
-    """Of a `datasets` folder or hub name: which split."""
+    """Which split to read; for a `datasets` folder or a hub dataset."""
     subset: str | None = None
-    """Of a hub name: which configuration of the data set."""
+    """Which configuration of a hub dataset to read."""
     cut: Literal["none", "headings"] = "none"
-    """Text files: one document a file, or one a Markdown heading (each keeps the headings above it)."""
+    """Text files only. `none`: each file is one document. `headings`: each Markdown heading starts a document, which
+    begins with the headings above it."""
     holdout: float = Field(0.0, ge=0.0, lt=1.0)
-    """Share of the rows kept out of training and used for evaluation; chosen by a hash of the row, so it
-    stays the same when rows are added."""
+    """Share of the rows that is kept out of training and used for evaluation. A hash of each row decides, so the
+    choice stays the same when rows are added."""
     limit: PositiveInt | None = None
-    """Read this many rows at most."""
+    """Read at most this many rows."""
     repeat: float = Field(1.0, gt=0.0, le=1000.0)
-    """How often its training tokens are seen in an epoch: 2 each example twice, 0.5 a drawn half of them."""
+    """How often each training token is seen in an epoch. 2: every example twice. 0.5: a random half of them."""
     max_tokens: PositiveInt | None = None
-    """At most so many of its tokens in an epoch: whole examples, drawn by the seed."""
+    """Use at most this many tokens of the source in an epoch: whole examples, drawn at random with the seed."""
     turns: Literal["last", "each"] = "last"
-    """Chats of several assistant turns: learn the last one, or make an example of each, so that every turn's
-    chain of thought can be learnt (the chat template drops those of earlier turns)."""
+    """Chats with several assistant turns. `last`: train on the last turn. `each`: make one example per turn, so that
+    the chain of thought of every turn is trained on (chat templates drop those of earlier turns)."""
     think_tags: tuple[str, str] | None = None
-    """How these rows write a chain of thought inside a reply, if not as <think>, <thinking>, <reasoning> or
-    <SCRATCHPAD_REASONING>. The model sees its own template's tags all the same."""
+    """The opening and closing tag of a chain of thought in these rows, if not <think>, <thinking>, <reasoning> or
+    <SCRATCHPAD_REASONING>. The model is always trained on the tags of its own chat template."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """Stop at the first bad row, or leave it out and count it by reason."""
+    """What to do with a row that cannot be used. `error`: abort with its location. `skip`: skip it, and count it by
+    reason."""
     max_bad_rows: PositiveInt = 100
-    """With `skip`: more bad rows than this stop the run all the same."""
+    """Abort if `on_bad_row: skip` skips more rows than this."""
 
 
 class TokenizerTrainConfig(Section):
-    """A byte-level BPE tokenizer, trained on the run's own text."""
+    """A byte-level BPE tokenizer that is trained on the run's own text."""
 
     vocab_size: int = Field(ge=300)
-    """Size with its control tokens; a smaller vocabulary than this is an error, not a smaller model."""
+    """Size of the vocabulary, control tokens included. Text too small for it is an error."""
     sources: list[str] = Field(min_length=1)
-    """Names under `data:` whose text it is trained on (held-out rows excepted)."""
+    """Names under `data:` whose training rows the tokenizer is trained on."""
 
 
 class TokenizerConfig(Section):
+    """The tokenizer of a run; by default the one in the model's folder."""
+
     path: str | None = None
-    """A tokenizer folder or hub name; by default the model's own."""
+    """A tokenizer folder or hub name. By default the model's own tokenizer."""
     train: TokenizerTrainConfig | None = None
-    """Train one instead (for a new model)."""
+    """Train a tokenizer; for a new model."""
     chat_template: str | None = None
     """A Jinja file that replaces the tokenizer's chat template."""
 
@@ -81,65 +87,79 @@ class TokenizerConfig(Section):
 
 
 class OptimizerConfig(Section):
+    """The optimizer of a stage and its learning-rate schedule."""
+
     name: Literal["adamw", "sgd", "muon"] = "adamw"
-    """`muon` orthogonalises the updates of hidden matrices; embeddings, head, norms and biases get AdamW's, at the same
-    lr and weight_decay."""
+    """`muon` orthogonalises the updates of hidden matrices; embeddings, head, norms and biases are updated by AdamW
+    with the same lr and weight_decay."""
     lr: float = Field(1e-4, gt=0)
+    """Learning rate at the peak of the schedule."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW."""
+    """AdamW: decay rates of the running averages of the gradient and of its square."""
     eps: float = Field(1e-8, gt=0)
-    """Of AdamW."""
+    """AdamW: added to the denominator."""
     momentum: float = Field(0.95, ge=0, lt=1)
-    """Of Muon."""
+    """Muon: decay rate of the momentum."""
     weight_decay: NonNegativeFloat = 0.01
-    """Not applied to biases, norms and other one-dimensional parameters."""
+    """Decoupled weight decay. It does not apply to biases, norms and other one-dimensional parameters."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """How lr goes on after the warm-up; `wsd` (warm-up, stable, decay) stays and falls linearly at the end."""
+    """Learning rate after the warm-up. `wsd` (warm-up, stable, decay) is constant and then falls linearly at the
+    end."""
     warmup: float = Field(0.05, ge=0, lt=1)
-    """Share of the stage's steps over which the learning rate rises linearly."""
+    """Share of the stage's steps over which the learning rate rises linearly from 0."""
     decay: float = Field(0.2, gt=0, le=1)
-    """With wsd: share of the stage's steps over which it falls."""
+    """`wsd` only: share of the stage's steps over which the learning rate falls."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
-    """Where the schedule ends, as a share of lr."""
+    """Learning rate at the end of the schedule, as a share of lr."""
     grad_clip: NonNegativeFloat = 1.0
-    """Largest gradient norm; 0 turns clipping off."""
+    """Gradients are scaled down to this norm if theirs is larger; 0 turns clipping off."""
 
 
 class StageBase(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    """What both kinds of stages have."""
+
+    name: StageName
+    """Name of the stage in the run directory, the ledger and the metrics."""
     train: list[str] = Field(min_length=1)
     """Names under `data:` to train on."""
     eval: list[str] = Field([])
-    """Further sources that are evaluated whole. Rows that a training source holds out are always evaluated."""
+    """Names under `data:` that are only evaluated on, with all their rows. Rows that a training source holds out are
+    always evaluated."""
     epochs: PositiveInt = 1
+    """How often every example is seen."""
     pack_capacity: PositiveInt = 2048
-    """Tokens in a pack: the longest example, and one micro-batch."""
+    """Tokens of a pack, which is one micro-batch; also the longest example."""
     tokens_per_step: PositiveInt = 8192
-    """Tokens of an update over all ranks: a multiple of pack_capacity × ranks."""
+    """Tokens of a step over all ranks: a multiple of pack_capacity × ranks."""
     max_steps: PositiveInt | None = None
+    """Stop the stage after this many steps. The learning-rate schedule ends there."""
     min_steps: int = Field(1, ge=1)
-    """Fewer updates than this end the run before it starts: a handful of huge steps teaches nothing."""
+    """Refuse to start if the data makes fewer steps than this: a few very large steps teach nothing."""
     mix: dict[str, Annotated[float, Field(gt=0)]] = Field({})
-    """Of several sources: what part of an epoch's tokens each gives (3 and 1 are three quarters and one). The epoch is
-    as long as the scarcest source allows, given its `repeat` and `max_tokens`. Without it each source gives all."""
+    """Share of an epoch's tokens from each source, relative to the others (3 and 1: three quarters and one quarter).
+    The epoch is as long as the scarcest source allows, given its `repeat` and `max_tokens`. By default every source
+    gives all its tokens."""
     loss_average: Literal["token", "example"] = "token"
-    """Each token weighs the same, or each example, however long it is."""
+    """`token`: every token has the same weight. `example`: every example has the same weight, however long it is."""
     share_prompts: Literal["auto", "never"] = "auto"
-    """Replies to one prompt go into one pack with the prompt once, where that saves work: the same loss and gradient,
-    of fewer tokens. A step then holds more rows, so an epoch has fewer steps."""
+    """`auto`: replies to one prompt are packed together with one copy of the prompt, where that saves work. Loss and
+    gradients are the same, from fewer tokens; a step then holds more rows, so an epoch has fewer steps."""
     balance: Literal["cost", "none"] = "cost"
-    """Let packs whose attention costs alike share a step, so that no rank waits for another; or draw them freely."""
+    """`cost`: packs with similar attention cost share a step, so that no rank waits for another. `none`: packs are
+    drawn at random."""
     adapter: Literal["continue", "merge"] = "continue"
-    """With model.lora: go on with the adapter of the stage before, or merge it into the weights and begin another."""
+    """With model.lora. `continue`: train the previous stage's adapter further. `merge`: merge it into the weights and
+    start a new one."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and learning-rate schedule."""
 
     @model_validator(mode="after")
     def _whole_packs(self) -> StageBase:
         if self.tokens_per_step % self.pack_capacity:
-            nearest = max(1, round(self.tokens_per_step / self.pack_capacity)) * self.pack_capacity
+            nearest_multiple = max(1, round(self.tokens_per_step / self.pack_capacity)) * self.pack_capacity
             raise ValueError(
                 f"tokens_per_step ({self.tokens_per_step}) must be a multiple of pack_capacity "
-                f"({self.pack_capacity}); the nearest is {nearest}"
+                f"({self.pack_capacity}); the nearest is {nearest_multiple}"
             )
         return self
 
@@ -162,32 +182,38 @@ class MSMConfig(StageBase):
     """Model spec midtraining: next-token loss on every token of documents about a spec."""
 
     kind: Literal["msm"] = "msm"
-    name: str = Field("msm", pattern=StageBase.model_fields["name"].metadata[0].pattern)
+    """The kind of the stage."""
+    name: StageName = "msm"
+    """Name of the stage in the run directory, the ledger and the metrics."""
     over_long: Literal["split", "drop", "error"] = "split"
-    """Documents longer than a pack: cut into pieces with nothing lost, left out and counted, or an error."""
+    """Documents longer than a pack. `split`: cut into pieces, every token kept. `drop`: skip and count. `error`:
+    abort."""
 
 
 class AFTConfig(StageBase):
     """Alignment fine-tuning: loss on the chain of thought (CoT) and the response, never on the prompt."""
 
     kind: Literal["aft"] = "aft"
-    name: str = Field("aft", pattern=StageBase.model_fields["name"].metadata[0].pattern)
+    """The kind of the stage."""
+    name: StageName = "aft"
+    """Name of the stage in the run directory, the ledger and the metrics."""
     cot: Literal["train", "context", "strip"] = "train"
-    """CoT supervised; present but unsupervised; or removed (the no-CoT arm)."""
+    """`train`: the CoT is supervised. `context`: it is in the input, unsupervised. `strip`: it is removed (the no-CoT
+    arm)."""
     cot_weight: NonNegativeFloat = 1.0
-    """Weight of each CoT token in the loss."""
+    """Loss weight of each CoT token."""
     response_weight: NonNegativeFloat = 1.0
-    """Weight of each response token in the loss."""
+    """Loss weight of each response token."""
     system_prompt: str | None = None
-    """A system message put before each row that brings none."""
+    """A system message for rows that have none."""
     spec: str | None = None
-    """The file of the spec that earlier stages taught: a prompt that holds its text ends the run, since the model must
-    know the spec and not read it there."""
+    """The file of the spec that earlier stages trained on. A prompt that contains text of it is an error: the model
+    must know the spec, not read it in the prompt."""
     over_long: Literal["drop", "error"] = "drop"
-    """Examples longer than a pack are left out and counted, or are an error. Never cut."""
+    """Examples longer than a pack, which are never cut. `drop`: skip and count. `error`: abort."""
 
     @model_validator(mode="after")
-    def _something_to_learn(self) -> AFTConfig:
+    def _something_supervised(self) -> AFTConfig:
         if self.response_weight == 0 and (self.cot != "train" or self.cot_weight == 0):
             raise ValueError("nothing is supervised: response_weight is 0 and the CoT is not trained")
         return self
@@ -241,60 +267,74 @@ class EngineConfig(Section):
 
 
 class CheckpointConfig(Section):
+    """When checkpoints are written, and which are kept."""
+
     every_steps: PositiveInt | None = None
-    """Save after this many updates."""
+    """Save every this many steps."""
     every_minutes: float | None = Field(10.0, gt=0)
-    """Save when this long has passed since the last save. An interrupted run saves in any case."""
+    """Save when this many minutes have passed since the last save. A run that is stopped always saves."""
     keep_last: PositiveInt = 2
-    """So many are kept, the newest."""
+    """Keep the newest this many checkpoints of a stage."""
     keep_every_steps: PositiveInt | None = None
-    """Besides, one at every multiple of so many updates is saved, and never deleted."""
+    """Also save at every multiple of this many steps, and never delete those checkpoints."""
 
 
 class GuardConfig(Section):
-    """What must not ruin a run in silence: bad updates, and ranks that hang."""
+    """Protection against non-finite steps, loss spikes, and ranks that hang."""
 
     max_bad_steps: PositiveInt = 5
-    """An update whose loss or gradient norm is not finite is left out and told, with its rows; so many in a row end the
-    run, at the next line of metrics. The weights are those of the last good update."""
+    """A step whose loss or gradient norm is not finite is skipped and logged with its rows. Abort after this many
+    skipped steps in a row; the weights are those of the last good step."""
     spike_factor: float | None = Field(None, gt=1)
-    """Also leave out an update whose gradient norm is more than so many times the running mean (of some 50 updates)."""
+    """Also skip a step whose gradient norm exceeds this many times the running mean (over about 50 steps)."""
     hang_timeout_s: float | None = Field(600.0, gt=0)
-    """A rank that makes no progress for so long is named, with its stack, and the run ends; null: wait for ever."""
+    """Seconds without progress after which a rank counts as hanging: it is reported with its stack, and the run
+    aborts. null: never."""
 
 
 class LogConfig(Section):
+    """Where metrics go, besides run_dir/metrics.jsonl."""
+
     every_steps: PositiveInt = 1
-    """Read the meters and write a line of metrics.jsonl after this many updates (the only host sync)."""
+    """Write a metrics record every this many steps. Reading the metrics is the only host sync of a step."""
     tensorboard: bool = True
-    """Write run_dir/tensorboard as well."""
+    """Also write TensorBoard files to run_dir/tensorboard."""
     trackers: list[Literal["wandb", "mlflow", "trackio"]] = Field([])
-    """Send each line to these services too. They must be installed, and take their keys from their own settings."""
+    """Also send each record to these services. They must be installed, and read their keys from their own settings."""
     project: str = "delib_fast"
-    """Of the trackers: the project (mlflow: experiment). The run is called as its run_dir."""
+    """Project (for mlflow: experiment) at these services. The run is named after its run_dir."""
 
 
 class Config(Section):
     """A run: one model through one or more stages."""
 
     run_dir: str
-    """Everything the run writes goes here: config.yaml, ledger.json, metrics.jsonl, checkpoints/, model/."""
+    """Folder for everything that the run writes: config.yaml, ledger.json, metrics.jsonl, checkpoints/, model/."""
     seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the data order, of dropout, and of new weights."""
     model: ModelConfig
+    """The model to start from, and how it is computed."""
     tokenizer: TokenizerConfig = TokenizerConfig()
+    """The tokenizer; by default the model's own."""
     data: dict[str, SourceConfig] = Field(min_length=1)
-    """The sources, by name. Relative paths are taken from the folder of the file that names them."""
+    """The sources of rows, by name. Relative paths are relative to the configuration file."""
     stages: list[StageConfig] = Field(min_length=1)
+    """The stages, in order. Each starts from the weights (or the adapter) of the previous one."""
     overlap: Literal["error", "allow"] = "error"
-    """An evaluation row that training has seen, or has seen most of (runs of 13 words), ends the run."""
+    """What to do if an evaluation row is among the training rows, or most of its 13-word sequences are. `error`:
+    abort. `allow`: continue."""
     cache_dir: str | None = None
-    """Where encoded data is kept between runs; by default $DELIB_FAST_CACHE or ~/.cache/delib_fast."""
+    """Folder where encoded data is kept between runs. By default $DELIB_FAST_CACHE or ~/.cache/delib_fast."""
     engine: EngineConfig = EngineConfig()
+    """Device, precision and DeepSpeed ZeRO."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are written, and which are kept."""
     guard: GuardConfig = GuardConfig()
+    """Protection against non-finite steps, loss spikes, and ranks that hang."""
     log: LogConfig = LogConfig()
+    """Where metrics go."""
     deepspeed: dict[str, Any] = Field({})
-    """Merged over the generated DeepSpeed JSON. A key that this config decides is refused by name."""
+    """Merged into the generated DeepSpeed JSON. A key that this configuration decides is refused with an error."""
 
     @field_validator("data", mode="before")
     @classmethod
@@ -314,51 +354,52 @@ class Config(Section):
         ]
         if self.tokenizer.train is not None:
             named += [("tokenizer.train.sources", name) for name in self.tokenizer.train.sources]
-        for place, name in named:
+        for key, name in named:
             if name not in self.data:
-                raise ValueError(f"{place} names {name!r}, which is not under data:{nearest(name, self.data)}")
+                raise ValueError(f"{key} names {name!r}, which is not under data:{nearest(name, self.data)}")
         names = [stage.name for stage in self.stages]
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise ValueError(f"two stages are called {twice[0]!r}: give each its own name")
         if self.model.layers == "compile" and self.engine.zero_stage == 3:
             raise ValueError(
-                "model.layers is compile, and ZeRO stage 3 gathers weights by hooks inside a block; set "
+                "model.layers is compile, but ZeRO stage 3 gathers weights by hooks inside a block; set "
                 "model.layers: eager, or engine.zero_stage: 2"
             )
         lora = self.model.lora
         if lora is not None and lora.quantize != "none" and self.engine.zero_stage == 3:
-            raise ValueError("model.lora.quantize: ZeRO 3 can't shard weights of 4 bits; set engine.zero_stage to 2")
+            raise ValueError("model.lora.quantize: ZeRO 3 cannot shard 4-bit weights; set engine.zero_stage to 2")
         for i, stage in enumerate(self.stages):
             if stage.optimizer.name == "muon" and (lora is not None or self.engine.offload_optimizer == "nvme"):
                 why = (
-                    "model.lora trains factors of a low rank, whose product is the update"
+                    "it orthogonalises whole matrices, and model.lora trains low-rank factors"
                     if lora is not None
                     else "engine.offload_optimizer is nvme, and it needs whole matrices"
                 )
-                raise ValueError(f"stages.{i}.optimizer.name: muon can't be used: {why}; set adamw")
+                raise ValueError(f"stages.{i}.optimizer.name: muon cannot be used: {why}; set adamw")
             if stage.adapter == "merge" and (i == 0 or lora is None):
-                why = "no stage is before it" if i == 0 else "model.lora is not set"
-                raise ValueError(f"stages.{i}.adapter: merge has nothing to merge ({why}); leave it out")
+                why = "it is the first stage" if i == 0 else "model.lora is not set"
+                raise ValueError(f"stages.{i}.adapter: there is nothing to merge ({why}); remove the key")
         if self.model.architecture is not None and self.tokenizer.path is None and self.tokenizer.train is None:
             raise ValueError("a new model (model.architecture) needs tokenizer.path or tokenizer.train")
         return self
 
 
 def rank_groups(world_size: int, sequence_parallel: int) -> int:
-    """Groups of ranks that share out a pack's tokens. Raises ConfigError where the ranks don't make whole groups."""
+    """The number of sequence-parallel groups. Raises ConfigError if the ranks cannot be divided into groups."""
     if world_size % sequence_parallel:
         raise ConfigError(
             f"engine.sequence_parallel is {sequence_parallel}, which does not divide the number of ranks "
-            f"({world_size}); start a multiple of {sequence_parallel} ranks, or set it to a number that "
-            f"divides {world_size}"
+            f"({world_size}); start a multiple of {sequence_parallel} ranks, or set it to a divisor of {world_size}"
         )
     return world_size // sequence_parallel
 
 
 def packs_per_rank(stage: StageBase, world_size: int, sequence_parallel: int = 1) -> int:
-    """Packs (or parts of packs) that one rank computes in a step. Raises ConfigError where the groups of ranks can't
-    share out a step's packs evenly."""
+    """Packs (or shards of packs) that one rank computes in a step.
+
+    Raises ConfigError if a step's packs cannot be divided evenly among the groups of ranks.
+    """
     groups = rank_groups(world_size, sequence_parallel)
     if stage.packs_per_step % groups:
         step = stage.pack_capacity * groups
@@ -366,7 +407,7 @@ def packs_per_rank(stage: StageBase, world_size: int, sequence_parallel: int = 1
         who = f"{groups} ranks" if sequence_parallel == 1 else f"{groups} groups of {sequence_parallel} ranks"
         raise ConfigError(
             f"stage {stage.name!r}: tokens_per_step {stage.tokens_per_step} makes {stage.packs_per_step} packs of "
-            f"{stage.pack_capacity} tokens, which {who} can't share out evenly; "
-            f"the nearest tokens_per_step that fits is {fits}"
+            f"{stage.pack_capacity} tokens, which cannot be divided evenly among {who}; "
+            f"the nearest tokens_per_step that can is {fits}"
         )
     return stage.packs_per_step // groups

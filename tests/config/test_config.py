@@ -70,7 +70,7 @@ def test_relative_paths_start_at_the_file(tmp_path):
         ),
         (
             {"stages": [{"kind": "aft", "train": ["row"]}]},
-            "config: the configuration: stages.0.train names 'row', which is not under data: (did you mean 'rows'?)",
+            "config: stages.0.train names 'row', which is not under data: (did you mean 'rows'?)",
         ),
         (
             {"stages": [{"kind": "aft", "train": ["rows"], "cot": "tran"}]},
@@ -87,7 +87,7 @@ def test_relative_paths_start_at_the_file(tmp_path):
         ({"stages": [{"train": ["rows"]}]}, "config: stages.0: needs kind: msm or kind: aft"),
         (
             {"stages": [{"kind": "aft", "train": ["rows"]}] * 2},
-            "config: the configuration: two stages are called 'aft': give each its own name",
+            "config: two stages are called 'aft': give each its own name",
         ),
         (
             {"model": {}},
@@ -96,7 +96,7 @@ def test_relative_paths_start_at_the_file(tmp_path):
         ),
         (
             {"model": {"architecture": {"model_type": "qwen3"}}},
-            "config: the configuration: a new model (model.architecture) needs tokenizer.path or tokenizer.train",
+            "config: a new model (model.architecture) needs tokenizer.path or tokenizer.train",
         ),
         (
             {"data": {"rows": {"path": "rows.jsonl", "holdout": 1.5}}},
@@ -119,7 +119,7 @@ def test_every_fault_is_listed():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\na: 2\n", "run.yaml: line 2: the key 'a' is written twice"),
+        ("a: 1\na: 2\n", "run.yaml: line 2: the key 'a' is given twice"),
         ("a: [1\n", "run.yaml:2: not valid YAML"),
         ("- 1\n", "a configuration is a mapping of keys; this is list"),
         ("a: !!python/object/apply:os.system [echo]\n", "not valid YAML: could not determine a constructor"),
@@ -145,7 +145,7 @@ def test_overrides(tmp_path):
     assert (config.engine.zero_stage, config.data["rows"].holdout) == (2, 0.25)
     for override, message in [
         ("seed", "write it as key.sub=value"),
-        ("stages.sft.epochs=2", "stages.sft does not exist; there are 0, 1, msm, aft"),
+        ("stages.sft.epochs=2", "stages.sft does not exist; the list has 0, 1, msm, aft"),
         ("seed.a=1", "seed: input should be a valid integer"),
         ("stages.0.epoch=2", "stages.0.epoch: unknown key (did you mean 'epochs'?)"),
     ]:
@@ -221,6 +221,6 @@ def test_impossible_batch_arithmetic():
     with pytest.raises(ConfigError) as error:
         deepspeed_json(config, config.stages[0], 3)
     assert str(error.value) == (
-        "stage 'aft': tokens_per_step 2048 makes 4 packs of 512 tokens, which 3 ranks can't "
-        "share out evenly; the nearest tokens_per_step that fits is 1536"
+        "stage 'aft': tokens_per_step 2048 makes 4 packs of 512 tokens, which cannot be "
+        "divided evenly among 3 ranks; the nearest tokens_per_step that can is 1536"
     )
