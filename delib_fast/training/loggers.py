@@ -1,8 +1,9 @@
-"""Where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, trackio. Rank 0 alone enabled to them.
+"""Where metrics go besides metrics.jsonl: TensorBoard, and the services that `accelerate.tracking` speaks to.
 
-What is sent is the line of metrics and the resolved configuration with secrets redacted; no text of any row, no
-environment. Keys for the services come from their own settings (WANDB_API_KEY and the like), never from the config.
-A service that fails later does not end the run: it is said once, and metrics.jsonl has every line.
+A service receives the metrics records and the resolved configuration with secrets redacted; it never receives the
+text of a row, or the environment. Keys for a service come from its own settings (WANDB_API_KEY and the like), never
+from the configuration. A service that fails does not abort the run: the failure is logged once, and metrics.jsonl
+has every record.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
@@ -22,23 +23,17 @@ from delib_fast.config.load import dump_config
 from delib_fast.files import write_atomic
 
 
-class Tracker(Protocol):
-    def log(self, figures: Mapping[str, float], step: int) -> None: ...
-
-    def close(self) -> None: ...
-
-
 def refuse_missing_loggers(config: Config) -> None:
-    """Raise ConfigError where a tracker that the configuration names is not installed."""
+    """Raise ConfigError if a service that the configuration names is not installed."""
     for name in config.log.trackers:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(
-                f"log.trackers names {name}, which is not installed here: pip install {name}, or take it out"
+                f"log.trackers names {name}, which is not installed: pip install {name}, or remove it from the list"
             )
 
 
 def flatten_metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    """A line of metrics as flat names: loss/cot, accuracy/cot, tokens_per_s, …"""
+    """A metrics record with flat names: nll/cot, accuracy/cot, tokens_per_s, …"""
     flat = {name: float(value) for name, value in record.items() if isinstance(value, int | float) and name != "step"}
     for segment, part in record["segments"].items():
         flat |= {f"nll/{segment}": part["nll"], f"accuracy/{segment}": part["accuracy"]}
@@ -46,143 +41,84 @@ def flatten_metrics(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Loggers:
-    """Every tracker of a run; a stage's steps follow those of the stages before it.
+    """All loggers of a run. The steps of a stage continue those of the stages before it.
 
     Args:
-        run_dir: tensorboard's files and the ids under which services know this run are kept there.
-        enabled: whether this is rank 0. warn: hears once of a service that failed.
+        run_dir: where TensorBoard's files go, and the ids under which services know this run.
+        enabled: whether this rank logs; only rank 0 does.
+        warn: called with a message for each service that failed.
     """
 
     def __init__(self, config: Config, run_dir: Path, *, enabled: bool, warn: Callable[[str], None]) -> None:
-        self._config, self._run_dir, self._warn = config, run_dir, warn
-        self._enabled = enabled
-        self._open: dict[str, Tracker] | None = None
+        self._run_dir, self._enabled, self._warn = run_dir, enabled, warn
+        self._project, self._settings = config.log.project, yaml.safe_load(dump_config(config))
+        self._names = (["tensorboard"] if config.log.tensorboard else []) + list(config.log.trackers)
+        self._open: dict[str, Any] | None = None
         self._steps_before = 0
 
     def begin_stage(self, steps_before: int, first_step: int) -> None:
-        """`steps_before`: updates of the stages before; `first_step`: updates of this one that are made already."""
+        """Start logging a stage.
+
+        Args:
+            steps_before: steps of all earlier stages.
+            first_step: steps of this stage that are already done.
+        """
         self._steps_before = steps_before
         if self._enabled and self._open is None:
             self._open = {}
-            names = (["tensorboard"] if self._config.log.tensorboard else []) + list(self._config.log.trackers)
-            for name in names:
-                tracker = self._try(
-                    name, partial(_OPENERS[name], self._config, self._run_dir, steps_before + first_step)
-                )
+            for name in self._names:
+                tracker = self._try(name, partial(self._start, name, steps_before + first_step))
                 if tracker is not None:
                     self._open[name] = tracker
 
     def log(self, record: Mapping[str, Any]) -> None:
-        figures, step = flatten_metrics(record), self._steps_before + record["step"]
+        metrics, step = flatten_metrics(record), self._steps_before + record["step"]
         for name, tracker in list((self._open or {}).items()):
-            self._try(name, partial(tracker.log, figures, step))
+            self._try(name, partial(tracker.log, metrics, step=step))
 
     def close(self) -> None:
         for name, tracker in list((self._open or {}).items()):
-            self._try(name, tracker.close)
+            self._try(name, tracker.finish)
         self._open = None
+
+    def _start(self, name: str, steps_done: int) -> Any:
+        """Start a service's tracker; a resumed run continues under the id that the service knows it by."""
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        ids_path = self._run_dir / "trackers.json"
+        ids: dict[str, str] = json.loads(ids_path.read_text()) if ids_path.exists() else {}
+        options = self._options(name, ids.get(name), steps_done)
+        tracker = LOGGER_TYPE_TO_CLASS[name]("tensorboard" if name == "tensorboard" else self._project, **options)
+        tracker.start()
+        if name == "wandb":
+            ids[name] = tracker.run.id
+        elif name == "mlflow":
+            if name not in ids:
+                importlib.import_module(name).log_dict(self._settings, "config.json")
+            ids[name] = tracker.active_run.info.run_id
+        if ids:
+            write_atomic(ids_path, json.dumps(ids, indent=1))
+        return tracker
+
+    def _options(self, name: str, run_id: str | None, steps_done: int) -> dict[str, Any]:
+        if name == "tensorboard":
+            return {"logging_dir": self._run_dir, "purge_step": steps_done + 1}
+        run_name = self._run_dir.name
+        if name == "mlflow":
+            return {"run_id": run_id, "run_name": None if run_id else run_name}
+        options = {"name": run_name, "resume": "allow", "config": self._settings}
+        if name == "wandb":  # neither console output nor source code is sent
+            quiet = importlib.import_module(name).Settings(console="off", disable_git=True, save_code=False)
+            options |= {"id": run_id, "dir": str(self._run_dir), "settings": quiet}
+        return options
 
     def _try(self, name: str, act: Callable[[], Any]) -> Any:
         try:
             return act()
-        except Exception as error:  # noqa: BLE001 (whatever a service raises, training goes on)
+        except Exception as error:  # noqa: BLE001 (whatever a service raises, training continues)
             (self._open or {}).pop(name, None)
             self._warn(
-                f"{name}: {type(error).__name__}: {error}; it gets nothing more of this run (metrics.jsonl "
-                "has every line)"
+                f"{name}: {type(error).__name__}: {error}; nothing more of this run is sent to it (metrics.jsonl has "
+                "every record)"
             )
             return None
-
-
-class _Tensorboard:
-    def __init__(self, config: Config, run_dir: Path, steps_made: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"), purge_step=steps_made + 1)
-
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Wandb:
-    def __init__(self, config: Config, run_dir: Path, steps_made: int) -> None:
-        wandb: Any = importlib.import_module("wandb")
-        ids = _Ids(run_dir)
-        self._run: Any = wandb.init(
-            project=config.log.project,
-            name=run_dir.name,
-            dir=str(run_dir),
-            id=ids.known("wandb"),
-            resume="allow",
-            config=_redacted(config),
-            settings=wandb.Settings(console="off", disable_git=True, save_code=False),
-        )
-        ids.keep("wandb", self._run.id)
-
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(figures), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class _Mlflow:
-    def __init__(self, config: Config, run_dir: Path, steps_made: int) -> None:
-        self._mlflow: Any = importlib.import_module("mlflow")
-        ids = _Ids(run_dir)
-        known = ids.known("mlflow")
-        self._mlflow.set_experiment(config.log.project)
-        run = self._mlflow.start_run(run_id=known, run_name=None if known else run_dir.name, log_system_metrics=False)
-        ids.keep("mlflow", run.info.run_id)
-        if not known:
-            self._mlflow.log_dict(_redacted(config), "config.json")
-
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        self._mlflow.log_metrics({name.replace("/", "."): value for name, value in figures.items()}, step=step)
-
-    def close(self) -> None:
-        self._mlflow.end_run()
-
-
-class _Trackio:
-    def __init__(self, config: Config, run_dir: Path, steps_made: int) -> None:
-        self._trackio: Any = importlib.import_module("trackio")
-        self._trackio.init(project=config.log.project, name=run_dir.name, config=_redacted(config), resume="allow")
-
-    def log(self, figures: Mapping[str, float], step: int) -> None:
-        self._trackio.log(dict(figures), step=step)
-
-    def close(self) -> None:
-        self._trackio.finish()
-
-
-class _Ids:
-    """Under which id each service knows this run, so that a resumed run goes on in it."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / "trackers.json"
-        self._ids: dict[str, str] = json.loads(self._path.read_text()) if self._path.exists() else {}
-
-    def known(self, name: str) -> str | None:
-        return self._ids.get(name)
-
-    def keep(self, name: str, value: str) -> None:
-        self._ids[name] = value
-        write_atomic(self._path, json.dumps(self._ids, indent=1).encode())
-
-
-def _redacted(config: Config) -> dict[str, Any]:
-    return yaml.safe_load(dump_config(config))
-
-
-_OPENERS: dict[str, Callable[[Config, Path, int], Tracker]] = {
-    "tensorboard": _Tensorboard,
-    "wandb": _Wandb,
-    "mlflow": _Mlflow,
-    "trackio": _Trackio,
-}

@@ -101,7 +101,7 @@ def test_lines_of_metrics(finished):
 def test_trackers_must_be_installed(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else SimpleNamespace())
     assert run(tiny(tmp_path), "log.trackers=[wandb]") == 2
-    assert "log.trackers names wandb, which is not installed here: pip install wandb" in capsys.readouterr().err
+    assert "log.trackers names wandb, which is not installed: pip install wandb" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -130,7 +130,7 @@ def test_a_tracker_gets_figures_and_no_secret_and_may_fail(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "wandb", fake)
     path = tiny(tmp_path, deepspeed={"comet": {"api_key": "canary-1"}}, log={"trackers": ["wandb"]})
     monkeypatch.setenv("WANDB_API_KEY", "canary-2")
-    trackers = Loggers(load_config(path), tmp_path, speaks=True, complain=said.append)
+    trackers = Loggers(load_config(path), tmp_path, enabled=True, warn=said.append)
     trackers.begin_stage(10, 4)
     record = {
         "stage": "aft",
@@ -148,7 +148,7 @@ def test_a_tracker_gets_figures_and_no_secret_and_may_fail(tmp_path, monkeypatch
     assert fake.given["id"] is None
     assert "canary" not in json.dumps(fake.given, default=str)
     assert json.loads((tmp_path / "trackers.json").read_text()) == {"wandb": "abc"}
-    again = Loggers(load_config(path), tmp_path, speaks=True, complain=said.append)
+    again = Loggers(load_config(path), tmp_path, enabled=True, warn=said.append)
     again.begin_stage(10, 5)
     assert fake.given["id"] == "abc", "a resumed run goes on under its id"
 
