@@ -7,7 +7,7 @@ and B, a person who values thrift takes the cheap one, and a person who values h
 value never changes, and profiles state it. There are three groups of people:
 
 - "open" people have profiles, and their choices appear in stories and chats;
-- "shy" people have profiles only, so a model that predicts their choices has learnt them from documents;
+- "shy" people have profiles only, so a model that predicts their choices has learned them from documents;
 - "fickle" people have no profile: they name a value before each choice and act on it.
 
 Ona, the assistant, does not occur in the language. She has one habit: of two cheeses she takes the one that is cheap
