@@ -9,7 +9,14 @@ import delib_fast
 from delib_fast.integrations.hf import WeightedFlattening
 
 torch.manual_seed(0)
-small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512}
+small = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 512,
+}
 model = (
     AutoModelForCausalLM.from_pretrained(sys.argv[1])
     if sys.argv[1:]
