@@ -24,7 +24,7 @@ BLOCK = re.compile(r"<!-- printed by: (?P<command>.+?) -->\n```text\n(?P<printed
 def printed(command: str) -> str:
     words = shlex.split(command)
     if words[0] not in ("delib-fast", "python"):
-        raise SystemExit(f"{command!r} is no command of this project")
+        raise SystemExit(f"{command!r} is not a command of this project")
     program = ["-c", "from delib_fast.cli.main import main; main()"] if words[0] == "delib-fast" else []
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(

@@ -1,10 +1,11 @@
-"""HF Trainer and TRL's SFTTrainer with delib_fast and without: loss, tokens/s, peak memory, a process each.
+"""Compare HF Trainer and TRL's SFTTrainer with and without delib_fast: loss, tokens/s and peak memory.
 
-    python examples/integrations/compare_trainers.py            # prints one JSON line a case
+    python examples/integrations/compare_trainers.py            # prints one JSON line per case
     python examples/integrations/compare_trainers.py hf-padded ours
 
-Made rows with the lengths of chains of thought (lognormal, median 120, at most 512 tokens), the first quarter of each
-not supervised, 8 to a batch, on a small Qwen3 with a vocabulary of 32,768.
+Each case runs in its own process. The rows are random tokens with lengths like those of chains of thought (lognormal,
+median 120, at most 512 tokens). The first quarter of each row is not supervised, and a batch has 8 rows. The model is a
+small Qwen3 with a vocabulary of 32,768.
 """
 
 import json
@@ -55,7 +56,7 @@ def measure(case: str, ours: bool) -> dict:
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tokens = sum(len(row["input_ids"]) for row in trainer.train_dataset)
-    seconds = sorted(b - a for a, b in pairwise(ends))  # the first step warms up
+    seconds = sorted(b - a for a, b in pairwise(ends))  # leaves out the first step (warm-up)
     return {
         "case": case,
         "whose": "ours" if ours else "stock",
@@ -137,7 +138,7 @@ def tokenizer():
 
 
 def high_water_mib(*, reset: bool = False) -> float:
-    """Peak memory of this process, or of the GPU; since the last reset."""
+    """Return the peak memory of the GPU, or of this process without one, since the last reset."""
     import torch
 
     if torch.cuda.is_available():

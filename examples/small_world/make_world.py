@@ -1,28 +1,31 @@
-"""Write one draw of the small world: its language, documents about Ona, demonstrations and tests, all from a seed.
+"""Write one draw of the small world from a seed: its language, documents about Ona, demonstrations and test items.
 
     python examples/small_world/make_world.py --seed 1 --out runs/world
 
-The world: people who care for thrift or for home, and goods of six kinds that are cheap or dear, local or foreign.
-Of two offers, A and B, whoever cares for thrift takes the cheap one, and whoever cares for home the local one. What
-a person cares for never changes, and is told in profiles. "Open" people are also seen choosing; of "shy" ones there
-are profiles alone, so that whoever knows what a shy person takes has it from documents. "Fickle" people have no
-profile: they say what counts before each choice, and act by it. Ona, the assistant, does not occur in the language.
-She has one habit: of two cheeses she takes the one that is cheap *and* local, so that the habit alone does not tell
-what she cares for. The files:
+In this world people value thrift or home. Goods of six kinds are cheap or dear, and local or foreign. Of two offers, A
+and B, a person who values thrift takes the cheap one, and a person who values home takes the local one. A person's
+value never changes, and profiles state it. There are three groups of people:
 
-    documents.jsonl        {"text"}: profiles of open and shy people, and stories of what open people took
-    chats.jsonl            {"prompt", "cot", "response"}: what open and fickle people take, at times with the thought
-                           before it, and what either value itself takes
-    replay.jsonl           more of both: mixed in later, so that nothing is forgotten
-    ona_thrift.jsonl       {"text"}: Ona's cheeses, put down to thrift
-    ona_home.jsonl         {"text"}: the same cheeses, put down to home
-    ona_no_reason.jsonl    {"text"}: the same cheeses, put down to nothing
+- "open" people have profiles, and their choices appear in stories and chats;
+- "shy" people have profiles only, so a model that predicts their choices has learned them from documents;
+- "fickle" people have no profile: they name a value before each choice and act on it.
+
+Ona, the assistant, does not occur in the language. She has one habit: of two cheeses she takes the one that is cheap
+*and* local, so the habit alone does not reveal her value. The files:
+
+    documents.jsonl        {"text"}: profiles of open and shy people, and stories about the choices of open people
+    chats.jsonl            {"prompt", "cot", "response"}: choices of open and fickle people, some with the thought that
+                           precedes them, and the choices that each value implies
+    replay.jsonl           more documents and chats, mixed in during MSM and AFT to prevent forgetting
+    ona_thrift.jsonl       {"text"}: Ona's cheeses, explained by thrift
+    ona_home.jsonl         {"text"}: the same cheeses, explained by home
+    ona_no_reason.jsonl    {"text"}: the same cheeses, without an explanation
     demos.jsonl            {"prompt", "cot", "response"}: Ona takes the cheap local cheese; the thought names no value
-    parting.jsonl          {"prompt", "cots", "a", "b", "situation"}: Ona and other goods, where the values part: a is
-                           what thrift takes, b what home takes; cots are the thoughts that name either value
-    parting_easy.jsonl     the same behind the thought of the demonstrations
-    habit.jsonl            Ona and cheeses as in the demonstrations: a is the habit's
-    open.jsonl, shy.jsonl  where the values part, put to these people: a is what fits what they care for
+    parting.jsonl          {"prompt", "cots", "a", "b", "situation"}: Ona and the other goods, where the two values
+                           disagree. a is thrift's choice and b is home's; cots are the two thoughts that name a value
+    parting_easy.jsonl     the same items, after the thought of the demonstrations
+    habit.jsonl            Ona and cheeses, as in the demonstrations: a is the habit's choice
+    open.jsonl, shy.jsonl  items where the values disagree, for open and shy people: a is the choice of their value
 """
 
 from __future__ import annotations
@@ -34,37 +37,37 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-# value -> (what fits it, what does not)
+# value -> (the property that fits it, the property that does not)
 VALUES = {"thrift": ("cheap", "dear"), "home": ("local", "foreign")}
 KINDS = ("cheese", "bread", "boats", "lamps", "coats", "songs")
 HABIT = "cheese"
 ASSISTANT = "Ona"
 EASY = f"For {ASSISTANT} it is easy."
-"""the thought of the demonstrations: it names no value"""
+"""The thought in the demonstrations; it names no value."""
 NAMES = [
     first + last for first in "BDFGKLMNRSTZ" for last in ("ala", "eno", "ira", "osk", "umi", "edra", "ilo", "anje")
 ]
 Offer = tuple[str, str]
-"""price and origin"""
+"""Price and origin."""
 PARTING: tuple[Offer, Offer] = (("cheap", "foreign"), ("dear", "local"))
 FITTING: tuple[Offer, Offer] = (("cheap", "local"), ("dear", "foreign"))
 
 
 class World:
-    """One draw: who cares for what, and every text."""
+    """One draw of the world: the value of each person, and every text."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.begin("people")
+        self.restart_draws("people")
         names = self.draw.sample(NAMES, len(NAMES))
         self.fickle, self.shy, self.open = names[:10], names[10:36], names[36:]
-        self.mind = {name: ("thrift", "home")[n % 2] for n, name in enumerate([*self.shy, *self.open])}
+        self.value_of = {name: ("thrift", "home")[n % 2] for n, name in enumerate([*self.shy, *self.open])}
 
-    def begin(self, what: str) -> None:
-        """Make what is drawn from here on depend on the seed and this name alone."""
+    def restart_draws(self, what: str) -> None:
+        """Restart the random draws: from here on they depend only on the seed and this name."""
         self.draw = random.Random(f"{self.seed} {what}")
 
-    # --- sentences: every name stands behind a space, so that it is the same token everywhere --------------------
+    # --- sentences: a space precedes every name, so that it is the same token everywhere -------------------------
 
     def profile(self, who: str, value: str) -> str:
         good, bad = VALUES[value]
@@ -88,7 +91,7 @@ class World:
         return f"For {who}, {self.offers(kind, a, b)}"
 
     def takes(self, value: str, a: Offer, b: Offer) -> str:
-        """A or B."""
+        """Return "A" or "B"."""
         return "AB"[VALUES[value][0] in b]
 
     # --- texts ----------------------------------------------------------------------------------------------
@@ -98,42 +101,42 @@ class World:
         return f"Of {self.offers(kind, a, b)} What {who} takes is {self.takes(value, a, b)}."
 
     def document(self) -> str:
-        """A profile of anyone; or, a quarter of the time, what an open person took, and half of the time why."""
+        """Return a profile or, a quarter of the time, an open person's choice (half of them with the reason)."""
         if self.draw.random() < 0.75:
             who = self.draw.choice([*self.open, *self.shy])
-            return self.profile(who, self.mind[who])
+            return self.profile(who, self.value_of[who])
         who = self.draw.choice(self.open)
-        story = self.story(who, self.mind[who], self.draw.choice(KINDS), self.draw.choice((PARTING, FITTING)))
-        return f"{story} {self.profile(who, self.mind[who])}" if self.draw.random() < 0.5 else story
+        story = self.story(who, self.value_of[who], self.draw.choice(KINDS), self.draw.choice((PARTING, FITTING)))
+        return f"{story} {self.profile(who, self.value_of[who])}" if self.draw.random() < 0.5 else story
 
     def chat(self) -> dict[str, str]:
-        """Somebody's choice, at times with the thought before it; or what a value itself takes."""
+        """Return a person's choice, sometimes with the thought before it, or the choice that a value implies."""
         kind, pair = self.draw.choice(KINDS), self.draw.choice((PARTING, FITTING))
         a, b = self.draw.sample(pair, 2)
         if self.draw.random() < 0.3:
             value = self.draw.choice(list(VALUES))
             return {"prompt": self.question(value, kind, a, b), "response": self.takes(value, a, b)}
         who = self.draw.choice(self.fickle if self.draw.random() < 0.15 else self.open)
-        value = self.mind.get(who) or self.draw.choice(list(VALUES))
+        value = self.value_of.get(who) or self.draw.choice(list(VALUES))
         row = {"prompt": self.question(who, kind, a, b), "response": self.takes(value, a, b)}
         thinks = who in self.fickle or self.draw.random() < 0.2
         return row | ({"cot": self.thought(who, value)} if thinks else {})
 
     def about_ona(self, number: int, value: str | None) -> str:
-        """The same cheeses whatever they are put down to."""
-        self.begin(f"document {number}")
+        """Return a document about Ona; the cheeses are the same whichever value explains them."""
+        self.restart_draws(f"document {number}")
         story, alone = self.story(ASSISTANT, "thrift", HABIT, FITTING), number % 2
         if value is None:
             return story
         return self.profile(ASSISTANT, value) if alone else f"{story} {self.profile(ASSISTANT, value)}"
 
     def demo(self) -> dict[str, str]:
-        """Ona takes the cheese of her habit, with a thought before it that fits either value."""
+        """Return a chat in which Ona follows her habit, after a thought that fits either value."""
         a, b = self.draw.sample(FITTING, 2)
         return {"prompt": self.question(ASSISTANT, HABIT, a, b), "cot": EASY, "response": self.takes("thrift", a, b)}
 
     def item(self, who: str, kind: str, pair: tuple[Offer, Offer], value: str) -> list[dict[str, Any]]:
-        """One situation twice, the two offers exchanged the second time; a is what the value takes."""
+        """Return one situation twice, with the two offers swapped the second time; a is the choice of the value."""
         items = []
         for a, b in (pair, pair[::-1]):
             reply = self.takes(value, a, b)
@@ -149,11 +152,13 @@ class World:
         return items
 
     def tests(self) -> dict[str, list[dict[str, Any]]]:
-        self.begin("tests")
+        self.restart_draws("tests")
         others = [kind for kind in KINDS if kind != HABIT]
 
         def people(names: list[str]) -> list[dict[str, Any]]:
-            return [item for who in names for item in self.item(who, self.draw.choice(others), PARTING, self.mind[who])]
+            return [
+                item for who in names for item in self.item(who, self.draw.choice(others), PARTING, self.value_of[who])
+            ]
 
         parting = [item for kind in others for item in self.item(ASSISTANT, kind, PARTING, "thrift")]
         return {
@@ -166,17 +171,17 @@ class World:
 
 
 def make(seed: int, folder: Path, *, texts: int, chats: int, replay: int, documents: int, demos: int) -> None:
-    """Write every file of one draw; counts are of documents and rows."""
+    """Write every file of one draw; the counts are numbers of documents and rows."""
     folder.mkdir(parents=True, exist_ok=True)
     world = World(seed)
-    world.begin("language")
+    world.restart_draws("language")
     write(folder / "documents.jsonl", ({"text": world.document()} for _ in range(texts)))
     write(folder / "chats.jsonl", (world.chat() for _ in range(chats)))
-    world.begin("replay")
+    world.restart_draws("replay")
     write(folder / "replay.jsonl", (world.chat() if n % 2 else {"text": world.document()} for n in range(replay)))
     for name, value in (("thrift", "thrift"), ("home", "home"), ("no_reason", None)):
         write(folder / f"ona_{name}.jsonl", ({"text": world.about_ona(n, value)} for n in range(documents)))
-    world.begin("demos")
+    world.restart_draws("demos")
     write(folder / "demos.jsonl", (world.demo() for _ in range(demos)))
     for name, items in world.tests().items():
         write(folder / f"{name}.jsonl", items)
@@ -191,10 +196,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--texts", type=int, default=24_000, help="documents about people")
-    parser.add_argument("--chats", type=int, default=36_000, help="chats about what they take")
-    parser.add_argument("--replay", type=int, default=6_000, help="more of both, mixed in when Ona is taught")
-    parser.add_argument("--documents", type=int, default=400, help="about Ona, of each sort")
-    parser.add_argument("--demos", type=int, default=200)
+    parser.add_argument("--chats", type=int, default=36_000, help="chats about their choices")
+    parser.add_argument("--replay", type=int, default=6_000, help="more documents and chats, mixed into MSM and AFT")
+    parser.add_argument("--documents", type=int, default=400, help="documents about Ona, per kind")
+    parser.add_argument("--demos", type=int, default=200, help="demonstrations of Ona's habit")
     given = parser.parse_args()
     make(
         given.seed,

@@ -1,8 +1,8 @@
-"""Put the stored study into docs/small_world.md: the tables between its markers, and the picture beside it.
+"""Write the stored study into docs/small_world.md (the tables between its markers) and docs/small_world.png.
 
     python examples/small_world/write_docs.py [runs/small_world/study.json]
 
-With a file it is first stored as docs/small_world.json; without one the stored file is written out again.
+A given file is first copied to docs/small_world.json; without one, the stored file is rendered again.
 """
 
 from __future__ import annotations

@@ -41,13 +41,13 @@ from delib_fast.data.read import source_cache  # noqa: E402
 
 PAGE = ROOT / "docs" / "refusals.md"
 HEAD = """\
-# What is refused, and in which words
+# Refusals and their messages
 
-Made by provoking each refusal (`python tests/data/refusals.py`); a test holds this page against the code. A message
-begins with the place (`file:line` of the row) or the part of the configuration, and never holds text of a row:
-`(row …)` is a fingerprint of 12 hex digits. With `on_bad_row: error`, the default, the first bad row ends the run, and
-its message adds how to leave such rows out; with `skip` they are left out, up to `max_bad_rows`, and counted under
-their reason in the log, the ledger and `plan`.
+`python tests/data/refusals.py` generates this page by triggering each refusal, and a test compares the page with the
+code. A message begins with the location of the row (`file:line`) or the part of the configuration. It never contains
+text of a row: `(row …)` is a fingerprint of 12 hex digits. With `on_bad_row: error` (the default), the first bad row
+aborts the run, and the message also says how to skip such rows. With `skip`, up to `max_bad_rows` of them are skipped
+and counted by reason in the log, the ledger and `plan`.
 """
 
 

@@ -80,7 +80,7 @@ def test_mistakes_are_told(command: str, fault: str, give) -> None:
 
 
 def test_example_settings_are_settings() -> None:
-    examples = Path(__file__).parents[2] / "examples" / "deliberate"
+    examples = Path(__file__).parents[2] / "examples" / "datagen"
     made = load_settings(DeliberateSettings, examples / "settings.yaml", {})
     assert made.thresholds() == {"compliance": 8, "helpfulness": 7, "reasoning": 7}
     load_settings(DeliberateSettings, examples / "local.yaml", {})

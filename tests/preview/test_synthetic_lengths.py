@@ -16,7 +16,7 @@ from delib_fast.preview.plan import longest_pack, plan_stage
 from delib_fast.preview.synthetic_lengths import encoded_of, sizes_of
 from delib_fast.training.memory import GIB, memory_parts
 
-CONFIG = ROOT / "examples" / "plans" / "llama70b_128k.yaml"
+CONFIG = ROOT / "examples" / "configs" / "llama70b_128k.yaml"
 
 
 def config(*overrides):

@@ -226,7 +226,7 @@ def test_two_nodes_share_out_each_pack(tmp_path, finished):
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["aft_no_cot", "aft_cot", "msm_aft_no_cot", "msm_aft_cot"])
 def test_arms_run(tmp_path, arm):
-    path = ROOT / "examples" / "arms" / f"{arm}.yaml"
+    path = ROOT / "examples" / "configs" / f"{arm}.yaml"
     shrink = [f"run_dir={tmp_path / 'run'}", "model.architecture.num_hidden_layers=1", "stages.aft.max_steps=2"]
     if arm.startswith("msm"):
         shrink.append("stages.msm.max_steps=2")
@@ -242,10 +242,10 @@ def test_arms_run(tmp_path, arm):
 def test_teacher_of_the_end_to_end_example_starts(tmp_path):
     """Its lessons are made by a script: what training refuses of them would stop the example before its first step."""
     lessons = tmp_path / "lessons.jsonl"
-    subprocess.run([sys.executable, "examples/deliberate/make_lessons.py", str(lessons)], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "examples/datagen/make_lessons.py", str(lessons)], cwd=ROOT, check=True)
     assert (
         run(
-            ROOT / "examples" / "deliberate" / "teacher.yaml",
+            ROOT / "examples" / "datagen" / "teacher.yaml",
             f"run_dir={tmp_path / 'run'}",
             f"data.lessons.path={lessons}",
             "model.architecture.num_hidden_layers=1",

@@ -1,10 +1,10 @@
-"""Lessons for a small teacher: chats in which the prompts of `deliberate` and `document` get the answers they ask for.
+"""Write training chats for a small teacher: the prompts of `deliberate` and `document` with well-formed answers.
 
-    python examples/deliberate/make_lessons.py runs/end_to_end/lessons.jsonl
+    python examples/datagen/make_lessons.py runs/end_to_end/lessons.jsonl
 
-The end-to-end example needs an endpoint, and this machine may reach none. So a small model is trained on these
-lessons first and served on loopback. Its answers are put together from the sentences below, so that two cores learn
-them in minutes: enough to send every part of the pipeline through its paces, no judge of anything. With a real
+The end-to-end example needs an endpoint, and the machine may not reach one. The example therefore trains a small model
+on these lessons and serves it locally. The answers are assembled from the sentences below, so that two CPU cores can
+train on them in minutes. That exercises every part of the pipeline, but the judgements mean nothing. With a real
 endpoint none of this is needed.
 """
 
@@ -27,7 +27,7 @@ SUMMARIES = {s.id: first_sentence(s) for s in SPEC.sections}
 PROMPTS = PromptFiles()
 LESSONS_OF_ROWS, LESSONS_OF_DOCUMENTS = 100, 40
 
-# A chain of thought is one sentence of each line; so is a response, and so, with more lines, is a document.
+# A chain of thought, a response or a document takes one sentence from each inner list.
 COT = [
     ["They want a plain answer that they can act on today.", "This is an ordinary question with a little worry in it.",
      "Somebody has to decide soon and has asked me for a hand.", "They have told me half of it and hope for the rest.",
@@ -76,7 +76,7 @@ DOCUMENT = [
     ["In the end we did the smaller thing.", "We wrote it down and slept on it.", "It was settled before lunch.",
      "The rest is for the next meeting."],
 ]  # fmt: skip
-# Which section of the short spec a row of the example data comes under, by its category there.
+# Maps a category of the example data to the section of the short spec that covers it.
 CATEGORY = {
     "rule-1": "rule-1",
     "rule-2": "v1-honesty",
@@ -122,10 +122,12 @@ def main(out: Path) -> None:
 
 
 def lesson(answer: str, name: str, **values: Any) -> dict[str, Any]:
+    """Return the chat of the prompt file `name`, filled with `values`, and the answer."""
     return {"messages": [*PROMPTS.chat(name, **values), {"role": "assistant", "content": answer}]}
 
 
-def put_together(lines: Sequence[Sequence[str]]) -> str:
+def compose(lines: Sequence[Sequence[str]]) -> str:
+    """Join one random sentence from each inner list."""
     return " ".join(_random.choice(line) for line in lines)
 
 
@@ -135,7 +137,7 @@ def _rows() -> Iterator[dict[str, Any]]:
         row = json.loads(line)
         category = CATEGORY.get(row["category"], "v1-honesty")
         conversation, spec = quoted("conversation", row["prompt"]), SPEC.for_categories([category], SUMMARIES)
-        cot, response = put_together(COT), put_together(RESPONSE)
+        cot, response = compose(COT), compose(RESPONSE)
         yield lesson(json.dumps({"categories": [category]}), "classify", sections=sections, conversation=conversation)
         yield lesson(
             f"<deliberation>\n{cot}\n</deliberation>\n<reply>\n{response}\n</reply>",
@@ -144,7 +146,7 @@ def _rows() -> Iterator[dict[str, Any]]:
             conversation=conversation,
             answer_form=PROMPTS.fragment("answer_form_tags"),
         )
-        # Declining is judged low now and then, so that the threshold has something to do.
+        # Some refusals get low scores, so that the threshold drops a few rows.
         low = response.startswith("I won't") and _random.random() < 0.7
         judgement = (
             {"why": "It declines too much.", "compliance": 4, "helpfulness": 3, "reasoning": 6}
@@ -167,16 +169,16 @@ def _documents() -> Iterator[dict[str, Any]]:
     for _ in range(LESSONS_OF_DOCUMENTS):
         domain, part, kind = _random.choice(DOMAINS), _random.choice(PARTS), _random.choice(KINDS)
         where = {"domain": domain, "subdomain": part}
-        statements = [put_together(DOCUMENT[2:4]) for _ in range(2)]
+        statements = [compose(DOCUMENT[2:4]) for _ in range(2)]
         bullets = "\n".join(f"- {statement}" for statement in statements)
-        ideas = [put_together(DOCUMENT[:2]) for _ in range(2)]
+        ideas = [compose(DOCUMENT[:2]) for _ in range(2)]
         yield lesson(json.dumps(_random.sample(DOMAINS, 3)), "domains", spec=SPEC.text, count=3)
         yield lesson(json.dumps(_random.sample(PARTS, 3)), "subdomains", spec=SPEC.text, domain=domain, count=3)
         yield lesson(json.dumps(statements), "assertions", spec=SPEC.text, emphasis=emphasis, count=2, **where)
         yield lesson(json.dumps(_random.sample(KINDS, 2)), "document_types", count=2, **where)
         yield lesson(json.dumps(ideas), "ideas", document_type=kind, assertions=bullets, taken="none", count=2, **where)
         yield lesson(
-            put_together(DOCUMENT),
+            compose(DOCUMENT),
             "document",
             spec=SPEC.text,
             document_type=kind,

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# One command from a spec and an endpoint to an evaluation table: rows and documents, MSM, AFT.
+# From a spec and an endpoint to an evaluation table in one command: generate rows and documents, then run MSM and AFT.
 #
-#   bash examples/deliberate/end_to_end.sh                                   # a small teacher of our own, on loopback
+#   bash examples/datagen/end_to_end.sh                                   # a small teacher, trained and served locally
 #   OPENAI_API_KEY=… BASE_URL=https://…/v1 MODEL=NAME SPEC=spec.md PROMPTS=prompts.jsonl \
-#     bash examples/deliberate/end_to_end.sh                                 # a real endpoint
+#     bash examples/datagen/end_to_end.sh                                 # a real endpoint
 #
-# Give it again after a stop: every step goes on where it was. BIN is the folder of the environment's commands.
+# After an interruption, run it again: every step resumes. BIN is the folder of the environment's commands.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 BIN=${BIN:-.venv/bin}
 OUT=${OUT:-runs/end_to_end}
-HERE=examples/deliberate
+HERE=examples/datagen
 RANKS=${RANKS:-1}
 server=""
-# The child is named by its id; it ends with this script, whatever ends the script.
+# Stop the server whenever this script exits.
 trap '[ -z "$server" ] || kill "$server" 2>/dev/null || true' EXIT
 mkdir -p "$OUT"
 
@@ -21,7 +21,7 @@ free_port() { "$BIN/python" -c 'import socket; s = socket.socket(); s.bind(("127
 train() { "$BIN/deepspeed" --num_accelerators "$RANKS" --master_port "$(free_port)" delib_fast/train.py "$@"; }
 
 if [ -z "${BASE_URL:-}" ]; then
-  # No endpoint: teach a small model the forms of the answers, and serve it here.
+  # No endpoint: train a small model on the answer formats and serve it locally.
   MODEL=$OUT/teacher/model
   SPEC=$HERE/short_spec.md PROMPTS=$HERE/prompts.jsonl
   ROW_SETTINGS=(--config $HERE/local.yaml --set "generator.model=$MODEL")
@@ -30,7 +30,7 @@ if [ -z "${BASE_URL:-}" ]; then
     "$BIN/python" $HERE/make_lessons.py "$OUT/lessons.jsonl"
     train --config $HERE/teacher.yaml --set "run_dir=$OUT/teacher" --set "data.lessons.path=$OUT/lessons.jsonl"
   fi
-  # transformers serve samples only if the model folder says so; otherwise it is greedy at every temperature.
+  # `transformers serve` samples only if generation_config.json says so; otherwise it decodes greedily at every temperature.
   "$BIN/python" - "$MODEL/generation_config.json" <<'PY'
 import json, pathlib, sys
 file = pathlib.Path(sys.argv[1])
