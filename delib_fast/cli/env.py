@@ -1,4 +1,4 @@
-"""What is installed on this machine, and which backends of the fused ops can run on it."""
+"""The versions on this machine, its device, and which backends of the fused ops can run on it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PACKAGES = ("delib-fast", "torch", "triton", "deepspeed", "transformers", "flash
 
 
 def describe() -> str:
-    """Several lines: versions, device, and each op's backends with the reason where one can't run."""
+    """Several lines: versions, the device, and each op's backends, with the reason if one cannot run."""
     import torch
 
     lines = [f"python        {platform.python_version()}"]
@@ -24,7 +24,7 @@ def describe() -> str:
 
 
 def one_line() -> str:
-    """For the end of an installation: what it will run on, and what is slower for want of a compiler."""
+    """One line for the end of an installation: versions, the device, and what is slower without a compiler."""
     import torch
 
     from delib_fast.ops._library import WHY_NO_COMPILED
@@ -32,13 +32,13 @@ def one_line() -> str:
     slower = (
         ""
         if WHY_NO_COMPILED is None
-        else ("; without its C++ part (install g++ and build again): on a CPU the loss and the packing are slower")
+        else ("; without the C++ extension (install g++ and rebuild): the loss and the packing are slower on a CPU")
     )
     return f"delib_fast {_version('delib-fast')} on torch {torch.__version__}, {_device(torch)}{slower}"
 
 
 def _backends(torch: Any) -> dict[str, dict[str, str | None]]:
-    """For each op, why each backend can't run bf16 tensors on this machine's device (None: it can)."""
+    """For each op, why each backend cannot run bf16 tensors on this machine's device (None: it can)."""
     from delib_fast.ops.linear_cross_entropy import BACKENDS as LOSS
     from delib_fast.ops.varlen_attention import _BACKENDS as ATTENTION
 

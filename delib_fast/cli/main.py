@@ -1,4 +1,4 @@
-"""`delib-fast`: what is not training itself. Training is `deepspeed delib_fast/train.py --config run.yaml`."""
+"""Prepare, inspect, evaluate and compare training runs. To train: deepspeed delib_fast/train.py --config run.yaml"""
 
 from __future__ import annotations
 
@@ -14,38 +14,39 @@ from typer.core import TyperGroup
 from delib_fast.config import ConfigError
 from delib_fast.config.load import dump_config, json_schema, load_config
 
-# Commands that live with what they do, and what `--help` says of them: importing all of it would take seconds.
-_ELSEWHERE = {
+# Commands in other modules, with their help texts. A module is imported when its command runs: importing all of them
+# takes seconds.
+_LAZY_COMMANDS = {
     "inspect": ("delib_fast.cli.preview", "Show the exact tokens the model will see, by segment and weight."),
     "plan": ("delib_fast.cli.preview", "Dry run: rows, tokens, packs, steps, balance, and the memory a rank needs."),
-    "deliberate": ("delib_fast.cli.datagen", "Make rows of prompt, chain of thought and response from a spec."),
-    "document": ("delib_fast.cli.datagen", "Make midtraining documents about a spec, to a budget of tokens."),
-    "data-report": ("delib_fast.cli.datagen", "Report on the quality of made data, as HTML and JSON."),
-    "report": ("delib_fast.cli.preview", "Draw one or several runs: losses, throughput, memory, ledger."),
+    "deliberate": ("delib_fast.cli.datagen", "Generate rows of prompt, chain of thought and response from a spec."),
+    "document": ("delib_fast.cli.datagen", "Generate midtraining documents about a spec, up to a token budget."),
+    "data-report": ("delib_fast.cli.datagen", "Report on the quality of generated data, as HTML and JSON."),
+    "report": ("delib_fast.cli.preview", "Plot one or several runs: losses, throughput, memory, ledger."),
     "eval": ("delib_fast.cli.evaluate", "Evaluate a model: JSON, a table, and a page."),
-    "study": ("delib_fast.cli.study", "Train the arms of a study and set them side by side."),
+    "study": ("delib_fast.cli.study", "Train the arms of a study and compare them."),
 }
 
 
 class _LazyGroup(TyperGroup):
-    """Imports a command of `_ELSEWHERE` when it is run, and not before."""
+    """A group that imports a command of `_LAZY_COMMANDS` only when it runs."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [*super().list_commands(ctx), *_ELSEWHERE]
+        return [*super().list_commands(ctx), *_LAZY_COMMANDS]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in _ELSEWHERE:
+        if cmd_name not in _LAZY_COMMANDS:
             return super().get_command(ctx, cmd_name)
         stub = typer.Typer()
-        stub.command(cmd_name, help=_ELSEWHERE[cmd_name][1])(lambda: None)
+        stub.command(cmd_name, help=_LAZY_COMMANDS[cmd_name][1])(lambda: None)
         return typer.main.get_command(stub)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
-        if name in _ELSEWHERE:
+        if name in _LAZY_COMMANDS:
             found = typer.Typer()
-            importlib.import_module(_ELSEWHERE[name][0]).register(found)
-            found.callback()(lambda: None)  # keeps it a group, however many commands it has
+            importlib.import_module(_LAZY_COMMANDS[name][0]).register(found)
+            found.callback()(lambda: None)  # makes it a group even if it has a single command
             group: Any = typer.main.get_command(found)
             command = group.commands[name]
         return name, command, rest
@@ -61,15 +62,15 @@ _SET = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="ove
 
 @app.command()
 def config(
-    path: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="a run to check and resolve")] = None,
+    path: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="the run to check")] = None,
     overrides: _SET = [],  # noqa: B006 (typer reads the default)
     schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema, for editors")] = False,
 ) -> None:
-    """Check a configuration and print it resolved, every default written out; or print the schema."""
+    """Check a configuration and print it with every default; or print the JSON schema."""
     if schema:
         typer.echo(json_schema())
     elif path is None:
-        raise ConfigError("give a configuration to check, or --schema")
+        raise ConfigError("give a configuration file to check, or --schema")
     else:
         typer.echo(dump_config(load_config(path, overrides)), nl=False)
 
@@ -83,12 +84,12 @@ def train(
         typer.Option(
             "--watch",
             metavar="SUITES",
-            help=("evaluate between updates: segments, early, reliance, drift, with commas"),
+            help="evaluate during training: segments, early, reliance, drift (comma-separated)",
         ),
     ] = None,
-    every: Annotated[int, typer.Option("--every", metavar="N", help="updates between two evaluations")] = 50,
+    every: Annotated[int, typer.Option("--every", metavar="N", help="steps between two evaluations")] = 50,
 ) -> None:
-    """Train in this one process; the same as `python -m delib_fast.train`. For several ranks use `deepspeed`."""
+    """Train in this process, like `python -m delib_fast.train`. For several ranks use `deepspeed`."""
     from delib_fast.train import main as train_main
 
     callbacks: list[Any] = []
@@ -113,15 +114,15 @@ def ledger(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run di
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file; is {run_dir} a run directory?") from None
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{file}:{error.lineno}: not a ledger: {error.msg}") from None
+        raise ConfigError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
     console = Console(highlight=False)
     console.print(heldout_table(content["evaluations"]))
     console.print(stage_table([stage for stage in content["stages"] if stage["status"] == "finished"]))
 
 
 @app.command()
-def env(brief: Annotated[bool, typer.Option("--brief", help="one line")] = False) -> None:
-    """What is installed here, and which backends of the fused ops can run."""
+def env(brief: Annotated[bool, typer.Option("--brief", help="print one line")] = False) -> None:
+    """Print versions, the device, and which backends of the fused ops can run."""
     from delib_fast.cli.env import describe, one_line
 
     typer.echo(one_line() if brief else describe())

@@ -1,6 +1,7 @@
 """The configuration of a run as data: the schema, and one YAML loader for every command."""
 
 from delib_fast.config.base import ConfigError, Section, nearest
+from delib_fast.config.data import SourceConfig, TokenizerConfig, TokenizerTrainConfig
 from delib_fast.config.model import LoraConfig, ModelConfig
 from delib_fast.config.schema import (
     AFTConfig,
@@ -12,11 +13,8 @@ from delib_fast.config.schema import (
     MSMConfig,
     OptimizerConfig,
     Precision,
-    SourceConfig,
     StageBase,
     StageConfig,
-    TokenizerConfig,
-    TokenizerTrainConfig,
     packs_per_rank,
     rank_groups,
 )

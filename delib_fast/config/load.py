@@ -331,6 +331,20 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
 
 
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"a.b.0": value}` for every leaf of nested mappings and lists."""
+    if isinstance(tree, Mapping):
+        items: Any = tree.items()
+    elif isinstance(tree, list):
+        items = enumerate(tree)
+    else:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
 def json_schema() -> str:
     """The JSON schema of the configuration, for editors."""
     return json.dumps(Config.model_json_schema(), indent=2)

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live line in a terminal, plain lines elsewhere, a table at the end."""
+"""Console output of a run: a live line in a terminal, plain lines elsewhere, and tables at the end."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-_PLAIN_EVERY_S = 5.0  # without a terminal: at most one line in this time
+_PLAIN_EVERY_S = 5.0  # without a terminal, at most one line in this many seconds
 
 
 class ConsoleLogger:
-    """Progress of one run. Silent on every rank but the first."""
+    """Logs the progress of a run. Only rank 0 is enabled."""
 
     def __init__(self, *, enabled: bool) -> None:
         self._enabled = enabled
@@ -38,39 +38,43 @@ class ConsoleLogger:
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=12),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[told]}"),
+                TextColumn("{task.fields[status]}"),
                 console=self._console,
             )
             self._live.start()
-            self._task = self._live.add_task(name, total=num_steps, completed=first_step, told="")
+            self._task = self._live.add_task(name, total=num_steps, completed=first_step, status="")
 
     def log(self, step: int, record: Mapping[str, Any]) -> None:
-        """After an update: `record` is the line of metrics.jsonl."""
+        """Show a metrics record."""
         if not self._enabled:
             return
         losses = " ".join(f"{name} {part['nll']:.3f}" for name, part in record["segments"].items())
         done, now = step - self._first_step, time.perf_counter()
         left = (now - self._started) / max(1, done) * (self._num_steps - step)
-        told = f"{losses}  {count_text(record['tokens_per_s'])} tok/s  {duration_text(left)} left"
+        status = f"{losses}  {count_text(record['tokens_per_s'])} tok/s  {duration_text(left)} left"
         if self._live is not None:
-            self._live.update(self._task, completed=step, told=told)
+            self._live.update(self._task, completed=step, status=status)
         elif now - self._last_line >= _PLAIN_EVERY_S or step == self._num_steps:
             self._last_line = now
-            self._console.print(f"{self._name} step {step}/{self._num_steps}  {told}")
+            self._console.print(f"{self._name} step {step}/{self._num_steps}  {status}")
 
     def end_stage(self) -> None:
         if self._live is not None:
             self._live.stop()
             self._live = None
 
-    def print_tables(self, ledger: Mapping[str, Any], locations: Sequence[tuple[str, str]]) -> None:
-        """The end of a run: held-out nll by segment at each moment, and each stage's figures."""
+    def print_tables(self, ledger: Mapping[str, Any], paths: Sequence[tuple[str, str]]) -> None:
+        """Print the end of a run: held-out nll by segment at each moment, and each stage's figures.
+
+        Args:
+            paths: names and paths to print below the tables.
+        """
         if not self._enabled:
             return
         self._console.print(heldout_table(ledger["evaluations"]))
         self._console.print(stage_table(ledger["stages"]))
-        for name, location in locations:
-            self.print(f"{name:<14}{location}")
+        for name, path in paths:
+            self.print(f"{name:<14}{path}")
 
 
 def heldout_table(evaluations: Sequence[Mapping[str, Any]]) -> Table:

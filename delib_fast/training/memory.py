@@ -1,22 +1,22 @@
-"""What a rank's memory has to hold, by part, from the model's sizes: an estimate without a GPU; and what it decides.
+"""An estimate of a rank's memory, by part, from the sizes of the model; and the settings that follow from it.
 
-    P parameters, of which t are trained (all, or an adapter's), R ranks, T tokens of a pack that a rank holds (its
-    part, under sequence parallelism), H hidden, F intermediate, A attention width, V vocabulary; b bytes of the compute
-    dtype (2, or 4 in fp32). Sharded parts count 1/R of it for the ZeRO stages that shard them.
+    P parameters, of which t are trained (all, or those of an adapter); R ranks; T tokens of a pack that a rank holds
+    (its shard, under sequence parallelism); H hidden, F intermediate, A attention width, V vocabulary; b bytes of the
+    compute dtype (2, or 4 in fp32). Sharded parts count 1/R for the ZeRO stages that shard them.
 
-    weights      b·P (0.55 bytes each in nf4) and b·t of an adapter
+    weights      b·P (0.55 bytes each in nf4), and b·t for an adapter
                                      sharded at stage 3, which gathers two layers and the embeddings at a time
-    gradients    b·t, and 4·t fp32 where they are accumulated in fp32       sharded at stages 2 and 3
-    optimiser    8·t AdamW (SGD 0; Muon 4, but 8 of embeddings and head), and 4·t master weights in half precision
-                                     sharded at stages 1 to 3
-    activations  of a layer T·b·(10·H + 4·A + 3·F), of which tiles divide the 3·F. All layers keep theirs; or
-                 T·b·H each (full), T·b·(H + A) each (selective), and one layer whole
-    loss         b·chunk·V logits of a chunk, 2·b·T·H hidden states and their gradient, and of a head that is trained
-                 4·V·H of its gradient in float32 and b·V·H as it is handed on. In bf16 with T <= 2·H: b·T·V of
-                 logits in the place of chunk and float32 (`ops.linear_cross_entropy`)
+    gradients    b·t, and 4·t where they are accumulated in fp32            sharded at stages 2 and 3
+    optimizer    8·t for AdamW (0 for SGD; 4 for Muon, but 8 for embeddings and head), and 4·t for master weights in
+                 half precision                                             sharded at stages 1 to 3
+    activations  T·b·(10·H + 4·A + 3·F) per layer, of which tiles divide the 3·F. Without checkpointing every layer
+                 keeps them. With it, each keeps T·b·H (full) or T·b·(H + A) (selective), and one layer keeps all
+    loss         b·chunk·V for the logits of a chunk; 2·b·T·H for hidden states and their gradient; for a trained head
+                 4·V·H for its gradient in float32 and b·V·H for the gradient that is returned. In bf16 with T <= 2·H:
+                 b·T·V for logits instead of the chunk and the float32 gradient (`ops.linear_cross_entropy`)
 
-What is offloaded is not counted. `auto` activation checkpointing leaves a tenth of the memory free for what is not
-counted; a stage that needs more than there is ends the run (`check_fits`).
+Offloaded parts are not counted. `activation_checkpointing: auto` leaves a tenth of the memory free for what this
+estimate omits; `check_fits` refuses a stage that needs more memory than there is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from delib_fast.models import ModelShape
 from delib_fast.ops.linear_cross_entropy import GPU_CHUNK_TOKENS
 
 GIB = 1 << 30
-_NF4_BYTES = 0.55  # four bits, and a scale of 8 bits a block of 64, itself in blocks
+_NF4_BYTES = 0.55  # four bits, and an 8-bit scale per block of 64, which is itself quantized in blocks
 _SHARE_FOR_AUTO = 0.9
 Mode = Literal["none", "selective", "full"]
 
@@ -43,7 +43,7 @@ class MemoryPart:
 
 
 def memory_parts(config: Config, stage: StageConfig, shape: ModelShape, ranks: int, precision: str) -> list[MemoryPart]:
-    """The parts of a rank's memory, in bytes. `precision` is what `engine.precision` comes to: fp32, bf16, fp16."""
+    """The parts of a rank's memory, in bytes. `precision` is the resolved `engine.precision`: fp32, bf16 or fp16."""
     half = precision != "fp32"
     # As the engine does: half precision at stage 0 runs as stage 1.
     zero = max(config.engine.zero_stage, 1 if half else 0)
@@ -86,7 +86,7 @@ def memory_parts(config: Config, stage: StageConfig, shape: ModelShape, ranks: i
 
 
 def _loss(T: int, shape: ModelShape, b: int, *, head: bool, kept: bool) -> MemoryPart:
-    """head: whether it is trained. kept: whether the logits' gradient may stand for the head's."""
+    """head: whether the head is trained. kept: whether the gradient of the logits may be kept instead of the head's."""
     V, H = shape.vocabulary, shape.hidden
     hidden = 2.0 * b * T * H
     if head and kept and T <= 2 * H:
@@ -97,7 +97,7 @@ def _loss(T: int, shape: ModelShape, b: int, *, head: bool, kept: bool) -> Memor
 
 
 def tokens_of_a_rank(config: Config, stage: StageConfig) -> int:
-    """Tokens of a full pack that a rank computes on: ranks that share it out hold a part each."""
+    """Tokens of a full pack that one rank computes on: under sequence parallelism, its shard."""
     return -(-stage.pack_capacity // config.engine.sequence_parallel)
 
 
@@ -105,7 +105,7 @@ def _activations(config: Config, stage: StageConfig, shape: ModelShape, b: int) 
     T, model = tokens_of_a_rank(config, stage), config.model
     layer = T * b * (10 * shape.hidden + 4 * shape.attention_width + 3 * shape.intermediate / model.mlp_tiles)
     mode = model.activation_checkpointing
-    if mode in ("none", "auto"):  # auto that nothing has decided: there is no limit
+    if mode in ("none", "auto"):  # auto stays unresolved where there is no limit
         return MemoryPart("activations", layer * shape.layers, f"{shape.layers} layers of {T:,} tokens")
     kept = 0 if model.activation_offload else shape.hidden
     if mode == "selective":
@@ -117,12 +117,12 @@ def _over(ranks: int, sharded: bool) -> str:
     return f", over {ranks} ranks" if sharded and ranks > 1 else ""
 
 
-# --- what it decides ------------------------------------------------------------------------------------------
+# --- settings that follow from the estimate -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """The memory that a run has. limit_gib: of each rank's device; None is not asked for."""
+    """The memory that a run has. limit_gib: memory of each rank's device; None if it is not checked."""
 
     ranks: int
     precision: str
@@ -135,7 +135,7 @@ class MemoryBudget:
 def resolve_activation_checkpointing(
     config: Config, stage: StageConfig, shape: ModelShape, budget: MemoryBudget
 ) -> Config:
-    """The configuration with `activation_checkpointing: auto` as the least recomputation that fits (else full)."""
+    """The configuration with `activation_checkpointing: auto` replaced by the least recomputation that fits."""
     if config.model.activation_checkpointing != "auto":
         return config
     mode: Mode = "none"
@@ -163,7 +163,7 @@ def resolve_activation_checkpointing(
 
 
 def check_fits(config: Config, stage: StageConfig, shape: ModelShape, budget: MemoryBudget) -> None:
-    """Raises ConfigError where a stage is estimated to need more memory than there is, with the setting that fits."""
+    """Raise ConfigError, naming a setting that fits, if a stage is estimated to need more memory than there is."""
     config = resolve_activation_checkpointing(config, stage, shape, budget)
     needs = budget.needs_gib(config, stage, shape)
     if budget.limit_gib is None or needs <= budget.limit_gib:
@@ -171,25 +171,25 @@ def check_fits(config: Config, stage: StageConfig, shape: ModelShape, budget: Me
     raise ConfigError(
         f"stage {stage.name!r} is estimated to need {needs:.1f} GiB of a rank's {budget.limit_gib:.1f} GiB "
         f"(`delib-fast plan` shows of what); {_remedy(config, stage, shape, budget)}, or engine.memory_gib=0 to "
-        "try all the same"
+        "skip this check"
     )
 
 
 def _remedy(config: Config, stage: StageConfig, shape: ModelShape, budget: MemoryBudget) -> str:
-    """What fits: one change if one is enough, else several, the cheapest first."""
+    """Settings that fit: one change if one is enough, else several, the cheapest first."""
     changes = list(_changes(config, stage, budget))
     for key, value in changes:
         if budget.needs_gib(*_with(config, stage, key, value), shape) <= budget.limit_gib:  # type: ignore[operator]
             alone = key == "engine.offload_optimizer" and config.engine.zero_stage == 0
             needed = "engine.zero_stage=1 " if alone else ""
             return f"it would fit with {needed}{key}={value}"
-    said: list[str] = []
+    changed: list[str] = []
     for key, value in changes:
         config, stage = _with(config, stage, key, value)
-        said = [s for s in said if not s.startswith(f"{key}=")] + [f"{key}={value}"]
+        changed = [s for s in changed if not s.startswith(f"{key}=")] + [f"{key}={value}"]
         if budget.needs_gib(config, stage, shape) <= budget.limit_gib:  # type: ignore[operator]
-            return f"it would fit with {' '.join(said)}"
-    return "no setting of this model would fit on so few ranks: use more of them, or model.lora"
+            return f"it would fit with {' '.join(changed)}"
+    return "no setting of this model would fit on this many ranks: use more ranks, or model.lora"
 
 
 def _changes(config: Config, stage: StageConfig, budget: MemoryBudget) -> Iterator[tuple[str, Any]]:

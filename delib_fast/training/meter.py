@@ -12,11 +12,11 @@ from delib_fast.ops import LossOutput
 
 
 class Meter:
-    """Per-segment sums over micro-batches, on the device: no host sync until `totals`.
+    """Per-segment sums over micro-batches, on the device, without a host sync.
 
-    Keeps, for each segment, Σ nll, Σ weight·nll, how many supervised tokens, how many were predicted right, and
-    Σ weight. A token whose nll is not finite is left out of all of them: the guard tells of it, and one of them
-    would hide the loss of all the others.
+    Each segment has Σ nll, Σ weight·nll, the number of supervised tokens, the number of those that were predicted
+    correctly, and Σ weight. A token whose nll is not finite is excluded, since one of them would hide the loss of all
+    others; the guard reports it.
     """
 
     _COLUMNS = ("nll", "weighted_nll", "tokens", "correct", "weight")
@@ -25,6 +25,7 @@ class Meter:
         self._sums = torch.zeros(len(Segment), len(self._COLUMNS), dtype=torch.float64, device=device)
 
     def add(self, batch: PackedBatch, output: LossOutput) -> None:
+        """Add a micro-batch; both arguments are on the meter's device."""
         at = batch.loss_positions
         nll, weight = output.nll[at].double(), batch.loss_weights[at].double()
         finite = nll.isfinite()
@@ -37,18 +38,19 @@ class Meter:
 
     @property
     def sums(self) -> Tensor:
+        """(segments, 5) float64 sums, on the device."""
         return self._sums
 
     def reset(self) -> None:
         self._sums.zero_()
 
     def restore(self, sums: list[list[float]]) -> None:
-        """Go on from sums that a checkpoint kept."""
+        """Continue from the sums that a checkpoint stores."""
         self._sums.copy_(torch.tensor(sums, dtype=self._sums.dtype))
 
 
 def segment_report(sums: Tensor) -> dict[str, dict[str, float]]:
-    """Mean nll (nats a token), accuracy and token count of each segment that has tokens, from `Meter.sums`."""
+    """Mean nll (nats per token), accuracy and token count of each segment that has tokens, from `Meter.sums`."""
     report = {}
     for segment, (nll, _, tokens, correct, _) in zip(Segment, sums.tolist(), strict=True):
         if tokens:
@@ -57,10 +59,11 @@ def segment_report(sums: Tensor) -> dict[str, dict[str, float]]:
 
 
 def weighted_loss(sums: Tensor) -> float | None:
-    """The loss that was minimised: Σ weight·nll / Σ weight; None where no token counted."""
+    """The loss that was minimised: Σ weight·nll / Σ weight; None if no token had weight."""
     weight = float(sums[:, 4].sum())
     return float(sums[:, 1].sum()) / weight if weight else None
 
 
 def tokens_of(report: Mapping[str, Mapping[str, float]]) -> int:
+    """The supervised tokens of all segments of a report."""
     return int(sum(part["tokens"] for part in report.values()))

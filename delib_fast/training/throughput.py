@@ -1,4 +1,4 @@
-"""How well the device is used: model FLOPs, time spent waiting for data, fill and memory, between two log lines."""
+"""How well the device is used between two metrics records: model FLOPs, waiting for data, fill, and memory."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from delib_fast.models import StepCost
 
 MIB = 1 << 20
-# Dense bf16 (and fp16, summed in fp32) rate in TFLOP/s by words of the device's name; the first that fits counts. Half
-# of what NVIDIA's data sheets give "with sparsity": HGX B300 and B200 4.5 PFLOPS, GB300 and GB200 NVL72 5 PFLOPS a GPU;
-# H100 and H200 SXM and GH200 1,979, H100 NVL 1,671, H100 PCIe 1,513; A100 624; L40S 733, L40 362, L4 242; A40 299, A30
-# 330, A10 250; GeForce from the Ada and GA102 white papers. Checked in tables that quote them. What could not be (H800,
-# H20, A800, RTX A6000), a part of a GPU and a laptop's are measured.
+# Dense rate in TFLOP/s for bf16, and for fp16 summed in fp32, by words of the device's name; the first match counts.
+# These are half of what NVIDIA's data sheets give "with sparsity": HGX B300 and B200 4.5 PFLOPS, GB300 and GB200 NVL72
+# 5 PFLOPS per GPU; H100 and H200 SXM and GH200 1,979, H100 NVL 1,671, H100 PCIe 1,513; A100 624; L40S 733, L40 362,
+# L4 242; A40 299, A30 330, A10 250; GeForce from the Ada and GA102 white papers. They were checked in tables that quote
+# them. Devices for which that was not possible (H800, H20, A800, RTX A6000), a slice of a GPU, and laptop GPUs are
+# measured instead.
 _TFLOPS = (
     ("GB300", 2500),
     ("B300", 2250),
@@ -45,12 +46,12 @@ _TFLOPS = (
     ("RTX 3090", 71),
 )
 _OTHER_RATE = re.compile(r"\b(MIG|Laptop|Max-Q|H200 NVL|RTX 4090 D|RTX 3090 Ti)\b")
-_MEASURE = 1024  # rows and columns of the product by which an unknown device's rate is measured
+_MEASURE = 1024  # rows and columns of the matrix product that measures the rate of an unknown device
 
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """What MFU is a share of."""
+    """The rate of matrix products that MFU is relative to."""
 
     flops_per_s: float
     source: str
@@ -58,8 +59,10 @@ class Peak:
 
 @cache
 def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The rate of matrix products on this device: from the table for a known GPU in half precision, else measured,
-    which takes a fraction of a second."""
+    """The rate of matrix products on this device: from the table for a known GPU in half precision, else measured.
+
+    The measurement takes a fraction of a second.
+    """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
         tflops = known_tflops(name)
@@ -70,7 +73,10 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
 
 
 def known_tflops(name: str) -> float | None:
-    """By the name that CUDA gives a device, as "NVIDIA A100-SXM4-80GB"; whole words, for an RTX A4000 is no A40."""
+    """The dense half-precision rate of a GPU, by the name that CUDA gives it, such as "NVIDIA A100-SXM4-80GB".
+
+    Only whole words match: an RTX A4000 is not an A40. None for an unknown GPU.
+    """
     if _OTHER_RATE.search(name):
         return None
     return next((tflops for words, tflops in _TFLOPS if re.search(rf"\b{words}\b", name)), None)
@@ -88,16 +94,18 @@ def _measured(device: torch.device, dtype: torch.dtype) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
-        if sum(seconds) > 1:  # a CPU that emulates the dtype
+        if sum(seconds) > 1:  # a CPU that emulates this dtype
             break
     return 2 * n**3 / min(seconds)
 
 
 class Throughput:
-    """Adds up what steps cost, on the host, and tells it where a line of metrics is due.
+    """Sums up the cost of steps on the host.
 
     Args:
-        cost: of the model. peak: of one device. tokens_per_step: what a step's packs can hold, over all ranks.
+        cost: FLOPs of the model as a function of the micro-batches.
+        peak: rate of one device.
+        tokens_per_step: capacity of a step's packs over all ranks.
     """
 
     def __init__(self, ranks: Ranks, cost: StepCost, peak: Peak, tokens_per_step: int) -> None:
@@ -118,7 +126,7 @@ class Throughput:
         return Throughput(engine.ranks, StepCost.of(module), device_peak(engine.device, dtype), stage.tokens_per_step)
 
     def timed(self, steps: Iterable[list[PackedBatch]]) -> Iterator[list[PackedBatch]]:
-        """The steps as they come; the time in which the next one is not there yet is counted."""
+        """Yield the steps, and count the time spent waiting for the next one."""
         waiting = iter(steps)
         while True:
             began = time.perf_counter()
@@ -129,25 +137,31 @@ class Throughput:
             yield micro_batches
 
     def count(self, micro_batches: Sequence[PackedBatch]) -> None:
+        """Count a step that was made from these micro-batches of this rank."""
         self._flops += self._cost.flops(micro_batches)
         self._steps += 1
 
     def state(self) -> dict[str, float]:
-        """For a checkpoint between two lines of metrics, summed over the ranks. A collective."""
+        """What a checkpoint between two metrics records stores, summed over the ranks. A collective."""
         flops, wait_s = self._ranks.sum(self._flops, self._wait_s)
         return {"flops": flops, "wait_s": wait_s, "steps": self._steps, "all_flops": self._all_flops}
 
     def restore(self, state: Mapping[str, float]) -> None:
-        first = self._ranks.rank == 0  # what is summed over ranks again later
+        first = self._ranks.rank == 0  # only rank 0 keeps the sums, since they are summed over the ranks again
         self._flops, self._wait_s = (state["flops"], state["wait_s"]) if first else (0.0, 0.0)
         self._steps, self._all_flops = int(state["steps"]), state["all_flops"]
 
     def read(self, tokens: float, seconds: float) -> dict[str, float]:
-        """What a line of metrics tells of the steps since the last one. A collective."""
+        """Figures of the steps since the last record, for a metrics record. A collective.
+
+        Args:
+            tokens: tokens of those steps over all ranks.
+            seconds: wall time of those steps.
+        """
         ranks = self._ranks
         flops, wait_s = ranks.sum(self._flops, self._wait_s)
         (memory,) = ranks.largest(memory_peak_mib(ranks.device))
-        told = {
+        figures = {
             "mfu": flops / seconds / (self.peak.flops_per_s * ranks.world_size),
             "model_tflops_per_s": flops / seconds / 1e12,
             "fill": tokens / (self._tokens_per_step * max(1, self._steps)),
@@ -157,10 +171,10 @@ class Throughput:
         self._all_flops += flops
         self._flops = self._wait_s = 0.0
         self._steps = 0
-        return told
+        return figures
 
     def totals(self, seconds: float) -> dict[str, Any]:
-        """For the ledger."""
+        """The figures of the whole stage, for the ledger."""
         return {
             "mfu": self._all_flops / seconds / (self.peak.flops_per_s * self._ranks.world_size),
             "peak_tflops_per_s": self.peak.flops_per_s / 1e12,
@@ -169,7 +183,7 @@ class Throughput:
 
 
 def memory_peak_mib(device: torch.device) -> float:
-    """The most memory so far: allocated on the GPU, or resident of this process on a CPU."""
+    """Peak memory so far, in MiB: allocated on the GPU, or resident memory of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / MIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,18 +1,18 @@
-"""Names a rank that hangs or is gone, and ends all of them, so that no job waits for ever or leaves a process behind.
+"""Finds the rank that hangs or has died, reports it, and ends all ranks, so that no job waits for ever.
 
-Each rank's training loop says where it is (`at`): a line in a small file, some 20 µs. A thread of each rank writes it
-again now and then, as a sign of life, and reads the files of the others. When a rank has not moved for `timeout_s`:
+Each rank writes its position (`at`) to a small file, which takes about 20 µs. A thread in each rank rewrites the file
+regularly as a sign of life, and reads the files of the other ranks. If a rank has not moved for `timeout_s`:
 
-- one whose file is no longer written is gone, or the whole process is stopped;
-- else the one that is furthest behind is stuck, and the others wait for it in a collective;
-- its stack is in a file beside. Where it keeps the interpreter's lock, so that no thread of Python can write,
-  `faulthandler` does it from a thread of C.
+- a rank whose file is no longer rewritten has died, or its whole process is stopped;
+- otherwise the rank that is furthest behind is stuck, and the others wait for it in a collective;
+- its stack is in a second file. If it holds the interpreter's lock, so that no Python thread can write, `faulthandler`
+  writes the stack from a C thread.
 
-The rank to blame is told with where it was and its stack, it gets SIGKILL if it is on the same machine, and every rank
-ends with exit code 3.
+The rank that is to blame is reported with its position and its stack. It gets SIGKILL if it runs on the same machine,
+and every rank ends with exit code 3.
 
-A file and not a socket or torch's store: the store lives in rank 0, which may be the one that hangs, and the run
-directory is on a file system that all ranks share anyway.
+The ranks exchange files instead of using a socket or torch's store, because the store lives in rank 0, which may be
+the rank that hangs, and all ranks share the run directory's file system anyway.
 """
 
 from __future__ import annotations
@@ -38,48 +38,49 @@ class Watchdog:
     """Watches one rank of `world_size`, and the others through their files under `folder`.
 
     Args:
-        timeout_s: how long a rank may stay at one place; None watches nothing.
+        timeout_s: how long a rank may stay at one position, in seconds; None turns the watchdog off.
     """
 
     def __init__(self, folder: Path, rank: int, world_size: int, timeout_s: float | None) -> None:
         self._folder, self._rank, self._world_size, self._timeout_s = folder, rank, world_size, timeout_s
-        self._place, self._moves, self._moved = "starting", 0, time.monotonic()
+        self._position, self._moves, self._moved = "starting", 0, time.monotonic()
         self._slow = False
         self._heartbeat: int | None = None
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._launchers = _launchers()
 
-    # --- what the training loop says ------------------------------------------------------------------------
+    # --- called by the training loop ------------------------------------------------------------------------
 
-    def at(self, place: str) -> None:
-        """The loop has come to a new place. The rank with the fewest calls is the furthest behind."""
-        self._place, self._moved = place, time.monotonic()
+    def at(self, position: str) -> None:
+        """Record a new position of this rank. The rank with the fewest calls is the furthest behind."""
+        self._position, self._moved = position, time.monotonic()
         self._moves += 1
         self._write()
 
     @contextlib.contextmanager
-    def suspended(self, what: str) -> Iterator[None]:
-        """Something of unknown length (encoding, an export): nobody is stuck while a rank that lives does it."""
-        self.at(what)
+    def suspended(self, activity: str) -> Iterator[None]:
+        """While the block runs, this rank does not count as stuck: for work of unknown length, such as an export."""
+        self.at(activity)
         self._slow = True
         faulthandler.cancel_dump_traceback_later()
         try:
             yield
         finally:
             self._slow = False
-            self._arm()  # now: the thread's next round may come too late, if the lock is kept from here on
-            self.at(f"after {what}")
+            self._arm()  # at once: the thread's next round may come too late, if the lock is held from here on
+            self.at(f"after {activity}")
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
+        """Watch while the block runs."""
         if self._timeout_s is None:
             yield
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         self._stacks = self._stack_file(self._rank).open("w")
         self._heartbeat = os.open(self._file(self._rank), os.O_RDWR | os.O_CREAT)
-        self.at(self._place)
+        self.at(self._position)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         try:
@@ -108,14 +109,14 @@ class Watchdog:
                 self._judge(self._moves)
 
     def _arm(self) -> None:
-        """Have a thread of C write the stacks and end the process, unless it is armed anew within the time-out."""
+        """Let a C thread write the stacks and end the process, unless this is called again within the time-out."""
         if self._timeout_s is not None and self._heartbeat is not None:
             faulthandler.dump_traceback_later(
                 self._timeout_s, exit=True, file=2 if self._world_size == 1 else self._stacks
             )
 
     def _judge(self, moves: int) -> None:
-        """This rank has not moved for too long: is it because of another one?"""
+        """This rank has not moved for too long: report the rank that is to blame, and end this one."""
         assert self._timeout_s is not None
         faulthandler.cancel_dump_traceback_later()  # this thread runs, and ends the process itself
         main = sys._current_frames()[threading.main_thread().ident or 0]
@@ -129,7 +130,7 @@ class Watchdog:
         gone = [r for r in ranks if not r["lives"] or (not r["slow"] and r["age_s"] > max(self._timeout_s / 2, 2.0))]
         if self._moves != moves or self._done.is_set() or (not gone and any(r["slow"] for r in ranks)):
             return
-        for r in gone:  # its stack comes from a thread of C, if it is not stopped altogether
+        for r in gone:  # its C thread writes its stack, unless the whole process is stopped
             until = time.monotonic() + min(self._timeout_s, 10.0)
             while r["lives"] and not self._stack(r) and time.monotonic() < until:
                 time.sleep(0.1)
@@ -138,7 +139,7 @@ class Watchdog:
             print(
                 "\n".join(
                     [
-                        f"error: no rank has moved for {self._timeout_s:g} s (guard.hang_timeout_s)",
+                        f"error: no rank has made progress for {self._timeout_s:g} s (guard.hang_timeout_s)",
                         *(self._describe(r, gone, len(blamed)) for r in blamed[:4]),
                     ]
                 ),
@@ -150,21 +151,22 @@ class Watchdog:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(r["pid"], signal.SIGKILL)
         else:
-            time.sleep(1.0)  # the one that tells of it comes first
+            time.sleep(1.0)  # the rank that reports comes first
         os._exit(EXIT_CODE)
 
     def _describe(self, r: dict[str, Any], gone: list[dict[str, Any]], blamed: int) -> str:
         if r in gone:
-            state = f"gives no sign of life for {r['age_s']:.0f} s: stopped, gone, or in a call that never returns"
+            silent = f"has given no sign of life for {r['age_s']:.0f} s"
+            state = f"{silent}: it is stopped, dead, or in a call that never returns"
         elif blamed == self._world_size:
-            state = "does not move" if blamed == 1 else "does not move, nor does any other: they are equally far"
+            state = "hangs" if blamed == 1 else "hangs, as do all others; they are at the same position"
         else:
-            state = "does not move, and all others wait for it"
+            state = "hangs, and all others wait for it"
         stack = self._stack(r)
-        return f"{_who(r)} {state}. It is at: {r['place']}" + (f". Its stack:\n{stack}" if stack else "")
+        return f"{_who(r)} {state}. Its position: {r['place']}" + (f". Its stack:\n{stack}" if stack else "")
 
     def _follow_launcher(self) -> None:
-        """If the launcher was killed, nobody would end this rank: it saves and ends as if it were asked to."""
+        """If the launcher was killed, nobody would end this rank: it saves and stops as on SIGTERM."""
         if self._launchers and _launchers()[: len(self._launchers)] != self._launchers:
             self._launchers = []
             os.kill(os.getpid(), signal.SIGTERM)
@@ -174,7 +176,7 @@ class Watchdog:
     def _write(self) -> None:
         if self._heartbeat is None:
             return
-        told = json.dumps(
+        record = json.dumps(
             {
                 "rank": self._rank,
                 "pid": os.getpid(),
@@ -182,38 +184,38 @@ class Watchdog:
                 "moves": self._moves,
                 "slow": self._slow,
                 "written": time.time(),
-                "place": self._place[:256],
+                "place": self._position[:256],
             }
         )
-        with contextlib.suppress(OSError):  # a full disk must not end a run that trains
-            os.pwrite(self._heartbeat, told.encode().ljust(1024), 0)  # one write, always as long: it is read whole
+        with contextlib.suppress(OSError):  # a full disk must not abort training
+            os.pwrite(self._heartbeat, record.encode().ljust(1024), 0)  # one write of constant size: read as a whole
 
     def _read(self) -> list[dict[str, Any]]:
-        """What every rank last wrote; of one that wrote nothing, nothing."""
+        """The last record of every rank that has written one."""
         found = []
         for rank in range(self._world_size):
             with contextlib.suppress(OSError, ValueError):
-                told = json.loads(self._file(rank).read_text())
-                told["age_s"] = time.time() - told["written"]
-                told["lives"] = told["host"] != socket.gethostname() or _lives(told["pid"])
-                found.append(told)
+                record = json.loads(self._file(rank).read_text())
+                record["age_s"] = time.time() - record["written"]
+                record["lives"] = record["host"] != socket.gethostname() or _lives(record["pid"])
+                found.append(record)
         return found
 
     def lost(self, wait_s: float = 3.0) -> tuple[list[str], bool]:
-        """After a collective broke: the ranks on this machine whose process has ended, and whether this rank is the
-        one to tell of them. Waits a little for a process that is just ending."""
+        """After a collective failed: a sentence for each rank on this machine whose process has ended, and whether this
+        rank is the one that reports them. Waits a little for a process that is just ending."""
         until = time.monotonic() + wait_s
         while True:
             ranks = self._read()
             dead = [r for r in ranks if not r["lives"]]
             if dead or time.monotonic() > until:
-                speaks = self._rank == min((r["rank"] for r in ranks if r["lives"]), default=self._rank)
-                told = [
+                reports = self._rank == min((r["rank"] for r in ranks if r["lives"]), default=self._rank)
+                ended = [
                     f"{_who(r)} ended at: {r['place']}"
                     + (f", where it hung:\n{stack}\n" if (stack := self._stack(r)) else "")
                     for r in dead
                 ]
-                return told, speaks
+                return ended, reports
             time.sleep(0.05)
 
     def _file(self, rank: int) -> Path:
@@ -241,7 +243,7 @@ def _lives(pid: int) -> bool:
 
 
 def _launchers() -> list[int]:
-    """The parent, and its parent, as far as they start ranks."""
+    """The process ids of the parent and its parent, if they are launchers."""
     found: list[int] = []
     pid = os.getppid()
     with contextlib.suppress(OSError, ValueError, IndexError):

@@ -17,7 +17,7 @@ runner = CliRunner()
 
 def test_help_lists_every_command_and_imports_no_torch():
     code = (
-        "import sys; from typer.testing import CliRunner; from delib_fast.cli import app; "
+        "import sys; from typer.testing import CliRunner; from delib_fast.cli.main import app; "
         "print(CliRunner().invoke(app, ['--help']).stdout); assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
