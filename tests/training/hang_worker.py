@@ -1,4 +1,4 @@
-"""Run by test_hangs.py on each rank: the tiny run, in which rank 1 (or the only one) comes to grief in AFT's step 3."""
+"""Run by test_hangs.py on each rank: the tiny run, in which the last rank hangs or dies in step 3 of AFT."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def sleeps_in_python() -> None:
 
 
 def keeps_the_lock() -> None:
-    ctypes.PyDLL(None).sleep(600)  # PyDLL does not release the interpreter's lock: no thread of Python runs
+    ctypes.PyDLL(None).sleep(600)  # PyDLL does not release the interpreter's lock, so no Python thread runs
 
 
 def is_stopped() -> None:
@@ -28,12 +28,12 @@ def is_killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(path: str, grief: str) -> int:
+def main(path: str, fault: str) -> int:
     plain = Engine.forward
 
     def forward(self, batch):
         if self._stage.kind == "aft" and self.step == 2 and self.rank == self.ranks.world_size - 1:
-            globals()[grief]()
+            globals()[fault]()
         return plain(self, batch)
 
     Engine.forward = forward

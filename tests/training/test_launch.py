@@ -1,4 +1,4 @@
-"""Runs in processes of their own: stopped, killed and resumed, by every launcher, on two ranks, as each arm."""
+"""Runs in separate processes: stopped, killed and resumed, with every launcher, on two ranks, for each arm."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def wait_for_step(run_dir: Path, process: subprocess.Popen[str], stage: str, ste
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["msm", "aft"])
-def test_stopped_run_goes_on_bitwise(tmp_path, finished, stage):
+def test_stopped_run_resumes_bitwise(tmp_path, finished, stage):
     path = tiny(tmp_path)
     process = start(path)
     wait_for_step(tmp_path / "run", process, stage, 2)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0, output
-    assert "the same command goes on from there" in output
+    assert "the same command resumes from there" in output
     assert list((tmp_path / "run" / "checkpoints" / stage).glob("step-*/manifest.json"))
     assert run(path) == 0
     for name, weight in weights(finished).items():
@@ -59,7 +59,7 @@ def test_stopped_run_goes_on_bitwise(tmp_path, finished, stage):
 
 
 @pytest.mark.slow
-def test_killed_run_goes_on_bitwise(tmp_path, finished):
+def test_killed_run_resumes_bitwise(tmp_path, finished):
     path = tiny(tmp_path)
     process = start(path, "checkpoint.every_steps=1")
     wait_for_step(tmp_path / "run", process, "aft", 2)
@@ -117,13 +117,13 @@ def test_launchers_give_the_same_model(tmp_path, finished, name):
 @pytest.mark.parametrize(
     ("name", "ranks", "number", "to_all"),
     [
-        ("deepspeed", 2, signal.SIGINT, True),  # Ctrl-C in a terminal: the launcher and the ranks get it
-        ("deepspeed", 1, signal.SIGTERM, False),  # the launcher dies of it without a word to the ranks
+        ("deepspeed", 2, signal.SIGINT, True),  # Ctrl-C in a terminal reaches the launcher and the ranks
+        ("deepspeed", 1, signal.SIGTERM, False),  # the launcher dies and does not signal the ranks
         ("torchrun", 2, signal.SIGTERM, False),
     ],
 )
 def test_signal_to_a_launcher(tmp_path, name, ranks, number, to_all):
-    """The ranks save within a step and end, and none is left over. The launcher's own exit code is its own."""
+    """The ranks save within a step and end; no process is left. The launcher's exit code is not ours."""
     path = tiny(tmp_path)
     start = [str(ranks) if word == "1" else word.format(port=free_port()) for word in LAUNCHERS[name]]
     with (tmp_path / "output").open("w") as output:
@@ -149,8 +149,8 @@ def test_signal_to_a_launcher(tmp_path, name, ranks, number, to_all):
         process.wait(120)
         _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive, "orphans"
-    told = (tmp_path / "output").read_text()
-    assert told.count("the same command goes on from there") == 1, told
+    output = (tmp_path / "output").read_text()
+    assert output.count("the same command resumes from there") == 1, output
     last = metrics(tmp_path / "run")[-1]["step"]
     assert (tmp_path / "run" / "checkpoints" / "aft" / f"step-{last:08d}" / "manifest.json").exists()
 
@@ -160,15 +160,15 @@ def test_two_ranks_under_zero_3(tmp_path, finished):
     launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", "{port}", "delib_fast/train.py"]
     done = launch(launcher, tiny(tmp_path), "--set", "engine.zero_stage=3")
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("Held-out nll") == 1, "only the first rank speaks"
+    assert done.stdout.count("Held-out nll") == 1, "only rank 0 prints"
     for ours, alone in zip(metrics(tmp_path / "run"), metrics(finished), strict=True):
         assert (ours["stage"], ours["step"], ours["tokens"]) == (alone["stage"], alone["step"], alone["tokens"])
         assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-4)  # AdamW magnifies the order of sums
 
 
 @pytest.mark.slow
-def test_two_nodes_share_out_each_pack(tmp_path, finished):
-    """torchrun on two "machines" that meet on loopback, a rank each, and every pack shared out between them."""
+def test_two_nodes_shard_each_pack(tmp_path, finished):
+    """torchrun on two "machines" that meet on loopback, with one rank each; every pack is sharded across both."""
     path, port = tiny(tmp_path), free_port()
     start = [
         str(Path(sys.executable).parent / "torchrun"),
@@ -208,19 +208,19 @@ def test_two_nodes_share_out_each_pack(tmp_path, finished):
     assert [node.returncode for node in nodes] == [0, 0], outputs
     for ours, alone in zip(metrics(tmp_path / "run"), metrics(finished), strict=True):
         for key in ("stage", "step", "tokens", "supervised_tokens"):
-            assert ours[key] == alone[key], "every token once, though two ranks have each pack"
-        # Rounding alone to begin with; later AdamW has magnified the order of sums, to 1e-4 at the end of this run.
+            assert ours[key] == alone[key], "every token counts once, though two ranks have each pack"
+        # At first only rounding differs; later AdamW magnifies the order of the sums, to 1e-4 at the end of this run.
         if ours["stage"] == "msm" or ours["step"] <= 5:
             assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-5)
-    told, expected = (
+    output, expected = (
         [e["segments"] for e in json.loads((run / "ledger.json").read_text())["evaluations"]]
         for run in (tmp_path / "run", finished)
     )
-    assert len(told) == len(expected) == 3
+    assert len(output) == len(expected) == 3
     for moment in (0, 1):  # before training, and after MSM
         for segment, figures in expected[moment].items():
-            assert told[moment][segment]["tokens"] == figures["tokens"]
-            assert told[moment][segment]["nll"] == pytest.approx(figures["nll"], rel=1e-5)
+            assert output[moment][segment]["tokens"] == figures["tokens"]
+            assert output[moment][segment]["nll"] == pytest.approx(figures["nll"], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -240,7 +240,7 @@ def test_arms_run(tmp_path, arm):
 
 @pytest.mark.slow
 def test_teacher_of_the_end_to_end_example_starts(tmp_path):
-    """Its lessons are made by a script: what training refuses of them would stop the example before its first step."""
+    """A script makes its lessons: if training refused one, the example would end before its first step."""
     lessons = tmp_path / "lessons.jsonl"
     subprocess.run([sys.executable, "examples/datagen/make_lessons.py", str(lessons)], cwd=ROOT, check=True)
     assert (

@@ -1,4 +1,4 @@
-"""LoRA the whole way: the published recipe made small, its adapter from stage to stage, and what is handed out."""
+"""LoRA in whole runs: the published recipe on a small model, its adapter from stage to stage, and the exports."""
 
 from __future__ import annotations
 
@@ -91,15 +91,15 @@ def test_the_example_is_the_published_recipe():
         assert (stage.pack_capacity, stage.epochs, stage.adapter) == (8192, 1, "continue")
 
 
-def test_aft_goes_on_with_the_adapter(paper):
-    """The second stage begins where the first ended: what the ledger says, and what the figures show."""
+def test_aft_continues_the_adapter(paper):
+    """The second stage begins where the first ended, by the ledger and by the weights."""
     msm, aft = ledger(paper)["stages"]
     assert aft["parent"] == msm["adapter"]
     assert aft["base"] == msm["parent"]
     assert msm["parent"]["path"] == str(paper / "base")
     assert not (paper / "run" / "stages" / "msm" / "model").exists(), "nothing starts from the merged model"
     before, after = adapter(paper / "run" / "stages" / "msm" / "adapter"), adapter(paper / "run" / "adapter")
-    # AdamW moves a weight by the learning rate a step at most, and 3 steps are warm-up and a falling cosine.
+    # AdamW moves a weight by at most the learning rate per step; the 3 steps are warm-up and a falling cosine.
     assert all((after[name] - weight).abs().max() <= 3.1e-4 for name, weight in before.items())
     assert any(not torch.equal(after[name], weight) for name, weight in before.items() if "lora_B" in name)
     assert {weight.dtype for weight in after.values()} == {torch.float32}
@@ -107,7 +107,7 @@ def test_aft_goes_on_with_the_adapter(paper):
 
 
 def test_adapter_and_merged_model_agree(paper):
-    """Read by peft and by transformers alone."""
+    """Loaded by peft and by plain transformers."""
     from peft import PeftModel
 
     base = AutoModelForCausalLM.from_pretrained(paper / "base")
@@ -120,7 +120,7 @@ def test_adapter_and_merged_model_agree(paper):
     assert torch.equal(head, load_file(paper / "base" / "model.safetensors")["lm_head.weight"])
 
 
-def test_merge_begins_a_fresh_adapter_on_the_merged_model(tmp_path):
+def test_merge_starts_a_new_adapter_on_the_merged_model(tmp_path):
     path = tiny(tmp_path, model={"path": str(base_model(tmp_path)), "lora": {"r": 4, "targets": ["q_proj", "up_proj"]}})
     assert run(path, *SMALL, "stages.aft.adapter=merge") == 0
     msm, aft = ledger(tmp_path)["stages"]
@@ -129,7 +129,7 @@ def test_merge_begins_a_fresh_adapter_on_the_merged_model(tmp_path):
     before, after = adapter(tmp_path / "run/stages/msm/adapter"), adapter(tmp_path / "run/adapter")
     assert {name.rpartition("model.layers.")[2][2:].split(".")[1] for name in before} == {"q_proj", "up_proj"}
     drawn = {name: w for name, w in after.items() if "lora_A" in name}
-    # Both began as the same draw; Adam has moved them by a few learning rates of 0.01 since.
+    # Both began with the same random values; Adam has since moved them by a few learning rates of 0.01.
     assert all((w - before[name]).abs().max() < 0.1 for name, w in drawn.items())
     start, merged = (
         load_file(tmp_path / "base/model.safetensors"),
@@ -139,11 +139,11 @@ def test_merge_begins_a_fresh_adapter_on_the_merged_model(tmp_path):
     assert moved == {f"model.layers.{i}.{part}.weight" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.up_proj")}
 
 
-def test_a_given_adapter_is_gone_on_with(paper, tmp_path):
+def test_a_given_adapter_is_continued(paper, tmp_path):
     path = tiny(
         tmp_path, model={"path": str(paper / "base"), "lora": {"path": str(paper / "run" / "adapter"), "alpha": 64}}
     )
-    assert run(path, *SMALL) == 2, "its alpha is another; said, and set right, in the same run_dir"
+    assert run(path, *SMALL) == 2, "its alpha differs; a corrected command reuses the run_dir"
     assert (
         run(path, *SMALL, "model.lora.alpha=128", "stages.msm.optimizer.lr=1e-9", "stages.aft.optimizer.lr=1e-9") == 0
     )
@@ -154,7 +154,7 @@ def test_a_given_adapter_is_gone_on_with(paper, tmp_path):
 
 @pytest.mark.slow
 def test_four_bits(tmp_path, monkeypatch):
-    """QLoRA: the frozen matrices in nf4 while it trains, the adapter added to the exact weights at the end."""
+    """QLoRA: frozen matrices are in nf4 during training; the adapter is merged into the exact weights at the end."""
     pytest.importorskip("bitsandbytes")
     from peft import PeftModel
 
@@ -169,12 +169,12 @@ def test_four_bits(tmp_path, monkeypatch):
         StepCost.of(TrainableLM(build_model(source, tokenizer, dtype="bf16", quantize=how).requires_grad_(False)))
         for how in ("none", "nf4")
     )
-    assert packed == exact, "FLOPs are counted of the matrix, not of the tensor that holds it"
+    assert packed == exact, "FLOPs are those of the matrix, not of the packed tensor"
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16).float()
     plain = logits(base)
     expected = logits(PeftModel.from_pretrained(base, tmp_path / "run/adapter"))
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "run/model", dtype=torch.float32))
-    # Rounding to bf16 once more is a 200th of what the adapter does; had the 4 bits been merged, it would be a third.
+    # One more rounding to bf16 is 1/200 of the adapter's effect; merging into the 4-bit weights would be a third.
     assert (merged - expected).norm() < 0.02 * (expected - plain).norm()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="nf4 needs bitsandbytes, which is not installed"):
@@ -219,12 +219,12 @@ def test_refuses_another_adapter(paper, change, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["stages.msm.adapter=merge"], "stages.0.adapter: merge has nothing to merge (no stage is before it)"),
+        (["stages.msm.adapter=merge"], "stages.0.adapter: there is nothing to merge (it is the first stage)"),
         (
             ["model.lora=null", "stages.aft.adapter=merge"],
-            "stages.1.adapter: merge has nothing to merge (model.lora is",
+            "stages.1.adapter: there is nothing to merge (model.lora is",
         ),
-        (["model.lora.quantize=nf4", "engine.zero_stage=3"], "ZeRO 3 can't shard weights of 4 bits"),
+        (["model.lora.quantize=nf4", "engine.zero_stage=3"], "ZeRO 3 cannot shard 4-bit weights"),
         (
             ["model.lora.quantize=nf4", "model.path=null", "model.architecture={model_type: qwen3}"],
             "nothing to keep in 4",
@@ -238,7 +238,7 @@ def test_refuses_settings(overrides, message):
 
 
 def test_frozen_head_makes_no_weight_gradient(monkeypatch):
-    """Of the head's three matrix products one is only for its weight's gradient."""
+    """One of the head's three matrix products is only for its weight's gradient; a frozen head skips it."""
     from models.small_models import documents, pack
 
     op = sys.modules["delib_fast.ops.linear_cross_entropy"]  # the package's attribute of that name is the function

@@ -1,4 +1,4 @@
-"""What a run needs, from sizes alone: the adapter's share, `auto`, and what is said of a run that will not fit."""
+"""The memory estimate: the adapter's share, `auto`, and the error for a run that does not fit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def parts(*overrides: str) -> dict[str, float]:
     return {part.name: part.bytes for part in memory_parts(*paper(*overrides), QWEN3_8B, 1, "bf16")}
 
 
-def test_an_adapter_needs_state_for_itself_alone():
+def test_only_the_adapter_has_optimizer_state():
     found = parts()
     assert found["weights"] == 2 * (QWEN3_8B.parameters + ADAPTER)
     assert found["gradients"] == (2 + 4) * ADAPTER
@@ -51,7 +51,7 @@ def test_an_adapter_needs_state_for_itself_alone():
     )
 
 
-def test_the_loss_holds_what_the_op_says():
+def test_loss_memory_matches_the_op():
     # the published recipe's head is frozen: one chunk of logits, hidden states and their gradient
     T = 8192
     assert parts()["loss"] == 2 * 4096 * V + 2 * 2 * T * H
@@ -62,7 +62,7 @@ def test_the_loss_holds_what_the_op_says():
 
 
 @pytest.mark.parametrize(("limit_gib", "mode"), [(None, "none"), (141, "none"), (48, "selective"), (27, "full")])
-def test_auto_is_the_least_that_fits(limit_gib, mode):
+def test_auto_is_the_least_recomputation_that_fits(limit_gib, mode):
     config, stage = paper()
     assert (
         resolve_activation_checkpointing(
@@ -72,7 +72,7 @@ def test_auto_is_the_least_that_fits(limit_gib, mode):
     )
 
 
-def test_what_was_chosen_stays():
+def test_an_explicit_choice_is_kept():
     config, stage = paper("model.activation_checkpointing=full")
     assert resolve_activation_checkpointing(config, stage, QWEN3_8B, MemoryBudget(1, "bf16", 141)) == config
 
@@ -84,10 +84,10 @@ def test_what_was_chosen_stays():
         (["model.lora=null"], 8, 40, "engine.zero_stage=2, or"),
         (["model.lora=null"], 1, 48, "engine.zero_stage=1 engine.offload_optimizer=cpu"),
         (["model.lora.quantize=nf4"], 1, 10, "engine.offload_optimizer=cpu model.activation_offload=true, or"),
-        ([], 1, 4, "no setting of this model would fit on so few ranks"),
+        ([], 1, 4, "no setting of this model would fit on this many ranks"),
     ],
 )
-def test_what_does_not_fit_says_what_would(overrides, ranks, limit_gib, remedy):
+def test_error_names_a_setting_that_fits(overrides, ranks, limit_gib, remedy):
     config, stage = paper(*overrides)
     with pytest.raises(ConfigError) as error:
         check_fits(config, stage, QWEN3_8B, MemoryBudget(ranks, "bf16", limit_gib))
@@ -96,9 +96,9 @@ def test_what_does_not_fit_says_what_would(overrides, ranks, limit_gib, remedy):
     check_fits(config, stage, QWEN3_8B, MemoryBudget(ranks, "bf16", None))
 
 
-def test_said_before_weights_are_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("delib_fast.train.build_stage_model", lambda *_: pytest.fail("weights were loaded"))
+def test_raised_before_weights_are_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("delib_fast.training.run.build_stage_model", lambda *_: pytest.fail("weights were loaded"))
     assert run(tiny(tmp_path), "engine.memory_gib=0.001") == 2
-    told = capsys.readouterr().err
-    assert "stage 'msm' is estimated to need" in told
-    assert "engine.memory_gib=0 to try all the same" in told
+    output = capsys.readouterr().err
+    assert "stage 'msm' is estimated to need" in output
+    assert "engine.memory_gib=0 to skip this check" in output

@@ -51,7 +51,7 @@ def packs(lengths: list[int], prompt: int) -> list:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_flops_are_those_that_torch_counts(tied, frozen):
+def test_flops_match_torch_counter(tied, frozen):
     """Against torch's own counter on the eager model: the same products, and attention's twice over, since it
     computes the half that the mask hides."""
     model = Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=tied, attn_implementation="eager"))
@@ -65,7 +65,7 @@ def test_flops_are_those_that_torch_counts(tied, frozen):
     assert ours == counter.get_total_flops()
 
 
-def test_flops_of_a_pack_follow_its_runs():
+def test_flops_of_a_pack_follow_its_sequences():
     model = Qwen3ForCausalLM(Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1))
     cost = StepCost.of(TrainableLM(model))
     assert cost.windows == (None, 4)
@@ -77,7 +77,7 @@ def test_flops_of_a_pack_follow_its_runs():
     )
 
 
-def test_lines_of_metrics(finished):
+def test_metrics_records(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     lines = metrics(finished)
@@ -90,9 +90,9 @@ def test_lines_of_metrics(finished):
         assert line["memory_peak_mib"] > 100
     events = EventAccumulator(str(finished / "tensorboard"))
     events.Reload()
-    told = {e.step: e.value for e in events.Scalars("loss")}
-    assert sorted(told) == list(range(1, len(lines) + 1)), "a stage's steps follow those of the one before"
-    assert [told[k] for k in sorted(told)] == pytest.approx([line["loss"] for line in lines])
+    logged = {e.step: e.value for e in events.Scalars("loss")}
+    assert sorted(logged) == list(range(1, len(lines) + 1)), "the steps of a stage continue those of the previous one"
+    assert [logged[k] for k in sorted(logged)] == pytest.approx([line["loss"] for line in lines])
     assert {e.step for e in events.Scalars("nll/cot")} == {
         k for k, line in enumerate(lines, 1) if "cot" in line["segments"]
     }
@@ -106,7 +106,7 @@ def test_trackers_must_be_installed(tmp_path, capsys, monkeypatch):
 
 
 class Wandb:
-    """What is used of wandb: records what it is given; `log` fails from its third line on."""
+    """A stand-in for wandb that records its arguments; `log` fails from the third record on."""
 
     Settings = dict
 
@@ -123,7 +123,7 @@ class Wandb:
         self.lines.append((step, figures))
 
 
-def test_a_tracker_gets_figures_and_no_secret_and_may_fail(tmp_path, monkeypatch):
+def test_a_tracker_gets_metrics_but_no_secret_and_may_fail(tmp_path, monkeypatch):
     from delib_fast.config.load import load_config
 
     fake, said = Wandb(), []
@@ -150,7 +150,7 @@ def test_a_tracker_gets_figures_and_no_secret_and_may_fail(tmp_path, monkeypatch
     assert json.loads((tmp_path / "trackers.json").read_text()) == {"wandb": "abc"}
     again = Loggers(load_config(path), tmp_path, enabled=True, warn=said.append)
     again.begin_stage(10, 5)
-    assert fake.given["id"] == "abc", "a resumed run goes on under its id"
+    assert fake.given["id"] == "abc", "a resumed run continues under its id"
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_tracker_gets_figures_and_no_secret_and_may_fail(tmp_path, monkeypatch
         ("NVIDIA L4", 121),
         ("NVIDIA GeForce RTX 4090", 165),
         ("NVIDIA L40S", 362),
-        # another GPU, or a part of one, whose name holds the name of a known one
+        # another GPU, or a slice of one, whose name contains the name of a known one
         ("NVIDIA RTX A4000", None),
         ("NVIDIA A10G", None),
         ("NVIDIA RTX A6000", None),
@@ -176,5 +176,5 @@ def test_a_tracker_gets_figures_and_no_secret_and_may_fail(tmp_path, monkeypatch
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
     ],
 )
-def test_peak_is_that_of_this_gpu(name, tflops):
+def test_known_tflops(name, tflops):
     assert known_tflops(name) == tflops

@@ -30,10 +30,10 @@ def files(folder):
 def with_secrets(tmp_path_factory, fork_server):
     """A run that is given secrets everywhere; what its ranks printed, and its folder."""
     folder = tmp_path_factory.mktemp("secrets")
-    told = fork_server.run(
+    output = fork_server.run(
         "test_nothing_leaks:go", [tiny(folder)], LAUNCHED="yes", **{name: f"{name}.{CANARY}" for name in NAMES}
     )
-    return "\n".join(told), folder / "run"
+    return "\n".join(output), folder / "run"
 
 
 def go(path: str) -> int:
@@ -55,8 +55,8 @@ def go(path: str) -> int:
 
 
 def test_no_secret_is_written_or_printed(with_secrets):
-    told, folder = with_secrets
-    assert CANARY not in told
+    output, folder = with_secrets
+    assert CANARY not in output
     assert len(files(folder)) > 15
     for path in files(folder):
         assert CANARY.encode() not in path.read_bytes(), path

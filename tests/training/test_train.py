@@ -1,4 +1,4 @@
-"""The whole way, small: rows of text to an exported model, its ledger and metrics, and bad input."""
+"""A small run from rows of text to an exported model, its ledger and metrics; and bad input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_it_learned(finished):
 
 def test_ledger(finished):
     msm, aft = json.loads((finished / "ledger.json").read_text())["stages"]
-    assert aft["parent"] == msm["model"], "the AFT stage starts from what MSM exported, by hash"
+    assert aft["parent"] == msm["model"], "the AFT stage starts from what MSM exported; the hashes agree"
     assert msm["parent"] == {"path": None, "sha256": None}
     assert [s["status"] for s in (msm, aft)] == ["finished", "finished"]
     assert set(aft["supervised_tokens"]) == {"cot", "response"}
@@ -47,7 +47,7 @@ def test_ledger(finished):
 
 
 def test_exported_model_has_the_nll_of_the_ledger(finished):
-    """Loaded by transformers alone, with its own attention and its own logits, one row at a time."""
+    """Loaded by plain transformers, with its own attention and its own logits, one row at a time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from delib_fast.config import SourceConfig
@@ -64,16 +64,16 @@ def test_exported_model_has_the_nll_of_the_ledger(finished):
         nll = -logp.gather(1, ids[1:, None])[:, 0]
         mine = torch.from_numpy(example.segments[1:] == Segment.RESPONSE)
         total, count = total + float(nll[mine].sum()), count + int(mine.sum())
-    told = json.loads((finished / "ledger.json").read_text())["evaluations"][-1]["segments"]["response"]
-    assert count == told["tokens"]
-    assert total / count == pytest.approx(told["nll"], rel=1e-5)
+    output = json.loads((finished / "ledger.json").read_text())["evaluations"][-1]["segments"]["response"]
+    assert count == output["tokens"]
+    assert total / count == pytest.approx(output["nll"], rel=1e-5)
 
 
-def test_the_same_command_again_finds_it_finished(finished, capsys):
+def test_same_command_again_trains_nothing(finished, capsys):
     before = (finished / "metrics.jsonl").read_bytes()
     assert run(finished.parent / "run.yaml") == 0
     printed = capsys.readouterr().out
-    assert "aft: finished already" in printed
+    assert "aft: already finished" in printed
     assert "Held-out nll" in printed
     assert (finished / "metrics.jsonl").read_bytes() == before
 
@@ -93,7 +93,7 @@ def spoil(path: Path, name: str, line: str) -> None:
 
 
 def strip_cots(path: Path) -> None:
-    """All rows but one lose their CoT: where only the CoT is supervised, most steps have nothing to learn."""
+    """Remove the CoT of all rows except one: if only the CoT is supervised, most steps supervise nothing."""
     file = path.parent / "deliberation.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows[1:] = [{**row, "cot": ""} for row in rows[1:]]
@@ -139,11 +139,13 @@ def test_bad_input(tmp_path, capsys, break_it, overrides, message):
     if break_it is not None:
         break_it(path)
     assert run(path, *overrides) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ")
-    assert message in told
-    assert "Traceback" not in told
-    assert not list((tmp_path / "run").glob("**/model*.safetensors")), "nothing that a later run would take for good"
+    output = capsys.readouterr().err
+    assert output.startswith("error: ")
+    assert message in output
+    assert "Traceback" not in output
+    assert not list((tmp_path / "run").glob("**/model*.safetensors")), (
+        "nothing that a later run could mistake for a result"
+    )
 
 
 def test_other_configuration_is_refused(finished, capsys):
@@ -153,13 +155,13 @@ def test_other_configuration_is_refused(finished, capsys):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_run_without_its_configuration_is_refused_by_all_ranks(tmp_path, fork_server, world_size):
-    """Catches a traceback, and ranks that wait for the first one, which alone looks."""
+    """Catches a traceback, and ranks that wait for rank 0, which checks for all."""
     path = tiny(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "ledger.json").write_text('{"format": 1, "stages": [], "evaluations": []}')
     job = fork_server.start("helpers.tiny_run:run", [path], world_size=world_size)
     assert fork_server.wait(job, timeout=60) == [2] * world_size
-    assert "holds a run without its config.yaml" in fork_server.output(job)[0]
+    assert "holds a run, but config.yaml is missing" in fork_server.output(job)[0]
     assert "Traceback" not in "".join(fork_server.output(job))
 
 
@@ -175,7 +177,7 @@ def test_a_run_without_its_configuration_is_refused_by_all_ranks(tmp_path, fork_
         ("config.yaml", b"\0"),
     ],
 )
-def test_a_run_with_a_damaged_file_is_refused_by_name(tmp_path, capsys, name, content):
+def test_a_run_with_a_damaged_file_is_refused(tmp_path, capsys, name, content):
     path = tiny(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "ledger.json").write_text('{"format": 1, "stages": [], "evaluations": []}')
@@ -187,19 +189,19 @@ def test_a_run_with_a_damaged_file_is_refused_by_name(tmp_path, capsys, name, co
     assert (tmp_path / "run" / name).read_bytes() == content
 
 
-def test_an_export_that_needs_what_is_gone_ends_all_ranks(tmp_path, capsys, monkeypatch):
-    """Its ConfigError is one rank's; as TrainingError it reaches the others (they wait in gather_texts)."""
+def test_an_export_that_fails_aborts_all_ranks(tmp_path, capsys, monkeypatch):
+    """A ConfigError on rank 0 becomes a TrainingError on all ranks, which wait in gather_texts."""
 
     def fails(*_):
-        raise ConfigError("model.path: 'base' can't be loaded: it is gone")
+        raise ConfigError("model.path: 'base' cannot be loaded: it is missing")
 
     monkeypatch.setattr("delib_fast.training.artifacts._write", fails)
     assert run(tiny(tmp_path), "stages.msm.max_steps=1", "stages.msm.epochs=1") == 1
-    assert "what stage 'msm' made can't be written: model.path: 'base' can't be loaded" in capsys.readouterr().err
+    assert "the export of stage 'msm' cannot be written: model.path: 'base' cannot be loaded" in capsys.readouterr().err
 
 
-def test_mended_configuration_takes_the_folder_of_one_that_failed(tmp_path, capsys):
-    """A typo found before anything was trained costs one more command, not a deleted folder."""
+def test_a_corrected_configuration_reuses_the_folder(tmp_path, capsys):
+    """A mistake found before anything was trained costs another command, but no deleted folder."""
     path = tiny(tmp_path)
     assert run(path, "stages.aft.min_steps=1000") == 2
     capsys.readouterr()
