@@ -1,4 +1,4 @@
-"""The command line: what it lists, how fast it answers, and how it fails."""
+"""The command line: its help, what it imports, and its errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_help_lists_every_command_and_imports_no_torch():
 
 
 @pytest.mark.parametrize("name", ["deliberate", "document", "data-report", "eval"])
-def test_commands_from_elsewhere_have_their_own_help(name):
+def test_lazy_commands_have_help(name):
     done = runner.invoke(app, [name, "--help"])
     assert done.exit_code == 0
     assert "Usage" in done.stdout
@@ -49,7 +49,7 @@ def test_mistakes_are_config_errors():
     assert "is nowhere a run directory?" in str(done.exception)
 
 
-def test_env_names_backends():
-    told = runner.invoke(app, ["env"]).stdout
-    assert "linear_cross_entropy" in told
-    assert "reference" in told
+def test_env_lists_backends():
+    output = runner.invoke(app, ["env"]).stdout
+    assert "linear_cross_entropy" in output
+    assert "reference" in output

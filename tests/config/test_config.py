@@ -1,13 +1,14 @@
-"""The configuration: what is refused, with which words, and what survives a round trip."""
+"""The configuration: round trips, overrides, error messages, and help text."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
-from delib_fast.config import ConfigError
+from delib_fast.config import Config, ConfigError, Section
 from delib_fast.config.load import dump_config, json_schema, load_config, parse_config, redact
 from delib_fast.engine.deepspeed_json import deepspeed_json
 
@@ -52,8 +53,8 @@ def test_round_trip(tmp_path):
 def test_relative_paths_start_at_the_file(tmp_path):
     config = load_config(write(tmp_path, YAML), ["data.rows.path=elsewhere.jsonl"])
     assert config.data["docs"].path == str(tmp_path / "sub/docs.md")
-    assert config.data["rows"].path == "elsewhere.jsonl"  # an override is typed where the user stands
-    assert config.model.path == "some/model"  # no such folder beside the file: a hub name
+    assert config.data["rows"].path == "elsewhere.jsonl"  # an override is relative to the working directory
+    assert config.model.path == "some/model"  # no folder of that name next to the file: a hub name
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_overrides(tmp_path):
         assert message in str(error.value)
 
 
-def test_secrets_do_not_leave():
+def test_secrets_are_redacted():
     block = {
         "wandb": {"api_key": "CANARY", "token": "${WANDB}"},
         "url": "https://me:CANARY@host/x",
@@ -167,10 +168,32 @@ def test_secrets_do_not_leave():
     assert "CANARY" not in dump_config(parse_config(tree(deepspeed=block)))
 
 
-def test_schema_is_json_and_describes_fields():
-    schema = json.loads(json_schema())
-    assert "pack_capacity" in json.dumps(schema)
-    assert schema["additionalProperties"] is False
+def sections_under(section: type[Section]) -> set[type[Section]]:
+    """A section and all sections that its keys can hold."""
+    found = {section}
+
+    def visit(annotation: Any) -> None:
+        if isinstance(annotation, type) and issubclass(annotation, Section) and annotation not in found:
+            found.update(sections_under(annotation))
+        for argument in get_args(annotation):
+            visit(argument)
+
+    for field in section.model_fields.values():
+        visit(field.annotation)
+    return found
+
+
+def test_schema_is_json():
+    assert json.loads(json_schema())["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("section", sorted(sections_under(Config), key=lambda s: s.__name__))
+def test_every_key_has_a_help_text(section):
+    """A sentence that begins with a capital or with one of the values, and ends with a full stop."""
+    for name, field in section.model_fields.items():
+        text = field.description or ""
+        assert text.rstrip().endswith("."), f"{section.__name__}.{name}: {text!r}"
+        assert text[0].isupper() or text[0] == "`" or text.startswith(name), f"{section.__name__}.{name}: {text!r}"
 
 
 def runs() -> list[Path]:

@@ -37,7 +37,13 @@ class Job:
 class ForkServer:
     def __init__(self) -> None:
         self._logs = tempfile.TemporaryDirectory()
-        folders = (ROOT, ROOT / "tests", ROOT / "tests" / "engine", ROOT / "tests" / "training", os.environ.get("PYTHONPATH", ""))
+        folders = (
+            ROOT,
+            ROOT / "tests",
+            ROOT / "tests" / "engine",
+            ROOT / "tests" / "training",
+            os.environ.get("PYTHONPATH", ""),
+        )
         path = os.pathsep.join(map(str, folders))
         self._process = subprocess.Popen(
             [sys.executable, __file__],

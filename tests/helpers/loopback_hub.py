@@ -1,4 +1,4 @@
-"""A Hugging Face hub on loopback, of one model; and what its cache looks like on a machine that fetched the model."""
+"""A Hugging Face hub with one model on loopback, and the cache of a machine that has downloaded it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def cached(folder: Path, name: str, home: Path) -> None:
-    """Put the files of a folder where HF_HOME=home has those of a hub name."""
+    """Copy the files of a folder to where HF_HOME=home keeps a hub model."""
     repository = home / "hub" / f"models--{name.replace('/', '--')}"
     shutil.copytree(folder, repository / "snapshots" / COMMIT)
     (repository / "refs").mkdir()
@@ -24,7 +24,7 @@ def cached(folder: Path, name: str, home: Path) -> None:
 
 @contextlib.contextmanager
 def hub_of(folder: Path, name: str) -> Iterator[tuple[str, list[str]]]:
-    """Its address (HF_ENDPOINT), and the files that were fetched from it so far."""
+    """Serve a folder; yields the address (HF_ENDPOINT) and the files downloaded so far."""
     fetched: list[str] = []
 
     class Hub(BaseHTTPRequestHandler):

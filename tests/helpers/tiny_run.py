@@ -1,4 +1,4 @@
-"""A two-stage run of a few seconds, for the tests of the whole way."""
+"""A two-stage run of a few seconds, for tests of whole runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DATA = ROOT / "examples" / "data"
 
 
 def tiny(folder: Path, **changes) -> Path:
-    """A two-stage run of a few seconds on a few of the example rows."""
+    """Write the configuration and the rows of a two-stage run; returns the YAML file."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("documents", 8), ("documents_heldout", 2), ("deliberation", 24), ("deliberation_heldout", 4)):
         lines = (DATA / f"{name}.jsonl").read_text().splitlines(keepends=True)
