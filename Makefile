@@ -40,7 +40,7 @@ bench: setup    ## run every benchmark that this machine supports
 	$(BIN)/python -m pytest bench -q --benchmark-json bench/results/last.json
 
 bench-quick: setup ## run small benchmarks and compare them with stored results, as CI does
-	$(BIN)/python bench/guard.py
+	$(BIN)/python bench/regression_gate.py
 
 cuda:           ## compile every .cu file for sm_80 and sm_90a (needs no GPU)
 	bash tools/compile_cuda.sh

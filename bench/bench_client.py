@@ -1,21 +1,24 @@
-"""Requests/s that the generation client sustains against a loopback server, ledger and fsync included.
+"""Requests per second of the data generation client against a loopback server, with its request log and fsync.
 
     python -m pytest bench/bench_client.py --benchmark-only -q
 
-Peers: `openai`, the package's own client under a semaphore, which keeps nothing; `ceiling`, what the delay and the
-concurrency allow at most. The server is another process on this machine, so on two cores it takes one of them.
+The peer is the `openai` package's own client under a semaphore, which does not store its replies. `extra_info` has the
+most that the server's delay and the concurrency allow. The server is another process on this machine, so on two cores
+it occupies one of them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 
 import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
 
 openai = pytest.importorskip("openai", reason="generation needs the openai package (extra `generate`)")
 
@@ -26,7 +29,7 @@ from delib_fast.datagen.request_log import RequestLedger  # noqa: E402
 from delib_fast.datagen.settings import EndpointSettings  # noqa: E402
 
 _REQUESTS = 200 if os.environ.get("DELIB_FAST_BENCH") == "quick" else 1000
-_SYSTEM = "A spec of some length, as the context of every request. " * 100  # 5.6 kB
+_SYSTEM = "A spec of some length, as the context of every request. " * 100  # 5.6 kB: a system prompt with a spec
 
 
 def chat(i: int) -> tuple[dict[str, str], ...]:
@@ -35,14 +38,15 @@ def chat(i: int) -> tuple[dict[str, str], ...]:
 
 @pytest.fixture(params=[0, 100], ids=lambda ms: f"delay_{ms}ms")
 def served(request: pytest.FixtureRequest) -> Iterator[tuple[str, float]]:
-    command = [sys.executable, str(Path(__file__).parent / "loopback_server.py"), str(request.param)]
+    script = Path(__file__).parent / "experiments" / "loopback_server.py"
+    command = [sys.executable, str(script), str(request.param)]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     yield f"http://127.0.0.1:{int(server.stdout.readline())}/v1", request.param / 1000
     server.communicate()
 
 
-async def with_ledger(url: str, concurrency: int, folder: Path) -> int:
+async def with_request_log(url: str, concurrency: int, folder: Path) -> int:
     settings = EndpointSettings.model_validate({"model": "loopback", "base_url": url, "concurrency": concurrency})
     folder.mkdir(parents=True)
     ledger = RequestLedger(folder / "requests.jsonl")
@@ -67,13 +71,19 @@ async def plain_openai(url: str, concurrency: int, _: Path) -> int:
 
 
 @pytest.mark.parametrize("concurrency", [16, 64])
-@pytest.mark.parametrize("backend", [with_ledger, plain_openai], ids=lambda f: f.__name__)
-def bench_client(benchmark, served: tuple[str, float], backend, concurrency: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", [with_request_log, plain_openai], ids=lambda f: f.__name__)
+def bench_client(
+    benchmark: BenchmarkFixture,
+    served: tuple[str, float],
+    backend: Callable[[str, int, Path], Coroutine[None, None, int]],
+    concurrency: int,
+    tmp_path: Path,
+) -> None:
     url, delay_s = served
-    run = iter(range(1000))
+    rounds = itertools.count()  # each round writes to a new folder
 
     def once() -> None:
-        assert asyncio.run(backend(url, concurrency, tmp_path / str(next(run)))) == _REQUESTS
+        assert asyncio.run(backend(url, concurrency, tmp_path / str(next(rounds)))) == _REQUESTS
 
     benchmark.pedantic(once, rounds=3, warmup_rounds=1)
     rate = _REQUESTS / benchmark.stats.stats.median

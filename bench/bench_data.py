@@ -1,26 +1,33 @@
-"""From a file to packed batches, and whether every token is supervised as it should be: beside TRL's SFTTrainer.
+"""From a file to packed batches, and whether each token has the right supervision: ours and TRL's SFTTrainer.
 
-The rows of the masks are adversarial: control tokens typed by a user, `</think>` inside a chain of thought, texts whose
-merges would cross a border, empty ones, a prompt of 40,000 characters. The judge is tests/data/chat_oracle.py, which
-tokenises character by character what the template writes and shares no code with what is judged. TRL is measured where
-it is installed (extra `peers`), on its own route for prompt and completion with the loss on the completion.
+    pytest bench/bench_data.py --quick
+
+The rows of `bench_masks` are adversarial: control tokens typed by a user, `</think>` inside a chain of thought, texts
+whose BPE merges would cross a segment boundary, empty texts, a prompt of 40,000 characters. They are judged by
+chat_oracle.py of the tests, which tokenizes the template's output character by character and shares no code with either
+contender. TRL runs if it is installed (extra `peers`), with its own preprocessing of prompt and completion and the loss
+on the completion.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import random
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import machine
+from pytest_benchmark.fixture import BenchmarkFixture
+from recording import machine
 
 from delib_fast.config import AFTConfig, SourceConfig
-from delib_fast.data import PackedDataLoader, Segment, encode_rows, encode_stream, read_source
-from delib_fast.data.encode.cache import cached, fingerprint_of
+from delib_fast.data import TokenizedDataset, PackedDataLoader, Row, Segment, encode_rows, encode_stream, read_source
+from delib_fast.data.cache import cached, fingerprint_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "data"))
 from chat_oracle import chat, nasty_text, oracle
@@ -30,8 +37,8 @@ CAPACITY = 8192
 WEIGHTS = (0.0, 1.0, 1.0, 1.0)
 
 
-def trl_prepared(rows, tok, *, max_length, packing: bool):
-    """The rows as SFTTrainer would train on them."""
+def trl_prepared(rows: Any, tok: Any, *, max_length: int | None, packing: bool) -> Callable[[], Any]:
+    """A function that returns the data set that SFTTrainer makes of the rows (a data set or the path of a JSONL file)."""
     trl = pytest.importorskip("trl", reason="trl is not installed (extra: peers)")
     transformers = pytest.importorskip("transformers")
     datasets = pytest.importorskip("datasets")
@@ -46,7 +53,7 @@ def trl_prepared(rows, tok, *, max_length, packing: bool):
     )
     model = transformers.Qwen3ForCausalLM(config)
 
-    def prepare():
+    def prepare() -> Any:
         with tempfile.TemporaryDirectory() as folder:
             args = trl.SFTConfig(
                 output_dir=folder,
@@ -71,8 +78,8 @@ def trl_prepared(rows, tok, *, max_length, packing: bool):
 # --- masks ----------------------------------------------------------------------------------------------------
 
 
-def adversarial(n: int):
-    """[(kind, row)]: everything at once n times, and one kind of trouble at a time."""
+def adversarial(n: int) -> list[tuple[str, Row]]:
+    """(kind, row): n rows with every difficulty combined, then one row per kind of difficulty."""
     draw = random.Random(0)
     texts = [nasty_text(draw) for _ in range(3 * n)]
     mixed = [
@@ -94,23 +101,26 @@ def adversarial(n: int):
     ]
 
 
-def judged(ids, supervised, row):
-    """(tokens, of which right): a token is right if it is one of the oracle's, both put side by side as a diff does,
-    and is learnt if the oracle's is. So a control token too many is wrong, and not all that stands behind it."""
+def judged(ids: list[int], supervised: list[bool], row: Row) -> tuple[int, int]:
+    """Compare a row's tokens and supervision with the oracle's; return (number of tokens, number that are right).
+
+    The two token sequences are aligned as in a diff. A token is right if the oracle has it too and supervises it
+    equally. An additional control token thus counts as one error, and the tokens after it do not.
+    """
     want, segments = oracle("qwen3", row)
-    learnt = [segment != Segment.PROMPT for segment in segments]
-    newline = len(want) - 1  # behind the turn's end: nobody is wrong about it
+    trained_on = [segment != Segment.PROMPT for segment in segments]
+    newline = len(want) - 1  # after the end of the turn: both choices are right
     blocks = (
         difflib.SequenceMatcher(None, ids, want, autojunk=False).get_matching_blocks()
         if list(ids) != want
         else [difflib.Match(0, 0, len(want))]
     )
-    right = sum(b + k == newline or supervised[a + k] == learnt[b + k] for a, b, size in blocks for k in range(size))
+    right = sum(b + k == newline or supervised[a + k] == trained_on[b + k] for a, b, size in blocks for k in range(size))
     return max(len(want), len(ids)), right
 
 
 @pytest.mark.parametrize("who", ["delib_fast", "trl"])
-def bench_masks(benchmark, who, quick):
+def bench_masks(benchmark: BenchmarkFixture, who: str, quick: bool) -> None:
     kinds, rows = zip(*adversarial(20 if quick else 200), strict=True)
     tok = tokenizer("qwen3")
     stage = AFTConfig(train=["s"], pack_capacity=65536, tokens_per_step=65536)
@@ -122,30 +132,7 @@ def bench_masks(benchmark, who, quick):
             for e, row in zip(encoded, rows, strict=True)
         )
     else:
-        import datasets
-
-        data = datasets.Dataset.from_list(
-            [
-                {
-                    "prompt": [{"role": m.role, "content": m.content} for m in row.messages],
-                    "completion": [
-                        {
-                            "role": "assistant",
-                            "content": f"<think>\n{row.cot}\n</think>\n\n{row.response}" if row.cot else row.response,
-                        }
-                    ],
-                }
-                for row in rows
-            ]
-        )
-        prepared = benchmark.pedantic(trl_prepared(data, tok, max_length=None, packing=False), rounds=1)
-        names = prepared.column_names
-        masks = (
-            prepared["completion_mask"]
-            if "completion_mask" in names
-            else [[label != -100 for label in labels] for labels in prepared["labels"]]
-        )
-        results = [(list(ids), [bool(m) for m in mask]) for ids, mask in zip(prepared["input_ids"], masks, strict=True)]
+        results = benchmark.pedantic(trl_masks, (rows, tok), rounds=1)
         assert len(results) == len(rows), f"TRL kept {len(results)} of {len(rows)} rows"
         exact = sum(ids == oracle("qwen3", row)[0] for (ids, _), row in zip(results, rows, strict=True))
     figures = [judged(ids, mask, row) for (ids, mask), row in zip(results, rows, strict=True)]
@@ -169,51 +156,66 @@ def bench_masks(benchmark, who, quick):
         assert right == tokens
 
 
+def trl_masks(rows: tuple[Row, ...], tok: Any) -> list[tuple[list[int], list[bool]]]:
+    """(token ids, whether each token is trained on) of each row that SFTTrainer keeps."""
+    import datasets
+
+    data = datasets.Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": message.role, "content": message.content} for message in row.messages],
+                "completion": [
+                    {
+                        "role": "assistant",
+                        "content": f"<think>\n{row.cot}\n</think>\n\n{row.response}" if row.cot else row.response,
+                    }
+                ],
+            }
+            for row in rows
+        ]
+    )
+    prepared = trl_prepared(data, tok, max_length=None, packing=False)()
+    masks = (
+        prepared["completion_mask"]
+        if "completion_mask" in prepared.column_names
+        else [[label != -100 for label in labels] for labels in prepared["labels"]]
+    )
+    return [(list(ids), [bool(m) for m in mask]) for ids, mask in zip(prepared["input_ids"], masks, strict=True)]
+
+
 # --- speed ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def file(request, tmp_path_factory):
+def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     n = 300 if request.config.getoption("--quick") else 3000
     draw = random.Random(1)
     words = ["the", "policy", "says", "user", "asks", "therefore", "harm", "honest", "answer", "step", "because", "so"]
 
-    def text(most):
-        return " ".join(draw.choice(words) + draw.choice(["", "", ",", ".\n"]) for _ in range(draw.randrange(20, most)))
+    def text(max_words: int) -> str:
+        count = draw.randrange(20, max_words)
+        return " ".join(draw.choice(words) + draw.choice(["", "", ",", ".\n"]) for _ in range(count))
 
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     with path.open("w") as out:
         for _ in range(n):
             reply = f"<think>\n{text(600)}\n</think>\n\n{text(200)}"
-            out.write(
-                json.dumps(
-                    {
-                        "prompt": [{"role": "user", "content": text(80)}],
-                        "completion": [{"role": "assistant", "content": reply}],
-                    }
-                )
-                + "\n"
-            )
+            prompt = [{"role": "user", "content": text(80)}]
+            row = {"prompt": prompt, "completion": [{"role": "assistant", "content": reply}]}
+            out.write(json.dumps(row) + "\n")
     return path
 
 
 @pytest.mark.parametrize("who", ["delib_fast", "delib_fast-from-cache", "trl"])
-def bench_file_to_packs(benchmark, who, file, tmp_path):
-    """Seconds from a JSONL file to every packed batch of an epoch as tensors (TRL: to its packed data set)."""
+def bench_file_to_packs(benchmark: BenchmarkFixture, who: str, file: Path, tmp_path: Path) -> None:
+    """From a JSONL file to all packed batches of an epoch as tensors (TRL: to its packed data set)."""
     tok, stage = tokenizer("qwen3"), AFTConfig(train=["s"], pack_capacity=CAPACITY)
 
-    def ours():
+    def encode(counts: Any = None) -> Any:
         rows = read_source("s", SourceConfig(path=str(file)))
-        return packs(encode_rows(rows, tok, stage))
+        return encode_rows(rows, tok, stage) if counts is None else encode_stream(rows, tok, stage, counts)
 
-    def from_cache():
-        return packs(cached(tmp_path, fingerprint_of({}), make)[0])
-
-    def make(counts):
-        rows = read_source("s", SourceConfig(path=str(file)))
-        return encode_stream(rows, tok, stage, counts)
-
-    def packs(encoded):
+    def packs(encoded: TokenizedDataset) -> tuple[float, int]:
         batches = PackedDataLoader(
             encoded,
             pack_capacity=CAPACITY,
@@ -224,14 +226,15 @@ def bench_file_to_packs(benchmark, who, file, tmp_path):
             rank=0,
             world_size=1,
         )
-        return batches.fill, sum(p.num_tokens for i in range(len(batches)) for p in batches.step(i))
+        return batches.fill, sum(pack.num_tokens for step in range(len(batches)) for pack in batches.step(step))
 
     if who == "trl":
         prepared = benchmark.pedantic(trl_prepared(file, tok, max_length=CAPACITY, packing=True), rounds=1)
         tokens = sum(map(len, prepared["input_ids"]))
         fill = tokens / (len(prepared) * CAPACITY)
     else:
-        call = ours if who == "delib_fast" else from_cache
-        call()
+        cached_examples = functools.partial(cached, tmp_path, fingerprint_of({}), encode)
+        call = (lambda: packs(encode())) if who == "delib_fast" else (lambda: packs(cached_examples()[0]))
+        call()  # this call also fills the cache
         fill, tokens = benchmark.pedantic(call, rounds=3)
     benchmark.extra_info.update(machine(), fill=fill, tokens=tokens, tokens_per_s=tokens / benchmark.stats.stats.min)

@@ -1,24 +1,26 @@
-"""What stands around attention and matrix products in a decoder block: eager, compiled, or Liger's; both passes.
+"""Element-wise layers of a decoder block, and the whole block: eager, compiled and Liger's, forward and backward.
 
     pytest bench/bench_layers.py --quick
     pytest bench/bench_layers.py -k "block and 1024"
 
-Every contender is timed in turns with eager, so `times_as_fast` is a median of ratios of neighbours. Parts: RMSNorm
-with the residual before it, rotary positions of a pack with QK-norm, SwiGLU's product. The block is a whole Qwen3
-decoder layer on packed runs, as `model.layers` runs it; `of_the_block` says how much of the eager block a part takes.
-Outputs and gradients are compared with eager's first. Liger's kernels need a GPU.
+`bench_part` times the parts between attention and the matrix products: RMSNorm with the residual addition before it,
+rotary embeddings of a pack with QK-norm, and SwiGLU's product. `bench_block` times a whole Qwen3 decoder layer on a
+pack, as `model.layers` configures it. Each contender is timed in alternating rounds with eager; `times_as_fast` is the
+median of the ratios, and `of_the_block` the share of the eager block's time that a part takes. Outputs and gradients
+are first compared with eager's. Liger's kernels need a GPU.
 """
 
 import functools
 import statistics
-import time
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
-from conftest import machine, synchronize
+from harness import DEVICE, dtype_name, median_ratio, seconds, time_alternating
+from pytest_benchmark.fixture import BenchmarkFixture
+from recording import machine
 from torch import Tensor
 
 pytest.importorskip("transformers")
@@ -27,15 +29,14 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from delib_fast.models.layers import plug_layers, why_not_liger
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# (hidden, intermediate, heads, kv heads, head size): this project's example, and Qwen3's 0.6B and 8B
+# {name: (hidden size, intermediate size, heads, key-value heads, head size)}: the quickstart's model, Qwen3 0.6B and 8B
 SHAPES = {"256": (256, 768, 8, 4, 32), "1024": (1024, 3072, 16, 8, 128), "4096": (4096, 12288, 32, 8, 128)}
 LENGTHS = [700, 420, 310, 250, 180, 110, 78]  # 2048 tokens
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
 
 
 class Block:
-    """One decoder layer on a pack, and its parts on the tensors that reach them."""
+    """One decoder layer with a pack as its input, and its parts with inputs of the right shape."""
 
     def __init__(self, shape: str, dtype: torch.dtype) -> None:
         from delib_fast.models.attention import NAME
@@ -82,7 +83,7 @@ class Block:
             leaf.requires_grad_()
 
     def parts(self) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[Tensor, ...], tuple[Tensor, ...]]]:
-        """name: (function, arguments, what is differentiated, upstream gradients)."""
+        """{name: (function, arguments, tensors to differentiate, upstream gradients)}."""
         norm, attention, act = self.layer.input_layernorm, self.layer.self_attn, self.layer.mlp.act_fn
 
         def norm_and_residual(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,6 +115,7 @@ class Block:
         }
 
     def run(self) -> list[Tensor]:
+        """Run the layer forward and backward; return its output and all gradients."""
         out = self.layer(self.hidden, **self.packed)
         leaves = (self.hidden, *self.layer.parameters())
         return [out.detach(), *torch.autograd.grad(out, leaves, self.upstream)]
@@ -131,36 +133,27 @@ def run_part(
     return [*(x.detach() for x in out), *torch.autograd.grad(out, leaves, upstream)]
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    synchronize()
-    begin = time.perf_counter()
-    call()
-    synchronize()
-    return time.perf_counter() - begin
-
-
 def compare(
-    benchmark: Any,
+    benchmark: BenchmarkFixture,
     eager: Callable[[], list[Tensor]],
     other: Callable[[], list[Tensor]],
     dtype: torch.dtype,
     rounds: int,
     **extra: Any,
 ) -> None:
+    """Assert that `other` computes the same as `eager`, then time both in alternating rounds."""
     error = max(
         ((a.float() - b.float()).abs().max() / b.float().abs().max()).item()
         for a, b in zip(other(), eager(), strict=True)
     )
     assert error < ALLOWED[dtype], error
-    eager_s: list[float] = []
-    benchmark.pedantic(lambda: (other(), synchronize()), setup=lambda: eager_s.append(seconds(eager)), rounds=rounds)
-    ratios = [a / b for a, b in zip(eager_s, benchmark.stats.stats.data, strict=True)]
+    eager_s, other_s = time_alternating(benchmark, other, eager, rounds=rounds)
     benchmark.extra_info.update(
         machine(),
-        times_as_fast=statistics.median(ratios),
+        times_as_fast=median_ratio(eager_s, other_s),
         error=error,
         eager_ms=statistics.median(eager_s) * 1e3,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         tokens=sum(LENGTHS),
         **extra,
     )
@@ -168,24 +161,23 @@ def compare(
 
 def skip_if_large(quick: bool, shape: str) -> None:
     if quick and shape != "256":
-        pytest.skip("--quick: the smallest shape")
-    if shape == "4096" and DEVICE.type == "cpu":
-        pytest.skip("a shape for a GPU")
+        pytest.skip("--quick runs only the smallest shape")
+    if shape == "4096" and DEVICE == "cpu":
+        pytest.skip("this shape is for GPUs")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", ALLOWED, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", ALLOWED, ids=dtype_name)
 @pytest.mark.parametrize("contender", ["compile", "liger"])
-def bench_block(benchmark, quick, contender, dtype, shape):
+def bench_block(benchmark: BenchmarkFixture, quick: bool, contender: str, dtype: torch.dtype, shape: str) -> None:
     skip_if_large(quick, shape)
-    if contender == "liger" and (reason := why_not_liger(DEVICE)):
+    if contender == "liger" and (reason := why_not_liger(torch.device(DEVICE))):
         pytest.skip(reason)
     block, other = make_block(shape, dtype), Block(shape, dtype)
     torch._dynamo.reset()
     plug_layers(other.model, contender)
-    other.run()  # a block's first pass is eager
-    begin = time.perf_counter()
-    other.run()
+    other.run()  # the first pass of a block is eager, the second compiles
+    compile_s = seconds(other.run)
     compare(
         benchmark,
         block.run,
@@ -195,21 +187,21 @@ def bench_block(benchmark, quick, contender, dtype, shape):
         case=f"block {shape}",
         contender=contender,
         quick=quick,
-        compile_s=time.perf_counter() - begin,
+        compile_s=compile_s,
     )
 
 
 @pytest.mark.parametrize("part", ["norm", "rope", "swiglu"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", ALLOWED, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def bench_part(benchmark, quick, dtype, shape, part):
+@pytest.mark.parametrize("dtype", ALLOWED, ids=dtype_name)
+def bench_part(benchmark: BenchmarkFixture, quick: bool, dtype: torch.dtype, shape: str, part: str) -> None:
     skip_if_large(quick, shape)
     block = make_block(shape, dtype)
     function, *rest = block.parts()[part]
     torch._dynamo.reset()
     compiled = torch.compile(function, dynamic=False)
     block.run()
-    whole = statistics.median(seconds(block.run) for _ in range(3))
+    block_s = statistics.median(seconds(block.run) for _ in range(3))
     compare(
         benchmark,
         lambda: run_part(function, *rest),
@@ -220,4 +212,4 @@ def bench_part(benchmark, quick, dtype, shape, part):
         contender="compile",
         quick=quick,
     )
-    benchmark.extra_info["of_the_block"] = benchmark.extra_info["eager_ms"] / whole / 1e3
+    benchmark.extra_info["of_the_block"] = benchmark.extra_info["eager_ms"] / block_s / 1e3

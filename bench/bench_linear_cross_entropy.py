@@ -1,46 +1,50 @@
-"""The loss head, forward and backward: every backend of ours, and every peer that runs here.
+"""The loss head, forward and backward: each of our backends, and each peer that runs on this device.
 
-    pytest bench/bench_linear_cross_entropy.py --quick                 # what CI runs, under a minute
+    pytest bench/bench_linear_cross_entropy.py --quick                 # as CI runs it, under a minute
     pytest bench/bench_linear_cross_entropy.py -k "4096-1024-32768 and bfloat16 and 50"
 
-The roof is the time of three bare GEMMs on the supervised rows (logits, hidden gradient, weight gradient), each in
-the fastest layout and dtype that is as exact, into memory that is already there. It is measured before every round.
-Before anything is timed, each contender's loss and gradients are compared with float64 on these very inputs.
+The roof is the time of three bare GEMMs on the supervised rows (logits, hidden gradient, weight gradient). Each GEMM
+uses the fastest layout and dtype that is at least as accurate, and writes into existing memory. The roof is measured
+before every round. Before anything is timed, each contender's loss and gradients are compared with float64 results on
+the same inputs.
 
-Peers get their best: only the supervised rows where they have no such thing of their own, torch's fused loss both as
-it comes and with its fastest options, and on a CPU an allocator that keeps freed pages (conftest.py).
+Peers run in their best configuration: they get only the supervised rows if they cannot select them themselves, torch's
+fused loss runs both with its defaults and with its fastest options, and on a CPU malloc keeps freed memory (harness.py).
 
 T packed tokens, H hidden size, V vocabulary, L supervised tokens.
 """
 
 import functools
-import importlib.util
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import DEVICE, dtype_name, is_installed, seconds
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from delib_fast.ops import linear_cross_entropy
 from delib_fast.ops.linear_cross_entropy import BACKENDS
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-UPSTREAM = 0.5  # what the step multiplies the sum with; peers get it as well
-SAMPLE = 48  # rows of hidden, and entries of the vocabulary, that are compared with float64
+UPSTREAM = 0.5  # the factor that a training step applies to the summed loss, for every contender
+SAMPLE = 48  # rows of hidden, and rows of the weight, whose gradients are compared with float64
 
 QUICK = [(512, 256, 8192)]
 FULL = [(2048, 896, 151_936), (4096, 1024, 32_768), (8192, 256, 8192)]
 GPU = [(32_768, 2048, 151_936), (32_768, 4096, 151_936)]
 
 
+InputsKey = tuple[int, int, int, float, torch.dtype]
+"""T, H, V, share of supervised tokens, dtype: the arguments of make_inputs."""
+
+
 class Inputs(NamedTuple):
     hidden: Tensor
     weight: Tensor
     targets: Tensor
-    positions: Tensor  # (L,) the supervised rows
+    positions: Tensor  # (L,) indices of the supervised rows
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor]:
@@ -58,7 +62,7 @@ def make_inputs(T: int, H: int, V: int, share: float, dtype: torch.dtype) -> Inp
     return Inputs(hidden.requires_grad_(), weight.requires_grad_(), targets, positions)
 
 
-# --- contenders: each gives (loss, gradient of hidden, gradient of weight) of UPSTREAM * the summed loss ----------
+# --- contenders: each returns (loss, gradient of hidden, gradient of weight) of UPSTREAM * the summed loss --------
 
 Contender = Callable[[Inputs], tuple[Tensor, ...]]
 
@@ -109,7 +113,7 @@ def torch_fused(inputs: Inputs, **options: Any) -> tuple[Tensor, ...]:
 
 
 def trl_chunked(inputs: Inputs) -> tuple[Tensor, ...]:
-    """What SFTTrainer computes with loss_type chunked_nll, without the metrics that cost it more."""
+    """The loss of SFTTrainer with loss_type="chunked_nll", without its additional metrics, which would slow it down."""
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
     rows, targets = _supervised(inputs)
@@ -141,11 +145,11 @@ def cut_cross_entropy(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def _why_not_native() -> str | None:
-    return None if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has none"
+    return None if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has no linear_cross_entropy"
 
 
 def _why_not_package(name: str, *, cuda: bool = False) -> str | None:
-    if importlib.util.find_spec(name) is None:
+    if not is_installed(name):
         return f"{name} is not installed (extra: peers)"
     return f"{name} needs a GPU" if cuda and DEVICE != "cuda" else None
 
@@ -156,7 +160,7 @@ def _why_not_trl() -> str | None:
     import trl.trainer.utils
 
     found = hasattr(trl.trainer.utils, "_ChunkedLogProbFunction")
-    return None if found else f"trl {trl.__version__} has another chunked loss than the one called here"
+    return None if found else f"trl {trl.__version__} does not have the chunked loss that this bench calls"
 
 
 CONTENDERS: dict[str, Contender] = {
@@ -195,8 +199,8 @@ def skip_unless_it_runs(name: str, inputs: Inputs) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def exact_sample(inputs_key: tuple) -> tuple[Tensor, Tensor, Tensor]:
-    """float64: the summed loss, and SAMPLE rows of each gradient; in pieces, since (L, V) is large."""
+def exact_sample(inputs_key: InputsKey) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed loss and SAMPLE rows of each gradient in float64, computed in chunks since (L, V) logits are large."""
     hidden, weight, targets, positions = make_inputs(*inputs_key)
     wide_weight = weight.detach().double()
     rows = hidden.detach().double()[positions]
@@ -216,8 +220,11 @@ def exact_sample(inputs_key: tuple) -> tuple[Tensor, Tensor, Tensor]:
     return torch.tensor(loss, device=DEVICE), UPSTREAM * grad_hidden[0], UPSTREAM * grad_weight
 
 
-def assert_correct(outputs: tuple[Tensor, ...], key: tuple) -> dict[str, float]:
-    """Largest error relative to the largest entry; the bound is what eager in the same dtype keeps to."""
+def assert_correct(outputs: tuple[Tensor, ...], key: InputsKey) -> dict[str, float]:
+    """Assert that the errors are within the bound that eager in the same dtype meets, and return them.
+
+    An error is the largest absolute difference divided by the largest absolute entry.
+    """
     loss, grad_hidden, grad_weight = outputs
     positions = make_inputs(*key).positions[:SAMPLE]
     sample = (loss, grad_hidden[positions], grad_weight[:SAMPLE])
@@ -230,23 +237,19 @@ def assert_correct(outputs: tuple[Tensor, ...], key: tuple) -> dict[str, float]:
 
 
 @functools.lru_cache(maxsize=1)
-def make_roof(key: tuple) -> Callable[[], None]:
-    """The three GEMMs, each by the fastest of its candidates here."""
+def make_roof(key: InputsKey) -> Callable[[], None]:
+    """A function that runs the three GEMMs, each with the candidate that is fastest on this machine."""
     hidden, weight, _, positions = make_inputs(*key)
     rows, weight = hidden.detach()[positions], weight.detach()
     if DEVICE == "cuda":
-        rows, weight = rows[:8192], weight  # logits of all rows may not fit; the time is scaled by repeating
+        rows = rows[:8192]  # logits of all rows may not fit: fewer rows, repeated
     repeats = max(positions.shape[0] // rows.shape[0], 1)
     chosen = []
     for candidates in _gemm_candidates(rows, weight):
         timed = []
         for candidate in candidates:
             candidate()
-            begin = time.perf_counter()
-            candidate()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            timed.append((time.perf_counter() - begin, candidate))
+            timed.append((seconds(candidate), candidate))
         chosen.append(min(timed, key=lambda pair: pair[0])[1])
 
     def roof() -> None:
@@ -258,8 +261,8 @@ def make_roof(key: tuple) -> Callable[[], None]:
 
 
 def _gemm_candidates(rows: Tensor, weight: Tensor) -> list[list[Callable[[], Tensor]]]:
-    """For each of the three GEMMs: logits straight or transposed and, on a CPU, in the inputs' dtype or widened.
-    All write to buffers that exist."""
+    """Candidates for each of the three GEMMs: logits stored (L, V) or (V, L) and, on a CPU, in the inputs' dtype or in
+    float32. All write into existing buffers."""
     found: list[list[Callable[[], Tensor]]] = [[], [], []]
     for dtype in {rows.dtype, torch.float32} if DEVICE == "cpu" else {rows.dtype}:
         x, w = rows.to(dtype), weight.to(dtype)
@@ -279,13 +282,23 @@ def _cases() -> list[tuple[int, int, int]]:
     return QUICK + (GPU if DEVICE == "cuda" else FULL)
 
 
-@pytest.mark.parametrize("name", CONTENDERS)  # the innermost loop: those of one case come one after another
+@pytest.mark.parametrize("name", CONTENDERS)  # the innermost loop, so that the contenders of a case share its inputs
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.1], ids=lambda share: f"{share:.0%}")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_name)
 @pytest.mark.parametrize(("T", "H", "V"), _cases(), ids=lambda size: str(size))
-def bench_linear_cross_entropy(benchmark, against_roof, quick, name, T, H, V, dtype, share):
+def bench_linear_cross_entropy(
+    benchmark: BenchmarkFixture,
+    against_roof: Callable[..., None],
+    quick: bool,
+    name: str,
+    T: int,
+    H: int,
+    V: int,
+    dtype: torch.dtype,
+    share: float,
+) -> None:
     if quick and ((T, H, V) not in QUICK or share != 0.5):
-        pytest.skip("--quick: the smallest case, half of it supervised")
+        pytest.skip("--quick runs only the smallest case, with half of its tokens supervised")
     key = (T, H, V, share, dtype)
     inputs = make_inputs(*key)
     skip_unless_it_runs(name, inputs)
@@ -295,22 +308,20 @@ def bench_linear_cross_entropy(benchmark, against_roof, quick, name, T, H, V, dt
         errors = assert_correct(call(), key)
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
-        pytest.skip(f"does not fit the memory: {str(error).splitlines()[0]}")
-    begin = time.perf_counter()
-    call()
-    seconds = time.perf_counter() - begin
-    L, dtype_name = inputs.positions.shape[0], str(dtype).removeprefix("torch.")
-    benchmark.group = case = f"T={T} H={H} V={V} {share:.0%} {dtype_name}"
-    # Bytes that must move: both inputs and both gradients, each once
+        pytest.skip(f"out of memory: {str(error).splitlines()[0]}")
+    duration_s = seconds(call)
+    L = inputs.positions.shape[0]
+    benchmark.group = case = f"T={T} H={H} V={V} {share:.0%} {dtype_name(dtype)}"
     against_roof(
         call,
         make_roof(key),
-        rounds=11 if seconds < 0.3 else 5 if seconds < 5 else 3,
+        rounds=11 if duration_s < 0.3 else 5 if duration_s < 5 else 3,
         case=case,
         contender=name,
         flops=6 * L * H * V,
         supervised=L,
-        dtype=dtype_name,
+        dtype=dtype_name(dtype),
+        # both inputs and both gradients, each once
         least_bytes=2 * (L * H + V * H) * inputs.hidden.element_size(),
         **errors,
     )

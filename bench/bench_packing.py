@@ -1,11 +1,11 @@
-"""Planning, assembling and encoding: the work between rows of text and tensors.
+"""Planning packs, collating them and encoding rows: the work between rows of text and tensors.
 
     pytest bench/bench_packing.py --benchmark-only
 
-Lengths are those of long chains of thought: lognormal, median 6k, sigma 0.9, clipped to 64 … 32,768, at a capacity
-of 32,768. TRL is measured where it is installed (extra `peers`): its packing as `SFTTrainer` calls it, on batches of
-1000 rows, and on the whole set at once. TRL moves the rows as it packs, ours plans and moves tokens later
-(bench_assemble): add the two to compare.
+Lengths are modeled on long chains of thought: lognormal, median 6,000 tokens, sigma 0.9, clipped to 64 … 32,768, for
+packs of 32,768 tokens. TRL runs if it is installed (extra `peers`): its packing as `SFTTrainer` calls it, on batches of
+1,000 rows, and on the whole data set in one call. TRL moves tokens while it packs; ours only plans and moves tokens in
+`bench_collate_pack`, so add the two to compare.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import json
 import os
 import platform
 import random
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from harness import SHARED_DATA
+from pytest_benchmark.fixture import BenchmarkFixture
 
 from delib_fast.config import AFTConfig
 from delib_fast.data import Example, Message, PackedDataLoader, Row, TokenizedDataset, encode_rows, plan_packs
@@ -26,7 +28,7 @@ from delib_fast.data.pack.packing import _compiled
 from delib_fast.data.pack.shared_prompts import bundle, plan_bundles
 
 CAPACITY = 32_768
-MATH_COT = Path(__file__).parents[2] / "shared" / "data" / "math_cot_100x8.jsonl"
+MATH_COT = SHARED_DATA / "math_cot_100x8.jsonl"
 
 
 def long_cot_lengths(N: int) -> np.ndarray:
@@ -34,12 +36,13 @@ def long_cot_lengths(N: int) -> np.ndarray:
     return np.clip(np.exp(rng.normal(np.log(6000), 0.9, N)), 64, CAPACITY).astype(np.int64)
 
 
-def note(benchmark, **more) -> None:
+def note(benchmark: BenchmarkFixture, **more: Any) -> None:
+    """Store figures of a bench with the processor they were measured on."""
     benchmark.extra_info.update(machine=platform.processor() or platform.machine(), cores=os.cpu_count(), **more)
 
 
-def byte_level_bpe(texts: list[str], vocab_size: int):
-    """A tokenizer trained on these texts, with a template of Qwen3's kind."""
+def byte_level_bpe(texts: list[str], vocab_size: int) -> Any:
+    """A tokenizer trained on these texts, with a chat template like Qwen3's."""
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -68,7 +71,7 @@ def byte_level_bpe(texts: list[str], vocab_size: int):
         "python",
     ],
 )
-def bench_plan_packs(benchmark, backend, N):
+def bench_plan_packs(benchmark: BenchmarkFixture, backend: str, N: int) -> None:
     lengths = long_cot_lengths(N)
     plan = plan_packs(lengths, CAPACITY, backend=backend)
     assert np.array_equal(np.sort(plan.examples), np.arange(N))
@@ -91,14 +94,14 @@ def bench_plan_packs(benchmark, backend, N):
 
 
 @pytest.mark.parametrize("batch", [1000, None], ids=["batches-of-1000", "whole-set"])
-def bench_plan_packs_trl(benchmark, batch):
-    """TRL's bfd on 20,000 rows of one id a token: seconds and fill."""
+def bench_plan_packs_trl(benchmark: BenchmarkFixture, batch: int | None) -> None:
+    """TRL's best-fit decreasing on 20,000 rows that have only input ids."""
     data_utils = pytest.importorskip("trl.data_utils", reason="trl is not installed (extra: peers)")
     datasets = pytest.importorskip("datasets")
     N = 20_000
     lengths = long_cot_lengths(N)
     rows = datasets.Dataset.from_dict({"input_ids": [np.zeros(n, np.int32) for n in lengths // 16]})
-    capacity = CAPACITY // 16  # a sixteenth of the tokens, so that 20,000 rows fit in memory; the packing is alike
+    capacity = CAPACITY // 16  # lengths and capacity ÷ 16, so that 20,000 rows fit in memory; packs are the same
 
     def pack():
         return data_utils.pack_dataset(rows, capacity, "bfd", {"batch_size": batch or N, "keep_in_memory": True})
@@ -114,13 +117,13 @@ def bench_plan_packs_trl(benchmark, batch):
 
 
 @pytest.mark.parametrize("N", [100_000, 1_000_000])
-def bench_plan_packs_numba(benchmark, N):
-    """Which pack each length goes into, and no more: ours also lists every pack's examples."""
+def bench_plan_packs_numba(benchmark: BenchmarkFixture, N: int) -> None:
+    """A plain best fit in numba. It only returns the pack of each length; ours also lists the examples of each pack."""
     pytest.importorskip("numba", reason="numba is not installed (extra: peers)")
-    from numba_best_fit import best_fit_decreasing
+    from experiments.numba_best_fit import best_fit_decreasing
 
     lengths = long_cot_lengths(N)
-    packs, opened = best_fit_decreasing(lengths, CAPACITY)  # and compiles
+    packs, opened = best_fit_decreasing(lengths, CAPACITY)  # this call also compiles
     assert np.bincount(packs, lengths).max() <= CAPACITY
     benchmark.pedantic(best_fit_decreasing, (lengths, CAPACITY), rounds=5)
     note(benchmark, fill=lengths.sum() / (opened * CAPACITY), packs=opened, lengths_per_s=N / benchmark.stats.stats.min)
@@ -128,14 +131,14 @@ def bench_plan_packs_numba(benchmark, N):
 
 @pytest.mark.parametrize("model", ["Qwen3-1.7B", "Qwen3-8B"])
 @pytest.mark.parametrize("ranks", [8, 32])
-def bench_cost_balance(benchmark, model, ranks):
-    """Max over mean cost of the ranks of a step (what the slowest costs all), in random order and balanced."""
-    q = {"Qwen3-1.7B": 28 * 2048 / 1.7e9, "Qwen3-8B": 36 * 4096 / 8.2e9}[model]
+def bench_cost_balance(benchmark: BenchmarkFixture, model: str, ranks: int) -> None:
+    """Cost of a step's slowest rank over the mean of all ranks, with packs in random order and balanced by cost."""
+    quadratic_cost = {"Qwen3-1.7B": 28 * 2048 / 1.7e9, "Qwen3-8B": 36 * 4096 / 8.2e9}[model]
     lengths = np.clip(long_cot_lengths(200_000), 64, CAPACITY)
     examples = TokenizedDataset([Example(np.zeros(n, np.int32), np.full(n, 2, np.int8), "") for n in (2, 2)])
-    examples.lengths = lengths  # only lengths matter here: 1.8 billion tokens need not be made
+    examples.lengths = lengths  # only lengths matter here, so the 1.8 billion tokens are not created
 
-    def ratio(quadratic_cost: float) -> float:
+    def slowest_over_mean(planned_cost: float) -> float:
         batches = PackedDataLoader(
             examples,
             pack_capacity=2 * CAPACITY,
@@ -145,22 +148,22 @@ def bench_cost_balance(benchmark, model, ranks):
             segment_weights=(0, 1, 1, 1),
             seed=0,
             world_size=1,
-            quadratic_cost=quadratic_cost,
+            quadratic_cost=planned_cost,
         )
         plan, order = batches._epochs.plan(0)
-        costs = pack_costs(plan, lengths, q)[order[: len(order) // ranks * ranks]].reshape(-1, ranks)
+        costs = pack_costs(plan, lengths, quadratic_cost)[order[: len(order) // ranks * ranks]].reshape(-1, ranks)
         return float((costs.max(1) / costs.mean(1)).mean())
 
-    balanced = benchmark.pedantic(ratio, (q,), rounds=3)
-    note(benchmark, random_order=ratio(0.0), balanced=balanced)
+    balanced = benchmark.pedantic(slowest_over_mean, (quadratic_cost,), rounds=3)
+    note(benchmark, random_order=slowest_over_mean(0.0), balanced=balanced)
     assert balanced < 1.005
 
 
 # --- shared prompts -------------------------------------------------------------------------------------------
 
 
-def bench_bundle_prompts(benchmark, quick):
-    """A million made lengths, eight replies to a prompt: bundles, and an epoch's plan of them."""
+def bench_bundle_prompts(benchmark: BenchmarkFixture, quick: bool) -> None:
+    """Bundle a million random lengths, eight replies per prompt, and plan an epoch of the bundles."""
     N = 80_000 if quick else 1_000_000
     rng = np.random.default_rng(0)
     prompts = np.repeat(np.clip(rng.lognormal(np.log(400), 1, N // 8), 20, 8000).astype(np.int64), 8)
@@ -169,7 +172,7 @@ def bench_bundle_prompts(benchmark, quick):
     examples.lengths = prompts + own  # only lengths and hashes matter here
     examples.prompts = np.stack([prompts, np.repeat(rng.integers(-(2**62), 2**62, N // 8), 8)], axis=1)
 
-    def plan():
+    def plan() -> Any:
         return plan_bundles(bundle(examples, CAPACITY), CAPACITY, seed=0)
 
     found, alone = benchmark.pedantic(plan, rounds=3), plan_packs(examples.lengths, CAPACITY)
@@ -184,9 +187,9 @@ def bench_bundle_prompts(benchmark, quick):
     )
 
 
-@pytest.mark.skipif(not MATH_COT.exists(), reason="math_cot_100x8.jsonl is not in ../shared/data")
-def bench_math_cot(benchmark, quick):
-    """100 prompts with 8 chains of thought each: tokens computed with shared prompts and without."""
+@pytest.mark.skipif(not MATH_COT.exists(), reason="../shared/data/math_cot_100x8.jsonl does not exist")
+def bench_math_cot(benchmark: BenchmarkFixture, quick: bool) -> None:
+    """Tokens computed for 100 prompts with 8 chains of thought each, with shared prompts and without."""
     items = [json.loads(line) for line in MATH_COT.read_text().splitlines()[: 20 if quick else None]]
     rows = [
         Row(
@@ -233,12 +236,12 @@ def bench_math_cot(benchmark, quick):
     )
 
 
-# --- assembling -----------------------------------------------------------------------------------------------
+# --- collating ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("median", [100, 1000, 6000])
-def bench_assemble(benchmark, median):
-    """Packs as tensors: ids, shifted targets, weights, positions, run borders. One core."""
+def bench_collate_pack(benchmark: BenchmarkFixture, median: int) -> None:
+    """Packs as tensors: ids, shifted targets, weights, positions, sequence boundaries. One core."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(median), 0.9, 2_000_000 // median), 16, CAPACITY).astype(int)
     examples = TokenizedDataset(
@@ -269,8 +272,8 @@ def bench_assemble(benchmark, median):
 # --- encoding -------------------------------------------------------------------------------------------------
 
 
-def bench_encode(benchmark):
-    """Rows to ids and segments with a byte-level BPE of 4096 tokens and Qwen3's behaviour; all cores."""
+def bench_encode(benchmark: BenchmarkFixture) -> None:
+    """Rows to ids and segments, with a byte-level BPE of 4,096 tokens and a chat template like Qwen3's; all cores."""
     draw = random.Random(0)
     words = ["the", "policy", "says", "user", "asks", "therefore", "harm", "honest", "answer", "step", "because", "so"]
 

@@ -1,29 +1,31 @@
-"""A whole training step, forward, backward and update: ours, the loop that one writes by hand, and TRL's trainer.
+"""A whole training step (forward, backward, optimizer): ours, a hand-written baseline loop, and TRL's trainer.
 
-    pytest bench/bench_step.py                                     # what this device can run; minutes on two cores
+    pytest bench/bench_step.py                                     # all cases for this device; minutes on two cores
     pytest bench/bench_step.py -k "vocab8k and short and ours"     # one case
-    pytest bench/bench_step.py --quick                             # a small one
+    pytest bench/bench_step.py --quick                             # one small case
 
-All train the same new model on the same rows, as many tokens a step, with the same fused AdamW, in the precision that
-the device multiplies natively.
+All contenders train the same newly initialized model on the same rows, with as many tokens per step and the same fused
+AdamW, in the precision that the device multiplies natively.
 
-    ours       packs through the engine, as `train.py` runs them; `model.layers` as its name says
-    by hand    a good loop: rows sorted by length and padded in micro-batches of at most a pack's tokens, parameters in
-               bf16 throughout, the head and its loss compiled and only on supervised rows, one division by the step's
-               supervised tokens
-    trl        SFTTrainer at its best: packed, parameters in bf16; on a GPU its chunked loss, or liger where installed
+    ours       packs through `Engine`, as `train.py` runs them; the contender's name ends with its `model.layers`
+    by hand    the hand-written baseline: rows sorted by length and padded into micro-batches of at most a pack's tokens,
+               parameters in bf16 throughout, the head and its loss compiled and only on supervised rows, one division
+               by the step's supervised tokens
+    trl        SFTTrainer in its best configuration: packed, parameters in bf16; on a GPU with its chunked loss, or with
+               liger if it is installed
 
-Before anything is timed the losses of the first updates must agree. Ours is timed in turns with the loop by hand, a
-step of each, so that what disturbs the machine disturbs both; on a GPU one after the other, since two models may not
-fit. `ratio` compares within one run; a time alone says nothing about another machine. A CPU figure of TRL says nothing
-about GPUs: what it runs on a CPU is a fallback.
+Before anything is timed, the losses of the first steps must agree. Steps of ours and of the baseline alternate, so that
+another process on the machine slows both; on a GPU the two run one after the other, since two models may not fit.
+`ratio` compares within one run; a time on its own says nothing about another machine. A CPU figure of TRL says nothing
+about GPUs, since TRL runs fallback code on a CPU.
 
-Rows: STAR-1 and the Model Spec from ../shared/data where they are, else the examples of this repository. `short` are
-chats of some 400 tokens with loss on CoT and response; `long` is one text, cut at every pack.
+Rows: STAR-1 and the Model Spec if ../shared/data has them, otherwise the examples of this repository. `short` are chats
+of about 400 tokens with a loss on CoT and response; `long` is one text that is cut at every pack.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -32,8 +34,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import machine, peak_extra_mib, synchronize
+from harness import DEVICE, is_installed, peak_extra_mib, seconds, synchronize, time_alternating
+from pytest_benchmark.fixture import BenchmarkFixture
+from recording import machine
 from step_cases import SHAPES, Workload, padded_batches
+from torch import Tensor
 from torch.nn import functional as F
 
 from delib_fast.engine import Engine
@@ -42,11 +47,11 @@ from delib_fast.models import StepCost, TrainableLM
 from delib_fast.training.throughput import device_peak
 
 Contender = tuple[Callable[[], float], Callable[[], None]]
-"""One update, giving its loss; and what frees it."""
+"""(a function that runs one training step and returns its loss, a function that releases what it holds)"""
 
 LR, DECAY, BETAS = 1e-4, 0.01, (0.9, 0.95)
-COMPARED = 4  # updates whose losses must agree
-# Pure bf16 against fp32 master weights, over a few updates. In fp32 both compute the same.
+COMPARED = 4  # steps whose losses must agree
+# relative; in bf16 the baseline has bf16 parameters and ours has fp32 master weights, in fp32 both compute the same
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 
 
@@ -55,14 +60,11 @@ def ours(work: Workload, layers: str) -> Contender:
     engine = Engine(trainable, work.config, work.stage, 1_000_000, work.ranks)
 
     def step() -> float:
-        engine.begin_step()
-        total = torch.zeros((), device=engine.device)
-        for micro_batch in work.micro_batches:
-            output = engine.forward(micro_batch.to(engine.device))
-            engine.backward(output.loss_sum, work.normalizer)
-            total += output.loss_sum.detach()
-        engine.end_step()
-        return float(total) / work.normalizer
+        losses: list[Tensor] = []
+        engine.train_step(
+            work.micro_batches, work.normalizer, lambda _batch, output: losses.append(output.loss_sum.detach())
+        )
+        return float(torch.stack(losses).sum()) / work.normalizer
 
     return step, engine.close
 
@@ -70,15 +72,13 @@ def ours(work: Workload, layers: str) -> Contender:
 def by_hand(work: Workload) -> Contender:
     device = work.ranks.device
     model = work.model().to(device, DTYPES[work.precision])
-    model.set_attn_implementation("flash_attention_2" if _has("flash_attn") and device.type == "cuda" else "sdpa")
+    model.set_attn_implementation("flash_attention_2" if is_installed("flash_attn") and device.type == "cuda" else "sdpa")
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=DECAY, betas=BETAS, fused=True)
     padded = [tuple(t.to(device) for t in batch) for batch in padded_batches(work)]
 
     @torch.compile(dynamic=True, disable=work.shape.name == "quick")
-    def head_and_loss(
-        hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
+    def head_and_loss(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         nll = F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
         return (nll * weights).sum()
 
@@ -86,8 +86,10 @@ def by_hand(work: Workload) -> Contender:
         total = torch.zeros((), device=device)
         for ids, mask, targets, weights in padded:
             hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            at = weights > 0
-            loss_sum = head_and_loss(hidden[at], model.lm_head.weight, targets[at], weights[at])
+            supervised = weights > 0
+            loss_sum = head_and_loss(
+                hidden[supervised], model.lm_head.weight, targets[supervised], weights[supervised]
+            )
             (loss_sum / work.normalizer).backward()
             total += loss_sum.detach()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -98,15 +100,16 @@ def by_hand(work: Workload) -> Contender:
     return step, lambda: None
 
 
-def trl_times(work: Workload, updates: int, folder: Path) -> tuple[list[float], list[float]]:
-    """(seconds, loss) of each update of TRL's trainer over the same rows; an epoch is one update."""
+def trl_times(work: Workload, steps: int, folder: Path) -> tuple[list[float], list[float]]:
+    """Train with TRL's trainer on the same rows, one step per epoch; return (seconds, loss) of each step."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    class Times(TrainerCallback):
+    class StepTimer(TrainerCallback):
         def __init__(self) -> None:
-            self.began, self.seconds = 0.0, []
+            self.began = 0.0
+            self.seconds: list[float] = []
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             synchronize()
@@ -130,7 +133,7 @@ def trl_times(work: Workload, updates: int, folder: Path) -> tuple[list[float], 
         packing=True,
         completion_only_loss=True,
         per_device_train_batch_size=1,
-        num_train_epochs=updates,
+        num_train_epochs=steps,
         learning_rate=LR,
         weight_decay=DECAY,
         adam_beta1=BETAS[0],
@@ -144,37 +147,23 @@ def trl_times(work: Workload, updates: int, folder: Path) -> tuple[list[float], 
         bf16=False,
         disable_tqdm=True,
         gradient_checkpointing=False,
-        use_liger_kernel=gpu and _has("liger_kernel"),
-        **({"loss_type": "chunked_nll"} if gpu and not _has("liger_kernel") else {}),
+        use_liger_kernel=gpu and is_installed("liger_kernel"),
+        **({"loss_type": "chunked_nll"} if gpu and not is_installed("liger_kernel") else {}),
     )
     model = work.model().to(work.ranks.device, DTYPES[work.precision])
-    model.set_attn_implementation("flash_attention_2" if gpu and _has("flash_attn") else "sdpa")
-    times = Times()
+    model.set_attn_implementation("flash_attention_2" if gpu and is_installed("flash_attn") else "sdpa")
+    timer = StepTimer()
     trainer = SFTTrainer(
-        model, args=settings, train_dataset=Dataset.from_list(rows), callbacks=[times], processing_class=work.tokenizer
+        model, args=settings, train_dataset=Dataset.from_list(rows), callbacks=[timer], processing_class=work.tokenizer
     )
-    trainer.args.gradient_accumulation_steps = len(trainer.train_dataset)  # packs that TRL made of the rows
+    trainer.args.gradient_accumulation_steps = len(trainer.train_dataset)  # the number of packs that TRL made
     trainer.train()
-    return times.seconds, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return timer.seconds, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def _has(package: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(package) is not None
-
-
-@pytest.fixture(scope="module")
-def workloads():
-    made: dict[tuple[str, str], Workload] = {}
-
-    def get(shape: str, data: str) -> Workload:
-        if (shape, data) not in made:
-            made.clear()  # one at a time: a large model's rows are no use to the next
-            made[shape, data] = Workload(SHAPES[shape], data)
-        return made[shape, data]
-
-    return get
+@functools.lru_cache(maxsize=1)
+def workload(shape: str, data: str) -> Workload:
+    return Workload(SHAPES[shape], data)
 
 
 CASES = [(shape, data) for shape in SHAPES for data in ("short", "long") if data in SHAPES[shape].data]
@@ -182,82 +171,79 @@ CASES = [(shape, data) for shape in SHAPES for data in ("short", "long") if data
 
 def _skip_where_it_cannot_run(shape: str, quick: bool) -> None:
     if quick != (shape == "quick"):
-        pytest.skip("--quick runs the small shape alone" if quick else "the small shape is for --quick")
+        pytest.skip("--quick runs only the small shape" if quick else "the small shape is for --quick")
     if reason := SHAPES[shape].why_not():
         pytest.skip(reason)
 
 
 @pytest.mark.parametrize("contender", ["ours-compile", "ours-eager"])
 @pytest.mark.parametrize(("shape", "data"), CASES)
-def bench_step(benchmark, workloads, quick, shape, data, contender):
+def bench_step(benchmark: BenchmarkFixture, quick: bool, shape: str, data: str, contender: str) -> None:
     _skip_where_it_cannot_run(shape, quick)
     if quick and contender == "ours-compile":
-        pytest.skip("compiling takes longer than the small shape's steps")
-    work = workloads(shape, data)
+        pytest.skip("compiling takes longer than the steps of the small shape")
+    work = workload(shape, data)
     rounds = 3 if quick or work.shape.vocab > 100_000 else 7
-    hand, close_hand = by_hand(work)
-    hand_losses = [hand() for _ in range(COMPARED)]
-    hand_s: list[float] = []
-    together = work.ranks.device.type == "cpu"
-    if not together:
-        hand_s = [_seconds(hand) for _ in range(rounds)]
-        del hand
-        close_hand()
+    baseline, close_baseline = by_hand(work)
+    baseline_losses = [baseline() for _ in range(COMPARED)]
+    baseline_s: list[float] = []
+    if DEVICE == "cuda":
+        baseline_s = [seconds(baseline) for _ in range(rounds)]
+        del baseline
+        close_baseline()
         torch.cuda.empty_cache()
     step, close = ours(work, contender.removeprefix("ours-"))
     losses = [step() for _ in range(COMPARED)]
-    assert losses == pytest.approx(hand_losses, rel=TOLERANCE[work.precision])
+    assert losses == pytest.approx(baseline_losses, rel=TOLERANCE[work.precision])
     peak = peak_extra_mib(step)
-    benchmark.pedantic(
-        lambda: (step(), synchronize()),
-        rounds=rounds,
-        setup=(lambda: hand_s.append(_seconds(hand))) if together else lambda: None,
-    )
+    if DEVICE == "cuda":
+        benchmark.pedantic(lambda: (step(), synchronize()), rounds=rounds)
+    else:
+        baseline_s, _ = time_alternating(benchmark, step, baseline, rounds=rounds)
     close()
     _record(
         benchmark,
         work,
         contender,
         benchmark.stats.stats.median,
-        statistics.median(hand_s),
+        statistics.median(baseline_s),
         data,
         losses=losses,
-        by_hand_losses=hand_losses,
+        by_hand_losses=baseline_losses,
         peak_extra_mib=peak,
     )
 
 
 @pytest.mark.parametrize(("shape", "data"), CASES)
-def bench_step_of_trl(benchmark, workloads, quick, shape, data, tmp_path):
-    """One round: TRL's trainer over a few updates, between updates of the loop by hand."""
+def bench_step_of_trl(benchmark: BenchmarkFixture, quick: bool, shape: str, data: str, tmp_path: Path) -> None:
+    """One round: a few steps of TRL's trainer, after steps of the baseline."""
     _skip_where_it_cannot_run(shape, quick)
     pytest.importorskip("trl")
-    work = workloads(shape, data)
-    hand, close_hand = by_hand(work)
-    first = hand()
-    hand_s = [_seconds(hand) for _ in range(2)]
-    close_hand()
-    if work.ranks.device.type == "cuda":
-        del hand
+    work = workload(shape, data)
+    baseline, close_baseline = by_hand(work)
+    first_loss = baseline()
+    baseline_s = [seconds(baseline) for _ in range(2)]
+    close_baseline()
+    if DEVICE == "cuda":
+        del baseline
         torch.cuda.empty_cache()
-    updates = 4 if quick or work.ranks.device.type == "cuda" else 2
-    found: list[Any] = []
-    benchmark.pedantic(lambda: found.append(trl_times(work, updates, tmp_path)), rounds=1)
-    seconds, losses = found[0]
-    # TRL cuts no row and drops none here, so its first loss is the same mean over the same tokens.
-    assert losses[0] == pytest.approx(first, rel=TOLERANCE[work.precision])
-    _record(benchmark, work, "trl", statistics.median(seconds[1:]), statistics.median(hand_s), data, losses=losses)
-
-
-def _seconds(step: Callable[[], float]) -> float:
-    began = time.perf_counter()
-    step()
-    synchronize()
-    return time.perf_counter() - began
+    steps = 4 if quick or DEVICE == "cuda" else 2
+    measured: list[tuple[list[float], list[float]]] = []
+    benchmark.pedantic(lambda: measured.append(trl_times(work, steps, tmp_path)), rounds=1)
+    trl_s, losses = measured[0]
+    # TRL neither truncates nor drops a row here, so its first loss is the same mean over the same tokens.
+    assert losses[0] == pytest.approx(first_loss, rel=TOLERANCE[work.precision])
+    _record(benchmark, work, "trl", statistics.median(trl_s[1:]), statistics.median(baseline_s), data, losses=losses)
 
 
 def _record(
-    benchmark: Any, work: Workload, contender: str, seconds: float, hand_s: float, data: str, **more: Any
+    benchmark: BenchmarkFixture,
+    work: Workload,
+    contender: str,
+    step_s: float,
+    baseline_s: float,
+    data: str,
+    **more: Any,
 ) -> None:
     flops = StepCost.of(TrainableLM(work.model())).flops(work.micro_batches)
     peak = device_peak(work.ranks.device, DTYPES[work.precision])
@@ -271,13 +257,13 @@ def _record(
         tokens=work.tokens,
         supervised_tokens=work.supervised,
         fill=work.batches.fill,
-        step_s=seconds,
-        by_hand_s=hand_s,
-        ratio=hand_s / seconds,
-        tokens_per_s=work.tokens / seconds,
-        supervised_tokens_per_s=work.supervised / seconds,
-        by_hand_supervised_tokens_per_s=work.supervised / hand_s,
-        mfu=flops / seconds / peak.flops_per_s,
+        step_s=step_s,
+        by_hand_s=baseline_s,
+        ratio=baseline_s / step_s,
+        tokens_per_s=work.tokens / step_s,
+        supervised_tokens_per_s=work.supervised / step_s,
+        by_hand_supervised_tokens_per_s=work.supervised / baseline_s,
+        mfu=flops / step_s / peak.flops_per_s,
         peak_tflops_per_s=peak.flops_per_s / 1e12,
         peak_source=peak.source,
         **more,

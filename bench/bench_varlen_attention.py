@@ -1,12 +1,13 @@
-"""Attention inside the runs of a pack, forward and backward, and what sharing a prompt among completions saves.
+"""Attention within the sequences of a pack, forward and backward, and the saving from sharing a prompt.
 
-    pytest bench/bench_varlen_attention.py --quick                     # what CI runs
+    pytest bench/bench_varlen_attention.py --quick                     # as CI runs it
     pytest bench/bench_varlen_attention.py -k "mixed or completions"
 
-The roof is the time of one square matrix product of the FLOPs that the seven products of the scores' causal half take
-(two forward, five backward; a window's band where there is one), measured before every round. Peers: sdpa with one
-dense (T, T) mask over the pack, as transformers' sdpa does packed rows, and sdpa run by run in a Python loop. Each
-contender's output and gradients are first compared with the reference in float64 on these very inputs.
+The roof is the time of one square matrix product with as many FLOPs as the seven products that causal attention needs
+(two forward, five backward; only the lower triangle of the scores, or the band of a sliding window). It is measured
+before every round. Peers: sdpa with one dense (T, T) mask over the pack, which is how transformers runs packed rows with
+sdpa, and a Python loop that calls sdpa once per sequence. Before anything is timed, each contender's output and
+gradients are compared with the float64 reference on the same inputs.
 
 T packed tokens, Hq query heads, Hkv key heads, D head size.
 """
@@ -14,30 +15,30 @@ T packed tokens, Hq query heads, Hkv key heads, D head size.
 import functools
 import json
 import statistics
-import time
 from collections.abc import Callable
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import machine, synchronize
+from harness import DEVICE, SHARED_DATA, dtype_name, median_ratio, time_alternating
+from pytest_benchmark.fixture import BenchmarkFixture
+from recording import machine
 from torch import Tensor
 
+from delib_fast.data import PackedBatch
 from delib_fast.ops import varlen_attention
 from delib_fast.ops.varlen_attention import _BACKENDS
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 ALLOWED = 2e-2 if DEVICE == "cuda" else 1e-5  # relative to the largest entry
 Hq, Hkv, D = (32, 8, 128) if DEVICE == "cuda" else (8, 2, 64)
-SCALE_UP = 4 if DEVICE == "cuda" else 1  # the longest run is 8192 then
-MATH_COT = Path(__file__).parents[2] / "shared" / "data" / "math_cot_100x8.jsonl"
+SCALE_UP = 4 if DEVICE == "cuda" else 1  # the longest sequence then has 8192 tokens
+MATH_COT = SHARED_DATA / "math_cot_100x8.jsonl"
 
-# name: (lengths in full, lengths in quick mode)
-RUNS = {
+# {name: (sequence lengths, sequence lengths with --quick)}
+PACKS = {
     "one": ([2048], [512]),
     "mixed": ([1500, 900, 600, 400, 250, 180, 120, 80, 40, 26], [180, 120, 90, 60, 40, 22]),
     "short": ([32, 48, 20, 60, 40, 56] * 16, [32, 48, 20, 60, 40, 56] * 2),
@@ -94,13 +95,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
 
 
 def sdpa_dense(window: int | None, inputs: Inputs) -> tuple[Tensor, ...]:
-    run = torch.repeat_interleave(
+    sequence = torch.repeat_interleave(
         torch.arange(len(inputs.lengths), device=DEVICE), torch.tensor(inputs.lengths, device=DEVICE)
     )
-    location = torch.arange(len(run), device=DEVICE)
-    mask = (run[:, None] == run) & (location[:, None] >= location)
+    position = torch.arange(len(sequence), device=DEVICE)
+    mask = (sequence[:, None] == sequence) & (position[:, None] >= position)
     if window is not None:
-        mask &= location[:, None] - location < window
+        mask &= position[:, None] - position < window
     return inputs.finish(_sdpa(inputs.q, inputs.k, inputs.v, attn_mask=mask))
 
 
@@ -120,9 +121,10 @@ def contenders() -> dict[str, Callable[[int | None, Inputs], tuple[Tensor, ...]]
     return {**found, "sdpa_dense": sdpa_dense, "sdpa_loop": sdpa_loop}
 
 
-@functools.lru_cache(maxsize=1)  # contenders of one case come one after another
+@functools.lru_cache(maxsize=1)  # the contenders of one case run one after another
 def exact_results(lengths: tuple[int, ...], window: int | None) -> tuple[Tensor, ...]:
-    """The reference in float64, a key head with its query heads at a time: its scores are (heads, longest, longest)."""
+    """Output and gradients of the reference in float64, computed one key head at a time to save memory: the scores
+    have shape (heads, longest, longest)."""
     inputs, found = make_inputs(list(lengths)), []
     for head in range(Hkv):
         queries, keys = slice(head * Hq // Hkv, (head + 1) * Hq // Hkv), slice(head, head + 1)
@@ -135,21 +137,25 @@ def exact_results(lengths: tuple[int, ...], window: int | None) -> tuple[Tensor,
 
 
 def assert_correct(results: tuple[Tensor, ...], inputs: Inputs, window: int | None) -> float:
-    """The largest error against float64 of the output or a gradient, relative to the largest entry of it."""
+    """Assert that output and gradients agree with float64, and return the largest error.
+
+    An error is the largest absolute difference divided by the largest absolute entry of the same tensor.
+    """
     exact = exact_results(tuple(inputs.lengths), window)
     error = max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(results, exact, strict=True))
-    assert error < ALLOWED, f"off by {error:.1e}"
+    assert error < ALLOWED, f"relative error {error:.1e}, allowed {ALLOWED:.1e}"
     return error
 
 
-def one_product(operations: int) -> Callable[[], Any]:
-    """A square matrix product of as many FLOPs, into memory that is there."""
+def square_product(operations: int) -> Callable[[], Any]:
+    """A function that runs a square matrix product of this many FLOPs into existing memory."""
     side = max(16, round((operations / 2) ** (1 / 3)))
     a, b, out = (torch.randn(side, side, device=DEVICE).to(DTYPE) for _ in range(3))
     return lambda: torch.mm(a, b, out=out)
 
 
 def flops(lengths: list[int], window: int | None) -> int:
+    """FLOPs of the seven matrix products over the (query, key) pairs that the mask allows."""
     pairs = sum(
         n * (n + 1) // 2 if window is None or n <= window else window * n - window * (window - 1) // 2 for n in lengths
     )
@@ -158,39 +164,46 @@ def flops(lengths: list[int], window: int | None) -> int:
 
 @pytest.mark.parametrize("name", [*contenders()])  # the innermost loop
 @pytest.mark.parametrize("window", [None, 256], ids=["full", "window256"])
-@pytest.mark.parametrize("runs", RUNS)
-def bench_varlen_attention(against_roof, quick, runs, window, name):
+@pytest.mark.parametrize("pack", PACKS)
+def bench_varlen_attention(
+    against_roof: Callable[..., None], quick: bool, pack: str, window: int | None, name: str
+) -> None:
     if window is not None and name == "sdpa_loop":
-        pytest.skip("sdpa has no window without a mask")
-    lengths = [n * SCALE_UP for n in RUNS[runs][quick]]
+        pytest.skip("sdpa supports a sliding window only through a mask")
+    lengths = [n * SCALE_UP for n in PACKS[pack][quick]]
     inputs, call = make_inputs(lengths), contenders()[name]
     error = assert_correct(call(window, inputs), inputs, window)
     tokens = sum(lengths)
     size = torch.finfo(DTYPE).bits // 8
     against_roof(
         lambda: call(window, inputs),
-        one_product(flops(lengths, window)),
+        square_product(flops(lengths, window)),
         rounds=11 if quick else 5,
-        case=f"{runs} {'full' if window is None else f'window {window}'}",
+        case=f"{pack} {'full' if window is None else f'window {window}'}",
         contender=name if name.startswith("sdpa") else f"ours-{name}",
         flops=flops(lengths, window),
         least_bytes=size * tokens * D * (6 * Hq + 8 * Hkv),
         tokens=tokens,
         longest=max(lengths),
         error=error,
-        dtype=str(DTYPE).removeprefix("torch."),
+        dtype=dtype_name(DTYPE),
     )
 
 
 # --- completions of one prompt ------------------------------------------------------------------------------------
 
+Prompts = list[tuple[int, list[int]]]
+"""(tokens of a prompt, tokens of each of its completions)"""
 
-def written_out(prompts: list[tuple[int, list[int]]]) -> tuple[list[int], list[int] | None]:
+
+def written_out(prompts: Prompts) -> tuple[list[int], None]:
+    """Plain packing: each sequence is a prompt followed by one completion. Returns (lengths, no prefixes)."""
     return [prompt + n for prompt, completions in prompts for n in completions], None
 
 
-def shared(prompts: list[tuple[int, list[int]]]) -> tuple[list[int], list[int]]:
-    """The prompt without its last token; each completion behind a copy of that."""
+def shared(prompts: Prompts) -> tuple[list[int], list[int]]:
+    """Shared prompts: a prompt without its last token is one sequence, and each of its completions is a sequence that
+    starts with a copy of that token. Returns (lengths, index of each sequence's prefix or -1)."""
     lengths, prefix = [], []
     for prompt, completions in prompts:
         parent = len(lengths)
@@ -199,14 +212,14 @@ def shared(prompts: list[tuple[int, list[int]]]) -> tuple[list[int], list[int]]:
     return lengths, prefix
 
 
-def long_prompt(quick: bool) -> list[tuple[int, list[int]]]:
+def long_prompt(quick: bool) -> Prompts:
     return [(256, [32] * 8)] if quick else [(4096, [512] * 8)]
 
 
-def math_cot(quick: bool) -> list[tuple[int, list[int]]]:
-    """Lengths of the first prompts of the file, 8 completions each, by a byte-level BPE trained on it."""
+def math_cot(quick: bool) -> Prompts:
+    """Lengths of the first prompts of the file and their 8 completions, in tokens of a byte-level BPE trained on it."""
     if not MATH_COT.exists():
-        pytest.skip(f"{MATH_COT} is not there")
+        pytest.skip(f"{MATH_COT} does not exist")
     from delib_fast.models import train_tokenizer
 
     rows = [json.loads(line) for line in MATH_COT.read_text().splitlines()]
@@ -221,17 +234,19 @@ def math_cot(quick: bool) -> list[tuple[int, list[int]]]:
     ]
 
 
-def attention_of(cases: list[tuple[int, list[int]]], layout: Any) -> Callable[[], Any]:
-    """One layer's attention with its gradients."""
-    inputs = make_inputs(*layout(cases))
+Layout = Callable[[Prompts], tuple[list[int], list[int] | None]]
+
+
+def attention_of(prompts: Prompts, layout: Layout) -> Callable[[], Any]:
+    """A function that runs the attention of one layer, forward and backward."""
+    inputs = make_inputs(*layout(prompts))
     return lambda: ours("auto", None, inputs)
 
 
-def step_of(cases: list[tuple[int, list[int]]], layout: Any) -> Callable[[], float]:
-    """One forward and backward pass of a small Qwen3; gives its summed loss."""
+def step_of(prompts: Prompts, layout: Layout) -> Callable[[], float]:
+    """A function that runs one forward and backward pass of a small Qwen3 and returns its summed loss."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from delib_fast.data import PackedBatch
     from delib_fast.models import TrainableLM
 
     torch.manual_seed(0)
@@ -250,84 +265,79 @@ def step_of(cases: list[tuple[int, list[int]]], layout: Any) -> Callable[[], flo
             )
         ).to(DEVICE)
     ).train()
-    batch = completions_pack(cases, *layout(cases), PackedBatch)
+    batch = completions_pack(prompts, *layout(prompts))
 
     def step() -> float:
         model.zero_grad()
         loss = model(batch).loss_sum
         loss.backward()
-        return loss.item()
+        return float(loss)
 
     return step
 
 
 @pytest.mark.parametrize("what", [attention_of, step_of])
 @pytest.mark.parametrize("prompts", [long_prompt, math_cot])
-def bench_completions(benchmark, quick, prompts, what):
-    """A prompt that its completions share, against the same rows in plain packing, in turns."""
+def bench_completions(
+    benchmark: BenchmarkFixture,
+    quick: bool,
+    prompts: Callable[[bool], Prompts],
+    what: Callable[[Prompts, Layout], Callable[[], Any]],
+) -> None:
+    """Several completions per prompt: with the prompt shared, and in plain packing, in alternating rounds."""
     cases = prompts(quick)
     plain, sharing = what(cases, written_out), what(cases, shared)
-    first, second = plain(), sharing()  # and warms up
+    plain_loss, shared_loss = plain(), sharing()  # these calls also warm up
     if what is step_of:
-        assert first == pytest.approx(second, rel=1e-5 if DEVICE == "cpu" else 1e-3)
-    plain_s: list[float] = []
-
-    def time_plain() -> None:
-        begin = time.perf_counter()
-        plain()
-        synchronize()
-        plain_s.append(time.perf_counter() - begin)
-
-    def timed() -> None:
-        sharing()
-        synchronize()
-
-    benchmark.pedantic(timed, setup=time_plain, rounds=1 if quick else 3)
-    ratios = [a / b for a, b in zip(plain_s, benchmark.stats.stats.data, strict=True)]
-    tokens = [sum(layout(cases)[0]) for layout in (written_out, shared)]
+        assert plain_loss == pytest.approx(shared_loss, rel=1e-5 if DEVICE == "cpu" else 1e-3)
+    plain_s, shared_s = time_alternating(benchmark, sharing, plain, rounds=1 if quick else 3)
     benchmark.extra_info.update(
         machine(),
         quick=quick,
         prompts=prompts.__name__,
         what=what.__name__.removesuffix("_of"),
-        completions=sum(len(ends) for _, ends in cases),
-        tokens_plain=tokens[0],
-        tokens_shared=tokens[1],
+        completions=sum(len(completions) for _, completions in cases),
+        tokens_plain=sum(written_out(cases)[0]),
+        tokens_shared=sum(shared(cases)[0]),
         plain_ms=statistics.median(plain_s) * 1e3,
-        times_as_fast=statistics.median(ratios),
+        times_as_fast=median_ratio(plain_s, shared_s),
     )
 
 
-def completions_pack(cases, lengths, prefix, packed_batch):
-    """Made tokens: the same prompt and completion texts in both layouts."""
+def completions_pack(prompts: Prompts, lengths: list[int], prefix: list[int] | None) -> PackedBatch:
+    """A pack of random tokens; the tokens of a prompt or completion are the same in both layouts."""
     draw = torch.Generator().manual_seed(2)
     texts = [
         (torch.randint(8192, (n,), generator=draw), [torch.randint(8192, (m,), generator=draw) for m in ms])
-        for n, ms in cases
+        for n, ms in prompts
     ]
-    tokens, weights, first = [], [], []
+    tokens: list[Tensor] = []
+    weights: list[Tensor] = []
+    first_positions: list[int] = []
     for prompt, completions in texts:
         if prefix is not None:
             tokens.append(prompt[:-1])
             weights.append(torch.zeros(len(prompt) - 1))
-            first.append(0)
+            first_positions.append(0)
         head = prompt if prefix is None else prompt[-1:]
         for completion in completions:
             tokens.append(torch.cat([head, completion]))
             weights.append(torch.cat([torch.zeros(len(head)), torch.ones(len(completion))]))
-            first.append(len(prompt) - len(head))
+            first_positions.append(len(prompt) - len(head))
     assert [len(t) for t in tokens] == lengths
     borders = (0, *accumulate(lengths))
     ids, weight = torch.cat(tokens), torch.cat(weights).roll(-1)
     targets = ids.roll(-1)
-    ends = torch.tensor(borders[1:]) - 1
-    targets[ends], weight[ends] = -100, 0.0
-    batch = packed_batch(
+    last = torch.tensor(borders[1:]) - 1
+    targets[last], weight[last] = -100, 0.0
+    batch = PackedBatch(
         input_ids=ids,
         targets=targets,
         loss_weights=weight,
         segment_ids=torch.zeros_like(ids, dtype=torch.int8),
-        position_ids=torch.cat([torch.arange(n) + at for n, at in zip(lengths, first, strict=True)]),
+        position_ids=torch.cat(
+            [torch.arange(n) + first for n, first in zip(lengths, first_positions, strict=True)]
+        ),
         cu_seqlens=torch.tensor(borders, dtype=torch.int32),
         max_seqlen=max(lengths),
         loss_positions=(weight > 0).nonzero().squeeze(-1),

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# On a GPU machine without network: build, GPU tests, benches, JSON, in under 9 minutes.
+# Build, GPU tests and benches in under 9 minutes, on a GPU machine without a network.
 #
 #     bash bench/gpu.sh [OUTDIR]          OUTDIR: bench/results/gpu
 #
-# Each part has its own time limit and its own log, and one that fails costs the rest nothing. summary.txt in OUTDIR
-# says what passed, what failed, what ran out of time, and bench/results/<device>/ keeps the figures. Uses the torch of
-# $PYTHON (python3; torch 2.11 with Python 3.12 will do) and never replaces it; wheels that it lacks come from $WHEELS
-# (wheels/, which git ignores), nothing from the network. Without a GPU it goes through the same parts, on small cases,
-# and says so.
-# SECONDS_SCALE=2 doubles every limit. Exit status: how many parts did not pass.
+# Each part has its own time limit and its own log, and the other parts run even if one fails. OUTDIR/summary.txt lists
+# which parts passed, failed or ran out of time; the figures are stored in bench/results/<device>/.
+# The torch of $PYTHON (default python3; torch 2.11 with Python 3.12 is enough) is used and never replaced. Missing
+# packages are installed from $WHEELS (default wheels/, which git ignores), never from the network. Without a GPU, the
+# same parts run on small cases, and the summary says so.
+# SECONDS_SCALE=2 doubles every limit. Exit status: the number of parts that did not pass.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-bench/results/gpu} python=${PYTHON:-python3} wheels=${WHEELS:-wheels} scale=${SECONDS_SCALE:-1}
@@ -28,7 +28,7 @@ part() {  # part NAME SECONDS COMMAND...
   return $status
 }
 
-# Packages that import and build need, and nothing that is there already: --no-deps, so that torch stays what it is.
+# Installs the packages that the build and the tests need and that are missing. --no-deps: pip must not replace torch.
 install_missing() {
   local name missing=()
   for name in setuptools wheel pybind11 pytest pytest_benchmark cpuinfo; do
@@ -36,7 +36,7 @@ install_missing() {
   done
   [ ${#missing[@]} -eq 0 ] && { echo "nothing is missing"; return 0; }
   echo "missing: ${missing[*]}"
-  [ -d "$wheels" ] || { echo "no folder $wheels to take ${missing[*]} from: set WHEELS=/folder/of/wheels"; return 1; }
+  [ -d "$wheels" ] || { echo "the folder $wheels does not exist: set WHEELS=/folder/with/wheels of ${missing[*]}"; return 1; }
   "$python" -m pip install --no-index --find-links "$wheels" --no-deps "${missing[@]/_/-}" pluggy iniconfig packaging
 }
 
@@ -67,30 +67,30 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/
   quick=() tests=()
   nvidia-smi --query-gpu=name,driver_version,clocks.sm,memory.total --format=csv >"$out/nvidia-smi.csv" 2>&1
 else
-  say "NO GPU: small cases on the CPU; nothing below says anything about a GPU"
+  say "NO GPU: these are small cases on the CPU; they say nothing about GPUs"
   quick=(--quick) tests=(-k "cuda or dispatch")
 fi
 
 part install 20 bash -c install_missing
-if [ "${BUILD:-1}" = 1 ]; then part build 110 bash -c build; else say "left out  build (BUILD=0)"; fi
+if [ "${BUILD:-1}" = 1 ]; then part build 110 bash -c build; else say "skipped   build (BUILD=0)"; fi
 part environment 15 bash -c environment && sed 's/^/          /' "$out/environment.log" | tee -a "$summary"
-# without inductor and the interpreter's slow cases: what a GPU can break
+# without the slow cases of inductor and of Triton's interpreter, which do not depend on the GPU
 part tests 100 "$python" -m pytest tests/ops -q -p no:cacheprovider -m "not slow" ${tests[@]+"${tests[@]}"}
 if [ ${#quick[@]} -gt 0 ]; then
   part bench_loss 70 bash -c 'bench linear_cross_entropy quick --quick'
   part bench_attention 60 bash -c 'bench varlen_attention quick --quick'
   layers=--quick
-else  # JSON is written at the end of a part: several small parts lose less to a limit
+else  # a part writes its JSON at its end, so several small parts lose less when one runs out of time
   part bench_loss_100 65 bash -c 'bench linear_cross_entropy 100 -k "4096-151936 and bfloat16 and 100"'
   part bench_loss_50 60 bash -c 'bench linear_cross_entropy 50 -k "4096-151936 and bfloat16 and 50"'
   part bench_attention 50 bash -c 'bench varlen_attention all'
   layers=-k=4096
 fi
-if has transformers; then part bench_layers 50 bash -c "bench layers all $layers"; else say "left out  bench_layers (no transformers)"; fi
+if has transformers; then part bench_layers 50 bash -c "bench layers all $layers"; else say "skipped   bench_layers (transformers is not installed)"; fi
 if has deepspeed && has transformers; then
   part bench_step 55 bash -c "bench step all ${quick[*]-}"
 else
-  say "left out  bench_step (no deepspeed or no transformers)"
+  say "skipped   bench_step (deepspeed or transformers is not installed)"
 fi
 if compgen -G "$out/*.json" >/dev/null; then part record 10 "$python" bench/report.py --record "$out"/*.json; fi
 say "$failures parts did not pass; logs and JSON are in $out"

@@ -1,24 +1,29 @@
-"""The two pictures of bench/report.py: a roofline, and the share of the roof over the recorded runs."""
+"""The pictures of bench/report.py: a roofline, and the share of the roof over the recorded runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from delib_fast.looking.plots import pyplot
 
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "delib_fast"  # the same picture from the same figures
-
-import matplotlib.pyplot as plt  # noqa: E402 - behind its settings
-
-_NO_DATE: Any = {"Date": None}
 _MARKERS = "osD^vP*X<>h8"
+_WHAT = "the pictures of bench/report.py are drawn"
 
 
 def roofline(cases: dict[str, dict[str, dict[str, Any]]], device: str, path: Path, names: dict[str, str]) -> None:
-    """FLOP/s over FLOP per byte that must move, a panel a dtype. The slope is a copy's bytes/s; the flat roof is the
-    fastest rate that the case's bare GEMMs reached; a small bar over each case is its own floor."""
+    """Draw FLOP/s over FLOP per byte that must move, one panel per dtype.
+
+    The slope is the bandwidth of a copy, the flat roof the fastest rate that a case's bare GEMMs reached. A short bar
+    above each case is the rate of its own GEMMs.
+
+    Args:
+        cases: {case: {contender: extra_info}}; each case has the contender "ours".
+        device: the title.
+        path: the SVG file to write.
+        names: {contender: name in the legend}; only these and "ours" are drawn.
+    """
+    plt = pyplot(_WHAT, "report")
     dtypes = sorted({by["ours"]["dtype"] for by in cases.values()})
     figure, axes = plt.subplots(1, len(dtypes), figsize=(6.2 * len(dtypes), 4.6), squeeze=False, layout="constrained")
     contenders = ["ours", *(name for name in names if any(name in by for by in cases.values()))]
@@ -48,40 +53,46 @@ def roofline(cases: dict[str, dict[str, dict[str, Any]]], device: str, path: Pat
                     zorder=3 if first else 2,
                 )
         axis.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="TFLOP/s", title=dtype)
-        axis.grid(which="major", alpha=0.3)
     axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(f"Loss with both gradients, {device}")
-    _save(figure, path)
+    _save(plt, figure, path)
 
 
 def _intensity(info: dict[str, Any]) -> float:
-    return info["flops"] / info["least_bytes"]
+    return float(info["flops"] / info["least_bytes"])
 
 
 def history(lines: list[dict[str, Any]], device: str, path: Path) -> None:
-    """Share of the roof of every case over the recorded runs, a panel a suite; runs stand by their commits."""
+    """Draw the share of the roof of every case over the recorded runs, one panel per suite, labeled by commit.
+
+    Args:
+        lines: the records of history.jsonl (recording.history_lines).
+        device: the title.
+        path: the SVG file to write.
+    """
+    plt = pyplot(_WHAT, "report")
     lines = [line for line in lines if line["contender"] != "ours-reference"]
     suites = sorted({line["suite"] for line in lines})
     figure, axes = plt.subplots(len(suites), 1, figsize=(10, 4.2 * len(suites)), squeeze=False, layout="constrained")
     for axis, suite in zip(axes[:, 0], suites, strict=True):
         mine = [line for line in lines if line["suite"] == suite]
         runs = sorted({(line["time"], line["commit"]) for line in mine})
-        location = {run: k for k, run in enumerate(runs)}
+        column = {run: k for k, run in enumerate(runs)}
         for case in sorted({(line["case"], line["contender"]) for line in mine}):
             points = [
-                (location[line["time"], line["commit"]], line["share_of_roof"])
+                (column[line["time"], line["commit"]], line["share_of_roof"])
                 for line in mine
                 if (line["case"], line["contender"]) == case
             ]
             axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=f"{case[0]} ({case[1]})")
         axis.set_xticks(range(len(runs)), [f"{time[:10]}\n{commit}" for time, commit in runs], fontsize=7)
         axis.set(ylabel="share of the roof", title=suite, ylim=(0, None))
-        axis.grid(alpha=0.3)
         axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(device)
-    _save(figure, path)
+    _save(plt, figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, metadata=_NO_DATE)
+def _save(plt: Any, figure: Any, path: Path) -> None:
+    with plt.rc_context({"svg.hashsalt": "delib_fast"}):  # with no date either: equal figures give an equal file
+        figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

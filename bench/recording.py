@@ -1,9 +1,9 @@
-"""Results on disk: bench/results/<device>/<suite>.json, what was last measured, and history.jsonl, what ever was.
+"""Results on disk: the latest figures in bench/results/<device>/<suite>.json, all earlier ones in history.jsonl.
 
-    python bench/report.py --record out.json      # of pytest … --benchmark-json out.json
+    python bench/report.py --record out.json      # out.json: written by pytest bench/... --benchmark-json out.json
 
-Only results with a roof are recorded in the history: a share of the roof and a ratio to a peer of the same run can be
-compared with those of another day, a time can't.
+The history only has results with a roof: a share of the roof, and a ratio to a peer of the same run, can be compared
+between days; a time cannot.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PACKAGES = (
 
 
 def device_name() -> str:
-    """The folder of a class of machines whose shares of the roof are comparable, e.g. cpu-avx512bf16-2-cores."""
+    """The class of machines whose shares of the roof are comparable, e.g. `cpu-avx512bf16-2-cores`; a folder name."""
     import torch
 
     if torch.cuda.is_available():
@@ -51,17 +51,18 @@ def device_name() -> str:
 
 
 def processor() -> str:
-    """Vendor, family and model, as Linux tells them: one class of device has several."""
+    """Vendor, family and model of the processor, as Linux reports them: one class of device has several."""
     try:
         lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
     except OSError:
         return platform.machine()
-    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return " ".join(told[key] for key in ("model name", "cpu family", "model") if key in told) or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    keys = ("model name", "cpu family", "model")
+    return " ".join(fields[key] for key in keys if key in fields) or platform.machine()
 
 
 def machine() -> dict[str, Any]:
-    """What every result says of where it comes from."""
+    """Device, processor, threads, commit and package versions: stored with every result."""
     import torch
 
     root = Path(__file__).parent
@@ -90,10 +91,10 @@ def _versions() -> dict[str, str]:
 
 
 def read_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """The benchmarks of some JSON files of pytest-benchmark, cut to what is kept of them."""
+    """Read JSON files of pytest-benchmark and return their benchmarks, reduced to the fields that are stored."""
     found = []
     for path in paths:
-        if not path.stat().st_size:  # a run that was ended before it wrote
+        if not path.stat().st_size:  # the run was killed before it wrote its results
             continue
         for entry in json.loads(path.read_text())["benchmarks"]:
             suite = entry["fullname"].partition("::")[0].rpartition("bench_")[2].removesuffix(".py")
@@ -109,18 +110,25 @@ def read_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def stored(device: str, suite: str) -> list[dict[str, Any]]:
+    """The stored benchmarks of a suite on a device; empty if there are none."""
     path = RESULTS / device / f"{suite}.json"
-    return json.loads(path.read_text())["benchmarks"] if path.exists() else []
+    if not path.exists():
+        return []
+    benchmarks: list[dict[str, Any]] = json.loads(path.read_text())["benchmarks"]
+    return benchmarks
 
 
 def record(entries: list[dict[str, Any]]) -> list[Path]:
-    """Store them: each replaces the one of its name; a line of history for every case of ours. Returns the files."""
+    """Store benchmarks and append to the history; return the files written.
+
+    A benchmark replaces the stored one of the same suite and name. The figures of `--quick` go to quick.json.
+    """
     written = []
-    locations: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    by_file: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for entry in entries:
         info = entry["extra_info"]
-        locations.setdefault((info["device"], "quick" if info.get("quick") else entry["suite"]), []).append(entry)
-    for (device, suite), new in locations.items():
+        by_file.setdefault((info["device"], "quick" if info.get("quick") else entry["suite"]), []).append(entry)
+    for (device, suite), new in by_file.items():
         names = {(e["suite"], e["name"]) for e in new}
         kept = [e for e in stored(device, suite) if (e.get("suite", suite), e["name"]) not in names]
         path = RESULTS / device / f"{suite}.json"
@@ -133,8 +141,11 @@ def record(entries: list[dict[str, Any]]) -> list[Path]:
 
 
 def history_lines(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One a case of ours: its share of the roof, and how many times as long each peer of the same run took, each
-    measured against its own roof."""
+    """One history record for each case and backend of ours.
+
+    A record has the backend's share of the roof, and for each peer of the same run the ratio of the peer's time to
+    ours. Each time counts in units of the roof that was measured next to it.
+    """
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     cases: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for entry in entries:

@@ -1,4 +1,4 @@
-"""Model shapes and rows for bench_step.py."""
+"""Model shapes and training rows of bench_step.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from harness import DEVICE, GIB, SHARED_DATA
 
 from delib_fast.config import Config, LoraConfig, ModelConfig, SourceConfig
 from delib_fast.config.load import parse_config
@@ -18,8 +19,6 @@ from delib_fast.models import add_adapter, build_model, train_tokenizer
 from delib_fast.models.recompute import enable_activation_checkpointing
 
 ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared" / "data"
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Shape:
     data: tuple[str, ...] = ("short",)
     device: str = "cpu"
     lora: int | None = None
-    """rank of an adapter; None trains everything"""
+    """Rank of a LoRA adapter; None trains all parameters."""
     checkpointing: bool = False
 
     def architecture(self) -> dict[str, Any]:
@@ -62,14 +61,17 @@ class Shape:
         return self.layers * block + self.vocab * self.hidden * (1 if self.tied else 2)
 
     def why_not(self) -> str | None:
-        """Why this device can't run it, or None. Full training takes 18 bytes a parameter, LoRA 2 and a margin."""
-        if (self.device == "cuda") != torch.cuda.is_available():
-            return f"it is for {self.device}"
+        """Why this device cannot run the shape, or None if it can.
+
+        Full training is estimated at 18 bytes per parameter, LoRA at 2, each plus 8 GiB for activations.
+        """
+        if self.device != DEVICE:
+            return f"this shape is for {self.device}"
         if self.device == "cuda":
             needs = self.parameters * (2 if self.lora else 18) + 8 * GIB
             has = torch.cuda.get_device_properties(0).total_memory
             if needs > has:
-                return f"it needs about {needs / GIB:.0f} GiB, the GPU has {has / GIB:.0f}"
+                return f"this shape needs about {needs / GIB:.0f} GiB, the GPU has {has / GIB:.0f} GiB"
         return None
 
 
@@ -107,7 +109,7 @@ SHAPES = {
 
 
 class Workload:
-    """One model shape, its rows, and its first global step."""
+    """A model shape, its training rows, and the micro-batches of their first global step."""
 
     def __init__(self, shape: Shape, data: str) -> None:
         self.shape = shape
@@ -159,13 +161,13 @@ class Workload:
         )
 
     def model(self) -> Any:
-        """A new model, the same every time."""
+        """Build the model anew, with the same initial weights on every call."""
         if self.ranks.device.type == "cpu":
             return build_model(ModelConfig(architecture=self.shape.architecture()), self.tokenizer, seed=0)
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.manual_seed(0)
-        with self.ranks.device:  # drawn where it will be: 32 billion weights take minutes on a host
+        with self.ranks.device:  # initialized on the GPU: on the host, 32 billion weights take minutes
             model = AutoModelForCausalLM.from_config(
                 AutoConfig.for_model(**self.shape.architecture()), dtype=torch.bfloat16
             )
@@ -178,16 +180,19 @@ class Workload:
 
 
 def _file(data: str) -> tuple[Path, str]:
-    """(path, what it is called in the results)"""
-    found = {"short": ("star1.json", "STAR-1"), "long": ("model_spec.md", "Model Spec")}[data]
-    if (SHARED / found[0]).is_file():
-        return SHARED / found[0], found[1]
+    """(path of the rows, their name in the results)"""
+    file_name, label = {"short": ("star1.json", "STAR-1"), "long": ("model_spec.md", "Model Spec")}[data]
+    if (SHARED_DATA / file_name).is_file():
+        return SHARED_DATA / file_name, label
     name = {"short": "deliberation.jsonl", "long": "documents.jsonl"}[data]
     return ROOT / "examples" / "data" / name, f"examples/data/{name}"
 
 
 def padded_batches(work: Workload) -> list[tuple[torch.Tensor, ...]]:
-    """(ids, mask, targets, weights) of the step's rows, each (B, longest), B · longest ≤ pack_capacity."""
+    """The rows of the step, sorted by length and padded: (input ids, attention mask, targets, loss weights) per batch.
+
+    Each tensor has shape (B, longest), with B · longest ≤ pack_capacity; weights are float32, the others int64.
+    """
     weight_of = np.asarray(segment_weights(work.stage), np.float32)
     rows = sorted((work.examples[i] for i in work.batches.step_example_ids(0)), key=len)
     groups: list[list[Any]] = [[]]

@@ -1,4 +1,4 @@
-"""What bench/ keeps of its measurements: one result a name, a line of history a case of ours, and when CI says no."""
+"""The stored bench results, the history records, the pictures, and when the regression gate fails."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
-import guard
 import pictures
 import recording
+import regression_gate
 import report
 
 
@@ -44,7 +44,7 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_records_replace_and_history_grows(results) -> None:
+def test_record_replaces_results_and_appends_to_the_history(results) -> None:
     recording.record([entry("ours-cpu", 0.8), entry("eager", 0.4), entry("ours-cpu", 0.5, case="T=9")])
     recording.record([entry("ours-cpu", 0.9), entry("eager", 0.3)])
     kept = {e["name"]: e["extra_info"]["share_of_roof"] for e in recording.stored("cpu-x", "linear_cross_entropy")}
@@ -72,37 +72,37 @@ def test_bold_marks_the_best_of_a_row_whoever_it_is(cells, best, bold) -> None:
     assert report.with_best_in_bold(cells, best) == bold
 
 
-def test_quick_figures_stay_apart(results) -> None:
+def test_quick_results_are_stored_separately(results) -> None:
     recording.record([entry("ours-cpu", 0.8, quick=True)])
     assert recording.stored("cpu-x", "linear_cross_entropy") == []
-    assert guard.shares(recording.stored("cpu-x", "quick")) == {"bench[T=8-ours-cpu]": 0.8}
+    assert regression_gate.shares(recording.stored("cpu-x", "quick")) == {"bench[T=8-ours-cpu]": 0.8}
 
 
-def test_a_fifth_is_what_may_be_lost() -> None:
-    committed = {"a": 0.5, "b": 0.5, "no longer there": 0.5}
-    assert list(guard.fallen({"a": 0.401, "b": 0.399}, committed)) == ["b"]
+def test_gate_reports_shares_below_four_fifths_of_the_stored_ones() -> None:
+    committed = {"a": 0.5, "b": 0.5, "removed": 0.5}
+    assert list(regression_gate.dropped({"a": 0.401, "b": 0.399}, committed)) == ["b"]
 
 
 @pytest.mark.parametrize(("later", "code"), [([0.7], 0), ([0.5, 0.66], 0), ([0.5, 0.6], 1)])
-def test_what_fell_is_measured_again(later, code, results, monkeypatch) -> None:
-    """By its own name alone, twice at most; the best share counts."""
+def test_gate_measures_dropped_shares_again(later, code, results, monkeypatch) -> None:
+    """Only the tests whose share dropped run again, at most twice, and the best share counts."""
     here = {"device": recording.device_name(), "processor": recording.processor()}
     recording.record([entry("ours-cpu", 0.8, **here, quick=True)])
-    monkeypatch.setattr(guard, "PAUSES_S", (0, 0))
-    asked, shares = [], iter([0.5, *later])
-    monkeypatch.setattr(guard, "run", lambda tests: asked.append(tests) or [entry("ours-cpu", next(shares))])
-    monkeypatch.setattr(sys, "argv", ["guard.py"])
-    assert guard.main() == code
-    assert len(asked[0]) == 3
-    assert len(asked) == 1 + len(later)
-    assert [test.rpartition("/")[2] for test in asked[1]] == ["bench_linear_cross_entropy.py::bench[T=8-ours-cpu]"]
+    monkeypatch.setattr(regression_gate, "RETRY_PAUSES_S", (0, 0))
+    requested, shares = [], iter([0.5, *later])
+    monkeypatch.setattr(regression_gate, "run", lambda tests: requested.append(tests) or [entry("ours-cpu", next(shares))])
+    monkeypatch.setattr(sys, "argv", ["regression_gate.py"])
+    assert regression_gate.main() == code
+    assert len(requested[0]) == 3
+    assert len(requested) == 1 + len(later)
+    assert [test.rpartition("/")[2] for test in requested[1]] == ["bench_linear_cross_entropy.py::bench[T=8-ours-cpu]"]
 
 
-def test_figures_of_another_processor_say_nothing(results, monkeypatch, capsys) -> None:
+def test_gate_compares_nothing_on_another_processor(results, monkeypatch, capsys) -> None:
     recording.record([entry("ours-cpu", 0.8, device=recording.device_name(), processor="another", quick=True)])
-    monkeypatch.setattr(guard, "run", lambda tests: [entry("ours-cpu", 0.1)])
-    monkeypatch.setattr(sys, "argv", ["guard.py"])
-    assert guard.main() == 0
+    monkeypatch.setattr(regression_gate, "run", lambda tests: [entry("ours-cpu", 0.1)])
+    monkeypatch.setattr(sys, "argv", ["regression_gate.py"])
+    assert regression_gate.main() == 0
     assert "nothing was compared" in capsys.readouterr().out
 
 

@@ -1,6 +1,8 @@
-"""An endpoint that costs nothing: answers every chat completion after a fixed time, over plain asyncio streams.
+"""A chat completion server for bench_client.py that does no work: it sends a fixed reply after a fixed delay.
 
-python bench/loopback_server.py DELAY_MS     prints its port, serves 127.0.0.1 until its standard input closes
+    python bench/experiments/loopback_server.py DELAY_MS
+
+It prints its port and serves 127.0.0.1 until its standard input closes.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ _REPLY = json.dumps(
         "usage": {"prompt_tokens": 1500, "completion_tokens": 300, "total_tokens": 1800},
     }
 ).encode()
-_WHOLE = (
+_RESPONSE = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: "
     + str(len(_REPLY)).encode()
     + b"\r\n\r\n"
@@ -35,7 +37,7 @@ async def serve(delay_s: float) -> None:
                 length = next(int(line[15:]) for line in head.split(b"\r\n") if line.startswith(b"content-length:"))
                 await reader.readexactly(length)
                 await asyncio.sleep(delay_s)
-                writer.write(_WHOLE)
+                writer.write(_RESPONSE)
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()

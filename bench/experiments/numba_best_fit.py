@@ -1,4 +1,4 @@
-"""A plain best-fit decreasing in numba, as one would write it: the peer of `plan_packs` that is not a library's."""
+"""Best-fit decreasing in plain numba: the peer of `plan_packs` in bench_packing.py, written for the comparison."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from numba import njit
 
 @njit
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """(the pack of each length, how many packs). Lengths in falling order; of the packs that have room, the fullest.
+    """Put lengths into packs, longest first, each into the fullest pack that has room for it.
 
-    tree[i] says whether a pack with as much room as one of the leaves under i is open; leaves are 0 … capacity.
+    Args:
+        lengths: (N,) int64, each at most `capacity`.
+        capacity: tokens per pack.
+    Returns:
+        The index of each length's pack, (N,) int64, and the number of packs.
     """
+    # counting sort, longest first
     counts = np.zeros(capacity + 2, np.int64)
     for length in lengths:
         counts[capacity - length + 1] += 1
@@ -23,9 +28,10 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
     leaves = 1
     while leaves < capacity + 1:
         leaves *= 2
-    tree = np.zeros(2 * leaves, np.bool_)
-    last = np.full(capacity + 1, -1, np.int64)  # of the packs with this much room, the last one opened
-    before = np.empty(len(lengths), np.int64)  # and for each pack the one below it
+    tree = np.zeros(2 * leaves, np.bool_)  # leaf r: an open pack has exactly r tokens of room; inner nodes: any leaf below
+    # the packs with the same room form a stack
+    top = np.full(capacity + 1, -1, np.int64)  # [room] the pack on top, or -1
+    below = np.empty(len(lengths), np.int64)  # [pack] the next pack of its stack, or -1
     packs = np.empty(len(lengths), np.int64)
     opened = 0
     for item in order:
@@ -35,14 +41,14 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
             pack, room = opened, capacity
             opened += 1
         else:
-            pack = last[room]
-            last[room] = before[pack]
-            if last[room] < 0:
+            pack = top[room]
+            top[room] = below[pack]
+            if top[room] < 0:
                 _set(tree, leaves + room, False)
         packs[item] = pack
         left = room - length
-        before[pack] = last[left]
-        last[left] = pack
+        below[pack] = top[left]
+        top[left] = pack
         _set(tree, leaves + left, True)
     return packs, opened
 
@@ -60,11 +66,11 @@ def _set(tree: np.ndarray, node: int, value: bool) -> None:
 
 @njit
 def _first_open(tree: np.ndarray, leaves: int, least: int) -> int:
-    """The least room, of at least `least`, that an open pack has; -1 if none has so much."""
+    """The smallest room of an open pack that is at least `least`; -1 if no open pack has that much."""
     node = leaves + least
     if tree[node]:
         return least
-    while node % 2 == 1 or not tree[node + 1]:  # up, until the tree to the right has one
+    while node % 2 == 1 or not tree[node + 1]:  # go up until the subtree to the right has an open pack
         node //= 2
         if node == 1:
             return -1
