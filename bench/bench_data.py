@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import round_seconds
 from pytest_benchmark.fixture import BenchmarkFixture
 from recording import machine
 
@@ -38,7 +39,7 @@ WEIGHTS = (0.0, 1.0, 1.0, 1.0)
 
 
 def trl_prepared(rows: Any, tok: Any, *, max_length: int | None, packing: bool) -> Callable[[], Any]:
-    """A function that returns the data set that SFTTrainer makes of the rows (a data set or the path of a JSONL file)."""
+    """A function that returns the data set that SFTTrainer makes of `rows`: a data set, or the path of a JSONL file."""
     trl = pytest.importorskip("trl", reason="trl is not installed (extra: peers)")
     transformers = pytest.importorskip("transformers")
     datasets = pytest.importorskip("datasets")
@@ -115,7 +116,9 @@ def judged(ids: list[int], supervised: list[bool], row: Row) -> tuple[int, int]:
         if list(ids) != want
         else [difflib.Match(0, 0, len(want))]
     )
-    right = sum(b + k == newline or supervised[a + k] == trained_on[b + k] for a, b, size in blocks for k in range(size))
+    right = sum(
+        b + k == newline or supervised[a + k] == trained_on[b + k] for a, b, size in blocks for k in range(size)
+    )
     return max(len(want), len(ids)), right
 
 
@@ -237,4 +240,6 @@ def bench_file_to_packs(benchmark: BenchmarkFixture, who: str, file: Path, tmp_p
         call = (lambda: packs(encode())) if who == "delib_fast" else (lambda: packs(cached_examples()[0]))
         call()  # this call also fills the cache
         fill, tokens = benchmark.pedantic(call, rounds=3)
-    benchmark.extra_info.update(machine(), fill=fill, tokens=tokens, tokens_per_s=tokens / benchmark.stats.stats.min)
+    benchmark.extra_info.update(
+        machine(), fill=fill, tokens=tokens, tokens_per_s=tokens / min(round_seconds(benchmark))
+    )

@@ -9,7 +9,7 @@ before every round. Before anything is timed, each contender's loss and gradient
 the same inputs.
 
 Peers run in their best configuration: they get only the supervised rows if they cannot select them themselves, torch's
-fused loss runs both with its defaults and with its fastest options, and on a CPU malloc keeps freed memory (harness.py).
+fused loss runs with its defaults and with its fastest options, and on a CPU malloc keeps freed memory (harness.py).
 
 T packed tokens, H hidden size, V vocabulary, L supervised tokens.
 """

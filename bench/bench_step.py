@@ -8,9 +8,9 @@ All contenders train the same newly initialized model on the same rows, with as 
 AdamW, in the precision that the device multiplies natively.
 
     ours       packs through `Engine`, as `train.py` runs them; the contender's name ends with its `model.layers`
-    by hand    the hand-written baseline: rows sorted by length and padded into micro-batches of at most a pack's tokens,
-               parameters in bf16 throughout, the head and its loss compiled and only on supervised rows, one division
-               by the step's supervised tokens
+    by hand    the hand-written baseline: rows sorted by length and padded into micro-batches of at most a pack's
+               tokens, parameters in bf16 throughout, the head and its loss compiled and only on supervised rows, one
+               division by the step's supervised tokens
     trl        SFTTrainer in its best configuration: packed, parameters in bf16; on a GPU with its chunked loss, or with
                liger if it is installed
 
@@ -34,7 +34,16 @@ from typing import Any
 
 import pytest
 import torch
-from harness import DEVICE, is_installed, peak_extra_mib, seconds, synchronize, time_alternating
+from harness import (
+    DEVICE,
+    is_installed,
+    peak_extra_mib,
+    round_seconds,
+    seconds,
+    synchronize,
+    synchronized,
+    time_alternating,
+)
 from pytest_benchmark.fixture import BenchmarkFixture
 from recording import machine
 from step_cases import SHAPES, Workload, padded_batches
@@ -72,7 +81,9 @@ def ours(work: Workload, layers: str) -> Contender:
 def by_hand(work: Workload) -> Contender:
     device = work.ranks.device
     model = work.model().to(device, DTYPES[work.precision])
-    model.set_attn_implementation("flash_attention_2" if is_installed("flash_attn") and device.type == "cuda" else "sdpa")
+    model.set_attn_implementation(
+        "flash_attention_2" if is_installed("flash_attn") and device.type == "cuda" else "sdpa"
+    )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=DECAY, betas=BETAS, fused=True)
     padded = [tuple(t.to(device) for t in batch) for batch in padded_batches(work)]
@@ -87,9 +98,7 @@ def by_hand(work: Workload) -> Contender:
         for ids, mask, targets, weights in padded:
             hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             supervised = weights > 0
-            loss_sum = head_and_loss(
-                hidden[supervised], model.lm_head.weight, targets[supervised], weights[supervised]
-            )
+            loss_sum = head_and_loss(hidden[supervised], model.lm_head.weight, targets[supervised], weights[supervised])
             (loss_sum / work.normalizer).backward()
             total += loss_sum.detach()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -127,6 +136,7 @@ def trl_times(work: Workload, steps: int, folder: Path) -> tuple[list[float], li
         }
         for row in (work.examples[i] for i in work.batches.step_example_ids(0))
     ]
+    chunked_loss: dict[str, Any] = {"loss_type": "chunked_nll"} if gpu and not is_installed("liger_kernel") else {}
     settings = SFTConfig(
         output_dir=str(folder),
         max_length=work.shape.pack_capacity,
@@ -148,7 +158,7 @@ def trl_times(work: Workload, steps: int, folder: Path) -> tuple[list[float], li
         disable_tqdm=True,
         gradient_checkpointing=False,
         use_liger_kernel=gpu and is_installed("liger_kernel"),
-        **({"loss_type": "chunked_nll"} if gpu and not is_installed("liger_kernel") else {}),
+        **chunked_loss,
     )
     model = work.model().to(work.ranks.device, DTYPES[work.precision])
     model.set_attn_implementation("flash_attention_2" if gpu and is_installed("flash_attn") else "sdpa")
@@ -156,7 +166,8 @@ def trl_times(work: Workload, steps: int, folder: Path) -> tuple[list[float], li
     trainer = SFTTrainer(
         model, args=settings, train_dataset=Dataset.from_list(rows), callbacks=[timer], processing_class=work.tokenizer
     )
-    trainer.args.gradient_accumulation_steps = len(trainer.train_dataset)  # the number of packs that TRL made
+    packs: Any = trainer.train_dataset
+    trainer.args.gradient_accumulation_steps = len(packs)
     trainer.train()
     return timer.seconds, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -197,7 +208,7 @@ def bench_step(benchmark: BenchmarkFixture, quick: bool, shape: str, data: str, 
     assert losses == pytest.approx(baseline_losses, rel=TOLERANCE[work.precision])
     peak = peak_extra_mib(step)
     if DEVICE == "cuda":
-        benchmark.pedantic(lambda: (step(), synchronize()), rounds=rounds)
+        benchmark.pedantic(synchronized(step), rounds=rounds)
     else:
         baseline_s, _ = time_alternating(benchmark, step, baseline, rounds=rounds)
     close()
@@ -205,7 +216,7 @@ def bench_step(benchmark: BenchmarkFixture, quick: bool, shape: str, data: str, 
         benchmark,
         work,
         contender,
-        benchmark.stats.stats.median,
+        statistics.median(round_seconds(benchmark)),
         statistics.median(baseline_s),
         data,
         losses=losses,

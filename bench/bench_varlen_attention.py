@@ -5,8 +5,8 @@
 
 The roof is the time of one square matrix product with as many FLOPs as the seven products that causal attention needs
 (two forward, five backward; only the lower triangle of the scores, or the band of a sliding window). It is measured
-before every round. Peers: sdpa with one dense (T, T) mask over the pack, which is how transformers runs packed rows with
-sdpa, and a Python loop that calls sdpa once per sequence. Before anything is timed, each contender's output and
+before every round. Peers: sdpa with one dense (T, T) mask over the pack, which is how transformers runs packed rows
+with sdpa, and a Python loop that calls sdpa once per sequence. Before anything is timed, each contender's output and
 gradients are compared with the float64 reference on the same inputs.
 
 T packed tokens, Hq query heads, Hkv key heads, D head size.
@@ -204,7 +204,8 @@ def written_out(prompts: Prompts) -> tuple[list[int], None]:
 def shared(prompts: Prompts) -> tuple[list[int], list[int]]:
     """Shared prompts: a prompt without its last token is one sequence, and each of its completions is a sequence that
     starts with a copy of that token. Returns (lengths, index of each sequence's prefix or -1)."""
-    lengths, prefix = [], []
+    lengths: list[int] = []
+    prefix: list[int] = []
     for prompt, completions in prompts:
         parent = len(lengths)
         lengths += [prompt - 1, *(n + 1 for n in completions)]
@@ -335,9 +336,7 @@ def completions_pack(prompts: Prompts, lengths: list[int], prefix: list[int] | N
         targets=targets,
         loss_weights=weight,
         segment_ids=torch.zeros_like(ids, dtype=torch.int8),
-        position_ids=torch.cat(
-            [torch.arange(n) + first for n, first in zip(lengths, first_positions, strict=True)]
-        ),
+        position_ids=torch.cat([torch.arange(n) + first for n, first in zip(lengths, first_positions, strict=True)]),
         cu_seqlens=torch.tensor(borders, dtype=torch.int32),
         max_seqlen=max(lengths),
         loss_positions=(weight > 0).nonzero().squeeze(-1),

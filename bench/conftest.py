@@ -14,7 +14,6 @@ from harness import (
     keep_freed_memory,
     median_ratio,
     peak_extra_mib,
-    synchronize,
     time_alternating,
 )
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -48,13 +47,9 @@ def against_roof(benchmark: BenchmarkFixture, quick: bool) -> Callable[..., None
     def measure(
         call: Callable[[], Any], roof: Callable[[], Any], *, rounds: int, case: str, contender: str, **extra: Any
     ) -> None:
-        def call_and_wait() -> None:
-            call()
-            synchronize()
-
-        extra["peak_extra_mib"] = peak_extra_mib(call_and_wait)  # this call also warms up
+        extra["peak_extra_mib"] = peak_extra_mib(call)  # this call also warms up
         roof()
-        call_and_wait()
+        call()
         roof_s, call_s = time_alternating(benchmark, call, roof, rounds=rounds)
         share = median_ratio(roof_s, call_s)
         benchmark.extra_info.update(

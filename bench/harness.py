@@ -21,7 +21,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
-"""Optional larger data sets, next to the checkout. A case that needs one is skipped, or uses the repository's examples."""
+"""Optional larger data sets next to the checkout. Without them a case is skipped, or uses the repository's examples."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # parameters of glibc's mallopt
 
@@ -54,6 +54,22 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
+def round_seconds(benchmark: BenchmarkFixture) -> list[float]:
+    """Seconds of each round that pytest-benchmark has timed."""
+    assert benchmark.stats is not None
+    return list(benchmark.stats.stats.data)
+
+
+def synchronized(call: Callable[[], Any]) -> Callable[[], None]:
+    """`call`, followed by a wait for the GPU."""
+
+    def call_and_wait() -> None:
+        call()
+        synchronize()
+
+    return call_and_wait
+
+
 def time_alternating(
     benchmark: BenchmarkFixture, call: Callable[[], Any], reference: Callable[[], Any], *, rounds: int
 ) -> tuple[list[float], list[float]]:
@@ -65,13 +81,8 @@ def time_alternating(
         (seconds of `reference`, seconds of `call`), one entry per round.
     """
     reference_s: list[float] = []
-
-    def timed() -> None:
-        call()
-        synchronize()
-
-    benchmark.pedantic(timed, setup=lambda: reference_s.append(seconds(reference)), rounds=rounds)
-    return reference_s, list(benchmark.stats.stats.data)
+    benchmark.pedantic(synchronized(call), setup=lambda: reference_s.append(seconds(reference)), rounds=rounds)
+    return reference_s, round_seconds(benchmark)
 
 
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:

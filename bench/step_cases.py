@@ -75,35 +75,37 @@ class Shape:
         return None
 
 
-def _gpu(name: str, *sizes: Any, **more: Any) -> Shape:
+Sizes = tuple[int, int, int, int, int, int, int]
+"""hidden, layers, heads, key-value heads, head size, intermediate, vocabulary"""
+_1B7: Sizes = (2048, 28, 16, 8, 128, 6144, 151_936)
+_8B: Sizes = (4096, 36, 32, 8, 128, 12288, 151_936)
+_32B: Sizes = (5120, 64, 64, 8, 128, 25600, 151_936)
+
+
+def _gpu(name: str, sizes: Sizes, *, tied: bool = True, lora: int | None = None) -> Shape:
     return Shape(
         name,
         *sizes,
+        tied=tied,
+        lora=lora,
         device="cuda",
         data=("short", "long"),
         tokens_per_step=32768,
         pack_capacity=8192,
         checkpointing=True,
-        **more,
     )
 
 
-# hidden, layers, heads, kv heads, head dim, intermediate, vocabulary
-_1B7, _8B, _32B = (
-    (2048, 28, 16, 8, 128, 6144, 151_936),
-    (4096, 36, 32, 8, 128, 12288, 151_936),
-    (5120, 64, 64, 8, 128, 25600, 151_936),
-)
 SHAPES = {
     shape.name: shape
     for shape in (
         Shape("quick", 128, 2, 4, 2, 32, 384, 2048, tokens_per_step=2048, pack_capacity=1024),
         Shape("hidden256-vocab8k", 256, 6, 8, 4, 32, 768, 8192, data=("short", "long")),
         Shape("hidden512-vocab152k", 512, 4, 8, 4, 64, 1536, 151_936),
-        _gpu("qwen3-1.7b-full", *_1B7),
-        _gpu("qwen3-8b-full", *_8B, tied=False),
-        _gpu("qwen3-8b-lora64", *_8B, tied=False, lora=64),
-        _gpu("qwen3-32b-lora64", *_32B, tied=False, lora=64),
+        _gpu("qwen3-1.7b-full", _1B7),
+        _gpu("qwen3-8b-full", _8B, tied=False),
+        _gpu("qwen3-8b-lora64", _8B, tied=False, lora=64),
+        _gpu("qwen3-32b-lora64", _32B, tied=False, lora=64),
     )
 }
 

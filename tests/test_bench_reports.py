@@ -90,7 +90,9 @@ def test_gate_measures_dropped_shares_again(later, code, results, monkeypatch) -
     recording.record([entry("ours-cpu", 0.8, **here, quick=True)])
     monkeypatch.setattr(regression_gate, "RETRY_PAUSES_S", (0, 0))
     requested, shares = [], iter([0.5, *later])
-    monkeypatch.setattr(regression_gate, "run", lambda tests: requested.append(tests) or [entry("ours-cpu", next(shares))])
+    monkeypatch.setattr(
+        regression_gate, "run", lambda tests: requested.append(tests) or [entry("ours-cpu", next(shares))]
+    )
     monkeypatch.setattr(sys, "argv", ["regression_gate.py"])
     assert regression_gate.main() == code
     assert len(requested[0]) == 3

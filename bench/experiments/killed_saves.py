@@ -4,7 +4,8 @@
 
 A tiny run saves at every step. SIGKILL ends it during its second save (ours: the first save of a stage), when a file is
 half written. Then the same command runs again, at most twice, as a scheduler would do it. TRL resumes from
-`get_last_checkpoint(folder)`. In a further case the optimizer state of a complete checkpoint is deleted. Prints a table.
+`get_last_checkpoint(folder)`. In a further case, the optimizer state of a complete checkpoint is deleted. The script
+prints a table.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def die_while_writing(name: str | None) -> None:
     transformers.modeling_utils.safe_save_file = safetensors.torch.save_file = dying(safetensors.torch.save_file, 1)
     from transformers import TrainerState
 
-    TrainerState.save_to_json = dying(TrainerState.save_to_json, 1)
+    TrainerState.save_to_json = dying(TrainerState.save_to_json, 1)  # type: ignore[method-assign]
 
 
 # --- both, as commands that return (exit code, output) ------------------------------------------------------------

@@ -28,7 +28,9 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
     leaves = 1
     while leaves < capacity + 1:
         leaves *= 2
-    tree = np.zeros(2 * leaves, np.bool_)  # leaf r: an open pack has exactly r tokens of room; inner nodes: any leaf below
+    tree = np.zeros(
+        2 * leaves, np.bool_
+    )  # leaf r: an open pack has exactly r tokens of room; inner nodes: any leaf below
     # the packs with the same room form a stack
     top = np.full(capacity + 1, -1, np.int64)  # [room] the pack on top, or -1
     below = np.empty(len(lengths), np.int64)  # [pack] the next pack of its stack, or -1
