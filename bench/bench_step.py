@@ -59,6 +59,7 @@ Contender = tuple[Callable[[], float], Callable[[], None]]
 """(a function that runs one training step and returns its loss, a function that releases what it holds)"""
 
 LR, DECAY, BETAS = 1e-4, 0.01, (0.9, 0.95)
+PEER_ATTENTION = "flash_attention_2" if DEVICE == "cuda" and is_installed("flash_attn") else "sdpa"
 COMPARED = 4  # steps whose losses must agree
 # relative; in bf16 the baseline has bf16 parameters and ours has fp32 master weights, in fp32 both compute the same
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
@@ -81,9 +82,7 @@ def ours(work: Workload, layers: str) -> Contender:
 def by_hand(work: Workload) -> Contender:
     device = work.ranks.device
     model = work.model().to(device, DTYPES[work.precision])
-    model.set_attn_implementation(
-        "flash_attention_2" if is_installed("flash_attn") and device.type == "cuda" else "sdpa"
-    )
+    model.set_attn_implementation(PEER_ATTENTION)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=DECAY, betas=BETAS, fused=True)
     padded = [tuple(t.to(device) for t in batch) for batch in padded_batches(work)]
@@ -128,7 +127,7 @@ def trl_times(work: Workload, steps: int, folder: Path) -> tuple[list[float], li
             synchronize()
             self.seconds.append(time.perf_counter() - self.began)
 
-    gpu = work.ranks.device.type == "cuda"
+    gpu = DEVICE == "cuda"
     rows = [
         {
             "input_ids": row.input_ids.tolist(),
@@ -161,7 +160,7 @@ def trl_times(work: Workload, steps: int, folder: Path) -> tuple[list[float], li
         **chunked_loss,
     )
     model = work.model().to(work.ranks.device, DTYPES[work.precision])
-    model.set_attn_implementation("flash_attention_2" if gpu and is_installed("flash_attn") else "sdpa")
+    model.set_attn_implementation(PEER_ATTENTION)
     timer = StepTimer()
     trainer = SFTTrainer(
         model, args=settings, train_dataset=Dataset.from_list(rows), callbacks=[timer], processing_class=work.tokenizer

@@ -163,7 +163,7 @@ class Workload:
         )
 
     def model(self) -> Any:
-        """Build the model anew, with the same initial weights on every call."""
+        """Build a new model, with the same initial weights on every call."""
         if self.ranks.device.type == "cpu":
             return build_model(ModelConfig(architecture=self.shape.architecture()), self.tokenizer, seed=0)
         from transformers import AutoConfig, AutoModelForCausalLM
