@@ -27,8 +27,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from recording import machine
 
 from delib_fast.config import AFTConfig, SourceConfig
-from delib_fast.data import TokenizedDataset, PackedDataLoader, Row, Segment, encode_rows, encode_stream, read_source
-from delib_fast.data.cache import cached, fingerprint_of
+from delib_fast.data import PackedDataLoader, Row, Segment, TokenizedDataset, encode_rows, encode_stream, read_source
+from delib_fast.data.encode.cache import cached, fingerprint_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "data"))
 from chat_oracle import chat, nasty_text, oracle

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from delib_fast.looking.plots import pyplot
+from delib_fast.reports.plots import pyplot
 
 _MARKERS = "osD^vP*X<>h8"
 _WHAT = "the pictures of bench/report.py are drawn"

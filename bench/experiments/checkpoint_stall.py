@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from delib_fast.engine import CheckpointWriter
-from delib_fast.engine.checkpoint import Alone
+from delib_fast.checkpoint.format import Alone
+from delib_fast.checkpoint.writer import CheckpointWriter
 
 
 def main() -> None:

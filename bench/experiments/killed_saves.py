@@ -116,7 +116,7 @@ def trl(folder: Path, **env: str) -> tuple[int, str]:
 
 
 def ours(folder: Path, **env: str) -> tuple[int, str]:
-    program = "import sys; from faults import install; install(); from tiny_run import run; sys.exit(run(sys.argv[1]))"
+    program = "import sys; from helpers import faults, tiny_run; faults.install(); sys.exit(tiny_run.run(sys.argv[1]))"
     return command(["-c", program, str(folder / "run.yaml")], FAULT_DIR=str(folder / "run"), **env)
 
 
