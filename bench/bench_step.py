@@ -1,4 +1,4 @@
-"""A whole training step (forward, backward, optimizer): ours, a hand-written baseline loop, and TRL's trainer.
+"""A whole training step (forward, backward, optimizer): ours, a hand-written loop, and TRL's trainer.
 
     pytest bench/bench_step.py                                     # all cases for this device; minutes on two cores
     pytest bench/bench_step.py -k "vocab8k and short and ours"     # one case
@@ -8,13 +8,13 @@ All contenders train the same newly initialized model on the same rows, with as 
 AdamW, in the precision that the device multiplies natively.
 
     ours       packs through `Engine`, as `train.py` runs them; the contender's name ends with its `model.layers`
-    by hand    the hand-written baseline: rows sorted by length and padded into micro-batches of at most a pack's
-               tokens, parameters in bf16 throughout, the head and its loss compiled and only on supervised rows, one
-               division by the step's supervised tokens
+    by hand    the hand-written loop, the baseline: rows sorted by length and padded into micro-batches of at most a
+               pack's tokens, parameters in bf16 throughout, the head and its loss compiled and only on supervised
+               rows, one division by the step's supervised tokens
     trl        SFTTrainer in its best configuration: packed, parameters in bf16; on a GPU with its chunked loss, or with
                liger if it is installed
 
-Before anything is timed, the losses of the first steps must agree. Steps of ours and of the baseline alternate, so that
+Before anything is timed, the losses of the first steps must agree. Our steps and those of the baseline alternate, so that
 another process on the machine slows both; on a GPU the two run one after the other, since two models may not fit.
 `ratio` compares within one run; a time on its own says nothing about another machine. A CPU figure of TRL says nothing
 about GPUs, since TRL runs fallback code on a CPU.

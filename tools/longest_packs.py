@@ -1,6 +1,8 @@
-"""The longest pack that trains, by model and setting, as the planner estimates it: `python tools/longest_packs.py`.
+"""Print the planner's estimate of the longest pack that fits in memory, for several models and settings.
 
-Nothing is run and no weight is made; the formulas are in delib_fast/memory.py.
+    python tools/longest_packs.py
+
+Nothing is trained and no weights are created; the formulas are in delib_fast/training/memory.py.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make $VENV with torch and delib_fast in it. A torch that $PYTHON already has is seen through and kept.
+# Create the virtual environment $VENV with torch and delib_fast. If $PYTHON already has torch, that torch is used.
 set -euo pipefail
 python=${PYTHON:-python3} venv=${VENV:-.venv} torch=${TORCH:-torch==2.13.0}
 
@@ -15,7 +15,7 @@ if [ ! -x "$venv/bin/python" ]; then
   fi
 fi
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
-quietly() {  # the output of a step is shown only if the step fails
+quietly() {  # show the output of a command only if it fails
   local log; log=$(mktemp)
   if ! "$@" >"$log" 2>&1; then cat "$log" >&2; rm -f "$log"; return 1; fi
   rm -f "$log"
@@ -25,15 +25,15 @@ if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
   echo "installing $torch"
   quietly pip install "$torch"
 fi
-# Whatever else is installed from here on, this torch stays.
+# Pin torch, so that no later install replaces it.
 pins=$(mktemp); trap 'rm -f "$pins"' EXIT
 "$venv/bin/python" - >"$pins" <<'PY'
 import importlib.metadata as metadata
 print("torch==" + metadata.version("torch"))
 PY
-echo "installing delib_fast and what it needs, with torch $(sed 's/torch==//' "$pins")"
+echo "installing delib_fast and its dependencies, with torch $(sed 's/torch==//' "$pins")"
 quietly pip install -c "$pins" 'setuptools>=77' wheel 'pybind11>=2.12' ninja packaging numpy py-cpuinfo
-# DeepSpeed is a source package that imports torch while it is installed: no build isolation.
+# DeepSpeed is a source package whose build imports torch: no build isolation.
 quietly pip install -c "$pins" --no-build-isolation deepspeed
 quietly pip install -c "$pins" --no-build-isolation -e '.[dev]'
 "$venv/bin/delib-fast" env --brief
