@@ -187,8 +187,8 @@ def our_rows(top: Path) -> Iterator[tuple[str, str, str]]:
     for name in OUR_FILES:
         folder, label = top / f"ours-{name}", re.sub(r"\d{4,}", "N", name)
         short_run(folder)
-        suffix = "" if name.startswith("state") else ".tmp"
-        fault = f"write checkpoints/aft/.writing-step-N/{label}{suffix}"
+        written = label if name.startswith("state") else f".{label}.tmp"  # JSON is written to a temporary file first
+        fault = f"write checkpoints/aft/.writing-step-N/{written}"
         assert ours(folder, FAULT=fault)[0] == -signal.SIGKILL, fault
         yield "delib_fast", f"killed while {name} is written", restarts(ours, folder, undisturbed, our_result)
     folder = top / "ours-lost"
