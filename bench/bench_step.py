@@ -14,8 +14,8 @@ AdamW, in the precision that the device multiplies natively.
     trl        SFTTrainer in its best configuration: packed, parameters in bf16; on a GPU with its chunked loss, or with
                liger if it is installed
 
-Before anything is timed, the losses of the first steps must agree. Our steps and those of the baseline alternate, so that
-another process on the machine slows both; on a GPU the two run one after the other, since two models may not fit.
+Before anything is timed, the losses of the first steps must agree. Our steps alternate with those of the baseline, so
+that another process on the machine slows both; on a GPU the two run one after the other, since two models may not fit.
 `ratio` compares within one run; a time on its own says nothing about another machine. A CPU figure of TRL says nothing
 about GPUs, since TRL runs fallback code on a CPU.
 
