@@ -76,7 +76,7 @@ struct Chunk {
   // Call after the last block. Computes what the gradient needs, and writes nll, correct and the loss to `results`.
   void finish(std::int64_t vocabulary, Results& results);
 
-  // Replaces a block of logits by their gradient. The target's entry is computed in full precision and rounded once.
+  // Replaces a block of logits with their gradient. The target's entry is computed in full precision and rounded once.
   template <typename scalar_t>
   void to_gradient(Block<scalar_t> block, const Sweeps<scalar_t, acc_t>& sweeps) {
     const Finished<acc_t> finished{max.data(), factor.data(), offset.data()};

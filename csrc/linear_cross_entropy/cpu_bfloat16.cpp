@@ -1,7 +1,7 @@
 // The loss for bfloat16 inputs on processors with bfloat16 GEMMs (AMX, AVX-512 BF16).
 //
 // For each chunk of C supervised rows, there are two loops over blocks of the vocabulary. The first computes a block of
-// logits^T = W . X^T and updates the softmax statistics while the block is in cache. The second replaces the block by
+// logits^T = W . X^T and updates the softmax statistics while the block is in cache. The second replaces the block with
 // its gradient dz, and adds dz . X to the block's part of dW in float32. Then one product over the whole vocabulary
 // computes dX = dz^T . W. With AMX the second loop also writes a copy of dz with layout (C, V) for that product, which
 // saves more time than it costs.

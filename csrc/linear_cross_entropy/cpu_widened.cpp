@@ -1,7 +1,7 @@
 // The loss for any float dtype, with every GEMM in float32 (float64 for float64 inputs).
 //
 // For each chunk of C supervised rows, there are two loops over blocks of the vocabulary. The first computes a block of
-// logits^T = W . X^T and updates the softmax statistics while the block is in cache. The second replaces the block by
+// logits^T = W . X^T and updates the softmax statistics while the block is in cache. The second replaces the block with
 // its gradient dz, and adds dz^T . W to dX and dz . X to the block's part of dW.
 //
 // Memory traffic per chunk: the weight is read twice (a bfloat16 or float16 block is converted into one small buffer,

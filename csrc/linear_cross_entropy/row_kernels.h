@@ -43,7 +43,7 @@ struct Finished {
 template <typename scalar_t, typename acc_t>
 using StatisticsFn = void (*)(Block<scalar_t>, Running<acc_t>, acc_t softcap, std::int64_t begin, std::int64_t end);
 
-// Replaces columns [begin, end) of a block by the gradient of the logits.
+// Replaces columns [begin, end) of a block with the gradient of the logits.
 template <typename scalar_t, typename acc_t>
 using GradientFn = void (*)(Block<scalar_t>, Finished<acc_t>, acc_t softcap, std::int64_t begin, std::int64_t end);
 

@@ -1,4 +1,4 @@
-// Computes the losses of one chunk of logits (C, V), and replaces the logits by their gradient.
+// Computes the losses of one chunk of logits (C, V), and replaces the logits with their gradient.
 //
 // Each row is processed by a cluster of 1, 2 or 4 thread blocks, and each block processes one slice of the row. A block
 // reads its slice from HBM once, copies it to shared memory and computes its softmax statistics. The blocks of a
@@ -36,7 +36,7 @@ struct Arguments {
   std::int64_t vocabulary;
   std::int64_t ignore_index;
   RowOptions<float> options;
-  int cached_vectors;  // vectors of a slice that are in shared memory
+  int cached_vectors;  // the number of vectors of a slice that are kept in shared memory
   bool need_gradient;
 };
 

@@ -123,7 +123,7 @@ void scatter(const float* from, std::int64_t begin, std::int64_t count, std::int
 }
 
 // One step of the online softmax, for one row of scores. Masks the keys after the first `visible`, updates `max` and
-// `sum`, and replaces each score by e^(score - max). Returns the factor that rescales the earlier sums.
+// `sum`, and replaces each score with e^(score - max). Returns the factor that rescales the earlier sums.
 inline float update_softmax(float* scores, std::int64_t columns, std::int64_t visible, float& max, float& sum) {
   for (std::int64_t j = visible; j < columns; ++j) scores[j] = -INFINITY;
   Vector block_max = splat(-INFINITY);

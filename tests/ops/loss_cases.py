@@ -60,9 +60,9 @@ def eager(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def skip_if_unavailable(backend: str) -> None:
-    wanted = next(b for b in BACKENDS if b.name == backend)
+    candidate = next(b for b in BACKENDS if b.name == backend)
     tensor = torch.empty(1, 1, device=DEVICE)
-    if reason := wanted.why_not(tensor, tensor):
+    if reason := candidate.why_not(tensor, tensor):
         pytest.skip(f"{backend}: {reason}")
 
 

@@ -27,15 +27,15 @@ def test_an_upstream_gradient_is_not_rounded_to_the_gradients_dtype(fused):
 
 
 @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_scale_gradient_rounds_once(saved, wanted):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_scale_gradient_rounds_once(saved, dtype):
     gradient = torch.randn(33, 70, device=DEVICE).to(saved)
     scale = torch.rand((), device=DEVICE)
     exact = gradient.double() * scale.double()
-    ours = torch.ops.delib_fast.scale_gradient(gradient, scale, wanted)
-    assert ours.dtype == wanted
-    torch.testing.assert_close(ours.double(), exact, rtol=0.51 * torch.finfo(wanted).eps + 1e-7, atol=1e-7)
-    assert torch.ops.delib_fast.scale_gradient(torch.full((3,), torch.nan), scale, wanted).isnan().all()
+    ours = torch.ops.delib_fast.scale_gradient(gradient, scale, dtype)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.double(), exact, rtol=0.51 * torch.finfo(dtype).eps + 1e-7, atol=1e-7)
+    assert torch.ops.delib_fast.scale_gradient(torch.full((3,), torch.nan), scale, dtype).isnan().all()
 
 
 def test_retain_graph(backend):

@@ -1,7 +1,7 @@
-"""Computes the losses of one chunk of logits (C, V), and replaces the logits by their gradient.
+"""Computes the losses of one chunk of logits (C, V), and replaces the logits with their gradient.
 
 There is one program per row. It reads the row once for the maximum, the sum and the argmax, and a second time to
-overwrite it by dz. The second read comes mostly from L2, because the rows in flight, one per multiprocessor, fit
+overwrite it with dz. The second read comes mostly from L2, because the rows in flight, one per multiprocessor, fit
 there (a row of bfloat16 logits is 304 KB at V = 151,936). HBM traffic is therefore about 4 bytes per logit. The
 target's entry of dz is w·expm1(-nll), computed in float32 and rounded once. If an unsupervised row is listed in
 loss_positions, its gradient is zero, whatever its logits are.
