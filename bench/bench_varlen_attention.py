@@ -27,7 +27,7 @@ from conftest import machine, synchronize
 from torch import Tensor
 
 from delib_fast.ops import varlen_attention
-from delib_fast.ops.varlen_attention import _BACKENDS
+from delib_fast.ops.varlen_attention import BACKENDS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -115,7 +115,7 @@ def sdpa_loop(window: int | None, inputs: Inputs) -> tuple[Tensor, ...]:
 def contenders() -> dict[str, Callable[[int | None, Inputs], tuple[Tensor, ...]]]:
     tensors = make_inputs([8])[2:5]
     found: dict[str, Any] = {
-        b.name: functools.partial(ours, b.name) for b in _BACKENDS if b.why_not(*tensors, None) is None
+        b.name: functools.partial(ours, b.name) for b in BACKENDS if b.why_not(*tensors, None) is None
     }
     return {**found, "sdpa_dense": sdpa_dense, "sdpa_loop": sdpa_loop}
 

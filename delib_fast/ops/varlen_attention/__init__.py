@@ -8,8 +8,10 @@ from delib_fast.ops._dispatch import Backend, choose
 from delib_fast.ops.varlen_attention import _cpu, _flash, _torch, reference
 from delib_fast.ops.varlen_attention._checks import check_cu_seqlens, check_prefix, check_tensors
 
+__all__ = ["BACKENDS", "varlen_attention"]
+
 # In order of speed.
-_BACKENDS = (
+BACKENDS = (
     Backend("flash", _flash.varlen_attention, _flash.why_not),
     Backend("torch", _torch.varlen_attention, _torch.why_not),
     Backend("cpu", _cpu.varlen_attention, _cpu.why_not),
@@ -75,7 +77,7 @@ def varlen_attention(
         check_prefix(prefix, cu_seqlens.shape[0] - 1)
         if all(parent < 0 for parent in prefix):
             prefix = None
-    chosen = choose("varlen_attention", _BACKENDS, backend, q, k, v, window, prefix is not None)
+    chosen = choose("varlen_attention", BACKENDS, backend, q, k, v, window, prefix is not None)
     out: Tensor = chosen.run(
         q, k, v, cu_seqlens, max_seqlen, scale=scale, window=window, cu_seqlens_host=cu_seqlens_host, prefix=prefix
     )
