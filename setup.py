@@ -1,11 +1,12 @@
-"""Builds what is compiled: delib_fast._C (C++, on torch) and libdelib_fast_cuda.so (CUDA, on nothing).
+"""Build the two compiled libraries: delib_fast._C (C++, linked with torch) and libdelib_fast_cuda.so (CUDA only).
 
-Both are optional. What is built is decided by the toolchain and by wish, never by whether a GPU is present:
+Both are optional. Two environment variables and the installed toolchain decide what is built; whether a GPU is present
+does not matter.
 
-    DELIB_FAST_CPP  = auto | 0 | 1    auto: where torch, Python.h and a C++ compiler are at hand
-    DELIB_FAST_CUDA = auto | 0 | 1    auto: where nvcc is at hand;  1: an error where it is not
+    DELIB_FAST_CPP  = auto | 0 | 1    auto: build if torch, Python.h and a C++ compiler are installed
+    DELIB_FAST_CUDA = auto | 0 | 1    auto: build if nvcc is installed
 
-Everything else about the package is in pyproject.toml.
+With 0 the library is not built. With 1 a missing toolchain is an error. The rest of the packaging is in pyproject.toml.
 """
 
 import os
@@ -22,35 +23,37 @@ from setuptools.command.build_ext import build_ext as setuptools_build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = "csrc"
-CUDA_TARGETS = ("80", "90a")  # A100 and later by PTX; Hopper's clusters
-SLOWER = (
-    "delib_fast is installed without its C++ part ({why}): on a CPU the loss runs on plain torch and "
-    "packs are planned in Python, both slower. Everything works."
+CUDA_TARGETS = ("80", "90a")  # A100, and Hopper with thread block clusters; newer GPUs use the PTX below
+WITHOUT_CPP = (
+    "delib_fast is installed without its C++ extension ({why}). Everything works, but on a CPU the loss runs on plain "
+    "torch and packs are planned in Python, which is slower."
 )
 
 
-def wish(name: str) -> str:
+def build_flag(name: str) -> str:
+    """Return the value of the environment variable `name`: "auto" (the default), "0" or "1"."""
     value = os.environ.get(name, "auto")
     if value not in ("auto", "0", "1"):
-        raise SystemExit(f"{name}={value!r}: it must be auto, 0 or 1")
+        raise SystemExit(f"{name}={value!r} is not valid; it must be auto, 0 or 1")
     return value
 
 
 def cpp_compiler() -> str:
+    """Return the command of the C++ compiler, or "" if there is none."""
     return os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), "")
 
 
 def why_no_cpp() -> str | None:
-    """A reason not to compile C++, or None; the compiler is tried on a file that needs what ours need."""
-    if wish("DELIB_FAST_CPP") == "0":
+    """Return the reason that C++ is not compiled, or None. Compiles a small file to test the compiler and Python.h."""
+    if build_flag("DELIB_FAST_CPP") == "0":
         return "DELIB_FAST_CPP=0"
     try:
         import torch.utils.cpp_extension  # noqa: F401
     except ImportError:
-        return "no torch while building; install torch first and pass --no-build-isolation"
+        return "torch cannot be imported during the build; install torch first and pass --no-build-isolation"
     compiler = cpp_compiler()
     if not compiler:
-        return "no C++ compiler found; install g++"
+        return "no C++ compiler was found; install g++"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text("#include <Python.h>\n#include <vector>\nint main() { return 0; }\n")
@@ -61,12 +64,13 @@ def why_no_cpp() -> str | None:
         except OSError as error:
             return f"the C++ compiler {compiler!r} cannot be run: {error.strerror}"
     if probe.returncode:
-        first_line = next((line for line in probe.stderr.splitlines() if "error" in line), "it failed")
-        return f"the C++ compiler {compiler!r} does not compile a file with Python.h: {first_line.strip()}"
+        first_line = next((line for line in probe.stderr.splitlines() if "error" in line), "unknown error")
+        return f"the C++ compiler {compiler!r} cannot compile a file that includes Python.h: {first_line.strip()}"
     return None
 
 
 def find_nvcc() -> str | None:
+    """Return the path of nvcc: from CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda, in this order."""
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
         if home and (nvcc := shutil.which("nvcc", path=str(Path(home, "bin")))):
             return nvcc
@@ -74,24 +78,26 @@ def find_nvcc() -> str | None:
 
 
 def sources(*suffixes: str) -> list[str]:
+    """Return the files below csrc with these suffixes, relative to the root and sorted."""
     found = (path for suffix in suffixes for path in (ROOT / CSRC).rglob(f"*{suffix}"))
     return sorted(str(path.relative_to(ROOT)) for path in found)
 
 
 class CudaLibrary(Extension):
-    """One plain shared library with a C interface; Python loads it with ctypes, so no ABI has to match."""
+    """A plain shared library with a C interface. Python loads it with ctypes, so it depends on no ABI of torch."""
 
     def __init__(self, nvcc: str):
-        # setuptools gets no sources: it must not hand .cu files to the C++ compiler
+        # no sources for setuptools, which would pass .cu files to the C++ compiler
         super().__init__("delib_fast.libdelib_fast_cuda", sources=[], depends=sources(".cu", ".cuh", ".h"))
         self.nvcc = nvcc
         self.cu_sources = sources(".cu")
 
     def compile(self, output: Path, scratch: Path) -> None:
+        """Compile each .cu file to an object file in `scratch`, and link them to `output`."""
         scratch.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         targets = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS]
-        targets.append("-gencode=arch=compute_80,code=compute_80")  # PTX, for what comes later
+        targets.append("-gencode=arch=compute_80,code=compute_80")  # PTX for newer GPUs
         common = [self.nvcc, *targets, "-O3", "-std=c++17", "-Xcompiler=-fPIC", f"-I{ROOT / CSRC}"]
         objects = []
         for source in self.cu_sources:
@@ -101,9 +107,10 @@ class CudaLibrary(Extension):
 
 
 def cpp_extension() -> Extension:
+    """Return the extension delib_fast._C."""
     from torch.utils.cpp_extension import CppExtension
 
-    # No -march=native: what needs AVX2 or AVX-512 says so in its own file and is chosen at run time.
+    # No -march=native: loops for AVX2 and AVX-512 are selected at run time (csrc/for_each_simd_target.h).
     flags = ["-O3", "-fvisibility=hidden", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
     return CppExtension(
         "delib_fast._C",
@@ -116,23 +123,25 @@ def cpp_extension() -> Extension:
 
 
 def extensions() -> list[Extension]:
+    """Return the extensions to build. Exits with an error if a requested one cannot be built."""
     found: list[Extension] = []
     why = why_no_cpp()
     if why is None:
         found.append(cpp_extension())
-    elif wish("DELIB_FAST_CPP") == "1":
-        raise SystemExit(f"DELIB_FAST_CPP=1, but {why}")
+    elif build_flag("DELIB_FAST_CPP") == "1":
+        raise SystemExit(f"DELIB_FAST_CPP=1, but the C++ extension cannot be built: {why}")
     else:
-        print(SLOWER.format(why=why), file=sys.stderr)
+        print(WITHOUT_CPP.format(why=why), file=sys.stderr)
     nvcc = find_nvcc()
-    if wish("DELIB_FAST_CUDA") == "1" and nvcc is None:
-        raise SystemExit("DELIB_FAST_CUDA=1, but there is no nvcc on PATH, under CUDA_HOME or /usr/local/cuda")
-    if wish("DELIB_FAST_CUDA") != "0" and nvcc is not None and sources(".cu"):
+    if build_flag("DELIB_FAST_CUDA") == "1" and nvcc is None:
+        raise SystemExit("DELIB_FAST_CUDA=1, but nvcc was not found on PATH, in CUDA_HOME or in /usr/local/cuda")
+    if build_flag("DELIB_FAST_CUDA") != "0" and nvcc is not None and sources(".cu"):
         found.append(CudaLibrary(nvcc))
     return found
 
 
 def build_command(found: list[Extension]) -> type:
+    """Return the build_ext command that also builds a CudaLibrary."""
     base: type = setuptools_build_ext
     if any(not isinstance(extension, CudaLibrary) for extension in found):
         from torch.utils.cpp_extension import BuildExtension

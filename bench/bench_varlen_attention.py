@@ -29,7 +29,7 @@ from torch import Tensor
 
 from delib_fast.data import PackedBatch
 from delib_fast.ops import varlen_attention
-from delib_fast.ops.varlen_attention import _BACKENDS
+from delib_fast.ops.varlen_attention import BACKENDS
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 ALLOWED = 2e-2 if DEVICE == "cuda" else 1e-5  # relative to the largest entry
@@ -116,7 +116,7 @@ def sdpa_loop(window: int | None, inputs: Inputs) -> tuple[Tensor, ...]:
 def contenders() -> dict[str, Callable[[int | None, Inputs], tuple[Tensor, ...]]]:
     tensors = make_inputs([8])[2:5]
     found: dict[str, Any] = {
-        b.name: functools.partial(ours, b.name) for b in _BACKENDS if b.why_not(*tensors, None) is None
+        b.name: functools.partial(ours, b.name) for b in BACKENDS if b.why_not(*tensors, None) is None
     }
     return {**found, "sdpa_dense": sdpa_dense, "sdpa_loop": sdpa_loop}
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Compile every .cu for sm_80 and sm_90a. Needs nvcc, no GPU and no torch.
+# Compile every .cu file for sm_80 and sm_90a. This needs nvcc, but neither a GPU nor torch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 nvcc=${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
 if [ ! -x "$nvcc" ]; then
-  echo "no nvcc found: set NVCC=/path/to/nvcc, or install the CUDA toolkit" >&2
+  echo "nvcc was not found; set NVCC=/path/to/nvcc, or install the CUDA toolkit" >&2
   exit 2
 fi
 out=$(mktemp -d); trap 'rm -rf "$out"' EXIT
@@ -17,4 +17,4 @@ while IFS= read -r source; do
     count=$((count + 1))
   done
 done < <(find csrc -name '*.cu' | sort)
-echo "compiled $count objects"
+echo "compiled $count object files"

@@ -1,7 +1,8 @@
-// What the two CPU paths share: the supervised rows of a call, and its results.
+// Declarations that the two CPU paths share: the supervised rows of a call, a chunk of them, and the results.
 //
-// T packed tokens, H hidden size, V vocabulary, C tokens of a chunk. Logits are kept transposed, (V, C): dz is
-// then laid out as the weight gradient's GEMM wants it, and softmax runs along tokens.
+// T packed tokens, H hidden size, V vocabulary, C tokens of a chunk, K columns of a dz that is kept. Logits are stored
+// transposed, (V, C): the gradient of the logits, dz, then has the layout that the GEMM of the weight's gradient needs,
+// and the softmax loops run along tokens.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -16,8 +17,8 @@
 
 namespace delib_fast {
 
-// The supervised rows: where they are, what they are to predict, with what weight.
-struct LiveRows {
+// The supervised rows: their positions, their targets and their weights.
+struct SupervisedRows {
   std::vector<std::int64_t> positions;
   std::vector<std::int64_t> targets;
   std::vector<double> weights;
@@ -27,20 +28,20 @@ struct LiveRows {
 struct Results {
   at::Tensor nll;          // (T,) float32, or float64 for float64 inputs; zeros on entry
   at::Tensor correct;      // (T,) bool; false on entry
-  at::Tensor grad_hidden;  // (T, H) of the inputs' dtype, zeros on entry; empty if not wanted
-  at::Tensor grad_weight;  // (V, H) float32 or float64, uninitialised on entry; empty if not wanted
-  at::Tensor dz, rows;     // in the place of grad_weight, its factors: (V, K) and (K, H), uninitialised; else empty
+  at::Tensor grad_hidden;  // (T, H) in the dtype of the inputs, zeros on entry; empty if not needed
+  at::Tensor grad_weight;  // (V, H) float32 or float64, uninitialised on entry; empty if not needed
+  at::Tensor dz, rows;     // the factors of grad_weight, kept instead of it: (V, K) and (K, H), uninitialised on entry
   double loss_sum = 0;
-  RowOptions<double> options{1, 0, 0, 0};  // the scale is in the hidden states already
-  bool want_grad_hidden = false;
-  bool want_grad_weight = false;
+  RowOptions<double> options{1, 0, 0, 0};  // the hidden states are already scaled
+  bool need_grad_hidden = false;
+  bool need_grad_weight = false;
   bool keeps_dz() const { return dz.numel() > 0; }
-  bool want_gradient() const { return want_grad_hidden || want_grad_weight; }
-  // Whether the logits are more to the sweeps than a softmax. (A z-loss only changes a token's factor.)
-  bool shaped() const { return options.softcap != 0 || options.smoothing != 0; }
+  bool need_gradient() const { return need_grad_hidden || need_grad_weight; }
+  // Whether the general sweeps are needed. (A z-loss only changes a token's factor, so the plain ones support it.)
+  bool general() const { return options.softcap != 0 || options.smoothing != 0; }
   template <typename scalar_t, typename acc_t>
-  Sweeps<scalar_t, acc_t> choose(const Sweeps<scalar_t, acc_t>& plain, const Sweeps<scalar_t, acc_t>& shaped_) const {
-    return shaped() ? shaped_ : plain;
+  Sweeps<scalar_t, acc_t> choose(const Sweeps<scalar_t, acc_t>& plain, const Sweeps<scalar_t, acc_t>& other) const {
+    return general() ? other : plain;
   }
 };
 
@@ -51,19 +52,19 @@ inline void assign(float* to, float x) { *to = x; }
 inline void assign(double* to, double x) { *to = x; }
 inline void assign(bf16_bits* to, float x) { *to = c10::BFloat16(x).x; }
 
-// One chunk of live rows, in the type it is computed in, with its softmax statistics. Rows [begin, end) of
-// `rows`, which must outlive it.
+// One chunk of supervised rows, in the dtype of the computation, with its softmax statistics. It covers [begin, end) of
+// `rows`, which must outlive the chunk.
 template <typename acc_t>
 struct Chunk {
-  Chunk(const at::Tensor& all_hidden, const LiveRows& rows, std::int64_t begin, std::int64_t end,
+  Chunk(const at::Tensor& all_hidden, const SupervisedRows& rows, std::int64_t begin, std::int64_t end,
         at::ScalarType dtype, const RowOptions<double>& options);
 
-  // Takes a block of logits into the statistics, while it is in cache. (V block, C) as `block` says.
+  // Updates the statistics with a block of logits, while the block is in cache.
   template <typename scalar_t>
   void add_logits(Block<scalar_t> block, const Sweeps<scalar_t, acc_t>& sweeps) {
     const Running<acc_t> running{max.data(),     sum.data(),           total.data(), shift.data(),
                                  partial.data(), partial_total.data(), argmax.data()};
-    at::parallel_for(0, size, COLUMNS, [&](std::int64_t begin, std::int64_t end) {
+    at::parallel_for(0, size, MIN_COLUMNS, [&](std::int64_t begin, std::int64_t end) {
       sweeps.statistics(block, running, options.softcap, begin, end);
     });
     for (std::int64_t c = 0; c < size; ++c) {
@@ -72,15 +73,14 @@ struct Chunk {
     }
   }
 
-  // After the last block: what the gradient needs and, written to `results`, nll, correct and the loss.
+  // Call after the last block. Computes what the gradient needs, and writes nll, correct and the loss to `results`.
   void finish(std::int64_t vocabulary, Results& results);
 
-  // Turns a block of logits into their gradient, in place; the target's entry is computed in full precision, and
-  // only then rounded.
+  // Replaces a block of logits with their gradient. The target's entry is computed in full precision and rounded once.
   template <typename scalar_t>
   void to_gradient(Block<scalar_t> block, const Sweeps<scalar_t, acc_t>& sweeps) {
     const Finished<acc_t> finished{max.data(), factor.data(), offset.data()};
-    at::parallel_for(0, size, COLUMNS, [&](std::int64_t begin, std::int64_t end) {
+    at::parallel_for(0, size, MIN_COLUMNS, [&](std::int64_t begin, std::int64_t end) {
       sweeps.gradient(block, finished, options.softcap, begin, end);
     });
     for (std::int64_t c = 0; c < size; ++c) {
@@ -89,11 +89,11 @@ struct Chunk {
     }
   }
 
-  // Fewest columns worth a thread: a cache line of float32, so that threads share none.
-  static constexpr std::int64_t COLUMNS = 16;
+  // Minimum columns per thread: one cache line of float32, so that no two threads write to the same line.
+  static constexpr std::int64_t MIN_COLUMNS = 16;
 
   std::int64_t size;
-  const std::int64_t* live_positions;
+  const std::int64_t* row_positions;
   const std::int64_t* targets;
   const double* weights;
   RowOptions<acc_t> options;
@@ -103,22 +103,22 @@ struct Chunk {
   at::Tensor hidden;     // (C, H)
 };
 
-// Elements from one row of a chunk's logits to the next: whole cache lines. MKL writes rows that begin anywhere at
+// The stride between rows of a chunk's transposed logits, in elements: whole cache lines. MKL writes unaligned rows at
 // little more than half the speed.
 inline std::int64_t leading_dimension(std::int64_t tokens) { return (tokens + 15) / 16 * 16; }
 
-// Chunks of nearly equal size, each at most `most` rows (but not less than 16) and whole cache lines of float32.
-std::int64_t equal_chunk(std::int64_t rows, std::int64_t most);
+// The size of chunks that are nearly equal: a multiple of 16 rows (a cache line of float32), at most max(max_rows, 16).
+std::int64_t equal_chunk(std::int64_t rows, std::int64_t max_rows);
 
-// Any float dtype: blocks of the weight are widened as they are used, and every GEMM is float32 (or float64).
-void run_widened(const at::Tensor& hidden, const at::Tensor& weight, const LiveRows& rows,
+// For any float dtype: every GEMM is float32 (or float64), and blocks of the weight are converted when they are used.
+void run_widened(const at::Tensor& hidden, const at::Tensor& weight, const SupervisedRows& rows,
                  std::int64_t chunk_tokens, Results& results);
 
-// bfloat16 in, bfloat16 GEMMs (AMX, AVX-512), weight gradient accumulated in float32, or left as its factors.
-void run_bfloat16(const at::Tensor& hidden, const at::Tensor& weight, const LiveRows& rows,
+// For bfloat16: bfloat16 GEMMs (AMX, AVX-512). The weight's gradient is accumulated in float32, or kept as its factors.
+void run_bfloat16(const at::Tensor& hidden, const at::Tensor& weight, const SupervisedRows& rows,
                   std::int64_t chunk_tokens, Results& results);
 
-// scale * dz (V, K) . rows (K, H) as bfloat16, K even: accumulated and scaled in float32, rounded once.
+// Returns scale * dz (V, K) . rows (K, H) as bfloat16. K must be even. Sums and scaling are in float32, rounded once.
 at::Tensor bfloat16_product(const at::Tensor& dz, const at::Tensor& rows, float scale);
 
 }  // namespace delib_fast

@@ -1,14 +1,19 @@
 // The loss for bfloat16 inputs on processors with bfloat16 GEMMs (AMX, AVX-512 BF16).
 //
-// Per chunk of C live rows, over blocks of the vocabulary: logits^T block = W block . X^T, taken into the softmax
-// statistics while in cache; then, block by block again, dz in place and dW block += dz . X in float32; then, in one
-// product over the whole vocabulary, dX = dz^T . W. With AMX a copy of dz laid out (C, V) is made on the way for it:
-// it costs one pass and saves more. Bytes moved per chunk: the weight twice, the logits once out and twice back, dz
-// (with AMX and its copy) once out and once in, dW (float32) once in and once out.
-// dW is the one product that ATen cannot do (bfloat16 in, float32 out and accumulated); it runs on oneDNN's
-// brgemm, tile by tile, with X packed once a chunk.
-// Where all of dz is asked for, in the place of dW, chunks are columns of it, and the backward pass makes dW in one
-// go: scaled and rounded while a tile is in cache, so that no float32 dW is written and read back.
+// For each chunk of C supervised rows, there are two loops over blocks of the vocabulary. The first computes a block of
+// logits^T = W . X^T and updates the softmax statistics while the block is in cache. The second replaces the block with
+// its gradient dz, and adds dz . X to the block's part of dW in float32. Then one product over the whole vocabulary
+// computes dX = dz^T . W. With AMX the second loop also writes a copy of dz with layout (C, V) for that product, which
+// saves more time than it costs.
+//
+// Memory traffic per chunk: the weight is read twice, the logits are written once and read twice, dz (and its copy with
+// AMX) is written once and read once, dW (float32) is read once and written once.
+//
+// dW is the only product that ATen cannot compute (bfloat16 inputs, accumulated into a float32 output). It uses the
+// brgemm of oneDNN, tile by tile, with X packed once per chunk.
+//
+// If dz is kept instead of dW, each chunk fills some columns of dz, and the backward pass computes dW with one product.
+// A tile of dW is scaled and rounded while it is in cache, so no float32 dW is written and read back.
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
@@ -26,12 +31,12 @@
 namespace delib_fast {
 namespace {
 
-constexpr std::int64_t LOGITS_BYTES = std::int64_t{320} << 20;  // with the copy
-constexpr std::int64_t MOST_TOKENS = 1024;
-constexpr std::int64_t BLOCK_ROWS = 1024;  // of the vocabulary, at least: one block stays in cache
-constexpr std::int64_t TILE_M = 64;        // of dW: vocabulary entries ...
-constexpr std::int64_t TILE_N = 64;        // ... by hidden units
-constexpr std::int64_t TILE_PAIRS = 512;   // of tokens at a time, so that both factors of a tile stay in cache
+constexpr std::int64_t LOGITS_BYTES = std::int64_t{320} << 20;  // including the copy
+constexpr std::int64_t MAX_TOKENS = 1024;      // per chunk
+constexpr std::int64_t MIN_BLOCK_ROWS = 1024;  // of the vocabulary; one block stays in cache
+constexpr std::int64_t TILE_M = 64;            // vocabulary entries in a tile of dW
+constexpr std::int64_t TILE_N = 64;            // hidden units in a tile of dW
+constexpr std::int64_t TILE_PAIRS = 512;       // pairs of tokens per product, so that both factors stay in cache
 
 // to[c][r] = from[r][c] for an (8, 8) tile.
 inline void transpose_8x8(const bf16_bits* from, std::int64_t from_ld, bf16_bits* to, std::int64_t to_ld) {
@@ -61,7 +66,7 @@ inline void transpose_8x8(const bf16_bits* from, std::int64_t from_ld, bf16_bits
 #endif
 }
 
-// Columns [begin, end) of a (rows, C) block into rows [begin, end) of `to`.
+// Copies columns [begin, end) of a (rows, C) block to rows [begin, end) of `to`.
 void transpose(Block<bf16_bits> block, std::int64_t begin, std::int64_t end, bf16_bits* to, std::int64_t to_ld) {
   const std::int64_t whole_rows = block.rows / 8 * 8;
   const std::int64_t whole_end = begin + (end - begin) / 8 * 8;
@@ -73,7 +78,8 @@ void transpose(Block<bf16_bits> block, std::int64_t begin, std::int64_t end, bf1
       to[c * to_ld + r] = block.data[r * block.leading + c];
 }
 
-// X (C, H), C even, as brgemm wants its second operand: by pairs of tokens, (C/2, width, 2) for each TILE_N columns of H.
+// X (C, H), C even, in the layout of the second operand of brgemm: pairs of tokens, (C/2, TILE_N, 2) for each tile of
+// TILE_N columns of H.
 class PackedHidden {
  public:
   explicit PackedHidden(const at::Tensor& hidden) : width_(hidden.size(1)), pairs_(hidden.size(0) / 2) {
@@ -102,7 +108,7 @@ class PackedHidden {
   at::Tensor packed_;
 };
 
-// One tile, c (m, n) (+)= a (m, 2 pairs) . b, for a processor without brgemm: slow, and only what tests need.
+// One tile, c (m, n) (+)= a (m, 2 pairs) . b, on a processor without brgemm. It is slow, and only tests use it.
 void plain_tile(std::int64_t m, std::int64_t n, std::int64_t pairs, std::int64_t lda, std::int64_t ldc, bool add,
                 const bf16_bits* a, const bf16_bits* b, float* c) {
   for (std::int64_t i = 0; i < m; ++i) {
@@ -116,8 +122,8 @@ void plain_tile(std::int64_t m, std::int64_t n, std::int64_t pairs, std::int64_t
 }
 
 #if defined(CPUBLAS_BRGEMM_BF16BF16F32)
-// brgemm needs AVX-512 BF16 or AMX, and a oneDNN that is not switched off; torch tells only of AMX (could_pack), and
-// without either takes the packed operand for a plain one. So a small product is looked at.
+// brgemm needs AVX-512 BF16 or AMX, and oneDNN must be enabled. torch reports only AMX (could_pack), and without either
+// it reads the packed operand as a plain matrix. A small product is therefore computed and checked.
 bool brgemm_is_right() {
   constexpr std::int64_t M = 3, PAIRS = 2;
   std::vector<at::BFloat16> a(M * 2 * PAIRS), b(PAIRS * TILE_N * 2);
@@ -133,16 +139,16 @@ bool brgemm_is_right() {
   } catch (const c10::Error&) {
     return false;
   }
-  return ours == theirs;  // small integers: exact
+  return ours == theirs;  // exact: all values are small integers
 }
-// With AMX the product of a transposed view runs at half the speed; without, at the same.
-bool prefers_straight() { return at::native::cpublas::could_pack(at::kBFloat16); }
+// With AMX the product of a transposed view runs at half the speed; without AMX the speed is the same.
+bool copies_dz() { return at::native::cpublas::could_pack(at::kBFloat16); }
 bool has_brgemm() {
   static const bool right = brgemm_is_right();
   return right;
 }
 #else
-bool prefers_straight() { return true; }
+bool copies_dz() { return true; }
 bool has_brgemm() { return false; }
 #endif
 
@@ -158,14 +164,14 @@ void tile_gemm(bool brgemm, std::int64_t m, std::int64_t n, std::int64_t pairs, 
   plain_tile(m, n, pairs, lda, ldc, add, a, b, c);
 }
 
-// What a thread does after its last tile: with AMX it lets go of the tile registers.
+// Each thread calls this after its last tile. With AMX it releases the tile registers.
 void release_brgemm([[maybe_unused]] bool brgemm) {
 #if defined(CPUBLAS_BRGEMM_BF16BF16F32)
   if (brgemm) at::native::cpublas::brgemm_release(/*is_vnni=*/true);
 #endif
 }
 
-// Rows [first, first + count) of dW (V, H) float32 (+)= those of dz (V, C) . X. Rows of dz are `leading` apart.
+// rows of dW (+)= rows of dz . X, for the vocabulary entries of one block. dW is (V, H) float32, dz is (V, C).
 void accumulate_grad_weight(const Block<bf16_bits>& dz, const PackedHidden& hidden, bool add, at::Tensor& grad_weight) {
   const std::int64_t width = grad_weight.size(1);
   float* out = grad_weight.data_ptr<float>() + dz.first_row * width;
@@ -182,7 +188,7 @@ void accumulate_grad_weight(const Block<bf16_bits>& dz, const PackedHidden& hidd
   });
 }
 
-// m rows of scale * dz . X, rounded, to `out` (m, H) bfloat16; through `panel` (m, H) float32, which stays in cache.
+// Writes m rows of scale * dz . X to `out` (m, H) bfloat16. `panel` (m, H) float32 holds the sums and stays in cache.
 void product_rows(const bf16_bits* dz, const PackedHidden& hidden, bool brgemm, float scale, std::int64_t m,
                   std::int64_t width, float* panel, bf16_bits* out) {
   const std::int64_t tokens = 2 * hidden.pairs();
@@ -195,21 +201,22 @@ void product_rows(const bf16_bits* dz, const PackedHidden& hidden, bool brgemm, 
   row_kernels().scale_f32_to_bf16(panel, out, m * width, scale);
 }
 
-// The chunks of one call, and the buffers that they share. A chunk is filled up with rows of zeros to whole cache lines
-// of its transposed logits: oneDNN takes 5 to 10 % more time for 1,006 tokens than for 1,008.
-class Bfloat16Run {
+// The loop over the chunks of one call, and the buffers that the chunks share. A chunk is padded with rows of zeros, so
+// that the rows of its transposed logits are whole cache lines: oneDNN is 5 to 10 % slower for 1,006 tokens than for
+// 1,008.
+class Bfloat16Loss {
  public:
-  Bfloat16Run(const at::Tensor& hidden, const at::Tensor& weight, const LiveRows& rows, std::int64_t chunk_tokens,
-              Results& results)
+  Bfloat16Loss(const at::Tensor& hidden, const at::Tensor& weight, const SupervisedRows& rows,
+               std::int64_t chunk_tokens, Results& results)
       : hidden_(hidden), weight_(weight), rows_(rows), results_(results), vocabulary_(weight.size(0)),
-        block_rows_(std::max(BLOCK_ROWS, 4 * TILE_M * at::get_num_threads())),
-        sweeps_(results.choose(row_kernels().plain_bf16, row_kernels().shaped_bf16)) {
-    const bool copies = results.want_grad_hidden && prefers_straight();
+        block_rows_(std::max(MIN_BLOCK_ROWS, 4 * TILE_M * at::get_num_threads())),
+        sweeps_(results.choose(row_kernels().plain_bf16, row_kernels().general_bf16)) {
+    const bool copies = results.need_grad_hidden && copies_dz();
     const std::int64_t fits = LOGITS_BYTES / (vocabulary_ * (copies ? 2 : 1) * std::int64_t{sizeof(bf16_bits)});
-    const std::int64_t most = chunk_tokens > 0 ? chunk_tokens : std::clamp<std::int64_t>(fits, 16, MOST_TOKENS);
-    step_ = equal_chunk(rows.size(), most);
-    if (!results.keeps_dz()) transposed_ = large_empty({vocabulary_ * step_}, at::kBFloat16);
-    if (copies) straight_ = large_empty({vocabulary_ * step_}, at::kBFloat16);
+    const std::int64_t max_tokens = chunk_tokens > 0 ? chunk_tokens : std::clamp<std::int64_t>(fits, 16, MAX_TOKENS);
+    step_ = equal_chunk(rows.size(), max_tokens);
+    if (!results.keeps_dz()) logits_ = large_empty({vocabulary_ * step_}, at::kBFloat16);
+    if (copies) by_token_ = large_empty({vocabulary_ * step_}, at::kBFloat16);
   }
 
   void run() {
@@ -217,26 +224,26 @@ class Bfloat16Run {
       const std::int64_t end = std::min(begin + step_, rows_.size());
       Chunk<float> chunk(hidden_, rows_, begin, end, at::kBFloat16, results_.options);
       const std::int64_t tokens = leading_dimension(chunk.size);
-      const at::Tensor logits = room_for(begin, tokens), hidden = filled_up(chunk.hidden, begin, tokens);
+      const at::Tensor logits = logits_of(begin, tokens), hidden = padded(chunk.hidden, begin, tokens);
       forward(chunk, hidden, logits);
       chunk.finish(vocabulary_, results_);
-      if (results_.want_gradient()) backward(chunk, hidden, logits, begin > 0);
+      if (results_.need_gradient()) backward(chunk, hidden, logits, begin > 0);
     }
-    if (results_.keeps_dz()) {  // listed rows that are not supervised
-      const std::int64_t done = leading_dimension(rows_.size()), rest = results_.rows.size(0) - done;
-      results_.dz.narrow(1, done, rest).zero_();
-      results_.rows.narrow(0, done, rest).zero_();
+    if (results_.keeps_dz()) {  // columns that stay unused because some listed rows are not supervised
+      const std::int64_t used = leading_dimension(rows_.size()), rest = results_.rows.size(0) - used;
+      results_.dz.narrow(1, used, rest).zero_();
+      results_.rows.narrow(0, used, rest).zero_();
     }
   }
 
  private:
-  // (V, tokens) for the logits of the chunk from live row `begin` on.
-  at::Tensor room_for(std::int64_t begin, std::int64_t tokens) const {
+  // Returns the buffer (V, tokens) for the logits of the chunk that starts at supervised row `begin`.
+  at::Tensor logits_of(std::int64_t begin, std::int64_t tokens) const {
     if (results_.keeps_dz()) return results_.dz.narrow(1, begin, tokens);
-    return transposed_.narrow(0, 0, vocabulary_ * tokens).view({vocabulary_, tokens});
+    return logits_.narrow(0, 0, vocabulary_ * tokens).view({vocabulary_, tokens});
   }
-  // (tokens, H): the chunk's hidden states and zeros; where dz is kept, in their place beside it.
-  at::Tensor filled_up(const at::Tensor& hidden, std::int64_t begin, std::int64_t tokens) const {
+  // Returns (tokens, H): the chunk's hidden states, padded with zeros. If dz is kept, they are a part of results.rows.
+  at::Tensor padded(const at::Tensor& hidden, std::int64_t begin, std::int64_t tokens) const {
     const at::Tensor out = results_.keeps_dz() ? results_.rows.narrow(0, begin, tokens)
                                                : at::empty({tokens, hidden.size(1)}, hidden.options());
     out.narrow(0, 0, hidden.size(0)).copy_(hidden);
@@ -260,39 +267,39 @@ class Bfloat16Run {
   void backward(Chunk<float>& chunk, const at::Tensor& hidden, const at::Tensor& logits, bool add) {
     const std::int64_t tokens = hidden.size(0);
     std::optional<PackedHidden> packed;
-    if (results_.want_grad_weight && !results_.keeps_dz()) packed.emplace(hidden);
+    if (results_.need_grad_weight && !results_.keeps_dz()) packed.emplace(hidden);
     for (std::int64_t v = 0; v < vocabulary_; v += block_rows_) {
       const Block<bf16_bits> block = block_at(logits, v);
       chunk.to_gradient(block, sweeps_);
-      logits.narrow(0, v, block.rows).narrow(1, chunk.size, tokens - chunk.size).zero_();  // a NaN, if W has an infinity
-      if (straight_.defined()) {
-        auto* copy = reinterpret_cast<bf16_bits*>(straight_.data_ptr());
+      logits.narrow(0, v, block.rows).narrow(1, chunk.size, tokens - chunk.size).zero_();  // NaN if W has an inf
+      if (by_token_.defined()) {
+        auto* copy = reinterpret_cast<bf16_bits*>(by_token_.data_ptr());
         at::parallel_for(0, tokens, 16, [&](std::int64_t first, std::int64_t last) {
           transpose(block, first, last, copy + v, vocabulary_);
         });
       }
       if (packed) accumulate_grad_weight(block, *packed, add, results_.grad_weight);
     }
-    if (!results_.want_grad_hidden) return;
-    const at::Tensor dz = straight_.defined()
-                              ? straight_.narrow(0, 0, tokens * vocabulary_).view({tokens, vocabulary_})
+    if (!results_.need_grad_hidden) return;
+    const at::Tensor dz = by_token_.defined()
+                              ? by_token_.narrow(0, 0, tokens * vocabulary_).view({tokens, vocabulary_})
                               : logits.t();
     results_.grad_hidden.index_copy_(0, chunk.positions, at::mm(dz, weight_).narrow(0, 0, chunk.size));
   }
 
   const at::Tensor &hidden_, &weight_;
-  const LiveRows& rows_;
+  const SupervisedRows& rows_;
   Results& results_;
   std::int64_t vocabulary_, block_rows_, step_ = 0;
   Sweeps<bf16_bits, float> sweeps_;
-  at::Tensor transposed_, straight_;
+  at::Tensor logits_, by_token_;
 };
 
 }  // namespace
 
-void run_bfloat16(const at::Tensor& hidden, const at::Tensor& weight, const LiveRows& rows,
+void run_bfloat16(const at::Tensor& hidden, const at::Tensor& weight, const SupervisedRows& rows,
                   std::int64_t chunk_tokens, Results& results) {
-  Bfloat16Run(hidden, weight, rows, chunk_tokens, results).run();
+  Bfloat16Loss(hidden, weight, rows, chunk_tokens, results).run();
 }
 
 at::Tensor bfloat16_product(const at::Tensor& dz, const at::Tensor& rows, float scale) {

@@ -1,4 +1,4 @@
-// Parts that both CPU paths use; and the kernel that is registered for torch.ops.delib_fast.
+// The parts that both CPU paths use, and the ops that are registered for torch.ops.delib_fast.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/full.h>
@@ -17,18 +17,18 @@
 
 namespace delib_fast {
 
-std::int64_t equal_chunk(std::int64_t rows, std::int64_t most) {
+std::int64_t equal_chunk(std::int64_t rows, std::int64_t max_rows) {
   constexpr std::int64_t VECTOR = 16;
-  const std::int64_t chunks = std::max<std::int64_t>((rows + most - 1) / most, 1);
+  const std::int64_t chunks = std::max<std::int64_t>((rows + max_rows - 1) / max_rows, 1);
   const std::int64_t even = (rows + chunks - 1) / chunks;
-  return std::max(std::min((even + VECTOR - 1) / VECTOR, most / VECTOR), std::int64_t{1}) * VECTOR;
+  return std::max(std::min((even + VECTOR - 1) / VECTOR, max_rows / VECTOR), std::int64_t{1}) * VECTOR;
 }
 
 template <typename acc_t>
-Chunk<acc_t>::Chunk(const at::Tensor& all_hidden, const LiveRows& rows, std::int64_t begin, std::int64_t end,
+Chunk<acc_t>::Chunk(const at::Tensor& all_hidden, const SupervisedRows& rows, std::int64_t begin, std::int64_t end,
                     at::ScalarType dtype, const RowOptions<double>& wide)
     : size(end - begin),
-      live_positions(rows.positions.data() + begin),
+      row_positions(rows.positions.data() + begin),
       targets(rows.targets.data() + begin),
       weights(rows.weights.data() + begin),
       options{static_cast<acc_t>(wide.scale), static_cast<acc_t>(wide.softcap), static_cast<acc_t>(wide.z_loss),
@@ -44,7 +44,7 @@ Chunk<acc_t>::Chunk(const at::Tensor& all_hidden, const LiveRows& rows, std::int
       offset(size),
       target_gradient(size),
       argmax(size, -1) {
-  positions = at::from_blob(const_cast<std::int64_t*>(live_positions), {size}, at::kLong);
+  positions = at::from_blob(const_cast<std::int64_t*>(row_positions), {size}, at::kLong);
   hidden = at::index_select(all_hidden, 0, positions).to(dtype);
 }
 
@@ -58,7 +58,7 @@ void cap_all(std::vector<double>& logits, double softcap) {
 template <typename acc_t>
 void Chunk<acc_t>::finish(std::int64_t vocabulary, Results& results) {
   if (options.softcap != 0) cap_all(target_logit, options.softcap);
-  const bool plain = !results.shaped() && options.z_loss == 0;
+  const bool plain = !results.general() && options.z_loss == 0;
   acc_t* nll = results.nll.data_ptr<acc_t>();
   bool* correct = results.correct.data_ptr<bool>();
   for (std::int64_t c = 0; c < size; ++c) {
@@ -69,8 +69,8 @@ void Chunk<acc_t>::finish(std::int64_t vocabulary, Results& results) {
     factor[c] = row.factor;
     offset[c] = row.offset;
     target_gradient[c] = row.target_gradient;
-    nll[live_positions[c]] = row.nll;
-    correct[live_positions[c]] = argmax[c] == targets[c];
+    nll[row_positions[c]] = row.nll;
+    correct[row_positions[c]] = argmax[c] == targets[c];
     results.loss_sum += weights[c] * static_cast<double>(row.loss);
   }
 }
@@ -80,27 +80,28 @@ template struct Chunk<double>;
 
 namespace {
 
-// Supervised: a target that is not `ignore_index`, a weight that is not 0 and, if given, among loss_positions.
-LiveRows find_live_rows(const at::Tensor& targets, const std::optional<at::Tensor>& loss_weights,
-                        const std::optional<at::Tensor>& loss_positions, std::int64_t ignore_index,
-                        std::int64_t vocabulary) {
+// A row is supervised if its target is not `ignore_index`, its weight is not 0 and, if loss_positions is given, it is
+// listed there.
+SupervisedRows find_supervised_rows(const at::Tensor& targets, const std::optional<at::Tensor>& loss_weights,
+                                    const std::optional<at::Tensor>& loss_positions, std::int64_t ignore_index,
+                                    std::int64_t vocabulary) {
   const at::Tensor target = targets.contiguous();
   const at::Tensor weight = loss_weights ? loss_weights->to(at::kDouble).contiguous() : at::Tensor();
-  const at::Tensor where = loss_positions ? loss_positions->contiguous() : at::Tensor();
+  const at::Tensor listed = loss_positions ? loss_positions->contiguous() : at::Tensor();
   const auto* target_at = target.const_data_ptr<std::int64_t>();
   const auto* weight_at = weight.defined() ? weight.const_data_ptr<double>() : nullptr;
-  const auto* where_at = where.defined() ? where.const_data_ptr<std::int64_t>() : nullptr;  // null if empty too
+  const auto* position_at = listed.defined() ? listed.const_data_ptr<std::int64_t>() : nullptr;  // also null if empty
   const std::int64_t tokens = target.size(0);
-  const std::int64_t candidates = where.defined() ? where.size(0) : tokens;
-  LiveRows rows;
+  const std::int64_t candidates = listed.defined() ? listed.size(0) : tokens;
+  SupervisedRows rows;
   for (std::int64_t i = 0; i < candidates; ++i) {
-    const std::int64_t position = where_at ? where_at[i] : i;
+    const std::int64_t position = position_at ? position_at[i] : i;
     TORCH_CHECK_VALUE(position >= 0 && position < tokens, "loss_positions[", i, "] is ", position,
-                      ", but there are ", tokens, " rows: take positions from the same packed batch");
+                      ", which is not one of the ", tokens, " rows of hidden; take it from the same packed batch");
     if (target_at[position] == ignore_index || (weight_at && weight_at[position] == 0)) continue;
     TORCH_CHECK_VALUE(target_at[position] >= 0 && target_at[position] < vocabulary, "targets[", position, "] is ",
-                      target_at[position], ", outside the vocabulary of ", vocabulary,
-                      ": check that the tokenizer is the model's, or mark the row with ignore_index");
+                      target_at[position], ", which is outside the vocabulary of ", vocabulary,
+                      "; check that the tokenizer belongs to the model, or set the target to ignore_index");
     rows.positions.push_back(position);
     rows.targets.push_back(target_at[position]);
     rows.weights.push_back(weight_at ? weight_at[position] : 1.0);
@@ -108,7 +109,7 @@ LiveRows find_live_rows(const at::Tensor& targets, const std::optional<at::Tenso
   return rows;
 }
 
-// Elsewhere torch's bfloat16 GEMM is many times slower than its float32 one, and widening pays.
+// On other processors torch's bfloat16 GEMM is many times slower than its float32 GEMM, so inputs are widened.
 bool has_bfloat16_gemms() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -128,52 +129,53 @@ Outputs linear_cross_entropy_cpu(const at::Tensor& hidden, const at::Tensor& wei
                                  std::string_view gemm) {
   const auto acc = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto options = hidden.options();
-  const LiveRows rows = find_live_rows(targets, loss_weights, loss_positions, ignore_index, weight.size(0));
+  const SupervisedRows rows = find_supervised_rows(targets, loss_weights, loss_positions, ignore_index, weight.size(0));
   Results results;
-  results.want_grad_hidden = need_grad_hidden;
-  results.want_grad_weight = need_grad_weight;
+  results.need_grad_hidden = need_grad_hidden;
+  results.need_grad_weight = need_grad_weight;
   results.options = {1, softcap, z_loss, label_smoothing};
   results.nll = at::zeros({hidden.size(0)}, options.dtype(acc));
   results.correct = at::zeros({hidden.size(0)}, options.dtype(at::kBool));
   results.grad_hidden = need_grad_hidden ? at::zeros(hidden.sizes(), options) : at::empty({0}, options);
-  const bool narrow = gemm == "bfloat16";
-  TORCH_CHECK_VALUE(narrow ? hidden.scalar_type() == at::kBFloat16 : gemm == "widened", "gemm=", gemm, " for ",
-                    hidden.scalar_type(), ": it is widened or, for bfloat16, bfloat16");
-  TORCH_CHECK_VALUE(!keep_dz || (narrow && need_grad_weight && loss_positions),
-                    "keep_dz: it is for the weight's gradient, with loss_positions and gemm=bfloat16");
+  const bool bfloat16 = gemm == "bfloat16";
+  TORCH_CHECK_VALUE(bfloat16 ? hidden.scalar_type() == at::kBFloat16 : gemm == "widened", "gemm=", gemm, " for ",
+                    hidden.scalar_type(), "; it must be widened or, for bfloat16 inputs only, bfloat16");
+  TORCH_CHECK_VALUE(!keep_dz || (bfloat16 && need_grad_weight && loss_positions),
+                    "keep_dz needs need_grad_weight, loss_positions and gemm=bfloat16");
   const bool sums = need_grad_weight && !keep_dz;
   results.grad_weight = sums ? large_empty(weight.sizes(), acc) : at::empty({0}, options.dtype(acc));
-  const std::int64_t kept = keep_dz ? leading_dimension(loss_positions->size(0)) : 0;
-  results.dz = keep_dz ? large_empty({weight.size(0), kept}, at::kBFloat16) : at::empty({0}, options);
-  results.rows = at::empty({kept, hidden.size(1)}, options);
+  const std::int64_t columns = keep_dz ? leading_dimension(loss_positions->size(0)) : 0;
+  results.dz = keep_dz ? large_empty({weight.size(0), columns}, at::kBFloat16) : at::empty({0}, options);
+  results.rows = at::empty({columns, hidden.size(1)}, options);
   if (rows.size() == 0) {
     results.grad_weight.zero_(), results.dz.zero_(), results.rows.zero_();
   } else {
-    (narrow ? run_bfloat16 : run_widened)(hidden, weight, rows, chunk_tokens, results);
+    (bfloat16 ? run_bfloat16 : run_widened)(hidden, weight, rows, chunk_tokens, results);
   }
   at::Tensor loss_sum = at::full({}, results.loss_sum, options.dtype(acc));
   return {loss_sum, results.nll, results.correct, results.grad_hidden, results.grad_weight, results.dz, results.rows};
 }
 
-// scale * dz (V, K) . rows (K, H) in their dtype, rounded once.
+// Returns scale * dz (V, K) . rows (K, H) in the dtype of both, rounded once.
 at::Tensor weight_gradient(const at::Tensor& dz, const at::Tensor& rows, const at::Tensor& scale) {
-  const bool ours = dz.scalar_type() == at::kBFloat16 && dz.is_contiguous() && dz.numel() > 0 && dz.size(1) % 2 == 0;
-  if (ours) return bfloat16_product(dz, rows.contiguous(), scale.item<float>());
-  return at::mm(dz.to(at::kFloat), rows.to(at::kFloat)).mul_(scale.item<float>()).to(dz.scalar_type());  // tests
+  const bool fast = dz.scalar_type() == at::kBFloat16 && dz.is_contiguous() && dz.numel() > 0 && dz.size(1) % 2 == 0;
+  if (fast) return bfloat16_product(dz, rows.contiguous(), scale.item<float>());
+  // other dtypes and layouts: only used in tests
+  return at::mm(dz.to(at::kFloat), rows.to(at::kFloat)).mul_(scale.item<float>()).to(dz.scalar_type());
 }
 
 template <typename from_t, typename to_t>
 void scale_all(ScaleFn<from_t, to_t> scale, const at::Tensor& from, float factor, at::Tensor& to) {
-  constexpr std::int64_t WORTH_A_THREAD = 1 << 16;
+  constexpr std::int64_t MIN_ELEMENTS_PER_THREAD = 1 << 16;
   const auto* source = static_cast<const from_t*>(from.const_data_ptr());
   auto* target = static_cast<to_t*>(to.data_ptr());
-  at::parallel_for(0, from.numel(), WORTH_A_THREAD, [&](std::int64_t begin, std::int64_t end) {
+  at::parallel_for(0, from.numel(), MIN_ELEMENTS_PER_THREAD, [&](std::int64_t begin, std::int64_t end) {
     scale(source + begin, target + begin, end - begin, factor);
   });
 }
 
-// gradient * factor in `dtype`. One pass onto huge pages: at::mul_out with a cast takes eight times as long, and
-// most of the rest would be page faults.
+// Returns gradient * factor as `dtype`, in one pass that writes to huge pages. at::mul_out with a cast takes eight
+// times as long, and without huge pages most of the remaining time is page faults.
 at::Tensor scale_gradient(const at::Tensor& gradient, const at::Tensor& factor, at::ScalarType dtype) {
   at::Tensor out = large_empty(gradient.sizes(), dtype);
   const at::Tensor from = gradient.contiguous();
@@ -186,7 +188,7 @@ at::Tensor scale_gradient(const at::Tensor& gradient, const at::Tensor& factor, 
   } else if (from_dtype == at::kBFloat16 && dtype == at::kBFloat16) {
     scale_all(kernels.scale_bf16, from, factor.item<float>(), out);
   } else {
-    out.copy_(from.to(at::kDouble).mul(factor.to(at::kDouble)));  // of small tensors, in tests
+    out.copy_(from.to(at::kDouble).mul(factor.to(at::kDouble)));  // other dtypes: only used for small tensors in tests
   }
   return out;
 }

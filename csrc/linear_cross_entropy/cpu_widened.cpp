@@ -1,10 +1,12 @@
 // The loss for any float dtype, with every GEMM in float32 (float64 for float64 inputs).
 //
-// Per chunk of C live rows, over blocks of the vocabulary: logits^T block = W block . X^T, taken into the softmax
-// statistics while in cache; then, block by block again, dz in place, dX += dz^T . W block and
-// dW block += dz . X. Bytes moved per chunk: the weight twice (bfloat16 and float16 blocks are widened into one
-// small buffer, never the whole matrix), the logits once out and once back in, dW once in and once out.
-// Overwritten in place: the logits by dz. Held besides the results: one chunk of logits, one widened block.
+// For each chunk of C supervised rows, there are two loops over blocks of the vocabulary. The first computes a block of
+// logits^T = W . X^T and updates the softmax statistics while the block is in cache. The second replaces the block with
+// its gradient dz, and adds dz^T . W to dX and dz . X to the block's part of dW.
+//
+// Memory traffic per chunk: the weight is read twice (a bfloat16 or float16 block is converted into one small buffer,
+// never the whole matrix), the logits are written once and read once, dW is read once and written once. Buffers besides
+// the results: one chunk of logits, one converted block of the weight.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros_like.h>
@@ -17,7 +19,7 @@ namespace delib_fast {
 namespace {
 
 constexpr std::int64_t LOGITS_BYTES = std::int64_t{320} << 20;
-constexpr std::int64_t MOST_TOKENS = 2048;  // past this a larger chunk no longer saves time
+constexpr std::int64_t MAX_TOKENS = 2048;   // larger chunks save no more time
 constexpr std::int64_t BLOCK_ROWS = 2048;   // of the vocabulary
 
 template <typename acc_t>
@@ -25,25 +27,26 @@ struct WidenedTable;
 template <>
 struct WidenedTable<float> {
   static auto sweeps(const Results& results) {
-    return results.choose(row_kernels().plain_f32, row_kernels().shaped_f32);
+    return results.choose(row_kernels().plain_f32, row_kernels().general_f32);
   }
 };
 template <>
 struct WidenedTable<double> {
   static auto sweeps(const Results& results) {
-    return results.choose(row_kernels().plain_f64, row_kernels().shaped_f64);
+    return results.choose(row_kernels().plain_f64, row_kernels().general_f64);
   }
 };
 
-// The weight in blocks of rows, each in the type that is computed in.
+// The weight in blocks of rows, converted to the dtype of the computation.
 class WideWeight {
  public:
-  WideWeight(const at::Tensor& weight, at::ScalarType dtype) : weight_(weight), same_(weight.scalar_type() == dtype) {
-    if (!same_) buffer_ = at::empty({std::min(BLOCK_ROWS, weight.size(0)), weight.size(1)}, dtype);
+  WideWeight(const at::Tensor& weight, at::ScalarType dtype)
+      : weight_(weight), is_wide_(weight.scalar_type() == dtype) {
+    if (!is_wide_) buffer_ = at::empty({std::min(BLOCK_ROWS, weight.size(0)), weight.size(1)}, dtype);
   }
   at::Tensor block(std::int64_t begin, std::int64_t rows) {
     at::Tensor part = weight_.narrow(0, begin, rows);
-    if (same_) return part;
+    if (is_wide_) return part;
     at::Tensor wide = buffer_.narrow(0, 0, rows);
     wide.copy_(part);
     return wide;
@@ -51,7 +54,7 @@ class WideWeight {
 
  private:
   const at::Tensor& weight_;
-  const bool same_;
+  const bool is_wide_;
   at::Tensor buffer_;
 };
 
@@ -72,34 +75,34 @@ void backward(Chunk<acc_t>& chunk, WideWeight& weight, const at::Tensor& logits,
               bool first, Results& results) {
   const std::int64_t vocabulary = logits.size(0);
   at::Tensor grad_rows;
-  if (results.want_grad_hidden) grad_rows = at::zeros_like(chunk.hidden);
+  if (results.need_grad_hidden) grad_rows = at::zeros_like(chunk.hidden);
   for (std::int64_t v = 0; v < vocabulary; v += BLOCK_ROWS) {
     const std::int64_t rows = std::min(BLOCK_ROWS, vocabulary - v);
     at::Tensor dz = logits.narrow(0, v, rows);
     chunk.to_gradient(Block<acc_t>{dz.data_ptr<acc_t>(), logits.stride(0), v, rows}, sweeps);
-    if (results.want_grad_hidden) grad_rows.addmm_(dz.t(), weight.block(v, rows));
-    if (results.want_grad_weight) {
+    if (results.need_grad_hidden) grad_rows.addmm_(dz.t(), weight.block(v, rows));
+    if (results.need_grad_weight) {
       at::Tensor grad_block = results.grad_weight.narrow(0, v, rows);
       if (first) {
-        at::mm_out(grad_block, dz, chunk.hidden);  // no zero fill to write and read back
+        at::mm_out(grad_block, dz, chunk.hidden);  // the first product needs no zero fill
       } else {
         grad_block.addmm_(dz, chunk.hidden);
       }
     }
   }
-  if (results.want_grad_hidden) {
+  if (results.need_grad_hidden) {
     results.grad_hidden.index_copy_(0, chunk.positions, grad_rows.to(results.grad_hidden.scalar_type()));
   }
 }
 
 template <typename acc_t>
-void run(const at::Tensor& hidden, const at::Tensor& weight, const LiveRows& rows, std::int64_t chunk_tokens,
+void run(const at::Tensor& hidden, const at::Tensor& weight, const SupervisedRows& rows, std::int64_t chunk_tokens,
          Results& results) {
   const at::ScalarType dtype = c10::CppTypeToScalarType<acc_t>::value;
   const std::int64_t vocabulary = weight.size(0);
   const std::int64_t fits = LOGITS_BYTES / (vocabulary * static_cast<std::int64_t>(sizeof(acc_t)));
-  const std::int64_t most = chunk_tokens > 0 ? chunk_tokens : std::clamp<std::int64_t>(fits, 16, MOST_TOKENS);
-  const std::int64_t step = equal_chunk(rows.size(), most);
+  const std::int64_t max_tokens = chunk_tokens > 0 ? chunk_tokens : std::clamp<std::int64_t>(fits, 16, MAX_TOKENS);
+  const std::int64_t step = equal_chunk(rows.size(), max_tokens);
   const at::Tensor buffer = large_empty({vocabulary * step}, dtype);
   WideWeight wide(weight, dtype);
   const Sweeps<acc_t, acc_t> sweeps = WidenedTable<acc_t>::sweeps(results);
@@ -110,13 +113,13 @@ void run(const at::Tensor& hidden, const at::Tensor& weight, const LiveRows& row
         buffer.narrow(0, 0, vocabulary * leading).view({vocabulary, leading}).narrow(1, 0, chunk.size);
     forward(chunk, wide, logits, sweeps);
     chunk.finish(vocabulary, results);
-    if (results.want_gradient()) backward(chunk, wide, logits, sweeps, begin == 0, results);
+    if (results.need_gradient()) backward(chunk, wide, logits, sweeps, begin == 0, results);
   }
 }
 
 }  // namespace
 
-void run_widened(const at::Tensor& hidden, const at::Tensor& weight, const LiveRows& rows,
+void run_widened(const at::Tensor& hidden, const at::Tensor& weight, const SupervisedRows& rows,
                  std::int64_t chunk_tokens, Results& results) {
   if (hidden.scalar_type() == at::kDouble) {
     run<double>(hidden, weight, rows, chunk_tokens, results);

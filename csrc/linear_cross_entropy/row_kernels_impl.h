@@ -1,17 +1,15 @@
-// The loops behind row_kernels.h, compiled once per instruction set: the file that includes this one sets the
-// target, defines ROW_KERNELS (the table's name) and ROW_KERNELS_NAME. Everything here has internal linkage and
-// calls no inline function of a library: else the linker could take the AVX-512 copy of one for all callers.
+// The loops declared in row_kernels.h. for_each_simd_target.h includes this file once per instruction set.
 //
-// Two sweeps: the statistics read a block once while it is in cache (max first, then sums, `SUB_ROWS` rows at a
-// time, so that a running sum is rescaled once per sub-block and not once per element); the gradient reads and
-// overwrites it.
+// There are two sweeps over a block of logits. The statistics sweep reads the block while it is in cache, SUB_ROWS
+// rows at a time: first the maxima, then the sums. A running sum is therefore rescaled once per SUB_ROWS rows and not
+// once per element. The gradient sweep reads the block and overwrites it.
 #include <math.h>
 
 #include <cstdint>
 
 #include "linear_cross_entropy/row_kernels.h"
 
-namespace delib_fast {
+namespace delib_fast::SIMD_TARGET {
 namespace {
 
 constexpr std::int64_t SUB_ROWS = 32;
@@ -25,7 +23,7 @@ inline float load(const bf16_bits* p) { return bits_to_float(static_cast<std::ui
 
 inline void store(float* p, float x) { *p = x; }
 inline void store(double* p, double x) { *p = x; }
-inline void store(bf16_bits* p, float x) {  // to nearest even; a NaN stays one
+inline void store(bf16_bits* p, float x) {  // round to nearest even; a NaN stays a NaN
   const std::uint32_t bits = float_to_bits(x);
   const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   *p = static_cast<bf16_bits>(x != x ? 0x7fc0u : rounded);
@@ -34,11 +32,12 @@ inline void store(bf16_bits* p, float x) {  // to nearest even; a NaN stays one
 inline double exp_of(double x) { return exp(x); }
 inline double tanh_of(double x) { return tanh(x); }
 
-// e**x for x <= 0 (logits minus a maximum or an lse), about one ulp; 0 below the normal range, NaN for NaN.
-// Cephes' reduction and polynomial, in branch-free form so that compilers vectorise it.
+// e**x for x <= 0 (a logit minus a maximum or a log-sum-exp), to about one ulp. The result is 0 below the normal range
+// and NaN for NaN. The range reduction and the polynomial are those of Cephes, without branches so that compilers
+// vectorise the loop.
 inline float exp_of(float x) {
   constexpr float LOWEST = -87.33654f;
-  constexpr float ROUND = 12582912.0f;  // 1.5 * 2**23: adding it leaves the nearest integer in the low bits
+  constexpr float ROUND = 12582912.0f;  // 1.5 * 2**23: adding it puts the nearest integer into the low bits
   const float clamped = x < LOWEST ? LOWEST : (x > 88.0f ? 88.0f : x);
   const float shifted = clamped * 1.44269504088896341f + ROUND;
   const float n = shifted - ROUND;
@@ -54,7 +53,7 @@ inline float exp_of(float x) {
   return x < LOWEST ? 0.0f : mantissa * scale;
 }
 
-// About one ulp: by exponentials and, near 0, where they cancel, by Cephes' polynomial.
+// tanh to about one ulp: from exponentials, except near 0, where they cancel and the polynomial of Cephes is used.
 inline float tanh_of(float x) {
   const float size = x < 0.0f ? -x : x;
   const float e = exp_of(-2.0f * size);
@@ -69,7 +68,7 @@ inline float tanh_of(float x) {
   return size < 0.625f ? near : (x < 0.0f ? -far : far);
 }
 
-// The logit that the softmax sees.
+// The logit after the softcap: the input of the softmax.
 template <bool PLAIN, typename acc_t>
 inline acc_t final_logit(acc_t z, acc_t softcap) {
   return PLAIN || softcap == acc_t(0) ? z : softcap * tanh_of(z / softcap);
@@ -92,13 +91,13 @@ void statistics(Block<scalar_t> block, Running<acc_t> running, acc_t softcap, st
       const auto entry = static_cast<std::int32_t>(block.first_row + r);
       for (std::int64_t c = begin; c < end; ++c) {
         const acc_t x = final_logit<PLAIN, acc_t>(load(logits + c), softcap);
-        const bool larger = x > max[c];  // strictly: the first of equals is the argmax, as torch has it
+        const bool larger = x > max[c];  // strict: the first of equal logits is the argmax, as in torch
         argmax[c] = larger ? entry : argmax[c];
         max[c] = larger ? x : max[c];
       }
     }
     for (std::int64_t c = begin; c < end; ++c) {
-      // where every logit so far is -inf, subtract 0: the sum stays 0 and not NaN
+      // If every logit so far is -inf, subtract 0, so that the sum stays 0 instead of NaN.
       const acc_t now = max[c] == -static_cast<acc_t>(INFINITY) ? acc_t(0) : max[c];
       sum[c] *= exp_of(shift[c] - now);
       shift[c] = now;
@@ -113,7 +112,7 @@ void statistics(Block<scalar_t> block, Running<acc_t> running, acc_t softcap, st
         if (!PLAIN) partial_total[c] += x;
       }
     }
-    // by partial sums: small probabilities are not lost one by one beside a sum of 1
+    // Partial sums keep small probabilities from being rounded away one at a time against a sum near 1.
     for (std::int64_t c = begin; c < end; ++c) {
       sum[c] += partial[c];
       if (!PLAIN) total[c] += partial_total[c];
@@ -132,8 +131,8 @@ void gradient(Block<scalar_t> block, Finished<acc_t> token, acc_t softcap, std::
       const acc_t x = final_logit<PLAIN, acc_t>(load(logits + c), softcap);
       acc_t dz = factor[c] * exp_of(x - max[c]);
       if (!PLAIN) {
-        const acc_t bent = softcap == acc_t(0) ? acc_t(0) : x / softcap;
-        dz = (dz - offset[c]) * (acc_t(1) - bent * bent);
+        const acc_t ratio = softcap == acc_t(0) ? acc_t(0) : x / softcap;
+        dz = (dz - offset[c]) * (acc_t(1) - ratio * ratio);
       }
       store(logits + c, dz);
     }
@@ -150,11 +149,8 @@ void scale(const from_t* __restrict from, to_t* __restrict to, std::int64_t coun
   for (std::int64_t i = 0; i < count; ++i) store(to + i, load(from + i) * factor);
 }
 
-}  // namespace
-
-extern const RowKernels ROW_KERNELS;
 const RowKernels ROW_KERNELS = {
-    ROW_KERNELS_NAME,
+    SIMD_NAME,
     {&statistics<true, float, float>, &gradient<true, float, float>},
     {&statistics<false, float, float>, &gradient<false, float, float>},
     {&statistics<true, double, double>, &gradient<true, double, double>},
@@ -168,4 +164,5 @@ const RowKernels ROW_KERNELS = {
     &scale<bf16_bits, bf16_bits>,
 };
 
-}  // namespace delib_fast
+}  // namespace
+}  // namespace delib_fast::SIMD_TARGET

@@ -1,8 +1,8 @@
-// The arithmetic of one row of logits: how it is cut up, its softmax statistics, its loss, its gradient. Used by the
-// CUDA kernel (and `finish` by the CPU's), and compiled for the host by tests/ops/test_linear_cross_entropy_cuda.py,
-// which holds it against float64: it has no CUDA in it but the qualifiers.
+// The arithmetic of one row of logits: its slices, its softmax statistics, its loss and its gradient. The CUDA kernel
+// uses all of it, and the CPU kernels use `finish`. Except for the qualifiers there is no CUDA in this file, so
+// tests/ops/test_linear_cross_entropy_cuda.py compiles it for the host and compares it with float64.
 //
-//   x    = softcap * tanh(scale * (z + bias) / softcap)        z is what the GEMM left; without options x = z
+//   x    = softcap * tanh(scale * (z + bias) / softcap)        z is the output of the GEMM; without options x = z
 //   nll  = logsumexp(x) - x[target]
 //   loss = nll + smoothing * (x[target] - mean(x)) + z_loss * logsumexp(x)^2
 //   dz   = weight * dloss/dz
@@ -36,18 +36,18 @@ DELIB_FAST_HD float fast_exp(float x) {
 #endif
 }
 
-// What a softmax needs to know of some of a row's logits.
+// The softmax statistics of some of a row's logits.
 struct Statistics {
   float max;
   float sum;            // of exp(x - max)
-  float total;          // of x; counted unless PLAIN
-  std::int32_t argmax;  // the first of equals
+  float total;          // of x; computed unless PLAIN
+  std::int32_t argmax;  // the first of equal logits
 };
 
-// Of no logits. A function and no initialisers: shared memory takes none.
+// The statistics of no logits. They are not member initialisers because variables in shared memory cannot have those.
 DELIB_FAST_HD Statistics no_statistics() { return {-INFINITY, 0.0f, 0.0f, 0x7fffffff}; }
 
-// Takes N neighbours in, x[0] being entry `first`. Entries come in rising order.
+// Adds N consecutive entries, of which x[0] is entry `first`. Calls must be in increasing order of entries.
 template <bool PLAIN, int N>
 DELIB_FAST_HD void add(Statistics& s, const float (&x)[N], std::int32_t first) {
   float top = x[0];
@@ -62,7 +62,7 @@ DELIB_FAST_HD void add(Statistics& s, const float (&x)[N], std::int32_t first) {
     s.max = top;
     s.argmax = first + at;
   }
-  const float shift = s.max == -INFINITY ? 0.0f : s.max;  // -inf - -inf would be NaN
+  const float shift = s.max == -INFINITY ? 0.0f : s.max;  // because -inf - -inf is NaN
   float partial = 0;
   for (int i = 0; i < N; ++i) partial += fast_exp(x[i] - shift);
   s.sum += partial;
@@ -82,7 +82,7 @@ DELIB_FAST_HD Statistics merge(const Statistics& a, const Statistics& b) {
   return both;
 }
 
-// The logit that the softmax sees.
+// The logit after bias, scale and softcap: the input of the softmax.
 template <bool PLAIN>
 DELIB_FAST_HD float final_logit(float z, float bias, const RowOptions<float>& options) {
   if (PLAIN) return z;
@@ -90,33 +90,33 @@ DELIB_FAST_HD float final_logit(float z, float bias, const RowOptions<float>& op
   return options.softcap > 0 ? options.softcap * tanhf(scaled / options.softcap) : scaled;
 }
 
-// dx/dz, from x.
+// dx/dz, as a function of x.
 template <typename real_t>
 DELIB_FAST_HD real_t slope(real_t x, const RowOptions<real_t>& options) {
-  const real_t bent = options.softcap > 0 ? x / options.softcap : real_t(0);
-  return options.scale * (real_t(1) - bent * bent);
+  const real_t ratio = options.softcap > 0 ? x / options.softcap : real_t(0);
+  return options.scale * (real_t(1) - ratio * ratio);
 }
 
-// A finished row: what is reported of it, and what its gradient needs.
+// The loss of a row, and the values that its gradient needs.
 template <typename real_t>
 struct RowResult {
   real_t nll;
-  real_t loss;             // nll with smoothing and z-loss, without the weight
+  real_t loss;             // nll plus label smoothing and z-loss, before the weight
   real_t max;
   real_t factor;           // of exp(x - max)
-  real_t offset;           // subtracted from every entry: smoothing
-  real_t target_gradient;  // without cancellation where p is near 1; rounded once, when stored
+  real_t offset;           // subtracted from every entry (label smoothing)
+  real_t target_gradient;  // computed without cancellation for p near 1; rounded once, when stored
 };
 
-// From a row's max, sum and total as in Statistics. `target_logit`, as the softmax sees it, is NaN for a target
-// outside the vocabulary, which makes the loss NaN.
+// Computes the result from the max, sum and total of a row's Statistics. `target_logit` is the final logit; for a target
+// outside the vocabulary it is NaN, which makes the loss NaN.
 template <bool PLAIN, typename real_t>
 DELIB_FAST_HD RowResult<real_t> finish(real_t max, real_t sum, real_t total, real_t target_logit, real_t weight,
                                        std::int64_t vocabulary, const RowOptions<real_t>& options) {
   RowResult<real_t> row;
   const real_t log_sum = log(sum);
   row.max = max;
-  row.nll = (max - target_logit) + log_sum;  // not lse - target: that would round at the size of the logits
+  row.nll = (max - target_logit) + log_sum;  // lse - target_logit would round at the magnitude of the logits
   row.loss = row.nll;
   row.factor = weight / sum;
   row.offset = 0;
@@ -124,7 +124,7 @@ DELIB_FAST_HD RowResult<real_t> finish(real_t max, real_t sum, real_t total, rea
   if (PLAIN) return row;
   const real_t lse = max + log_sum;
   const real_t share = options.smoothing / static_cast<real_t>(vocabulary);
-  // not where it is off: 0 * inf would make a masked-out entry's -inf a NaN
+  // Skipped if smoothing is off, because 0 times the -inf of a masked vocabulary entry is NaN.
   if (options.smoothing != 0) row.loss += options.smoothing * target_logit - share * total;
   row.loss += options.z_loss * lse * lse;
   const real_t z_slope = 2 * options.z_loss * lse;
@@ -135,20 +135,20 @@ DELIB_FAST_HD RowResult<real_t> finish(real_t max, real_t sum, real_t total, rea
   return row;
 }
 
-// dz of an entry that is not the target.
+// dz of an entry other than the target.
 template <bool PLAIN>
 DELIB_FAST_HD float gradient(float x, const RowResult<float>& row, const RowOptions<float>& options) {
   const float p = row.factor * fast_exp(x - row.max);
   return PLAIN ? p : (p - row.offset) * slope(x, options);
 }
 
-// The part of a row that one of `parts` thread blocks has: entries [begin, head_end) one by one, then `vectors`
-// aligned vectors of 16 bytes, then [tail_begin, end) one by one.
+// The part of a row that one of `parts` thread blocks processes: the entries [begin, head_end) one at a time, then
+// `vectors` aligned vectors of 16 bytes, then [tail_begin, end) one at a time.
 struct Slice {
   std::int32_t begin, head_end, vectors, tail_begin, end;
 };
 
-// How many entries a part has at most; whole vectors, so that parts of an aligned row are aligned.
+// The maximum number of entries in a part: whole vectors, so that the parts of an aligned row are aligned.
 DELIB_FAST_HD std::int32_t slice_size(std::int64_t vocabulary, int element_bytes, int parts) {
   const std::int64_t width = 16 / element_bytes;
   return static_cast<std::int32_t>((vocabulary + parts * width - 1) / (parts * width) * width);

@@ -1,13 +1,14 @@
-// One chunk of logits (C, V) becomes losses and, in place, the gradient of the logits.
+// Computes the losses of one chunk of logits (C, V), and replaces the logits with their gradient.
 //
-// A row belongs to a cluster of 1, 2 or 4 thread blocks, each with a slice of it. A block reads its slice from HBM
-// once, into shared memory and into its softmax statistics; the blocks of a cluster exchange statistics through
-// distributed shared memory; then each writes dz over its slice, from shared memory. So HBM moves 4 bytes a bfloat16
-// logit, one read and one write. Clusters need sm_90. Without them (sm_80) one block has the whole row, and what of
-// it does not fit shared memory is read a second time, mostly from L2. The ends of a slice that are not aligned to
-// 16 bytes, fewer than 8 entries each, are read twice. Overwritten in place: the logits. Written besides: nll, loss
-// (if asked for) and correct, at the row's position. A dead row is not read: its gradient is zeros.
-// The arithmetic is in row_math.h.
+// Each row is processed by a cluster of 1, 2 or 4 thread blocks, and each block processes one slice of the row. A block
+// reads its slice from HBM once, copies it to shared memory and computes its softmax statistics. The blocks of a
+// cluster exchange their statistics through distributed shared memory. Each block then computes dz from shared memory
+// and overwrites its slice. HBM traffic is therefore 4 bytes per bfloat16 logit: one read and one write.
+//
+// Clusters need sm_90. Without them (sm_80) one block processes the whole row, and the part that does not fit shared
+// memory is read a second time, mostly from L2. The ends of a slice that are not aligned to 16 bytes, fewer than 8
+// entries each, are also read twice. Besides dz the kernel writes nll, correct and, if requested, loss, at the position
+// of the row. An unsupervised row is not read; its gradient is zero. The arithmetic is in row_math.h.
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -20,22 +21,22 @@ namespace {
 
 constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / 32;
-constexpr int UNROLL = 4;  // vectors in flight a thread: 32 KiB a block
-constexpr int MOST_BLOCKS_A_ROW = 4;
+constexpr int UNROLL = 4;  // vectors in flight per thread: 32 KiB per block
+constexpr int MAX_BLOCKS_PER_ROW = 4;
 
 struct Arguments {
-  void* logits;                   // (C, V), 16-byte alignment not needed
-  const std::int64_t* positions;  // (C,) into the arrays over T
+  void* logits;                   // (C, V); 16-byte alignment is not required
+  const std::int64_t* positions;  // (C,) indices into the arrays of length T
   const std::int64_t* targets;    // (T,)
-  const float* weights;           // (T,) or null: 1
-  const float* bias;              // (V,) or null: 0
+  const float* weights;           // (T,), or null for weights of 1
+  const float* bias;              // (V,), or null for no bias
   float* nll;                     // (T,)
-  float* loss;                    // (T,) or null
+  float* loss;                    // (T,), or null if not requested
   std::uint8_t* correct;          // (T,)
   std::int64_t vocabulary;
   std::int64_t ignore_index;
   RowOptions<float> options;
-  int cached_vectors;  // of a slice, in shared memory
+  int cached_vectors;  // the number of vectors of a slice that are kept in shared memory
   bool need_gradient;
 };
 
@@ -70,7 +71,7 @@ __device__ __forceinline__ Statistics warp_total(Statistics s) {
   return s;
 }
 
-// One row's slice, as the threads of a block walk over it.
+// The loops of one block over its slice of a row.
 template <typename scalar_t, bool PLAIN>
 struct SliceWalker {
   using Vec = Vector<scalar_t>;
@@ -86,8 +87,8 @@ struct SliceWalker {
 
   __device__ uint4* vector_at(std::int32_t v) const { return reinterpret_cast<uint4*>(row + slice.head_end) + v; }
 
-  // The entries outside the vectors, the i-th of them for thread i; -1 if this thread has none.
-  __device__ std::int32_t odd_entry() const {
+  // The unaligned entry that this thread processes (thread i takes the i-th one), or -1 if there is none.
+  __device__ std::int32_t unaligned_entry() const {
     const std::int32_t thread = static_cast<std::int32_t>(threadIdx.x);
     const std::int32_t head = slice.head_end - slice.begin;
     if (thread < head) return slice.begin + thread;
@@ -114,7 +115,7 @@ struct SliceWalker {
         add<PLAIN>(s, x, first);
       }
     }
-    const std::int32_t entry = odd_entry();
+    const std::int32_t entry = unaligned_entry();
     if (entry >= 0) {
       const float x[1] = {logit(row[entry], entry)};
       add<PLAIN>(odd, x, entry);
@@ -122,7 +123,7 @@ struct SliceWalker {
     return merge(s, odd);
   }
 
-  // What was cached is read by the thread that wrote it: nothing to wait for.
+  // Each thread reads only the shared memory that it wrote itself, so no synchronisation is needed.
   __device__ void write_gradient(const RowResult<float>& result, std::int64_t target) const {
     for (std::int32_t v = threadIdx.x; v < slice.vectors; v += THREADS) {
       Vec vec;
@@ -135,7 +136,7 @@ struct SliceWalker {
       }
       *vector_at(v) = vec.raw;
     }
-    const std::int32_t entry = odd_entry();
+    const std::int32_t entry = unaligned_entry();
     if (entry >= 0) {
       const float dz = gradient<PLAIN>(logit(row[entry], entry), result, a.options);
       round_to(row + entry, entry == target ? result.target_gradient : dz);
@@ -144,39 +145,39 @@ struct SliceWalker {
 
   __device__ void write_zeros() const {
     for (std::int32_t v = threadIdx.x; v < slice.vectors; v += THREADS) *vector_at(v) = make_uint4(0, 0, 0, 0);
-    const std::int32_t entry = odd_entry();
+    const std::int32_t entry = unaligned_entry();
     if (entry >= 0) round_to(row + entry, 0.0f);
   }
 };
 
 // ---- the kernel
 
-template <typename scalar_t, int BLOCKS_A_ROW, bool PLAIN>
+template <typename scalar_t, int BLOCKS_PER_ROW, bool PLAIN>
 __global__ void __launch_bounds__(THREADS, 2) softmax_gradient_kernel(const Arguments a) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  if constexpr (BLOCKS_A_ROW > 1) {
-    __trap();  // the launcher never asks for it
+  if constexpr (BLOCKS_PER_ROW > 1) {
+    __trap();  // the launcher never selects this
     return;
   }
 #endif
   extern __shared__ uint4 cache[];
-  __shared__ Statistics of_warp[WARPS];
-  __shared__ Statistics of_block;
-  const std::int64_t i_row = blockIdx.x / BLOCKS_A_ROW;
-  const int part = static_cast<int>(blockIdx.x % BLOCKS_A_ROW);  // the rank in the cluster
+  __shared__ Statistics warp_statistics[WARPS];
+  __shared__ Statistics block_statistics;
+  const std::int64_t i_row = blockIdx.x / BLOCKS_PER_ROW;
+  const int part = static_cast<int>(blockIdx.x % BLOCKS_PER_ROW);  // the rank of this block in the cluster
   const std::int64_t position = a.positions[i_row];
   const std::int64_t target = a.targets[position];
   const float weight = a.weights == nullptr ? 1.0f : a.weights[position];
-  const bool live = target != a.ignore_index && weight != 0.0f;
-  const bool reports = part == 0 && threadIdx.x == 0;
+  const bool supervised = target != a.ignore_index && weight != 0.0f;
+  const bool writes_results = part == 0 && threadIdx.x == 0;
 
   scalar_t* row = static_cast<scalar_t*>(a.logits) + i_row * a.vocabulary;
   const SliceWalker<scalar_t, PLAIN> walker{
       row, cache, a,
-      slice_of(reinterpret_cast<std::uint64_t>(row), a.vocabulary, sizeof(scalar_t), part, BLOCKS_A_ROW)};
-  if (!live) {  // the same for every block of the cluster
+      slice_of(reinterpret_cast<std::uint64_t>(row), a.vocabulary, sizeof(scalar_t), part, BLOCKS_PER_ROW)};
+  if (!supervised) {  // the same for every block of the cluster
     if (a.need_gradient) walker.write_zeros();
-    if (reports) {
+    if (writes_results) {
       a.nll[position] = 0;
       a.correct[position] = 0;
       if (a.loss != nullptr) a.loss[position] = 0;
@@ -184,99 +185,100 @@ __global__ void __launch_bounds__(THREADS, 2) softmax_gradient_kernel(const Argu
     return;
   }
 
-  // before any block of the row writes
+  // The target is read before any block of the row writes.
   const bool known = target >= 0 && target < a.vocabulary;
   const float target_logit = known ? walker.logit(row[target], static_cast<std::int32_t>(target)) : NAN;
   const Statistics mine = warp_total(walker.statistics());
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = mine;
+  if (threadIdx.x % 32 == 0) warp_statistics[threadIdx.x / 32] = mine;
   __syncthreads();
   if (threadIdx.x < 32) {
-    const Statistics all = warp_total(threadIdx.x < WARPS ? of_warp[threadIdx.x] : no_statistics());
-    if (threadIdx.x == 0) of_block = all;
+    const Statistics all = warp_total(threadIdx.x < WARPS ? warp_statistics[threadIdx.x] : no_statistics());
+    if (threadIdx.x == 0) block_statistics = all;
   }
-  Statistics of_row = no_statistics();
-  if constexpr (BLOCKS_A_ROW == 1) {
+  Statistics row_statistics = no_statistics();
+  if constexpr (BLOCKS_PER_ROW == 1) {
     __syncthreads();
-    of_row = of_block;
+    row_statistics = block_statistics;
   } else {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     namespace cg = cooperative_groups;
     cg::this_cluster().sync();
-    for (int block = 0; block < BLOCKS_A_ROW; ++block)  // in one order everywhere: one result everywhere
-      of_row = merge(of_row, *cg::this_cluster().map_shared_rank(&of_block, block));
-    cg::this_cluster().barrier_arrive();  // have read; waited for at the end, since a block must not leave before
+    for (int block = 0; block < BLOCKS_PER_ROW; ++block)  // the same order in every block, so the same result
+      row_statistics = merge(row_statistics, *cg::this_cluster().map_shared_rank(&block_statistics, block));
+    cg::this_cluster().barrier_arrive();  // waited for at the end: a block must not exit before the others have read
 #endif
   }
 
-  const RowResult<float> result =
-      finish<PLAIN>(of_row.max, of_row.sum, of_row.total, target_logit, weight, a.vocabulary, a.options);
-  if (reports) {
+  const RowResult<float> result = finish<PLAIN>(row_statistics.max, row_statistics.sum, row_statistics.total,
+                                                target_logit, weight, a.vocabulary, a.options);
+  if (writes_results) {
     a.nll[position] = result.nll;
-    a.correct[position] = of_row.argmax == target;
+    a.correct[position] = row_statistics.argmax == target;
     if (a.loss != nullptr) a.loss[position] = result.loss;
   }
   if (a.need_gradient) walker.write_gradient(result, target);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if constexpr (BLOCKS_A_ROW > 1) cooperative_groups::this_cluster().barrier_wait();
+  if constexpr (BLOCKS_PER_ROW > 1) cooperative_groups::this_cluster().barrier_wait();
 #endif
 }
 
 // ---- the launcher
 
 struct Device {
-  int most_shared_bytes;      // that one block may ask for
-  int shared_bytes_of_an_sm;
+  int max_shared_bytes;     // per block
+  int shared_bytes_per_sm;
   bool clusters;
 };
 
 template <typename scalar_t>
-cudaError_t look_at_device(Device& device) {
+cudaError_t query_device(Device& device) {
   int index = 0, major = 0;
   cudaError_t error = cudaGetDevice(&index);
   if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&device.most_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    error = cudaDeviceGetAttribute(&device.max_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&device.shared_bytes_of_an_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
+    error = cudaDeviceGetAttribute(&device.shared_bytes_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-  // a later device runs the PTX for sm_80, in which clusters are not compiled
+  // A newer device runs the PTX for sm_80, which has no clusters.
   cudaFuncAttributes compiled{};
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, softmax_gradient_kernel<scalar_t, 2, true>);
   device.clusters = major >= 9 && compiled.ptxVersion >= 90;
   return error;
 }
 
-template <typename scalar_t, int BLOCKS_A_ROW, bool PLAIN>
+template <typename scalar_t, int BLOCKS_PER_ROW, bool PLAIN>
 cudaError_t launch(Arguments a, std::int64_t rows, const Device& device, cudaStream_t stream) {
-  auto* kernel = softmax_gradient_kernel<scalar_t, BLOCKS_A_ROW, PLAIN>;
+  auto* kernel = softmax_gradient_kernel<scalar_t, BLOCKS_PER_ROW, PLAIN>;
   constexpr int STATIC_BYTES = (WARPS + 1) * sizeof(Statistics);
-  const std::int64_t wanted = slice_size(a.vocabulary, sizeof(scalar_t), BLOCKS_A_ROW) * std::int64_t{sizeof(scalar_t)};
-  const std::int64_t most = (device.most_shared_bytes - STATIC_BYTES) / 16 * 16;
-  const int bytes = static_cast<int>(!a.need_gradient ? 0 : wanted < most ? (wanted + 15) / 16 * 16 : most);
+  const std::int64_t slice_entries = slice_size(a.vocabulary, sizeof(scalar_t), BLOCKS_PER_ROW);
+  const std::int64_t slice_bytes = (slice_entries * std::int64_t{sizeof(scalar_t)} + 15) / 16 * 16;
+  const std::int64_t max_bytes = (device.max_shared_bytes - STATIC_BYTES) / 16 * 16;
+  const int bytes = static_cast<int>(!a.need_gradient ? 0 : slice_bytes < max_bytes ? slice_bytes : max_bytes);
   a.cached_vectors = bytes / 16;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = BLOCKS_A_ROW;
+  cluster.val.clusterDim.x = BLOCKS_PER_ROW;
   cluster.val.clusterDim.y = 1;
   cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(rows * BLOCKS_A_ROW));
+  config.gridDim = dim3(static_cast<unsigned>(rows * BLOCKS_PER_ROW));
   config.blockDim = dim3(THREADS);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = &cluster;
-  config.numAttrs = BLOCKS_A_ROW > 1 ? 1 : 0;
+  config.numAttrs = BLOCKS_PER_ROW > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, a);
 }
 
-// The fewest blocks a row of which two fit a multiprocessor: one reads while the other writes.
+// The fewest blocks per row such that two blocks fit on a multiprocessor, so that one reads while the other writes.
 template <typename scalar_t>
-int blocks_a_row(std::int64_t vocabulary, const Device& device) {
-  constexpr int RESERVED_BYTES = 2048;  // a block: the system's 1 KiB, and ours
-  const int half = device.shared_bytes_of_an_sm / 2 - RESERVED_BYTES;
+int blocks_per_row(std::int64_t vocabulary, const Device& device) {
+  constexpr int RESERVED_BYTES = 2048;  // per block: 1 KiB for the system, the rest for static variables
+  const int half = device.shared_bytes_per_sm / 2 - RESERVED_BYTES;
   int blocks = 1;
-  while (device.clusters && blocks < MOST_BLOCKS_A_ROW &&
+  while (device.clusters && blocks < MAX_BLOCKS_PER_ROW &&
          slice_size(vocabulary, sizeof(scalar_t), blocks) * std::int64_t{sizeof(scalar_t)} > half)
     blocks *= 2;
   return blocks;
@@ -285,9 +287,9 @@ int blocks_a_row(std::int64_t vocabulary, const Device& device) {
 template <typename scalar_t>
 cudaError_t run(const Arguments& a, std::int64_t rows, bool plain, cudaStream_t stream) {
   Device device{};
-  const cudaError_t error = look_at_device<scalar_t>(device);
+  const cudaError_t error = query_device<scalar_t>(device);
   if (error != cudaSuccess) return error;
-  switch (blocks_a_row<scalar_t>(a.vocabulary, device)) {
+  switch (blocks_per_row<scalar_t>(a.vocabulary, device)) {
     case 1:
       return plain ? launch<scalar_t, 1, true>(a, rows, device, stream)
                    : launch<scalar_t, 1, false>(a, rows, device, stream);
@@ -305,35 +307,36 @@ cudaError_t run(const Arguments& a, std::int64_t rows, bool plain, cudaStream_t 
 
 extern "C" {
 
-// dtype: 0 float32, 1 bfloat16, 2 float16. Pointers to the device; `weights`, `bias` and `loss` may be null. Returns
-// a cudaError_t; waits for nothing.
+// dtype: 0 float32, 1 bfloat16, 2 float16. All pointers are device pointers; `weights`, `bias` and `loss` may be null.
+// Returns a cudaError_t and does not synchronise.
 int delib_fast_softmax_gradient(void* logits, int dtype, std::int64_t rows, std::int64_t vocabulary,
                                 const std::int64_t* positions, const std::int64_t* targets, const float* weights,
                                 const float* bias, float* nll, float* loss, std::uint8_t* correct,
                                 std::int64_t ignore_index, float scale, float softcap, float z_loss, float smoothing,
                                 int need_gradient, void* stream) {
   using namespace delib_fast;
-  constexpr std::int64_t MOST = (std::int64_t{1} << 31) - 64;
+  constexpr std::int64_t MAX_ENTRIES = (std::int64_t{1} << 31) - 64;
   if (rows == 0) return cudaSuccess;
-  if (rows < 0 || rows > MOST / MOST_BLOCKS_A_ROW || vocabulary < 1 || vocabulary > MOST) return cudaErrorInvalidValue;
+  if (rows < 0 || rows > MAX_ENTRIES / MAX_BLOCKS_PER_ROW) return cudaErrorInvalidValue;
+  if (vocabulary < 1 || vocabulary > MAX_ENTRIES) return cudaErrorInvalidValue;
   const RowOptions<float> options{scale, softcap, z_loss, smoothing};
   const Arguments a{logits, positions, targets, weights, bias, nll, loss, correct, vocabulary, ignore_index,
                     options, 0, need_gradient != 0};
   const bool plain = bias == nullptr && scale == 1 && softcap == 0 && z_loss == 0 && smoothing == 0;
-  auto* on = static_cast<cudaStream_t>(stream);
+  auto* cuda_stream = static_cast<cudaStream_t>(stream);
   switch (dtype) {
     case 0:
-      return run<float>(a, rows, plain, on);
+      return run<float>(a, rows, plain, cuda_stream);
     case 1:
-      return run<__nv_bfloat16>(a, rows, plain, on);
+      return run<__nv_bfloat16>(a, rows, plain, cuda_stream);
     case 2:
-      return run<__half>(a, rows, plain, on);
+      return run<__half>(a, rows, plain, cuda_stream);
     default:
       return cudaErrorInvalidValue;
   }
 }
 
-// What a cudaError_t means.
+// The description of a cudaError_t.
 const char* delib_fast_cuda_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 }  // extern "C"

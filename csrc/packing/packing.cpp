@@ -1,11 +1,13 @@
 // Best-fit decreasing bin packing with integer sizes.
 //
-// Three passes over N, each O(N): (1) a counting sort by length, longest first, examples of one length in an order
-// drawn from the seed; (2) each example goes into the open pack with the least free space that still holds it,
-// the latest such pack first; (3) a counting sort of the examples by pack. "The least free space ≥ length" is
-// a successor query on a set of integers ≤ capacity: a 64-ary tree of bitmaps answers it with two or three
-// count-trailing-zeros instructions, and its leaves (4 KiB at a capacity of 32,768) stay in the L1 cache.
-// Memory: 4 bytes × (3N + 2P + capacity) beside the result.
+// Three passes over the N examples, each O(N):
+//   1. A counting sort by length, longest first. Examples of equal length are ordered by the seed.
+//   2. Each example goes into the open pack with the least free space that still fits it; of several such packs, into
+//      the one that reached this free space last.
+//   3. A counting sort of the examples by pack.
+// "The least free space ≥ length" is a successor query on a set of integers ≤ capacity. A 64-ary tree of bitmaps
+// answers it with two or three count-trailing-zeros instructions, and its leaves (4 KiB at a capacity of 32,768) stay in
+// the L1 cache. Memory: 4 bytes × (3N + 2P + capacity) in addition to the result.
 
 #include "packing/packing.h"
 
@@ -17,8 +19,8 @@
 namespace delib_fast {
 namespace {
 
-// A set of integers in 0 … limit. Level 0 has a bit a value; a bit of level k+1 says that a word of level k is
-// not zero.
+// A set of integers in 0 … limit. Level 0 has one bit per value. A bit of level k+1 is set if the corresponding word of
+// level k is not zero.
 class IntegerSet {
  public:
   explicit IntegerSet(int32_t limit) {
@@ -52,7 +54,7 @@ class IntegerSet {
       if (word >= level.size()) return -1;
       const uint64_t rest = level[word] & (~uint64_t{0} << (value & 63));
       if (rest != 0) return descend(depth, (uint64_t{word} << 6) | __builtin_ctzll(rest));
-      value = static_cast<uint32_t>(word + 1);  // look for a later word that is not empty, one level up
+      value = static_cast<uint32_t>(word + 1);  // find the next word that is not zero, one level up
     }
     return -1;
   }
@@ -69,8 +71,8 @@ class IntegerSet {
   std::vector<std::vector<uint64_t>> levels_;
 };
 
-// A bijection on 0 … 2^bits - 1 drawn from the seed: multiplications by odd numbers and xor-shifts, each of which
-// can be undone within `bits` bits. Walked over all inputs, skipping values ≥ N, it visits every example once.
+// A bijection on 0 … 2^bits - 1 chosen by the seed: multiplications by odd numbers and xor-shifts, each of which is
+// invertible modulo 2^bits. Applied to all inputs, skipping results ≥ N, it visits every example once.
 class Shuffle {
  public:
   Shuffle(int64_t N, uint64_t seed) {
@@ -104,7 +106,7 @@ class Shuffle {
   uint64_t keys_[6];
 };
 
-// Example indices by falling length, those of one length in the order of the shuffle.
+// Returns example indices by decreasing length; examples of equal length are in the order of the shuffle.
 std::vector<int32_t> sort_by_length(const int32_t* lengths, int64_t N, std::vector<int32_t>& counts, uint64_t seed) {
   for (int64_t i = 0; i < N; ++i) ++counts[lengths[i]];
   std::vector<int32_t> next(counts.size());
@@ -122,13 +124,13 @@ std::vector<int32_t> sort_by_length(const int32_t* lengths, int64_t N, std::vect
   return order;
 }
 
-// The pack of every example in `order`, and how many examples each pack has.
+// Returns the pack of each example in sorted order, and counts the examples of each pack in `pack_sizes`.
 std::vector<int32_t> best_fit(const std::vector<int32_t>& counts, int64_t N, int32_t capacity,
                               std::vector<int32_t>& pack_sizes) {
   std::vector<int32_t> pack_of(N);
-  std::vector<int32_t> newest(capacity + 1, -1);  // the packs with a given free space are a stack
-  std::vector<int32_t> below;                     // the pack under this one in its stack
-  IntegerSet open(capacity);                      // which free spaces have a pack
+  std::vector<int32_t> newest(capacity + 1, -1);  // top of the stack of packs with a given free space
+  std::vector<int32_t> below;                     // the next pack in the stack of each pack
+  IntegerSet open(capacity);                      // the free spaces whose stack is not empty
   int64_t at = 0;
   for (int32_t length = capacity; length > 0; --length) {
     for (int32_t left = counts[length]; left > 0; --left) {
@@ -181,7 +183,7 @@ namespace {
 
 namespace py = pybind11;
 
-// Hands a vector's memory to numpy without a copy.
+// Transfers a vector's memory to numpy without a copy.
 py::array_t<int64_t> to_numpy(std::vector<int64_t>&& values) {
   auto* owner = new std::vector<int64_t>(std::move(values));
   py::capsule release(owner, [](void* p) { delete static_cast<std::vector<int64_t>*>(p); });

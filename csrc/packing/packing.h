@@ -1,7 +1,7 @@
-// The planner of packs: best-fit decreasing over a whole data set, in time near linear in its size.
+// The pack planner: best-fit decreasing bin packing over a whole dataset, in nearly linear time.
 //
-// `plan_packs` knows no Python; `register_packing` binds it. The Python reference, which is the definition, is
-// `_plan_in_python` in delib_fast/data/packing.py: both return the same plan, pack by pack.
+// `plan_packs` does not depend on Python; `register_packing` binds it. The Python reference in
+// delib_fast/data/pack/packing.py is the definition: both return the same plan, pack by pack.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@
 namespace delib_fast {
 
 struct Plan {
-  std::vector<int64_t> pack_offsets;  // (P+1,) where each pack starts in `examples`
-  std::vector<int64_t> examples;      // (N,) example indices, pack after pack
+  std::vector<int64_t> pack_offsets;  // (P+1,) the start of each pack in `examples`
+  std::vector<int64_t> examples;      // (N,) example indices in the order of the packs
 };
 
 // lengths: N values, each in 1 … capacity (checked by the caller); capacity ≤ 2^24; N < 2^31.

@@ -1,4 +1,4 @@
-// Packed causal attention on a CPU: one task a run and kv head, shared out over the threads, the longest first.
+// Packed causal attention on a CPU. There is one task per sequence and kv head; threads take the longest tasks first.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -24,20 +24,20 @@ struct Task {
   std::int64_t begin, length, kv_head;
 };
 
-// Every run under every kv head; long ones first, so that no thread ends with one while others wait.
+// Returns a task per sequence and kv head, longest first, so that no thread starts a long task last.
 std::vector<Task> tasks_of(const at::Tensor& cu_seqlens, std::int64_t kv_heads) {
   std::vector<Task> tasks;
   const at::Tensor host = cu_seqlens.contiguous();
-  const auto* at = host.const_data_ptr<std::int32_t>();
-  for (std::int64_t run = 0; run + 1 < host.numel(); ++run)
-    for (std::int64_t head = 0; head < kv_heads && at[run + 1] > at[run]; ++head)
-      tasks.push_back({at[run], at[run + 1] - at[run], head});
+  const auto* offsets = host.const_data_ptr<std::int32_t>();
+  for (std::int64_t sequence = 0; sequence + 1 < host.numel(); ++sequence)
+    for (std::int64_t head = 0; head < kv_heads && offsets[sequence + 1] > offsets[sequence]; ++head)
+      tasks.push_back({offsets[sequence], offsets[sequence + 1] - offsets[sequence], head});
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.length > b.length; });
   return tasks;
 }
 
 template <typename work_t>
-void share_out(const std::vector<Task>& tasks, std::int64_t scratch, const work_t& work) {
+void for_each_task(const std::vector<Task>& tasks, std::int64_t scratch, const work_t& work) {
   std::atomic<std::size_t> next{0};
   const auto threads = std::min<std::int64_t>(at::get_num_threads(), static_cast<std::int64_t>(tasks.size()));
   const at::Tensor memory = at::empty({threads * scratch}, at::kFloat);
@@ -48,7 +48,7 @@ void share_out(const std::vector<Task>& tasks, std::int64_t scratch, const work_
   });
 }
 
-// The heads of a (T, H, D) tensor from `token` and `head` on.
+// The part of a (T, H, D) tensor that starts at `token` and `head`.
 template <typename to_t, typename scalar_t>
 Heads<to_t> heads(const at::Tensor& x, std::int64_t token, std::int64_t head) {
   auto* data = static_cast<scalar_t*>(x.data_ptr());
@@ -58,29 +58,30 @@ Heads<to_t> heads(const at::Tensor& x, std::int64_t token, std::int64_t head) {
 at::Tensor last_dim_contiguous(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 
 void check(const at::Tensor& q) {
-  TORCH_CHECK_VALUE(q.scalar_type() == at::kFloat || q.scalar_type() == at::kBFloat16, "varlen_attention_runs takes ",
-                    "float32 or bfloat16, not ", q.scalar_type());
-  TORCH_CHECK_VALUE(q.size(2) % attention::D_MULTIPLE == 0 && q.size(2) <= attention::LARGEST_D, "head dim ",
-                    q.size(2), " is not a multiple of 16 up to 256");
+  TORCH_CHECK_VALUE(q.scalar_type() == at::kFloat || q.scalar_type() == at::kBFloat16,
+                    "varlen_attention_compiled: q is ", q.scalar_type(), "; it must be float32 or bfloat16");
+  TORCH_CHECK_VALUE(q.size(2) % attention::D_MULTIPLE == 0 && q.size(2) <= attention::MAX_D, 
+                    "varlen_attention_compiled: the head dim is ", q.size(2),
+                    "; it must be a multiple of 16 and at most 256");
 }
 
-template <typename scalar_t, typename run_t>
+template <typename scalar_t, typename kernel_t>
 void forward_all(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu_seqlens,
-                 double scale, const at::Tensor& out, const at::Tensor& lse, run_t run) {
+                 double scale, const at::Tensor& out, const at::Tensor& lse, kernel_t kernel) {
   const std::int64_t group = q.size(1) / k.size(1), dim = q.size(2);
   const auto tasks = tasks_of(cu_seqlens, k.size(1));
   if (tasks.empty()) return;
-  share_out(tasks, attention::forward_scratch(tasks[0].length, dim), [&](const Task& task, float* scratch) {
+  for_each_task(tasks, attention::forward_scratch(tasks[0].length, dim), [&](const Task& task, float* scratch) {
     const std::int64_t t = task.begin, h = task.kv_head;
-    run({heads<const scalar_t, scalar_t>(q, t, h * group), heads<const scalar_t, scalar_t>(k, t, h),
+    kernel({heads<const scalar_t, scalar_t>(q, t, h * group), heads<const scalar_t, scalar_t>(k, t, h),
          heads<const scalar_t, scalar_t>(v, t, h), heads<scalar_t, scalar_t>(out, t, h * group),
          heads<float, float>(lse, t, h * group), task.length, dim, group, static_cast<float>(scale)},
         scratch);
   });
 }
 
-// (T, Hq, D) of q's dtype, and the log-sum-exp of the scaled scores (T, Hq, 1) float32.
-std::tuple<at::Tensor, at::Tensor> varlen_attention_runs(const at::Tensor& q_, const at::Tensor& k_,
+// Returns out (T, Hq, D) in the dtype of q, and the log-sum-exp of the scaled scores (T, Hq, 1) in float32.
+std::tuple<at::Tensor, at::Tensor> varlen_attention_compiled(const at::Tensor& q_, const at::Tensor& k_,
                                                          const at::Tensor& v_, const at::Tensor& cu_seqlens,
                                                          double scale) {
   check(q_);
@@ -96,25 +97,25 @@ std::tuple<at::Tensor, at::Tensor> varlen_attention_runs(const at::Tensor& q_, c
   return {out, lse};
 }
 
-template <typename scalar_t, typename run_t>
+template <typename scalar_t, typename kernel_t>
 void backward_all(const at::Tensor& d_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                   const at::Tensor& out, const at::Tensor& lse, const at::Tensor& cu_seqlens, double scale,
-                  const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv, run_t run) {
+                  const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv, kernel_t kernel) {
   const std::int64_t group = q.size(1) / k.size(1), dim = q.size(2);
   const auto tasks = tasks_of(cu_seqlens, k.size(1));
   if (tasks.empty()) return;
-  share_out(tasks, attention::backward_scratch(tasks[0].length, dim), [&](const Task& task, float* scratch) {
+  for_each_task(tasks, attention::backward_scratch(tasks[0].length, dim), [&](const Task& task, float* scratch) {
     const std::int64_t t = task.begin, h = task.kv_head;
     const auto in = [&](const at::Tensor& x, std::int64_t head) { return heads<const scalar_t, scalar_t>(x, t, head); };
     const auto to = [&](const at::Tensor& x, std::int64_t head) { return heads<scalar_t, scalar_t>(x, t, head); };
-    run({in(d_out, h * group), in(q, h * group), in(k, h), in(v, h), in(out, h * group),
+    kernel({in(d_out, h * group), in(q, h * group), in(k, h), in(v, h), in(out, h * group),
          heads<const float, float>(lse, t, h * group), to(dq, h * group), to(dk, h), to(dv, h), task.length, dim, group,
          static_cast<float>(scale)},
         scratch);
   });
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_runs_backward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_compiled_backward(
     const at::Tensor& d_out_, const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_, const at::Tensor& out,
     const at::Tensor& lse, const at::Tensor& cu_seqlens, double scale) {
   check(q_);
@@ -134,8 +135,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_runs_backward(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(delib_fast, CPU, m) {
-  m.impl("varlen_attention_runs", &varlen_attention_runs);
-  m.impl("varlen_attention_runs_backward", &varlen_attention_runs_backward);
+  m.impl("varlen_attention_compiled", &varlen_attention_compiled);
+  m.impl("varlen_attention_compiled_backward", &varlen_attention_compiled_backward);
 }
 
 }  // namespace delib_fast

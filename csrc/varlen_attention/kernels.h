@@ -1,7 +1,7 @@
-// The loops of packed causal attention, as a table per instruction set. No torch here, and no inline function that
-// a caller shares: see kernels_impl.h.
+// The loops of packed causal attention, as one table of functions per instruction set. This file does not depend on
+// torch.
 //
-// Sizes: L tokens of a run, D head dim, G query heads that share a kv head.
+// Sizes: L tokens of a sequence, D head dim, G query heads that share a kv head.
 #pragma once
 
 #include <cstdint>
@@ -10,25 +10,25 @@ namespace delib_fast::attention {
 
 using bf16_bits = std::uint16_t;
 
-constexpr std::int64_t QUERIES = 32;   // of a block
-constexpr std::int64_t KEYS = 128;     // of a block: scores of QUERIES x KEYS float32 stay in the first-level cache
+constexpr std::int64_t QUERIES = 32;  // per block
+constexpr std::int64_t KEYS = 128;    // per block; a block of scores, QUERIES x KEYS float32, fits the L1 cache
 constexpr std::int64_t D_MULTIPLE = 16;
-constexpr std::int64_t LARGEST_D = 256;
+constexpr std::int64_t MAX_D = 256;
 
-// One head, or a group of them, of one run: element (token, head, d) is at data[token * token_stride + head *
-// head_stride + d].
+// One or several heads of one sequence. Element (token, head, d) is at
+// data[token * token_stride + head * head_stride + d].
 template <typename scalar_t>
 struct Heads {
   scalar_t* data;
   std::int64_t token_stride, head_stride;
 };
 
-// A run's attention under one kv head.
+// The attention of one sequence under one kv head.
 template <typename scalar_t>
 struct Forward {
-  Heads<const scalar_t> q, k, v;  // q: G heads; k, v: one
+  Heads<const scalar_t> q, k, v;  // q has G heads; k and v have one
   Heads<scalar_t> out;
-  Heads<float> lse;  // of the scaled scores, (L, G)
+  Heads<float> lse;  // (L, G), log-sum-exp of the scaled scores
   std::int64_t length, dim, group;
   float scale;
 };
@@ -43,7 +43,8 @@ struct Backward {
 };
 
 inline std::int64_t padded(std::int64_t length) { return (length + KEYS - 1) / KEYS * KEYS; }
-// floats of scratch that a task needs
+
+// Scratch memory of one task, in floats.
 inline std::int64_t forward_scratch(std::int64_t length, std::int64_t dim) {
   return 2 * padded(length) * dim + QUERIES * (2 * dim + KEYS);
 }
@@ -59,6 +60,7 @@ struct Kernels {
   void (*backward_bf16)(const Backward<bf16_bits>&, float* scratch);
 };
 
-const Kernels& kernels();  // the best that this processor runs
+// The table for the widest instruction set that this processor supports.
+const Kernels& kernels();
 
 }  // namespace delib_fast::attention

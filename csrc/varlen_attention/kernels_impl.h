@@ -1,20 +1,21 @@
-// Flash attention (arXiv 2307.08691) of one run under one kv head, in float32 whatever the inputs. Compiled once per
-// instruction set: the file that includes this one sets the target and defines ATTENTION_KERNELS (the table's name),
-// its NAME, WIDTH (floats of a vector) and TILE_ROWS. Everything has internal linkage and calls no inline function of
-// a library: else the linker could take the AVX-512 copy of one for all callers.
+// Flash attention (arXiv 2307.08691) of one sequence under one kv head, computed in float32 for every input dtype.
+// for_each_simd_target.h includes this file once per instruction set.
 //
-// k and v are laid out once a task, as the products want them: K^T and V^T in blocks of KEYS columns, K and V by rows.
-// Then each block of QUERIES goes over the blocks of keys that it may see. Every product is C (+)= A . B with B's rows
-// along vectors, so one small product does for all seven. Read: q, k, v (and out, d_out) once; written: the results
-// once; everything else stays in `scratch`.
+// A task first copies k and v into the layouts that the matrix products need: K^T and V^T in blocks of KEYS columns, K
+// and V by rows. Each block of QUERIES then iterates over the blocks of keys that are visible to it. Every product has
+// the form C (+)= A . B with the rows of B along vectors, so one small routine computes all seven. Memory traffic:
+// q, k, v (and out, d_out) are read once, the results are written once, and everything else stays in `scratch`.
 #include <math.h>
 
 #include <cstdint>
 
 #include "varlen_attention/kernels.h"
 
-namespace delib_fast::attention {
+namespace delib_fast::attention::SIMD_TARGET {
 namespace {
+
+constexpr int WIDTH = SIMD_FLOATS;
+constexpr int TILE_ROWS = SIMD_FLOATS == 16 ? 8 : 4;  // the sums of a tile and one row of B fit the vector registers
 
 typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef std::int32_t Integers __attribute__((vector_size(4 * WIDTH)));
@@ -22,7 +23,7 @@ typedef std::int32_t Integers __attribute__((vector_size(4 * WIDTH)));
 inline float load(const float* p) { return *p; }
 inline float load(const bf16_bits* p) { return __builtin_bit_cast(float, static_cast<std::uint32_t>(*p) << 16); }
 inline void store(float* p, float x) { *p = x; }
-inline void store(bf16_bits* p, float x) {  // to nearest even; a NaN stays one
+inline void store(bf16_bits* p, float x) {  // round to nearest even; a NaN stays a NaN
   const std::uint32_t bits = __builtin_bit_cast(std::uint32_t, x);
   *p = static_cast<bf16_bits>(x != x ? 0x7fc0u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
@@ -30,7 +31,8 @@ inline void store(bf16_bits* p, float x) {  // to nearest even; a NaN stays one
 inline Vector splat(float x) { return Vector{} + x; }
 inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 
-// e**x for x <= 0, about one ulp; 0 below the normal range and for -inf, NaN for NaN. Cephes' polynomial.
+// e**x for x <= 0, to about one ulp, with the polynomial of Cephes. The result is 0 below the normal range and for
+// -inf, and NaN for NaN.
 inline Vector exp_of(Vector x) {
   const Vector lowest = splat(-87.33654f), round = splat(12582912.0f);  // 1.5 * 2**23
   const Vector clamped = x < lowest ? lowest : (x > splat(88.0f) ? splat(88.0f) : x);
@@ -50,7 +52,7 @@ inline Vector exp_of(Vector x) {
 
 inline float exp_one(float x) { return exp_of(splat(x))[0]; }
 
-// C (TILE_ROWS, COLUMNS * WIDTH) (+)= A (TILE_ROWS, depth) . B. A's element (i, k) is at a[i * by_row + k * by_depth].
+// C (TILE_ROWS, COLUMNS * WIDTH) (+)= A (TILE_ROWS, depth) . B. Element (i, k) of A is a[i * by_row + k * by_depth].
 template <int COLUMNS>
 inline void tile(std::int64_t depth, const float* a, std::int64_t by_row, std::int64_t by_depth, const float* b,
                  std::int64_t b_stride, float* c, std::int64_t c_stride, bool add) {
@@ -70,7 +72,7 @@ inline void tile(std::int64_t depth, const float* a, std::int64_t by_row, std::i
     for (int j = 0; j < COLUMNS; ++j) *reinterpret_cast<Vector*>(c + i * c_stride + j * WIDTH) = sum[i][j];
 }
 
-// rows is a multiple of TILE_ROWS, columns one of 16.
+// C (rows, columns) (+)= A . B. `rows` must be a multiple of TILE_ROWS, `columns` a multiple of 16.
 void product(std::int64_t rows, std::int64_t columns, std::int64_t depth, const float* a, std::int64_t by_row,
              std::int64_t by_depth, const float* b, std::int64_t b_stride, float* c, std::int64_t c_stride, bool add) {
   for (std::int64_t j = 0; j < columns;) {
@@ -86,10 +88,11 @@ void product(std::int64_t rows, std::int64_t columns, std::int64_t depth, const 
   }
 }
 
-inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-inline std::int64_t up(std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+inline std::int64_t round_up(std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Rows [begin, begin + count) of one head as float32 times `factor`; rows up to `total` are zeros.
+// Copies rows [begin, begin + count) of one head as float32, times `factor`, and appends zeros until there are `total`
+// rows.
 template <typename scalar_t>
 void gather(const Heads<const scalar_t>& from, std::int64_t head, std::int64_t begin, std::int64_t count,
             std::int64_t total, std::int64_t dim, float factor, float* to) {
@@ -99,7 +102,7 @@ void gather(const Heads<const scalar_t>& from, std::int64_t head, std::int64_t b
   }
 }
 
-// (length, dim) to blocks of (dim, KEYS), zeros behind the end.
+// Transposes (length, dim) into blocks of (dim, KEYS), with zeros after the end.
 template <typename scalar_t>
 void gather_transposed(const Heads<const scalar_t>& from, std::int64_t length, std::int64_t dim, float* to) {
   for (std::int64_t first = 0; first < length; first += KEYS, to += dim * KEYS) {
@@ -119,26 +122,27 @@ void scatter(const float* from, std::int64_t begin, std::int64_t count, std::int
   }
 }
 
-// One row of scores: -inf behind the `seen` keys; brought into max and sum; left as e^(score - max). Returns the
-// factor by which what was summed before is to be multiplied.
-inline float soften(float* scores, std::int64_t columns, std::int64_t seen, float& max, float& sum) {
-  for (std::int64_t j = seen; j < columns; ++j) scores[j] = -INFINITY;
-  Vector most = splat(-INFINITY);
-  for (std::int64_t j = 0; j < columns; j += WIDTH) most = larger(*reinterpret_cast<Vector*>(scores + j), most);
-  float now = max;
-  for (int i = 0; i < WIDTH; ++i) now = most[i] > now ? most[i] : now;
-  const float shift = now == -INFINITY ? 0.0f : now;
+// One step of the online softmax, for one row of scores. Masks the keys after the first `visible`, updates `max` and
+// `sum`, and replaces each score with e^(score - max). Returns the factor that rescales the earlier sums.
+inline float update_softmax(float* scores, std::int64_t columns, std::int64_t visible, float& max, float& sum) {
+  for (std::int64_t j = visible; j < columns; ++j) scores[j] = -INFINITY;
+  Vector block_max = splat(-INFINITY);
+  for (std::int64_t j = 0; j < columns; j += WIDTH)
+    block_max = larger(*reinterpret_cast<Vector*>(scores + j), block_max);
+  float new_max = max;
+  for (int i = 0; i < WIDTH; ++i) new_max = block_max[i] > new_max ? block_max[i] : new_max;
+  const float shift = new_max == -INFINITY ? 0.0f : new_max;
   Vector total{};
   for (std::int64_t j = 0; j < columns; j += WIDTH) {
     auto& at = *reinterpret_cast<Vector*>(scores + j);
     at = exp_of(at - shift);
     total += at;
   }
-  const float before = exp_one(max - shift);
-  sum *= before;
+  const float rescale = exp_one(max - shift);
+  sum *= rescale;
   for (int i = 0; i < WIDTH; ++i) sum += total[i];
-  max = now;
-  return before;
+  max = new_max;
+  return rescale;
 }
 
 template <typename scalar_t>
@@ -153,18 +157,18 @@ void forward(const Forward<scalar_t>& task, float* scratch) {
   gather(task.v, 0, 0, L, padded(L), D, 1.0f, v);
   for (std::int64_t head = 0; head < task.group; ++head) {
     for (std::int64_t begin = 0; begin < L; begin += QUERIES) {
-      const std::int64_t count = least(QUERIES, L - begin), end = begin + count;
+      const std::int64_t count = smaller(QUERIES, L - begin), end = begin + count;
       float max[QUERIES], sum[QUERIES];
       for (std::int64_t i = 0; i < QUERIES; ++i) max[i] = -INFINITY, sum[i] = 0.0f;
       gather(task.q, head, begin, count, QUERIES, D, task.scale, q);
       for (std::int64_t first = 0; first < end; first += KEYS) {
-        const std::int64_t columns = up(least(KEYS, end - first), D_MULTIPLE);
+        const std::int64_t columns = round_up(smaller(KEYS, end - first), D_MULTIPLE);
         product(QUERIES, columns, D, q, D, 1, k_t + first * D, KEYS, scores, KEYS, false);
         for (std::int64_t i = 0; i < QUERIES; ++i) {
-          const std::int64_t seen = least(columns, begin + least(i, count - 1) + 1 - first);
-          const float before = soften(scores + i * KEYS, columns, seen, max[i], sum[i]);
-          if (first > 0 && before != 1.0f)
-            for (std::int64_t d = 0; d < D; ++d) out[i * D + d] *= before;
+          const std::int64_t visible = smaller(columns, begin + smaller(i, count - 1) + 1 - first);
+          const float rescale = update_softmax(scores + i * KEYS, columns, visible, max[i], sum[i]);
+          if (first > 0 && rescale != 1.0f)
+            for (std::int64_t d = 0; d < D; ++d) out[i * D + d] *= rescale;
         }
         product(QUERIES, D, columns, scores, KEYS, 1, v + first * D, D, out, D, first > 0);
       }
@@ -177,8 +181,9 @@ void forward(const Forward<scalar_t>& task, float* scratch) {
   }
 }
 
-// Scores to probabilities and d_probabilities to d_scores, both in place; zeros where a query does not see the key.
-inline void differentiate(float* scores, float* d_scores, std::int64_t columns, std::int64_t seen, float lse,
+// Turns scores into probabilities and d_probabilities into d_scores, both in place. Both are 0 for keys after the first
+// `visible`.
+inline void softmax_backward(float* scores, float* d_scores, std::int64_t columns, std::int64_t visible, float lse,
                           float delta) {
   for (std::int64_t j = 0; j < columns; j += WIDTH) {
     auto& p = *reinterpret_cast<Vector*>(scores + j);
@@ -186,7 +191,7 @@ inline void differentiate(float* scores, float* d_scores, std::int64_t columns, 
     p = exp_of(p - lse);
     dp = p * (dp - delta);
   }
-  for (std::int64_t j = seen < 0 ? 0 : seen; j < columns; ++j) scores[j] = d_scores[j] = 0.0f;
+  for (std::int64_t j = visible < 0 ? 0 : visible; j < columns; ++j) scores[j] = d_scores[j] = 0.0f;
 }
 
 template <typename scalar_t>
@@ -208,13 +213,13 @@ void backward(const Backward<scalar_t>& task, float* scratch) {
   for (std::int64_t i = 0; i < padded(L) * D; ++i) dk[i] = dv[i] = 0.0f;
   for (std::int64_t head = 0; head < task.group; ++head) {
     for (std::int64_t begin = 0; begin < L; begin += QUERIES) {
-      const std::int64_t count = least(QUERIES, L - begin), end = begin + count;
+      const std::int64_t count = smaller(QUERIES, L - begin), end = begin + count;
       float lse[QUERIES], delta[QUERIES];
-      gather(task.out, head, begin, count, QUERIES, D, 1.0f, dq);  // for a moment
+      gather(task.out, head, begin, count, QUERIES, D, 1.0f, dq);  // `out`, until dq is needed
       gather(task.d_out, head, begin, count, QUERIES, D, 1.0f, d_out);
       gather(task.q, head, begin, count, QUERIES, D, task.scale, q);
       for (std::int64_t i = 0; i < QUERIES; ++i) {
-        const std::int64_t token = begin + least(i, count - 1);
+        const std::int64_t token = begin + smaller(i, count - 1);
         lse[i] = task.lse.data[token * task.lse.token_stride + head * task.lse.head_stride];
         Vector total{};
         for (std::int64_t d = 0; d < D; d += WIDTH)
@@ -223,12 +228,12 @@ void backward(const Backward<scalar_t>& task, float* scratch) {
         for (int w = 0; w < WIDTH; ++w) delta[i] += total[w];
       }
       for (std::int64_t first = 0; first < end; first += KEYS) {
-        const std::int64_t columns = up(least(KEYS, end - first), D_MULTIPLE);
+        const std::int64_t columns = round_up(smaller(KEYS, end - first), D_MULTIPLE);
         product(QUERIES, columns, D, q, D, 1, k_t + first * D, KEYS, scores, KEYS, false);
         product(QUERIES, columns, D, d_out, D, 1, v_t + first * D, KEYS, d_scores, KEYS, false);
         for (std::int64_t i = 0; i < QUERIES; ++i) {
-          const std::int64_t seen = i < count ? least(columns, begin + i + 1 - first) : 0;
-          differentiate(scores + i * KEYS, d_scores + i * KEYS, columns, seen, lse[i], delta[i]);
+          const std::int64_t visible = i < count ? smaller(columns, begin + i + 1 - first) : 0;
+          softmax_backward(scores + i * KEYS, d_scores + i * KEYS, columns, visible, lse[i], delta[i]);
         }
         product(columns, D, QUERIES, scores, 1, KEYS, d_out, D, dv + first * D, D, true);
         product(columns, D, QUERIES, d_scores, 1, KEYS, q, D, dk + first * D, D, true);
@@ -241,11 +246,9 @@ void backward(const Backward<scalar_t>& task, float* scratch) {
   scatter(dv, 0, L, D, 0, 1.0f, task.dv);
 }
 
-}  // namespace
-
-extern const Kernels ATTENTION_KERNELS;
-const Kernels ATTENTION_KERNELS = {
-    ATTENTION_KERNELS_NAME, &forward<float>, &forward<bf16_bits>, &backward<float>, &backward<bf16_bits>,
+const Kernels KERNELS = {
+    SIMD_NAME, &forward<float>, &forward<bf16_bits>, &backward<float>, &backward<bf16_bits>,
 };
 
-}  // namespace delib_fast::attention
+}  // namespace
+}  // namespace delib_fast::attention::SIMD_TARGET

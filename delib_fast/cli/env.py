@@ -40,7 +40,7 @@ def one_line() -> str:
 def _backends(torch: Any) -> dict[str, dict[str, str | None]]:
     """For each op, why each backend cannot run bf16 tensors on this machine's device (None: it can)."""
     from delib_fast.ops.linear_cross_entropy import BACKENDS as LOSS
-    from delib_fast.ops.varlen_attention import _BACKENDS as ATTENTION
+    from delib_fast.ops.varlen_attention import BACKENDS as ATTENTION
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     hidden = torch.zeros(2, 64, dtype=torch.bfloat16, device=device)

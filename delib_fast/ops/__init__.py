@@ -1,4 +1,4 @@
-"""Fused ops, usable alone: they need torch (and triton on a GPU), and nothing else of this project."""
+"""Fused ops that can be used alone: they need torch (and triton on a GPU), and no other part of this project."""
 
 from delib_fast.ops._dispatch import BackendUnavailable
 from delib_fast.ops.linear_cross_entropy import FusedLossHead, LossOutput, gather_weight, linear_cross_entropy

@@ -1,4 +1,4 @@
-"""How an op finds its backend: the fastest that can, or the one asked for by name, or an error with the reasons."""
+"""The choice of a backend for an op: the fastest one that supports the inputs, or the one that is requested."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -11,47 +11,60 @@ _log = logging.getLogger("delib_fast.ops")
 _logged: set[tuple[str, str]] = set()
 
 
-class BackendUnavailable(RuntimeError):  # noqa: N818 - what it says, as in the design
-    """The backend that was asked for cannot run these inputs here; the message says why, and what can."""
+class BackendUnavailable(RuntimeError):  # noqa: N818 - part of the public API
+    """The requested backend cannot run these inputs; the message says why, and which backends can."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an op. `why_not` takes what the op takes and judges device, dtype and static sizes only."""
+    """One implementation of an op.
+
+    `why_not` takes the op's tensors and returns the reason that the backend cannot run them, or None if it can. It
+    depends only on devices, dtypes and static sizes.
+    """
 
     name: str
     run: Callable[..., Any]
     why_not: Callable[..., str | None]
 
 
-def choose(op: str, backends: Sequence[Backend], wanted: str, *args: Any) -> Backend:
-    """The backend called `wanted`, or with "auto" the first of `backends` that can run `args`.
+def choose(op: str, backends: Sequence[Backend], requested: str, *args: Any) -> Backend:
+    """Return the backend named `requested`, or for "auto" the first of `backends` that can run `args`.
 
-    `backends` stand in order of speed. Raises ValueError for a name that is none of them, BackendUnavailable
-    if the one asked for cannot run, or if none can.
+    Args:
+        op: the name of the op, for messages.
+        backends: in order of speed, the fastest first.
+        requested: "auto" or the name of a backend.
+        args: passed to `why_not` of each backend.
+
+    Raises:
+        ValueError: no backend has this name.
+        BackendUnavailable: the requested backend cannot run these inputs, or none can.
     """
     names = [backend.name for backend in backends]
-    if wanted not in ("auto", *names):
-        raise ValueError(f"{op}: backend={wanted!r} does not exist; choose from {', '.join(['auto', *names])}")
+    if requested not in ("auto", *names):
+        raise ValueError(f"{op}: backend={requested!r} does not exist; choose from {', '.join(['auto', *names])}")
     reasons: list[str] = []
     for backend in backends:
-        if wanted not in ("auto", backend.name):
+        if requested not in ("auto", backend.name):
             continue
         reason = backend.why_not(*args)
         if reason is None:
-            if wanted == "auto":
+            if requested == "auto":
                 _log_once(op, backend.name, reasons)
             return backend
         reasons.append(f"{backend.name}: {reason}")
-    can = [b.name for b in backends if wanted not in ("auto", b.name) and b.why_not(*args) is None]
-    remedy = f"; these inputs can run on {', '.join(can)}" if can else ""
-    raise BackendUnavailable(f"{op}: no backend for backend={wanted!r} ({'; '.join(reasons)}){remedy}")
+    usable = [b.name for b in backends if requested not in ("auto", b.name) and b.why_not(*args) is None]
+    remedy = f"; these backends can: {', '.join(usable)}" if usable else ""
+    which = "no backend" if requested == "auto" else f"backend={requested!r}"
+    verb = "can" if requested == "auto" else "cannot"
+    raise BackendUnavailable(f"{op}: {which} {verb} run these inputs ({'; '.join(reasons)}){remedy}")
 
 
-def _log_once(op: str, name: str, passed_over: list[str]) -> None:
+def _log_once(op: str, name: str, skipped: list[str]) -> None:
     if torch.compiler.is_compiling() or (op, name) in _logged:
         return
     _logged.add((op, name))
-    reasons = f" ({'; '.join(passed_over)})" if passed_over else ""
-    # the reference is there to be right, not to be used: say so where nobody has asked to hear
+    reasons = f" ({'; '.join(skipped)})" if skipped else ""
+    # The reference is slow, so falling back to it is a warning.
     _log.log(logging.WARNING if name == "reference" else logging.INFO, "%s runs on %s%s", op, name, reasons)

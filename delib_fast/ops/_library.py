@@ -1,32 +1,38 @@
-"""The torch.library namespace `delib_fast`, and the compiled module whose import registers its CPU kernels.
+"""The torch.library namespace `delib_fast`, and the compiled module that registers its CPU kernels.
 
-Schemas are defined in Python, so that the package imports, and its ops have a meaning, without anything compiled.
+Schemas are defined in Python, so the package can be imported, and its ops exist, without any compiled code.
 """
 
 import importlib
+from typing import Any
 
 import torch
 
-INTERFACE = 1
-"""Of the compiled module: which schemas its kernels are for (csrc/bindings.cpp)."""
-LIBRARY = torch.library.Library("delib_fast", "FRAGMENT")
+INTERFACE = 2
+"""The version of the op schemas. The compiled module must be built for the same version (csrc/bindings.cpp)."""
+
+_Library: Any = torch.library.Library  # Any, because torch does not annotate its methods
+LIBRARY = _Library("delib_fast", "FRAGMENT")
 
 
 def _load_compiled() -> str | None:
-    again = "build it again: pip install --no-build-isolation -e ."
+    """Import delib_fast._C, and return None, or the reason that it is unavailable and the remedy.
+
+    Raises ImportError if the module was built for other schemas: its kernels are registered by then.
+    """
+    rebuild = "rebuild it: pip install --no-build-isolation -e ."
     try:
         compiled = importlib.import_module("delib_fast._C")
     except ModuleNotFoundError as error:
         if error.name != "delib_fast._C":
             raise
         return "delib_fast._C is not built; install a C++ compiler, then: pip install --no-build-isolation -e ."
-    except ImportError as error:
-        # built against another torch: say so, since everything on a CPU is slower without it
-        return f"delib_fast._C does not load ({error}); {again}"
-    if getattr(compiled, "interface", None) != INTERFACE:  # its kernels are registered: nothing goes on without them
-        raise ImportError(f"delib_fast._C was built from another version of delib_fast; {again}")
+    except ImportError as error:  # for example, it was built for another version of torch
+        return f"delib_fast._C cannot be loaded ({error}); {rebuild}"
+    if getattr(compiled, "interface", None) != INTERFACE:
+        raise ImportError(f"delib_fast._C was built from another version of delib_fast; {rebuild}")
     return None
 
 
 WHY_NO_COMPILED: str | None = _load_compiled()
-"""None where the compiled module is loaded, else why it is not and what to do."""
+"""None if the compiled module is loaded; otherwise the reason that it is not, and the remedy."""

@@ -1,4 +1,4 @@
-"""For every test of an op: Triton runs on the CPU, and memory that nobody has written holds NaN."""
+"""Fixtures of the op tests. Triton runs on the CPU, and uninitialised memory contains NaN."""
 
 import os
 from collections.abc import Iterator
@@ -9,13 +9,15 @@ from loss_cases import FUSED, NAMES, skip_if_unavailable
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask of cuBLAS
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS for deterministic algorithms
 
 
 @pytest.fixture(autouse=True)
 def poisoned_empty() -> Iterator[None]:
-    """torch.empty* returns NaN (or the largest integer), also where C++ calls it: what an op forgets to write
-    shows. PyTorch does so under deterministic algorithms, which is how the ops are tested anyway."""
+    """Fill torch.empty* with NaN (or the largest integer), also if C++ calls it, so that unwritten outputs are found.
+
+    PyTorch does this if deterministic algorithms are enabled, as they are in all of these tests.
+    """
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()
@@ -30,13 +32,13 @@ def fixed_seed() -> None:
 
 @pytest.fixture(params=NAMES)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend of linear_cross_entropy; those that cannot run here skip and say why."""
+    """Each backend of linear_cross_entropy; one that cannot run on this machine is skipped with the reason."""
     skip_if_unavailable(request.param)
     return request.param
 
 
 @pytest.fixture(params=FUSED)
 def fused(request: pytest.FixtureRequest) -> str:
-    """Every backend of linear_cross_entropy but the reference."""
+    """Each backend of linear_cross_entropy except the reference."""
     skip_if_unavailable(request.param)
     return request.param

@@ -1,4 +1,4 @@
-"""What the tests of linear_cross_entropy share: inputs, float64 and eager yardsticks, and which backends there are.
+"""Helpers of the linear_cross_entropy tests: inputs, an eager baseline, the accuracy criterion and the backends.
 
 T packed tokens, H hidden size, V vocabulary.
 """
@@ -29,17 +29,19 @@ class Case(NamedTuple):
         return Case(hidden, weight, self.targets, self.loss_weights)
 
 
-def make_case(T=37, H=24, V=103, dtype=torch.float32, dead=0.3, device=DEVICE) -> Case:
+def make_case(T=37, H=24, V=103, dtype=torch.float32, unsupervised=0.3, device=DEVICE) -> Case:
+    """Random inputs in which about this share of the rows is unsupervised, half of it by target and half by weight."""
     hidden = torch.randn(T, H, device=device).to(dtype).requires_grad_()
     weight = torch.randn(V, H, device=device).to(dtype).requires_grad_()
     targets = torch.randint(V, (T,), device=device)
-    targets[torch.rand(T, device=device) < dead / 2] = -100
+    targets[torch.rand(T, device=device) < unsupervised / 2] = -100
     loss_weights = 0.1 + torch.rand(T, device=device)
-    loss_weights[torch.rand(T, device=device) < dead / 2] = 0
+    loss_weights[torch.rand(T, device=device) < unsupervised / 2] = 0
     return Case(hidden, weight, targets, loss_weights)
 
 
 def supervised(case: Case) -> Tensor:
+    """The positions of the supervised rows."""
     return ((case.targets != -100) & (case.loss_weights != 0)).nonzero().squeeze(1)
 
 
@@ -48,7 +50,7 @@ def gradients(output: LossOutput, *leaves: Tensor, scale: float = 1.0, **keyword
 
 
 def eager(case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """What a trainer does without us: logits in the inputs' dtype, then a float32 loss; nll and both gradients."""
+    """nll and both gradients, as in an ordinary trainer: logits in the dtype of the inputs, then a float32 loss."""
     rows = supervised(case)
     wide = torch.promote_types(case.hidden.dtype, torch.float32)
     logits = F.linear(case.hidden[rows], case.weight).to(wide)
@@ -58,16 +60,16 @@ def eager(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def skip_if_unavailable(backend: str) -> None:
-    wanted = next(b for b in BACKENDS if b.name == backend)
+    candidate = next(b for b in BACKENDS if b.name == backend)
     tensor = torch.empty(1, 1, device=DEVICE)
-    if reason := wanted.why_not(tensor, tensor):
+    if reason := candidate.why_not(tensor, tensor):
         pytest.skip(f"{backend}: {reason}")
 
 
 def assert_no_worse(ours: Tensor, theirs: Tensor, exact: Tensor, name: str, factor: float = 2.0) -> None:
-    """max|ours - float64| <= factor * max|torch - float64| + a few ulps of the largest value."""
+    """max|ours - float64| <= factor · max|torch in the same dtype - float64| + a few ulps of the largest value."""
     assert ours.isfinite().all(), name
-    error, yardstick = ((t.double() - exact).abs().max().item() for t in (ours, theirs))
-    ulps = 64 if ours.dtype == torch.float64 else 4  # float64 itself is no better than its summation order
+    error, baseline = ((t.double() - exact).abs().max().item() for t in (ours, theirs))
+    ulps = 64 if ours.dtype == torch.float64 else 4  # the float64 result depends on the summation order, too
     floor = ulps * torch.finfo(ours.dtype).eps * exact.abs().max().item()
-    assert error <= factor * yardstick + floor, f"{name}: error {error:.3g}, torch's {yardstick:.3g}"
+    assert error <= factor * baseline + floor, f"{name}: error {error:.3g}, torch's {baseline:.3g}"

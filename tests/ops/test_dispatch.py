@@ -1,4 +1,4 @@
-"""The choice of a backend: the first that can, the one asked for, or the reasons; and life without a compiler."""
+"""The choice of a backend, and the ops without the compiled module."""
 
 import logging
 import os
@@ -12,33 +12,33 @@ from delib_fast.ops._dispatch import Backend, BackendUnavailable, choose
 
 CAN = Backend("can", run=lambda: None, why_not=lambda *args: None)
 OTHER = Backend("other", run=lambda: None, why_not=lambda *args: None)
-CANNOT = Backend("cannot", run=lambda: None, why_not=lambda *args: "it rains")
+CANNOT = Backend("cannot", run=lambda: None, why_not=lambda *args: "wrong device")
 
 
-def test_auto_takes_the_first_that_can_and_logs_it_once(caplog, monkeypatch):
+def test_auto_selects_the_first_available_backend_and_logs_it_once(caplog, monkeypatch):
     monkeypatch.setattr(_dispatch, "_logged", set())
     with caplog.at_level(logging.INFO, "delib_fast.ops"):
         assert choose("op", (CANNOT, CAN, OTHER), "auto") is CAN
         assert choose("op", (CANNOT, CAN, OTHER), "auto") is CAN
-    assert [record.getMessage() for record in caplog.records] == ["op runs on can (cannot: it rains)"]
+    assert [record.getMessage() for record in caplog.records] == ["op runs on can (cannot: wrong device)"]
 
 
-def test_a_name_means_that_backend_or_an_error():
+def test_a_requested_backend_is_used_or_raises():
     assert choose("op", (CAN, OTHER), "other") is OTHER
     with pytest.raises(BackendUnavailable) as error:
         choose("op", (CANNOT, CAN), "cannot")
-    expected = "op: no backend for backend='cannot' (cannot: it rains); these inputs can run on can"
+    expected = "op: backend='cannot' cannot run these inputs (cannot: wrong device); these backends can: can"
     assert str(error.value) == expected
     with pytest.raises(ValueError, match="backend='cna' does not exist; choose from auto, cannot, can"):
         choose("op", (CANNOT, CAN), "cna")
 
 
-def test_nothing_can():
-    with pytest.raises(BackendUnavailable, match=r"no backend for backend='auto' \(cannot: it rains\)$"):
+def test_no_available_backend_raises():
+    with pytest.raises(BackendUnavailable, match=r"no backend can run these inputs \(cannot: wrong device\)$"):
         choose("op", (CANNOT,), "auto")
 
 
-def test_without_the_compiled_module_it_runs_on_the_reference_and_says_so():
+def test_without_the_compiled_module_the_reference_runs_with_a_warning():
     program = """
 import sys
 sys.modules["delib_fast._C"] = None
@@ -59,7 +59,7 @@ except BackendUnavailable as error:
     assert "linear_cross_entropy runs on reference" in done.stderr
 
 
-def test_a_compiled_module_of_another_version_is_refused_by_name():
+def test_a_compiled_module_of_another_version_raises():
     program = """
 import sys, types
 sys.modules["delib_fast._C"] = types.ModuleType("delib_fast._C")
@@ -70,6 +70,6 @@ except ImportError as error:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == (
-        "delib_fast._C was built from another version of delib_fast; build it again: "
+        "delib_fast._C was built from another version of delib_fast; rebuild it: "
         "pip install --no-build-isolation -e .\n"
     )

@@ -1,4 +1,4 @@
-"""The CPU kernels' large buffers: pages are used again, never by two at once, and never kept beyond what was in use."""
+"""The buffer pool of the CPU kernels: pages are reused, never by two tensors, and never beyond the peak usage."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from delib_fast.ops._library import WHY_NO_COMPILED
 
 pytestmark = [
     pytest.mark.skipif(WHY_NO_COMPILED is not None, reason=WHY_NO_COMPILED or ""),
-    pytest.mark.skipif(sys.platform != "linux", reason="madvise is Linux's"),
+    pytest.mark.skipif(sys.platform != "linux", reason="madvise exists only on Linux"),
 ]
 MIB = 1 << 20
 
 
 def large(mib: int, value: float = 1.0) -> torch.Tensor:
-    """A buffer of this many MiB from the pool: what scale_gradient returns."""
+    """A buffer of this size from the pool: the result of scale_gradient."""
     return torch.ops.delib_fast.scale_gradient(torch.full((mib * MIB // 4,), value), torch.ones(()), torch.float32)
 
 
@@ -27,25 +27,25 @@ def empty_pool():
     torch.ops.delib_fast.release_buffers()
 
 
-def test_pages_are_used_again_once_the_last_tensor_on_them_is_gone():
+def test_pages_are_reused_after_the_last_tensor_on_them_is_freed():
     first = large(32)
-    where, view = first.data_ptr(), first[7:9]
+    address, view = first.data_ptr(), first[7:9]
     del first
-    assert large(32).data_ptr() != where  # a view still lies there
+    assert large(32).data_ptr() != address  # a view still uses it
     assert view.tolist() == [1.0, 1.0]
     del view
-    kept = {large(32).data_ptr() for _ in range(3)}
-    assert len(kept) == 1
+    addresses = {large(32).data_ptr() for _ in range(3)}
+    assert len(addresses) == 1
 
 
-def test_nothing_is_kept_beyond_what_was_in_use_at_once():
-    for mib in (16, 40, 24, 64, 32):  # one at a time
+def test_no_more_is_kept_than_was_in_use_at_one_time():
+    for mib in (16, 40, 24, 64, 32):  # only one in use at a time
         large(mib)
     assert torch.ops.delib_fast.release_buffers() == 64 * MIB
     assert torch.ops.delib_fast.release_buffers() == 0
 
 
-def test_a_step_of_three_sizes_needs_fresh_pages_once():
+def test_repeated_steps_with_three_sizes_reuse_their_pages():
     held, addresses = None, set()
     for _ in range(4):
         weight = large(48)

@@ -1,6 +1,6 @@
-"""linear_cross_entropy, every backend against float64.
+"""linear_cross_entropy: every backend compared with float64.
 
-T packed tokens, H hidden size, V vocabulary. Sizes are odd on purpose: off the tiles of every kernel.
+T packed tokens, H hidden size, V vocabulary. Sizes are not multiples of the tile size of any kernel.
 """
 
 import pytest
@@ -9,14 +9,15 @@ from loss_cases import DEVICE, assert_no_worse, eager, gradients, make_case, ski
 from torch import Tensor
 
 from delib_fast.ops import BackendUnavailable, linear_cross_entropy
+from delib_fast.ops.linear_cross_entropy._call import LossCall
 
-SHAPES = [  # T, H, V, chunk_tokens; what it is there to catch
+SHAPES = [  # T, H, V, chunk_tokens
     pytest.param(37, 24, 103, None, id="one-chunk"),
-    pytest.param(131, 24, 103, 16, id="chunks-and-a-ragged-last"),
+    pytest.param(131, 24, 103, 16, id="several-chunks-smaller-last"),
     pytest.param(1, 8, 17, None, id="one-row"),
     pytest.param(19, 7, 2, 5, id="odd-hidden-two-classes"),
-    pytest.param(23, 65, 2311, 7, id="past-one-block-of-vocabulary"),
-    pytest.param(9, 16, 8195, None, id="past-one-block-of-the-triton-kernel"),
+    pytest.param(23, 65, 2311, 7, id="several-vocabulary-blocks"),
+    pytest.param(9, 16, 8195, None, id="several-triton-blocks"),
 ]
 
 
@@ -24,8 +25,8 @@ SHAPES = [  # T, H, V, chunk_tokens; what it is there to catch
 @pytest.mark.parametrize(("T", "H", "V", "chunk_tokens"), SHAPES)
 def test_matches_reference(backend, T, H, V, chunk_tokens, dtype):
     if backend in ("triton", "cuda") and dtype == torch.float64:
-        pytest.skip(f"the {backend} backend has no float64")
-    case = make_case(T, H, V, dtype, dead=0 if T == 1 else 0.3)
+        pytest.skip(f"the {backend} backend does not support float64")
+    case = make_case(T, H, V, dtype, unsupervised=0 if T == 1 else 0.3)
     output = linear_cross_entropy(*case, chunk_tokens=chunk_tokens, backend=backend)
     exact, theirs = eager(case.to(torch.float64)), eager(case)
     ours = (output.nll, *gradients(output, case.hidden, case.weight))
@@ -35,9 +36,9 @@ def test_matches_reference(backend, T, H, V, chunk_tokens, dtype):
     wide = torch.promote_types(dtype, torch.float32)
     assert output.loss_sum.dtype == output.nll.dtype == wide
     torch.testing.assert_close(output.loss_sum, (output.nll * case.loss_weights).sum())
-    dead = torch.ones(T, dtype=torch.bool, device=DEVICE).index_fill(0, supervised(case), False)
-    assert not output.nll[dead].any()
-    assert not ours[1][dead].any()
+    unsupervised = torch.ones(T, dtype=torch.bool, device=DEVICE).index_fill(0, supervised(case), False)
+    assert not output.nll[unsupervised].any()
+    assert not ours[1][unsupervised].any()
 
 
 def test_correct_is_the_argmax_of_supervised_rows(backend):
@@ -45,8 +46,8 @@ def test_correct_is_the_argmax_of_supervised_rows(backend):
     logits = case.hidden @ case.weight.T
     targets = torch.where(torch.arange(61, device=DEVICE) % 2 == 0, logits.argmax(1), case.targets)
     output = linear_cross_entropy(case.hidden, case.weight, targets, case.loss_weights, backend=backend)
-    live = (targets != -100) & (case.loss_weights != 0)
-    assert output.correct.equal(live & (logits.argmax(1) == targets))
+    rows = (targets != -100) & (case.loss_weights != 0)
+    assert output.correct.equal(rows & (logits.argmax(1) == targets))
     assert output.correct.any()
 
 
@@ -79,6 +80,11 @@ def test_opcheck(fused, needs):
     torch.library.opcheck(op, (hidden, weight, case.targets.abs() % 29, None, supervised(case), -100, 0, *needs))
 
 
+def test_loss_call_matches_the_schema(fused):
+    arguments = getattr(torch.ops.delib_fast, f"linear_cross_entropy_{fused}").default._schema.arguments
+    assert [argument.name for argument in arguments][: len(LossCall._fields)] == list(LossCall._fields)
+
+
 @pytest.mark.parametrize("how", ["targets", "weights", "positions"])
 def test_all_masked(backend, how):
     hidden, weight, targets, loss_weights = make_case()
@@ -95,12 +101,12 @@ def test_all_masked(backend, how):
         assert not gradient.any()
 
 
-def test_nan_in_dead_row_does_not_leak(backend):
+def test_nan_in_unsupervised_row_does_not_leak(backend):
     case = make_case()
-    dead = torch.ones(37, dtype=torch.bool, device=DEVICE).index_fill(0, supervised(case), False)
+    unsupervised = torch.ones(37, dtype=torch.bool, device=DEVICE).index_fill(0, supervised(case), False)
     poisoned = case.hidden.detach().clone().requires_grad_()
     with torch.no_grad():
-        poisoned[dead] = float("nan")
+        poisoned[unsupervised] = float("nan")
     clean = linear_cross_entropy(*case, backend=backend)
     output = linear_cross_entropy(poisoned, *case[1:], backend=backend)
     assert output.nll.equal(clean.nll)
@@ -108,7 +114,7 @@ def test_nan_in_dead_row_does_not_leak(backend):
         gradients(output, poisoned, case.weight), gradients(clean, case.hidden, case.weight), strict=True
     ):
         assert ours.equal(theirs)
-    # nor where the caller lists a dead row as supervised
+    # also if loss_positions lists the unsupervised rows
     everything = torch.arange(37, device=DEVICE)
     output = linear_cross_entropy(poisoned, *case[1:], loss_positions=everything, backend=backend)
     assert all(g.isfinite().all() for g in (output.nll, *gradients(output, poisoned, case.weight)))
@@ -167,56 +173,58 @@ def test_compile_inductor(fused):
     torch.testing.assert_close(ours, gradients(expected, case.hidden, case.weight, scale=0.25))
 
 
-def test_refuses():
+def test_invalid_arguments_raise():
     hidden, weight, targets, loss_weights = make_case()
     good = {"hidden": hidden, "weight": weight, "targets": targets, "loss_weights": loss_weights}
 
-    def refused(**changed) -> str:
+    def message(**changed) -> str:
         with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
             linear_cross_entropy(**{**good, **changed})
         return str(error.value)
 
-    assert refused(hidden=hidden[None]) == (
+    assert message(hidden=hidden[None]) == (
         "linear_cross_entropy: hidden must be (T, H) and weight (V, H), got (1, 37, 24) and (103, 24); "
         "flatten batch and sequence first: hidden.flatten(0, 1)"
     )
-    assert refused(weight=weight.bfloat16()) == (
-        "linear_cross_entropy: hidden is torch.float32 and weight torch.bfloat16; both must have one floating dtype"
+    assert message(weight=weight.bfloat16()) == (
+        "linear_cross_entropy: hidden is torch.float32 and weight torch.bfloat16; "
+        "both must have the same floating-point dtype"
     )
-    assert refused(targets=targets.int()) == (
-        "linear_cross_entropy: targets must be (37,) torch.int64, one entry a row of hidden; got (37,) torch.int32"
+    assert message(targets=targets.int()) == (
+        "linear_cross_entropy: targets must be (37,) torch.int64, one entry per row of hidden; got (37,) torch.int32"
     )
-    assert refused(loss_weights=loss_weights[1:]) == (
-        "linear_cross_entropy: loss_weights must be (37,) floating, one entry a row of hidden; got (36,) torch.float32"
+    assert message(loss_weights=loss_weights[1:]) == (
+        "linear_cross_entropy: loss_weights must be (37,) floating point, one entry per row of hidden; "
+        "got (36,) torch.float32"
     )
-    assert refused(loss_weights=loss_weights.clone().requires_grad_()) == (
-        "linear_cross_entropy: loss_weights requires a gradient, which is not computed; detach it"
+    assert message(loss_weights=loss_weights.clone().requires_grad_()) == (
+        "linear_cross_entropy: loss_weights requires a gradient, which is not supported; detach it"
     )
-    assert refused(loss_positions=targets.float()) == (
+    assert message(loss_positions=targets.float()) == (
         "linear_cross_entropy: loss_positions must be (L,) torch.int64, got (37,) torch.float32"
     )
-    assert refused(chunk_tokens=0) == (
+    assert message(chunk_tokens=0) == (
         "linear_cross_entropy: chunk_tokens=0; it must be at least 1, or None for the default"
     )
-    assert refused(backend="cuda9") == (
+    assert message(backend="cuda9") == (
         "linear_cross_entropy: backend='cuda9' does not exist; choose from auto, cpu, triton, cuda, reference"
     )
 
 
-def test_refuses_a_backend_that_cannot_run():
+def test_an_unavailable_backend_raises():
     case = make_case(dtype=torch.float64)
-    with pytest.raises(BackendUnavailable, match=r"triton: it has no torch\.float64\); these inputs can run on"):
+    with pytest.raises(BackendUnavailable, match=r"triton: torch\.float64 is not supported\); these backends can: "):
         linear_cross_entropy(*case, backend="triton")
 
 
-def test_a_target_outside_the_vocabulary_is_never_a_loss(fused):
+def test_a_target_outside_the_vocabulary_raises_or_makes_the_loss_nan(fused):
     case = make_case()
     position = int(supervised(case)[3])
     case.targets[position] = 103
     if fused == "cpu":
-        with pytest.raises(ValueError, match=rf"targets\[{position}\] is 103, outside the vocabulary of 103"):
+        with pytest.raises(ValueError, match=rf"targets\[{position}\] is 103, which is outside the vocabulary of 103"):
             linear_cross_entropy(*case, backend=fused)
-    else:  # a GPU does not wait to look: the loss says it
+    else:  # a GPU backend does not synchronise to check targets
         assert linear_cross_entropy(*case, backend=fused).loss_sum.isnan()
 
 
@@ -224,7 +232,7 @@ def test_a_target_outside_the_vocabulary_is_never_a_loss(fused):
 @pytest.mark.parametrize("T", [37, 130])
 @pytest.mark.parametrize("gemm", ["widened", "bfloat16"])
 def test_both_cpu_paths_in_bfloat16(gemm, T, H):
-    # one processor only ever takes one of them
+    # `cpu` selects one of the two paths for the processor, so each is called explicitly.
     skip_if_unavailable("cpu")
     case = make_case(T, H, 1103, torch.bfloat16, device="cpu")
     op = torch.ops.delib_fast.linear_cross_entropy_cpu
@@ -238,10 +246,10 @@ def test_both_cpu_paths_in_bfloat16(gemm, T, H):
 
 
 @pytest.mark.parametrize("keep_dz", [False, True])
-def test_what_fills_up_a_chunk_is_nothing_even_beside_an_infinite_weight(keep_dz):
-    # 37 rows are filled up with zeros, whose logits with this entry, masked out for good, are 0 · -inf
+def test_padding_of_a_chunk_contributes_nothing_if_a_weight_is_infinite(keep_dz):
+    # The 37 rows are padded with rows of zeros. Their logits for the masked vocabulary entry are 0 · -inf = NaN.
     skip_if_unavailable("cpu")
-    case = make_case(37, 24, 103, torch.bfloat16, dead=0, device="cpu")
+    case = make_case(37, 24, 103, torch.bfloat16, unsupervised=0, device="cpu")
     hidden, weight = case.hidden.detach().abs(), case.weight.detach()
     weight[5] = -torch.inf
     targets = torch.where(case.targets == 5, 6, case.targets)
@@ -257,7 +265,7 @@ def test_what_fills_up_a_chunk_is_nothing_even_beside_an_infinite_weight(keep_dz
 
 
 def test_weight_gradient_does_not_round_between_chunks(fused):
-    # 64 chunks: a bfloat16 accumulator would be worse than one chunk by several times
+    # With many chunks, a bfloat16 accumulator would be several times less accurate than with one chunk.
     case = make_case(T=96, H=32, V=61, dtype=torch.bfloat16)
     exact = eager(case.to(torch.float64))[2]
     errors = []

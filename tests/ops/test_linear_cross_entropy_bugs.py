@@ -1,4 +1,4 @@
-"""Bugs of other fused losses, kept out of linear_cross_entropy."""
+"""Bugs that other fused losses have had, tested in linear_cross_entropy."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from delib_fast.ops import linear_cross_entropy
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.37, -3.0])
-def test_upstream_gradient_is_honoured(backend, scale):
+def test_upstream_gradient_scales_the_gradients(backend, scale):
     case = make_case()
     once = gradients(linear_cross_entropy(*case, backend=backend), case.hidden, case.weight)
     output = linear_cross_entropy(*case, backend=backend)
@@ -18,7 +18,7 @@ def test_upstream_gradient_is_honoured(backend, scale):
 
 
 def test_an_upstream_gradient_is_not_rounded_to_the_gradients_dtype(fused):
-    # 1 + 2^-10 is 1 in bfloat16; times a gradient that is a power of two it would be lost, not with float32
+    # 1/3 is off by 0.2 % in bfloat16; the product must be computed in float32 and rounded once.
     case = make_case(dtype=torch.bfloat16)
     output = linear_cross_entropy(*case, backend=fused)
     third = gradients(output, case.hidden, case.weight, scale=1 / 3, retain_graph=True)
@@ -27,15 +27,15 @@ def test_an_upstream_gradient_is_not_rounded_to_the_gradients_dtype(fused):
 
 
 @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_scale_gradient_rounds_once(saved, wanted):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_scale_gradient_rounds_once(saved, dtype):
     gradient = torch.randn(33, 70, device=DEVICE).to(saved)
     scale = torch.rand((), device=DEVICE)
     exact = gradient.double() * scale.double()
-    ours = torch.ops.delib_fast.scale_gradient(gradient, scale, wanted)
-    assert ours.dtype == wanted
-    torch.testing.assert_close(ours.double(), exact, rtol=0.51 * torch.finfo(wanted).eps + 1e-7, atol=1e-7)
-    assert torch.ops.delib_fast.scale_gradient(torch.full((3,), torch.nan), scale, wanted).isnan().all()
+    ours = torch.ops.delib_fast.scale_gradient(gradient, scale, dtype)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.double(), exact, rtol=0.51 * torch.finfo(dtype).eps + 1e-7, atol=1e-7)
+    assert torch.ops.delib_fast.scale_gradient(torch.full((3,), torch.nan), scale, dtype).isnan().all()
 
 
 def test_retain_graph(backend):
@@ -59,7 +59,7 @@ def test_frozen_part_gets_no_gradient_and_changes_nothing(backend, frozen):
         torch.testing.assert_close(gradients(output, weight)[0], both[1])
 
 
-def test_a_gradient_that_nobody_wants_is_not_computed(fused):
+def test_a_gradient_that_is_not_needed_is_not_computed(fused):
     case = make_case()
     op = getattr(torch.ops.delib_fast, f"linear_cross_entropy_{fused}")
     for needs in ((True, False), (False, True), (False, False)):
@@ -89,7 +89,7 @@ def test_uneven_accumulation_equals_one_batch(backend):
 
 
 def test_minus_infinity_logits(backend):
-    # a vocabulary entry that is masked out: hidden has a 1 in its last column, the weight -inf
+    # Masked vocabulary entries: the last column of hidden is 1, and that of their weights is -inf.
     case = make_case(H=8)
     hidden = torch.cat([case.hidden.detach(), torch.ones(37, 1, device=DEVICE)], 1)
     weight = torch.cat([case.weight.detach(), torch.zeros(103, 1, device=DEVICE)], 1)
@@ -111,8 +111,8 @@ def test_extreme_logits(backend):
         assert_no_worse(*three, name)
 
 
-def test_gradient_of_a_confident_target_is_not_cancelled(fused):
-    # p(target) = 1 - 1e-5: in bfloat16, p - 1 computed after rounding would be exactly 0
+def test_gradient_of_a_confident_target_is_not_lost_to_cancellation(fused):
+    # p(target) = 1 - 1e-5: if p were rounded to bfloat16 first, p - 1 would be exactly 0.
     weight = torch.zeros(100, 8, dtype=torch.bfloat16, device=DEVICE)
     weight[7, 0] = 16.0
     hidden = torch.zeros(5, 8, dtype=torch.bfloat16, device=DEVICE)
@@ -130,7 +130,7 @@ def test_gradient_of_a_confident_target_is_not_cancelled(fused):
 
 
 def test_negative_weights_count(backend):
-    # a caller's advantages; nothing is silently dropped
+    # Negative weights occur as advantages, for example.
     case = make_case()
     negative = linear_cross_entropy(*case[:3], -case.loss_weights, backend=backend)
     positive = linear_cross_entropy(*case, backend=backend)
@@ -138,7 +138,7 @@ def test_negative_weights_count(backend):
     torch.testing.assert_close(gradients(negative, case.weight)[0], -gradients(positive, case.weight)[0])
 
 
-def test_loss_positions_say_the_same_as_the_mask(backend):
+def test_loss_positions_equal_the_mask(backend):
     case = make_case(T=131)
     masked = linear_cross_entropy(*case, backend=backend)
     listed = linear_cross_entropy(*case, loss_positions=supervised(case), backend=backend)
@@ -148,21 +148,21 @@ def test_loss_positions_say_the_same_as_the_mask(backend):
 
 
 def test_rows_that_are_not_listed_are_not_supervised(backend):
-    case = make_case(T=40, dead=0.0)
+    case = make_case(T=40, unsupervised=0.0)
     positions = torch.arange(10, 20, device=DEVICE)
     output = linear_cross_entropy(*case, loss_positions=positions, backend=backend)
     assert output.nll.nonzero().squeeze(1).equal(positions)
     assert gradients(output, case.hidden)[0].any(1).nonzero().squeeze(1).equal(positions)
 
 
-def test_another_ignore_index(backend):
+def test_custom_ignore_index(backend):
     case = make_case()
     targets = torch.where(case.targets == -100, 5, case.targets)
     ours = linear_cross_entropy(*case[:2], targets, case.loss_weights, ignore_index=5, backend=backend)
     assert not ours.nll[targets == 5].any()
 
 
-def test_a_nan_in_a_supervised_row_is_seen(backend):
+def test_nan_in_a_supervised_row_reaches_the_loss(backend):
     case = make_case()
     row = int(supervised(case)[2])
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_a_nan_in_a_supervised_row_is_seen(backend):
 
 
 def test_one_supervised_row_among_many(backend):
-    case = make_case(T=130, dead=0.0)
+    case = make_case(T=130, unsupervised=0.0)
     targets = torch.full_like(case.targets, -100)
     targets[77] = 5
     output = linear_cross_entropy(*case[:2], targets, backend=backend)
@@ -182,15 +182,15 @@ def test_one_supervised_row_among_many(backend):
     assert gradients(output, case.hidden)[0].any(1).nonzero().flatten().tolist() == [77]
 
 
-def test_second_derivatives_are_refused_and_not_zero(fused):
+def test_second_derivatives_raise(fused):
     case = make_case()
     output = linear_cross_entropy(*case, backend=fused)
-    with pytest.raises(RuntimeError, match="cannot be differentiated again; without create_graph=True, or with backen"):
+    with pytest.raises(RuntimeError, match="cannot be differentiated again; remove create_graph=True, or use backend="):
         gradients(output, case.hidden, create_graph=True)
 
 
 def test_float16_under_a_loss_scale(fused):
-    # probabilities of a large vocabulary are below float16's normal numbers; a scaler's factor comes after rounding
+    # Probabilities over a large vocabulary are subnormal in float16, and the loss scale is applied after rounding.
     case = make_case(T=48, H=16, V=8195, dtype=torch.float16)
     case = Case((case.hidden.detach() / 8).requires_grad_(), *case[1:])
     exact, theirs = eager(case.to(torch.float64)), eager(case)

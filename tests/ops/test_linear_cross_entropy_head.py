@@ -1,4 +1,4 @@
-"""FusedLossHead, the loss as a module in the place of lm_head: tied weights, what it replaces, autocast."""
+"""FusedLossHead, the loss as a module that replaces lm_head: tied weights, replaced modules, autocast."""
 
 import pytest
 import torch
@@ -16,8 +16,7 @@ def test_tied_weights(backend):
     tokens = torch.randint(103, (37,), device=DEVICE)
     head(embedding(tokens), *case[2:]).loss_sum.backward()
     tied = embedding.weight.grad
-    apart = (embedding.weight.detach().clone().requires_grad_() for _ in range(2))
-    table, weight = apart
+    table, weight = (embedding.weight.detach().clone().requires_grad_() for _ in range(2))
     output = linear_cross_entropy(F.embedding(tokens, table), weight, *case[2:], backend="reference")
     torch.testing.assert_close(tied, sum(gradients(output, table, weight)))
 
@@ -41,7 +40,7 @@ def test_head_replaces_a_linear():
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="autocast on the CPU")
-def test_autocast_computes_in_its_dtype(backend):
+def test_autocast_sets_the_dtype(backend):
     case = make_case()
     with torch.autocast("cpu", torch.bfloat16):
         ours = linear_cross_entropy(*case, backend=backend)

@@ -1,6 +1,6 @@
-"""Few supervised rows in bfloat16: the gradient of the logits is kept, and the backward pass makes the weight's.
+"""Few supervised rows in bfloat16: the op keeps the gradient of the logits, from which the backward pass computes dW.
 
-T packed tokens, H hidden size, V vocabulary, L listed tokens, K what they are filled up to.
+T packed tokens, H hidden size, V vocabulary, L listed rows, K padded rows.
 """
 
 import pytest
@@ -9,29 +9,31 @@ from loss_cases import DEVICE, Case, assert_no_worse, eager, gradients, make_cas
 from torch import Tensor
 
 from delib_fast.ops import linear_cross_entropy
+from delib_fast.ops.linear_cross_entropy._call import LossResults
 from delib_fast.ops.linear_cross_entropy._cpu import BFLOAT16_GEMMS
-from delib_fast.ops.linear_cross_entropy._gradient_in_forward import Results, _weight_gradient
+from delib_fast.ops.linear_cross_entropy._gradient_in_forward import _weight_gradient
 
-# (T, H, V, chunk): odd and even L; off the tiles of 64; chunks that no vector divides; more tokens than a tile's piece
+# (T, H, V, chunk_tokens): odd and even L, sizes that are not multiples of the tile of 64, chunks that are not multiples
+# of a vector, and more tokens than one product of a tile takes
 SHAPES = [(37, 24, 103, 0), (130, 65, 1103, 32), (130, 64, 1103, 20), (1500, 16, 130, 0), (1, 8, 5, 0)]
 
 
 def run(fused: str, case: Case, positions: Tensor, chunk_tokens: int = 0, *, keep_dz: bool, needs=(True, True)):
-    """The op itself, so that the CPU takes its path of bfloat16 GEMMs on any processor."""
-    more = {"gemm": "bfloat16"} if fused == "cpu" else {}
+    """Call the op itself, so that the CPU path with bfloat16 GEMMs is tested on every processor."""
+    extra = {"gemm": "bfloat16"} if fused == "cpu" else {}
     op = getattr(torch.ops.delib_fast, f"linear_cross_entropy_{fused}")
-    return Results(*op(*case, positions, -100, chunk_tokens, *needs, keep_dz=keep_dz, **more))
+    return LossResults(*op(*case, positions, -100, chunk_tokens, *needs, keep_dz=keep_dz, **extra))
 
 
 def listed(case: Case) -> Tensor:
-    """The supervised rows and a few that are not."""
-    dead = [t for t in range(case.targets.shape[0]) if t not in set(supervised(case).tolist())]
-    return torch.cat([supervised(case), torch.tensor(dead[:3], dtype=torch.int64, device=DEVICE)]).sort().values
+    """The supervised rows and three others."""
+    others = [t for t in range(case.targets.shape[0]) if t not in set(supervised(case).tolist())]
+    return torch.cat([supervised(case), torch.tensor(others[:3], dtype=torch.int64, device=DEVICE)]).sort().values
 
 
 @pytest.mark.parametrize(("T", "H", "V", "chunk_tokens"), SHAPES)
 @pytest.mark.parametrize("scale", [1.0, 1 / 3])
-def test_the_factors_make_the_summed_gradient(fused, T, H, V, chunk_tokens, scale):
+def test_the_product_of_the_factors_equals_the_accumulated_gradient(fused, T, H, V, chunk_tokens, scale):
     case = make_case(T, H, V, torch.bfloat16)
     positions, upstream = listed(case), torch.tensor(scale, device=DEVICE)
     kept, summed = (run(fused, case, positions, chunk_tokens, keep_dz=keep) for keep in (True, False))
@@ -40,7 +42,7 @@ def test_the_factors_make_the_summed_gradient(fused, T, H, V, chunk_tokens, scal
     ours = torch.ops.delib_fast.weight_gradient(kept.dz, kept.rows, upstream)
     exact = summed.grad_weight.double() * upstream
     assert ours.dtype == torch.bfloat16
-    # on a GPU the scale is in the rows, rounded; on the CPU the float32 sum is rounded once
+    # On a GPU the rows are scaled and rounded; on a CPU the float32 sum is rounded once.
     roundings = 0.51 if fused == "cpu" else 2
     torch.testing.assert_close(ours.double(), exact, rtol=roundings * torch.finfo(torch.bfloat16).eps,
                                atol=1e-5 * exact.abs().max().item() if fused == "cpu" else 0.02)  # fmt: skip
@@ -54,7 +56,7 @@ def test_no_worse_than_eager(fused, T, H, V, chunk_tokens):
     assert_no_worse(kept.nll, theirs[0], nll, "nll")
     assert_no_worse(kept.grad_hidden, theirs[1], grad_hidden, "grad_hidden")
     third = torch.tensor(1 / 3, device=DEVICE)
-    for product in (torch.ops.delib_fast.weight_gradient, _weight_gradient):  # the latter is what a GPU runs
+    for product in (torch.ops.delib_fast.weight_gradient, _weight_gradient):  # the second one runs on a GPU
         assert_no_worse(product(kept.dz, kept.rows, third), theirs[2] / 3, exact / 3, "grad_weight")
 
 
@@ -65,20 +67,22 @@ def saved_shapes(case: Case, backend: str, **options) -> set[tuple[int, ...]]:
     return shapes
 
 
-def test_kept_where_it_is_the_smaller(fused):
+def test_dz_is_kept_if_it_is_smaller(fused):
     if fused == "cpu" and not BFLOAT16_GEMMS:
-        pytest.skip("this processor has no bfloat16 GEMMs, and the weight's gradient is summed in float32")
-    case, dW = make_case(T=20, H=8, V=103, dtype=torch.bfloat16, dead=0), (103, 8)
+        pytest.skip("this processor has no bfloat16 GEMMs, so dz is not kept")
+    case, dW = make_case(T=20, H=8, V=103, dtype=torch.bfloat16, unsupervised=0), (103, 8)
     rows = torch.arange(20, device=DEVICE)
-    assert dW not in saved_shapes(case, fused, loss_positions=rows[:16])  # 16 · 103 · 2 bytes against 103 · 8 · 4
+    assert dW not in saved_shapes(
+        case, fused, loss_positions=rows[:16]
+    )  # 16 · 103 · 2 bytes for dz, 103 · 8 · 4 for dW
     assert dW in saved_shapes(case, fused, loss_positions=rows[:17])
-    assert dW in saved_shapes(case, fused)  # nobody has counted
+    assert dW in saved_shapes(case, fused)  # the number of rows is unknown on the host
     for dtype in (torch.float16, torch.float32):
         assert dW in saved_shapes(case.to(dtype), fused, loss_positions=rows[:16])
 
 
 @pytest.mark.parametrize("scale", [1.0, 1 / 3])
-def test_gradients_and_a_second_backward(backend, scale):
+def test_a_second_backward_gives_the_same_gradients(backend, scale):
     case = make_case(T=37, H=24, V=103, dtype=torch.bfloat16)
     output = linear_cross_entropy(*case, loss_positions=supervised(case), backend=backend)
     first = gradients(output, case.hidden, case.weight, scale=scale, retain_graph=True)
@@ -89,7 +93,7 @@ def test_gradients_and_a_second_backward(backend, scale):
         assert_no_worse(three[0], three[1] * scale, three[2] * scale, name)
 
 
-def test_nan_in_a_dead_row_that_is_listed_does_not_leak(fused):
+def test_nan_in_a_listed_unsupervised_row_does_not_leak(fused):
     case = make_case(T=37, H=24, V=103, dtype=torch.bfloat16)
     positions, clean = listed(case), run(fused, case, listed(case), keep_dz=True)
     assert len(positions) > len(supervised(case))
@@ -102,11 +106,11 @@ def test_nan_in_a_dead_row_that_is_listed_does_not_leak(fused):
     assert grads[0].isfinite().all()
 
 
-def test_nothing_is_listed_or_everything_is_dead(fused):
+def test_no_listed_row_is_supervised(fused):
     case = make_case(T=9, H=24, V=103, dtype=torch.bfloat16)
-    nothing = torch.empty(0, dtype=torch.int64, device=DEVICE)
-    dead = case._replace(targets=torch.full_like(case.targets, -100))
-    for one, positions in ((case, nothing), (dead, torch.arange(9, device=DEVICE))):
+    no_rows = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    masked = case._replace(targets=torch.full_like(case.targets, -100))
+    for one, positions in ((case, no_rows), (masked, torch.arange(9, device=DEVICE))):
         output = linear_cross_entropy(*one, loss_positions=positions, backend=fused)
         assert output.loss_sum == 0
         assert all((g == 0).all() for g in gradients(output, one.hidden, one.weight))
@@ -117,9 +121,9 @@ def test_opcheck(fused, needs):
     case = make_case(13, 8, 29, torch.bfloat16)
     hidden, weight = (t.detach().requires_grad_(need) for t, need in zip(case[:2], needs, strict=True))
     op = getattr(torch.ops.delib_fast, f"linear_cross_entropy_{fused}").default
-    more = {"gemm": "bfloat16"} if fused == "cpu" else {}
+    extra = {"gemm": "bfloat16"} if fused == "cpu" else {}
     arguments = (hidden, weight, *case[2:], supervised(case), -100, 0, *needs, 0.0, 0.0, 0.0, True)
-    torch.library.opcheck(op, arguments, more)
+    torch.library.opcheck(op, arguments, extra)
     kept = run(fused, case, supervised(case), keep_dz=True)
     scale = torch.tensor(0.5, device=DEVICE)
     torch.library.opcheck(torch.ops.delib_fast.weight_gradient.default, (kept.dz, kept.rows, scale))
@@ -138,22 +142,22 @@ def test_compile_fullgraph(fused):
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns", "sliced", "odd"])
-def test_weight_gradient_takes_any_layout(layout):
+def test_weight_gradient_with_any_layout(layout):
     dz, rows = torch.randn(70, 32, dtype=torch.bfloat16, device=DEVICE), torch.randn(32, 24, device=DEVICE).bfloat16()
-    laid = {"rows": dz, "columns": dz.T.contiguous().T, "sliced": torch.cat([dz, dz], 1)[:, :32], "odd": dz[:, :31]}
-    dz = laid[layout]
+    layouts = {"rows": dz, "columns": dz.T.contiguous().T, "sliced": torch.cat([dz, dz], 1)[:, :32], "odd": dz[:, :31]}
+    dz = layouts[layout]
     rows = rows[: dz.shape[1]]
     ours = torch.ops.delib_fast.weight_gradient(dz, rows, torch.tensor(0.5, device=DEVICE))
     exact = dz.double() @ rows.double() * 0.5
     torch.testing.assert_close(ours.double(), exact, rtol=0.51 * torch.finfo(torch.bfloat16).eps, atol=1e-5)
 
 
-def test_refuses_what_it_cannot_keep():
+def test_keep_dz_with_other_arguments_raises():
     skip_if_unavailable("cpu")
     case = make_case(T=9, H=24, V=103, dtype=torch.bfloat16, device="cpu")
     op, rest = torch.ops.delib_fast.linear_cross_entropy_cpu, (-100, 0, True, True)
-    for positions, more in ((None, {"gemm": "bfloat16"}), (supervised(case), {"gemm": "widened"})):
-        with pytest.raises(ValueError, match="keep_dz: it is for the weight's gradient"):
-            op(*case, positions, *rest, keep_dz=True, **more)
+    for positions, extra in ((None, {"gemm": "bfloat16"}), (supervised(case), {"gemm": "widened"})):
+        with pytest.raises(ValueError, match="keep_dz needs need_grad_weight, loss_positions and gemm=bfloat16"):
+            op(*case, positions, *rest, keep_dz=True, **extra)
     with pytest.raises(ValueError, match="gemm=bfloat16 for Float"):
         op(*case.to(torch.float32), None, *rest, gemm="bfloat16")

@@ -1,4 +1,4 @@
-"""What the loss may cost and how far it reaches: GEMMs that are left out, memory, offsets past 2^31."""
+"""The cost and the limits of the loss: skipped GEMMs, memory, offsets past 2^31."""
 
 import ctypes
 import importlib.util
@@ -21,7 +21,7 @@ MIB = 1024 * 1024
 
 
 def gemm_flops(case: Case, backend: str) -> int:
-    """FLOPs of the matrix products, as torch's dispatcher sees them go by."""
+    """FLOPs of the matrix products that the profiler records."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
@@ -33,7 +33,7 @@ def gemm_flops(case: Case, backend: str) -> int:
     for event in profiler.events():
         if event.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
             matrices = [shape for shape in event.input_shapes if len(shape) == 2]
-            if event.name != "aten::mm":  # the first is what is added
+            if event.name != "aten::mm":  # the first matrix is the one that is added
                 matrices = matrices[1:]
             (m, k), (_, n) = matrices[:2]
             flops += 2 * m * k * n
@@ -43,8 +43,8 @@ def gemm_flops(case: Case, backend: str) -> int:
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize(("trains", "gemms"), [((True, True), 3), ((True, False), 2), ((False, True), 2),
                                                ((False, False), 1)], ids=str)  # fmt: skip
-def test_a_frozen_head_or_trunk_saves_its_gemm(backend, trains, gemms):
-    # not only the gradient is left out of the results: nobody computes it; nor anything for dead rows
+def test_a_frozen_head_or_trunk_skips_its_gemm(backend, trains, gemms):
+    # The unneeded gradient is not computed at all, and nothing is computed for unsupervised rows.
     skip_if_unavailable(backend)
     case = make_case(T=96, H=24, V=103, device="cpu")
     case = Case(*(t.detach().requires_grad_(train) for t, train in zip(case[:2], trains, strict=True)), *case[2:])
@@ -59,22 +59,24 @@ def _status_mib(field: str) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "listed"), [(torch.bfloat16, 0), (torch.bfloat16, 300), (torch.float32, 0)], ids=str)
 def test_memory_is_the_weight_gradient_and_a_chunk(dtype, listed):
-    """At Qwen's vocabulary: the float32 weight gradient, once, and 400 MiB; the logits' gradient and the weight's, both
-    bfloat16, where few rows are listed."""
+    """With the vocabulary of Qwen, peak memory is one float32 weight gradient and 400 MiB.
+
+    With few listed rows it is the gradients of the logits and of the weight, both bfloat16.
+    """
     skip_if_unavailable("cpu")
     if listed and not BFLOAT16_GEMMS:
-        pytest.skip("this processor has no bfloat16 GEMMs, and the weight's gradient is summed in float32")
+        pytest.skip("this processor has no bfloat16 GEMMs, so dz is not kept")
     T, H, V = 1500, 896, 151_936  # all logits: 435 MiB in bfloat16, 870 in float32; the float32 gradient: 519
-    torch.use_deterministic_algorithms(False)  # poisoned memory is touched memory
+    torch.use_deterministic_algorithms(False)  # filling memory with NaN would make it resident
     hidden = torch.empty(T, H, dtype=dtype).normal_().requires_grad_()
     weight = torch.empty(V, H, dtype=dtype).normal_().requires_grad_()
     targets = torch.randint(V, (T,))
-    gradients(linear_cross_entropy(hidden[:2], weight, targets[:2], backend="cpu"), hidden)  # what is made once
+    gradients(linear_cross_entropy(hidden[:2], weight, targets[:2], backend="cpu"), hidden)  # one-time allocations
     torch.ops.delib_fast.release_buffers()
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     except OSError as error:
-        pytest.skip(f"the high-water mark can't be reset: {error}")
+        pytest.skip(f"the high-water mark cannot be reset: {error}")
     before = _status_mib("VmRSS")
     positions = torch.arange(listed) if listed else None
     gradients(linear_cross_entropy(hidden, weight, targets, loss_positions=positions, backend="cpu"), hidden, weight)
@@ -82,28 +84,28 @@ def test_memory_is_the_weight_gradient_and_a_chunk(dtype, listed):
     assert extra <= (V * H * 2 + V * listed * 2) / MIB + 50 if listed else extra <= V * H * 4 / MIB + 400
 
 
-def test_rows_of_logits_lie_past_2_to_the_31(tmp_path):
-    # (V, C) logits of one chunk: 2,500 tokens of a vocabulary of a million
+def test_rows_of_logits_past_2_to_the_31(tmp_path):
+    # For example the logits (V, C) of a chunk of 2,500 tokens with a vocabulary of a million.
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None or sys.platform != "linux":
-        pytest.skip("no C++ compiler, or no Linux")
+        pytest.skip("needs Linux and a C++ compiler")
     library = tmp_path / "row_kernels.so"
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}"]
-    subprocess.run([compiler, *flags, str(HERE / "row_kernels_host.cpp"), "-o", library], check=True)
+    subprocess.run([compiler, *flags, str(HERE / "programs" / "row_kernels_host.cpp"), "-o", library], check=True)
     out = torch.empty(4, 16)
     if ctypes.CDLL(str(library)).far_apart_rows(ctypes.c_void_p(out.data_ptr())):
-        pytest.skip("the system gives no 4 GiB of address space")
+        pytest.skip("4 GiB of address space cannot be reserved")
     e = torch.tensor(-1.0).exp().item()
     expected = torch.tensor([1 + e, 1.0, e, 1.0])[:, None].expand(4, 16)
-    torch.testing.assert_close(out, expected, rtol=4e-3, atol=0)  # e^-1 was stored as bfloat16
+    torch.testing.assert_close(out, expected, rtol=4e-3, atol=0)  # e^-1 is stored as bfloat16
 
 
 @pytest.mark.slow
-def test_the_triton_kernel_compiles_for_gpus_that_are_not_here(tmp_path):
-    # the interpreter takes what a compiler refuses; and there offsets are Python's, of any size
+def test_the_triton_kernel_compiles_without_a_gpu(tmp_path):
+    # The interpreter accepts code that the compiler rejects, and its offsets are Python ints, which cannot overflow.
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, str(HERE / "compile_triton.py")], env=environment, capture_output=True,
-                          text=True, check=False)  # fmt: skip
+    command = [sys.executable, str(HERE / "programs" / "compile_triton.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

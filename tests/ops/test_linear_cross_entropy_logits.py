@@ -1,4 +1,4 @@
-"""What a model may do to its logits: a bias, and a factor. Every backend against float64."""
+"""A bias and a scale of the logits: every backend compared with float64."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ OPTIONS = [
 
 
 def eager(case: Case, bias: Tensor | None, scale: float) -> tuple[Tensor, ...]:
-    """nll and all gradients, as a trainer without us computes them: in the inputs' dtype, then a float32 loss."""
+    """nll and all gradients, as in an ordinary trainer: logits in the dtype of the inputs, then a float32 loss."""
     rows = supervised(case)
     logits = (F.linear(case.hidden[rows], case.weight, bias) * scale).to(torch.promote_types(bias.dtype, torch.float32))
     nll = F.cross_entropy(logits, case.targets[rows], reduction="none")
@@ -25,7 +25,7 @@ def eager(case: Case, bias: Tensor | None, scale: float) -> tuple[Tensor, ...]:
 
 
 def make_bias(dtype: torch.dtype, with_bias: bool) -> Tensor:
-    """Zeros that want no gradient where there is none, for the eager loss."""
+    """A random bias, or zeros without a gradient for the eager loss without a bias."""
     bias = torch.randn(103, device=DEVICE).to(dtype)
     return bias.requires_grad_() if with_bias else torch.zeros_like(bias)
 
@@ -34,7 +34,7 @@ def make_bias(dtype: torch.dtype, with_bias: bool) -> Tensor:
 @pytest.mark.parametrize(("with_bias", "scale"), OPTIONS)
 def test_matches_float64(backend, with_bias, scale, dtype):
     if dtype == torch.float64 and backend in ("triton", "cuda"):
-        pytest.skip(f"the {backend} backend has no float64")
+        pytest.skip(f"the {backend} backend does not support float64")
     case, bias = make_case(dtype=dtype), make_bias(dtype, with_bias)
     ours_bias = bias if with_bias else None
     output = linear_cross_entropy(*case, bias=ours_bias, logit_scale=scale, chunk_tokens=16, backend=backend)
@@ -60,11 +60,11 @@ def test_gradcheck(backend):
     assert torch.autograd.gradcheck(loss, (case.hidden, case.weight, bias))
 
 
-def test_nan_in_dead_row_does_not_leak(backend):
+def test_nan_in_unsupervised_row_does_not_leak(backend):
     case, bias = make_case(), make_bias(torch.float32, True)
-    dead = torch.ones(37, dtype=torch.bool, device=DEVICE).index_fill(0, supervised(case), False)
+    unsupervised = torch.ones(37, dtype=torch.bool, device=DEVICE).index_fill(0, supervised(case), False)
     with torch.no_grad():
-        case.hidden[dead] = float("nan")
+        case.hidden[unsupervised] = float("nan")
     output = linear_cross_entropy(*case, bias=bias, logit_scale=0.5, backend=backend)
     assert output.loss_sum.isfinite()
     grad_weight, grad_bias = gradients(output, case.weight, bias)
@@ -74,8 +74,8 @@ def test_nan_in_dead_row_does_not_leak(backend):
 
 def test_all_masked(backend):
     case, bias = make_case(), make_bias(torch.float32, True)
-    nothing = torch.full_like(case.targets, -100)
-    output = linear_cross_entropy(*case[:2], nothing, bias=bias, logit_scale=3.0, backend=backend)
+    targets = torch.full_like(case.targets, -100)
+    output = linear_cross_entropy(*case[:2], targets, bias=bias, logit_scale=3.0, backend=backend)
     assert output.loss_sum.item() == 0
     assert not any(gradient.any() for gradient in gradients(output, case.hidden, case.weight, bias))
 
@@ -103,16 +103,16 @@ def test_head_with_a_bias_and_a_scale(backend):
     assert linear.bias.grad.abs().sum() > 0
 
 
-def test_a_bias_and_a_scale_that_are_off_cost_nothing(monkeypatch):
+def test_without_a_bias_and_a_scale_nothing_is_copied(monkeypatch):
     case = make_case()
-    monkeypatch.setattr(torch, "cat", None)  # the only copy that a bias would make
+    monkeypatch.setattr(torch, "cat", None)  # a bias is appended with torch.cat
     linear_cross_entropy(*case, logit_scale=1.0)
 
 
-def test_refuses():
+def test_invalid_bias_or_scale_raises():
     case = make_case()
     for bias, message in (
-        (torch.zeros(5, device=DEVICE), r"bias must be \(103,\) on .*, one entry a row of weight; got \(5,\)"),
+        (torch.zeros(5, device=DEVICE), r"bias must be \(103,\), one entry per row of weight; got \(5,\)"),
         (torch.zeros(103, device=DEVICE).double(), "bias is torch.float64 and weight torch.float32; cast one of them"),
     ):
         with pytest.raises(ValueError, match=message):

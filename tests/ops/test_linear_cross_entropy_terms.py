@@ -1,4 +1,4 @@
-"""softcap, z_loss and label_smoothing: every backend against float64, alone, together, and with everything else."""
+"""softcap, z_loss and label_smoothing, alone and combined: every backend compared with float64."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ NAMES = ("loss", "nll", "grad_hidden", "grad_weight", "grad_bias")
 
 
 def eager(case: Case, bias: Tensor | None = None, logit_scale=1.0, softcap=None, z_loss=0.0, label_smoothing=0.0):
-    """loss_sum, nll and the gradients, by torch's own functions in float32 on logits in the inputs' dtype."""
+    """loss_sum, nll and the gradients, with torch's functions in float32 on logits in the dtype of the inputs."""
     rows = supervised(case)
     logits = F.linear(case.hidden[rows], case.weight, bias) * logit_scale
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -50,17 +50,17 @@ def assert_close_to_float64(case: Case, backend: str, bias: Tensor | None = None
 @pytest.mark.parametrize("terms", TERMS)
 def test_matches_float64(backend, terms, dtype):
     if dtype == torch.float64 and backend in ("triton", "cuda"):
-        pytest.skip(f"the {backend} backend has no float64")
+        pytest.skip(f"the {backend} backend does not support float64")
     assert_close_to_float64(make_case(dtype=dtype), backend, **terms)
 
 
-def test_with_a_bias_and_a_scale_past_one_block_of_vocabulary(backend):
+def test_with_a_bias_a_scale_and_several_vocabulary_blocks(backend):
     case, bias = make_case(23, 65, 2311), torch.randn(2311, device=DEVICE, requires_grad=True)
     assert_close_to_float64(case, backend, bias, chunk_tokens=7, logit_scale=0.5, **ALL)
 
 
-def test_the_path_of_bfloat16_gemms():
-    # also where this processor has none, and `cpu` alone would widen
+def test_the_cpu_path_with_bfloat16_gemms():
+    # This path is called explicitly, because `cpu` does not select it on a processor without bfloat16 GEMMs.
     skip_if_unavailable("cpu")
     case = make_case(T=130, H=65, V=1103, dtype=torch.bfloat16, device="cpu")
     op, rows = torch.ops.delib_fast.linear_cross_entropy_cpu, supervised(case)
@@ -105,26 +105,26 @@ def test_compile_fullgraph(backend):
     torch.testing.assert_close(torch.autograd.grad(compiled, leaves), torch.autograd.grad(loss(*leaves), leaves))
 
 
-def test_nll_is_the_pure_one(backend):
-    # what is logged must not move when a z-loss is switched on; with a softcap it is that of the capped logits
+def test_nll_excludes_z_loss_and_smoothing(backend):
+    # A logged nll must stay comparable when a z-loss is switched on. With a softcap it is that of the capped logits.
     case = make_case()
     plain = linear_cross_entropy(*case, backend=backend)
     more = linear_cross_entropy(*case, z_loss=0.3, label_smoothing=0.4, backend=backend)
     torch.testing.assert_close(more.nll, plain.nll)
     assert more.correct.equal(plain.correct)
     assert more.loss_sum > plain.loss_sum
-    # the cap is monotonic: what is the argmax stays it
+    # The softcap is monotonic, so the argmax does not change.
     assert linear_cross_entropy(*case, softcap=30.0, backend=backend).correct.equal(plain.correct)
 
 
-def test_terms_that_are_off_change_no_bit(backend):
+def test_terms_that_are_off_give_bitwise_identical_results(backend):
     case = make_case(dtype=torch.bfloat16)
     off = fused(case, softcap=None, z_loss=0.0, label_smoothing=0.0, backend=backend)
     assert all(a.equal(b) for a, b in zip(off, fused(case, backend=backend), strict=True))
 
 
-def test_uniform_targets_leave_the_gradient_of_uniform_logits_zero(backend):
-    # smoothing 1 spreads the whole target: with equal logits there is nothing left to learn
+def test_gradient_is_zero_for_uniform_targets_and_logits(backend):
+    # A label smoothing of 1 makes the target uniform, as the softmax of equal logits is.
     weight = torch.ones(50, 4, device=DEVICE, requires_grad=True)
     hidden = torch.ones(3, 4, device=DEVICE, requires_grad=True)
     output = linear_cross_entropy(hidden, weight, torch.arange(3, device=DEVICE), label_smoothing=1.0, backend=backend)
@@ -133,23 +133,23 @@ def test_uniform_targets_leave_the_gradient_of_uniform_logits_zero(backend):
         torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-6, rtol=0)
 
 
-def test_dead_rows_and_none_at_all(backend):
+def test_unsupervised_rows_and_no_supervised_row(backend):
     case = make_case()
-    dead = torch.ones(37, dtype=torch.bool, device=DEVICE).index_fill(0, supervised(case), False)
+    unsupervised = torch.ones(37, dtype=torch.bool, device=DEVICE).index_fill(0, supervised(case), False)
     clean = fused(case, backend=backend, **ALL)
     with torch.no_grad():
-        case.hidden[dead] = float("nan")
+        case.hidden[unsupervised] = float("nan")
     everything = torch.arange(37, device=DEVICE)
     for positions in (None, everything):
         ours = fused(case, backend=backend, loss_positions=positions, **ALL)
         torch.testing.assert_close(ours, clean)
-    nothing = torch.full_like(case.targets, -100)
-    output = linear_cross_entropy(case.hidden, case.weight, nothing, backend=backend, **ALL)
+    targets = torch.full_like(case.targets, -100)
+    output = linear_cross_entropy(case.hidden, case.weight, targets, backend=backend, **ALL)
     assert output.loss_sum.item() == 0
     assert not any(gradient.any() for gradient in gradients(output, case.hidden, case.weight))
 
 
-def test_minus_infinity_logits_under_a_z_loss(backend):
+def test_minus_infinity_logits_with_a_z_loss(backend):
     case = make_case(H=8)
     hidden = torch.cat([case.hidden.detach(), torch.ones(37, 1, device=DEVICE)], 1)
     weight = torch.cat([case.weight.detach(), torch.zeros(103, 1, device=DEVICE)], 1)
@@ -163,7 +163,7 @@ def test_minus_infinity_logits_under_a_z_loss(backend):
 
 
 @pytest.mark.parametrize("softcap", [0.5, 30.0])
-def test_logits_far_past_the_cap_saturate(backend, softcap):
+def test_logits_far_above_the_softcap_saturate(backend, softcap):
     case = make_case()
     big = Case((case.hidden.detach() * 1e4).requires_grad_(), *case[1:])
     output = linear_cross_entropy(*big, softcap=softcap, backend=backend)
@@ -171,19 +171,19 @@ def test_logits_far_past_the_cap_saturate(backend, softcap):
     assert all(gradient.isfinite().all() for gradient in gradients(output, big.hidden, big.weight))
 
 
-def test_the_cpus_tanh_is_right_to_an_ulp():
-    # both branches, their seam at 0.625, and the ends
+def test_tanh_of_the_cpu_backend_is_accurate_to_an_ulp():
+    # Both branches, the boundary between them at 0.625, and extreme values.
     skip_if_unavailable("cpu")
     z = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.6249, 0.625, 0.6251, 1e-30, -1e-8, 88.0, -1e30])])
     for cap in (1.0, 30.0):
-        # one hidden unit, and the logits are the weight: nll[t] = lse - cap * tanh(z[t] / cap)
+        # With one hidden unit the logits equal the weight, and nll[t] = lse - cap * tanh(z[t] / cap).
         targets = torch.arange(len(z))
         output = linear_cross_entropy(torch.ones(len(z), 1), z[:, None] * cap, targets, softcap=cap, backend="cpu")
         capped = cap * z.double().tanh()
         torch.testing.assert_close(output.nll.double(), capped.logsumexp(0) - capped, rtol=3e-7, atol=cap * 4e-7)
 
 
-def test_head_passes_its_terms_on(backend):
+def test_the_head_passes_its_options_to_the_loss(backend):
     case = make_case()
     head = FusedLossHead(torch.nn.Parameter(case.weight.detach()), backend=backend, **ALL)
     expected = linear_cross_entropy(*case, backend=backend, **ALL)
@@ -196,13 +196,13 @@ def test_head_passes_its_terms_on(backend):
 @pytest.mark.parametrize(
     ("terms", "message"),
     [
-        ({"softcap": 0.0}, "softcap=0.0; it must be a positive number, None for none"),
-        ({"softcap": float("nan")}, "softcap=nan; it must be a positive number, None for none"),
-        ({"z_loss": -1e-4}, "z_loss=-0.0001; it must be a number of at least 0, 0 for none"),
-        ({"z_loss": float("inf")}, "z_loss=inf; it must be a number of at least 0, 0 for none"),
+        ({"softcap": 0.0}, "softcap=0.0; it must be a positive number, or None for none"),
+        ({"softcap": float("nan")}, "softcap=nan; it must be a positive number, or None for none"),
+        ({"z_loss": -1e-4}, "z_loss=-0.0001; it must be a finite number of at least 0, 0 for none"),
+        ({"z_loss": float("inf")}, "z_loss=inf; it must be a finite number of at least 0, 0 for none"),
         ({"label_smoothing": 1.5}, r"label_smoothing=1.5; it must be in \[0, 1\], 0 for none"),
     ],
 )
-def test_refuses(terms, message):
+def test_invalid_options_raise(terms, message):
     with pytest.raises(ValueError, match=f"linear_cross_entropy: {message}"):
         linear_cross_entropy(*make_case(), **terms)

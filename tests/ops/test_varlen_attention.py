@@ -1,4 +1,4 @@
-"""varlen_attention against its definition: the reference in float64, run by run."""
+"""varlen_attention compared with its definition: the reference in float64, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -6,45 +6,31 @@ from itertools import accumulate
 
 import pytest
 import torch
+from attention_cases import assert_as_accurate_as_torch, inputs, offsets
 
 from delib_fast.ops import BackendUnavailable, varlen_attention
 from delib_fast.ops.varlen_attention import _cpu, _flash, _torch, reference
 
-# Each case is there to catch something.
-RUNS = {
-    "one run": [37],
-    "many short runs": [1, 2, 3, 5, 8, 4, 2, 1, 1, 6, 3],  # all in one padded batch
-    "empty runs": [0, 7, 0, 0, 12, 0],  # zero-length at both ends and in the middle
-    "one-token runs": [1, 1, 1, 1],
-    "padding tail": [30, 19, 15],  # the tail is a run of its own
-    "very unequal": [150, 3, 131, 40, 39, 1],  # several batches, runs out of order in them
+LENGTHS = {
+    "one sequence": [37],
+    "many short sequences": [1, 2, 3, 5, 8, 4, 2, 1, 1, 6, 3],  # all in one padded batch
+    "empty sequences": [0, 7, 0, 0, 12, 0],  # at both ends and in the middle
+    "one-token sequences": [1, 1, 1, 1],
+    "padding": [30, 19, 15],  # the padding is a sequence of its own
+    "very unequal": [150, 3, 131, 40, 39, 1],  # several batches, with the sequences in another order
 }
 HEADS = {"mha": (2, 2), "gqa": (4, 2), "mqa": (3, 1)}
-
-
-def cu(lengths: list[int]) -> torch.Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-
-
-def inputs(lengths: list[int], heads=(4, 2), dim=16, dtype=torch.float32, seed=0) -> tuple[torch.Tensor, ...]:
-    """q, k, v and an upstream gradient."""
-    draw = torch.Generator().manual_seed(seed)
-    total = sum(lengths)
-    return tuple(
-        torch.randn(total, h, dim, generator=draw, dtype=torch.float64).to(dtype)
-        for h in (heads[0], heads[1], heads[1], heads[0])
-    )
 
 
 def run(backend, lengths, q, k, v, g, **kwargs) -> list[torch.Tensor]:
     """Output and the three gradients."""
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    out = varlen_attention(*leaves, cu(lengths), max(lengths, default=0), backend=backend, **kwargs)
+    out = varlen_attention(*leaves, offsets(lengths), max(lengths, default=0), backend=backend, **kwargs)
     return [out.detach(), *torch.autograd.grad(out, leaves, g)]
 
 
 def run_eager(lengths, q, k, v, g, scale=None, window=None) -> list[torch.Tensor]:
-    """Plain torch in the dtype of the inputs, as most models had it: what ours may not be much worse than."""
+    """Plain torch in the dtype of the inputs, as in most models: the baseline for the accuracy of a backend."""
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     outs = []
     for qr, kr, vr in zip(*(x.split(lengths) for x in leaves), strict=True):
@@ -58,21 +44,9 @@ def run_eager(lengths, q, k, v, g, scale=None, window=None) -> list[torch.Tensor
     return [out.detach(), *torch.autograd.grad(out, leaves, g)]
 
 
-def assert_close_as_torch(ours, exact, torchs, dtype, factor=3.0) -> None:
-    """max|ours − float64| ≤ factor · max|torch in the same dtype − float64| + roundings of the compute dtype.
-
-    The last term counts against the size of the inputs (1) where the true gradient is nearly zero.
-    """
-    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    for name, a, b, c in zip(("out", "dq", "dk", "dv"), ours, exact, torchs, strict=True):
-        allowed = factor * (c.double() - b).abs().max() + 32 * eps * max(1.0, b.abs().max())
-        off = (a.double() - b).abs().max()
-        assert off <= allowed, f"{name} is off by {off:.2e}, allowed {allowed:.2e}"
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
-@pytest.mark.parametrize("lengths", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("window", [None, 1, 5, 200])
 def test_matches_reference(lengths, heads, window, dtype) -> None:
     data = inputs(lengths, heads, dtype=dtype)
@@ -80,7 +54,7 @@ def test_matches_reference(lengths, heads, window, dtype) -> None:
     torchs = run_eager(lengths, *data, window=window)
     ours = run("cpu", lengths, *data, window=window)
     assert [x.dtype for x in ours] == [dtype] * 4
-    assert_close_as_torch(ours, exact, torchs, dtype)
+    assert_as_accurate_as_torch(ours, exact, torchs, dtype)
 
 
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
@@ -88,38 +62,38 @@ def test_head_dims(dim) -> None:
     lengths = [40, 1, 90]
     data = inputs(lengths, (4, 2), dim)
     exact = run("reference", lengths, *(x.double() for x in data))
-    assert_close_as_torch(run("cpu", lengths, *data), exact, run_eager(lengths, *data), torch.float32)
+    assert_as_accurate_as_torch(run("cpu", lengths, *data), exact, run_eager(lengths, *data), torch.float32)
 
 
 def test_window_longer_than_a_block() -> None:
-    """Queries are done in blocks under a window; keys of two blocks overlap."""
+    """With a window, queries are processed in blocks, and the keys of two blocks overlap."""
     lengths = [700, 300, 290]
     data = inputs(lengths, (2, 1), 16)
     for window in (127, 128, 129, 250):
         exact = run("reference", lengths, *(x.double() for x in data), window=window)
         torchs = run_eager(lengths, *data, window=window)
-        assert_close_as_torch(run("cpu", lengths, *data, window=window), exact, torchs, torch.float32)
+        assert_as_accurate_as_torch(run("cpu", lengths, *data, window=window), exact, torchs, torch.float32)
 
 
 def test_scale() -> None:
     data = inputs([9, 4])
     exact = run("reference", [9, 4], *(x.double() for x in data), scale=0.3)
-    assert_close_as_torch(
+    assert_as_accurate_as_torch(
         run("cpu", [9, 4], *data, scale=0.3), exact, run_eager([9, 4], *data, scale=0.3), torch.float32
     )
 
 
 def test_reference_is_masked_attention() -> None:
-    """The definition itself, against one dense mask over the pack."""
+    """The definition itself, compared with one dense mask over the pack."""
     lengths, window = [5, 0, 3, 1, 8], 3
     q, k, v, _ = inputs(lengths, dtype=torch.float64)
-    of_run = torch.repeat_interleave(torch.arange(5), torch.tensor(lengths))
-    place = torch.arange(17)
-    mask = (of_run[:, None] == of_run) & (place[:, None] >= place) & (place[:, None] - place < window)
+    sequence = torch.repeat_interleave(torch.arange(5), torch.tensor(lengths))
+    position = torch.arange(17)
+    mask = (sequence[:, None] == sequence) & (position[:, None] >= position) & (position[:, None] - position < window)
     dense = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(0, 1)[None] for x in (q, k, v)), attn_mask=mask, enable_gqa=True
     )[0].transpose(0, 1)
-    ours = reference.varlen_attention(q, k, v, cu(lengths), 8, window=window)
+    ours = reference.varlen_attention(q, k, v, offsets(lengths), 8, window=window)
     torch.testing.assert_close(ours, dense, rtol=1e-12, atol=1e-12)
 
 
@@ -129,7 +103,7 @@ def test_gradcheck(backend, window) -> None:
     lengths = [4, 0, 1, 3]
     q, k, v, _ = (x.requires_grad_() for x in inputs(lengths, (2, 1), 4, torch.float64))
     assert torch.autograd.gradcheck(
-        lambda *x: varlen_attention(*x, cu(lengths), 4, window=window, backend=backend), (q, k, v)
+        lambda *x: varlen_attention(*x, offsets(lengths), 4, window=window, backend=backend), (q, k, v)
     )
 
 
@@ -137,7 +111,9 @@ def test_gradcheck(backend, window) -> None:
 def test_opcheck(window) -> None:
     lengths = [6, 2, 0, 5]
     q, k, v, _ = (x.requires_grad_() for x in inputs(lengths, (4, 2), 8))
-    torch.library.opcheck(torch.ops.delib_fast.varlen_attention_cpu.default, (q, k, v, cu(lengths), 6, 0.3, window))
+    torch.library.opcheck(
+        torch.ops.delib_fast.varlen_attention_cpu.default, (q, k, v, offsets(lengths), 6, 0.3, window)
+    )
 
 
 def test_compile_fullgraph() -> None:
@@ -147,7 +123,7 @@ def test_compile_fullgraph() -> None:
     compiled = torch.compile(
         lambda *x: varlen_attention(*x, cu_seqlens=cu_seqlens, max_seqlen=6) * 2, fullgraph=True, backend="aot_eager"
     )
-    cu_seqlens = cu(lengths)
+    cu_seqlens = offsets(lengths)
     out = compiled(*leaves)
     eager = run("cpu", lengths, q, k, v, 2 * g)
     torch.testing.assert_close(out.detach(), 2 * eager[0])
@@ -164,8 +140,8 @@ def test_no_tokens(backend) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_nan_in_another_run_does_not_leak(backend) -> None:
-    lengths = [6, 5, 6, 4]  # the first three go through the kernel together
+def test_nan_in_another_sequence_does_not_leak(backend) -> None:
+    lengths = [6, 5, 6, 4]  # one kernel call computes the first three
     data = inputs(lengths)
     clean = run(backend, lengths, *data)
     for x in data:
@@ -175,8 +151,7 @@ def test_nan_in_another_run_does_not_leak(backend) -> None:
         assert torch.equal(a[rest], b[rest])
 
 
-def test_a_run_is_as_if_alone() -> None:
-    """Bit for bit where the batch holds the same kernel calls; the companions don't matter."""
+def test_a_sequence_in_a_pack_equals_the_sequence_alone() -> None:
     lengths = [20, 33, 40]
     data = inputs(lengths)
     packed = run("cpu", lengths, *data)
@@ -186,15 +161,15 @@ def test_a_run_is_as_if_alone() -> None:
 
 
 def test_non_contiguous() -> None:
-    """transformers hands over (1, H, T, D) transposed; gradients come back for those strides."""
+    """transformers passes a transposed (1, H, T, D); its gradients have the same strides."""
     lengths = [9, 14]
     data = inputs(lengths)
     strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in data]
-    gaps = [torch.stack([x, x], dim=-1)[..., 0] for x in data]
-    for other in (strided, gaps):
+    spaced = [torch.stack([x, x], dim=-1)[..., 0] for x in data]
+    for other in (strided, spaced):
         assert not other[0].is_contiguous()
         leaves = [x.requires_grad_() for x in other[:3]]
-        out = varlen_attention(*leaves, cu(lengths), 14)
+        out = varlen_attention(*leaves, offsets(lengths), 14)
         ours = [out, *torch.autograd.grad(out, leaves, other[3])]
         assert all(torch.equal(a, b) for a, b in zip(ours, run("cpu", lengths, *data), strict=True))
 
@@ -208,15 +183,15 @@ def test_deterministic() -> None:
 
 
 def test_every_token_is_written() -> None:
-    """Outputs are torch.empty, which holds NaN in these tests."""
-    for lengths in RUNS.values():
+    """Outputs are allocated with torch.empty, which contains NaN in these tests."""
+    for lengths in LENGTHS.values():
         for window in (None, 2):
             assert all(torch.isfinite(x).all() for x in run("cpu", lengths, *inputs(lengths), window=window))
 
 
 def call(**changes):
     q, k, v, _ = inputs([3, 4])
-    arguments = {"q": q, "k": k, "v": v, "cu_seqlens": cu([3, 4]), "max_seqlen": 4} | changes
+    arguments = {"q": q, "k": k, "v": v, "cu_seqlens": offsets([3, 4]), "max_seqlen": 4} | changes
     return varlen_attention(**arguments)
 
 
@@ -228,23 +203,28 @@ def call(**changes):
             {"q": torch.zeros(6, 4, 16)},
             "q (T, Hq, D), k and v (T, Hkv, D) must agree in T and D; they are (6, 4, 16), (7, 2, 16) and (7, 2, 16)",
         ),
-        ({"q": torch.zeros(7, 3, 16)}, "the query heads (3) must be a multiple of the key heads (2)"),
+        ({"q": torch.zeros(7, 3, 16)}, "the number of query heads (3) must be a multiple of the kv heads (2)"),
         (
             {"q": torch.zeros(7, 4, 16, dtype=torch.float64)},
-            "q, k and v must have one floating dtype; they have torch.float64, torch.float32 and torch.float32",
+            "q, k and v must have the same floating-point dtype; "
+            "they are torch.float64, torch.float32 and torch.float32",
         ),
         ({"cu_seqlens": torch.tensor([0, 3, 7])}, "cu_seqlens must be (N+1,) int32; it is (3,) torch.int64"),
         (
             {"cu_seqlens": torch.tensor([0, 3, 6], dtype=torch.int32)},
-            "cu_seqlens must go from 0 to T = 7, a padding tail being a run of its own; it goes from 0 to 6",
+            "cu_seqlens must start at 0 and end at T = 7, with padding as a sequence of its own; "
+            "it starts at 0 and ends at 6",
         ),
         (
             {"cu_seqlens": torch.tensor([0, 5, 3, 7], dtype=torch.int32), "max_seqlen": 7},
-            "cu_seqlens must not fall; it does from 5 to 3 at 2",
+            "cu_seqlens must not decrease; cu_seqlens[1] is 5 and cu_seqlens[2] is 3",
         ),
-        ({"max_seqlen": 3}, "max_seqlen is 3, but a run has 4 tokens"),
-        ({"max_seqlen": 2, "cu_seqlens_host": (0, 3, 7)}, "max_seqlen is 2, but a run has 4 tokens"),
-        ({"max_seqlen": torch.tensor(4)}, "max_seqlen must be an int on the host, the longest run; it is tensor(4)"),
+        ({"max_seqlen": 3}, "max_seqlen is 3, but a sequence has 4 tokens"),
+        ({"max_seqlen": 2, "cu_seqlens_host": (0, 3, 7)}, "max_seqlen is 2, but a sequence has 4 tokens"),
+        (
+            {"max_seqlen": torch.tensor(4)},
+            "max_seqlen must be an int on the host, the length of the longest sequence; got tensor(4)",
+        ),
         ({"window": 0}, "window must be at least 1 (the token itself) or None; it is 0"),
         (
             {"backend": "tpu"},
@@ -252,28 +232,27 @@ def call(**changes):
         ),
     ],
 )
-def test_refuses(changes, message) -> None:
+def test_invalid_arguments_raise(changes, message) -> None:
     with pytest.raises(ValueError, match=r".") as error:
         call(**changes)
     assert str(error.value) == message
 
 
-def test_refuses_a_backend_that_can_not_run() -> None:
+def test_an_unavailable_backend_raises() -> None:
     with pytest.raises(BackendUnavailable) as error:
         call(backend="torch")
     assert str(error.value) == (
-        "varlen_attention: no backend for backend='torch' (torch: it runs on CUDA "
-        "tensors; these are on cpu); these inputs can run on cpu, reference"
+        "varlen_attention: backend='torch' cannot run these inputs (torch: it needs CUDA tensors; these are on cpu); "
+        "these backends can: cpu, reference"
     )
 
 
-def test_reasons_of_the_gpu_backends() -> None:
-    """Judged from static facts, so they can be asked on any machine."""
+def test_why_not_depends_only_on_device_and_dtype() -> None:
     q, k, v, _ = inputs([3])
     for backend in (_torch, _flash):
-        assert backend.why_not(q, k, v, None) == "it runs on CUDA tensors; these are on cpu"
+        assert backend.why_not(q, k, v, None) == "it needs CUDA tensors; these are on cpu"
     meta = [x.to("meta") for x in (q, k, v)]
-    assert _cpu.why_not(*meta, None) == "it runs on CPU tensors; these are on meta"
+    assert _cpu.why_not(*meta, None) == "it needs CPU tensors; these are on meta"
 
 
 @pytest.mark.gpu
@@ -281,7 +260,7 @@ def test_reasons_of_the_gpu_backends() -> None:
 @pytest.mark.parametrize("backend", ["torch", "flash"])
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("window", [None, 1, 5, 200])
-@pytest.mark.parametrize("lengths", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_gpu_matches_reference(lengths, window, dim, backend) -> None:
     data = [x.cuda() for x in inputs(lengths, (4, 2), dim, torch.bfloat16)]
     backends = {"torch": _torch, "flash": _flash}
@@ -290,44 +269,44 @@ def test_gpu_matches_reference(lengths, window, dim, backend) -> None:
 
     def on_gpu(name, tensors):
         leaves = [x.detach().clone().requires_grad_() for x in tensors[:3]]
-        out = varlen_attention(*leaves, cu(lengths).cuda(), max(lengths), window=window, backend=name)
+        out = varlen_attention(*leaves, offsets(lengths).cuda(), max(lengths), window=window, backend=name)
         return [out.detach(), *torch.autograd.grad(out, leaves, tensors[3])]
 
     exact = on_gpu("reference", [x.double() for x in data])
     torchs = [x.cuda() for x in run_eager(lengths, *(x.cpu() for x in data), window=window)]
-    assert_close_as_torch(on_gpu(backend, data), exact, torchs, torch.bfloat16)
-
-
-# --- the C++ loops ------------------------------------------------------------------------------------------------
+    assert_as_accurate_as_torch(on_gpu(backend, data), exact, torchs, torch.bfloat16)
 
 
 @pytest.mark.skipif(_cpu.WHY_NO_COMPILED is not None, reason=f"{_cpu.WHY_NO_COMPILED}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("heads", "dim"), [((4, 2), 48), ((3, 1), 80), ((2, 2), 256)])
 def test_compiled_loops(heads, dim, dtype) -> None:
-    """Runs over several blocks of keys (128) and queries (32), none a multiple of either; dims off the vectors'
-    widths; q as a model hands it over, a transposed view; a NaN in one run stays there."""
+    """The C++ loops agree with the reference, and a NaN in one sequence does not reach another.
+
+    Sequences span several blocks of keys (128) and queries (32) and are not multiples of either. Head dims are not all
+    multiples of two vectors. Inputs are transposed views, as in a model.
+    """
     lengths = [257, 1, 130, 33]
     data = inputs(lengths, heads, dim, dtype)
-    assert _cpu.compiled_can(data[0], data[1], [0, *accumulate(lengths)], 0)
+    assert _cpu.compiled_supports(data[0], data[1], [0, *accumulate(lengths)], 0)
     views = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in data]
     ours = run("cpu", lengths, *views)
     exact = run("reference", lengths, *(x.double() for x in data))
-    assert_close_as_torch(ours, exact, run_eager(lengths, *data), dtype)
-    spoilt = data[0].clone()
-    spoilt[257] = float("nan")
-    again = run("cpu", lengths, spoilt, *data[1:])
-    kept = [i for i in range(sum(lengths)) if i != 257]
+    assert_as_accurate_as_torch(ours, exact, run_eager(lengths, *data), dtype)
+    poisoned = data[0].clone()
+    poisoned[257] = float("nan")
+    again = run("cpu", lengths, poisoned, *data[1:])
+    others = [i for i in range(sum(lengths)) if i != 257]
     for before, after in zip(ours, again, strict=True):
-        assert torch.equal(before[kept], after[kept]), "a run changes another, or two calls differ"
+        assert torch.equal(before[others], after[others]), "one sequence affects another, or two calls differ"
 
 
-def test_a_lone_run_goes_through_torch() -> None:
-    """One run under one kv head is one task of the C++ loops; with more threads the other kernel shares it out."""
+def test_a_single_sequence_uses_the_kernel_of_torch() -> None:
+    """One sequence with one kv head is a single task for the C++ loops; torch's kernel uses all threads."""
     q, k, *_ = inputs([64], (2, 1), 16)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        assert not _cpu.compiled_can(q, k, [0, 64], 0)
+        assert not _cpu.compiled_supports(q, k, [0, 64], 0)
     finally:
         torch.set_num_threads(threads)

@@ -1,97 +1,84 @@
-"""varlen_attention with shared prefixes: outputs and gradients as with each text written out in a row of its own."""
+"""varlen_attention with shared prefixes, compared with attention over each full text (prefixes and completion)."""
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import pytest
 import torch
+from attention_cases import assert_as_accurate_as_torch, inputs, offsets
 
 from delib_fast.ops import BackendUnavailable, varlen_attention
 from delib_fast.ops.varlen_attention import _cpu, _torch
-from delib_fast.ops.varlen_attention._prefix import ancestors, plan
+from delib_fast.ops.varlen_attention._prefix import Layout, _PrefixCall, ancestors, plan_prefixes
 
-# (lengths, prefix); each case is there to catch something.
+# (lengths, prefix)
 CASES = {
     "one prompt, three completions": ([9, 4, 6, 1], [-1, 0, 0, 0]),
-    "two prompts, mixed order": ([9, 5, 4, 6, 3, 2], [-1, -1, 0, 1, 0, 1]),  # completions of one are not neighbours
-    "nothing shared": ([5, 3, 7], [-1, -1, -1]),
-    "some share": ([5, 30, 7, 8, 2], [-1, -1, 1, 1, -1]),
-    "a tree": ([6, 4, 3, 5, 2, 3], [-1, 0, 1, 1, 0, 2]),  # a prefix has a prefix: keys serve several groups
-    "empty ones": ([0, 4, 0, 3, 2, 0], [-1, 0, 1, 1, 2, 4]),  # an empty prefix, an empty run between, an empty leaf
-    "long prompt": ([150, 3, 40, 17, 5], [-1, 0, 0, 0, -1]),  # and a padding tail
+    "two prompts, mixed order": (
+        [9, 5, 4, 6, 3, 2],
+        [-1, -1, 0, 1, 0, 1],
+    ),  # the completions of a prompt are not adjacent
+    "no prefix": ([5, 3, 7], [-1, -1, -1]),
+    "some sequences share": ([5, 30, 7, 8, 2], [-1, -1, 1, 1, -1]),
+    "a tree": ([6, 4, 3, 5, 2, 3], [-1, 0, 1, 1, 0, 2]),  # a prefix has a prefix: its keys are in several groups
+    "empty sequences": (
+        [0, 4, 0, 3, 2, 0],
+        [-1, 0, 1, 1, 2, 4],
+    ),  # an empty prefix, an empty sequence in between, an empty leaf
+    "long prompt": ([150, 3, 40, 17, 5], [-1, 0, 0, 0, -1]),  # with padding at the end
 }
-
-
-def cu(lengths) -> torch.Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-
-
-def inputs(lengths, heads=(4, 2), dim=16, dtype=torch.float32) -> list[torch.Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(sum(lengths), h, dim, generator=draw, dtype=torch.float64).to(dtype)
-        for h in (heads[0], heads[1], heads[1], heads[0])
-    ]
 
 
 def shared(backend, lengths, prefix, q, k, v, g, **kwargs) -> list[torch.Tensor]:
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    out = varlen_attention(*leaves, cu(lengths), max(lengths), prefix=prefix, backend=backend, **kwargs)
+    out = varlen_attention(*leaves, offsets(lengths), max(lengths), prefix=prefix, backend=backend, **kwargs)
     return [out.detach(), *torch.autograd.grad(out, leaves, g)]
 
 
-def written_out(lengths, prefix, q, k, v, g, **kwargs) -> list[torch.Tensor]:
-    """Each run in a row of its own, behind copies of all that it continues; only its own outputs are read."""
+def separate(lengths, prefix, q, k, v, g, **kwargs) -> list[torch.Tensor]:
+    """Attention over one full text at a time: a sequence after copies of its prefixes. Returns its own outputs."""
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    places = list(torch.arange(sum(lengths)).split(lengths))
+    positions = list(torch.arange(sum(lengths)).split(lengths))
     outs = []
-    for run in range(len(lengths)):
-        row = torch.cat([places[i] for i in (*ancestors(prefix, run), run)])
-        alone = varlen_attention(*(x[row] for x in leaves), cu([len(row)]), len(row), backend="reference", **kwargs)
-        outs.append(alone[len(row) - lengths[run] :])
+    for i, length in enumerate(lengths):
+        text = torch.cat([positions[j] for j in (*ancestors(prefix, i), i)])
+        alone = varlen_attention(
+            *(x[text] for x in leaves), offsets([len(text)]), len(text), backend="reference", **kwargs
+        )
+        outs.append(alone[len(text) - length :])
     out = torch.cat(outs)
     return [out.detach(), *torch.autograd.grad(out, leaves, g)]
-
-
-def assert_close(ours, exact, torchs, dtype, factor=3.0) -> None:
-    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    for name, a, b, c in zip(("out", "dq", "dk", "dv"), ours, exact, torchs, strict=True):
-        allowed = factor * (c.double() - b).abs().max() + 32 * eps * max(1.0, b.abs().max())
-        off = (a.double() - b).abs().max()
-        assert off <= allowed, f"{name} is off by {off:.2e}, allowed {allowed:.2e}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)], ids=["mha", "gqa", "mqa"])
 @pytest.mark.parametrize(("lengths", "prefix"), CASES.values(), ids=CASES)
-def test_shared_equals_written_out(lengths, prefix, heads, dtype) -> None:
+def test_shared_prefixes_equal_separate_texts(lengths, prefix, heads, dtype) -> None:
     data = inputs(lengths, heads, dtype=dtype)
-    exact = written_out(lengths, prefix, *(x.double() for x in data))
-    torchs = written_out(lengths, prefix, *data)
+    exact = separate(lengths, prefix, *(x.double() for x in data))
+    torchs = separate(lengths, prefix, *data)
     ours = shared("cpu", lengths, prefix, *data)
     assert [x.dtype for x in ours] == [dtype] * 4
-    assert_close(ours, exact, torchs, dtype)
+    assert_as_accurate_as_torch(ours, exact, torchs, dtype)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 200])
 @pytest.mark.parametrize(("lengths", "prefix"), CASES.values(), ids=CASES)
-def test_the_reference_is_written_out(lengths, prefix, window) -> None:
+def test_the_reference_equals_separate_texts(lengths, prefix, window) -> None:
     data = inputs(lengths, dtype=torch.float64)
     ours = shared("reference", lengths, prefix, *data, window=window)
-    for a, b in zip(ours, written_out(lengths, prefix, *data, window=window), strict=True):
+    for a, b in zip(ours, separate(lengths, prefix, *data, window=window), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dim", [64, 80, 128])
 def test_head_dims_and_scale(dim) -> None:
-    lengths, prefix = CASES["some share"]
+    lengths, prefix = CASES["some sequences share"]
     data = inputs(lengths, dim=dim)
-    exact = written_out(lengths, prefix, *(x.double() for x in data), scale=0.07)
-    assert_close(
+    exact = separate(lengths, prefix, *(x.double() for x in data), scale=0.07)
+    assert_as_accurate_as_torch(
         shared("cpu", lengths, prefix, *data, scale=0.07),
         exact,
-        written_out(lengths, prefix, *data, scale=0.07),
+        separate(lengths, prefix, *data, scale=0.07),
         torch.float32,
     )
 
@@ -101,23 +88,28 @@ def test_gradcheck(backend) -> None:
     lengths, prefix = [3, 2, 0, 2, 2], [-1, 0, 0, 1, -1]
     q, k, v, _ = (x.requires_grad_() for x in inputs(lengths, (2, 1), 4, torch.float64))
     assert torch.autograd.gradcheck(
-        lambda *x: varlen_attention(*x, cu(lengths), 3, prefix=prefix, backend=backend), (q, k, v)
+        lambda *x: varlen_attention(*x, offsets(lengths), 3, prefix=prefix, backend=backend), (q, k, v)
     )
 
 
 def test_opcheck() -> None:
     lengths, prefix = CASES["a tree"]
     q, k, v, _ = (x.requires_grad_() for x in inputs(lengths, dim=8))
-    who = plan(tuple(cu(lengths).tolist()), tuple(prefix), q.device)
+    plan = plan_prefixes(tuple(offsets(lengths).tolist()), tuple(prefix), q.device)
     torch.library.opcheck(
-        torch.ops.delib_fast.varlen_attention_prefix_cpu.default, (q, k, v, cu(lengths), max(lengths), 0.3, *who)
+        torch.ops.delib_fast.varlen_attention_prefix_cpu.default, (q, k, v, offsets(lengths), max(lengths), 0.3, *plan)
     )
+
+
+def test_the_call_tuple_matches_the_schema() -> None:
+    arguments = torch.ops.delib_fast.varlen_attention_prefix_cpu.default._schema.arguments
+    assert [argument.name for argument in arguments] == list(_PrefixCall._fields)
 
 
 def test_compile_fullgraph() -> None:
     lengths, prefix = CASES["two prompts, mixed order"]
     q, k, v, g = inputs(lengths)
-    host, cu_seqlens = tuple(cu(lengths).tolist()), cu(lengths)
+    host, cu_seqlens = tuple(offsets(lengths).tolist()), offsets(lengths)
     leaves = [x.requires_grad_() for x in (q, k, v)]
     compiled = torch.compile(
         lambda *x: varlen_attention(*x, cu_seqlens, 9, cu_seqlens_host=host, prefix=tuple(prefix)) * 2,
@@ -130,7 +122,7 @@ def test_compile_fullgraph() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_completions_do_not_see_each_other() -> None:
+def test_completions_do_not_attend_to_each_other() -> None:
     lengths, prefix = [6, 5, 5, 4], [-1, 0, 0, -1]
     data = inputs(lengths)
     clean = shared("cpu", lengths, prefix, *data)
@@ -150,9 +142,9 @@ def test_deterministic_and_non_contiguous() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, shared("cpu", lengths, prefix, *tensors), strict=True))
 
 
-def test_the_torch_backend_by_its_halves(monkeypatch) -> None:
-    """Without a GPU: its translation of layouts and arguments, over stand-ins for torch's two ops."""
-    import torch.nn.attention.varlen  # registers the real ones, once
+def test_the_torch_backend_without_a_gpu(monkeypatch) -> None:
+    """Layouts and arguments are translated correctly; torch's two ops are replaced by the cpu backend."""
+    import torch.nn.attention.varlen  # registers the real ops
 
     lengths, prefix = CASES["a tree"]
     q, k, v, g = inputs(lengths)
@@ -161,7 +153,8 @@ def test_the_torch_backend_by_its_halves(monkeypatch) -> None:
         @staticmethod
         def _varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
             assert window_size in ([-1, 0], [-1, -1])
-            out, lse = _cpu._half(q, k, v, cu_q, cu_k, max_q, max_k, window_size == [-1, 0], scale)
+            layout = Layout(cu_q, cu_k, max_q, max_k, causal=window_size == [-1, 0])
+            out, lse = _cpu._attention(q, k, v, layout, scale)
             return out, lse.squeeze(-1).T.contiguous(), None
 
         @staticmethod
@@ -169,13 +162,12 @@ def test_the_torch_backend_by_its_halves(monkeypatch) -> None:
             assert not causal
             assert lse.shape == (q.shape[1], q.shape[0])
             assert lse.is_contiguous()
-            return _cpu._half_backward(
-                d_out, q, k, v, out, lse.T.unsqueeze(-1), cu_q, cu_k, max_q, max_k, window_size == [-1, 0], scale
-            )
+            layout = Layout(cu_q, cu_k, max_q, max_k, causal=window_size == [-1, 0])
+            return _cpu._attention_backward(d_out, q, k, v, out, lse.T.unsqueeze(-1), layout, scale)
 
     monkeypatch.setattr(torch.ops, "torch_attn", TorchAttn, raising=False)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    out = _torch.varlen_attention(*leaves, cu(lengths), max(lengths), prefix=prefix)
+    out = _torch.varlen_attention(*leaves, offsets(lengths), max(lengths), prefix=prefix)
     for a, b in zip(
         [out.detach(), *torch.autograd.grad(out, leaves, g)], shared("cpu", lengths, prefix, q, k, v, g), strict=True
     ):
@@ -185,29 +177,30 @@ def test_the_torch_backend_by_its_halves(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("prefix", "message"),
     [
-        ([-1, 0], "prefix must have one entry a run; it has 2 for 3 runs"),
-        ([-1, 1, 0], "prefix[1] is 1; a run continues one that stands before it, or none (-1)"),
-        ([-1, -2, 0], "prefix[1] is -2; a run continues one that stands before it, or none (-1)"),
+        ([-1, 0], "prefix must have one entry per sequence; it has 2 for 3 sequences"),
+        ([-1, 1, 0], "prefix[1] is 1; it must be the index of an earlier sequence, or -1 for none"),
+        ([-1, -2, 0], "prefix[1] is -2; it must be the index of an earlier sequence, or -1 for none"),
         (
             torch.tensor([-1, 0, 0]),
-            "prefix must be host ints, one a run: the run that it continues, or -1; it is Tensor",
+            "prefix must be ints on the host, one per sequence: the index of the sequence that it continues, or -1; "
+            "it is a Tensor",
         ),
     ],
 )
-def test_refuses(prefix, message) -> None:
+def test_an_invalid_prefix_raises(prefix, message) -> None:
     q, k, v, _ = inputs([3, 2, 2])
     with pytest.raises(ValueError, match=r".") as error:
-        varlen_attention(q, k, v, cu([3, 2, 2]), 3, prefix=prefix)
+        varlen_attention(q, k, v, offsets([3, 2, 2]), 3, prefix=prefix)
     assert str(error.value) == message
 
 
-def test_a_window_takes_the_reference() -> None:
-    lengths, prefix = CASES["some share"]
+def test_a_window_uses_the_reference() -> None:
+    lengths, prefix = CASES["some sequences share"]
     data = inputs(lengths)
-    with pytest.raises(BackendUnavailable, match="a sliding window across a shared prefix is not done by two"):
+    with pytest.raises(BackendUnavailable, match="a sliding window is not supported together with a shared prefix"):
         shared("cpu", lengths, prefix, *data, window=4)
     ours = shared("auto", lengths, prefix, *data, window=4)
-    for a, b in zip(ours, written_out(lengths, prefix, *data, window=4), strict=True):
+    for a, b in zip(ours, separate(lengths, prefix, *data, window=4), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -221,11 +214,11 @@ def test_gpu_matches_reference(lengths, prefix, dim) -> None:
     if reason := _torch.why_not(*on_gpu[:3], None, True):
         pytest.skip(reason)
     leaves = [x.requires_grad_() for x in on_gpu[:3]]
-    out = varlen_attention(*leaves, cu(lengths).cuda(), max(lengths), prefix=prefix, backend="torch")
+    out = varlen_attention(*leaves, offsets(lengths).cuda(), max(lengths), prefix=prefix, backend="torch")
     ours = [x.cpu() for x in (out.detach(), *torch.autograd.grad(out, leaves, on_gpu[3]))]
-    assert_close(
+    assert_as_accurate_as_torch(
         ours,
-        written_out(lengths, prefix, *(x.double() for x in data)),
-        written_out(lengths, prefix, *data),
+        separate(lengths, prefix, *(x.double() for x in data)),
+        separate(lengths, prefix, *data),
         torch.bfloat16,
     )

@@ -1,29 +1,29 @@
-"""Weights that FSDP2 or tensor parallelism keep sharded, as DTensors: gathered once, gradient reduced once."""
+"""Weights that FSDP2 or tensor parallelism shards as DTensors: gathered once, their gradient reduced once."""
 
 from torch import Tensor
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
-    """Whether it is a DTensor; does not import torch.distributed.tensor where nobody has."""
+    """Return whether `tensor` is a DTensor, without importing torch.distributed.tensor."""
     return any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__)
 
 
 def gather_weight(weight: Tensor) -> Tensor:
-    """The whole of a DTensor, a plain tensor on every rank; anything else as it is.
+    """Return a DTensor as a plain tensor that is whole on every rank; return any other tensor unchanged.
 
-        backward: every rank's gradient of the whole is *summed* over the ranks, each keeping its own shard
+        backward: each rank's gradient of the whole tensor is *summed* over the ranks, and each keeps its own shard
 
     Args:
         weight: (V, H) DTensor, sharded or replicated over any mesh, or a plain tensor.
 
     Returns:
-        (V, H) plain tensor. Gather once a step and hand the result to every call of linear_cross_entropy whose
-        losses are added before one backward pass: then the gradient is reduced once as well.
+        (V, H) plain tensor. Gather once per step, and pass the result to all calls of linear_cross_entropy whose losses
+        are added before one backward pass. The gradient is then reduced only once as well.
 
-    Numerics: a sum, as everything in ops: the loss of a step is the sum over ranks divided by the normaliser of all
-    ranks. (fully_shard's own hooks average instead: with a head that FSDP2 itself gathers, this is not called.)
+    Numerics: the reduction is a sum, as everywhere in ops: the loss of a step is the sum over all ranks divided by the
+    normaliser of all ranks. (The hooks of fully_shard average instead. A head that FSDP2 gathers does not call this.)
 
-    Cost: one all-gather of V·H forward, one reduce-scatter backward.
+    Cost: one all-gather of V·H elements in the forward pass, one reduce-scatter in the backward pass.
     """
     if not is_sharded(weight):
         return weight

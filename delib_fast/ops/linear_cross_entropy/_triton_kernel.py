@@ -1,24 +1,27 @@
-"""One chunk of logits (C, V) becomes losses and, in place, the gradient of the logits.
+"""Computes the losses of one chunk of logits (C, V), and replaces the logits with their gradient.
 
-One program a row. It reads the row once for the maximum, the sum and the argmax, and reads it again to write dz
-over it: of a row of bfloat16 logits (304 KB at V = 151,936) the second read comes mostly from L2, since one row a
-multiprocessor is less than L2 holds; so HBM moves about 4 bytes a logit. The target's entry is w·expm1(-nll) in
-float32, rounded once. A dead row that was listed all the same gets a gradient of zeros, whatever is in it.
+There is one program per row. It reads the row once for the maximum, the sum and the argmax, and a second time to
+overwrite it with dz. The second read comes mostly from L2, because the rows in flight, one per multiprocessor, fit
+there (a row of bfloat16 logits is 304 KB at V = 151,936). HBM traffic is therefore about 4 bytes per logit. The
+target's entry of dz is w·expm1(-nll), computed in float32 and rounded once. If an unsupervised row is listed in
+loss_positions, its gradient is zero, whatever its logits are.
 """
+
+# Triton kernels have no annotations.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from delib_fast.ops.linear_cross_entropy._gradient_in_forward import Terms
+from delib_fast.ops.linear_cross_entropy._call import LogitsChunk
 
-MOST_BLOCK = 8192
+MAX_BLOCK = 8192
 
 
 @triton.jit
 def _tanh(x):
-    """In exponentials and, near 0, where they cancel, by Cephes' polynomial: about one ulp."""
+    """tanh to about one ulp: from exponentials, but near 0, where they cancel, from the polynomial of Cephes."""
     magnitude = tl.abs(x)
     e = tl.exp(-2.0 * magnitude)
     far = (1.0 - e) / (1.0 + e)
@@ -30,7 +33,7 @@ def _tanh(x):
 
 @triton.jit
 def _capped(z, softcap, HAS_SOFTCAP: tl.constexpr):
-    """The logit that the softmax sees."""
+    """The logit after the softcap: the input of the softmax."""
     if HAS_SOFTCAP:
         z = softcap * _tanh(z / softcap)
     return z
@@ -38,10 +41,10 @@ def _capped(z, softcap, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _slope(x, softcap, HAS_SOFTCAP: tl.constexpr):
-    """dx/dz, from x."""
+    """dx/dz, as a function of x."""
     if HAS_SOFTCAP:
-        bent = x / softcap
-        slope = 1.0 - bent * bent
+        ratio = x / softcap
+        slope = 1.0 - ratio * ratio
     else:
         slope = 1.0
     return slope
@@ -54,7 +57,7 @@ def _loss_and_gradient_kernel(
     p_targets,  # (T,) int64
     p_weights,  # (T,) float32
     p_nll,  # (T,) float32
-    p_loss,  # (T,) float32, where there is a z-loss or smoothing
+    p_loss,  # (T,) float32, used only if HAS_LOSS
     p_correct,  # (T,) bool
     V,
     ignore_index,
@@ -72,13 +75,13 @@ def _loss_and_gradient_kernel(
     p_row = p_logits + i_row * V
     position = tl.load(p_positions + i_row)
     target = tl.load(p_targets + position)
-    live = target != ignore_index
+    supervised = target != ignore_index
     row_weight = 1.0
     if HAS_WEIGHTS:
         row_weight = tl.load(p_weights + position).to(tl.float32)
-        live = live & (row_weight != 0.0)
+        supervised = supervised & (row_weight != 0.0)
 
-    # lane statistics first, one reduction at the end
+    # Statistics per lane; they are reduced once, after the loop.
     b_max = tl.full((BLOCK,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK,), tl.float32)
     b_arg = tl.zeros((BLOCK,), tl.int32)
@@ -100,26 +103,26 @@ def _loss_and_gradient_kernel(
     row_max = tl.max(b_max, 0)
     shift = tl.where(row_max == float("-inf"), 0.0, row_max)
     row_sum = tl.sum(b_sum * tl.exp(tl.where(b_max == float("-inf"), float("-inf"), b_max - shift)), 0)
-    argmax = tl.min(tl.where(b_max == row_max, b_arg, V), 0)  # the first of equals
+    argmax = tl.min(tl.where(b_max == row_max, b_arg, V), 0)  # the first of equal logits
 
-    # a target outside the vocabulary must not pass for a loss: NaN
+    # A target outside the vocabulary makes the loss NaN.
     m_target = (target >= 0) & (target < V)
     z_target = _capped(tl.load(p_row + tl.where(m_target, target, 0)).to(tl.float32), softcap, HAS_SOFTCAP)
     z_target = tl.where(m_target, z_target, float("nan"))
-    # not (max + log sum) - target: that would round at the size of the logits
+    # (max + log sum) - target would round at the magnitude of the logits.
     nll = (row_max - z_target) + tl.log(row_sum)
-    tl.store(p_nll + position, tl.where(live, nll, 0.0))
+    tl.store(p_nll + position, tl.where(supervised, nll, 0.0))
     lse = row_max + tl.log(row_sum)
     share = smoothing / V
     if HAS_LOSS:
         loss = nll + z_loss * lse * lse
-        if HAS_SMOOTHING:  # not where it is off: 0 * inf would make a masked-out entry's -inf a NaN
+        if HAS_SMOOTHING:  # if off, 0 times the -inf of a masked vocabulary entry would be NaN
             loss += smoothing * z_target - share * tl.sum(b_total, 0)
-        tl.store(p_loss + position, tl.where(live, loss, 0.0))
-    tl.store(p_correct + position, live & (argmax == target))
+        tl.store(p_loss + position, tl.where(supervised, loss, 0.0))
+    tl.store(p_correct + position, supervised & (argmax == target))
 
     if NEED_GRADIENT:
-        # near a probability of 1, exp(d) - 1 cancels: a few terms of expm1's series serve there
+        # For a probability near 1, exp(d) - 1 cancels, so the first terms of the series of expm1 are used.
         d = -nll
         series = d * (1.0 + d * (0.5 + d * (0.16666667 + d * 0.041666668)))
         target_gradient = row_weight * tl.where(d > -0.1, series, tl.exp(d) - 1.0)
@@ -138,40 +141,32 @@ def _loss_and_gradient_kernel(
             b_z = _capped(b_z, softcap, HAS_SOFTCAP)
             b_dz = (factor * tl.exp(b_z - row_max) - offset) * _slope(b_z, softcap, HAS_SOFTCAP)
             b_dz = tl.where(o_v == target, target_gradient, b_dz)
-            b_dz = tl.where(live, b_dz, 0.0)
+            b_dz = tl.where(supervised, b_dz, 0.0)
             tl.store(p_row + o_v, b_dz.to(p_row.dtype.element_ty), mask=m_v)
 
 
-def launch(
-    logits: Tensor,  # (C, V) contiguous; overwritten
-    positions: Tensor,  # (C,) int64
-    targets: Tensor,  # (T,) int64
-    row_weights: Tensor | None,  # (T,) float32
-    nll: Tensor,  # (T,) float32, written at positions
-    loss: Tensor | None,  # (T,) float32, written at positions
-    correct: Tensor,  # (T,) bool, written at positions
-    ignore_index: int,
-    need_gradient: bool,
-    terms: Terms,
-) -> None:
-    C, V = logits.shape
-    block = min(triton.next_power_of_2(V), MOST_BLOCK)
+def launch(chunk: LogitsChunk) -> None:
+    """Run the kernel on the current stream, or with Triton's interpreter."""
+    C, V = chunk.logits.shape
+    block = min(triton.next_power_of_2(V), MAX_BLOCK)
     _loss_and_gradient_kernel[(C,)](
-        logits,
-        positions,
-        targets,
-        row_weights,
-        nll,
-        loss,
-        correct.view(torch.uint8),
+        chunk.logits,
+        chunk.positions,
+        chunk.targets,
+        chunk.row_weights,
+        chunk.nll,
+        chunk.loss,
+        chunk.correct.view(torch.uint8),
         V,
-        ignore_index,
-        *terms,
-        HAS_WEIGHTS=row_weights is not None,
-        HAS_LOSS=loss is not None,
-        HAS_SOFTCAP=terms.softcap != 0,
-        HAS_SMOOTHING=terms.label_smoothing != 0,
-        NEED_GRADIENT=need_gradient,
+        chunk.ignore_index,
+        chunk.softcap,
+        chunk.z_loss,
+        chunk.label_smoothing,
+        HAS_WEIGHTS=chunk.row_weights is not None,
+        HAS_LOSS=chunk.loss is not None,
+        HAS_SOFTCAP=chunk.softcap != 0,
+        HAS_SMOOTHING=chunk.label_smoothing != 0,
+        NEED_GRADIENT=chunk.need_gradient,
         BLOCK=block,
-        num_warps=16 if block == MOST_BLOCK else 4,
+        num_warps=16 if block == MAX_BLOCK else 4,
     )

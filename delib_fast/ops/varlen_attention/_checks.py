@@ -1,4 +1,4 @@
-"""What varlen_attention asks of its inputs."""
+"""The checks of varlen_attention's arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None) -> None:
-    """Shapes, dtypes, devices: nothing that would read the device."""
+    """Raise ValueError if shapes, dtypes or devices do not match. Device memory is not read."""
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
         raise ValueError(
             f"q, k and v must be (T, heads, D); they are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
@@ -21,9 +21,11 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
             f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"the query heads ({q.shape[1]}) must be a multiple of the key heads ({k.shape[1]})")
+        raise ValueError(f"the number of query heads ({q.shape[1]}) must be a multiple of the kv heads ({k.shape[1]})")
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must have one floating dtype; they have {q.dtype}, {k.dtype} and {v.dtype}")
+        raise ValueError(
+            f"q, k and v must have the same floating-point dtype; they are {q.dtype}, {k.dtype} and {v.dtype}"
+        )
     if not q.device == k.device == v.device == cu_seqlens.device:
         raise ValueError(
             f"q, k, v and cu_seqlens must be on one device; they are on {q.device}, {k.device}, "
@@ -32,35 +34,42 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
         raise ValueError(f"cu_seqlens must be (N+1,) int32; it is {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
     if not isinstance(max_seqlen, int) or isinstance(max_seqlen, bool) or max_seqlen < 0:
-        raise ValueError(f"max_seqlen must be an int on the host, the longest run; it is {max_seqlen!r}")
+        raise ValueError(
+            f"max_seqlen must be an int on the host, the length of the longest sequence; got {max_seqlen!r}"
+        )
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (the token itself) or None; it is {window}")
 
 
-def check_prefix(prefix: Sequence[int], runs: int) -> None:
-    """Each run continues none (-1) or one that stands before it, so there are no rings."""
+def check_prefix(prefix: Sequence[int], num_sequences: int) -> None:
+    """Raise ValueError unless each entry is -1 or the index of an earlier sequence, which also rules out cycles."""
     if isinstance(prefix, Tensor) or not all(isinstance(parent, int) for parent in prefix):
         raise ValueError(
-            f"prefix must be host ints, one a run: the run that it continues, or -1; it is {type(prefix).__name__}"
+            "prefix must be ints on the host, one per sequence: the index of the sequence that it continues, or -1; "
+            f"it is a {type(prefix).__name__}"
         )
-    if len(prefix) != runs:
-        raise ValueError(f"prefix must have one entry a run; it has {len(prefix)} for {runs} runs")
-    for run, parent in enumerate(prefix):
-        if not -1 <= parent < run:
-            raise ValueError(f"prefix[{run}] is {parent}; a run continues one that stands before it, or none (-1)")
+    if len(prefix) != num_sequences:
+        raise ValueError(f"prefix must have one entry per sequence; it has {len(prefix)} for {num_sequences} sequences")
+    for sequence, parent in enumerate(prefix):
+        if not -1 <= parent < sequence:
+            raise ValueError(
+                f"prefix[{sequence}] is {parent}; it must be the index of an earlier sequence, or -1 for none"
+            )
 
 
-def check_runs(cu_seqlens: Sequence[int], tokens: int, max_seqlen: int) -> None:
-    """What the runs must fulfil, on host values: a kernel would read past its inputs, or leave tokens
-    unwritten."""
+def check_cu_seqlens(cu_seqlens: Sequence[int], tokens: int, max_seqlen: int) -> None:
+    """Raise ValueError if a kernel would read past its inputs or leave tokens unwritten. Takes host values."""
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != tokens:
         raise ValueError(
-            f"cu_seqlens must go from 0 to T = {tokens}, a padding tail being a run of its own; "
-            f"it goes from {cu_seqlens[0]} to {cu_seqlens[-1]}"
+            f"cu_seqlens must start at 0 and end at T = {tokens}, with padding as a sequence of its own; "
+            f"it starts at {cu_seqlens[0]} and ends at {cu_seqlens[-1]}"
         )
     lengths = [end - start for start, end in pairwise(cu_seqlens)]
     if any(length < 0 for length in lengths):
-        at = next(i for i, length in enumerate(lengths) if length < 0)
-        raise ValueError(f"cu_seqlens must not fall; it does from {cu_seqlens[at]} to {cu_seqlens[at + 1]} at {at + 1}")
+        i = next(i for i, length in enumerate(lengths) if length < 0)
+        raise ValueError(
+            f"cu_seqlens must not decrease; cu_seqlens[{i}] is {cu_seqlens[i]} "
+            f"and cu_seqlens[{i + 1}] is {cu_seqlens[i + 1]}"
+        )
     if max(lengths, default=0) > max_seqlen:
-        raise ValueError(f"max_seqlen is {max_seqlen}, but a run has {max(lengths)} tokens")
+        raise ValueError(f"max_seqlen is {max_seqlen}, but a sequence has {max(lengths)} tokens")

@@ -1,59 +1,60 @@
-"""CPU backend: our own loops in C++ (csrc/varlen_attention), or torch's flash kernel where they don't apply.
+"""The cpu backend: the C++ loops of csrc/varlen_attention, or torch's flash kernel for what they do not support.
 
-Ours take each run under each kv head as a task of its own, so nothing is padded and no key is copied for the query
-heads that share it. They do float32 and bfloat16, head dims that are multiples of 16 up to 256, no window, and packs
-with at least as many runs × kv heads as there are threads.
+The C++ loops process each sequence and kv head as a separate task, so nothing is padded, and no key is copied for the
+query heads that share it. They support float32 and bfloat16, head dims that are multiples of 16 up to 256, no window,
+and packs in which the number of sequences × kv heads is at least the number of threads.
 
-The rest goes through `_scaled_dot_product_flash_attention_for_cpu`, forward and backward.
-The runs of a pack are put in a few batches of similar length, so that a hundred short runs cost a few kernel
-calls instead of a hundred. A shorter run of a batch is padded behind its end with zeros: the mask is causal,
-so no real token sees the padding, and the padding's own rows are dropped. No (T, T) mask is ever built; a
-sliding window is done a block of queries at a time against the keys that the block can see, O(T·window).
+Everything else uses `_scaled_dot_product_flash_attention_for_cpu`, forward and backward. The sequences of a pack are
+grouped into a few batches of similar length, so that a hundred short sequences need a few kernel calls instead of a
+hundred. A shorter sequence of a batch is padded with zeros at its end. The mask is causal, so no real token attends to
+the padding, and the outputs of the padding are dropped. A (T, T) mask is never built. With a sliding window each block
+of queries attends only to the keys that are visible to it, at a cost of O(T·window).
 
-bf16 and fp16 are computed in fp32: torch 2.13's half-precision backward kernel takes 10 times as long (T =
-2048, 8 heads of 64, one run, 2 cores: 1413 ms against 144 ms), and the forward pass is no faster.
+bfloat16 and float16 are computed in float32: the half-precision backward kernel of torch 2.13 takes 10 times as long
+(T = 2048, 8 heads of 64, one sequence, 2 cores: 1413 ms against 144 ms), and its forward kernel is no faster.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from delib_fast.ops._library import LIBRARY, WHY_NO_COMPILED
-from delib_fast.ops.varlen_attention._checks import check_runs
-from delib_fast.ops.varlen_attention._prefix import plan, register
+from delib_fast.ops.varlen_attention._checks import check_cu_seqlens
+from delib_fast.ops.varlen_attention._prefix import Layout, plan_prefixes, register
 
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 LIBRARY.define(
-    "varlen_attention_runs(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale) -> (Tensor out, Tensor lse)"
+    "varlen_attention_compiled(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale) -> "
+    "(Tensor out, Tensor lse)"
 )
 LIBRARY.define(
-    "varlen_attention_runs_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "varlen_attention_compiled_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor cu_seqlens, float scale) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 
-# A batch takes runs down to this share of its longest one: at most 1 - 0.75² of its scores are padding.
-_SHORTEST_SHARE = 0.75
-# Runs as short as this go together anyway: what they cost is the call, not the scores.
+# The shortest sequence of a batch, as a fraction of the longest: at most 1 - 0.75² of the scores are padding.
+_MIN_LENGTH_RATIO = 0.75
+# Sequences up to this length are batched anyway: the kernel call costs more than the scores.
 _SHORT_TOKENS = 32
-# Queries a block under a sliding window: below this, calls cost more than the scores that they save.
-_LEAST_WINDOW_BLOCK = 128
+# The smallest block of queries with a sliding window: with smaller ones the calls cost more than the scores they save.
+_MIN_WINDOW_BLOCK = 128
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor, window: int | None, shared: bool = False) -> str | None:
-    """The reason that this backend can't take these tensors, or None."""
+def why_not(q: Tensor, k: Tensor, v: Tensor, window: int | None, shared_prefix: bool = False) -> str | None:
+    """Return the reason that this backend cannot run these tensors, or None."""
     if q.device.type != "cpu":
-        return f"it runs on CPU tensors; these are on {q.device.type}"
+        return f"it needs CPU tensors; these are on {q.device.type}"
     if q.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        return f"it takes float64, float32, bfloat16 or float16, not {q.dtype}"
-    if shared and window is not None:
-        return "a sliding window across a shared prefix is not done by two attentions"
+        return f"it supports float64, float32, bfloat16 and float16, not {q.dtype}"
+    if shared_prefix and window is not None:
+        return "a sliding window is not supported together with a shared prefix"
     return None
 
 
@@ -69,21 +70,25 @@ def varlen_attention(
     cu_seqlens_host: Sequence[int] | None = None,
     prefix: Sequence[int] | None = None,
 ) -> Tensor:
+    """Return (T, Hq, D)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if prefix is not None:
         host = tuple(cu_seqlens.tolist()) if cu_seqlens_host is None else tuple(cu_seqlens_host)
-        if shared := plan(host, tuple(prefix), q.device):
-            # in float32 throughout, so that the halves are merged before anything is rounded
+        if plan := plan_prefixes(host, tuple(prefix), q.device):
+            # In float32 throughout, so that the two attentions are merged before they are rounded.
             wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v)]
-            return _with_prefix(*wide, cu_seqlens, max_seqlen, scale, *shared)[0].to(q.dtype)
-    window = 0 if window is None or window >= max_seqlen else window  # 0 is none, in the op's schema
-    return torch.ops.delib_fast.varlen_attention_cpu(q, k, v, cu_seqlens, max_seqlen, scale, window)[0]
+            return _with_prefix(*wide, cu_seqlens, max_seqlen, scale, *plan)[0].to(q.dtype)
+    window = 0 if window is None or window >= max_seqlen else window  # 0 means no window in the op's schema
+    out: Tensor = torch.ops.delib_fast.varlen_attention_cpu(q, k, v, cu_seqlens, max_seqlen, scale, window)[0]
+    return out
 
 
-def compiled_can(q: Tensor, k: Tensor, runs: Sequence[int], window: int) -> bool:
-    """Whether the C++ loops take these tensors. They share out runs and kv heads, so a lone long run under few heads
-    would keep most threads waiting."""
-    tasks = k.shape[1] * sum(end > start for start, end in pairwise(runs))
+def compiled_supports(q: Tensor, k: Tensor, cu_seqlens: Sequence[int], window: int) -> bool:
+    """Return whether to use the C++ loops.
+
+    They parallelise over sequences and kv heads, so a single long sequence with few heads would leave threads idle.
+    """
+    tasks = k.shape[1] * sum(end > start for start, end in pairwise(cu_seqlens))
     return (
         WHY_NO_COMPILED is None
         and window == 0
@@ -95,14 +100,14 @@ def compiled_can(q: Tensor, k: Tensor, runs: Sequence[int], window: int) -> bool
 
 
 class _Batch(NamedTuple):
-    """Runs that go through the kernel together."""
+    """Sequences that one kernel call computes."""
 
     starts: list[int]
     lengths: list[int]
     longest: int
 
     def gather(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The runs of x (T, H, D) as (B, H, longest, D), zeros behind the end of each."""
+        """Return the sequences of x (T, H, D) as (B, H, longest, D), each padded with zeros at its end."""
         if len(self.starts) == 1:
             return x[self.starts[0] : self.starts[0] + self.longest].to(dtype).transpose(0, 1).unsqueeze(0)
         batch = x.new_zeros((len(self.starts), self.longest, *x.shape[1:]), dtype=dtype)
@@ -111,17 +116,18 @@ class _Batch(NamedTuple):
         return batch.transpose(1, 2)
 
     def scatter(self, batch_BHLD: Tensor, x: Tensor) -> None:
-        """The inverse of `gather`: writes the runs of the batch into x (T, H, D)."""
+        """Write the sequences of the batch to x (T, H, D); the inverse of `gather`."""
         for row, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
             x[start : start + length] = batch_BHLD[row, :, :length].transpose(0, 1)
 
 
 def _batches(cu_seqlens: list[int]) -> list[_Batch]:
-    runs = sorted(((end - start, start) for start, end in pairwise(cu_seqlens) if end > start), reverse=True)
+    """Group the sequences that are not empty into batches of similar length."""
+    sequences = sorted(((end - start, start) for start, end in pairwise(cu_seqlens) if end > start), reverse=True)
     batches: list[_Batch] = []
-    for length, start in runs:
+    for length, start in sequences:
         last = batches[-1] if batches else None
-        if last is not None and (length >= _SHORTEST_SHARE * last.longest or last.longest <= _SHORT_TOKENS):
+        if last is not None and (length >= _MIN_LENGTH_RATIO * last.longest or last.longest <= _SHORT_TOKENS):
             last.starts.append(start)
             last.lengths.append(length)
         else:
@@ -130,11 +136,11 @@ def _batches(cu_seqlens: list[int]) -> list[_Batch]:
 
 
 def _blocks(longest: int, window: int, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor | None]]:
-    """(queries, keys, additive mask) of each kernel call; without a window one call that is simply causal."""
+    """Yield (queries, keys, additive mask) for each kernel call; without a window there is one causal call."""
     if not 0 < window < longest:
         yield slice(0, longest), slice(0, longest), None
         return
-    size = max(window, _LEAST_WINDOW_BLOCK)
+    size = max(window, _MIN_WINDOW_BLOCK)
     for begin in range(0, longest, size):
         end = min(begin + size, longest)
         first_key = max(0, begin - window + 1)
@@ -148,14 +154,15 @@ def _blocks(longest: int, window: int, dtype: torch.dtype) -> Iterator[tuple[sli
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
-    runs = cu_seqlens.tolist()
-    check_runs(runs, q.shape[0], max_seqlen)
-    if compiled_can(q, k, runs, window):
-        return torch.ops.delib_fast.varlen_attention_runs(q, k, v, cu_seqlens, scale)
+    offsets = cu_seqlens.tolist()
+    check_cu_seqlens(offsets, q.shape[0], max_seqlen)
+    if compiled_supports(q, k, offsets, window):
+        out, lse = torch.ops.delib_fast.varlen_attention_compiled(q, k, v, cu_seqlens, scale)
+        return out, lse
     dtype = torch.promote_types(q.dtype, torch.float32)
     out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty((*q.shape[:2], 1), dtype=dtype)  # (T, Hq, 1), so that it gathers like out
-    for batch in _batches(runs):
+    lse = torch.empty((*q.shape[:2], 1), dtype=dtype)  # (T, Hq, 1), so that it is gathered in the same way as out
+    for batch in _batches(offsets):
         q_B, k_B, v_B = (batch.gather(x, dtype) for x in (q, k, v))
         blocks = [
             _forward_kernel(
@@ -188,12 +195,15 @@ def _backward(
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    runs = cu_seqlens.tolist()
-    if compiled_can(q, k, runs, window):
-        return torch.ops.delib_fast.varlen_attention_runs_backward(d_out, q, k, v, out, lse, cu_seqlens, scale)
+    offsets = cu_seqlens.tolist()
+    if compiled_supports(q, k, offsets, window):
+        dq, dk, dv = torch.ops.delib_fast.varlen_attention_compiled_backward(
+            d_out, q, k, v, out, lse, cu_seqlens, scale
+        )
+        return dq, dk, dv
     dtype = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    for batch in _batches(runs):
+    for batch in _batches(offsets):
         g_B, q_B, k_B, v_B, o_B = (batch.gather(x, dtype) for x in (d_out, q, k, v, out))
         e_B = batch.gather(lse, dtype).squeeze(-1)
         dq_B, dk_B, dv_B = (torch.zeros_like(x) for x in (q_B, k_B, v_B))
@@ -233,13 +243,13 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, cu_seqlens, _, ctx.scale, ctx.window = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
     ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx, d_out: Tensor, _d_lse: Tensor | None):
+def _autograd(ctx: Any, d_out: Tensor, _d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
     dq, dk, dv = torch.ops.delib_fast.varlen_attention_cpu_backward(
         d_out, q, k, v, out, lse, cu_seqlens, ctx.scale, ctx.window
@@ -250,36 +260,25 @@ def _autograd(ctx, d_out: Tensor, _d_lse: Tensor | None):
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _half(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    if causal:
-        return _forward(q, k, v, cu_q, max_q, scale, 0)
+def _attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
+    if layout.causal:
+        out, lse = _forward(q, k, v, layout.cu_q, layout.max_q, scale, 0)
+        return out, lse
     out, lse = torch.empty(q.shape, dtype=q.dtype), torch.empty((*q.shape[:2], 1), dtype=q.dtype)
-    for rows, keys in _pairs(cu_q, cu_k):
+    for rows, keys in _slices(layout):
         o, e = _forward_kernel(_heads(q, rows), _heads(k, keys), _heads(v, keys), 0.0, False, scale=scale)
         out[rows], lse[rows] = o[0].transpose(0, 1), e[0].T.unsqueeze(-1)
     return out, lse
 
 
-def _half_backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    max_q: int,
-    max_k: int,
-    causal: bool,
-    scale: float,
+def _attention_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if causal:
-        return _backward(d_out, q, k, v, out, lse, cu_q, scale, 0)
+    if layout.causal:
+        dq, dk, dv = _backward(d_out, q, k, v, out, lse, layout.cu_q, scale, 0)
+        return dq, dk, dv
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    for rows, keys in _pairs(cu_q, cu_k):
+    for rows, keys in _slices(layout):
         grads = _backward_kernel(
             _heads(d_out, rows),
             _heads(q, rows),
@@ -291,20 +290,20 @@ def _half_backward(
             False,
             scale=scale,
         )
-        for whole, places, grad in zip((dq, dk, dv), (rows, keys, keys), grads, strict=True):
-            whole[places] = grad[0].transpose(0, 1)
+        for whole, tokens, grad in zip((dq, dk, dv), (rows, keys, keys), grads, strict=True):
+            whole[tokens] = grad[0].transpose(0, 1)
     return dq, dk, dv
 
 
-def _pairs(cu_q: Tensor, cu_k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Of each prefix: the queries and the keys."""
-    for queries, keys in zip(pairwise(cu_q.tolist()), pairwise(cu_k.tolist()), strict=True):
+def _slices(layout: Layout) -> Iterator[tuple[slice, slice]]:
+    """Yield the queries and the keys of each sequence."""
+    for queries, keys in zip(pairwise(layout.cu_q.tolist()), pairwise(layout.cu_k.tolist()), strict=True):
         yield slice(*queries), slice(*keys)
 
 
-def _heads(x: Tensor, places: slice) -> Tensor:
-    """(T, H, D) to (1, H, L, D)"""
-    return x[places].transpose(0, 1).unsqueeze(0)
+def _heads(x: Tensor, tokens: slice) -> Tensor:
+    """Return the tokens of x (T, H, D) as (1, H, L, D)."""
+    return x[tokens].transpose(0, 1).unsqueeze(0)
 
 
-_with_prefix = register("varlen_attention_prefix_cpu", _half, _half_backward)
+_with_prefix = register("varlen_attention_prefix_cpu", _attention, _attention_backward)

@@ -1,10 +1,8 @@
-"""torch backend: `torch.nn.attention.varlen.varlen_attn`, the flash kernel that torch brings, on a CUDA
-device.
+"""The torch backend: `torch.nn.attention.varlen.varlen_attn`, the flash kernel of torch, on CUDA devices.
 
-torch's op has its own fake and autograd registrations, so nothing is registered here. It reads `cu_seqlens`
-on the device and takes `max_seqlen` as a host int: no sync. A padding tail must be a run of `cu_seqlens` (the
-data contract says so): torch 2.13 writes no gradient for tokens behind the last run, and they come out as
-NaN.
+torch's op has its own fake kernel and autograd formula, so none are registered here. It reads `cu_seqlens` on the
+device and takes `max_seqlen` as an int on the host, so there is no device sync. Padding must be a sequence of
+`cu_seqlens`: torch 2.13 does not write the gradients of tokens after the last sequence, so they would be NaN.
 """
 
 from __future__ import annotations
@@ -17,105 +15,93 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from delib_fast.ops.varlen_attention._prefix import plan, register
+from delib_fast.ops.varlen_attention._prefix import Layout, plan_prefixes, register
 
 
 @cache
 def _missing() -> str | None:
+    """Return what this version of torch lacks, or None."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return f"torch {torch.__version__} has no torch.nn.attention.varlen; it came with torch 2.10"
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen; it needs torch 2.10 or later"
     if "window_size" not in inspect.signature(varlen_attn).parameters:
-        return f"torch {torch.__version__} has varlen_attn without window_size; it came with torch 2.11"
+        return f"varlen_attn of torch {torch.__version__} has no window_size; it needs torch 2.11 or later"
     return None
 
 
 @cache
 def _gqa_argument() -> dict[str, Any]:
-    """`enable_gqa=True` where this torch's varlen_attn asks for it; an older one just takes fewer kv
-    heads."""
+    """Return `enable_gqa=True` if varlen_attn has this argument. Older versions need none for fewer kv heads."""
     from torch.nn.attention.varlen import varlen_attn
 
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor, window: int | None, shared: bool = False) -> str | None:
-    """The reason that this backend can't take these tensors, or None."""
+def why_not(q: Tensor, k: Tensor, v: Tensor, window: int | None, shared_prefix: bool = False) -> str | None:
+    """Return the reason that this backend cannot run these tensors, or None."""
     if q.device.type != "cuda":
-        return f"it runs on CUDA tensors; these are on {q.device.type}"
+        return f"it needs CUDA tensors; these are on {q.device.type}"
     if missing := _missing():
         return missing
     if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"it takes bfloat16 or float16, not {q.dtype}"
+        return f"it supports bfloat16 and float16, not {q.dtype}"
     if q.shape[-1] > 256 or q.shape[-1] % 8:
-        return f"it takes a head dim that is a multiple of 8 and at most 256, not {q.shape[-1]}"
+        return f"it supports head dims that are multiples of 8 and at most 256, not {q.shape[-1]}"
     if torch.cuda.get_device_capability(q.device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or higher"
-    return _no_shared_prefix(window) if shared else None
+    return _why_no_shared_prefix(window) if shared_prefix else None
 
 
-def _no_shared_prefix(window: int | None) -> str | None:
+def _why_no_shared_prefix(window: int | None) -> str | None:
     if window is not None:
-        return "a sliding window across a shared prefix is not done by two attentions"
-    # varlen_attn returns its log-sum-exp and takes none; the op below it takes one in its backward
+        return "a sliding window is not supported together with a shared prefix"
+    # varlen_attn returns a log-sum-exp but takes none; its backward op takes one.
     for name in ("_varlen_attn", "_varlen_attn_backward"):
         if not hasattr(torch.ops.torch_attn, name):
             return f"torch {torch.__version__} has no torch_attn::{name}, which a shared prefix needs"
     return None
 
 
-def _half(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
     out, lse, _ = torch.ops.torch_attn._varlen_attn(
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
-        cu_q,
-        cu_k,
-        max_q,
-        max_k,
+        layout.cu_q,
+        layout.cu_k,
+        layout.max_q,
+        layout.max_k,
         scale=scale,
-        window_size=[-1, 0 if causal else -1],
+        window_size=[-1, 0 if layout.causal else -1],
     )
     return out, lse.T.unsqueeze(-1)  # (Hq, T) to (T, Hq, 1)
 
 
-def _half_backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    max_q: int,
-    max_k: int,
-    causal: bool,
-    scale: float,
+def _backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: Layout, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    return torch.ops.torch_attn._varlen_attn_backward(
+    dq, dk, dv = torch.ops.torch_attn._varlen_attn_backward(
         d_out.contiguous(),
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
         out.contiguous(),
         lse.squeeze(-1).T.contiguous(),
-        cu_q,
-        cu_k,
-        max_q,
-        max_k,
+        layout.cu_q,
+        layout.cu_k,
+        layout.max_q,
+        layout.max_k,
         False,
         no_dropout,
         scale,
-        [-1, 0 if causal else -1],
+        [-1, 0 if layout.causal else -1],
     )
+    return dq, dk, dv
 
 
-_with_prefix = register("varlen_attention_prefix_torch", _half, _half_backward)
+_with_prefix = register("varlen_attention_prefix_torch", _forward, _backward)
 
 
 def varlen_attention(
@@ -130,14 +116,15 @@ def varlen_attention(
     cu_seqlens_host: Sequence[int] | None = None,
     prefix: Sequence[int] | None = None,
 ) -> Tensor:
+    """Return (T, Hq, D)."""
     from torch.nn.attention.varlen import varlen_attn
 
     if prefix is not None:
         host = tuple(cu_seqlens.tolist()) if cu_seqlens_host is None else tuple(cu_seqlens_host)
-        if shared := plan(host, tuple(prefix), q.device):
+        if plan := plan_prefixes(host, tuple(prefix), q.device):
             scale = q.shape[-1] ** -0.5 if scale is None else scale
-            return _with_prefix(q, k, v, cu_seqlens, max_seqlen, scale, *shared)[0]
-    # torch counts the tokens *before* this one: a window of 1 (the token alone) is (0, 0); none is (-1, 0).
+            return _with_prefix(q, k, v, cu_seqlens, max_seqlen, scale, *plan)[0]
+    # torch counts the tokens *before* the query: a window of 1 (the token itself) is (0, 0), no window is (-1, 0).
     left = -1 if window is None or window >= max_seqlen else window - 1
     gqa = _gqa_argument() if q.shape[1] != k.shape[1] else {}
     out = varlen_attn(
@@ -152,5 +139,5 @@ def varlen_attention(
         window_size=(left, 0),
         **gqa,
     )
-    assert isinstance(out, Tensor), "no log-sum-exp was asked for"
+    assert isinstance(out, Tensor), "varlen_attn returns a tuple only if return_aux is given"
     return out

@@ -1,4 +1,4 @@
-"""The definition of `varlen_attention`: every run on its own, scores in full, plain torch."""
+"""The definition of varlen_attention in plain torch: one sequence at a time, with all of its scores in memory."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -21,21 +21,23 @@ def varlen_attention(
     cu_seqlens_host: Sequence[int] | None = None,
     prefix: Sequence[int] | None = None,
 ) -> Tensor:
+    """Return (T, Hq, D)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     groups = q.shape[1] // k.shape[1]
     compute = torch.promote_types(q.dtype, torch.float32)
-    runs = [q[:0].to(compute)]
-    borders = cu_seqlens.tolist() if cu_seqlens_host is None else cu_seqlens_host
-    places = [slice(start, end) for start, end in pairwise(borders)]
-    for run, own in enumerate(places):
-        before = [] if prefix is None else ancestors(prefix, run)
+    outputs = [q[:0].to(compute)]
+    offsets = cu_seqlens.tolist() if cu_seqlens_host is None else cu_seqlens_host
+    tokens = [slice(start, end) for start, end in pairwise(offsets)]
+    for sequence, own in enumerate(tokens):
+        continued = [] if prefix is None else ancestors(prefix, sequence)
+        visible = [tokens[i] for i in (*continued, sequence)]
         q_HLD = q[own].transpose(0, 1).to(compute)
-        k_HLD, v_HLD = (torch.cat([x[places[i]] for i in (*before, run)]).transpose(0, 1).to(compute) for x in (k, v))
-        seen = k_HLD.shape[1] - q_HLD.shape[1]  # tokens of the prefixes
+        k_HLD, v_HLD = (torch.cat([x[part] for part in visible]).transpose(0, 1).to(compute) for x in (k, v))
+        prefix_length = k_HLD.shape[1] - q_HLD.shape[1]
         scores = (q_HLD @ k_HLD.repeat_interleave(groups, 0).mT) * scale
         key = torch.arange(k_HLD.shape[1], device=q.device)
-        query = key[seen:, None]
-        visible = (key <= query) & (key > query - (window or len(key) + 1))
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
-        runs.append((weights @ v_HLD.repeat_interleave(groups, 0)).transpose(0, 1))
-    return torch.cat(runs).to(q.dtype)
+        query = key[prefix_length:, None]
+        mask = (key <= query) & (key > query - (window or len(key) + 1))
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        outputs.append((weights @ v_HLD.repeat_interleave(groups, 0)).transpose(0, 1))
+    return torch.cat(outputs).to(q.dtype)

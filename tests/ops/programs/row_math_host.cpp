@@ -1,5 +1,5 @@
-// csrc/linear_cross_entropy/row_math.h, walked over on the host the way softmax_gradient.cu walks on a GPU: parts of
-// a row for the blocks of a cluster, vectors dealt out to threads, statistics merged by a butterfly. One float row.
+// Runs the arithmetic of csrc/linear_cross_entropy/row_math.h on the host in the order of softmax_gradient.cu, for one
+// float32 row: parts for the blocks of a cluster, vectors distributed over threads, statistics merged in a butterfly.
 #include "linear_cross_entropy/row_math.h"
 
 #include <vector>
@@ -20,7 +20,7 @@ struct HostRow {
   float logit(std::int32_t entry) const {
     return final_logit<PLAIN>(row[entry], !PLAIN && bias != nullptr ? bias[entry] : 0.0f, options);
   }
-  Statistics of_thread(const Slice& slice, int thread) const {
+  Statistics thread_statistics(const Slice& slice, int thread) const {
     Statistics s = no_statistics(), odd = no_statistics();
     for (std::int32_t v = thread; v < slice.vectors; v += threads) {
       const std::int32_t first = slice.head_end + v * WIDTH;
@@ -37,9 +37,9 @@ struct HostRow {
     }
     return merge(s, odd);
   }
-  Statistics of_part(const Slice& slice) const {
+  Statistics part_statistics(const Slice& slice) const {
     std::vector<Statistics> all;
-    for (int thread = 0; thread < threads; ++thread) all.push_back(of_thread(slice, thread));
+    for (int thread = 0; thread < threads; ++thread) all.push_back(thread_statistics(slice, thread));
     for (std::size_t distance = all.size() / 2; distance > 0; distance /= 2) {
       std::vector<Statistics> next = all;
       for (std::size_t i = 0; i < all.size(); ++i) next[i] = merge(all[i], all[i ^ distance]);
@@ -55,7 +55,7 @@ void run(float* row, std::int64_t vocabulary, const float* bias, std::int64_t ta
   const HostRow<PLAIN> host{row, bias, options, threads};
   Statistics all = no_statistics();
   for (int part = 0; part < parts; ++part)
-    all = merge(all, host.of_part(slice_of(reinterpret_cast<std::uint64_t>(row), vocabulary, 4, part, parts)));
+    all = merge(all, host.part_statistics(slice_of(reinterpret_cast<std::uint64_t>(row), vocabulary, 4, part, parts)));
   const bool known = target >= 0 && target < vocabulary;
   const float target_logit = known ? host.logit(static_cast<std::int32_t>(target)) : NAN;
   const RowResult<float> result =
@@ -73,7 +73,7 @@ void run(float* row, std::int64_t vocabulary, const float* bias, std::int64_t ta
 
 extern "C" {
 
-// `threads` is a power of two, and more than the 6 entries that an unaligned slice may have at its ends.
+// `threads` must be a power of two, and larger than the 6 entries that an unaligned slice may have at its ends.
 void row_on_host(float* row, std::int64_t vocabulary, const float* bias, std::int64_t target, float weight,
                  float scale, float softcap, float z_loss, float smoothing, int parts, int threads,
                  float* loss_and_nll, std::int32_t* argmax) {
@@ -83,7 +83,7 @@ void row_on_host(float* row, std::int64_t vocabulary, const float* bias, std::in
                                    argmax);
 }
 
-// begin, head_end, vectors, tail_begin, end
+// Writes begin, head_end, vectors, tail_begin and end to `out`.
 void slice_on_host(std::uint64_t address, std::int64_t vocabulary, int element_bytes, int part, int parts,
                    std::int32_t* out) {
   const Slice s = slice_of(address, vocabulary, element_bytes, part, parts);

@@ -1,7 +1,7 @@
-// csrc/linear_cross_entropy/row_kernels_impl.h on a block whose second row begins past 2^31 elements: address space,
-// of which two pages are touched.
-#define ROW_KERNELS row_kernels_host
-#define ROW_KERNELS_NAME "host"
+// Runs the loops of csrc/linear_cross_entropy/row_kernels_impl.h on a block whose second row starts past 2^31 elements.
+// Only two pages of the address range are touched.
+#define SIMD_TARGET host
+#define SIMD_NAME "host"
 #include "linear_cross_entropy/row_kernels_impl.h"
 
 #include <sys/mman.h>
@@ -10,8 +10,8 @@ using namespace delib_fast;
 
 extern "C" {
 
-// Logits 0 in row 0 and 1 in row 1, for 16 tokens. Writes of each token its sum, its argmax and the gradients of both
-// rows (factor 1) to out[0..3]; returns 0, or 1 where the system gives no such address space.
+// The logits of 16 tokens are 0 in row 0 and 1 in row 1. For each token, writes the sum, the argmax and the gradients of
+// both rows (with a factor of 1) to out[0..3]. Returns 0, or 1 if the address range cannot be reserved.
 int far_apart_rows(float (*out)[16]) {
   constexpr std::int64_t LEADING = (std::int64_t{1} << 31) + 64, BYTES = 2 * (LEADING + 64);
   void* space = mmap(nullptr, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -25,13 +25,13 @@ int far_apart_rows(float (*out)[16]) {
     factor[c] = 1;
   }
   const Block<bf16_bits> block{data, LEADING, 0, 2};
-  row_kernels_host.plain_bf16.statistics(block, {max, sum, total, shift, partial, partial_total, argmax}, 0, 0, 16);
-  row_kernels_host.plain_bf16.gradient(block, {max, factor, offset}, 0, 0, 16);
+  host::ROW_KERNELS.plain_bf16.statistics(block, {max, sum, total, shift, partial, partial_total, argmax}, 0, 0, 16);
+  host::ROW_KERNELS.plain_bf16.gradient(block, {max, factor, offset}, 0, 0, 16);
   for (int c = 0; c < 16; ++c) {
     out[0][c] = sum[c];
     out[1][c] = static_cast<float>(argmax[c]);
-    out[2][c] = load(data + c);
-    out[3][c] = load(data + LEADING + c);
+    out[2][c] = host::load(data + c);
+    out[3][c] = host::load(data + LEADING + c);
   }
   munmap(space, BYTES);
   return 0;

@@ -1,4 +1,4 @@
-"""One of two ranks that share the head's weight as a DTensor; run by test_linear_cross_entropy_sharded.py."""
+"""One of two ranks that shard the weight of the head as a DTensor. test_linear_cross_entropy_sharded.py starts both."""
 
 import atexit
 import sys
@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from delib_fast.ops import FusedLossHead, gather_weight, linear_cross_entropy
 
-PARTS = (slice(0, 11), slice(11, 37))  # uneven: what averaging over ranks gets wrong
+PARTS = (slice(0, 11), slice(11, 37))  # uneven, so that averaging over ranks would be wrong
 
 
-def check_functional(mesh, placement, case, mine, whole):
+def check_functional(mesh, placement, case, mine, full):
     sharded = distribute_tensor(case.weight.detach(), mesh, [placement]).requires_grad_()
     weight = gather_weight(sharded)
     first = slice(mine.start, mine.start + 4)
@@ -27,36 +27,36 @@ def check_functional(mesh, placement, case, mine, whole):
     ]
     (gradient,) = torch.autograd.grad(sum(losses), sharded)  # two calls, one gather, one reduction
     assert isinstance(gradient, DTensor)
-    torch.testing.assert_close(gradient.full_tensor(), whole)
+    torch.testing.assert_close(gradient.full_tensor(), full)
 
 
-def check_head(mesh, placement, case, mine, whole):
-    """A head whose Parameter is a DTensor gathers it in its own forward."""
+def check_head(mesh, placement, case, mine, full):
+    """A head whose Parameter is a DTensor gathers it in its forward pass."""
     parameter = torch.nn.Parameter(distribute_tensor(case.weight.detach(), mesh, [placement]))
     head = FusedLossHead(parameter)
     head(case.hidden[mine], case.targets[mine], case.loss_weights[mine]).loss_sum.backward()
-    torch.testing.assert_close(head.weight.grad.full_tensor(), whole)
+    torch.testing.assert_close(head.weight.grad.full_tensor(), full)
 
 
-def check_fully_shard(mesh, case, mine, whole):
-    """FSDP2's own hooks gather for the head's forward, and average the gradients over the ranks."""
+def check_fully_shard(mesh, case, mine, full):
+    """FSDP2's hooks gather the weight for the forward pass, and average its gradient over the ranks."""
     head = fully_shard(FusedLossHead(torch.nn.Parameter(case.weight.detach().clone())), mesh=mesh)
     head(case.hidden[mine], case.targets[mine], case.loss_weights[mine]).loss_sum.backward()
-    torch.testing.assert_close(head.weight.grad.full_tensor() * mesh.size(), whole)
+    torch.testing.assert_close(head.weight.grad.full_tensor() * mesh.size(), full)
 
 
 def main() -> None:
     dist.init_process_group("gloo")
-    atexit.register(time.sleep, 0.1)  # as Ranks does, lest one of gloo's threads abort the process
+    atexit.register(time.sleep, 0.1)  # as in Ranks: otherwise a gloo thread may abort the process at exit
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(3)
     case = make_case(device="cpu")
-    (whole,) = gradients(linear_cross_entropy(*case), case.weight)
+    (full,) = gradients(linear_cross_entropy(*case), case.weight)
     for placement in (Shard(0), Replicate()):
-        check_functional(mesh, placement, case, PARTS[rank], whole)
-        check_head(mesh, placement, case, PARTS[rank], whole)
-    check_fully_shard(mesh, case, PARTS[rank], whole)
+        check_functional(mesh, placement, case, PARTS[rank], full)
+        check_head(mesh, placement, case, PARTS[rank], full)
+    check_fully_shard(mesh, case, PARTS[rank], full)
     dist.destroy_process_group()
     print("ok", file=sys.stderr)
 
