@@ -90,7 +90,7 @@ class Checkpoint:
         for name in self.files:
             if name.endswith(".safetensors"):
                 handle = safe_open(self.folder / name, framework="pt")
-                handles.update(dict.fromkeys(handle.keys(), handle))
+                handles.update(dict.fromkeys(handle.keys(), handle))  # type: ignore[no-untyped-call]
 
         def read(key: str) -> Tensor:
             if key not in handles:

@@ -95,8 +95,8 @@ def _is_nvme(value: Any) -> bool:
 def _refuse_wrong_nvme(zero: Mapping[str, Any], precision: str, optimizer: str) -> None:
     """Raise ConfigError for an offload to NVMe with which DeepSpeed 0.19 trains wrongly.
 
-    Parameters on NVMe in fp32 were 0.16 off after three steps on one rank, where bf16 was exact. `refuse_misaligned_swap`
-    checks what depends on the model.
+    Parameters on NVMe in fp32 were 0.16 off after three steps on one rank, where bf16 was exact.
+    `refuse_misaligned_swap` checks what depends on the model.
     """
     for key in ("offload_optimizer", "offload_param"):
         if not _is_nvme(zero.get(key)):

@@ -163,7 +163,8 @@ class Engine:
     @property
     def wrapped(self) -> nn.Module:
         """DeepSpeed's wrapper around the module. Calling it gathers the parameters at ZeRO 3."""
-        return self._engine
+        wrapped: nn.Module = self._engine
+        return wrapped
 
     # --- evaluation and export ------------------------------------------------------------------------------
 

@@ -61,5 +61,6 @@ def defer_loss_scaler(zero: Any) -> DeferredLossScaler | None:
     """Replace the dynamic loss scaler of a ZeRO optimizer. Returns None if the loss has no scale or a constant one."""
     if not isinstance(getattr(zero, "loss_scaler", None), DynamicLossScaler):
         return None
-    zero.loss_scaler = DeferredLossScaler(zero.loss_scaler)
-    return zero.loss_scaler
+    scaler = DeferredLossScaler(zero.loss_scaler)
+    zero.loss_scaler = scaler
+    return scaler

@@ -65,7 +65,7 @@ def muon_direction(momentum: Tensor) -> Tensor:
     matrices = [nn.Parameter(matrix) for matrix in negative.view(-1, *rows_columns)]  # they share its memory
     for matrix, gradient in zip(matrices, momentum.view(-1, *rows_columns), strict=True):
         matrix.grad = gradient
-    torch.optim.Muon(matrices, lr=1.0, weight_decay=0.0, momentum=0.0, adjust_lr_fn="match_rms_adamw").step()
+    torch.optim.Muon(matrices, lr=1.0, weight_decay=0.0, momentum=0.0, adjust_lr_fn="match_rms_adamw").step()  # type: ignore[no-untyped-call]
     return negative.neg_()
 
 
@@ -191,9 +191,9 @@ class Muon(torch.optim.Optimizer):
     # --- shards of matrices ---------------------------------------------------------------------------------
 
     def _sharded_direction(self, flat: Tensor, matrices: Sequence[Matrix]) -> Tensor:
-        """The direction of each matrix of which this rank has a piece, at the piece's position in `flat`; zero elsewhere.
+        """The direction of every matrix that `flat` has a piece of, at that piece's position; zero elsewhere.
 
-        A collective at the stages that split a matrix across ranks.
+        A collective.
         """
         rank, ranks = dist.get_rank(), dist.get_world_size()
         out = torch.zeros_like(flat)

@@ -17,9 +17,9 @@ ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
     """The learning rate of a step (0-based) of a stage of `num_steps` steps.
 
-    It rises linearly to `lr` over the first `warmup` share of the steps. Then it falls to lr · min_lr_ratio along a half
-    cosine or a line, or it stays constant; with `wsd` it stays constant and falls along a line over the last `decay`
-    share of the steps (arXiv 2404.06395).
+    It rises linearly to `lr` over the first `warmup` share of the steps. Then it falls to lr · min_lr_ratio along a
+    half cosine or a line, or it stays constant; with `wsd` it stays constant and falls along a line over the last
+    `decay` share of the steps (arXiv 2404.06395).
     """
     warmup_steps = min(math.ceil(config.warmup * num_steps), num_steps - 1)
     if step < warmup_steps:

@@ -48,7 +48,8 @@ class Ranks:
         backend = "nccl" if on_gpu else "gloo"
         if not _has_launcher(os.environ) and not dist.is_initialized():  # a single process, which needs no port
             os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed reads it
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # type: ignore[attr-defined]  # documented, but not in torch's __all__
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
         atexit.unregister(_release_gloo_tensors)  # registered once, however many `Ranks` a process creates
         atexit.register(_release_gloo_tensors)
@@ -57,7 +58,9 @@ class Ranks:
         rank_groups(self.world_size, sequence_parallel)
         self.sequence_parallel = sequence_parallel
         # Neighbouring ranks, which launchers put on one machine: every layer makes an all-to-all in this group.
-        self.sequence_group = dist.new_subgroups(sequence_parallel)[0] if sequence_parallel > 1 else None
+        self.sequence_group: dist.ProcessGroup | None = None
+        if sequence_parallel > 1:
+            self.sequence_group, _ = dist.new_subgroups(sequence_parallel)  # type: ignore[no-untyped-call]
 
     @property
     def memory_gib(self) -> float | None:

@@ -43,7 +43,7 @@ def shard_parameters(
 
 
 def _materialize(parameter: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The parameter's weight on the device. Of a deferred parameter only rank 0 reads it; the others get empty memory."""
+    """The parameter's weight on the device. Only rank 0 reads a deferred one; other ranks get uninitialized memory."""
     if not hasattr(parameter, "deferred"):
         weight: Tensor = parameter.data.to(device, dtype)
         return weight

@@ -1,7 +1,7 @@
 """The training state in full: fp32 weights and optimizer moments by parameter name, independent of the ZeRO stage.
 
 ZeRO keeps fragments of flat buffers, which are meaningful only at one stage and one number of ranks. This module
-assembles each parameter in full (a collective), so that a checkpoint can be read at any other stage and number of ranks.
+assembles each parameter in full (a collective), so that a checkpoint can be read at any stage and number of ranks.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class TrainingState:
         self._refresh_gathered()
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Set the fp32 weights of some trained parameters, for which the module holds only rounded ones. A collective."""
+        """Set the fp32 weights of some trained parameters, which the module holds only rounded. A collective."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name in weights:
