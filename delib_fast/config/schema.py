@@ -168,8 +168,8 @@ class EngineConfig(Section):
 
     removed_keys: ClassVar[Mapping[str, str]] = {
         "cpu_adam": "this key was removed: an offloaded AdamW is torch's fused one, which is as fast; delete the key",
-        "nvme_path": "this key was removed, with offload to NVMe; set offload_optimizer to cpu, or configure NVMe under "
-        "deepspeed.zero_optimization.offload_optimizer (device: nvme, nvme_path: …)",
+        "nvme_path": "this key was removed, with offload to NVMe; set offload_optimizer to cpu, or configure NVMe "
+        "under deepspeed.zero_optimization.offload_optimizer (device: nvme, nvme_path: …)",
     }
 
     zero_stage: Literal[0, 1, 2, 3] = 0

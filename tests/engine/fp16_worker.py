@@ -85,7 +85,9 @@ def stage_facts(ranks: Ranks, stage: int, folder: Path) -> dict[str, Any]:
         "resumed state": resumed.scaler == high.scaler,
         "static": [(v.step, v.due_to_loss_scale) for v in static.verdicts if v.skipped],
         "floor": [
-            (v.step, v.due_to_loss_scale, s) for v, s in zip(floor.verdicts, floor.loss_scales, strict=True) if v.skipped
+            (v.step, v.due_to_loss_scale, s)
+            for v, s in zip(floor.verdicts, floor.loss_scales, strict=True)
+            if v.skipped
         ],
         "finite": all(bool(w.isfinite().all()) for made in (static, floor) for w in made.weights.values()),
     }

@@ -57,7 +57,9 @@ def test_direction(shape):
     u, _, vt = torch.linalg.svd(momentum.double(), full_matrices=False)
     found = u.mT @ direction.double() @ vt.mT / (0.2 * max(shape[-2:]) ** 0.5)
     values = found.diagonal(dim1=-2, dim2=-1)
-    assert (found - torch.diag_embed(values)).abs().max() < 0.05, "the singular vectors changed by more than bf16's error"
+    assert (found - torch.diag_embed(values)).abs().max() < 0.05, (
+        "the singular vectors changed by more than bf16's error"
+    )
     assert values.min() > 0.3
     assert values.max() < 1.3
     assert muon_direction(torch.zeros(shape)).abs().max() == 0
@@ -94,5 +96,5 @@ def test_refuses_nvme():
 
     offload = {"offload_optimizer": {"device": "nvme", "nvme_path": "/disk"}}
     made = config(engine={"zero_stage": 3}, deepspeed={"zero_optimization": offload})
-    with pytest.raises(ConfigError, match="muon needs whole matrices in memory; set optimizer.name to adamw"):
+    with pytest.raises(ConfigError, match=r"muon needs whole matrices in memory; set optimizer\.name to adamw"):
         deepspeed_json(made, made.stages[0], 1)
