@@ -139,7 +139,7 @@ _PRELOADED = (
     "helpers.tiny_run",
     "helpers.faults",
     "delib_fast.training.dataset",
-    "delib_fast.engine",
+    "delib_fast.engine.engine",
     "delib_fast.models",
     "delib_fast.training.console",
     "transformers.models.qwen3.modeling_qwen3",
