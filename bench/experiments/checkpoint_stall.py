@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from delib_fast.checkpoint.format import Alone
+from delib_fast.checkpoint.format import SingleProcess
 from delib_fast.checkpoint.writer import CheckpointWriter
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     tensors = {f"weight/{i}": torch.randn(16 * 2**18) for i in range(size // 16)}
     stall_s, total_s = [], []
     with tempfile.TemporaryDirectory() as folder:
-        writer = CheckpointWriter(Path(folder), Alone(), keep_last=1)
+        writer = CheckpointWriter(Path(folder), SingleProcess(), keep_last=1)
         for step in range(1, 6):
             began = time.perf_counter()
             writer.start(step, [(key, partial(tensors.__getitem__, key)) for key in tensors], {})

@@ -1,1 +1,1 @@
-"""A checkpoint on disk: its format and its writer. Imports neither torch.distributed nor DeepSpeed."""
+"""A training checkpoint on disk: its format and its writer. Imports neither torch.distributed nor DeepSpeed."""

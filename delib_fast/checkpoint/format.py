@@ -1,20 +1,25 @@
-"""Checkpoints that are either whole or not there.
+"""The format of training checkpoints: names, manifest, verification, and reading.
 
-A checkpoint is a folder of safetensors and JSON. It is written beside its final place, each file is synced
-and hashed into a manifest, the folder is renamed into place, and only then is it a checkpoint, and named `latest`.
-One that does not match its manifest is never loaded: the one before it is, and that is said. Where none is left the
-run ends, by name: it never starts again in silence. Nothing in it is pickle.
+A checkpoint is a folder of safetensors and JSON files; none of them is a pickle. It is written into a temporary
+folder, every file is synced and hashed into a manifest, and only then is the folder renamed to its final name and
+recorded in `latest`. A kill at any moment therefore leaves either a complete checkpoint or a folder that is ignored.
+
+A checkpoint that does not match its manifest is never loaded: it is set aside with a warning, and the previous one is
+used. If none is intact, reading raises CheckpointError; training never restarts silently.
 
     checkpoints/msm/
-        latest                                 the name of the last one that was written
+        latest                                 the name of the last checkpoint
         step-00000012/
-            state-00000-of-00002.safetensors   fp32 weights and moments of the parameters that rank 0 wrote
-            trainer.json                       step, optimizer steps, tallies, what the run looked like
-            manifest.json                      bytes and sha256 of every other file
-        .writing-step-00000016/                one that is being written
-        damaged-step-00000020/                 one that was found damaged; goes with the next one written
+            state-00000-of-00002.safetensors   fp32 weights and optimizer moments of the parameters that rank 0 wrote
+            trainer.json                       step, optimizer steps, running totals of the log, data fingerprint
+            manifest.json                      size and sha256 of every other file
+        .writing-step-00000016/                a checkpoint that is being written
+        damaged-step-00000020/                 a damaged checkpoint; deleted after the next one is written
 
-`checkpoint_writer` writes them; this module names, checks and reads them.
+torch.distributed.checkpoint is not used: it saves the shards of DTensors, which ZeRO does not have, pickles its
+metadata, and neither hashes what it writes nor publishes a checkpoint with one rename.
+
+`writer` writes checkpoints; this module names, verifies and reads them.
 """
 
 from __future__ import annotations
@@ -40,26 +45,27 @@ _NAME = re.compile(r"^step-(\d{8})$")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that can't be used or written, with the reason and what to do."""
+    """A checkpoint cannot be used or written. The message has the reason and what to do."""
 
 
 class Group(Protocol):
-    """What this package needs of the process group (`engine.Ranks` has it)."""
+    """What this package needs of a process group. `engine.Ranks` provides it."""
 
-    rank: int
-    world_size: int
-
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
     def barrier(self) -> None: ...
     def gather_texts(self, text: str) -> list[str]: ...
 
 
-class Alone:
-    """A group of one."""
+class SingleProcess:
+    """The process group of one process, without torch.distributed."""
 
-    rank, world_size = 0, 1
+    rank, world_size, sequence_parallel = 0, 1, 1
 
     def barrier(self) -> None:
-        pass
+        """Return immediately: there is no other rank to wait for."""
 
     def gather_texts(self, text: str) -> list[str]:
         return [text]
@@ -67,63 +73,77 @@ class Alone:
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """A verified checkpoint: its folder, its step, the contents of trainer.json, and the names of its files."""
+
     folder: Path
     step: int
     trainer: dict[str, Any]
     files: tuple[str, ...] = ()
 
     def reader(self) -> Callable[[str], Tensor]:
-        """A function from tensor key to full tensor, over all the files of the checkpoint."""
-        where: dict[str, Any] = {}
+        """Return a function that reads the full tensor of a key from whichever file holds it.
+
+        Raises:
+            CheckpointError (the returned function): no file has a tensor of that key.
+        """
+        handles: dict[str, Any] = {}
         for name in self.files:
             if name.endswith(".safetensors"):
                 handle = safe_open(self.folder / name, framework="pt")
-                where.update(dict.fromkeys(handle.keys(), handle))
+                handles.update(dict.fromkeys(handle.keys(), handle))  # type: ignore[no-untyped-call]
 
         def read(key: str) -> Tensor:
-            if key not in where:
+            if key not in handles:
                 raise CheckpointError(
-                    f"{self.folder} holds no tensor {key!r}: it was written by another model or "
-                    "optimizer; use another run_dir, or delete the checkpoint to start again"
+                    f"{self.folder} has no tensor {key!r}: another model or optimizer wrote it; use another run_dir, "
+                    "or delete the checkpoint to start again"
                 )
-            return where[key].get_tensor(key)
+            tensor: Tensor = handles[key].get_tensor(key)
+            return tensor
 
         return read
-
-
-# --- files that survive a crash -----------------------------------------------------------------------------
 
 
 # --- the folder of a stage's checkpoints --------------------------------------------------------------------
 
 
-def folder_of(root: Path, step: int) -> Path:
+def step_folder(root: Path, step: int) -> Path:
+    """Where the finished checkpoint of a step is stored."""
     return root / f"step-{step:08d}"
 
 
-def writing(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is put together."""
+def temporary_folder(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is written before it is published."""
     return root / f".writing-step-{step:08d}"
 
 
-def steps_of(root: Path) -> list[int]:
-    """Steps that a checkpoint stands under the final name of, oldest first."""
+def list_steps(root: Path) -> list[int]:
+    """The steps of the finished checkpoints under `root`, in ascending order."""
     if not root.is_dir():
         return []
     return sorted(int(m.group(1)) for p in root.iterdir() if (m := _NAME.match(p.name)))
 
 
 def publish(root: Path, step: int, trainer: dict[str, Any], shards: dict[str, dict[str, Any]]) -> Path:
-    """Make what lies under `writing(root, step)` the checkpoint of `step`: trainer state and manifest, the rename,
-    and then its name in `latest`. shards: bytes and sha256 of each rank's file, by name."""
-    beside, final = writing(root, step), folder_of(root, step)
-    told = json.dumps({**trainer, "step": step}, indent=1).encode()
-    write_atomic(beside / "trainer.json", told)
-    files = {**shards, "trainer.json": {"bytes": len(told), "sha256": hashlib.sha256(told).hexdigest()}}
-    write_atomic(beside / MANIFEST, _manifest(step, files))
+    """Turn the temporary folder of a step into its checkpoint: write trainer.json and the manifest, rename, update
+    `latest`.
+
+    Args:
+        trainer: JSON-serializable trainer state; `step` is added to it.
+        shards: `{"bytes": …, "sha256": …}` of each rank's file in the temporary folder, by file name.
+    Returns:
+        The checkpoint's folder.
+    Raises:
+        CheckpointError: a checkpoint of this step already exists.
+    """
+    temporary, final = temporary_folder(root, step), step_folder(root, step)
+    content = json.dumps({**trainer, "step": step}, indent=1).encode()
+    write_atomic(temporary / "trainer.json", content)
+    files = {**shards, "trainer.json": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
+    write_atomic(temporary / MANIFEST, _manifest(step, files))
     if final.exists():
-        raise CheckpointError(f"{final} is there already; a checkpoint is never overwritten")
-    beside.rename(final)
+        raise CheckpointError(f"{final} already exists; a checkpoint is never overwritten")
+    temporary.rename(final)
     sync_folder(root)
     write_atomic(root / LATEST, f"{final.name}\n".encode())
     return final
@@ -134,20 +154,25 @@ def _manifest(step: int, files: dict[str, Any]) -> bytes:
 
 
 def prune(root: Path, keep_last: int, keep_every: int | None) -> None:
-    """Delete all but the last `keep_last` checkpoints and those at multiples of `keep_every`, and damaged ones.
+    """Delete old and damaged checkpoints.
 
-    A folder is renamed before it is deleted, so that a kill in between leaves none half there under its name.
+    A folder is renamed before it is deleted, so that a kill during the deletion leaves no partial checkpoint under a
+    final name.
+
+    Args:
+        keep_last: the number of newest checkpoints to keep.
+        keep_every: also keep the checkpoints at multiples of this many steps.
     """
-    for step in steps_of(root)[:-keep_last]:
+    for step in list_steps(root)[:-keep_last]:
         if not (keep_every and step % keep_every == 0):
-            folder_of(root, step).rename(root / f".deleting-step-{step:08d}")
+            step_folder(root, step).rename(root / f".deleting-step-{step:08d}")
     for pattern in (".deleting-step-*", "damaged-step-*"):
         for path in root.glob(pattern):
             shutil.rmtree(path)
 
 
 def remove_leftovers(root: Path) -> None:
-    """Delete what a save or a pruning that was killed left beside the checkpoints."""
+    """Delete what a killed save or pruning left. No other process may be writing checkpoints to `root`."""
     if root.is_dir():
         for pattern in (".writing-step-*", ".deleting-step-*"):
             for path in root.glob(pattern):
@@ -159,105 +184,111 @@ def remove_leftovers(root: Path) -> None:
 
 
 def verify(folder: Path, group: Group | None = None) -> Checkpoint:
-    """Read a checkpoint's manifest and check every file against it; the ranks of a group share out the hashing.
+    """Check every file of a checkpoint against its manifest. A collective: the hashing is split across the ranks.
 
-    Raises CheckpointError on every rank, saying what is wrong.
+    Raises:
+        CheckpointError: a file is missing or differs; raised on every rank.
     """
-    group = group or Alone()
-    found: Checkpoint | None = None
-    wrong = ""
+    group = group or SingleProcess()
+    checkpoint: Checkpoint | None = None
+    fault = ""
     try:
-        found = _verify_share(folder, group.rank, group.world_size)
+        checkpoint = _verify_share(folder, group.rank, group.world_size)
     except CheckpointError as error:
-        wrong = str(error)
-    told = [text for text in group.gather_texts(wrong) if text]
-    if told:
-        raise CheckpointError(told[0])
-    assert found is not None
-    return found
+        fault = str(error)
+    faults = [text for text in group.gather_texts(fault) if text]
+    if faults:
+        raise CheckpointError(faults[0])
+    assert checkpoint is not None
+    return checkpoint
 
 
 def _verify_share(folder: Path, rank: int, world_size: int) -> Checkpoint:
+    """Check names and sizes of all files, and the hashes of every `world_size`-th one."""
     try:
-        written = (folder / MANIFEST).read_bytes()
-        manifest = json.loads(written)
+        content = (folder / MANIFEST).read_bytes()
+        manifest = json.loads(content)
         step, files = int(manifest["step"]), dict(manifest["files"])
         if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{folder}: its format is {manifest['format']}, this version reads {FORMAT}")
-        if written != _manifest(step, files) or folder.name != f"step-{step:08d}":
+            raise CheckpointError(f"{folder}: its format is {manifest['format']}; this version reads format {FORMAT}")
+        if content != _manifest(step, files) or folder.name != f"step-{step:08d}":
             raise CheckpointError(f"{folder}: {MANIFEST} was changed after it was written")
         for number, (name, expected) in enumerate(sorted(files.items())):
-            _verify_file(folder / name, expected, hashed=number % world_size == rank)
+            _verify_file(folder / name, expected, with_hash=number % world_size == rank)
         trainer = json.loads((folder / "trainer.json").read_text())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: no readable manifest ({error})") from None
+        raise CheckpointError(f"{folder}: the manifest cannot be read ({error})") from None
     return Checkpoint(folder, step, trainer, tuple(sorted(files)))
 
 
-def _verify_file(path: Path, expected: dict[str, Any], *, hashed: bool) -> None:
+def _verify_file(path: Path, expected: dict[str, Any], *, with_hash: bool) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path.parent}: {path.name} is missing")
     if path.stat().st_size != expected["bytes"]:
         raise CheckpointError(f"{path.parent}: {path.name} has {path.stat().st_size} bytes, not {expected['bytes']}")
-    if hashed and hash_file(path) != expected["sha256"]:
+    if with_hash and hash_file(path) != expected["sha256"]:
         raise CheckpointError(
             f"{path.parent}: {path.name} does not match its sha256: it was damaged after it was written"
         )
 
 
-def newest(root: Path, complain: Callable[[str], None], group: Group | None = None) -> Checkpoint | None:
-    """The newest whole checkpoint under `root`; None where none was ever written. All ranks call it.
+def load_newest(root: Path, warn: Callable[[str], None], group: Group | None = None) -> Checkpoint | None:
+    """Return the newest intact checkpoint under `root`, or None if none was ever written. A collective.
 
-    `complain` hears of every damaged one passed over; it is set aside under another name.
+    Args:
+        warn: called with a message for each damaged checkpoint that is skipped. Such a checkpoint is renamed, so
+            that it is reported once.
     Raises:
-        CheckpointError: there were checkpoints and none is whole, or ranks see different ones.
+        CheckpointError: checkpoints were written, but none is intact; or the ranks see different checkpoints.
     """
-    group = group or Alone()
-    seen = _agreed(root, group)
+    group = group or SingleProcess()
+    steps = _agreed_steps(root, group)
     damaged: list[tuple[int, str]] = []
     found: Checkpoint | None = None
-    for step in reversed(seen):
+    for step in reversed(steps):
         try:
-            found = verify(folder_of(root, step), group)
+            found = verify(step_folder(root, step), group)
             break
         except CheckpointError as error:
             damaged.append((step, str(error)))
     latest = _latest(root)
-    if latest is not None and latest > max(seen, default=-1):
-        damaged.insert(0, (latest, f"{folder_of(root, latest)} is gone, though {LATEST} names it"))
+    if latest is not None and latest > max(steps, default=-1):
+        damaged.insert(0, (latest, f"{step_folder(root, latest)} is missing, although {LATEST} names it"))
     if found is None and (damaged or any(root.glob("damaged-step-*"))):
         raise CheckpointError(
             "\n".join(
                 [
-                    f"{root}: no checkpoint is left that is whole:",
+                    f"{root}: no intact checkpoint is left:",
                     *(f"  {reason}" for _, reason in damaged),
-                    f"put one back from a copy, or delete {root} to train the stage again from its start",
+                    f"restore one from a copy, or delete {root} to train the stage again from its start",
                 ]
             )
         )
     group.barrier()
     for step, reason in damaged:
-        complain(f"{reason}; going on from the one before")
-        if group.rank == 0 and step in seen:
+        warn(f"{reason}; resuming from the previous checkpoint")
+        if group.rank == 0 and step in steps:
             aside = root / f"damaged-step-{step:08d}"
             shutil.rmtree(aside, ignore_errors=True)
-            folder_of(root, step).rename(aside)
+            step_folder(root, step).rename(aside)
     if group.rank == 0 and damaged and found is not None:
         write_atomic(root / LATEST, f"{found.folder.name}\n".encode())
     group.barrier()
     return found
 
 
-def _agreed(root: Path, group: Group) -> Sequence[int]:
-    steps = steps_of(root)
+def _agreed_steps(root: Path, group: Group) -> Sequence[int]:
+    """The steps of the finished checkpoints; raises CheckpointError if the ranks do not see the same ones."""
+    steps = list_steps(root)
     if len(set(group.gather_texts(str(steps[-4:])))) > 1:
         raise CheckpointError(
-            f"ranks see different checkpoints under {root}: run_dir must be on a file system that all ranks share"
+            f"the ranks see different checkpoints under {root}: run_dir must be on a file system that all ranks share"
         )
     return steps
 
 
 def _latest(root: Path) -> int | None:
+    """The step that `latest` names; None if the file is missing or unreadable."""
     try:
         match = _NAME.match((root / LATEST).read_text().strip())
     except (OSError, UnicodeDecodeError):

@@ -7,13 +7,14 @@ with a file, and writes it back.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     Field,
     NonNegativeFloat,
     PositiveInt,
     StringConstraints,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -163,32 +164,46 @@ StageConfig = Annotated[MSMConfig | AFTConfig, Field(discriminator="kind")]
 
 
 class EngineConfig(Section):
+    """How a step is computed: device, precision, and what ZeRO shards and offloads."""
+
+    removed_keys: ClassVar[Mapping[str, str]] = {
+        "cpu_adam": "this key was removed: an offloaded AdamW is torch's fused one, which is as fast; delete the key",
+        "nvme_path": "this key was removed, with offload to NVMe; set offload_optimizer to cpu, or configure NVMe "
+        "under deepspeed.zero_optimization.offload_optimizer (device: nvme, nvme_path: …)",
+    }
+
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO: 0 replicate all, 1 shard optimizer state, 2 also gradients, 3 also parameters. In bf16 and
-    fp16 stage 0 runs as stage 1, which accumulates gradients in fp32."""
+    """DeepSpeed ZeRO stage: 0 replicates everything, 1 shards the optimizer state, 2 also gradients, 3 also parameters.
+    In bf16 and fp16, stage 0 runs as stage 1, which accumulates gradients in fp32."""
     precision: Precision = "auto"
-    """Compute dtype; bf16 and fp16 keep fp32 master weights in the optimizer. `auto` is bf16 where the device
-    multiplies it natively (a GPU, a CPU with AVX-512 BF16 or AMX) and fp32 elsewhere; the run directory keeps
-    which."""
+    """Compute dtype. In bf16 and fp16 the optimizer keeps fp32 master weights. `auto` is bf16 on devices that compute
+    it natively (a GPU, a CPU with AVX-512 BF16 or AMX) and fp32 on others; the run directory records the choice."""
     sequence_parallel: PositiveInt = 1
-    """Ranks that share out the tokens of each pack (Ulysses), so that packs may be longer. Divides the number of
-    ranks and the model's attention heads; neighbouring ranks form a group, best those of one machine."""
+    """How many ranks split the tokens of each pack (Ulysses), so that packs may be longer. It must divide the number of
+    ranks and the model's attention heads. Neighbouring ranks form a group, which should be on one machine."""
     memory_gib: NonNegativeFloat | None = None
-    """Memory of each rank's device: a stage that is estimated to need more ends the run before it loads weights. By
-    default that of the GPU; 0 never asks (on a CPU the default too)."""
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Keep optimizer state and master weights in the host's memory or on NVMe, and make the update there."""
-    cpu_adam: Literal["torch", "deepspeed", "auto"] = "torch"
-    """Whose AdamW updates on the CPU with offload_optimizer: cpu. DeepSpeed's is compiled first (ninja and a C++
-    compiler; a minute or two, once a machine); `auto` is DeepSpeed's where that can be done and torch's elsewhere, and
-    the run says which and why."""
-    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
-    """At ZeRO 3: keep the weights there too, and fetch each layer when it is needed."""
-    nvme_path: str | None = None
-    """A folder on NVMe, for nvme."""
+    """Memory of each rank's device in GiB. A stage that is estimated to need more aborts the run before it loads
+    weights. By default the GPU's memory; 0, the default on a CPU, disables the check."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """Keep the optimizer state and the master weights in host memory, and make the optimizer step on the CPU. Needs
+    ZeRO 1, 2 or 3."""
+    offload_parameters: Literal["none", "cpu"] = "none"
+    """Also keep the weights in host memory, and fetch each layer when it is needed. Needs ZeRO 3."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute. `auto` is a GPU if torch sees one, else the CPU."""
     deterministic: bool = False
-    """Ask torch for deterministic kernels."""
+    """Use torch's deterministic kernels."""
+
+    @field_validator("offload_optimizer", "offload_parameters", mode="before")
+    @classmethod
+    def _nvme_was_removed(cls, value: Any, info: ValidationInfo) -> Any:
+        if value == "nvme":
+            key = "offload_optimizer" if info.field_name == "offload_optimizer" else "offload_param"
+            raise ValueError(
+                "nvme was removed; set it to cpu, or configure NVMe under "
+                f"deepspeed.zero_optimization.{key} (device: nvme, nvme_path: …)"
+            )
+        return value
 
     @model_validator(mode="after")
     def _offload_fits(self) -> EngineConfig:
@@ -196,13 +211,6 @@ class EngineConfig(Section):
             raise ValueError(f"engine.offload_parameters needs ZeRO 3, not {self.zero_stage}: set zero_stage to 3")
         if self.offload_optimizer != "none" and self.zero_stage == 0:
             raise ValueError("engine.offload_optimizer needs ZeRO 1, 2 or 3: set zero_stage to 1")
-        if self.cpu_adam == "deepspeed" and self.offload_optimizer != "cpu":
-            raise ValueError("engine.cpu_adam is deepspeed, which updates on the CPU: set offload_optimizer to cpu")
-        if "nvme" in (self.offload_optimizer, self.offload_parameters):
-            if self.nvme_path is None:
-                raise ValueError("engine.nvme_path is missing: the folder to offload to")
-            if self.zero_stage != 3:
-                raise ValueError("offload to NVMe needs ZeRO 3: set engine.zero_stage to 3, or offload to cpu")
         return self
 
 
@@ -310,13 +318,11 @@ class Config(Section):
         if lora is not None and lora.quantize != "none" and self.engine.zero_stage == 3:
             raise ValueError("model.lora.quantize: ZeRO 3 cannot shard 4-bit weights; set engine.zero_stage to 2")
         for i, stage in enumerate(self.stages):
-            if stage.optimizer.name == "muon" and (lora is not None or self.engine.offload_optimizer == "nvme"):
-                why = (
-                    "it orthogonalises whole matrices, and model.lora trains low-rank factors"
-                    if lora is not None
-                    else "engine.offload_optimizer is nvme, and it needs whole matrices"
+            if stage.optimizer.name == "muon" and lora is not None:
+                raise ValueError(
+                    f"stages.{i}.optimizer.name: muon cannot be used: it orthogonalises whole matrices, and model.lora "
+                    "trains low-rank factors; set adamw"
                 )
-                raise ValueError(f"stages.{i}.optimizer.name: muon cannot be used: {why}; set adamw")
             if stage.adapter == "merge" and (i == 0 or lora is None):
                 why = "it is the first stage" if i == 0 else "model.lora is not set"
                 raise ValueError(f"stages.{i}.adapter: there is nothing to merge ({why}); remove the key")

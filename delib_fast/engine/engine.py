@@ -1,4 +1,4 @@
-"""The only thing that knows DeepSpeed: ranks, forward, backward, the step, and the state of a run."""
+"""The engine: one stage's model under DeepSpeed ZeRO, with its step, its state and its checkpoints."""
 
 from __future__ import annotations
 
@@ -12,43 +12,45 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from delib_fast.checkpoint import format as checkpoint
+from delib_fast.checkpoint.format import Checkpoint, load_newest, remove_leftovers
 from delib_fast.checkpoint.writer import CheckpointWriter, Tensors
 from delib_fast.config import Config, ConfigError, StageBase
-from delib_fast.engine.cpu_adam import CPUAdam, uses_cpu_adam
 from delib_fast.engine.deepspeed_json import deepspeed_json, effective_zero_stage
 from delib_fast.engine.import_deepspeed import deepspeed
 from delib_fast.engine.loss_scale import defer_loss_scaler
 from delib_fast.engine.muon import Muon
-from delib_fast.engine.nvme import refuse_misaligned
 from delib_fast.engine.optimizer import build_optimizer, learning_rate
 from delib_fast.engine.ranks import Ranks
-from delib_fast.engine.sharding import DTYPES, shard_parameters
+from delib_fast.engine.sharding import refuse_misaligned_swap, shard_parameters
 from delib_fast.engine.state import TrainingState
 from delib_fast.engine.step_guard import StepGuard
+from delib_fast.models.build import DTYPES
 from delib_fast.ops import LossOutput
 
 if TYPE_CHECKING:
     from delib_fast.data import PackedBatch
 
-# They are tested (test_muon.py, test_offload.py); DeepSpeed warns of what it does not know.
-deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS.extend([Muon, CPUAdam])
+# DeepSpeed warns about optimizers that it does not know; tests/engine/test_muon.py tests this one.
+deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
 
 
 class Engine:
-    """One stage's model under DeepSpeed ZeRO.
+    """One stage's model under DeepSpeed ZeRO. Creating one is a collective.
 
     Args:
-        module: maps a `PackedBatch` to a `LossOutput`; DeepSpeed takes its parameters over.
-        config, stage: the run and the stage to train; num_steps: updates of the stage, for the schedule.
+        module: maps a `PackedBatch` to a `LossOutput`. DeepSpeed takes over its parameters.
+        config, stage: the run and the stage to train.
+        num_steps: the stage's number of steps, for the learning-rate schedule.
         ranks: the process group.
-    Numerics: `backward` scales the sum of losses so that, after DeepSpeed has averaged over the ranks, the
-        gradient is that of Σ w·nll / Σ w over every token of the step. Gradients accumulate in fp32.
+    Raises:
+        ConfigError: the configuration, or its `deepspeed:` block, cannot be used.
+    Numerics: `backward` scales the sum of losses so that, after DeepSpeed has averaged over the ranks, the gradient is
+        that of Σ w·nll / Σ w over every token of the step. Gradients accumulate in fp32.
     """
 
     def __init__(self, module: nn.Module, config: Config, stage: StageBase, num_steps: int, ranks: Ranks) -> None:
         self.ranks, self.device = ranks, ranks.device
-        # What ZeRO shards and averages over: all ranks, also those that share out one pack.
+        # ZeRO shards and averages over all ranks, including those that split one pack.
         self.rank, self.dp_size = ranks.rank, ranks.world_size
         self.step = 0
         self.lr = 0.0
@@ -59,19 +61,18 @@ class Engine:
         self._plain_norm: Tensor | None = None
         settings = deepspeed_json(config, stage, ranks.world_size)
         shard_parameters(module, self.device, DTYPES[config.engine.precision], settings, self._zero_stage)
-        cpu_adam, self.note = uses_cpu_adam(config, stage.optimizer, ranks.gather_texts)
-        self.basic_optimizer = build_optimizer(module, stage.optimizer, config.engine.precision, cpu_adam=cpu_adam)
-        with contextlib.redirect_stdout(io.StringIO()), _as_config_error():  # it prints memory figures
+        self._optimizer = build_optimizer(module, stage.optimizer)
+        with contextlib.redirect_stdout(io.StringIO()), _reraise_as_config_error():  # DeepSpeed prints memory figures
             self._engine, self._zero, _, _ = deepspeed.initialize(
-                model=module, optimizer=self.basic_optimizer, dist_init_required=False, config=settings
+                model=module, optimizer=self._optimizer, dist_init_required=False, config=settings
             )
-        refuse_misaligned(self._zero, module)
+        refuse_misaligned_swap(self._zero, module)
         self._scaler = defer_loss_scaler(self._zero)
         self.module = module
-        if isinstance(self.basic_optimizer, Muon):
-            self.basic_optimizer.bind(self._zero, self._zero_stage, self.device)
-        self.state = TrainingState(module, self.basic_optimizer, self._zero, self._zero_stage)
-        self.guard = StepGuard(self.basic_optimizer, self._norm_before_clipping, self.device, config.guard.spike_factor)
+        if isinstance(self._optimizer, Muon):
+            self._optimizer.bind(self._zero, self._zero_stage, self.device)
+        self.state = TrainingState(module, self._optimizer, self._zero, self._zero_stage)
+        self.guard = StepGuard(self._optimizer, self._norm_before_clipping, self.device, config.guard.spike_factor)
 
     # --- the step -------------------------------------------------------------------------------------------
 
@@ -81,10 +82,10 @@ class Engine:
         normalizer: float,
         on_output: Callable[[PackedBatch, LossOutput], None] | None = None,
     ) -> None:
-        """Run one optimizer step: forward and backward of each micro-batch, and the update.
+        """Make one step: forward and backward passes of each micro-batch, and the optimizer step. A collective.
 
         Args:
-            micro_batches: this rank's packs of the step, on the host.
+            micro_batches: this rank's packs of the step, on the host or the device.
             normalizer: Σ loss weights over all micro-batches and ranks of the step (`data.loss_normalizer`, summed).
             on_output: called after each backward pass with the micro-batch on the device and its output.
         """
@@ -97,40 +98,51 @@ class Engine:
             self.backward(output.loss_sum, normalizer)
             if on_output is not None:
                 on_output(batch, output)
-        self._heartbeat("after the update")
+        self._heartbeat("after the optimizer step")
         self.end_step()
 
-    def _heartbeat(self, where: str) -> None:
-        self.ranks.heartbeat(f"{self._stage.name} step {self.step + 1}: {where}")
+    def _heartbeat(self, activity: str) -> None:
+        self.ranks.heartbeat(f"{self._stage.name} step {self.step + 1}: {activity}")
 
     def begin_step(self) -> None:
-        """Set this step's learning rate (`lr`), and seed torch from (seed, step, rank): dropout is then the same
-        after a resume, with nothing to save."""
+        """Set the step's learning rate, and seed torch from (seed, step, rank).
+
+        Dropout is then the same after a resume, without a generator state in the checkpoint.
+        """
         torch.manual_seed(hash((self._seed, self.step, self.rank)) % 2**63)
         self.lr = learning_rate(self.step, self._num_steps, self._stage.optimizer)
-        for group in self.basic_optimizer.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = self.lr
 
     def forward(self, batch: PackedBatch) -> LossOutput:
+        """Run the forward pass of a micro-batch on the device. A collective at ZeRO 3."""
         output = LossOutput(*self._engine(batch))
         self.guard.watch(self.step, output.nll)
         return output
 
     def backward(self, loss_sum: Tensor, normalizer: float) -> None:
-        """Accumulate a micro-batch's gradient; with the step's last one DeepSpeed also makes the update, unless the
-        guard finds that it would be a bad one."""
+        """Accumulate the gradient of a micro-batch. A collective.
+
+        After the step's last micro-batch DeepSpeed also makes the optimizer step, unless the guard finds it bad.
+
+        Args:
+            loss_sum: () fp32, Σ w·nll of the micro-batch.
+            normalizer: Σ w over all micro-batches and ranks of the step.
+        """
         loss_sum = self.guard.propagate_nan(loss_sum)
         self._engine.backward(loss_sum * (self.dp_size / normalizer), scale_wrt_gas=False)
         if self._zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            self._plain_norm = torch.nn.utils.get_total_norm(gradients)  # DeepSpeed tells it at stages 1 to 3
+            self._plain_norm = torch.nn.utils.get_total_norm(gradients)  # DeepSpeed computes it at stages 1 to 3
         self._engine.step()
 
     def end_step(self) -> None:
+        """Record the outcome of the optimizer step, and advance `step`."""
         due_to_loss_scale = self._scaler is not None and self._scaler.update()
         applied = self._engine.was_step_applied()
         if not applied and self._zero_stage in (1, 2) and hasattr(self._zero, "averaged_gradients"):
-            # With an offloaded optimizer DeepSpeed 0.19 leaves them, and adds the next update's to the NaN in them.
+            # With an offloaded optimizer, DeepSpeed 0.19 keeps the gradients of a skipped step and adds the next
+            # step's gradients to the NaN in them.
             self._zero.averaged_gradients = dict.fromkeys(self._zero.averaged_gradients)
         self.guard.end_step(self.step, applied, due_to_loss_scale)
         self.step += 1
@@ -140,23 +152,25 @@ class Engine:
 
     @property
     def trained_parameters(self) -> int:
-        """Numbers that are trained, on all ranks together."""
+        """How many numbers are trained, counted once over all ranks."""
         return sum(getattr(p, "ds_numel", p.numel()) for _, p in self.state.named_parameters())
 
     @property
     def loss_scale(self) -> float | None:
-        """What the loss of the next update is multiplied by in fp16; None in other precisions."""
+        """The factor by which fp16 multiplies the loss of the next step; None in other precisions."""
         return float(self._zero.loss_scale) if self._fp16 else None
 
     @property
     def wrapped(self) -> nn.Module:
-        """The module as DeepSpeed calls it (ZeRO-3 gathers its parameters on the way)."""
-        return self._engine
+        """DeepSpeed's wrapper around the module. Calling it gathers the parameters at ZeRO 3."""
+        wrapped: nn.Module = self._engine
+        return wrapped
 
     # --- evaluation and export ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self, batch: PackedBatch) -> LossOutput:
+        """Run the forward pass of a batch on the device in eval mode, without gradients. A collective at ZeRO 3."""
         self._engine.eval()
         try:
             return LossOutput(*self._engine(batch))
@@ -164,8 +178,11 @@ class Engine:
             self._engine.train()
 
     def full_weights(self, *, frozen: bool = True) -> dict[str, Tensor]:
-        """Every parameter in full on the host of rank 0 (an empty dict elsewhere): trained ones in fp32, frozen ones,
-        if they are wanted, as they are. A collective."""
+        """Every parameter in full, by name, on the host of rank 0; other ranks get an empty dict. A collective.
+
+        Args:
+            frozen: include frozen parameters. They keep their dtype; trained ones are fp32.
+        """
         weights = {}
         for name, parameter in self.module.named_parameters():
             if not (frozen or parameter.requires_grad):
@@ -178,48 +195,55 @@ class Engine:
     # --- checkpoints ----------------------------------------------------------------------------------------
 
     def save(self, writer: CheckpointWriter, extra: dict[str, Any]) -> None:
-        """Begin to write a checkpoint of this step. A collective; the writer continues in the background."""
+        """Begin to write a checkpoint of the current step; the writer continues in the background. A collective.
+
+        Args:
+            extra: JSON-serializable values to add to trainer.json.
+        """
         trainer = {
             "optimizer_steps": self.step - self.guard.skipped,
             "guard": self.guard.state(),
             "loss_scale": self._scaler and self._scaler.state(),
             **extra,
         }
-        writer.start(self.step, self._gathered(), trainer)
+        writer.start(self.step, self._state_tensors(), trainer)
 
-    def _gathered(self) -> Tensors:
+    def _state_tensors(self) -> Tensors:
         for key, gather in self.state.tensors():
             self.ranks.heartbeat(f"gathering {key} for a checkpoint")
             yield key, gather
 
-    def resume(self, root: Path, warn: Callable[[str], None]) -> checkpoint.Checkpoint | None:
+    def resume(self, root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         """Load the newest intact checkpoint under `root`, if one was ever written. A collective.
 
         Args:
-            warn: called with a message for each damaged checkpoint that is passed over.
+            warn: called with a message for each damaged checkpoint that is skipped.
         Raises:
             CheckpointError: checkpoints were written, but none is intact.
         """
         if self.rank == 0:
-            checkpoint.remove_leftovers(root)
+            remove_leftovers(root)
         self.ranks.barrier()
-        found = checkpoint.newest(root, warn, self.ranks)
+        found = load_newest(root, warn, self.ranks)
         if found is not None:
             self.state.restore(found.reader(), found.trainer["optimizer_steps"])
             self.guard.restore(found.trainer["guard"])
-            if self._scaler is not None and found.trainer.get("loss_scale"):  # not where another precision wrote it
+            if self._scaler is not None and found.trainer.get("loss_scale"):  # a run in another precision saved none
                 self._scaler.restore(found.trainer["loss_scale"])
             self.step = found.step
         return found
 
     def close(self) -> None:
+        """Free what DeepSpeed holds for this stage."""
         self._engine.destroy()
 
 
 @contextlib.contextmanager
-def _as_config_error() -> Iterator[None]:
-    """What DeepSpeed finds wrong with the `deepspeed:` block: the key and why, without the value, which it would print
-    and which may be a secret."""
+def _reraise_as_config_error() -> Iterator[None]:
+    """Raise ConfigError for what DeepSpeed finds wrong with the `deepspeed:` block.
+
+    The message has the key and the reason, but not the value, which DeepSpeed would print and which may be a secret.
+    """
     try:
         yield
     except ValidationError as error:

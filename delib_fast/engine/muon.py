@@ -1,20 +1,21 @@
-"""Muon for the hidden matrices and AdamW for all else, on whole weights or on the parts that ZeRO makes of them.
+"""Muon for the hidden matrices and AdamW for the other parameters, on whole weights or on ZeRO's shards of them.
 
-    of each matrix W (rows, columns) with gradient G, momentum M and learning rate η:
+    for each matrix W (rows, columns) with gradient G, momentum M, learning rate η and weight decay λ:
         M ← β·M + (1 − β)·G
-        U ← newton_schulz((1 − β)·G + β·M)                      # nearly the nearest orthogonal matrix
+        U ← newton_schulz((1 − β)·G + β·M)                      # close to the nearest orthogonal matrix
         W ← (1 − η·λ)·W − η · 0.2·√max(rows, columns) · U
 
-The step is K. Jordan's (kellerjordan.github.io/posts/muon); decay and the factor, which gives an update the size of an
-AdamW update, so that one learning rate and one decay serve both, are of arXiv 2502.16982 (Moonlight).
+This is `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, which computes the Newton–Schulz iteration (in bf16) and the
+factor. The factor gives a Muon step the size of an AdamW step, so that both share one learning rate and one weight
+decay (arXiv 2502.16982); the algorithm is K. Jordan's (kellerjordan.github.io/posts/muon).
 
-Momentum and decay act on numbers; Newton–Schulz acts on whole matrices. A matrix that lies whole in one rank's part
-(most do at ZeRO 1 and 2) is done there. The others (all, at ZeRO 3) go in rounds of one matrix a rank: an all-to-all
-brings each to the rank that does it, and another brings every rank its piece of the update. No matrix is done twice,
-and a rank holds one at a time.
+What is left for this module is ZeRO. Momentum and decay are elementwise, but Newton–Schulz needs whole matrices. A
+matrix that is whole on one rank (most are at ZeRO 1 and 2) is orthogonalized there. The others (all of them at ZeRO 3)
+are processed in rounds of one matrix per rank: an all-to-all brings each matrix to one rank, and a second one returns
+the pieces of the result. No matrix is orthogonalized twice, and a rank holds one at a time.
 
-DeepSpeed 0.19.8 has a Muon of its own. It is not used: it clips the orthogonalised update instead of the gradient and
-takes its norm for the gradient's, so that the guard sees no spike; and it has no factor for AdamW's rate.
+DeepSpeed 0.19.8 has its own Muon. It is not used, because it clips the orthogonalized step instead of the gradient and
+reports that step's norm as the gradient norm, so that the step guard would see no spike; and it lacks the factor.
 """
 
 from __future__ import annotations
@@ -30,31 +31,15 @@ from torch import Tensor, nn
 from delib_fast.ops import FusedLossHead
 
 MOMENTUM = "momentum_buffer"
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at zero, for few steps; singular values end in 0.7 to 1.2
-_STEPS = 5
-_ADAMW_RMS = 0.2  # root mean square of an AdamW update, as arXiv 2502.16982 measures it
-
-
-def newton_schulz(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """U·V' of matrix = U·S·V', roughly (singular values 0.7 to 1.2). matrix: (…, rows, columns), each by itself.
-
-    Five steps of a quintic polynomial; 20·rows·columns·min(rows, columns) FLOPs and more. Computed, and returned, in
-    `dtype`; zeros stay zeros.
-    """
-    a, b, c = _COEFFICIENTS
-    tall = matrix.shape[-2] > matrix.shape[-1]
-    x = matrix.mT if tall else matrix
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)  # the norm in the matrix's own precision
-    for _ in range(_STEPS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
 
 
 def hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
-    """The trainable matrices that map hidden states to hidden states: all of two dimensions but embeddings and head,
-    and stacks of experts' matrices (three dimensions)."""
-    ends = {
+    """The trainable matrices that map hidden states to hidden states, which Muon trains.
+
+    These are the two-dimensional parameters except those of embeddings and the head, and the three-dimensional stacks
+    of experts' matrices.
+    """
+    excluded = {
         id(p)
         for part in module.modules()
         if isinstance(part, nn.Embedding | FusedLossHead)
@@ -63,31 +48,63 @@ def hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
     return [
         p
         for name, p in module.named_parameters()
-        if p.requires_grad and id(p) not in ends and (_ndim(p) == 2 or (_ndim(p) == 3 and "experts" in name))
+        if p.requires_grad and id(p) not in excluded and (_ndim(p) == 2 or (_ndim(p) == 3 and "experts" in name))
     ]
 
 
+def muon_direction(momentum: Tensor) -> Tensor:
+    """The direction of a Muon step, per unit of learning rate: 0.2·√max(rows, columns) · newton_schulz(momentum).
+
+    Args:
+        momentum: float32, (rows, columns) or a stack (n, rows, columns) whose matrices are independent.
+    Returns:
+        A new tensor of the same shape and dtype; zeros for zeros.
+    """
+    negative = torch.zeros_like(momentum)
+    rows_columns = momentum.shape[-2:]
+    matrices = [nn.Parameter(matrix) for matrix in negative.view(-1, *rows_columns)]  # they share its memory
+    for matrix, gradient in zip(matrices, momentum.view(-1, *rows_columns), strict=True):
+        matrix.grad = gradient
+    torch.optim.Muon(matrices, lr=1.0, weight_decay=0.0, momentum=0.0, adjust_lr_fn="match_rms_adamw").step()  # type: ignore[no-untyped-call]
+    return negative.neg_()
+
+
 class Span(NamedTuple):
-    """What one rank holds of a flattened matrix."""
+    """A contiguous range of a flattened matrix."""
 
     start: int
     numel: int
 
 
+class Fragment(NamedTuple):
+    """Where this rank stores its span of a parameter. A holder is a tensor that the torch optimizer steps."""
+
+    holder: Tensor
+    offset: int
+    """The position of the span's first number in the flattened holder."""
+    span: Span
+
+
 class Matrix(NamedTuple):
+    """How ZeRO shards one matrix."""
+
     shape: tuple[int, ...]
     offset: int
-    """of this rank's piece in its holder"""
+    """The position of this rank's span in its holder."""
     spans: tuple[Span, ...]
-    """of each rank, in the matrix's order"""
+    """The span of each rank, in rank order; together they are the matrix, in order."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Args:
-        matrices: updated by Muon. rest: AdamW's parameter groups.
-        dtype: what Newton–Schulz computes in, bf16 or fp32.
-        adamw: makes the optimizer of the rest from its groups (fused).
-    A verdict of the guard (`found_inf`) leaves everything as it is, without a wait for the device.
+    """Muon for some parameters and AdamW for the others, in one optimizer that DeepSpeed can wrap.
+
+    A verdict of the step guard (`found_inf`) leaves weights and moments unchanged without a wait for the device.
+
+    Args:
+        matrices: the parameters that Muon trains; see `hidden_matrices`.
+        rest: AdamW's parameter groups.
+        momentum, weight_decay: Muon's β and λ.
+        adamw: makes AdamW (fused) from its groups.
     """
 
     def __init__(
@@ -97,7 +114,6 @@ class Muon(torch.optim.Optimizer):
         *,
         momentum: float,
         weight_decay: float,
-        dtype: torch.dtype,
         adamw: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
     ) -> None:
         groups: list[dict[str, Any]] = [
@@ -105,41 +121,40 @@ class Muon(torch.optim.Optimizer):
         ]
         rest = [group for group in rest if group["params"]]
         self._adamw = adamw(list(rest)) if rest else None
-        if self._adamw is not None:  # with all that its step looks for
+        if self._adamw is not None:  # its groups have all the settings that its step reads
             groups += [group | {"hidden": False} for group in self._adamw.param_groups]
         super().__init__(groups, {"lr": 0.0})
-        self._names = {id(p): (MOMENTUM,) for p in matrices}
-        self._dtype = dtype
+        self._moments = {id(p): (MOMENTUM,) for p in matrices}
         self._layout: dict[int, list[Matrix]] | None = None
         self._device = torch.device("cpu")
         self._step_supports_amp_scaling = True
         self.found_inf: Tensor | None = None
 
     def moments(self, parameter: nn.Parameter) -> tuple[str, ...]:
-        """Names of the parameter's state."""
-        return self._names.get(id(parameter), ("exp_avg", "exp_avg_sq"))
+        """The names of the tensors that the optimizer keeps for a parameter."""
+        return self._moments.get(id(parameter), ("exp_avg", "exp_avg_sq"))
 
     def bind(self, zero: Any, stage: int, device: torch.device) -> None:
-        """Learn where ZeRO put each matrix, and where to exchange pieces. A collective."""
+        """Record how ZeRO shards each matrix, and the device on which ranks exchange pieces. A collective."""
         self._device, self._layout = device, {}
         if stage == 0:
             return
-        ours, found = [], []
+        parameters, fragments = [], []
         for i, group in enumerate(grouped_parameters(zero, stage)):
-            for parameter in (p for p in group if id(p) in self._names):
-                ours.append(parameter)
-                found.append(
-                    _zero3_place(zero, parameter)
+            for parameter in (p for p in group if id(p) in self._moments):
+                parameters.append(parameter)
+                fragments.append(
+                    _zero3_fragment(zero, parameter)
                     if stage == 3
-                    else _flat_place(self.param_groups[i]["params"][0], parameter)
+                    else _flat_fragment(self.param_groups[i]["params"][0], parameter)
                 )
-        mine = torch.tensor([[start, numel] for _, _, start, numel in found], device=device).reshape(-1, 2)
+        mine = torch.tensor([list(fragment.span) for fragment in fragments], device=device).reshape(-1, 2)
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, mine)
         spans = [[Span(*span) for span in rank.tolist()] for rank in everyone]
-        for i, (parameter, (holder, offset, _, _)) in enumerate(zip(ours, found, strict=True)):
-            matrix = Matrix(_shape(parameter), offset, tuple(rank[i] for rank in spans))
-            self._layout.setdefault(id(holder), []).append(matrix)
+        for i, (parameter, fragment) in enumerate(zip(parameters, fragments, strict=True)):
+            matrix = Matrix(_shape(parameter), fragment.offset, tuple(rank[i] for rank in spans))
+            self._layout.setdefault(id(fragment.holder), []).append(matrix)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -153,85 +168,87 @@ class Muon(torch.optim.Optimizer):
                 self._adamw.step()
 
     def _step_holder(self, group: dict[str, Any], holder: Tensor) -> None:
-        """One step of a matrix, or of this rank's part of many, flat."""
+        """Step one matrix, or this rank's flat shard of many."""
         state = self.state[holder]
         if MOMENTUM not in state:
             state[MOMENTUM] = torch.zeros_like(holder)
-        if self._layout is None or holder.grad is None:  # DeepSpeed's own step with zero gradients, to allocate
+        if self._layout is None or holder.grad is None:  # DeepSpeed's own step with zero gradients, to allocate state
             return
         gradient, good = holder.grad.to(holder.dtype), torch.ones((), dtype=holder.dtype, device=holder.device)
         if self.found_inf is not None:
             good = (self.found_inf == 0).to(good)
             gradient = gradient.where(good > 0, 0.0)
         momentum, beta = state[MOMENTUM], group["momentum"]
-        momentum.add_((gradient - momentum) * ((1 - beta) * good))
-        update = gradient.lerp(momentum, beta)
+        momentum.lerp_(gradient, (1 - beta) * good)
+        nesterov = gradient.lerp(momentum, beta)
         if holder.ndim > 1:
-            update = self._orthogonal(update, tuple(holder.shape))
+            direction = muon_direction(nesterov)
         else:
-            update = self._orthogonal_pieces(update, self._layout.get(id(holder), []))
+            direction = self._sharded_direction(nesterov, self._layout.get(id(holder), []))
         holder.mul_(1 - group["lr"] * group["weight_decay"] * good)
-        holder.sub_(update * (group["lr"] * good))
+        holder.sub_(direction * (group["lr"] * good))
 
-    def _orthogonal(self, update: Tensor, shape: tuple[int, ...]) -> Tensor:
-        scale = _ADAMW_RMS * max(shape[-2:]) ** 0.5
-        return newton_schulz(update.view(shape), self._dtype).to(update.dtype).mul_(scale)
+    # --- shards of matrices ---------------------------------------------------------------------------------
 
-    # --- pieces of matrices ---------------------------------------------------------------------------------
+    def _sharded_direction(self, flat: Tensor, matrices: Sequence[Matrix]) -> Tensor:
+        """The direction of every matrix that `flat` has a piece of, at that piece's position; zero elsewhere.
 
-    def _orthogonal_pieces(self, flat: Tensor, matrices: Sequence[Matrix]) -> Tensor:
-        """The update of each matrix that this rank holds a piece of, where the piece lies in `flat`; zero elsewhere."""
+        A collective.
+        """
         rank, ranks = dist.get_rank(), dist.get_world_size()
         out = torch.zeros_like(flat)
         whole = [m for m in matrices if sum(span.numel > 0 for span in m.spans) == 1]
         for matrix in whole:
             if numel := matrix.spans[rank].numel:
                 piece = flat.narrow(0, matrix.offset, numel).to(self._device)
-                out.narrow(0, matrix.offset, numel).copy_(self._orthogonal(piece, matrix.shape).reshape(-1))
+                direction = muon_direction(piece.view(matrix.shape))
+                out.narrow(0, matrix.offset, numel).copy_(direction.view(-1))
         split = [m for m in matrices if sum(span.numel > 0 for span in m.spans) > 1]
         for first in range(0, len(split), ranks):
-            self._round(flat, out, split[first : first + ranks], rank, ranks)
+            self._exchange_round(flat, out, split[first : first + ranks], rank, ranks)
         return out
 
-    def _round(self, flat: Tensor, out: Tensor, matrices: Sequence[Matrix], rank: int, ranks: int) -> None:
-        """At most one split matrix a rank: to the rank that does it, and back."""
+    def _exchange_round(self, flat: Tensor, out: Tensor, matrices: Sequence[Matrix], rank: int, ranks: int) -> None:
+        """Process at most one split matrix per rank: gather it on its rank, and return the pieces of its direction."""
         mine = [m.spans[rank].numel for m in matrices] + [0] * (ranks - len(matrices))
         pieces = [flat.narrow(0, m.offset, numel) for m, numel in zip(matrices, mine, strict=False)]
         theirs = [span.numel for span in matrices[rank].spans] if rank < len(matrices) else [0] * ranks
-        whole = flat.new_empty(sum(theirs), device=self._device)  # the ranks' pieces follow one another
+        whole = flat.new_empty(sum(theirs), device=self._device)  # the pieces of all ranks, in order
         dist.all_to_all_single(whole, torch.cat(pieces).to(self._device), theirs, mine)
         if rank < len(matrices):
-            whole = self._orthogonal(whole, matrices[rank].shape).reshape(-1)
+            whole = muon_direction(whole.view(matrices[rank].shape)).view(-1)
         back = flat.new_empty(sum(mine), device=self._device)
         dist.all_to_all_single(back, whole, mine, theirs)
         for matrix, numel, start in zip(matrices, mine, accumulate([0, *mine]), strict=False):
             out.narrow(0, matrix.offset, numel).copy_(back.narrow(0, start, numel))
 
 
-# --- where ZeRO put a parameter: (holder, offset in it, start in the parameter, how many numbers) -------------------
+# --- where ZeRO stores a parameter --------------------------------------------------------------------------
 
 
 def grouped_parameters(zero: Any, stage: int) -> list[list[nn.Parameter]]:
-    """The model's parameters as ZeRO (1 to 3) lays them into flat tensors: those of its groups, or parts of groups."""
-    if stage == 3:
-        return zero.fp16_groups
-    return zero.bit16_groups if hasattr(zero, "bit16_groups") else zero.bf16_groups  # of its wrapper for bf16, stage 1
+    """The model's parameters as ZeRO 1 to 3 flattens them: one list for each of its groups (or parts of groups)."""
+    groups = zero.fp16_groups if stage == 3 else getattr(zero, "bit16_groups", None)
+    found: list[list[nn.Parameter]] = zero.bf16_groups if groups is None else groups  # its bf16 wrapper, at stage 1
+    return found
 
 
-def _flat_place(holder: Tensor, parameter: Any) -> tuple[Tensor, int, int, int]:
-    """At stages 1 and 2: a rank holds a stretch of all parameters of a group, one after another."""
+def _flat_fragment(holder: Tensor, parameter: Any) -> Fragment:
+    """Stages 1 and 2: a rank holds a contiguous range of all parameters of a group, one after another."""
     mapping = parameter._hp_mapping
     if mapping is None:
-        return holder, 0, 0, 0
-    there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
-    return holder, there.start, here.start, here.numel
+        return Fragment(holder, 0, Span(0, 0))
+    in_holder, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return Fragment(holder, in_holder.start, Span(in_parameter.start, in_parameter.numel))
 
 
-def _zero3_place(zero: Any, parameter: Any) -> tuple[Tensor, int, int, int]:
-    """At stage 3: a rank holds an equal part of every parameter, the last one's padded."""
+def _zero3_fragment(zero: Any, parameter: Any) -> Fragment:
+    """Stage 3: a rank holds an equal part of every parameter; the last rank's part is padded."""
     group, offset, size = zero.grad_position[zero.get_param_id(parameter)]
     start = min(size * dist.get_rank(), parameter.ds_numel)
-    return zero.fp32_partitioned_groups_flat[group], offset, start, min(size, parameter.ds_numel - start)
+    return Fragment(
+        zero.fp32_partitioned_groups_flat[group], offset, Span(start, min(size, parameter.ds_numel - start))
+    )
 
 
 def _ndim(parameter: nn.Parameter) -> int:
@@ -239,5 +256,5 @@ def _ndim(parameter: nn.Parameter) -> int:
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Of the parameter before ZeRO 3 cut it."""
+    """The parameter's full shape, also after ZeRO 3 has sharded it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

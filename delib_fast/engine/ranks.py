@@ -1,4 +1,4 @@
-"""The process group of a run: this rank, its device, and small collectives over host numbers and texts."""
+"""The process group of a run: this rank, its device, and collectives over host numbers and short texts."""
 
 from __future__ import annotations
 
@@ -18,101 +18,79 @@ from delib_fast.engine.import_deepspeed import deepspeed
 T = TypeVar("T")
 
 
-def _launched(environment: Mapping[str, str]) -> bool:
-    """Is there a launcher? A RANK alone is none: accelerate leaves one behind in a process that used it."""
-    whole = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys()
-    return whole or ("RANK" in environment and environment.get("WORLD_SIZE", "1") != "1")
-
-
-def _let_gloo_let_go() -> None:
-    """At exit, give gloo's threads the GIL for a moment, to drop the tensors of the last operations.
-
-    One that asks for it once the interpreter is being taken down is ended inside a noexcept destructor: "terminate
-    called without an active exception", exit code 134 after a run that went well (3 of some 40 of a test with ZeRO 3).
-    """
-    time.sleep(0.1)
-
-
 class Ranks:
-    """The process group: who we are, where we compute, and sums over all of us.
+    """The process group: who this rank is, where it computes, and reductions over all ranks.
 
-    Works under `deepspeed`, `torchrun`, `srun` (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR in the environment; see
-    slurm.py) and alone. Sums of host numbers go over gloo, so they never wait for a GPU.
+    It works under `deepspeed`, `torchrun` and `srun` (which set RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR; see
+    slurm.py for `srun`), and in a single process without a launcher. Reductions of host numbers use gloo, so they
+    never wait for a GPU.
+
+    Args:
+        device: `auto` (a GPU if torch sees one), `cpu` or `cuda`.
+        sequence_parallel: how many ranks split each pack.
+    Raises:
+        ConfigError: the device does not exist, or `sequence_parallel` does not divide the number of ranks.
     """
 
     def __init__(self, device: str = "auto", sequence_parallel: int = 1) -> None:
-        self.heartbeat: Callable[[str], None] = lambda where: None
-        """Called with where this rank is, before anything that can take long; a watchdog sets it."""
+        self.heartbeat: Callable[[str], None] = lambda activity: None
+        """Called with this rank's activity before anything that can take long. The watchdog replaces it."""
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("engine.device is cuda, but torch sees no CUDA device; set engine.device to auto or cpu")
         on_gpu = device != "cpu" and torch.cuda.is_available()
         if on_gpu:
-            os.environ["LOCAL_RANK"] = str(_gpu_of(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
+            gpu = _gpu_index(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
+            os.environ["LOCAL_RANK"] = str(gpu)
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device("cuda", self.local_rank) if on_gpu else torch.device("cpu")
         if on_gpu:
             torch.cuda.set_device(self.device)
         backend = "nccl" if on_gpu else "gloo"
-        if not _launched(os.environ) and not dist.is_initialized():  # alone, and no port to find
-            os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed asks for it
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        if not _has_launcher(os.environ) and not dist.is_initialized():  # a single process, which needs no port
+            os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed reads it
+            store = dist.HashStore()  # type: ignore[attr-defined]  # documented, but not in torch's __all__
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
-        atexit.unregister(_let_gloo_let_go)  # once, however often a process makes ranks
-        atexit.register(_let_gloo_let_go)
+        atexit.unregister(_release_gloo_tensors)  # registered once, however many `Ranks` a process creates
+        atexit.register(_release_gloo_tensors)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._host_group = dist.new_group(backend="gloo") if on_gpu else dist.group.WORLD
         rank_groups(self.world_size, sequence_parallel)
         self.sequence_parallel = sequence_parallel
-        # Neighbours by rank, which launchers put on one machine: an all-to-all in every layer.
-        self.sequence_group = dist.new_subgroups(sequence_parallel)[0] if sequence_parallel > 1 else None
-
-    def raise_together(self, make: Callable[[], T]) -> T:
-        """What `make` returns, on every rank. An error that a user can fix, on any rank, is raised on all ranks.
-
-        Otherwise the other ranks would wait for that one in their next collective. A collective.
-
-        Raises:
-            ConfigError: `make` raised ConfigError or UnsupportedModelError on some rank.
-        """
-        from delib_fast.models import UnsupportedModelError
-
-        made: list[T] = []
-        fault = ""
-        try:
-            made.append(make())
-        except (ConfigError, UnsupportedModelError) as error:
-            fault = str(error)
-        if first := next((text for text in self.gather_texts(fault) if text), None):
-            raise ConfigError(first)
-        return made[0]
-
-    def sum(self, *values: float) -> list[float]:
-        """Sums of host numbers over all ranks, in float64; the same on every rank."""
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self._host_group)
-        return total.tolist()
-
-    def largest(self, *values: float) -> list[float]:
-        """The largest of host numbers over all ranks; the same on every rank."""
-        most = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._host_group)
-        return most.tolist()
+        # Neighbouring ranks, which launchers put on one machine: every layer makes an all-to-all in this group.
+        self.sequence_group: dist.ProcessGroup | None = None
+        if sequence_parallel > 1:
+            self.sequence_group, _ = dist.new_subgroups(sequence_parallel)  # type: ignore[no-untyped-call]
 
     @property
     def memory_gib(self) -> float | None:
-        """Memory of this rank's GPU; None on a CPU, whose memory is shared with all else."""
+        """The memory of this rank's GPU in GiB; None on a CPU, whose memory other processes use too."""
         if self.device.type != "cuda":
             return None
-        return torch.cuda.get_device_properties(self.device).total_memory / (1 << 30)
+        return float(torch.cuda.get_device_properties(self.device).total_memory / (1 << 30))
+
+    # --- collectives: every rank must call them, in the same order ------------------------------------------
+
+    def sum(self, *values: float) -> list[float]:
+        """Sum each number over all ranks, in float64. The result is the same on every rank."""
+        totals = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(totals, group=self._host_group)
+        return list(totals.tolist())
+
+    def largest(self, *values: float) -> list[float]:
+        """The largest value of each number over all ranks, in float64."""
+        maxima = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self._host_group)
+        return list(maxima.tolist())
 
     def sum_tensor(self, values: Tensor) -> Tensor:
-        """Sum of a device tensor over all ranks, as a new tensor."""
+        """Sum a tensor on the device over all ranks. Returns a new tensor of the same shape and dtype."""
         total = values.clone()
         dist.all_reduce(total)
         return total
 
     def gather_texts(self, text: str) -> list[str]:
-        """A short text of each rank, on every rank."""
+        """A short text of each rank, in rank order, on every rank."""
         data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
         longest = torch.tensor(len(data))
         dist.all_reduce(longest, dist.ReduceOp.MAX, group=self._host_group)
@@ -122,7 +100,28 @@ class Ranks:
         dist.all_gather(parts, padded, group=self._host_group)
         return [bytes(part.tolist()).rstrip(b"\0").decode() for part in parts]
 
+    def raise_together(self, make: Callable[[], T]) -> T:
+        """Return what `make` returns on this rank, unless it raised an error that a user can fix on any rank.
+
+        If only one rank raised, the others would wait for it in their next collective.
+
+        Raises:
+            ConfigError: on every rank, if `make` raised ConfigError or UnsupportedModelError on one of them.
+        """
+        from delib_fast.models import UnsupportedModelError
+
+        results: list[T] = []
+        fault = ""
+        try:
+            results.append(make())
+        except (ConfigError, UnsupportedModelError) as error:
+            fault = str(error)
+        if first := next((text for text in self.gather_texts(fault) if text), None):
+            raise ConfigError(first)
+        return results[0]
+
     def barrier(self) -> None:
+        """Wait until every rank has called this method."""
         self.sum(0.0)
 
     def close(self) -> None:
@@ -130,20 +129,35 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def _gpu_of(local_rank: int, gpus: int) -> int:
-    """Which of the GPUs that this process sees is its own: with one (srun --gpus-per-task=1) that one."""
+def _has_launcher(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher started this process. RANK alone proves nothing: accelerate leaves it in a process."""
+    complete = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys()
+    return complete or ("RANK" in environment and environment.get("WORLD_SIZE", "1") != "1")
+
+
+def _release_gloo_tensors() -> None:
+    """At exit, give gloo's threads the GIL for a moment, so that they can release the tensors of the last operations.
+
+    A gloo thread that requests the GIL while the interpreter shuts down is ended inside a noexcept destructor. The
+    process then aborts with "terminate called without an active exception" and exit code 134 although the run
+    succeeded (observed in 3 of about 40 runs of a test with ZeRO 3).
+    """
+    time.sleep(0.1)
+
+
+def _gpu_index(local_rank: int, gpus: int) -> int:
+    """Which of the GPUs that this process sees it uses. With `srun --gpus-per-task=1` it sees only its own."""
     if gpus == 1:
         return 0
     if local_rank >= gpus:
         raise ConfigError(
-            f"rank {local_rank} of this machine has no GPU: {gpus} are to be seen; start at most as many "
-            "ranks a machine"
+            f"local rank {local_rank} has no GPU: this machine shows {gpus}; start at most one rank per GPU"
         )
     return local_rank
 
 
 def native_precision(device: torch.device) -> Literal["bf16", "fp32"]:
-    """bf16 where the device multiplies it natively; emulated bf16 is many times slower than fp32 on a CPU."""
+    """The precision that a device computes natively: bf16 or fp32. A CPU that emulates bf16 is many times slower."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_bf16_units() else "fp32"

@@ -1,4 +1,4 @@
-"""Ranks under plain `srun`: what Slurm tells its tasks, under the names that torch and DeepSpeed look for."""
+"""Ranks under plain `srun`: Slurm's variables under the names that torch and DeepSpeed read."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import os
 import re
 from collections.abc import MutableMapping
 
-# Below the ports that systems hand out themselves (32768 and up on Linux).
+# Below the ports that Linux assigns to outgoing connections (32768 and up).
 _FIRST_PORT, _PORTS = 20_000, 12_000
 
 
 def init_from_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the variables of a Slurm step.
 
-    Nothing happens under a launcher that has set RANK (`torchrun`, `deepspeed`), nor outside a step of several tasks:
-    a batch script's own shell has a SLURM_PROCID too, but no step. MASTER_ADDR (the first host of the step, where
-    Slurm puts task 0) and MASTER_PORT (drawn from the numbers of job and step) stay as they are where they are set.
+    Nothing is set under a launcher that has set RANK (`torchrun`, `deepspeed`), nor outside a step of several tasks:
+    the shell of a batch script has a SLURM_PROCID too, but is not a step. MASTER_ADDR defaults to the first host of
+    the step, where Slurm runs task 0, and MASTER_PORT to a number derived from the ids of the job and the step.
     """
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" in environment or "SLURM_PROCID" not in environment or tasks == "1":
@@ -29,6 +29,6 @@ def init_from_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a Slurm list: `gpu-a[03-05,9],login1` begins with gpu-a03."""
+    """The first host of a Slurm node list: gpu-a03 for `gpu-a[03-05,9],login1`."""
     first = re.split(r",(?![^\[]*\])", nodes)[0]
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first)

@@ -1,8 +1,7 @@
-"""The training state, whole: fp32 weights and optimizer moments by parameter name, whatever the ZeRO stage.
+"""The training state in full: fp32 weights and optimizer moments by parameter name, independent of the ZeRO stage.
 
-ZeRO keeps fragments of flat buffers that only make sense at one stage and one number of ranks. Here each
-parameter is assembled in full (a collective over the ranks), so that what is saved can be read at any other
-stage and number of ranks, without pickle.
+ZeRO keeps fragments of flat buffers, which are meaningful only at one stage and one number of ranks. This module
+assembles each parameter in full (a collective), so that a checkpoint can be read at any stage and number of ranks.
 """
 
 from __future__ import annotations
@@ -21,51 +20,65 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from delib_fast.engine.cpu_adam import CPUAdam
 from delib_fast.engine.import_deepspeed import deepspeed
 from delib_fast.engine.muon import MOMENTUM, grouped_parameters
 from delib_fast.engine.optimizer import moments_of
 
 
 class TrainingState:
-    """Access to one DeepSpeed engine's weights and moments by parameter name."""
+    """Access to the weights and moments of one DeepSpeed engine by parameter name.
 
-    def __init__(self, module: nn.Module, basic: torch.optim.Optimizer, zero: Any, stage: int) -> None:
+    Args:
+        module: the module that DeepSpeed trains.
+        optimizer: the torch optimizer.
+        zero: DeepSpeed's wrapper around the optimizer; at stage 0 in fp32 the optimizer itself.
+        stage: the ZeRO stage.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, zero: Any, stage: int) -> None:
         self._module = module
-        self._basic = basic  # the torch optimizer
-        self._zero = zero  # DeepSpeed's wrapper around it (or the same object)
+        self._optimizer = optimizer
+        self._zero = zero
         self._stage = stage
-        self._moments = {id(p): moments_of(basic, p) for p in module.parameters()}
-        self._prime()
+        self._moments = {id(p): moments_of(optimizer, p) for p in module.parameters()}
+        self._allocate_state()
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The trained parameters with their names."""
         return [(name, p) for name, p in self._module.named_parameters() if p.requires_grad]
 
     def tensors(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-        """Every (key, function that assembles the tensor). All ranks must call the functions in this order."""
+        """Every key with a function that assembles its tensor. Every rank must call the functions in this order.
+
+        The keys are `weight/NAME` and, for each moment, `MOMENT/NAME`. Tensors are fp32.
+        """
         for name, parameter in self.named_parameters():
             yield f"weight/{name}", partial(self._get, parameter, None)
             for moment in self._moments[id(parameter)]:
                 yield f"{moment}/{name}", partial(self._get, parameter, moment)
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
-        """The parameter in full: fp32 if it is trained, as it is if frozen. A collective: call it on all ranks."""
+        """The full weight of a parameter: fp32 if it is trained, in its own dtype if it is frozen. A collective."""
         if parameter.requires_grad:
             return self._get(parameter, None)
         with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
             return parameter.detach().to("cpu", copy=True)
 
     def restore(self, read: Callable[[str], Tensor], optimizer_steps: int) -> None:
-        """Set every weight and moment from `read(key)` (full tensors) and the optimizer's step count."""
+        """Set every weight and moment, and the optimizer's step count. A collective.
+
+        Args:
+            read: returns the full tensor of a key; see `tensors`.
+        """
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 for key in (None, *self._moments[id(parameter)]):
                     self._set(parameter, read(f"{key or 'weight'}/{name}"), key)
-        self.set_optimizer_steps(optimizer_steps)
+        self._set_optimizer_steps(optimizer_steps)
         self._refresh_gathered()
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Set the fp32 weights of these trained parameters: exactly, where the module itself holds them rounded."""
+        """Set the fp32 weights of some trained parameters, which the module holds only rounded. A collective."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name in weights:
@@ -74,23 +87,23 @@ class TrainingState:
 
     def _refresh_gathered(self) -> None:
         persistent = getattr(self._zero, "persistent_parameters", [])
-        if persistent:  # ZeRO-3 keeps small parameters gathered; they still hold the old values
+        if persistent:  # ZeRO 3 keeps small parameters gathered, and they still hold the old values
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
 
-    def set_optimizer_steps(self, steps: int) -> None:
-        for state in self._basic.state.values():
-            if isinstance(state.get("step"), Tensor):
+    def _set_optimizer_steps(self, steps: int) -> None:
+        for state in self._optimizer.state.values():
+            if "step" in state:
                 state["step"].fill_(steps)
-            elif "step" in state:  # of DeepSpeed's CPU Adam
-                state["step"] = steps
 
     # --- one parameter --------------------------------------------------------------------------------------
 
     def _get(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
-        fragment = self._replicated(parameter, moment)
-        if fragment is not None:
-            return fragment.detach().to(torch.float32)
+        """A moment of a parameter in full, or its weight if `moment` is None."""
+        replica = self._replica(parameter, moment)
+        if replica is not None:
+            return replica.detach().to(torch.float32)
+        full: Tensor
         if moment is None:
             full = safe_get_full_fp32_param(parameter)
         else:
@@ -99,62 +112,68 @@ class TrainingState:
 
     def _set(self, parameter: Any, value: Tensor, moment: str | None) -> None:
         if tuple(value.shape) != _full_shape(parameter):
-            raise ValueError(f"a saved tensor has shape {tuple(value.shape)}, the model has {_full_shape(parameter)}")
+            raise ValueError(
+                f"a saved tensor has the shape {tuple(value.shape)}; the model's has {_full_shape(parameter)}"
+            )
         value = value.to(torch.float32)
-        fragment = self._replicated(parameter, moment)
-        if fragment is not None:
-            fragment.copy_(value)
+        replica = self._replica(parameter, moment)
+        if replica is not None:
+            replica.copy_(value)
         elif self._stage == 3:
-            piece = self._zero3_partition(parameter, value)
-            parameter._z3_optimizer.set_local_hp_param(piece, parameter, moment)
+            shard = self._zero3_shard(parameter, value)
+            parameter._z3_optimizer.set_local_hp_param(shard, parameter, moment)
             if moment is None:
-                parameter.ds_tensor.data.copy_(piece)
+                parameter.ds_tensor.data.copy_(shard)
         elif moment is None:
             safe_set_full_fp32_param(parameter, value)
             parameter.data.copy_(value)
         else:
             safe_set_full_optimizer_state(parameter, value, moment)
 
-    def _zero3_partition(self, parameter: Any, value: Tensor) -> Tensor:
-        """This rank's slice of a full tensor, padded as ZeRO-3 pads the last rank's."""
+    def _zero3_shard(self, parameter: Any, value: Tensor) -> Tensor:
+        """This rank's shard of a full tensor, flat, padded as ZeRO 3 pads the last rank's."""
         size = parameter.partition_numel()
         rank = parameter._z3_optimizer._get_param_partition_rank(parameter)
-        piece = torch.zeros(size, dtype=value.dtype)
+        shard = torch.zeros(size, dtype=value.dtype)
         mine = value.flatten()[size * rank : size * (rank + 1)]
-        piece[: mine.numel()] = mine
-        return piece.to(parameter.ds_tensor.device)
+        shard[: mine.numel()] = mine
+        return shard.to(parameter.ds_tensor.device)
 
-    def _replicated(self, parameter: nn.Parameter, moment: str | None) -> Tensor | None:
-        """The tensor that holds the whole parameter (or moment) on this rank, at ZeRO stage 0; else None."""
+    def _replica(self, parameter: nn.Parameter, moment: str | None) -> Tensor | None:
+        """At ZeRO stage 0, this rank's own copy of the whole weight or moment; None at the other stages."""
         if self._stage != 0:
             return None
-        return parameter.data if moment is None else self._basic.state[parameter][moment]
+        if moment is None:
+            return parameter.data
+        replica: Tensor = self._optimizer.state[parameter][moment]
+        return replica
 
-    def _prime(self) -> None:
-        """Allocate the optimizer's state where its first step would, and count no step for it.
+    # --- allocation -----------------------------------------------------------------------------------------
 
-        DeepSpeed takes a step for that at construction at some stages and not at others, and counts it: AdamW's
-        bias correction would differ between stages.
+    def _allocate_state(self) -> None:
+        """Allocate the optimizer's state as its first step would, without counting a step.
+
+        At some stages DeepSpeed makes a step for that when it is constructed, and counts it; at others it does not.
+        AdamW's bias correction would then depend on the stage.
         """
         for group, (holder, moments) in enumerate(self._holders()):
-            state = self._basic.state[holder]
+            state = self._optimizer.state[holder]
             if moments and not state:
                 if MOMENTUM not in moments:
-                    state["step"] = (
-                        0
-                        if isinstance(self._basic, CPUAdam)
-                        else torch.zeros((), dtype=torch.float32, device=holder.device)
-                    )
-                with self._off_the_disk(group):
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=holder.device)
+                with self._swapped_in(group):
                     state.update({moment: torch.zeros_like(holder) for moment in moments})
-        link = getattr(self._zero, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None:
-            link()
-        self.set_optimizer_steps(0)
+        link_state = getattr(self._zero, "_lazy_init_hp_params_optimizer_state", None)
+        if link_state is not None:
+            link_state()
+        self._set_optimizer_steps(0)
 
     @contextlib.contextmanager
-    def _off_the_disk(self, group: int) -> Iterator[None]:
-        """Within this a group of ZeRO 3, if it is one that is offloaded to a disk, is in memory; then it is written."""
+    def _swapped_in(self, group: int) -> Iterator[None]:
+        """Hold a ZeRO 3 group in memory while the block runs, if the `deepspeed:` block offloads it to NVMe.
+
+        A swapped-out holder has no elements, and moments that are allocated like it crash DeepSpeed's first step.
+        """
         swapped = self._stage == 3 and self._zero._swappable_optimizer_subgroup(group)
         if swapped:
             self._zero._optimizer_states_and_gradient_swap_in(group)
@@ -163,12 +182,12 @@ class TrainingState:
             self._zero._optimizer_states_and_gradient_swap_out(group)
 
     def _holders(self) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
-        """The tensors that the torch optimizer steps, with the names of the moments of each."""
+        """The tensors that the torch optimizer steps, each with the names of its moments."""
         if self._stage == 0:
-            yield from ((p, self._moments[id(p)]) for group in self._basic.param_groups for p in group["params"])
+            yield from ((p, self._moments[id(p)]) for group in self._optimizer.param_groups for p in group["params"])
             return
-        holders = [holder for group in self._basic.param_groups for holder in group["params"]]
-        if self._stage == 3:  # there it is handed one of these at a time
+        holders = [holder for group in self._optimizer.param_groups for holder in group["params"]]
+        if self._stage == 3:  # there the optimizer is given one of these at a time
             holders = list(self._zero.fp32_partitioned_groups_flat)
         for holder, parameters in zip(holders, grouped_parameters(self._zero, self._stage), strict=True):
             yield holder, self._moments[id(parameters[0])]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from delib_fast.checkpoint.format import SingleProcess
 from delib_fast.config import Config, ConfigError
 from delib_fast.config.load import load_config, parse_config
 from delib_fast.data.read.sources import ROW_FILES, TEXT_FILES
@@ -16,18 +17,6 @@ from delib_fast.preview.synthetic_lengths import AssumedCorpus, sizes_of
 from delib_fast.training.dataset import RunDataset
 
 SMALLEST_VOCABULARY = 300
-
-
-@dataclass(frozen=True)
-class _Alone:
-    """What `RunDataset` asks of the process group."""
-
-    rank: int = 0
-    world_size: int = 1
-    sequence_parallel: int = 1
-
-    def barrier(self) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -45,7 +34,7 @@ def dry_run(config: Config, lengths: Sequence[str] = ()) -> Iterator[RunDataset]
     with tempfile.TemporaryDirectory(prefix="delib-fast-") as folder:
         run: Any = _Folder(Path(folder) / "tokenizer")
         run.tokenizer.mkdir()
-        ranks: Any = _Alone()
+        ranks: Any = SingleProcess()
         yield (
             AssumedCorpus(config, run, ranks, sizes_of(lengths, config)) if lengths else RunDataset(config, run, ranks)
         )

@@ -118,9 +118,7 @@ def run_stages(run: RunContext, callbacks: Sequence[Callback] = ()) -> None:
 def check_stages(run: RunContext, stages: Sequence[StageConfig]) -> None:
     """Read, encode and plan every stage before the first one trains, so that a fault in the last is reported now."""
     from delib_fast.engine.deepspeed_json import deepspeed_json
-    from delib_fast.engine.nvme import check_nvme
 
-    run.ranks.raise_together(partial(check_nvme, run.config.engine))
     for stage in stages:
         deepspeed_json(run.config, stage, run.ranks.world_size)
         run.dataset.batches(stage)
@@ -173,8 +171,6 @@ def build_engine(run: RunContext, config: Config, stage: StageConfig, inputs: St
         )
     )
     engine = Engine(module, config, stage, batches.num_steps, ranks)
-    if engine.note is not None:
-        run.console.print(f"{stage.name}: {engine.note}")
     engine.state.set_weights(exact_weights)
     check_isolation(engine.wrapped, ranks.device, shares_prompts=batches.shares_prompts)
     return engine

@@ -1,4 +1,4 @@
-"""Run by test_deferred.py on each rank: a checkpoint's weights, buffers and peak of memory at ZeRO 3, by both ways."""
+"""Run by test_deferred.py on each rank: weights, buffers and peak memory of a model at ZeRO 3, by both ways."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ import torch
 
 from delib_fast.config import ModelConfig
 from delib_fast.engine import Ranks
-from delib_fast.engine.sharding import DTYPES, location
+from delib_fast.engine.sharding import shard_parameters
 from delib_fast.models import TrainableLM, build_deferred, build_model, train_tokenizer
+from delib_fast.models.build import DTYPES
 
 MIB = 1 << 20
 TEXTS = ["The assistant reads the rule, asks why it is there, and says what it will do and what it will not. " * 4]
 
 
 class Peak:
-    """The most resident memory of this process while it watches, in MiB over what there was before."""
+    """The peak resident memory of this process inside the block, in MiB above what it was before."""
 
     def __enter__(self) -> Peak:
         self._before = self.mib = self._resident()
-        self._ends = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ends.set()
+        self._ended.set()
         self._thread.join()
         self.mib -= self._before
 
-    def _watch(self) -> None:
-        while not self._ends.is_set():
+    def _sample(self) -> None:
+        while not self._ended.is_set():
             self.mib = max(self.mib, self._resident())
             time.sleep(0.001)
 
@@ -46,7 +47,7 @@ class Peak:
 
 
 def main(folder: str | Path, precision: str, way: str) -> int:
-    """way: deferred, or whole, as every rank did before."""
+    """way: `deferred`, or `whole`: every rank loads the whole model."""
     ranks, dtype = Ranks("cpu"), DTYPES[precision]
     source, tokenizer = ModelConfig(path=str(folder)), train_tokenizer(TEXTS, 300)
     with Peak() as peak:
@@ -55,7 +56,7 @@ def main(folder: str | Path, precision: str, way: str) -> int:
         else:
             model, note = build_model(source, tokenizer, dtype="fp32"), None
         module = TrainableLM(model)
-        location(
+        shard_parameters(
             module,
             torch.device("cpu"),
             dtype,
@@ -92,5 +93,5 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy()).hexdigest()
 
 
-if __name__ == "__main__":  # for settings that libraries read when they are imported
+if __name__ == "__main__":  # as a script, for settings that libraries read when they are imported
     sys.exit(main(*sys.argv[1:]))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from state_worker import leave_checkpoint
+from helpers.toy_training import write_checkpoint
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from delib_fast.config.load import parse_config
@@ -21,7 +21,7 @@ STEPS, TOKENS, LR = 3, 2048, 0.5
 
 
 def examples() -> TokenizedDataset:
-    """Rows of very different lengths, and of very different shares of supervised tokens."""
+    """Rows of very different lengths and shares of supervised tokens."""
     random = np.random.default_rng(0)
     rows = []
     for i in range(40):
@@ -79,7 +79,7 @@ def stage_config(zero_stage: int, capacity: int, precision: str = "fp32", sequen
 
 
 def reference(rows: TokenizedDataset) -> dict[str, torch.Tensor]:
-    """Plain torch: all rows in one pack, one division, SGD by hand."""
+    """Plain torch: all rows in one pack, one division, and SGD written out."""
     config = stage_config(0, TOKENS)
     trainable = model()
     batches = PackedDataLoader(
@@ -111,7 +111,7 @@ def trained(
     steps: int = STEPS,
     root: Path | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The weights after `steps`; with `root`, going on from its newest checkpoint and leaving one."""
+    """The weights after `steps`. With `root`, it resumes from the newest checkpoint there and writes another."""
     config = stage_config(zero_stage, capacity, sequence_parallel=ranks.sequence_parallel)
     stage = config.stages[0]
     batches = PackedDataLoader(
@@ -125,26 +125,23 @@ def trained(
         sequence_parallel=ranks.sequence_parallel,
         segment_weights=segment_weights(stage),
     )
-    assert batches.num_steps == STEPS, "every step must hold all the rows"
+    assert batches.num_steps == STEPS, "every step must have all rows"
     engine = Engine(model(ranks.sequence_group), config, stage, STEPS, ranks)
     if root is not None:
         engine.resume(root, print)
     for step in range(engine.step, steps):
         micro_batches = batches.step(step)
         (normalizer,) = ranks.sum(loss_normalizer(micro_batches))
-        engine.begin_step()
-        for batch in micro_batches:
-            engine.backward(engine.forward(batch).loss_sum, normalizer)
-        engine.end_step()
+        engine.train_step(micro_batches, normalizer)
     if root is not None:
-        leave_checkpoint(engine, root, ranks)
+        write_checkpoint(engine, root, ranks)
     weights = engine.full_weights()
     engine.close()
     return weights
 
 
 def shared_packs(rows: TokenizedDataset, folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """2 or 4 of four ranks share out each pack; and a run that goes from 1 to 4 to 2 of them."""
+    """2 or 4 of four ranks split each pack; and a run that changes from 1 to 4 to 2 of them."""
     found = {}
     for zero_stage, size in ((0, 4), (1, 2), (2, 4), (3, 2)):
         found[f"z{zero_stage} parts {size}"] = trained(Ranks("cpu", size), rows, zero_stage, 256)

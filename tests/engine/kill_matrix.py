@@ -1,12 +1,12 @@
-"""Kill a run at every write, sync, rename and deletion it makes, and at random moments; each time give the same
-command again. At the end it must be the run that nothing disturbed: weights bit by bit, every example once, every line
-of metrics once, the ledger right.
+"""Kill a run at every write, sync, rename and deletion that it makes, and at random moments; resume it each time by the
+same command. The result must equal that of an undisturbed run: bitwise the same weights, every example once, every
+metrics record once, the same ledger.
 
-    python tests/engine/kill_matrix.py --minutes 6    # every place, then random moments; prints the table
+    python tests/engine/kill_matrix.py --minutes 6    # every operation, then random moments; prints the table
 
-A *place* is an operation on a kind of file (`faults.label`). The run is killed at the first time that it comes to a
-place, then started again and killed at the next place, and so on in the same folder until it is through; then comes a
-fresh folder. So one run survives many kills, also of the process that was just recovering.
+An *operation* is what `faults.label` calls one: a kind of call on a kind of file. The run is killed at its first
+occurrence, started again in the same folder and killed at the next operation, and so on until it finishes; then a new
+folder begins. One run therefore survives many kills, also of the process that was just recovering.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ LEDGER_TIMES = (
 
 
 def short_run(folder: Path, zero_stage: int = 0) -> Path:
-    """A few steps of both stages, that saves at every one and logs every second."""
+    """A run of a few steps of both stages that saves after every step and logs after every second one."""
     path = tiny(folder)
     tree = yaml.safe_load(path.read_text())
     tree["model"]["architecture"]["num_hidden_layers"] = 1
@@ -65,7 +65,7 @@ def short_run(folder: Path, zero_stage: int = 0) -> Path:
 
 @dataclass
 class Matrix:
-    """Runs on `world_size` ranks at a ZeRO stage, against the one that nothing disturbs."""
+    """Runs on `world_size` ranks at a ZeRO stage, compared with an undisturbed run."""
 
     server: ForkServer
     folder: Path
@@ -77,7 +77,7 @@ class Matrix:
 
     def __post_init__(self) -> None:
         self._number = 0
-        reference = self._fresh()
+        reference = self._new_folder()
         traces = [reference / f"trace-{rank}" for rank in range(self.world_size)]
         for rank, trace in enumerate(traces):
             if rank == 0:
@@ -86,29 +86,29 @@ class Matrix:
                 self._facts = facts(reference / "run")
                 self._check_examples(reference)
             else:
-                other = self._fresh()
+                other = self._new_folder()
                 self._end(self._start(other, FAULT_TRACE=str(trace), FAULT_RANK=str(rank)))
                 assert facts(other / "run") == self._facts, "two undisturbed runs differ"
-        self.locations = [
-            (rank, location)
+        self.operations = [
+            (rank, operation)
             for rank, trace in enumerate(traces)
-            for location in dict.fromkeys(trace.read_text().splitlines())
+            for operation in dict.fromkeys(trace.read_text().splitlines())
         ]
-        self._current = self._fresh()
+        self._current = self._new_folder()
 
-    def kill_at_places(self, locations: list[tuple[int, str]]) -> None:
-        """One kill at each (rank, place), chained in as few folders as they allow."""
-        for rank, location in locations:
-            if not self._dies_at(rank, location):  # this run is past it: it is whole, and a new one begins
+    def kill_at_operations(self, operations: list[tuple[int, str]]) -> None:
+        """Kill once at each (rank, operation), in as few folders as possible."""
+        for rank, operation in operations:
+            if not self._dies_at(rank, operation):  # this run was past it and has finished: a new one begins
                 self._next()
-                assert self._dies_at(rank, location), (
-                    f"a fresh run of {self.world_size} ranks never comes to {location!r}"
+                assert self._dies_at(rank, operation), (
+                    f"a new run of {self.world_size} ranks never makes the operation {operation!r}"
                 )
         self._end(self._start(self._current))
         self._next()
 
     def kill_at_random(self, kills: int, generator: random.Random) -> None:
-        """SIGKILL to one rank or to all, at moments drawn evenly over the length of a run."""
+        """Send SIGKILL to one rank or to all, at moments drawn uniformly over the length of a run."""
         done = 0
         while done < kills:
             job = self._start(self._current)
@@ -127,14 +127,14 @@ class Matrix:
         self._end(self._start(self._current))
         self._next()
 
-    def _dies_at(self, rank: int, location: str) -> bool:
-        job = self._start(self._current, FAULT=location, FAULT_RANK=str(rank))
+    def _dies_at(self, rank: int, operation: str) -> bool:
+        job = self._start(self._current, FAULT=operation, FAULT_RANK=str(rank))
         codes = self.server.wait(job, after_death=20)
         if codes[rank] != -signal.SIGKILL:
             self._end(job)
             return False
-        assert all(codes), f"a rank ended well though rank {rank} died: {codes}"
-        self.killed_at[location] += 1
+        assert all(codes), f"a rank succeeded although rank {rank} died: {codes}"
+        self.killed_at[operation] += 1
         return True
 
     def _start(self, folder: Path, **env: str) -> Job:
@@ -154,7 +154,7 @@ class Matrix:
         assert codes == [0] * self.world_size, f"ranks ended with {codes}:\n" + "\n".join(self.server.output(job))
 
     def _next(self) -> None:
-        """The current folder is through: hold it against the reference, and take a fresh one."""
+        """The run in the current folder has finished: compare it with the reference, and begin a new folder."""
         ours = facts(self._current / "run")
         for name, fact in self._facts.items():
             assert ours[name] == fact, f"{name} differs from the undisturbed run's after {self.killed_at}"
@@ -164,19 +164,19 @@ class Matrix:
             for pattern in (".*-step-*", ".*.old-*", "*.tmp")
             for p in (self._current / "run").rglob(pattern)
         ]
-        assert not left, f"a finished run still holds {left}"
+        assert not left, f"a finished run left {left}"
         shutil.rmtree(self._current)
         self.finished += 1
-        self._current = self._fresh()
+        self._current = self._new_folder()
 
-    def _fresh(self) -> Path:
+    def _new_folder(self) -> Path:
         self._number += 1
         folder = self.folder / f"{self.world_size}-{self.zero_stage}-{self._number}"
         short_run(folder, self.zero_stage)
         return folder
 
     def _check_examples(self, folder: Path) -> None:
-        """Of each step the last time counts: the ones before were rolled back."""
+        """No example is seen twice in an epoch. Only the last time of a step counts: earlier ones were rolled back."""
         steps: dict[tuple[str, int, int], list[int]] = {}
         for rank in range(self.world_size):
             last = {
@@ -194,21 +194,19 @@ class Matrix:
 
 
 def facts(run_dir: Path) -> dict[str, Any]:
-    """All that must not depend on whether and when a run was killed."""
+    """Everything that must not depend on whether and when a run was killed."""
     models = {
         f.relative_to(run_dir).as_posix(): {k: bits(v) for k, v in load_file(f).items()}
         for f in sorted(run_dir.rglob("model.safetensors"))
     }
-    lines = [{k: v for k, v in line.items() if k not in TIMES} for line in metrics(run_dir)]
+    records = [{k: v for k, v in record.items() if k not in TIMES} for record in metrics(run_dir)]
     text = (run_dir / "metrics.jsonl").read_text()
     assert text.endswith("\n")
     ledger = json.loads((run_dir / "ledger.json").read_text().replace(str(run_dir.parent), ""))
     for stage in ledger["stages"]:
         for name in LEDGER_TIMES:
             stage.pop(name, None)
-    # The folder's name is in the exported tokenizer's configuration; nothing of the weights is.
-    ledger = json.loads(json.dumps(ledger))
-    return {"models": models, "metrics": lines, "ledger": ledger}
+    return {"models": models, "metrics": records, "ledger": ledger}
 
 
 def bits(tensor: torch.Tensor) -> tuple[tuple[int, ...], bytes]:
@@ -217,13 +215,13 @@ def bits(tensor: torch.Tensor) -> tuple[tuple[int, ...], bytes]:
 
 def table(matrices: list[Matrix]) -> str:
     rows = [
-        "| ranks | ZeRO | places | kills at them | random kills | starts | runs finished, all equal |",
+        "| ranks | ZeRO | operations | kills at them | random kills | starts | runs finished, all equal |",
         "|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for m in matrices:
         at_random = m.killed_at["a random moment"]
         rows.append(
-            f"| {m.world_size} | {m.zero_stage} | {len(m.locations)} | {m.killed_at.total() - at_random} | "
+            f"| {m.world_size} | {m.zero_stage} | {len(m.operations)} | {m.killed_at.total() - at_random} | "
             f"{at_random} | {m.starts} | {m.finished} |"
         )
     return "\n".join(rows)
@@ -233,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=6.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--verbose", action="store_true", help="print every place with its kills")
+    parser.add_argument("--verbose", action="store_true", help="print every operation with its kills")
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
     generator = random.Random(options.seed)
@@ -241,17 +239,17 @@ def main() -> None:
         matrices = []
         for world_size, zero_stage in ((1, 0), (2, 0), (2, 3)):
             matrices.append(Matrix(server, Path(folder), world_size, zero_stage))
-            matrices[-1].kill_at_places(matrices[-1].locations)
+            matrices[-1].kill_at_operations(matrices[-1].operations)
             print(table(matrices[-1:]), flush=True)
-        for round_number in itertools.count():  # one round in any case: on a busy machine the places take longer
+        for round_number in itertools.count():  # at least one round: on a busy machine the operations take longer
             if round_number and time.monotonic() > end:
                 break
             for matrix in matrices:
                 matrix.kill_at_random(10, generator)
         print(table(matrices))
         if options.verbose:
-            for location, kills in sum((m.killed_at for m in matrices), collections.Counter()).most_common():
-                print(f"{kills:5d} {location}")
+            for operation, kills in sum((m.killed_at for m in matrices), collections.Counter()).most_common():
+                print(f"{kills:5d} {operation}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run by test_lora_state.py on each rank: a small Qwen3 with an adapter at each ZeRO stage, stopped and resumed."""
+"""Run by test_lora_state.py on each rank: a small Qwen3 with an adapter at each ZeRO stage, saved and resumed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import sys
 from pathlib import Path
 
 import torch
+from helpers.toy_training import MICRO_BATCHES, deviation, toy_config, train_toy
 from safetensors import safe_open
-from state_worker import leave_checkpoint
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from delib_fast.config import LoraConfig
-from delib_fast.config.load import parse_config
 from delib_fast.data import PackedBatch
-from delib_fast.engine import Engine, Ranks
+from delib_fast.engine import Ranks
 from delib_fast.models import TrainableLM, add_adapter, merged_weights
 
 LENGTHS, VOCABULARY = (13, 9), 61
@@ -32,9 +31,9 @@ def model(precision: str) -> TrainableLM:
         num_key_value_heads=1,
         initializer_range=0.1,
     )
-    bare = Qwen3ForCausalLM(config).to(torch.float32 if precision == "fp32" else torch.bfloat16)
-    add_adapter(bare, LoraConfig(r=3, alpha=6, dropout=0.1), base=None, seed=5)  # 3: divides evenly over no two ranks
-    return TrainableLM(bare)
+    base = Qwen3ForCausalLM(config).to(torch.float32 if precision == "fp32" else torch.bfloat16)
+    add_adapter(base, LoraConfig(r=3, alpha=6, dropout=0.1), base=None, seed=5)  # 3: does not divide over two ranks
+    return TrainableLM(base)
 
 
 def batch(seed: int) -> PackedBatch:
@@ -57,45 +56,22 @@ def batch(seed: int) -> PackedBatch:
 
 
 def train(
-    ranks: Ranks, stage: int, precision: str, steps: int, *, save: Path | None = None, resume: Path | None = None
+    ranks: Ranks, stage: int, precision: str, *, save: Path | None = None, resume: Path | None = None
 ) -> dict[str, torch.Tensor]:
-    config = parse_config(
-        {
-            "run_dir": "unused",
-            "model": {"path": "unused", "lora": {}},
-            "data": {"a": "unused"},
-            "engine": {"zero_stage": stage, "precision": precision},
-            "stages": [
-                {
-                    "kind": "msm",
-                    "train": ["a"],
-                    "pack_capacity": 32,
-                    "tokens_per_step": 128,
-                    "optimizer": {"lr": 0.02, "warmup": 0.2},
-                }
-            ],
-        }
+    """Three steps. With `save`, a checkpoint is written before the last one."""
+    module, share = model(precision), MICRO_BATCHES // ranks.world_size
+    made = train_toy(
+        ranks,
+        toy_config({"lr": 0.02, "weight_decay": 0.01}, zero_stage=stage, precision=precision),
+        3,
+        model=module,
+        micro_batches=lambda step: [batch(10 * step + ranks.rank * share + i) for i in range(share)],
+        normalizer=MICRO_BATCHES * 20.0,
+        save=save and (save, 2),
+        resume=resume,
     )
-    module = model(precision)
-    engine = Engine(module, config, config.stages[0], 10, ranks)
-    if resume is not None:
-        assert engine.resume(resume, print) is not None
-    share = 4 // ranks.world_size
-    while engine.step < steps:
-        if save is not None and engine.step == steps - 1:
-            leave_checkpoint(engine, save, ranks)
-        engine.begin_step()
-        for i in range(share):
-            loss = engine.forward(batch(10 * engine.step + ranks.rank * share + i)).loss_sum
-            engine.backward(loss, 4.0 * 20)
-        engine.end_step()
-    weights = {name.removeprefix("model."): weight for name, weight in engine.full_weights().items()}
-    engine.close()
+    weights = {name.removeprefix("model."): weight for name, weight in made.weights.items()}
     return weights | {f"merged {k}": v for k, v in merged_weights(module.model, weights).items()} if weights else {}
-
-
-def deviation(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    return max((float((a[name].float() - b[name].float()).abs().max()) for name in a), default=0.0)
 
 
 def main(folder: Path) -> None:
@@ -105,9 +81,9 @@ def main(folder: Path) -> None:
         fresh = dict(model(precision).model.named_parameters())
         for stage in (0, 1, 2, 3):
             root = folder / f"{precision}-z{stage}-{ranks.world_size}"
-            whole = train(ranks, stage, precision, 3, save=root)
+            whole = train(ranks, stage, precision, save=root)
             key = f"{precision} z{stage}"
-            found[f"{key} resumed"] = deviation(whole, train(ranks, stage, precision, 3, resume=root))
+            found[f"{key} resumed"] = deviation(whole, train(ranks, stage, precision, resume=root))
             if ranks.rank == 0:
                 found[f"{key} moved"] = sorted(
                     {

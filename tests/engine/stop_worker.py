@@ -1,4 +1,4 @@
-"""Run by test_stopping.py: the tiny run, which gets a signal at a chosen moment, as from a scheduler or a person."""
+"""Run by test_stopping.py: the tiny run, which receives a signal at a chosen moment."""
 
 from __future__ import annotations
 

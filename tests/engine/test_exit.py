@@ -1,4 +1,4 @@
-"""A run that went well ends with code 0, whatever gloo's threads still hold then."""
+"""A successful run exits with code 0, whatever gloo's threads still hold."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ LAST_OPERATION = """
 import atexit, sys, time
 import torch, torch.distributed as dist
 from delib_fast.engine import Ranks
-atexit._clear()  # handlers of others may let go of the GIL by chance
+atexit._clear()  # other handlers may release the GIL by chance
 ranks = Ranks("cpu")
 
 @atexit.register
 def last_operation():
-    sys.setswitchinterval(100)  # no thread gets the GIL unless it is let go of
+    sys.setswitchinterval(100)  # no thread gets the GIL unless it is released explicitly
     tensor = torch.ones(1 << 24)
     dist.all_gather([torch.empty_like(tensor) for _ in range(ranks.world_size)], tensor, async_op=True)
     until = time.monotonic() + 1.0
-    while time.monotonic() < until:  # by now a thread of gloo waits for the GIL, to drop the last reference
+    while time.monotonic() < until:  # meanwhile a gloo thread begins to wait for the GIL, to drop the last reference
         pass
 """
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_last_reference_in_a_thread_of_gloo(world_size):
+def test_last_reference_in_a_gloo_thread(world_size):
     run_ranks(["-c", LAST_OPERATION], world_size)

@@ -1,8 +1,8 @@
-"""A step's gradient is that of Σ w·nll / Σ w over all its tokens, however the tokens are shared out.
+"""A step's gradient is that of Σ w·nll / Σ w over all its tokens, however the tokens are split.
 
-Three SGD steps in fp32 with real DeepSpeed ranks, against one big batch in plain torch. The deviation is
-relative to how far training moved each parameter, which is what the gradient decides: the parameter's own size
-would hide an error.
+Three SGD steps in fp32 on real DeepSpeed ranks, against one big batch in plain torch. The deviation is relative to how
+far training moved each parameter, which the gradient determines. Relative to the parameter's size, an error would be
+hidden.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def deviations(tmp_path_factory):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize(("stage", "capacity"), CASES)
-def test_sharing_out_does_not_matter(deviations, world_size, stage, capacity):
+def test_splitting_does_not_matter(deviations, world_size, stage, capacity):
     assert deviations[world_size][f"z{stage} capacity {capacity}"] <= 1e-5
 
 
 @pytest.mark.parametrize("case", ["z0 parts 4", "z1 parts 2", "z2 parts 4", "z3 parts 2", "z3 parts 1, 4, 2"])
 def test_sequence_parallelism_does_not_matter(deviations, case):
-    """2 × 2 ranks, or 4 that share out one pack (2 kv heads): a wrong factor, normaliser or resume would show."""
+    """2 × 2 ranks, or 4 that split one pack (2 kv heads). Catches a wrong factor, normalizer or resume."""
     assert deviations[4][case] <= 1e-5

@@ -1,4 +1,5 @@
-"""An adapter under DeepSpeed: what is frozen stays, what is trained is fp32, and a resume is exact, dropout too."""
+"""An adapter under DeepSpeed: frozen weights stay unchanged, trained ones are fp32, and a resume is exact, with
+dropout."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ def found(tmp_path_factory):
 def test_adapter_trains_and_resumes(found, precision, stage):
     case = f"{precision} z{stage}"
     assert found[f"{case} resumed"] == 0.0
-    assert found[f"{case} moved"] == [".lora_"], "the base must not move by a bit, and the adapter must move"
-    assert found[f"{case} saved"], "a checkpoint of an adapter holds no frozen weight"
+    assert found[f"{case} moved"] == [".lora_"], "the base must stay bitwise identical, and the adapter must change"
+    assert found[f"{case} saved"], "a checkpoint of an adapter has no frozen weights"
     base = "torch.float32" if precision == "fp32" else "torch.bfloat16"
     assert found[f"{case} dtypes"] == ["adapter torch.float32", f"base {base}"]

@@ -1,4 +1,4 @@
-"""A run that goes on with other ranks takes the same steps: 1, 2, 4 and again 1, at every ZeRO stage."""
+"""A run that resumes on another number of ranks makes the same steps: 1, 2, 4 and again 1, at every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from helpers.tiny_run import metrics, tiny
 
 
 def steps_seen(folder, world_size):
-    """The examples of each AFT step, over all ranks, as they were assembled last."""
+    """The examples of each AFT step over all ranks, as last loaded."""
     steps: dict[int, set[int]] = {}
     for rank in range(world_size):
         for line in (folder / f"seen-{rank}").read_text().splitlines():
@@ -45,9 +45,9 @@ def test_one_two_four_one(tmp_path, fork_server, zero_stage):
         )
     ours, expected = metrics(changing.parent / "run"), metrics(alone.parent / "run")
     assert [m["step"] for m in ours] == list(range(1, 9))
-    for line, whole in zip(ours, expected, strict=True):
-        assert (line["tokens"], line["supervised_tokens"]) == (whole["tokens"], whole["supervised_tokens"])
-    worst = max(abs(line["loss"] / whole["loss"] - 1) for line, whole in zip(ours, expected, strict=True))
+    for record, whole in zip(ours, expected, strict=True):
+        assert (record["tokens"], record["supervised_tokens"]) == (whole["tokens"], whole["supervised_tokens"])
+    worst = max(abs(record["loss"] / whole["loss"] - 1) for record, whole in zip(ours, expected, strict=True))
     print(f"| {zero_stage} | {worst:.1e} |")
     assert worst <= 1e-5
     assert steps_seen(changing.parent, 4) == steps_seen(alone.parent, 1), "the same examples in the same steps"

@@ -1,4 +1,4 @@
-"""Ranks under plain srun: nobody sets RANK there."""
+"""Ranks under plain srun, which does not set RANK."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import pytest
 from helpers.launch import free_port, run_ranks
 
 from delib_fast.config import ConfigError
-from delib_fast.engine.ranks import _gpu_of
-from delib_fast.engine.slurm import first_host, init_from_slurm
+
+
+@pytest.fixture
+def init_from_slurm():
+    from delib_fast.engine.slurm import init_from_slurm
+
+    return init_from_slurm
+
 
 STEP = {
     "SLURM_PROCID": "5",
@@ -19,7 +25,7 @@ STEP = {
 }
 
 
-def test_a_step_of_several_tasks():
+def test_a_step_of_several_tasks(init_from_slurm):
     found = dict(STEP)
     init_from_slurm(found)
     assert {key: found[key] for key in found.keys() - STEP.keys()} == {
@@ -31,26 +37,26 @@ def test_a_step_of_several_tasks():
     }
     other = dict(STEP, SLURM_STEP_ID="1")
     init_from_slurm(other)
-    assert other["MASTER_PORT"] != found["MASTER_PORT"], "two steps of a job may run at once"
+    assert other["MASTER_PORT"] != found["MASTER_PORT"], "two steps of a job may run concurrently"
 
 
 @pytest.mark.parametrize(
     "environment",
     [
         {},
-        {key: value for key, value in STEP.items() if "STEP" not in key},  # the shell of a batch script: no step
-        STEP | {"SLURM_STEP_NUM_TASKS": "1"},  # srun --pty, or a launcher to come
-        STEP | {"RANK": "0", "WORLD_SIZE": "2"},  # srun torchrun
+        {key: value for key, value in STEP.items() if "STEP" not in key},  # the shell of a batch script is not a step
+        STEP | {"SLURM_STEP_NUM_TASKS": "1"},  # srun --pty, or before a launcher
+        STEP | {"RANK": "0", "WORLD_SIZE": "2"},  # torchrun under srun
     ],
     ids=["elsewhere", "batch script", "one task", "torchrun inside"],
 )
-def test_is_left_alone(environment):
+def test_nothing_is_set(init_from_slurm, environment):
     before = dict(environment)
     init_from_slurm(environment)
     assert environment == before
 
 
-def test_what_the_user_sets_stays():
+def test_the_users_values_are_kept(init_from_slurm):
     found = STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
     init_from_slurm(found)
     assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.0.0.1", "1234")
@@ -68,22 +74,28 @@ def test_what_the_user_sets_stays():
     ],
 )
 def test_first_host(nodes, first):
+    from delib_fast.engine.slurm import first_host
+
     assert first_host(nodes) == first
 
 
-def test_a_task_that_sees_one_gpu_takes_it():
-    assert [_gpu_of(3, 1), _gpu_of(3, 8)] == [0, 3]
-    with pytest.raises(ConfigError, match="rank 8 of this machine has no GPU: 8 are to be seen"):
-        _gpu_of(8, 8)
+def test_a_task_that_sees_one_gpu_uses_it():
+    from delib_fast.engine.ranks import _gpu_index
+
+    assert [_gpu_index(3, 1), _gpu_index(3, 8)] == [0, 3]
+    with pytest.raises(
+        ConfigError, match="local rank 8 has no GPU: this machine shows 8; start at most one rank per GPU"
+    ):
+        _gpu_index(8, 8)
 
 
 def test_two_tasks_meet():
-    """Two processes with Slurm's variables alone find each other, on the host and port that they were not told."""
+    """Two processes that have only Slurm's variables agree on a host and a port."""
     code = (
         "import os\nrank = os.environ.pop('RANK')\n"
         "for name in ('WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):\n    del os.environ[name]\n"
         "os.environ |= {'SLURM_PROCID': rank, 'SLURM_LOCALID': rank}\n"
-        "from delib_fast.engine.slurm import init_from_slurm\nadopt_slurm()\n"
+        "from delib_fast.engine.slurm import init_from_slurm\ninit_from_slurm()\n"
         "import torch, torch.distributed as dist\ndist.init_process_group('gloo')\n"
         "x = torch.ones(()) * (dist.get_rank() + 1)\ndist.all_reduce(x)\nprint('SUM', x.item())"
     )

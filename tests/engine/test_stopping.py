@@ -1,5 +1,4 @@
-"""SIGTERM and Ctrl-C at any moment of a run: it saves what there is to save, ends with exit code 0, and goes on to the
-same model."""
+"""SIGTERM and Ctrl-C at any moment of a run: it saves its state, exits with code 0, and resumes to the same model."""
 
 from __future__ import annotations
 
@@ -19,20 +18,20 @@ from helpers.tiny_run import metrics, tiny, weights
         ("training", 0, "stopped after step 1 of stage 'aft'", "aft/step-00000001"),
         ("evaluating after msm", 0, "stopped after step 8 of stage 'msm'", "msm/step-00000008"),
         ("exporting", 0, "stopped before stage 'aft'", None),
-        ("twice", 130, "interrupted; the same command goes on", None),
+        ("twice", 130, "interrupted; the same command resumes", None),
     ],
 )
 def test_signal(tmp_path, finished, fork_server, monkeypatch, moment, code, says, saved):
     path = tiny(tmp_path)
-    cache = {"DELIB_FAST_CACHE": str(tmp_path / "cache")}  # so that there is something to encode
-    told = fork_server.run("stop_worker:main", [path, moment], code=code, **cache)[0]
-    assert says in told
-    assert "Traceback" not in told
+    cache = {"DELIB_FAST_CACHE": str(tmp_path / "cache")}  # an empty one, so that the run encodes the data
+    output = fork_server.run("stop_worker:main", [path, moment], code=code, **cache)[0]
+    assert says in output
+    assert "Traceback" not in output
     if saved is not None:
         assert (tmp_path / "run" / "checkpoints" / saved / "manifest.json").exists()
     if moment == "exporting":
         stages = json.loads((tmp_path / "run" / "ledger.json").read_text())["stages"]
-        assert [s["status"] for s in stages] == ["finished"], "what was begun is whole"
+        assert [s["status"] for s in stages] == ["finished"], "an export that has begun is completed"
     fork_server.run("helpers.tiny_run:run", [path], **cache)
     for name, weight in weights(finished).items():
         assert torch.equal(weights(tmp_path / "run")[name], weight), name

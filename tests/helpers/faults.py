@@ -1,14 +1,14 @@
-"""Die or fail at a chosen operation on the disk: for tests that kill a run at every write, sync and rename.
+"""Kills a rank at a chosen disk operation, for tests that kill a run at every write, sync and rename.
 
-Every operation in the run directory has a label: what is done and to which file, numbers of steps and processes left
-out, e.g. `fsync checkpoints/msm/.writing-step-N/state-N-of-N.safetensors`. Read from the environment by a rank that
-`forking` starts; a run without these variables is not touched.
+Every operation in the run directory has a label: the operation and its file, without the numbers of steps and ranks,
+e.g. `fsync checkpoints/msm/.writing-step-N/state-N-of-N.safetensors`. A rank that `forking` starts reads the settings
+from its environment; without these variables nothing is changed.
 
-    FAULT_DIR    the run directory; without it nothing is installed
-    FAULT        the label at whose first occurrence the process gets SIGKILL (a write is left half done)
-    FAULT_RANK   on this rank only (default 0)
-    FAULT_TRACE  a file that every label is written to, in order
-    FAULT_SEEN   a file that gets a line [stage seed…] of the examples of each step that is assembled
+    FAULT_DIR    the run directory; without it, no operation is watched
+    FAULT        the label at whose first occurrence the process gets SIGKILL (of a write, half is made)
+    FAULT_RANK   the rank to watch (default 0)
+    FAULT_TRACE  a file to which every label is written, in order
+    FAULT_SEEN   a file to which each step's [data digest, epoch, step, example ids] is written
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ _NUMBERS = re.compile(r"\d{4,}|(?<=-)\d+")
 
 
 def label(operation: str, path: str | os.PathLike[str], root: str) -> str | None:
-    """None for a file outside the run directory."""
+    """The label of an operation; None for a file outside the run directory."""
     whole = os.path.abspath(os.fspath(path))
     if whole != root and not whole.startswith(root + os.sep):
         return None
-    if os.path.relpath(whole, root).startswith(".ranks"):  # heartbeats come when they come
+    if os.path.relpath(whole, root).startswith(".ranks"):  # heartbeats have no fixed order
         return None
     return f"{operation} {_NUMBERS.sub('N', os.path.relpath(whole, root))}"
 
 
 def install() -> None:
+    """Install what this rank's environment requests."""
     if os.environ.get("RANK", "0") == os.environ.get("FAULT_RANK", "0") and "FAULT_DIR" in os.environ:
         Faults(os.path.abspath(os.environ["FAULT_DIR"]), os.environ.get("FAULT"), os.environ.get("FAULT_TRACE"))
     if "FAULT_SEEN" in os.environ:
@@ -45,6 +46,8 @@ def install() -> None:
 
 
 class Faults:
+    """Records the disk operations under `root`, and kills the process at the label `fatal`."""
+
     def __init__(self, root: str, fatal: str | None, trace: str | None) -> None:
         self._root, self._fatal = root, fatal
         self._trace = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if trace else None
@@ -53,10 +56,12 @@ class Faults:
             self._patch(os, name, lambda args: args[0])
         self._patch(shutil, "rmtree", lambda args: args[0])
         self._open = io.open
-        io.open = builtins.open = self._opening  # pathlib calls the one, transformers the other
+        io.open = builtins.open = self._open_watched  # pathlib calls one of them, transformers the other
         self._patch_safetensors()
 
-    def at(self, operation: str, path: str | os.PathLike[str], before_death: Callable[[], Any] = lambda: None) -> None:
+    def record(
+        self, operation: str, path: str | os.PathLike[str], before_death: Callable[[], Any] = lambda: None
+    ) -> None:
         here = label(operation, path, self._root)
         if here is None:
             return
@@ -70,16 +75,16 @@ class Faults:
         plain = getattr(module, name)
 
         def faulty(*args: Any, **options: Any) -> Any:
-            if "dir_fd" not in options:  # rmtree's own calls: the whole of it is one operation
-                self.at(name, path_of(args))
+            if "dir_fd" not in options:  # not a call that rmtree makes: rmtree is one operation
+                self.record(name, path_of(args))
             return plain(*args, **options)
 
         setattr(module, name, faulty)
 
-    def _opening(self, file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
+    def _open_watched(self, file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
         opened = self._open(file, mode, *args, **options)
         writes = not isinstance(file, int) and any(c in mode for c in "wax+")
-        return _Written(self, opened, file) if writes and label("write", file, self._root) else opened
+        return _WatchedFile(self, opened, file) if writes and label("write", file, self._root) else opened
 
     def _patch_safetensors(self) -> None:
         import safetensors.torch
@@ -94,7 +99,7 @@ class Faults:
                 plain(tensors, filename, *args, **options)
                 os.truncate(filename, os.path.getsize(filename) // 2)
 
-            self.at("write", filename, torn)
+            self.record("write", filename, torn)
             plain(tensors, filename, *args, **options)
 
         for module in (safetensors.torch, checkpoint_writer, transformers.modeling_utils):
@@ -103,8 +108,8 @@ class Faults:
                     setattr(module, name, save_file)
 
 
-class _Written:
-    """A file whose writes are operations; killed in one, it leaves half of it."""
+class _WatchedFile:
+    """A file whose writes are operations. A kill in one leaves half of it."""
 
     def __init__(self, faults: Faults, file: Any, path: Any) -> None:
         self._faults, self._file, self._path = faults, file, path
@@ -114,7 +119,7 @@ class _Written:
             self._file.write(data[: len(data) // 2])
             self._file.flush()
 
-        self._faults.at("write", self._path, torn)
+        self._faults.record("write", self._path, torn)
         return self._file.write(data)
 
     def __getattr__(self, name: str) -> Any:

@@ -1,12 +1,12 @@
-"""A warm process that forks ranks: what takes seconds to import is imported once, and a rank starts in a moment.
+"""A server process that forks ranks: it imports the slow packages once, so that a rank starts immediately.
 
     with ForkServer() as server:
         job = server.start("helpers.tiny_run:run", [path], world_size=2, FAULT="fsync manifest.json")
         codes = server.wait(job, timeout=60)      # negative: the signal that ended it
         server.output(job)
 
-Sound because the server itself only imports: it makes no tensor operation, starts no thread and joins no process group,
-so what is forked is as good as new. With OMP_NUM_THREADS=1 there is no pool of threads to lose either.
+This is safe because the server only imports: it makes no tensor operation, starts no thread and joins no process group,
+so a forked process is like a new one. With OMP_NUM_THREADS=1 there is no thread pool that a fork would lose.
 """
 
 from __future__ import annotations
@@ -29,12 +29,16 @@ from helpers.launch import ROOT, free_port
 
 @dataclass
 class Job:
+    """The ranks of one `ForkServer.start`. A code is None while its rank runs, and negative for a signal."""
+
     pids: list[int]
     logs: list[Path]
     codes: list[int | None]
 
 
 class ForkServer:
+    """Starts the server process; a context manager that ends it."""
+
     def __init__(self) -> None:
         self._logs = tempfile.TemporaryDirectory()
         folders = (
@@ -55,7 +59,7 @@ class ForkServer:
             | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"},
         )
         self._number = 0
-        self._ask({"do": "start", "logs": []})  # returns when it has imported everything
+        self._ask({"do": "start", "logs": []})  # it answers when it has imported everything
 
     def __enter__(self) -> ForkServer:
         return self
@@ -88,7 +92,7 @@ class ForkServer:
         return job.codes
 
     def wait(self, job: Job, *, timeout: float = 120, after_death: float | None = None) -> list[int]:
-        """Exit codes. After a rank has died the others get `after_death` seconds, and then SIGKILL, if it is given."""
+        """Wait for the exit codes. Ranks that outlive a dead one by `after_death` seconds are killed."""
         end = time.monotonic() + timeout
         while None in self.poll(job):
             if after_death is not None and any(code for code in job.codes):
@@ -108,12 +112,12 @@ class ForkServer:
         code: int | None = 0,
         **env: str,
     ) -> list[str]:
-        """Start, wait, and return what each rank printed. Fails if one ends otherwise than with `code`."""
+        """Start, wait, and return the output of each rank. Fails unless every rank exits with `code` (None: any)."""
         job = self.start(target, args, world_size=world_size, **env)
         codes = self.wait(job, timeout=timeout)
-        told = self.output(job)
-        assert code is None or codes == [code] * world_size, f"ranks ended with {codes}:\n" + "\n".join(told)
-        return told
+        outputs = self.output(job)
+        assert code is None or codes == [code] * world_size, f"ranks ended with {codes}:\n" + "\n".join(outputs)
+        return outputs
 
     def signal(self, job: Job, number: int, rank: int | None = None) -> None:
         for i, pid in enumerate(job.pids):
@@ -131,11 +135,11 @@ class ForkServer:
 
 # --- the server ---------------------------------------------------------------------------------------------
 
-_WARM = (
+_PRELOADED = (
     "helpers.tiny_run",
     "helpers.faults",
     "delib_fast.training.dataset",
-    "delib_fast.engine",
+    "delib_fast.engine.engine",
     "delib_fast.models",
     "delib_fast.training.console",
     "transformers.models.qwen3.modeling_qwen3",
@@ -151,7 +155,7 @@ _WARM = (
 
 
 def serve() -> None:
-    for name in _WARM:
+    for name in _PRELOADED:
         importlib.import_module(name)
     for line in sys.stdin:
         request = json.loads(line)
@@ -177,7 +181,7 @@ def _fork(request: dict[str, Any], rank: int) -> int:
         code = int(getattr(importlib.import_module(module), function)(*request["args"]) or 0)
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else 1
-    except BaseException:  # noqa: BLE001 (whatever it is, this process must end here and not go on as a server)
+    except BaseException:  # noqa: BLE001 (this process must end here, and not continue as a server)
         traceback.print_exc()
     finally:
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Start real ranks on the CPU, as a launcher would: one process each, gloo between them; and a server of a model."""
+"""Start ranks on the CPU as a launcher does: one process each, connected by gloo. And serve a model over HTTP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def free_port() -> int:
-    """Below the ports that the system hands to outgoing connections: one of those may be gone before it is used."""
+    """A free port below those that the system assigns to outgoing connections, which may be taken before we use it."""
     while True:
         port = random.SystemRandom().randrange(15000, 32000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -47,7 +47,7 @@ def rank_environment(rank: int, world_size: int, port: int, **extra: str) -> dic
 
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[str]:
-    """The base URL of `transformers serve` with the model in the folder. Skips without what it needs."""
+    """The base URL of `transformers serve` for the model in a folder. Skips the test if packages are missing."""
     pytest.importorskip("uvicorn", reason="transformers serve needs fastapi and uvicorn (extra `test`)")
     port, log = free_port(), folder.parent / "serve.log"
     with log.open("w") as file:
@@ -74,7 +74,7 @@ def serving(folder: Path) -> Iterator[str]:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).read()
                 break
             assert server.poll() is None, log.read_text()[-2000:]
-            assert time.monotonic() < end, f"transformers serve never came up: {log.read_text()[-2000:]}"
+            assert time.monotonic() < end, f"transformers serve did not start: {log.read_text()[-2000:]}"
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
@@ -83,10 +83,10 @@ def serving(folder: Path) -> Iterator[str]:
 
 
 class Rank:
-    """One started rank; its output goes to a file, so that no pipe can fill up and hold it."""
+    """One running rank. Its output goes to a file, because a full pipe would block it."""
 
     def __init__(self, command: Sequence[str], env: dict[str, str]) -> None:
-        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the rank is)
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the rank runs)
         self.process = subprocess.Popen(
             [sys.executable, *command], env=env, stdout=self._output, stderr=subprocess.STDOUT, text=True, cwd=ROOT
         )
@@ -97,7 +97,7 @@ class Rank:
 
 
 def start_ranks(command: Sequence[str], world_size: int, **extra: str) -> list[Rank]:
-    """Start `python command...` once for each rank."""
+    """Start `python command…` once for each rank."""
     port = free_port()
     return [Rank(command, rank_environment(rank, world_size, port, **extra)) for rank in range(world_size)]
 
@@ -105,7 +105,7 @@ def start_ranks(command: Sequence[str], world_size: int, **extra: str) -> list[R
 def run_ranks(
     command: Sequence[str], world_size: int, *, timeout: float = 300, exit_code: int = 0, **extra: str
 ) -> list[str]:
-    """Run to the end and return each rank's output. Fails the test, with the output, if a rank ends otherwise."""
+    """Run to the end and return each rank's output. Fails, with the output, if a rank has another exit code."""
     ranks = start_ranks(command, world_size, **extra)
     try:
         for rank in ranks:
@@ -120,6 +120,6 @@ def run_ranks(
 
 
 def result_of(output: str) -> Any:
-    """What a worker printed for its test: JSON behind RESULT."""
+    """What a worker printed for its test: the JSON after RESULT."""
     line = next(line for line in output.splitlines() if line.startswith("RESULT "))
     return json.loads(line.removeprefix("RESULT "))

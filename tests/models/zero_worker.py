@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 
-import deepspeed
 import torch
-import torch.distributed as dist
 from small_models import build, documents, pack
 
+from delib_fast.engine import Ranks
+from delib_fast.engine.import_deepspeed import deepspeed
 from delib_fast.models import TrainableLM, check_isolation, export_model, train_tokenizer
 from delib_fast.models.recompute import enable_activation_checkpointing
 
@@ -39,8 +39,8 @@ def one_process(name: str) -> dict[str, torch.Tensor]:
     return {key: weight.detach().clone() for key, weight in model.named_parameters()}
 
 
-def under_zero(name: str, stage: int, checkpointing: bool, folder: str) -> dict[str, torch.Tensor]:
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+def under_zero(ranks: Ranks, name: str, stage: int, checkpointing: bool, folder: str) -> dict[str, torch.Tensor]:
+    rank, world_size = ranks.rank, ranks.world_size
     bare = build(name)
     if checkpointing:
         enable_activation_checkpointing(bare)
@@ -73,14 +73,14 @@ def under_zero(name: str, stage: int, checkpointing: bool, folder: str) -> dict[
 
 
 def main(folder: str) -> None:
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    ranks = Ranks("cpu")  # not deepspeed.init_distributed: that would compile a shared-memory op
     deviations = {}
     for name, stage, checkpointing in RUNS:
         expected = one_process(name)
-        found = under_zero(name, stage, checkpointing, f"{folder}/{len(deviations)}")
+        found = under_zero(ranks, name, stage, checkpointing, f"{folder}/{len(deviations)}")
         off = max(((found[key] - expected[key]).abs().max() / expected[key].abs().max()).item() for key in expected)
         deviations[f"{name} z{stage} {'checkpointed' if checkpointing else 'plain'}"] = off
-    if dist.get_rank() == 0:
+    if ranks.rank == 0:
         print("RESULT " + json.dumps(deviations))
 
 

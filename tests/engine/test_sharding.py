@@ -1,15 +1,15 @@
-"""At ZeRO stage 3 no device ever holds the whole model: it is cut up before DeepSpeed moves anything."""
+"""At ZeRO 3 no device ever holds the whole model: it is sharded before DeepSpeed moves anything."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from delib_fast.engine import Ranks
-from delib_fast.engine.sharding import shard_parameters
 
+def test_stage_3_shards_parameters_one_by_one(monkeypatch):
+    from delib_fast.engine import Ranks
+    from delib_fast.engine.sharding import shard_parameters
 
-def test_stage_3_takes_parameters_one_by_one(monkeypatch):
     Ranks("cpu")
     module = nn.Sequential(nn.Embedding(50, 8), nn.BatchNorm1d(8), nn.Linear(8, 300))
     whole = {name: p.detach().clone() for name, p in module.named_parameters()}
@@ -28,7 +28,7 @@ def test_stage_3_takes_parameters_one_by_one(monkeypatch):
         3,
     )
     for name, parameter in module.named_parameters():
-        assert parameter.numel() == 0, f"{name} is still whole"
+        assert parameter.numel() == 0, f"{name} is not sharded"
         held = parameter.ds_tensor[: parameter.ds_numel].view(parameter.ds_shape)
         assert torch.equal(held, whole[name].bfloat16()), name
 
