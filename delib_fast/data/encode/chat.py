@@ -71,6 +71,16 @@ class Skeleton:
             lengths.append(lengths[-1] + len(cores[slot]))
         return "".join(parts), tuple(lengths[slots] + chars for slots, chars in self.borders)
 
+    def fill_before(self, slot: int, cores: Sequence[str]) -> str:
+        """The text before a slot, which occurs once."""
+        end = self.slots.index(slot)
+        return "".join(
+            [
+                *(part for k in range(end) for part in (self.pieces[k], cores[self.slots[k]])),
+                self.pieces[end],
+            ]
+        )
+
 
 @dataclass
 class ChatRenderer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -41,7 +42,7 @@ class Encoder:
         self._renderer = ChatRenderer(tokenizer, self.control, add_bos=bool(self._bos))
 
     def encode(self, rows: Sequence[Row], *, cot: Cot, system_prompt: str | None) -> list[Example]:
-        """One example a row. Raises DataError with the row's place."""
+        """Encode each row as one example. Raises DataError with the row's location."""
         if cot not in ("train", "context", "strip"):
             raise ValueError(f"cot is {cot!r}; it must be 'train', 'context' or 'strip'")
         filled = [self._text(row, cot, system_prompt) for row in rows]
@@ -51,15 +52,72 @@ class Encoder:
             for row, encoding, (_, borders) in zip(rows, encodings, filled, strict=True)
         ]
 
+    def encode_with_cots(self, row: Row, cots: Sequence[str], *, system_prompt: str | None = None) -> list[Example]:
+        """Encode a chat once for each of these chains of thought, in place of its own.
+
+        Every variant fills the same rendering of the chat template, so that nothing else differs between them. An
+        empty string leaves an empty think block.
+
+        Raises:
+            ValueError: the row has no chain of thought.
+            DataError: a text cannot be encoded.
+        """
+        if row.kind != "chat" or not (row.cot or "").strip():
+            raise ValueError(f"{row.location}: the row has no chain of thought to replace")
+        for text in (*row.texts, *cots):
+            self.control.refuse_reserved(text, row.location)
+        messages = _with_system_prompt(row.messages, system_prompt)
+        texts = [*_message_texts(messages), (row.cot or "").strip(), row.response]
+        skeleton = self._skeleton(row, messages, texts, True)
+        cores = [text.strip() for text in texts]
+        filled = [skeleton.fill([*cores[:-2], cot.strip(), cores[-1]]) for cot in cots]
+        encodings = self.control.encode_batch([text for text, _ in filled])
+        return [self._example(row, encoding, borders) for encoding, (_, borders) in zip(encodings, filled, strict=True)]
+
+    def encode_prompt(
+        self, messages: Sequence[Message], *, thinking: bool | None = None, system_prompt: str | None = None
+    ) -> list[int]:
+        """Encode the messages before a reply, up to the token where a model starts to write.
+
+        Args:
+            messages: only the chat template can write control tokens; those that a message spells stay text.
+            thinking: True opens the think block, False writes an empty one, None leaves the choice to the model.
+            system_prompt: prepended to a chat without a system message.
+        """
+        messages = _with_system_prompt(messages, system_prompt)
+        for message in messages:
+            self.control.refuse_reserved(message.content, "a prompt")
+        skeleton, cores = self._prompt_skeleton(messages)
+        if thinking is None:
+            filled, borders = skeleton.fill(cores)
+            text = filled[: borders[0]]
+        else:
+            cot_slot, response_slot = len(cores) - 2, len(cores) - 1
+            text = skeleton.fill_before(cot_slot if thinking else response_slot, cores)
+        return list(self.control.encode_batch([text])[0].ids)
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """The ids that end a reply: the chat template's end of turn, and the tokenizer's end of text."""
+        skeleton, cores = self._prompt_skeleton([Message("user", "a")], has_cot=False)
+        text, borders = skeleton.fill([*cores[:-1], "b"])
+        end_of_turn = self.control.encode_batch([text[: borders[2]]])[0].ids[-1]
+        return sorted({end_of_turn, *([self._eos] if self._eos is not None else [])})
+
+    def _prompt_skeleton(self, messages: Sequence[Message], *, has_cot: bool = True) -> tuple[Skeleton, list[str]]:
+        """The skeleton of these messages with some reply, and their stripped texts with an empty reply."""
+        texts = _message_texts(messages)
+        shapes = [*texts, "thought" if has_cot else "", "reply"]
+        skeleton = self._renderer.skeleton(tuple(m.role for m in messages), shapes, has_cot, "a prompt")
+        return skeleton, [*(text.strip() for text in texts), "", ""]
+
     def _text(self, row: Row, cot: Cot, system_prompt: str | None) -> tuple[str, tuple[int, ...] | None]:
         """What is tokenised, and for a chat the characters at which CoT, response and tail begin."""
         for text in row.texts:
             self.control.refuse_reserved(text, row.location)
         if row.kind == "document":
             return row.text, None
-        messages = row.messages
-        if system_prompt is not None and messages[0].role not in ("system", "developer"):
-            messages = (Message("system", system_prompt), *messages)
+        messages = _with_system_prompt(row.messages, system_prompt)
         thought = row.cot or "" if cot != "strip" else ""
         if not row.response.strip() and not row.calls and (cot != "train" or not thought.strip()):
             raise DataError(
@@ -67,8 +125,7 @@ class Encoder:
                 reason="nothing_supervised",
                 location=row.location,
             )
-        texts = [text for message in messages for text in (message.content, message.cot or "")]
-        texts += [thought, row.response]
+        texts = [*_message_texts(messages), thought, row.response]
         skeleton = self._skeleton(row, messages, texts, bool(thought.strip()))
         return skeleton.fill([text.strip() for text in texts])
 
@@ -93,6 +150,17 @@ class Encoder:
             raise ValueError("the tokenizer has no eos_token: a document would have no end; set one")
         ids = np.array([*self._bos, *encoding.ids, self._eos], np.int32)
         return Example(ids, np.full(len(ids), Segment.DOCUMENT, np.int8), row.location, row.weight)
+
+
+def _with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> Sequence[Message]:
+    if system_prompt is None or messages[0].role in ("system", "developer"):
+        return messages
+    return (Message("system", system_prompt), *messages)
+
+
+def _message_texts(messages: Sequence[Message]) -> list[str]:
+    """Two texts of each message: its content and its chain of thought, in the order that `ChatRenderer` expects."""
+    return [text for message in messages for text in (message.content, message.cot or "")]
 
 
 def _leading_ids(tokenizer: Any) -> list[int]:
