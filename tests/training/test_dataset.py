@@ -51,7 +51,7 @@ def test_spec_in_a_prompt_ends_the_run(tmp_path):
     (tmp_path / "spec.md").write_text(spec)
     items = [*rows(30), {"prompt": f"{spec}\nWhat now?", "cot": "c", "response": "r"}]
     config = write(tmp_path, {"stage": {"spec": "spec.md"}}, lessons=items)
-    with dry_run(config) as corpus, pytest.raises(DataError, match=r"lessons.jsonl:31: the prompt holds text of"):
+    with dry_run(config) as corpus, pytest.raises(DataError, match=r"lessons.jsonl:31: the prompt contains text of"):
         corpus.batches(config.stages[0])
     config = write(tmp_path, {"stage": {"spec": "none.md"}}, lessons=items)
     with dry_run(config) as corpus, pytest.raises(ConfigError, match=r"stage 'aft': spec: .*none.md can't be read"):
@@ -65,8 +65,7 @@ def test_evaluation_rows_among_training_rows(tmp_path):
         dry_run(config) as corpus,
         pytest.raises(
             DataError,
-            match=r"(?s)eval.jsonl:4: .*is also a training row .*"
-            r"lessons.jsonl:8.*1 of 4.*overlap: allow",
+            match=r"(?s)eval.jsonl:4: .*is also a training row .*lessons.jsonl:8.*1 of 4.*overlap: allow",
         ),
     ):
         corpus.batches(config.stages[0])
