@@ -110,8 +110,8 @@ def refuse_overlap(train: Iterable[Row], evaluation: Sequence[Row], *, share: fl
             else f"is contained in the training data ({worst.share:.0%} of its {NGRAM_WORDS}-grams occur there)"
         )
         raise DataError(
-            f"this evaluation row {what}. In all, {len(found)} of {len(evaluation)} evaluation rows occur in the training "
-            "data: remove them from the one or the other",
+            f"this evaluation row {what}. In all, {len(found)} of {len(evaluation)} evaluation rows occur in the "
+            "training data: remove them from the one or the other",
             reason="overlap",
             location=worst.location,
         )
