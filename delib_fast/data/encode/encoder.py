@@ -54,7 +54,7 @@ class Encoder:
         ]
 
     def encode_with_cots(self, row: Row, cots: Sequence[str], *, system_prompt: str | None = None) -> list[Example]:
-        """Encode a chat once for each of these chains of thought, in place of its own.
+        """Encode a chat once for each of these chains of thought, instead of its own.
 
         Every variant fills the same rendering of the chat template, so that nothing else differs between them. An
         empty string leaves an empty think block.

@@ -143,44 +143,44 @@ class TokenizedDataset(Sequence[Example]):
         counts: Counts,
     ) -> TokenizedDataset:
         """A dataset of examples that are concatenated in arrays, which are kept as they are (also if memory-mapped)."""
-        made = cls([], counts)
-        made.lengths, made.weights, made.location = lengths, weights, location
-        made.target_counts, made.prompts = target_counts, prompts
-        made.starts = np.cumsum(lengths) - lengths
-        made.array_of = np.zeros(len(lengths), np.int32)
-        made.arrays, made._array_digests = [TokenArrays(input_ids, segments)], [None]
-        return made
+        dataset = cls([], counts)
+        dataset.lengths, dataset.weights, dataset.location = lengths, weights, location
+        dataset.target_counts, dataset.prompts = target_counts, prompts
+        dataset.starts = np.cumsum(lengths) - lengths
+        dataset.array_of = np.zeros(len(lengths), np.int32)
+        dataset.arrays, dataset._array_digests = [TokenArrays(input_ids, segments)], [None]
+        return dataset
 
     @classmethod
     def join(cls, datasets: Sequence[TokenizedDataset]) -> TokenizedDataset:
         """Concatenate datasets; no token is copied."""
-        made = cls([], sum((d.counts for d in datasets), Counts()))
-        made.arrays = [arrays for d in datasets for arrays in d.arrays]
-        made._array_digests = [digest for d in datasets for digest in d._array_digests]
+        dataset = cls([], sum((d.counts for d in datasets), Counts()))
+        dataset.arrays = [arrays for d in datasets for arrays in d.arrays]
+        dataset._array_digests = [digest for d in datasets for digest in d._array_digests]
         first_array = np.cumsum([0, *(len(d.arrays) for d in datasets)])[:-1]
-        made.array_of = np.concatenate([d.array_of + first for d, first in zip(datasets, first_array, strict=True)])
-        made.lengths = np.concatenate([d.lengths for d in datasets])
-        made.starts = np.concatenate([d.starts for d in datasets])
-        made.weights = np.concatenate([d.weights for d in datasets])
-        made.target_counts = np.concatenate([d.target_counts for d in datasets])
-        made.prompts = np.concatenate([d.prompts for d in datasets])
+        dataset.array_of = np.concatenate([d.array_of + first for d, first in zip(datasets, first_array, strict=True)])
+        dataset.lengths = np.concatenate([d.lengths for d in datasets])
+        dataset.starts = np.concatenate([d.starts for d in datasets])
+        dataset.weights = np.concatenate([d.weights for d in datasets])
+        dataset.target_counts = np.concatenate([d.target_counts for d in datasets])
+        dataset.prompts = np.concatenate([d.prompts for d in datasets])
         ends = np.cumsum([len(d) for d in datasets])
 
         def location(index: int) -> str:
             k = int(np.searchsorted(ends, index, side="right"))
             return datasets[k].location(index - int(ends[k]) + len(datasets[k]))
 
-        made.location = location
-        return made
+        dataset.location = location
+        return dataset
 
     def take(self, indices: NDArray[np.int64]) -> TokenizedDataset:
         """The examples at these indices, which may repeat; no token is copied. `counts` stays that of all examples."""
-        made = TokenizedDataset([], self.counts)
-        made.arrays, made._array_digests = self.arrays, self._array_digests
+        dataset = TokenizedDataset([], self.counts)
+        dataset.arrays, dataset._array_digests = self.arrays, self._array_digests
         for name in ("array_of", "lengths", "starts", "weights", "target_counts", "prompts"):
-            setattr(made, name, getattr(self, name)[indices])
-        made.location = lambda index: self.location(int(indices[index]))
-        return made
+            setattr(dataset, name, getattr(self, name)[indices])
+        dataset.location = lambda index: self.location(int(indices[index]))
+        return dataset
 
     def __len__(self) -> int:
         return len(self.lengths)
