@@ -13,9 +13,9 @@ ROWS = [{"prompt": f"question {i}", "cot": "so" if i % 2 else None, "response": 
 
 @pytest.fixture
 def saved(tmp_path):
-    data_set = datasets.Dataset.from_list(ROWS)
-    data_set.save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": data_set, "test": data_set.select([1])}).save_to_disk(tmp_path / "several")
+    dataset = datasets.Dataset.from_list(ROWS)
+    dataset.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": dataset, "test": dataset.select([1])}).save_to_disk(tmp_path / "several")
     return tmp_path
 
 

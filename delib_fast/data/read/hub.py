@@ -18,14 +18,14 @@ from delib_fast.data.rows import DataError
 HUB = "hub:"
 
 
-def is_data_set(path: str) -> bool:
+def is_dataset(path: str) -> bool:
     """Whether a path is a hub name, or a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     folder = Path(path)
     return path.startswith(HUB) or (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def open_data_set(config: SourceConfig) -> tuple[Any, str]:
-    """Return (the memory-mapped data set, a hash of its content). Raises DataError if it cannot be loaded."""
+def open_dataset(config: SourceConfig) -> tuple[Any, str]:
+    """Return (the memory-mapped dataset, a hash of its content). Raises DataError if it cannot be loaded."""
     try:
         import datasets
     except ImportError:
@@ -53,15 +53,15 @@ def open_data_set(config: SourceConfig) -> tuple[Any, str]:
     return found, _sha256(found)
 
 
-def read_data_set_items(data_set: Any) -> Iterator[Item]:
+def read_dataset_items(dataset: Any) -> Iterator[Item]:
     """Yield one item for each row. `line` is the row's number, from 1; a null counts as an absent field."""
-    for number, row in enumerate(data_set, start=1):
+    for number, row in enumerate(dataset, start=1):
         yield Item(number, without_nulls(row), raw=json.dumps(row, default=str).encode())
 
 
-def _sha256(data_set: Any) -> str:
-    """Hash the rows themselves: the library's own fingerprint depends on how the data set was made."""
-    digest = hashlib.sha256(json.dumps(data_set.column_names).encode())
-    for start in range(0, len(data_set), 1000):
-        digest.update(json.dumps(data_set[start : start + 1000], default=str).encode())
+def _sha256(dataset: Any) -> str:
+    """Hash the rows themselves: the library's own fingerprint depends on how the dataset was made."""
+    digest = hashlib.sha256(json.dumps(dataset.column_names).encode())
+    for start in range(0, len(dataset), 1000):
+        digest.update(json.dumps(dataset[start : start + 1000], default=str).encode())
     return digest.hexdigest()

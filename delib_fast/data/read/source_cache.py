@@ -27,7 +27,7 @@ class Source:
     num_train: int
     held_out: list[Row]
     sha256: str
-    """Hash of the file, or of the rows of a data set."""
+    """Hash of the file, or of the rows of a dataset."""
     bad_rows: Counter[str]
     """Number of skipped rows, by reason."""
 

@@ -1,4 +1,4 @@
-"""Read a source: a file of rows, a text file, or a data set."""
+"""Read a source: a file of rows, a text file, or a dataset."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from delib_fast.config import SourceConfig
 from delib_fast.data.read.cot_tags import TAGS
 from delib_fast.data.read.formats import FormatSettings, document_row, rows_of
-from delib_fast.data.read.hub import is_data_set, open_data_set, read_data_set_items
+from delib_fast.data.read.hub import is_dataset, open_dataset, read_dataset_items
 from delib_fast.data.read.jsonl import HashingFile, Item, decode_text, read_items, refuse_foreign_bytes
 from delib_fast.data.read.text_files import cut_at_headings
 from delib_fast.data.rows import DataError, Row
@@ -44,27 +44,27 @@ class SourceReader:
     def __init__(self, name: str, config: SourceConfig) -> None:
         self.name, self.config, self.path = name, config, Path(config.path)
         self.sha256 = ""
-        """Hash of the whole file, or of the rows of a data set; empty until `hash` is called or an iteration ends."""
+        """Hash of the whole file, or of the rows of a dataset; empty until `hash` is called or an iteration ends."""
         self.bad_rows: Counter[str] = Counter()
         """Number of bad rows that the last complete iteration skipped, by reason."""
-        self._data_set: Any = None
-        if is_data_set(config.path):
+        self._dataset: Any = None
+        if is_dataset(config.path):
             if config.cut != "none":
                 raise DataError(
-                    f"cut: {config.cut} is for text files ({', '.join(TEXT_FILES)}); this is a data set "
+                    f"cut: {config.cut} is for text files ({', '.join(TEXT_FILES)}); this is a dataset "
                     f"(source {name!r})",
                     reason="no_file",
                     location=self.path,
                 )
-            self._data_set, self.sha256 = open_data_set(config)
-            self.size_bytes = int(self._data_set.data.nbytes)
+            self._dataset, self.sha256 = open_dataset(config)
+            self.size_bytes = int(self._dataset.data.nbytes)
         else:
             _refuse_path(name, self.path, config)
             self.size_bytes = self.path.stat().st_size
 
     def __iter__(self) -> Iterator[Row]:
         bad_rows: Counter[str] = Counter()
-        rows, file = 0, None if self._data_set is not None else self._open()
+        rows, file = 0, None if self._dataset is not None else self._open()
         try:
             for row in itertools.islice(self._rows(file, bad_rows), self.config.limit):
                 rows += 1
@@ -115,7 +115,7 @@ class SourceReader:
 
     def _rows(self, file: HashingFile | None, bad_rows: Counter[str]) -> Iterator[Row]:
         if file is None:
-            return _item_rows(self.name, self.path, self.config, read_data_set_items(self._data_set), bad_rows)
+            return _item_rows(self.name, self.path, self.config, read_dataset_items(self._dataset), bad_rows)
         if self.path.suffix.lower() in TEXT_FILES:
             return _text_rows(self.name, self.path, self.config, file)
         return _item_rows(self.name, self.path, self.config, _items(self.path, file), bad_rows)
