@@ -12,7 +12,6 @@ on the completion.
 from __future__ import annotations
 
 import difflib
-import functools
 import json
 import random
 import sys
@@ -26,13 +25,21 @@ from harness import round_seconds
 from pytest_benchmark.fixture import BenchmarkFixture
 from recording import machine
 
-from delib_fast.config import AFTConfig, SourceConfig
-from delib_fast.data import PackedDataLoader, Row, Segment, TokenizedDataset, encode_rows, encode_stream, read_source
-from delib_fast.data.encode.cache import cached, fingerprint_of
+from delib_fast.config import SourceConfig
+from delib_fast.data import (
+    PackedDataLoader,
+    Row,
+    Segment,
+    SourceReader,
+    TokenizedDataset,
+    encode_rows,
+    encode_stream,
+)
+from delib_fast.data.encode.cache import cached_dataset
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "data"))
-from chat_oracle import chat, nasty_text, oracle
-from tokenizers_for_tests import tokenizer
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from helpers.chat_oracle import chat, nasty_text, oracle
+from helpers.chat_tokenizers import tokenizer
 
 CAPACITY = 8192
 WEIGHTS = (0.0, 1.0, 1.0, 1.0)
@@ -126,9 +133,8 @@ def judged(ids: list[int], supervised: list[bool], row: Row) -> tuple[int, int]:
 def bench_masks(benchmark: BenchmarkFixture, who: str, quick: bool) -> None:
     kinds, rows = zip(*adversarial(20 if quick else 200), strict=True)
     tok = tokenizer("qwen3")
-    stage = AFTConfig(train=["s"], pack_capacity=65536, tokens_per_step=65536)
     if who == "delib_fast":
-        encoded = benchmark.pedantic(encode_rows, (rows, tok, stage), rounds=1)
+        encoded = benchmark.pedantic(encode_rows, (rows, tok), {"pack_capacity": 65536}, rounds=1)
         results = [(e.input_ids.tolist(), (e.segments != Segment.PROMPT).tolist()) for e in encoded]
         exact = sum(
             (e.input_ids.tolist(), e.segments.tolist()) == oracle("qwen3", row)
@@ -211,12 +217,16 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("who", ["delib_fast", "delib_fast-from-cache", "trl"])
 def bench_file_to_packs(benchmark: BenchmarkFixture, who: str, file: Path, tmp_path: Path) -> None:
-    """From a JSONL file to all packed batches of an epoch as tensors (TRL: to its packed data set)."""
-    tok, stage = tokenizer("qwen3"), AFTConfig(train=["s"], pack_capacity=CAPACITY)
+    """From a JSONL file to all packed batches of an epoch as tensors (TRL: to its packed dataset)."""
+    tok = tokenizer("qwen3")
 
-    def encode(counts: Any = None) -> Any:
-        rows = read_source("s", SourceConfig(path=str(file)))
-        return encode_rows(rows, tok, stage) if counts is None else encode_stream(rows, tok, stage, counts)
+    def encoded() -> TokenizedDataset:
+        rows = SourceReader("s", SourceConfig(path=str(file)))
+        return encode_rows(rows, tok, pack_capacity=CAPACITY)
+
+    def from_cache() -> TokenizedDataset:
+        rows = SourceReader("s", SourceConfig(path=str(file)))  # it is not read if there is an entry
+        return cached_dataset(tmp_path, "0" * 64, encode_stream(rows, tok, pack_capacity=CAPACITY))
 
     def packs(encoded: TokenizedDataset) -> tuple[float, int]:
         batches = PackedDataLoader(
@@ -236,10 +246,9 @@ def bench_file_to_packs(benchmark: BenchmarkFixture, who: str, file: Path, tmp_p
         tokens = sum(map(len, prepared["input_ids"]))
         fill = tokens / (len(prepared) * CAPACITY)
     else:
-        cached_examples = functools.partial(cached, tmp_path, fingerprint_of({}), encode)
-        call = (lambda: packs(encode())) if who == "delib_fast" else (lambda: packs(cached_examples()[0]))
-        call()  # this call also fills the cache
-        fill, tokens = benchmark.pedantic(call, rounds=3)
+        dataset = encoded if who == "delib_fast" else from_cache
+        dataset()  # this call also fills the cache
+        fill, tokens = benchmark.pedantic(lambda: packs(dataset()), rounds=3)
     benchmark.extra_info.update(
         machine(), fill=fill, tokens=tokens, tokens_per_s=tokens / min(round_seconds(benchmark))
     )

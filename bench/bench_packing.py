@@ -21,7 +21,6 @@ import pytest
 from harness import SHARED_DATA, round_seconds
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from delib_fast.config import AFTConfig
 from delib_fast.data import Example, Message, PackedDataLoader, Row, TokenizedDataset, encode_rows, plan_packs
 from delib_fast.data.pack.epochs import pack_costs
 from delib_fast.data.pack.packing import _compiled
@@ -213,7 +212,7 @@ def bench_math_cot(benchmark: BenchmarkFixture, quick: bool) -> None:
     encoded = encode_rows(
         rows,
         byte_level_bpe([part for row in rows for part in row.texts], 8192),
-        AFTConfig(train=["s"], pack_capacity=8192),
+        pack_capacity=8192,
     )
 
     def batches(share: bool) -> PackedDataLoader:
@@ -300,12 +299,11 @@ def bench_encode(benchmark: BenchmarkFixture) -> None:
         for i in range(1000)
     ]
     tokenizer = byte_level_bpe([part for row in rows[:100] for part in row.texts], 4096)
-    stage = AFTConfig(train=["s"], pack_capacity=8192)
-    encoded = encode_rows(rows, tokenizer, stage)
+    encoded = encode_rows(rows, tokenizer, pack_capacity=8192)
     message = {"role": "assistant", "reasoning_content": rows[0].cot, "content": rows[0].response}
     user = {"role": "user", "content": rows[0].messages[0].content}
     assert encoded[0].input_ids.tolist() == tokenizer.apply_chat_template([user, message], return_dict=False)
-    benchmark.pedantic(encode_rows, (rows, tokenizer, stage), rounds=3)
+    benchmark.pedantic(encode_rows, (rows, tokenizer), {"pack_capacity": 8192}, rounds=3)
     note(
         benchmark,
         tokens_per_s=encoded.counts.tokens / min(round_seconds(benchmark)),

@@ -12,7 +12,7 @@ from harness import DEVICE, GIB, SHARED_DATA
 
 from delib_fast.config import Config, LoraConfig, ModelConfig, SourceConfig
 from delib_fast.config.load import parse_config
-from delib_fast.data import PackedDataLoader, TokenizedDataset, encode_rows, read_source
+from delib_fast.data import PackedDataLoader, TokenizedDataset, encode_rows, encoding_options, read_source
 from delib_fast.data.pack.weights import loss_normalizer, segment_weights
 from delib_fast.engine import Ranks, native_precision
 from delib_fast.models import add_adapter, build_model, train_tokenizer
@@ -118,14 +118,14 @@ class Workload:
         self.ranks = Ranks()
         self.precision = native_precision(self.ranks.device)
         path, self.source = _file(data)
-        rows = list(read_source("rows", SourceConfig(path=str(path))))
+        rows = read_source("rows", SourceConfig(path=str(path)))
         if data == "long" and len(rows) > 1:
             rows = [replace(rows[0], text="\n\n".join(text for row in rows for text in row.texts))]
         self.tokenizer = train_tokenizer((text for row in rows for text in row.texts), min(shape.vocab, 2000))
         self.config = self._config(data, path)
         self.stage = self.config.stages[0]
         self.supervised_segments = {k for k, weight in enumerate(segment_weights(self.stage)) if weight > 0}
-        self.examples: TokenizedDataset = encode_rows(rows, self.tokenizer, self.stage)
+        self.examples: TokenizedDataset = encode_rows(rows, self.tokenizer, **encoding_options(self.stage))
         self.batches = PackedDataLoader(
             self.examples,
             pack_capacity=shape.pack_capacity,

@@ -107,6 +107,16 @@ def test_no_module_is_in_a_cycle():
     TopologicalSorter(graph).prepare()
 
 
+def test_data_is_read_then_encoded_then_packed():
+    """Of the packages of `data`, an earlier one does not import a later one."""
+    order = ["read", "encode", "pack"]
+    for path in modules():
+        parts = path.relative_to(PACKAGE).parts
+        if parts[0] == "data" and len(parts) == 3:
+            later = tuple(f"delib_fast.data.{name}" for name in order[order.index(parts[1]) + 1 :])
+            assert not [name for name in imports_of(path) if later and name.startswith(later)], path
+
+
 @pytest.mark.parametrize("path", sorted((PACKAGE / "ops").rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_ops_need_only_torch(path):
     roots = {name.split(".")[0] for name in imports_of(path)}

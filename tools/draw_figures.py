@@ -134,7 +134,12 @@ def draw_row(seen: Any, theme: Theme) -> str:
         top += 8
     group = f'<g font-family="{mono}" font-size="12.5" fill="{theme.ink}">'
     body = [*labels, group, *tokens, "</g>"]
-    return svg(2 * left + COLUMNS * CHARACTER, top, f"{seen.heading}: its tokens, coloured by segment".replace(f"{ROOT}/", ""), body)
+    return svg(
+        2 * left + COLUMNS * CHARACTER,
+        top,
+        f"{seen.heading}: its tokens, coloured by segment".replace(f"{ROOT}/", ""),
+        body,
+    )
 
 
 # --- the small world ----------------------------------------------------------------------------------------

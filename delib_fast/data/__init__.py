@@ -1,27 +1,31 @@
-"""From files of rows to packed batches: `read_source` → `encode_rows` → `PackedDataLoader`.
+"""Data, from files of rows to packed batches: `read_source` → `encode_rows` → `PackedDataLoader`.
 
-    rows = read_source("aft", SourceConfig(path="rows.jsonl"))          # Row: text, and where it came from
+    rows = read_source("aft", SourceConfig(path="rows.jsonl"))          # Row: text and its location
     train, held_out = split_holdout(rows, 0.1)
-    examples = encode_rows(train, tokenizer, stage)                     # Example: ids, a segment a token
-    batches = PackedDataLoader(examples, pack_capacity=…, packs_per_step=…, seed=0, epochs=1, rank=0,
-                            world_size=1, segment_weights=…)
-    for micro_batch in batches.step(0): …                               # PackedBatch: tensors
+    examples = encode_rows(train, tokenizer, pack_capacity=2048)        # Example: ids, and the segment of each token
+    loader = PackedDataLoader(examples, pack_capacity=2048, packs_per_step=4, segment_weights=(0, 1, 1, 1),
+                              seed=0, epochs=1, rank=0, world_size=1)
+    for micro_batch in loader.step(0): ...                              # PackedBatch: tensors
 
-The tokenizer is handed in (a fast Hugging Face one); nothing here imports transformers.
+The packages in that order: `read` (files to rows), `encode` (rows to token ids), `pack` (examples to batches); none
+imports a later one. The tokenizer is an argument, a fast one of Hugging Face; nothing here imports transformers.
 """
 
 from delib_fast.data.decontamination import Overlap, find_overlap, refuse_overlap, refuse_spec_in_prompts
 from delib_fast.data.encode.chat import PLAIN_TEMPLATE
-from delib_fast.data.encode.encoder import encode_row, encode_rows, encode_stream, split_document
+from delib_fast.data.encode.encoder import encode_row
+from delib_fast.data.encode.stream import encode_rows, encode_stream, encoding_options, split_document
 from delib_fast.data.encode.tokenized_dataset import Counts, Example, TokenizedDataset
+from delib_fast.data.holdout import split_holdout
 from delib_fast.data.pack.batch import IGNORE_INDEX, PackedBatch, empty_pack
 from delib_fast.data.pack.epochs import PromptSharing
 from delib_fast.data.pack.loader import PackedDataLoader, evaluation_batches
-from delib_fast.data.pack.mixing import SourceShare, mix_sources
+from delib_fast.data.pack.mixing import SourceShare, mix_datasets, mix_sources
 from delib_fast.data.pack.packing import PackPlan, plan_packs
 from delib_fast.data.pack.weights import loss_normalizer, segment_weights
-from delib_fast.data.read.sources import SourceRows, read_source
-from delib_fast.data.rows import DataError, Message, Row, Segment, split_holdout
+from delib_fast.data.read.source_cache import Source, load_source
+from delib_fast.data.read.sources import SourceReader, read_source
+from delib_fast.data.rows import DataError, Message, Row, Segment
 
 __all__ = [
     "IGNORE_INDEX",
@@ -37,16 +41,20 @@ __all__ = [
     "PromptSharing",
     "Row",
     "Segment",
-    "SourceRows",
+    "Source",
+    "SourceReader",
     "SourceShare",
     "TokenizedDataset",
     "empty_pack",
     "encode_row",
     "encode_rows",
     "encode_stream",
+    "encoding_options",
     "evaluation_batches",
     "find_overlap",
+    "load_source",
     "loss_normalizer",
+    "mix_datasets",
     "mix_sources",
     "plan_packs",
     "read_source",

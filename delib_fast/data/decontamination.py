@@ -1,7 +1,7 @@
-"""Checks that end a run by name instead of letting it learn the wrong thing.
+"""Decontamination: evaluation rows that occur in the training data, and spec text in prompts.
 
-Texts are compared by their runs of 13 words (case and punctuation aside), as contamination studies do. A text of
-fewer words is one run.
+Texts are compared by their word n-grams (13 words by default, as in contamination studies), with case and punctuation
+ignored.
 """
 
 from __future__ import annotations
@@ -15,102 +15,127 @@ from numpy.typing import NDArray
 
 from delib_fast.data.rows import DataError, Row
 
-RUN_WORDS = 13
+NGRAM_WORDS = 13
 _WORD = re.compile(r"\w+")
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # any large odd number: the hash of a run depends on the order of its words
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # any large odd number: the hash depends on the order of the words
 
 
-def ngram_hashes(text: str) -> NDArray[np.uint64]:
-    """A 64-bit hash of every run of 13 words; comparable within one process only."""
-    words = _WORD.findall(text.lower())
+def words_of(text: str) -> list[str]:
+    """The words of a text, case-folded, without punctuation, apostrophes and markup."""
+    return _WORD.findall(text.casefold().replace("’", "").replace("'", ""))
+
+
+def ngram_hashes(text: str, n: int = NGRAM_WORDS) -> NDArray[np.uint64]:
+    """Hash every word n-gram of a text, in order.
+
+    Returns:
+        (max(words − n + 1, 1),) uint64; a text of fewer than n words has one hash, that of all its words, and a text
+        without words has none. Hashes are comparable within one process only.
+    """
+    words = words_of(text)
     if not words:
         return np.zeros(0, np.uint64)
     ids = np.array([hash(word) for word in words], np.int64).view(np.uint64)
-    runs = max(len(words) - RUN_WORDS + 1, 1)
-    hashed = np.zeros(runs, np.uint64)
-    for k in range(min(RUN_WORDS, len(words))):
-        hashed = hashed * _FACTOR + ids[k : k + runs]
-    return hashed
+    count = max(len(words) - n + 1, 1)
+    hashes = np.zeros(count, np.uint64)
+    for k in range(min(n, len(words))):
+        hashes = hashes * _FACTOR + ids[k : k + count]
+    return hashes
+
+
+def find_ngram(text: str, known: NDArray[np.uint64], n: int = NGRAM_WORDS) -> str | None:
+    """The first word n-gram of a text that is among the known ones, as words; None if there is none.
+
+    Args:
+        known: sorted `ngram_hashes` of the same n.
+    """
+    found = np.flatnonzero(_among(ngram_hashes(text, n), known))
+    return " ".join(words_of(text)[found[0] : found[0] + n]) if len(found) else None
+
+
+def _among(hashes: NDArray[np.uint64], known: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which of the hashes are in `known`, which is sorted."""
+    if not len(known):
+        return np.zeros(len(hashes), bool)
+    at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+    return np.asarray(known[at] == hashes)
 
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """An evaluation row that training has (nearly) seen."""
+    """An evaluation row that is (nearly) contained in the training data."""
 
     location: str
-    twin: str | None
-    """place of an equal training row"""
+    duplicate_of: str | None
+    """location of a training row that is equal to it"""
     share: float
-    """of its runs of words that occur in training rows"""
+    """of its n-grams that occur in training rows"""
 
 
 def find_overlap(train: Iterable[Row], evaluation: Sequence[Row], *, share: float = 0.5) -> list[Overlap]:
-    """Evaluation rows that are equal to a training row, or of whose runs of 13 words `share` or more occur in one
-    training row or another.
+    """Find the evaluation rows that equal a training row, or at least `share` of whose 13-grams occur in training rows.
 
-    A quoted clause of the spec is no overlap: most of the row has to be known. Training rows are gone through once and
-    not held; memory is that of the evaluation's runs.
+    A clause of the spec that both quote is not an overlap, because most of the row has to be known. Training rows are
+    streamed once; memory grows with the evaluation rows only.
     """
     if not evaluation:
         return []
-    runs = [ngram_hashes("\n".join(row.texts)) for row in evaluation]
-    wanted = np.unique(np.concatenate(runs))
+    ngrams = [ngram_hashes("\n".join(row.texts)) for row in evaluation]
+    wanted = np.unique(np.concatenate(ngrams))
     known = np.zeros(len(wanted), bool)
     digests = {row.digest for row in evaluation}
-    twins: dict[str, str] = {}
+    duplicates: dict[str, str] = {}
     for row in train:
         if row.digest in digests:
-            twins[row.digest] = row.location
-        theirs = ngram_hashes("\n".join(row.texts))
-        at = np.minimum(np.searchsorted(wanted, theirs), max(len(wanted) - 1, 0))
-        if len(wanted):
-            known[at[wanted[at] == theirs]] = True
+            duplicates[row.digest] = row.location
+        hashes = ngram_hashes("\n".join(row.texts))
+        known[np.searchsorted(wanted, hashes[_among(hashes, wanted)])] = True
     found = []
-    for row, own in zip(evaluation, runs, strict=True):
-        seen = float(known[np.searchsorted(wanted, own)].mean()) if len(own) else 0.0
-        if row.digest in twins or seen >= share:
-            found.append(Overlap(row.location, twins.get(row.digest), 1.0 if row.digest in twins else seen))
+    for row, own in zip(evaluation, ngrams, strict=True):
+        known_share = float(known[np.searchsorted(wanted, own)].mean()) if len(own) else 0.0
+        duplicate = duplicates.get(row.digest)
+        if duplicate is not None or known_share >= share:
+            found.append(Overlap(row.location, duplicate, 1.0 if duplicate is not None else known_share))
     return found
 
 
 def refuse_overlap(train: Iterable[Row], evaluation: Sequence[Row], *, share: float = 0.5) -> None:
-    """Raise DataError if evaluation rows are among the training rows."""
+    """Raise DataError if `find_overlap` finds an evaluation row in the training data."""
     found = find_overlap(train, evaluation, share=share)
     if found:
-        worst = max(found, key=lambda overlap: (overlap.twin is not None, overlap.share))
+        worst = max(found, key=lambda overlap: (overlap.duplicate_of is not None, overlap.share))
         what = (
-            f"is also a training row ({worst.twin})"
-            if worst.twin
-            else f"is known from training: {worst.share:.0%} of its runs of {RUN_WORDS} words occur there"
+            f"is also a training row ({worst.duplicate_of})"
+            if worst.duplicate_of
+            else f"is contained in the training data ({worst.share:.0%} of its {NGRAM_WORDS}-grams occur there)"
         )
         raise DataError(
-            f"this evaluation row {what}; {len(found)} of {len(evaluation)} evaluation rows are. Take "
-            "them out of one side",
+            f"this evaluation row {what}. In all, {len(found)} of {len(evaluation)} evaluation rows occur in the "
+            "training data: remove them from the one or the other",
             reason="overlap",
             location=worst.location,
         )
 
 
 def refuse_spec_in_prompts(rows: Iterable[Row], spec_texts: Iterable[str], *, min_share: float = 0.1) -> None:
-    """Raise DataError if a prompt holds text of the spec: the model must learn the spec, not learn to read it.
+    """Raise DataError if a prompt contains text of the spec: the model must know the spec, not read it.
 
-    A prompt offends if `min_share` or more of its own runs of 13 words are the spec's, or `min_share` of the
-    spec's are the prompt's; so a user may quote a sentence in a long message.
+    A prompt is refused if at least `min_share` of its own 13-grams occur in the spec, or if it contains at least
+    `min_share` of the spec's. So a user may quote a sentence in a long message.
     """
     spec = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(ngram_hashes, spec_texts)]))
     if not len(spec):
         return
     for row in rows:
         prompt = "\n".join(message.content for message in row.messages if message.role != "assistant")
-        runs = ngram_hashes(prompt)
-        if not len(runs):
+        ngrams = ngram_hashes(prompt)
+        if not len(ngrams):
             continue
-        at = np.minimum(np.searchsorted(spec, runs), len(spec) - 1)
-        hits = runs[spec[at] == runs]
-        if len(hits) >= min_share * len(runs) or len(np.unique(hits)) >= min_share * len(spec):
+        shared = ngrams[_among(ngrams, spec)]
+        if len(shared) >= min_share * len(ngrams) or len(np.unique(shared)) >= min_share * len(spec):
             raise DataError(
-                f"the prompt holds text of the spec ({len(hits)} runs of {RUN_WORDS} words): the spec "
-                "belongs into midtraining, and into the prompt only while data is made; strip it",
+                f"the prompt contains text of the spec ({len(shared)} of its {NGRAM_WORDS}-grams): the spec belongs in "
+                "midtraining, and in the prompt only while data is generated; remove it",
                 reason="spec_in_prompt",
                 location=row.location,
             )

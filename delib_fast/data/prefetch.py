@@ -1,4 +1,4 @@
-"""Making things before they are asked for, in a thread of their own."""
+"""Prefetching: a thread computes the next items of an iterator while the current one is used."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _END = object()
 
 
 def prefetch(items: Iterable[T], depth: int = 1) -> Iterator[T]:
-    """The same items in the same order, up to `depth` of them made in advance.
+    """Yield the same items in the same order, and compute up to `depth` of them in advance.
 
-    An error of `items` is raised where its item would have come. Closing the iterator ends the thread once the item at
-    hand is made.
+    An error is raised where the item that caused it would have been yielded. Closing the iterator ends the thread once
+    the item that it is computing is done.
     """
     iterator = iter(items)
-    thread = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+    thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
-        made: deque[Future[Any]] = deque(thread.submit(next, iterator, _END) for _ in range(depth))
-        while (item := made.popleft().result()) is not _END:
-            made.append(thread.submit(next, iterator, _END))
+        pending: deque[Future[Any]] = deque(thread.submit(next, iterator, _END) for _ in range(depth))
+        while (item := pending.popleft().result()) is not _END:
+            pending.append(thread.submit(next, iterator, _END))
             yield item
     finally:
         thread.shutdown(cancel_futures=True)

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from delib_fast.data import Message
-from delib_fast.data.encode.encoder import Encoder
+from delib_fast.data.encode.encoder import encoder_for
 from delib_fast.models.generate import Sampling, generate_ids
 
 Tags = Literal["none", "closed", "unclosed", "stray"]
 _OPEN, _CLOSE = "<think>", "</think>"
-_MARK = "\uf8ff"  # stands for what the model will write; the last one in the text is ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,7 @@ class Sampler:
     ) -> None:
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
         self._system_prompt = system_prompt
-        self._encoder = _PromptEncoder(tokenizer)
+        self._encoder = encoder_for(tokenizer)
         self._cache = _ReplyCache(cache) if cache is not None else None
         self._identity = identity
         self.drawn = 0
@@ -79,7 +78,9 @@ class Sampler:
     def __call__(
         self, chats: Sequence[Sequence[Message]], *, thinking: bool | None = None, sample: int = 0
     ) -> list[Reply]:
-        prompts = [self._encoder.prompt(chat, thinking, self._system_prompt) for chat in chats]
+        prompts = [
+            self._encoder.encode_prompt(chat, thinking=thinking, system_prompt=self._system_prompt) for chat in chats
+        ]
         keys = [self._key(prompt, sample) for prompt in prompts]
         known = {key: reply for key in keys if self._cache and (reply := self._cache.get(key))}
         left = [i for i, key in enumerate(keys) if key not in known]
@@ -129,38 +130,6 @@ def parse_reply(text: str, *, opened: bool | None, finished: bool = True, tokens
     if inside:
         return Reply(before.strip() or None, after.strip(), "closed", finished, tokens)
     return Reply(None, text.strip(), "stray" if _CLOSE in text or _OPEN in text else "none", finished, tokens)
-
-
-class _PromptEncoder(Encoder):
-    """Prompts as ids, in which only the chat template can write control tokens."""
-
-    @property
-    def end_ids(self) -> list[int]:
-        """What ends a reply: the template's turn end, and the tokenizer's end of text."""
-        text, borders = self._filled([Message("user", "a")], "", "b", has_cot=False)
-        last = self.control.encode_batch([text[: borders[2]]])[0].ids[-1]
-        return sorted({last, *([self._eos] if self._eos is not None else [])})
-
-    def prompt(self, chat: Sequence[Message], thinking: bool | None, system_prompt: str | None) -> list[int]:
-        messages = list(chat)
-        if system_prompt is not None and messages[0].role != "system":
-            messages.insert(0, Message("system", system_prompt))
-        for message in messages:
-            self.control.refuse_reserved(message.content, "a prompt")
-        if thinking is None:
-            text, borders = self._filled(messages, _MARK, "", has_cot=True)
-            return list(self.control.encode_batch([text[: borders[0]]])[0].ids)
-        cot, response = (_MARK, "") if thinking else ("", _MARK)
-        text, _ = self._filled(messages, cot, response, has_cot=True)
-        return list(self.control.encode_batch([text[: text.rindex(_MARK)]])[0].ids)
-
-    def _filled(
-        self, messages: Sequence[Message], cot: str, response: str, *, has_cot: bool
-    ) -> tuple[str, tuple[int, ...]]:
-        texts = [text for m in messages for text in (m.content, m.cot or "")]
-        shape = [*texts, "thought" if has_cot else "", "reply"]
-        skeleton = self._renderer.skeleton(tuple(m.role for m in messages), shape, has_cot, "a prompt")
-        return skeleton.fill([*(text.strip() for text in texts), cot, response])
 
 
 class _ReplyCache:

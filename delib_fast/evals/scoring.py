@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from delib_fast.data import Example, Message, PackedBatch, Row, Segment, evaluation_batches
-from delib_fast.data.encode.encoder import Encoder
+from delib_fast.data import Example, PackedBatch, Row, Segment, evaluation_batches
+from delib_fast.data.encode.encoder import encoder_for
 from delib_fast.models import TrainableLM
 from delib_fast.models.attention import packed_inputs
 
@@ -72,7 +72,7 @@ class Scorer:
         self.tokenizer = tokenizer
         self.pack_capacity = pack_capacity
         self.system_prompt = system_prompt
-        self._encoder = _VariantEncoder(tokenizer)
+        self._encoder = encoder_for(tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -83,8 +83,8 @@ class Scorer:
         return self._encoder.encode(rows, cot="train", system_prompt=self.system_prompt)
 
     def encode_with_cots(self, row: Row, cots: Sequence[str]) -> list[Example]:
-        """The row with each of these chains of thought in the place of its own; "" leaves an empty think block."""
-        return self._encoder.with_cots(row, cots, self.system_prompt)
+        """The row with each of these chains of thought instead of its own; "" leaves an empty think block."""
+        return self._encoder.encode_with_cots(row, cots, system_prompt=self.system_prompt)
 
     def batches(self, examples: Sequence[Example], segments: Sequence[Segment] = ANSWER) -> list[PackedBatch]:
         """The examples packed, with loss on these segments alone (weight 1)."""
@@ -168,23 +168,3 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-
-
-class _VariantEncoder(Encoder):
-    """Writes several chains of thought into one row's skeleton, so that nothing else differs between them."""
-
-    def with_cots(self, row: Row, cots: Sequence[str], system_prompt: str | None) -> list[Example]:
-        if row.kind != "chat" or not (row.cot or "").strip():
-            raise ValueError(f"{row.location}: the row has no chain of thought that others could take the place of")
-        messages = row.messages
-        if system_prompt is not None and messages[0].role != "system":
-            messages = (Message("system", system_prompt), *messages)
-        for text in (*row.texts, *cots):
-            self.control.refuse_reserved(text, row.location)
-        texts = [text for message in messages for text in (message.content, message.cot or "")]
-        texts += [(row.cot or "").strip(), row.response]
-        skeleton = self._skeleton(row, messages, texts, True)
-        cores = [text.strip() for text in texts]
-        filled = [skeleton.fill([*cores[:-2], cot.strip(), cores[-1]]) for cot in cots]
-        encodings = self.control.encode_batch([text for text, _ in filled])
-        return [self._example(row, encoding, borders) for encoding, (_, borders) in zip(encodings, filled, strict=True)]

@@ -14,8 +14,7 @@ import torch
 
 from delib_fast.config import AFTConfig, Config, ConfigError, LoraConfig, ModelConfig, SourceConfig, TokenizerConfig
 from delib_fast.config.load import parse_config, read_yaml
-from delib_fast.data import Row, read_source
-from delib_fast.data.read.source_cache import Source
+from delib_fast.data import Row, Source, read_source
 from delib_fast.evals.metrics.segments import categories_of
 from delib_fast.evals.scoring import Scorer
 from delib_fast.evals.settings import EvalConfig
@@ -164,7 +163,7 @@ class EvalTarget:
     def trained_on(self) -> Iterator[Row]:
         """The chat rows of the run's AFT stages; none for a model folder."""
         names = dict.fromkeys(name for stage in self.aft_stages for name in stage.train)
-        return (row for name in names for row in self._source(name).train if row.kind == "chat")
+        return (row for name in names for row in self._source(name).train_rows() if row.kind == "chat")
 
     @property
     def aft_stages(self) -> list[AFTConfig]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from delib_fast.config import ConfigError
-from delib_fast.data import Row, encode_rows
-from delib_fast.data.pack.weights import segment_weights
+from delib_fast.data import Row, encode_rows, encoding_options, segment_weights
 from delib_fast.evals.agentic import conditions, margins
 from delib_fast.evals.metrics.dose import cot_dose, gradient_share
 from delib_fast.evals.metrics.drift import drift_from_base
@@ -65,7 +64,7 @@ def dose(subject: EvalTarget) -> SuiteResult:
     for stage in subject.aft_stages:
         trained = [row for row in subject.trained_on if row.source in stage.train]
         weights = segment_weights(stage)
-        examples = encode_rows(trained, subject.tokenizer, stage)
+        examples = encode_rows(trained, subject.tokenizer, **encoding_options(stage))
         figures = cot_dose(examples, weights)
         gradient = gradient_share(subject.scorer, examples[:_GRADIENT_ROWS], weights)
         rows.append(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,17 @@ from delib_fast.training.dataset import RunDataset
 SMALLEST_VOCABULARY = 300
 
 
-@dataclass(frozen=True)
-class _Folder:
-    """What `RunDataset` asks of the run directory."""
-
-    tokenizer: Path
-
-
 @contextlib.contextmanager
 def dry_run(config: Config, lengths: Sequence[str] = ()) -> Iterator[RunDataset]:
     """The corpus of a configuration; a tokenizer that it trains is forgotten at the end.
 
     lengths: as of `assumed.sizes_of`: stages whose data is not read, only assumed."""
     with tempfile.TemporaryDirectory(prefix="delib-fast-") as folder:
-        run: Any = _Folder(Path(folder) / "tokenizer")
-        run.tokenizer.mkdir()
         ranks: Any = SingleProcess()
         yield (
-            AssumedCorpus(config, run, ranks, sizes_of(lengths, config)) if lengths else RunDataset(config, run, ranks)
+            AssumedCorpus(config, Path(folder), ranks, sizes_of(lengths, config))
+            if lengths
+            else RunDataset(config, Path(folder), ranks)
         )
 
 

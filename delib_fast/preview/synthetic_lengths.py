@@ -97,8 +97,8 @@ def _drawn(settings: str, where: str, seed: int) -> Sizes:
 class AssumedCorpus(RunDataset):
     """A corpus whose examples have sizes and no text: it can be planned, and nothing else."""
 
-    def __init__(self, config: Config, run: Any, ranks: Any, sizes: dict[str, Sizes]) -> None:
-        super().__init__(config, run, ranks)
+    def __init__(self, config: Config, tokenizer_folder: Path, ranks: Any, sizes: dict[str, Sizes]) -> None:
+        super().__init__(config, tokenizer_folder, ranks)
         self._sizes = sizes
 
     @property
@@ -173,19 +173,6 @@ def encoded_of(sizes: Sizes, stage: StageConfig) -> TokenizedDataset:
         weights=np.ones(len(tokens), np.float32),
         target_counts=targets,
         prompts=np.zeros((len(tokens), 2), np.int64),
-        locations=_Places(len(tokens)),
+        location=lambda index: f"length {index + 1}",
         counts=counts,
     )
-
-
-class _Places(Sequence[str]):
-    """What messages call the examples."""
-
-    def __init__(self, number: int) -> None:
-        self._number = number
-
-    def __len__(self) -> int:
-        return self._number
-
-    def __getitem__(self, index: Any) -> Any:
-        return f"length {index + 1}"

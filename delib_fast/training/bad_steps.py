@@ -84,7 +84,7 @@ class BadSteps:
             return None
         else:
             why = "its gradient norm is not finite"
-        rows = [batches.examples.locations[i] for i in ids or batches.step_example_ids(verdict.step)]
+        rows = [batches.examples.location(i) for i in ids or batches.step_example_ids(verdict.step)]
         return {"step": verdict.step + 1, "why": why, "rows": rows[:64]}
 
 

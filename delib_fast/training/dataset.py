@@ -1,4 +1,4 @@
-"""The text of a run: sources read once, a tokenizer for them, and packed batches for each stage."""
+"""The data of a run: its sources, its tokenizer, and the packed batches of each stage."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from delib_fast.config import AFTConfig, Config, ConfigError, StageConfig
 from delib_fast.data import (
@@ -23,31 +19,36 @@ from delib_fast.data import (
     PackedDataLoader,
     Row,
     Segment,
+    Source,
     SourceShare,
     TokenizedDataset,
     encode_rows,
     encode_stream,
+    encoding_options,
     evaluation_batches,
-    mix_sources,
+    load_source,
+    mix_datasets,
     refuse_overlap,
     refuse_spec_in_prompts,
+    segment_weights,
 )
-from delib_fast.data.encode.cache import cached, default_folder, fingerprint_of, remembered, tokenizer_fingerprint
-from delib_fast.data.pack.weights import segment_weights
-from delib_fast.data.read.source_cache import Source, load_source
+from delib_fast.data.disk_cache import cache_folder, cache_key, cached_json
+from delib_fast.data.encode.cache import cached_dataset, tokenizer_fingerprint
+from delib_fast.data.encode.encoder import Cot
+from delib_fast.data.progress import log_progress
+from delib_fast.files import sync_file, write_atomic
 from delib_fast.models import ModelShape, build_tokenizer, model_shape
 
 if TYPE_CHECKING:
     from delib_fast.engine import Ranks
-    from delib_fast.training.run_directory import RunDirectory
 
-# Evaluation tells the nll of every segment, whatever the stage trains.
-_EVERYTHING_COUNTS = tuple(0.0 if segment == Segment.PROMPT else 1.0 for segment in Segment)
+# Evaluation reports the nll of every segment, whichever of them the stages train on.
+EVALUATION_WEIGHTS = tuple(0.0 if segment == Segment.PROMPT else 1.0 for segment in Segment)
 
 
 @contextlib.contextmanager
 def reraise_as_data_error(where: str) -> Iterator[None]:
-    """A ValueError of `data/` about the user's rows, with the place in the configuration put before it."""
+    """Turn a ValueError about the user's rows into a DataError that begins with the part of the configuration."""
     try:
         yield
     except (DataError, ConfigError):
@@ -56,95 +57,68 @@ def reraise_as_data_error(where: str) -> Iterator[None]:
         raise DataError(f"{where}: {error}", reason="data") from error
 
 
-@contextlib.contextmanager
-def cache_folder(config: Config) -> Iterator[Path]:
-    folder = Path(config.cache_dir) if config.cache_dir else default_folder()
-    try:
-        yield folder
-    except OSError as error:
-        raise ConfigError(
-            f"cache_dir: {folder} can't be used: {error.strerror or error}; set cache_dir or "
-            "$DELIB_FAST_CACHE to a folder that can be written"
-        ) from error
-
-
 def source_of(config: Config, name: str) -> Source:
-    """The run's source of that name. Raises DataError and ConfigError."""
-    with reraise_as_data_error(f"data.{name}"), cache_folder(config) as folder:
+    """Load the source of that name. Raises DataError or ConfigError."""
+    with reraise_as_data_error(f"data.{name}"), cache_folder(config.cache_dir) as folder:
         return load_source(name, config.data[name], folder)
 
 
 def held_out_rows(config: Config, source: Callable[[str], Source]) -> list[Row]:
-    """Rows that no stage trains on: what sources hold out, and those that stages only evaluate on."""
+    """The rows that no stage trains on: those that sources hold out, and those of the stages' `eval` sources."""
     rows: dict[str, list[Row]] = {}
     for stage in config.stages:
         for name in stage.train:
-            rows.setdefault(name, list(source(name).held_out))
+            rows.setdefault(name, source(name).held_out)
         for name in stage.eval:
-            rows[name] = [*source(name).train, *source(name).held_out]
+            rows[name] = [*source(name).train_rows(), *source(name).held_out]
     return [row for part in rows.values() for row in part]
 
 
-def progress_line(what: str, speaks: bool, every_s: float = 5.0) -> Callable[[int, int], None]:
-    """Tells (done, in all) on stderr now and then; nothing at all of what is done in a moment."""
-    began = told = time.monotonic()
-
-    def tell(done: int, total: int) -> None:
-        nonlocal told
-        now = time.monotonic()
-        if speaks and now - told >= every_s:
-            told = now
-            left = (now - began) / done * (total - done)
-            print(f"{what}: {done:,} of {total:,} rows, {left:.0f} s left", file=sys.stderr, flush=True)
-
-    return tell
-
-
-def refuse_empty_steps(stage: StageConfig, batches: PackedDataLoader) -> None:
-    """Raise DataError if a step has no supervised token: its loss would be 0/0.
-
-    Encoding refuses rows without a response, so this can only be where responses or whole rows weigh nothing.
-    """
-    encoded, weights = batches.examples, segment_weights(stage)
-    if weights[Segment.RESPONSE] > 0 and float(encoded.weights.min()) > 0:
-        return
-    learnt = [segment for segment in Segment if weights[segment] > 0]
-    step = batches.first_step_without((encoded.weights > 0) & (encoded.target_counts[:, learnt] > 0).any(1))
-    if step is not None:
-        examples = batches.step_example_ids(step)
-        raise DataError(
-            f"stage {stage.name!r}: none of the tokens of step {step} is supervised (rows "
-            f"{', '.join(encoded.locations[i] for i in examples[:4])}); give those rows a weight, or "
-            "raise tokens_per_step or the weights of the stage",
-            reason="nothing_supervised",
-        )
-
-
 class RunDataset:
-    """Reads, tokenises and packs on demand; everything is read and encoded once."""
+    """The data of a run. Sources are read, encoded and packed when they are needed, and only once.
 
-    def __init__(self, config: Config, run: RunDirectory, ranks: Ranks) -> None:
-        self._config, self._run, self._ranks = config, run, ranks
+    Args:
+        config: the run's configuration.
+        tokenizer_folder: where a tokenizer that the run trains is stored.
+        ranks: the process group; rank 0 trains the tokenizer, and each rank gets its own packs.
+    """
+
+    def __init__(self, config: Config, tokenizer_folder: Path, ranks: Ranks) -> None:
+        self._config, self._tokenizer_folder, self._ranks = config, tokenizer_folder, ranks
         self._sources: dict[str, Source] = {}
+        self._encoded_sources: dict[str, TokenizedDataset] = {}
         self._encoded: dict[str, TokenizedDataset] = {}
         self._mixed: dict[str, tuple[TokenizedDataset, list[SourceShare]]] = {}
         self._batches: dict[str, PackedDataLoader] = {}
         self._overlap_checked = False
 
+    # --- rows and tokenizer ---------------------------------------------------------------------------------
+
     def source(self, name: str) -> Source:
+        """The source of that name, read once."""
         if name not in self._sources:
             self._sources[name] = source_of(self._config, name)
         return self._sources[name]
 
+    def training_rows(self, names: Sequence[str]) -> Iterator[Row]:
+        """The training rows of these sources, one source after another."""
+        return (row for name in names for row in self.source(name).train_rows())
+
+    def held_out_rows(self) -> list[Row]:
+        """The rows that no stage trains on."""
+        return held_out_rows(self._config, self.source)
+
     @cached_property
     def tokenizer(self) -> Any:
-        """The run's tokenizer. One that is trained is trained by rank 0, kept in the run directory, and read
-        from there by all, so that a run that goes on can't come by another."""
-        folder = self._run.tokenizer
+        """The run's tokenizer.
+
+        If the run trains one, rank 0 trains and stores it, and all ranks load it from there; so does a resumed run.
+        """
         train = self._config.tokenizer.train
         if train is None:
             return build_tokenizer(self._config, lambda: iter(()))
-        key = hashlib.sha256(
+        folder = self._tokenizer_folder
+        trained_on = hashlib.sha256(
             json.dumps(
                 [
                     train.vocab_size,
@@ -152,130 +126,114 @@ class RunDataset:
                     *([name, self.source(name).sha256, self._config.data[name].holdout] for name in train.sources),
                 ]
             ).encode()
-        )
+        ).hexdigest()
         marker = folder / "trained_on.sha256"
-        known = marker.read_text() if marker.exists() else None
+        stored = marker.read_text() if marker.exists() else None
         self._ranks.barrier()
-        if self._ranks.rank == 0 and known != key.hexdigest():
-            from delib_fast.files import sync_file, write_atomic
-
-            build_tokenizer(self._config, lambda: self._texts(train.sources)).save_pretrained(folder)
+        if self._ranks.rank == 0 and stored != trained_on:
+            texts = (text for row in self.training_rows(train.sources) for text in row.texts)
+            build_tokenizer(self._config, lambda: texts).save_pretrained(folder)
             for file in folder.iterdir():
                 sync_file(file)
-            write_atomic(marker, key.hexdigest().encode())  # last: without it the folder is made again
+            write_atomic(marker, trained_on)  # last: without it the tokenizer is trained again
         self._ranks.barrier()
         settings = self._config.tokenizer.model_copy(update={"path": str(folder), "train": None})
         return build_tokenizer(self._config.model_copy(update={"tokenizer": settings}), lambda: iter(()))
 
-    def _texts(self, names: Sequence[str]) -> Iterator[str]:
-        for name in names:
-            for row in self.source(name).train:
-                yield from row.texts
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The sizes of the run's model."""
+        return model_shape(self._config.model, self.tokenizer)
 
-    # --- training -------------------------------------------------------------------------------------------
-
-    def rows(self, stage: StageConfig) -> Iterator[Row]:
-        return (row for name in stage.train for row in self.source(name).train)
+    # --- encoding -------------------------------------------------------------------------------------------
 
     def encoded(self, stage: StageConfig) -> TokenizedDataset:
-        """Every example of the stage's sources once, source after source; kept in the cache."""
+        """All examples of the stage's sources, each once, one source after another."""
         if stage.name not in self._encoded:
-            with reraise_as_data_error(f"stage {stage.name!r}"):
-                self._encoded[stage.name] = TokenizedDataset.join([self._encoded_source(stage, n) for n in stage.train])
+            self._encoded[stage.name] = TokenizedDataset.join([self._encoded_source(stage, n) for n in stage.train])
         return self._encoded[stage.name]
 
     def _encoded_source(self, stage: StageConfig, name: str) -> TokenizedDataset:
+        """The examples of a source, from the encoding cache or encoded now."""
+        source, options = self.source(name), encoding_options(stage)
         settings = self._config.data[name].model_dump(mode="json", exclude={"repeat", "max_tokens"})
-        cot, system = (stage.cot, stage.system_prompt) if isinstance(stage, AFTConfig) else (None, None)
-        fingerprint = fingerprint_of(
-            {
-                "source": name,
-                "settings": settings,
-                "sha256": self.source(name).sha256,
-                "tokenizer": self._tokenizer_fingerprint,
-                "cot": cot,
-                "system_prompt": system,
-                "pack_capacity": stage.pack_capacity,
-                "over_long": stage.over_long,
-            }
-        )
-        rows, tell = self.source(name).train, progress_line(f"encoding {name}", self._ranks.rank == 0)
-        with cache_folder(self._config) as folder:
-            return cached(
-                folder,
-                fingerprint,
-                lambda counts: encode_stream(rows, self.tokenizer, stage, counts, progress=tell),
-                facts={"source": name, **settings},
-            )[0]
+        inputs = {"source": name, "settings": settings, "sha256": source.sha256, **options}
+        key = cache_key({**inputs, "tokenizer": self._tokenizer_fingerprint})
+        if key not in self._encoded_sources:
+            rows = source.train_rows()
+            if self._ranks.rank == 0:
+                rows = log_progress(rows, source.num_train, f"encoding {name}")
+            with reraise_as_data_error(f"stage {stage.name!r}"), cache_folder(self._config.cache_dir) as folder:
+                encoded = encode_stream(rows, self.tokenizer, **options)
+                self._encoded_sources[key] = cached_dataset(folder, key, encoded, description=inputs)
+        return self._encoded_sources[key]
 
     @cached_property
     def _tokenizer_fingerprint(self) -> str:
         return tokenizer_fingerprint(self.tokenizer)
 
     def mixed(self, stage: StageConfig) -> tuple[TokenizedDataset, list[SourceShare]]:
-        """The examples of an epoch, repeats and all, and what each source gives."""
+        """Return (the examples of an epoch with their repeats, the share of each source)."""
         if stage.name not in self._mixed:
-            encoded, settings = self.encoded(stage), self._config.data
-            ends = np.cumsum([len(self._encoded_source(stage, name)) for name in stage.train])[:-1]
+            settings = self._config.data
             with reraise_as_data_error(f"stage {stage.name!r}"):
-                chosen, shares = mix_sources(
-                    dict(zip(stage.train, np.split(encoded.lengths, ends), strict=True)),
+                self._mixed[stage.name] = mix_datasets(
+                    {name: self._encoded_source(stage, name) for name in stage.train},
                     repeat={name: settings[name].repeat for name in stage.train},
                     max_tokens={name: settings[name].max_tokens for name in stage.train},
                     mix=stage.mix,
                     seed=self._config.seed,
                 )
-            everything_once = len(chosen) == len(encoded) and (np.diff(chosen) == 1).all()
-            self._mixed[stage.name] = (encoded if everything_once else encoded.take(chosen), shares)
         return self._mixed[stage.name]
 
+    # --- decontamination ------------------------------------------------------------------------------------
+
     def refuse_leaks(self, stage: StageConfig) -> None:
-        """Raise DataError if the spec stands in a prompt, or evaluation rows among those trained on."""
+        """Raise DataError if a prompt contains text of the spec, or evaluation rows occur in the training data."""
         if isinstance(stage, AFTConfig) and stage.spec is not None:
             try:
                 spec = Path(stage.spec).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"stage {stage.name!r}: spec: {stage.spec} can't be read: {error}") from None
-            self._check(
-                {"spec": spec, "sources": self._told_apart(stage.train)},
-                lambda: refuse_spec_in_prompts(self.rows(stage), [spec]),
+                raise ConfigError(f"stage {stage.name!r}: spec: {stage.spec} cannot be read: {error}") from None
+            self._check_once(
+                {"spec": spec, "sources": self._source_keys(stage.train)},
+                lambda: refuse_spec_in_prompts(self.training_rows(stage.train), [spec]),
             )
         if not self._overlap_checked and self._config.overlap == "error":
             names = list({name: None for stage in self._config.stages for name in stage.train})
             held_out = self.held_out_rows()
             try:
-                self._check(
-                    {"overlap": [row.digest for row in held_out], "sources": self._told_apart(names)},
-                    lambda: refuse_overlap((row for n in names for row in self.source(n).train), held_out),
+                self._check_once(
+                    {"overlap": [row.digest for row in held_out], "sources": self._source_keys(names)},
+                    lambda: refuse_overlap(self.training_rows(names), held_out),
                 )
             except DataError as error:
                 raise DataError(f"{error}, or set overlap: allow", reason=error.reason) from None
         self._overlap_checked = True
 
-    def _told_apart(self, names: Sequence[str]) -> list[Any]:
+    def _source_keys(self, names: Sequence[str]) -> list[Any]:
         return [[self.source(n).sha256, self._config.data[n].model_dump(mode="json")] for n in names]
 
-    def _check(self, about: dict[str, Any], check: Callable[[], None]) -> None:
-        """A check of all rows, once for the same rows: that they passed is remembered in the cache."""
+    def _check_once(self, inputs: dict[str, Any], check: Callable[[], None]) -> None:
+        """Run a check of all rows, unless the cache records that it has passed for the same inputs."""
 
         def passed() -> dict[str, Any]:
             check()
-            return {"passed": sorted(about)}
+            return {"passed": sorted(inputs)}
 
-        with cache_folder(self._config) as folder:
-            remembered(folder / "checks", fingerprint_of(about), passed)
+        with cache_folder(self._config.cache_dir) as folder:
+            cached_json(folder / "checks", cache_key(inputs), passed)
 
-    @cached_property
-    def shape(self) -> ModelShape:
-        return model_shape(self._config.model, self.tokenizer)
+    # --- packed batches -------------------------------------------------------------------------------------
 
     def batches(self, stage: StageConfig) -> PackedDataLoader:
-        """The stage's packs. Raises DataError where they make fewer steps than the stage asks for."""
+        """The stage's packed batches. Raises DataError if there are fewer steps than the stage's `min_steps`."""
         if stage.name not in self._batches:
             self.refuse_leaks(stage)
+            examples = self.mixed(stage)[0]
             with reraise_as_data_error(f"stage {stage.name!r}"):
                 batches = PackedDataLoader(
-                    self.mixed(stage)[0],
+                    examples,
                     pack_capacity=stage.pack_capacity,
                     packs_per_step=stage.packs_per_step,
                     segment_weights=segment_weights(stage),
@@ -289,16 +247,8 @@ class RunDataset:
                     loss_average=stage.loss_average,
                     share_prompts=self._shares_prompts(stage),
                 )
-            if batches.num_steps < stage.min_steps:
-                tokens = batches.tokens_per_epoch * stage.epochs
-                fits = max(1, tokens // (stage.min_steps * stage.pack_capacity)) * stage.pack_capacity
-                raise DataError(
-                    f"stage {stage.name!r}: {tokens:,} tokens at {stage.tokens_per_step:,} a step make "
-                    f"{batches.num_steps} updates, fewer than min_steps ({stage.min_steps}); tokens_per_step "
-                    f"{fits:,} would make about enough, or train more epochs",
-                    reason="too_few_updates",
-                )
-            refuse_empty_steps(stage, batches)
+                refuse_few_steps(stage, batches)
+                batches.refuse_unsupervised_steps()
             self._batches[stage.name] = batches
         return self._batches[stage.name]
 
@@ -306,7 +256,7 @@ class RunDataset:
         return stage.share_prompts == "auto" and self.shape.no_shared_prompts is None
 
     def fingerprint(self, stage: StageConfig) -> str:
-        """Changes when the examples of a stage or their order do: a checkpoint's steps are then other steps."""
+        """A hash of the stage's examples and their order. If it differs, the steps of a checkpoint are other steps."""
         encoded = self.mixed(stage)[0]
         digest = hashlib.sha256(encoded.digest().encode())
         digest.update(
@@ -324,12 +274,44 @@ class RunDataset:
         )
         return digest.hexdigest()
 
+    def evaluation(self) -> Iterator[tuple[str, list[PackedBatch]]]:
+        """Yield (prefix for the names of the segments, this rank's packs) of each evaluation set of the run.
+
+        Rows are evaluated as they are, with their CoT. If a stage strips the CoT, chats are evaluated without it as
+        well, under the prefix "no CoT: ".
+        """
+        rows = self.held_out_rows()
+        if not rows:
+            return
+        aft_stages = [stage for stage in self._config.stages if isinstance(stage, AFTConfig)]
+        system_prompt = aft_stages[0].system_prompt if aft_stages else None
+        capacity = max(stage.pack_capacity for stage in self._config.stages)
+        sets: list[tuple[str, list[Row], Cot]] = [("", rows, "train")]
+        if any(stage.cot == "strip" for stage in aft_stages):
+            sets.append(("no CoT: ", [row for row in rows if row.kind == "chat"], "strip"))
+        for prefix, chosen, cot in sets:
+            if chosen:
+                examples = encode_rows(
+                    chosen, self.tokenizer, pack_capacity=capacity, cot=cot, system_prompt=system_prompt
+                )
+                batches = evaluation_batches(
+                    examples,
+                    pack_capacity=capacity,
+                    segment_weights=EVALUATION_WEIGHTS,
+                    rank=self._ranks.rank,
+                    world_size=self._ranks.world_size,
+                    sequence_parallel=self._ranks.sequence_parallel,
+                    share_prompts=self.shape.no_shared_prompts is None,
+                )
+                yield prefix, batches
+
+    # --- reports --------------------------------------------------------------------------------------------
+
     def describe(self, stage: StageConfig) -> str:
-        """One line for a person: what the stage trains on."""
+        """One line for the console: what the stage trains on."""
         batches, counts = self.batches(stage), self.encoded(stage).counts
-        left_out = self.left_out(stage)
-        of = counts.rows + self._bad_rows(stage).total()
-        dropped = "".join(f"; left out {n:,} {reason} ({n / of:.1%})" for reason, n in left_out.items())
+        total = counts.rows + self._bad_rows(stage).total()
+        dropped = "".join(f"; left out {n:,} {reason} ({n / total:.1%})" for reason, n in self.left_out(stage).items())
         shares = self.mixed(stage)[1]
         mixed = (
             "; an epoch shows " + ", ".join(f"{s.name} {s.times:.3g}× ({s.share:.1%})" for s in shares)
@@ -349,7 +331,7 @@ class RunDataset:
         return sum((self.source(name).bad_rows for name in stage.train), Counter())
 
     def left_out(self, stage: StageConfig) -> dict[str, int]:
-        """Rows that are not trained on, by reason."""
+        """Number of rows that are not trained on, by reason."""
         over_long = self.encoded(stage).counts.dropped_over_long
         return {
             **{reason.replace("_", " "): n for reason, n in self._bad_rows(stage).items()},
@@ -357,18 +339,17 @@ class RunDataset:
         }
 
     def ledger(self, stage: StageConfig) -> dict[str, Any]:
-        """What the ledger keeps of a stage's data: files and their hashes, and tokens over all its updates."""
+        """The ledger's record of a stage's data: files with their hashes, and tokens over all steps."""
         batches, (encoded, shares) = self.batches(stage), self.mixed(stage)
         weights, counts = segment_weights(stage), self.encoded(stage).counts
-        seen = batches.seen()
-        targets = (seen.times @ encoded.target_counts).tolist()
-        left_out = self.left_out(stage)
+        totals, left_out = batches.totals(), self.left_out(stage)
+        targets = (totals.repeats @ encoded.target_counts).tolist()
         data = [
             {
                 "name": name,
                 "path": self._config.data[name].path,
                 "sha256": self.source(name).sha256,
-                "rows": len(self.source(name).train),
+                "rows": self.source(name).num_train,
                 "held_out": len(self.source(name).held_out),
             }
             for name in stage.train
@@ -381,8 +362,8 @@ class RunDataset:
             "mix": [dataclasses.asdict(share) for share in shares],
             "split_documents": counts.split_documents,
             "epochs": stage.epochs,
-            "tokens": seen.tokens,
-            "shared_prompt_tokens": seen.shared_tokens,
+            "tokens": totals.tokens,
+            "shared_prompt_tokens": totals.shared_tokens,
             "loss_average": stage.loss_average,
             "supervised_tokens": {
                 segment.name.lower(): targets[segment]
@@ -394,45 +375,13 @@ class RunDataset:
             "fill": batches.fill,
         }
 
-    # --- evaluation -----------------------------------------------------------------------------------------
 
-    def evaluation(self, ranks: Ranks) -> Iterator[tuple[str, list[PackedBatch]]]:
-        """Every evaluation set of the run, with the prefix its segments are told under.
-
-        Rows are evaluated as they are, CoT included. Where a stage strips the CoT, responses are evaluated
-        without it as well, as "no CoT: response".
-        """
-        capacity = max(stage.pack_capacity for stage in self._config.stages)
-        rows = self.held_out_rows()
-        if not rows:
-            return
-        variants: list[tuple[str, Literal["train", "strip"]]] = [("", "train")]
-        if any(isinstance(stage, AFTConfig) and stage.cot == "strip" for stage in self._config.stages):
-            variants.append(("no CoT: ", "strip"))
-        system = next((s.system_prompt for s in self._config.stages if isinstance(s, AFTConfig)), None)
-        for prefix, cot in variants:
-            chosen = rows if cot == "train" else [row for row in rows if row.kind == "chat"]
-            if chosen:
-                stage = AFTConfig(
-                    name="evaluation",
-                    train=["-"],
-                    cot=cot,
-                    pack_capacity=capacity,
-                    tokens_per_step=capacity,
-                    system_prompt=system,
-                )
-                yield (
-                    prefix,
-                    evaluation_batches(
-                        encode_rows(chosen, self.tokenizer, stage),
-                        pack_capacity=capacity,
-                        segment_weights=_EVERYTHING_COUNTS,
-                        rank=ranks.rank,
-                        world_size=ranks.world_size,
-                        sequence_parallel=ranks.sequence_parallel,
-                        share_prompts=self._shares_prompts(stage),
-                    ),
-                )
-
-    def held_out_rows(self) -> list[Row]:
-        return held_out_rows(self._config, self.source)
+def refuse_few_steps(stage: StageConfig, batches: PackedDataLoader) -> None:
+    """Raise ValueError if a stage has fewer steps than its `min_steps`."""
+    if batches.num_steps < stage.min_steps:
+        tokens = batches.tokens_per_epoch * stage.epochs
+        fits = max(1, tokens // (stage.min_steps * stage.pack_capacity)) * stage.pack_capacity
+        raise ValueError(
+            f"{tokens:,} tokens at {stage.tokens_per_step:,} per step are only {batches.num_steps} steps, fewer than "
+            f"min_steps ({stage.min_steps}); set tokens_per_step to about {fits:,}, or train more epochs"
+        )

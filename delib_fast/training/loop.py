@@ -58,7 +58,7 @@ def evaluate(run: RunContext, engine: Engine, moment: str, checkpointer: Checkpo
     if run.directory.evaluation(moment) is not None:
         return
     segments: dict[str, Any] = {}
-    for prefix, batches in run.dataset.evaluation(run.ranks):
+    for prefix, batches in run.dataset.evaluation():
         meter = Meter(engine.device)
         for batch in batches:
             run.ranks.heartbeat(f"evaluation, {moment}")

@@ -68,7 +68,7 @@ def run(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
         stop = StopRequest()
         watchdog = Watchdog(directory.ranks, ranks.rank, ranks.world_size, config.guard.hang_timeout_s)
         ranks.heartbeat = watchdog.at
-        dataset = RunDataset(config, directory, ranks)
+        dataset = RunDataset(config, directory.tokenizer, ranks)
         context = RunContext(config, ranks, directory, console, dataset, stop, loggers, watchdog)
         with stop.listening(), watchdog.running(), naming_lost_ranks(watchdog):
             run_stages(context, callbacks)

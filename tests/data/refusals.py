@@ -1,6 +1,6 @@
-"""The page of refusals, made by provoking each of them: `python tests/data/refusals.py` writes docs/refusals.md.
+"""Generate docs/refusals.md, the list of error messages about data: `python tests/data/refusals.py`.
 
-test_refusals.py holds the page against what is provoked.
+Each error is provoked. test_refusals.py compares the page with the current messages.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT)]
 
-from chat_oracle import chat, document  # noqa: E402
+from helpers.chat_oracle import chat, document  # noqa: E402
+from helpers.chat_tokenizers import CHATML, fast_tokenizer, tokenizer  # noqa: E402
 from test_sources import DAMAGED_ROWS, FOREIGN_FILES, GOOD, write  # noqa: E402
-from tokenizers_for_tests import CHATML, tokenizer  # noqa: E402
-from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from delib_fast.config import AFTConfig, SourceConfig  # noqa: E402
+from delib_fast.config import SourceConfig  # noqa: E402
 from delib_fast.data import (  # noqa: E402
     DataError,
     Example,
@@ -52,45 +52,41 @@ and counted by reason in the log, the ledger and `plan`.
 
 
 def rows() -> Iterator[tuple[str, str, str]]:
-    """(kind of damage, reason, message) of rows that can't be read."""
+    """(kind of damage, reason, message) of rows that cannot be read."""
     with tempfile.TemporaryDirectory() as name:
         for kind, (damage, reason, _) in DAMAGED_ROWS.items():
             raw = damage if isinstance(damage, bytes) else damage.encode("latin-1" if kind == "latin-1" else "utf-8")
             path = write(Path(name), GOOD.encode() + b"\n" + raw)
-            yield kind, reason, said(lambda path=path: read(path))
+            yield kind, reason, message_of(lambda path=path: read(path))
         long = write(Path(name), GOOD + "\n" + '{"text": "' + "x" * (65 << 20) + '"}')
-        yield "a line of 65 MiB", "long_line", said(lambda: read(long))
+        yield "a line of 65 MiB", "long_line", message_of(lambda: read(long))
 
 
 def files() -> Iterator[tuple[str, str, str]]:
     with tempfile.TemporaryDirectory() as name:
         for kind, (content, file_name, _) in FOREIGN_FILES.items():
             path = write(Path(name), content, file_name)
-            yield kind, "", said(lambda path=path: read(path))
-        yield "no such file", "", said(lambda: read(Path(name) / "none.jsonl"))
+            yield kind, "", message_of(lambda path=path: read(path))
+        yield "no such file", "", message_of(lambda: read(Path(name) / "none.jsonl"))
         path = write(Path(name), GOOD)
-        before, source_cache.HELD_BYTES = source_cache.HELD_BYTES, 0
+        before, source_cache.MAX_BYTES_IN_MEMORY = source_cache.MAX_BYTES_IN_MEMORY, 0
         try:
             source = source_cache.load_source("rows", SourceConfig(path=str(path)), Path(name) / "cache")
             write(Path(name), GOOD + "\n" + GOOD)
-            yield "changed between two passes", "", said(lambda: list(source.train))
+            yield "changed between two passes", "", message_of(lambda: list(source.train_rows()))
         finally:
-            source_cache.HELD_BYTES = before
+            source_cache.MAX_BYTES_IN_MEMORY = before
 
 
 def encoding() -> Iterator[tuple[str, str, str]]:
-    tok, stage = tokenizer("qwen3"), AFTConfig(train=["rows"], pack_capacity=128, over_long="error")
+    tok = tokenizer("qwen3")
     row, tool = chat("p", "c", "r"), '[{"type": "function", "function": {"name": "f"}}]'
     endless = CHATML.replace("<|im_end|>\\n", "").replace("<|im_end|>", "")
     for kind, broken, more in (
         ("a reserved character", chat("a \U00100001", None, "r"), {}),
-        ("nothing but a thought, stripped", chat("p", "c", " "), {"stage": replace_stage(stage, cot="strip")}),
+        ("only a CoT, with cot: strip", chat("p", "c", " "), {"cot": "strip"}),
         ("longer than a pack", chat("p " * 500, None, "r"), {}),
-        (
-            "every row longer than a pack",
-            chat("p " * 500, None, "r"),
-            {"stage": replace_stage(stage, over_long="drop")},
-        ),
+        ("every row longer than a pack", chat("p " * 500, None, "r"), {"over_long": "drop"}),
         (
             "a template that drops the system message",
             chat("p", None, "r", system="s"),
@@ -101,34 +97,31 @@ def encoding() -> Iterator[tuple[str, str, str]]:
             row,
             {"template": CHATML.replace("message['content']", "(message['content'] | upper)")},
         ),
-        ("a template without a turn end", chat("p", None, "r"), {"template": endless}),
+        ("a template without an end of turn", chat("p", None, "r"), {"template": endless}),
         ("a template that refuses the row", row, {"template": "{{ raise_exception('No user query found') }}"}),
         ("a template without tools", replace(row, tools=tool), {"template": CHATML}),
     ):
-        given = PreTrainedTokenizerFast(tokenizer_object=tok.backend_tokenizer, eos_token="<|im_end|>")
-        given.chat_template = more.get("template", tok.chat_template)
-        yield (
-            kind,
-            "",
-            said(lambda broken=broken, given=given, more=more: encode_rows([broken], given, more.get("stage", stage))),
-        )
+        options = {"pack_capacity": 128, "over_long": "error"} | more
+        template = options.pop("template", tok.chat_template)
+        broken_tokenizer = fast_tokenizer(tok.backend_tokenizer, template, eos_token="<|im_end|>")
+        yield kind, "", message_of(partial(encode_rows, [broken], broken_tokenizer, **options))
 
 
-def guards() -> Iterator[tuple[str, str, str]]:
+def decontamination() -> Iterator[tuple[str, str, str]]:
     words = " ".join(f"word{k}" for k in range(40))
-    training, twin = chat(words, None, "r"), replace(chat(words, None, "r"), location="eval.jsonl:4")
-    near = replace(
-        chat(
-            words + " and more",
-            None,
-            "s",
-        ),
-        location="eval.jsonl:4",
-        digest="1",
+    training, duplicate = chat(words, None, "r"), replace(chat(words, None, "r"), location="eval.jsonl:4")
+    near = replace(chat(words + " and more", None, "s"), location="eval.jsonl:4", digest="1")
+    yield "spec in a prompt", "", message_of(lambda: refuse_spec_in_prompts([training], [words]))
+    yield (
+        "an evaluation row that is also a training row",
+        "",
+        message_of(lambda: refuse_overlap([training], [duplicate])),
     )
-    yield "spec in a prompt", "", said(lambda: refuse_spec_in_prompts([training], [words]))
-    yield "an evaluation row that was trained on", "", said(lambda: refuse_overlap([training], [twin]))
-    yield "one that is nearly known", "", said(lambda: refuse_overlap([training], [near]))
+    yield (
+        "an evaluation row that is similar to a training row",
+        "",
+        message_of(lambda: refuse_overlap([training], [near])),
+    )
 
 
 def packing() -> Iterator[tuple[str, str, str]]:
@@ -147,13 +140,13 @@ def packing() -> Iterator[tuple[str, str, str]]:
         }
         return PackedDataLoader(TokenizedDataset(examples), **settings | more)
 
-    yield "no token is learnt", "", said(lambda: pack([prompt]))
-    yield "packs that ranks can't share", "", said(lambda: pack([reply], world_size=3))
-    yield "longer than the capacity", "", said(lambda: plan_packs([5, 17], 16))
+    yield "no token is supervised", "", message_of(lambda: pack([prompt]))
+    yield "packs that cannot be divided among the ranks", "", message_of(lambda: pack([reply], world_size=3))
+    yield "longer than the capacity", "", message_of(lambda: plan_packs([5, 17], 16))
     yield (
-        "a part too small for a row",
+        "a budget below one example",
         "",
-        said(
+        message_of(
             lambda: mix_sources(
                 {"a": np.array([100]), "b": np.array([9000])},
                 repeat={"a": 1, "b": 1},
@@ -166,11 +159,9 @@ def packing() -> Iterator[tuple[str, str, str]]:
     yield (
         "a document without an end",
         "",
-        said(
+        message_of(
             lambda: encode_rows(
-                [document("text")],
-                PreTrainedTokenizerFast(tokenizer_object=tokenizer("qwen3").backend_tokenizer),
-                AFTConfig(train=["rows"]),
+                [document("text")], fast_tokenizer(tokenizer("qwen3").backend_tokenizer), pack_capacity=128
             )
         ),
     )
@@ -185,7 +176,7 @@ def page() -> str:
                 ("Rows", rows),
                 ("Files", files),
                 ("Encoding", encoding),
-                ("Guards", guards),
+                ("Decontamination", decontamination),
                 ("Packing", packing),
             )
         ),
@@ -193,33 +184,29 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def said(provoke: Callable[[], Any]) -> str:
-    """What is said, without what differs from run to run."""
+def message_of(provoke: Callable[[], Any]) -> str:
+    """The error message, without the parts that differ from run to run."""
     try:
         provoke()
     except (DataError, ValueError) as error:
         text = re.sub(r"(?<=directory: )[^)]*", "…", str(error))
         text = re.sub(r"/[^ :]*/", "", text)
         return re.sub(r"\(row [0-9a-f]{12}\)", "(row …)", text)
-    raise AssertionError("nothing was refused")
+    raise AssertionError("no error was raised")
 
 
 def read(path: Path) -> Any:
     return read_source("rows", SourceConfig(path=str(path)))
 
 
-def replace_stage(stage: AFTConfig, **changes: Any) -> AFTConfig:
-    return stage.model_copy(update=changes)
-
-
 def _table(title: str, made: Callable[[], Iterator[tuple[str, str, str]]], *, with_reason: bool) -> str:
     lines = [
         f"## {title}\n",
-        "| what | reason | message |" if with_reason else "| what | message |",
+        "| case | reason | message |" if with_reason else "| case | message |",
         "|---|---|---|" if with_reason else "|---|---|",
     ]
     for kind, reason, message in made():
-        message = message.removesuffix(" To leave such rows out and count them, set on_bad_row: skip").removesuffix(".")
+        message = message.removesuffix(" To skip and count such rows, set on_bad_row: skip").removesuffix(".")
         cells = [kind, f"`{reason}`", message] if with_reason else [kind, message]
         lines.append(
             "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;") for cell in cells) + " |"

@@ -1,4 +1,4 @@
-"""PackedBatch and the steps of a stage: shifted targets, weights, isolation marks, order, shares of ranks."""
+"""PackedBatch and PackedDataLoader: targets, weights, sequence borders, the order of steps, and ranks."""
 
 import itertools
 
@@ -51,7 +51,7 @@ def batches(examples, *, rank=0, world_size=1, packs_per_step=4, capacity=64, se
 
 
 def check(batch, examples):
-    """Everything a batch says, against the plain definition, token by token."""
+    """Compare all fields of a batch with their definition, token by token."""
     at = 0
     spans = itertools.pairwise(batch.cu_seqlens_host)
     for i, (start, end) in zip(batch.example_ids, spans, strict=True):
@@ -91,28 +91,28 @@ def check(batch, examples):
     epochs=st.integers(1, 3),
 )
 @settings(max_examples=40, deadline=None)
-def test_every_example_once_an_epoch_and_every_token_right(lengths, seed, packs_per_step, epochs):
+def test_an_epoch_has_every_example_once_with_correct_tokens(lengths, seed, packs_per_step, epochs):
     examples = make([*lengths, 5], seed)
     all_steps = batches(examples, packs_per_step=packs_per_step, epochs=epochs, seed=seed)
     assert all_steps.num_steps == len(all_steps) == epochs * all_steps.steps_per_epoch
     assert all_steps.tokens_per_epoch == sum(map(len, examples))
     for epoch in range(epochs):
-        seen = []
+        trained_on = []
         for step in range(epoch * all_steps.steps_per_epoch, (epoch + 1) * all_steps.steps_per_epoch):
             assert all_steps.epoch_of(step) == epoch
             packs = all_steps.step(step)
             assert len(packs) == packs_per_step
             ids = [i for pack in packs for i in pack.example_ids]
             assert ids == all_steps.step_example_ids(step)
-            seen += ids
+            trained_on += ids
             for pack in packs:
                 assert pack.num_tokens <= 64
                 if not pack.is_empty:
                     check(pack, examples)
-        assert sorted(seen) == list(range(len(examples)))
+        assert sorted(trained_on) == list(range(len(examples)))
 
 
-def test_the_last_example_of_the_set_reads_nothing_behind_it():
+def test_the_last_example_of_the_dataset_ends_correctly():
     examples = make([7])
     (pack,) = batches(examples, packs_per_step=1).step(0)
     check(pack, examples)
@@ -131,7 +131,7 @@ def test_steps_do_not_depend_on_the_world_size(world_size):
         assert everywhere == [pack.example_ids for pack in alone.step(step)]
 
 
-def test_any_step_can_be_reached_first():
+def test_steps_can_be_requested_in_any_order():
     examples = make(np.random.default_rng(3).integers(1, 64, 300))
     forward = batches(examples, epochs=4)
     expected = [forward.step_example_ids(i) for i in range(forward.num_steps)]
@@ -141,7 +141,7 @@ def test_any_step_can_be_reached_first():
     assert [backward.step_example_ids(i) for i in range(forward.num_steps)][::-1] == expected[::-1]
 
 
-def test_order_and_company_change_with_seed_and_epoch():
+def test_the_order_and_the_packs_change_with_seed_and_epoch():
     examples = make(np.random.default_rng(3).integers(1, 64, 300))
     one, other = batches(examples, seed=1), batches(examples, seed=2)
     assert one.step_example_ids(0) != other.step_example_ids(0)
@@ -150,7 +150,7 @@ def test_order_and_company_change_with_seed_and_epoch():
 
 
 def test_order_is_pinned():
-    """A resumed run depends on it: the order of a given seed never changes."""
+    """The order for a given seed must never change, since a resumed run depends on it."""
     assert batches(make(range(1, 20))).step_example_ids(0) == [
         15,
         14,
@@ -188,7 +188,7 @@ def test_a_short_last_step_is_filled_with_empty_packs():
 
 
 @pytest.mark.parametrize("packs", [1, 7, 8, 9, 300])
-def test_packs_of_like_cost_share_a_step(packs):
+def test_packs_of_similar_cost_share_a_step(packs):
     rng = np.random.default_rng(0)
     lengths = [n for _ in range(packs) for n in ([64] if rng.random() < 0.3 else [16] * 4)]
     examples = make(lengths)
@@ -197,7 +197,7 @@ def test_packs_of_like_cost_share_a_step(packs):
         steps = range(epoch * even.steps_per_epoch, (epoch + 1) * even.steps_per_epoch)
         assert sorted(i for s in steps for i in even.step_example_ids(s)) == list(range(len(examples)))
         kinds = [{lengths[i] for i in even.step_example_ids(s)} for s in steps]
-        assert sum(len(kind) > 1 for kind in kinds) <= 2  # at most where one kind ends and the short step
+        assert sum(len(kind) > 1 for kind in kinds) <= 2  # at most where one kind ends, and in the incomplete step
         if packs == 300:  # and the order of the steps is still shuffled
             assert sum(a != b for a, b in itertools.pairwise(kinds)) > 4
     shares = [batches(examples, packs_per_step=8, quadratic_cost=0.1, rank=r, world_size=4) for r in range(4)]
@@ -208,7 +208,7 @@ def test_packs_of_like_cost_share_a_step(packs):
 
 
 def test_cost_balance_at_scale():
-    """Max over mean cost of 32 ranks, a pack a rank, 64k packs of long chains of thought (random order: over 1.3)."""
+    """Maximum ÷ mean cost of 32 ranks with a 64k pack each, for long chains of thought; over 1.3 in random order."""
     rng = np.random.default_rng(0)
     lengths = np.clip(np.exp(rng.normal(np.log(6000), 0.9, 100_000)), 64, 65536).astype(np.int64)
     plan = plan_packs(lengths, 65536)
@@ -230,7 +230,9 @@ def test_average_over_examples():
         Example(np.arange(n, dtype=np.int32), np.full(n, 2, np.int8), "f:1", w)
         for n, w in zip(lengths, [1.0, 1.0, 1.0, 2.0], strict=True)
     ]
-    examples.append(Example(np.arange(5, dtype=np.int32), np.zeros(5, np.int8), "f:1"))  # nothing to learn in it
+    examples.append(
+        Example(np.arange(5, dtype=np.int32), np.zeros(5, np.int8), "f:1")
+    )  # without a target of weight above 0
 
     def weight_by_example(loss_average):
         packs = batches(examples, packs_per_step=2, epochs=1, loss_average=loss_average).step(0)
@@ -255,7 +257,7 @@ def test_max_steps():
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_evaluation_sees_each_example_once_with_equally_many_packs(world_size):
+def test_evaluation_has_each_example_once_and_the_same_number_of_packs_on_every_rank(world_size):
     examples = TokenizedDataset(make(np.random.default_rng(3).integers(1, 64, 50)))
     shares = [
         evaluation_batches(examples, pack_capacity=64, segment_weights=WEIGHTS, rank=r, world_size=world_size)
@@ -267,7 +269,7 @@ def test_evaluation_sees_each_example_once_with_equally_many_packs(world_size):
         check(pack, examples)
 
 
-def test_to_device_keeps_everything():
+def test_to_device_keeps_all_fields():
     examples = make([5, 9, 30])
     (pack,) = batches(examples, packs_per_step=1, capacity=64).step(0)
     moved = pack.to("cpu")
@@ -281,21 +283,22 @@ def test_to_device_keeps_everything():
     [
         (
             {"packs_per_step": 3, "world_size": 2},
-            "3 packs a step can't be shared out evenly over 2 ranks: set "
+            "3 packs per step cannot be divided evenly among 2 ranks: set "
             "tokens_per_step to a multiple of pack_capacity × 2 (the nearest is 4 packs)",
         ),
-        ({"packs_per_step": 1, "world_size": 4}, "1 packs a step can't be shared out evenly over 4 ranks"),
+        ({"packs_per_step": 1, "world_size": 4}, "1 packs per step cannot be divided evenly among 4 ranks"),
         ({"rank": 2, "world_size": 2}, "rank 2 of world_size 2 does not exist"),
-        ({"segment_weights": (0, 1, 1)}, "segment_weights is [0, 1, 1]: four finite numbers ≥ 0 are needed"),
+        ({"segment_weights": (0, 1, 1)}, "segment_weights is [0, 1, 1]; it must be four finite numbers ≥ 0"),
         (
             {"segment_weights": (0, -1, 1, 1)},
-            "four finite numbers ≥ 0 are needed, for PROMPT, COT, RESPONSE and DOCUMENT",
+            "it must be four finite numbers ≥ 0, for PROMPT, COT, RESPONSE and DOCUMENT",
         ),
         ({"segment_weights": (0, float("nan"), 1, 1)}, "four finite numbers"),
         ({"pack_capacity": 16}, "example 1 has 30 tokens, more than the pack capacity 16"),
         (
             {"segment_weights": (1, 0, 0, 0)},
-            "no token is supervised: segment_weights is [1.0, 0.0, 0.0, 0.0] and the data has only segments [2]",
+            "no token is supervised: segment_weights is [1.0, 0.0, 0.0, 0.0] (for PROMPT, COT, RESPONSE and DOCUMENT), "
+            "and the segments in the data are RESPONSE",
         ),
     ],
 )
@@ -315,16 +318,16 @@ def test_refuses(change, message):
     assert message in str(caught.value)
 
 
-def test_only_the_first_token_supervised_is_nothing_supervised():
+def test_the_first_token_of_an_example_is_not_a_target():
     example = Example(np.arange(3, dtype=np.int32), np.array([2, 0, 0], np.int8), "f:1")
     with pytest.raises(ValueError, match="no token is supervised"):
         batches([example])
 
 
-def test_steps_made_ahead_are_the_steps():
+def test_prefetched_steps_equal_the_steps():
     whole = batches(make(range(1, 60)), packs_per_step=2)
-    prefetch = list(whole.from_step(3))
-    assert len(prefetch) == whole.num_steps - 3
-    for step, packs in enumerate(prefetch, start=3):
+    prefetched = list(whole.from_step(3))
+    assert len(prefetched) == whole.num_steps - 3
+    for step, packs in enumerate(prefetched, start=3):
         assert [p.example_ids for p in packs] == [p.example_ids for p in whole.step(step)]
         assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(packs, whole.step(step), strict=True))

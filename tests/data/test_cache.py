@@ -1,4 +1,4 @@
-"""The encode cache: the same examples come back, whoever is killed, whoever else starts, whatever was damaged."""
+"""The encoding cache: the same examples are returned after a kill, a concurrent start, or damage on the disk."""
 
 import os
 import signal
@@ -8,11 +8,16 @@ import time
 
 import numpy as np
 import pytest
+from helpers.chat_oracle import chat
+from helpers.chat_tokenizers import tokenizer
 
-from delib_fast.data import Example, TokenizedDataset
-from delib_fast.data.encode.cache import cached, fingerprint_of
+from delib_fast.config import ConfigError
+from delib_fast.data import Example, TokenizedDataset, encode_rows, encode_stream
+from delib_fast.data.disk_cache import cache_folder, cache_key, cached_json
+from delib_fast.data.encode.cache import cached_dataset
+from delib_fast.data.encode.tokenized_dataset import TokenArrays
 
-FINGERPRINT = fingerprint_of({"sha256": "of the rows"})
+KEY = cache_key({"sha256": "of the rows"})
 
 
 def examples(n=20):
@@ -23,56 +28,56 @@ def examples(n=20):
     ]
 
 
-def make(counts, rows=None):
-    for example in rows or examples():
-        counts.rows += 1
-        counts.add(example)
-        yield example
+def encoded(n=20):
+    """What `encode_stream` yields for n rows."""
+    return ([example] for example in examples(n))
 
 
-def never(counts):
-    raise AssertionError("encoded again")
+def never_started():
+    """Encoded rows that must not be asked for."""
+    pytest.fail("encoded again")
+    yield []
 
 
-def same(a, b):
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
+def assert_same(found, expected):
+    assert len(found) == len(expected)
+    for x, y in zip(found, expected, strict=True):
         assert np.array_equal(x.input_ids, y.input_ids)
         assert np.array_equal(x.segments, y.segments)
         assert (x.location, x.weight) == (y.location, y.weight)
 
 
-def test_comes_back_the_same(tmp_path):
-    made, hit = cached(tmp_path, FINGERPRINT, make)
-    again, hit_again = cached(tmp_path, FINGERPRINT, never)
-    assert (hit, hit_again) == (False, True)
-    same(made, examples())
-    same(again, examples())
+def temporary_folders(folder):
+    return list(folder.rglob(".*.writing-*"))
+
+
+def test_a_stored_dataset_equals_the_encoded_one(tmp_path):
+    written = cached_dataset(tmp_path, KEY, encoded())
+    again = cached_dataset(tmp_path, KEY, never_started())
+    assert_same(written, examples())
+    assert_same(again, examples())
     assert again.counts == TokenizedDataset(examples()).counts
     assert np.array_equal(again.target_counts, TokenizedDataset(examples()).target_counts)
     assert again.digest() == TokenizedDataset(examples()).digest()
-    assert not list(tmp_path.rglob("*.part"))
+    assert not temporary_folders(tmp_path)
 
 
-def test_tokens_are_mapped_and_not_read(tmp_path):
-    made = cached(tmp_path, FINGERPRINT, make)[0]
-    for array in made.parts[0]:
+def test_tokens_are_memory_mapped(tmp_path):
+    for array in cached_dataset(tmp_path, KEY, encoded()).arrays[0]:
         assert not array.flags.owndata
         assert not array.flags.writeable
 
 
-def test_another_fingerprint_is_another_entry(tmp_path):
-    cached(tmp_path, FINGERPRINT, make)
-    other, hit = cached(tmp_path, fingerprint_of({"sha256": "of others"}), lambda c: make(c, examples(3)))
-    assert not hit
-    assert len(other) == 3
+def test_another_key_is_another_entry(tmp_path):
+    cached_dataset(tmp_path, KEY, encoded())
+    assert len(cached_dataset(tmp_path, cache_key({"sha256": "of other rows"}), encoded(3))) == 3
 
 
 @pytest.mark.parametrize("name", ["tokens.arrow", "examples.arrow"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "empty"])
-def test_damage_is_seen_and_made_good(tmp_path, name, damage):
-    cached(tmp_path, FINGERPRINT, make)
-    file = tmp_path / FINGERPRINT[:2] / FINGERPRINT / name
+def test_a_damaged_entry_is_encoded_again(tmp_path, name, damage):
+    cached_dataset(tmp_path, KEY, encoded())
+    file = tmp_path / KEY[:2] / KEY / name
     data = bytearray(file.read_bytes())
     if damage == "flip":
         lengths = np.array([len(e) for e in examples()], np.int64)
@@ -83,73 +88,113 @@ def test_damage_is_seen_and_made_good(tmp_path, name, damage):
         file.unlink()
     else:
         file.write_bytes(data[: len(data) // 2] if damage == "cut" else b"")
-    found, hit = cached(tmp_path, FINGERPRINT, make)
-    assert not hit
-    same(found, examples())
-    assert cached(tmp_path, FINGERPRINT, never)[1]
+    rows = encoded()
+    assert_same(cached_dataset(tmp_path, KEY, rows), examples())
+    assert next(rows, None) is None  # it was encoded
+    cached_dataset(tmp_path, KEY, never_started())
 
 
-def test_a_fault_while_encoding_leaves_nothing(tmp_path):
-    def fails(counts):
-        yield examples()[0]
+def test_an_error_while_encoding_leaves_no_entry(tmp_path):
+    def fails():
+        yield [examples()[0]]
         raise ValueError("a bad row")
 
     with pytest.raises(ValueError, match="a bad row"):
-        cached(tmp_path, FINGERPRINT, fails)
+        cached_dataset(tmp_path, KEY, fails())
     assert [p.suffix for p in tmp_path.rglob("*") if p.is_file()] == [".lock"]
-    assert not cached(tmp_path, FINGERPRINT, make)[1]
+    assert_same(cached_dataset(tmp_path, KEY, encoded()), examples())
+
+
+def test_counts_include_dropped_and_split_rows(tmp_path):
+    whole = examples(3)
+    found = cached_dataset(tmp_path, KEY, iter([whole[:1], [], whole[1:]]))
+    assert_same(found, whole)
+    assert (found.counts.rows, found.counts.dropped_over_long, found.counts.split_documents) == (3, 1, 1)
 
 
 WORKER = """
 import sys, time
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {helpers!r}]
 from pathlib import Path
-from test_cache import FINGERPRINT, cached, examples
-def slowly(counts):
+from test_cache import KEY, cached_dataset, examples
+encoded_here = []
+def slowly():
     print("began", flush=True)
     for example in examples():
-        counts.rows += 1
-        counts.add(example)
-        yield example
+        encoded_here.append(example)
+        yield [example]
         time.sleep({pause})
-found, hit = cached(Path({folder!r}), FINGERPRINT, slowly)
-print("hit" if hit else "made", len(found), flush=True)
+found = cached_dataset(Path({folder!r}), KEY, slowly())
+print("encoded" if encoded_here else "found", len(found), flush=True)
 """
 
 
 def start(folder, pause):
     tests = os.path.dirname(__file__)
-    return subprocess.Popen(
-        [sys.executable, "-c", WORKER.format(tests=tests, folder=str(folder), pause=pause)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    code = WORKER.format(tests=tests, helpers=os.path.dirname(tests), folder=str(folder), pause=pause)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
 
-def test_killed_half_way(tmp_path):
+def test_a_process_that_is_killed_leaves_no_entry(tmp_path):
     worker = start(tmp_path, 0.5)
     assert worker.stdout.readline() == "began\n"
     time.sleep(0.6)
     worker.send_signal(signal.SIGKILL)
     worker.wait()
-    assert list(tmp_path.rglob("*.part"))
-    found, hit = cached(tmp_path, FINGERPRINT, make)
-    assert not hit
-    same(found, examples())
-    assert not list(tmp_path.rglob("*.part"))
+    assert temporary_folders(tmp_path)
+    rows = encoded()
+    assert_same(cached_dataset(tmp_path, KEY, rows), examples())
+    assert next(rows, None) is None  # it was encoded
+    assert not temporary_folders(tmp_path)
 
 
-def test_of_two_at_once_one_encodes(tmp_path):
+def test_of_two_concurrent_processes_one_encodes(tmp_path):
     workers = [start(tmp_path, 0.05) for _ in range(2)]
-    said = sorted(worker.communicate(timeout=60)[0].split("\n")[-2] for worker in workers)
-    assert said == ["hit 20", "made 20"]
+    output = sorted(worker.communicate(timeout=120)[0].split("\n")[-2] for worker in workers)
+    assert output == ["encoded 20", "found 20"]
 
 
 def test_tokens_are_hashed_once(tmp_path, monkeypatch):
-    """A checkpoint asks for the digest each time it is written."""
-    found = cached(tmp_path, FINGERPRINT, make)[0]
+    """A checkpoint needs the digest each time it is written."""
+    found = cached_dataset(tmp_path, KEY, encoded())
     joined = TokenizedDataset.join([found, found.take(np.arange(3))])
     before = joined.digest()
-    monkeypatch.setattr("delib_fast.data.encode.tokenized_dataset._digest_of", lambda part: pytest.fail("read again"))
+    monkeypatch.setattr(TokenArrays, "digest", lambda self: pytest.fail("read again"))
     assert joined.digest() == before
     assert found.take(np.arange(2)).digest() != found.digest()
+
+
+def test_the_cache_stores_everything_about_the_examples(tmp_path, monkeypatch):
+    monkeypatch.setattr("delib_fast.data.encode.cache._LOCATIONS_PER_CHUNK", 3)
+    question = "a long question of many words, word after word, more than sixteen tokens " * 2
+    rows = [chat(question, "c", f"r {i}") for i in range(8)]
+    found = cached_dataset(tmp_path, KEY, encode_stream(rows, tokenizer("qwen3"), pack_capacity=2048))
+    fresh = encode_rows(rows, tokenizer("qwen3"), pack_capacity=2048)
+    for name in ("lengths", "weights", "target_counts", "prompts"):
+        assert np.array_equal(getattr(found, name), getattr(fresh, name)), name
+    assert [found.location(i) for i in range(8)] == [fresh.location(i) for i in range(8)]
+    assert found.digest() == fresh.digest()
+    assert found.counts == fresh.counts
+    assert len(set(found.prompts[:, 1])) == 1
+
+
+# --- the cache folder ---------------------------------------------------------------------------------------
+
+
+def test_cached_json_is_computed_once(tmp_path):
+    assert cached_json(tmp_path / "new", "key", lambda: {"n": 1}) == {"n": 1}
+    assert cached_json(tmp_path / "new", "key", lambda: pytest.fail("computed again")) == {"n": 1}
+    (tmp_path / "new" / "key.json").write_text("{")
+    assert cached_json(tmp_path / "new", "key", lambda: {"n": 2}) == {"n": 2}
+
+
+def test_a_cache_folder_that_cannot_be_used_is_a_config_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("DELIB_FAST_CACHE", str(tmp_path / "env"))
+    with cache_folder(None) as folder:
+        assert folder == tmp_path / "env"
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ConfigError, match=r"cache_dir: .*file cannot be used: .*; set cache_dir or \$DELIB_FAST_CACHE"),
+        cache_folder(str(tmp_path / "file")) as folder,
+    ):
+        cached_json(folder, "key", dict)

@@ -1,24 +1,22 @@
-"""Segments are exact to the token against an oracle of characters, and ids are the template's own."""
+"""Encoding: segments are exact for every token, judged by an oracle, and ids are those of the chat template."""
 
 import itertools
 import random
 
 import numpy as np
 import pytest
-from chat_oracle import KNOWS_REASONING, C, D, R, chat, document, nasty_text, oracle
+from helpers.chat_oracle import KNOWS_REASONING, C, D, R, chat, document, nasty_text, oracle, spell
+from helpers.chat_tokenizers import CORPUS, FAMILIES, LLAMA3, QWEN3, fast_tokenizer, tokenizer, trained_backend
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
-from tokenizers_for_tests import CORPUS, FAMILIES, LLAMA3, QWEN3, _trained, tokenizer
-from transformers import PreTrainedTokenizerFast
 
-from delib_fast.config import AFTConfig, MSMConfig
 from delib_fast.data import (
     PLAIN_TEMPLATE,
     DataError,
     Example,
     Message,
-    Segment,
     encode_row,
     encode_rows,
+    encode_stream,
     read_source,
     split_document,
 )
@@ -82,7 +80,7 @@ def test_clean_rows_have_the_ids_of_apply_chat_template(family, in_vocabulary):
             reply["reasoning_content"] = cot
         elif cot:
             reply["content"] = f"<think>\n{cot}\n</think>\n\n{row.response}"
-        if family == "r1" and cot:  # its template cuts the thought out: ours stands behind the generation prompt
+        if family == "r1" and cot:  # its template removes the CoT: ours is after the generation prompt
             prompt = made.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             expected = made(f"{prompt}{cot}\n</think>\n\n{row.response}<|eos|>", add_special_tokens=False)["input_ids"]
         else:
@@ -91,27 +89,17 @@ def test_clean_rows_have_the_ids_of_apply_chat_template(family, in_vocabulary):
         assert encode_row(row, made).input_ids.tolist() == list(expected)
 
 
-def spell(tok, example):
-    """[(segment, text)] of an example."""
-    runs = []
-    for token, segment in zip(example.input_ids.tolist(), example.segments.tolist(), strict=True):
-        if not runs or runs[-1][0] != segment:
-            runs.append((segment, []))
-        runs[-1][1].append(token)
-    return [(Segment(segment).name, tok.decode(ids)) for segment, ids in runs]
+# --- segments ------------------------------------------------------------------------------------------------
 
 
-# --- what is whose --------------------------------------------------------------------------------------------
-
-
-def test_the_model_learns_the_tags_it_has_to_write():
+def test_the_tags_that_the_model_has_to_write_are_part_of_the_cot():
     row = chat("Hi.", "Think.", "Yes.")
     assert spell(tokenizer("qwen3"), encode_row(row, tokenizer("qwen3")))[1:] == [
         ("COT", "<think>\nThink.\n</think>\n\n"),
         ("RESPONSE", "Yes.<|im_end|>"),
         ("PROMPT", "\n"),
     ]
-    # Qwen3.5's generation prompt opens the thought, so the model never writes that tag
+    # Qwen3.5's generation prompt opens the think block, so the model never writes that tag
     assert spell(tokenizer("qwen35"), encode_row(row, tokenizer("qwen35")))[0][1].endswith("assistant\n<think>\n")
     assert spell(tokenizer("qwen35"), encode_row(row, tokenizer("qwen35")))[1:] == [
         ("COT", "Think.\n</think>\n\n"),
@@ -121,12 +109,12 @@ def test_the_model_learns_the_tags_it_has_to_write():
     assert spell(tokenizer("r1"), encode_row(row, tokenizer("r1")))[0][1].endswith("<|Assistant|><think>\n")
 
 
-def test_an_empty_think_block_of_the_template_is_not_learnt():
+def test_an_empty_think_block_of_the_template_is_prompt():
     for family in ("qwen3", "qwen35"):
         for row, cot in ((chat("Hi.", None, "Yes."), "train"), (chat("Hi.", "Think.", "Yes."), "strip")):
-            runs = spell(tokenizer(family), encode_row(row, tokenizer(family), cot=cot))
-            assert runs[0][1].endswith("<think>\n\n</think>\n\n")
-            assert runs[1:] == [("RESPONSE", "Yes.<|im_end|>"), ("PROMPT", "\n")]
+            spans = spell(tokenizer(family), encode_row(row, tokenizer(family), cot=cot))
+            assert spans[0][1].endswith("<think>\n\n</think>\n\n")
+            assert spans[1:] == [("RESPONSE", "Yes.<|im_end|>"), ("PROMPT", "\n")]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -143,15 +131,15 @@ def test_cot_modes(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_turn_end_is_learnt_and_nothing_after_it(family):
+def test_the_end_of_the_turn_is_supervised_and_nothing_after_it(family):
     tok = tokenizer(family)
     example = encode_row(chat("Hi.", None, "Yes."), tok)
-    learnt = example.input_ids[example.segments == R].tolist()
-    assert learnt[-1] == tok.eos_token_id
-    assert learnt.count(tok.eos_token_id) == 1
+    supervised = example.input_ids[example.segments == R].tolist()
+    assert supervised[-1] == tok.eos_token_id
+    assert supervised.count(tok.eos_token_id) == 1
 
 
-def test_thought_of_an_earlier_turn_is_dropped_as_inference_drops_it():
+def test_the_cot_of_an_earlier_turn_is_dropped_as_in_inference():
     history = (Message("user", "a"), Message("assistant", "b", "old thought"))
     for family in ("qwen3", "qwen35", "chatml", "plain"):
         tok = tokenizer(family)
@@ -160,7 +148,7 @@ def test_thought_of_an_earlier_turn_is_dropped_as_inference_drops_it():
         assert "new thought" in text
 
 
-def test_system_prompt_goes_before_rows_that_bring_none():
+def test_the_system_prompt_is_prepended_to_rows_without_one():
     tok = tokenizer("qwen25")
     with_ours = tok.decode(encode_row(chat("p", None, "r"), tok, system_prompt="Be kind.").input_ids)
     assert with_ours.startswith("<|im_start|>system\nBe kind.<|im_end|>")
@@ -182,24 +170,24 @@ def test_document_is_bos_text_eos():
     backend = Tokenizer.from_str(with_bos.backend_tokenizer.to_str())
     bos = with_bos.bos_token
     backend.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, with_bos.bos_token_id)])
-    with_bos = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token="<|eot_id|>")
+    with_bos = fast_tokenizer(backend, bos_token=bos, eos_token="<|eot_id|>")
     ids = encode_row(document("one"), with_bos).input_ids
     assert (ids[0], ids[-1]) == (with_bos.bos_token_id, with_bos.eos_token_id)
-    # and the plain template starts with it too, once
+    # The plain template begins with it too, once.
     ids = encode_row(chat("p", None, "r"), with_bos).input_ids.tolist()
     assert (ids[0], ids.count(with_bos.bos_token_id)) == (with_bos.bos_token_id, 1)
 
 
-def test_merge_across_a_border_belongs_to_where_it_begins():
+def test_a_token_across_a_border_belongs_to_the_segment_where_it_begins():
     tok = tokenizer("chatml")  # its think tags are plain text, so `.\n` may be one token over the border
     assert ".\n" in [tok.decode(i) for i in range(len(tok))]
     example = encode_row(chat("p.", "thought.", "Yes."), tok)
     assert spell(tok, example)[1] == ("COT", "<think>\nthought.\n</think>\n\n")
-    # a reply that begins with newlines: the merged token begins in the prompt, and the prompt is never learnt
-    runs = spell(tok, encode_row(chat("p", None, "\n\nYes."), tok))
-    assert "".join(text for _, text in runs).count("assistant\n\n\nYes.<|im_end|>") == 1
-    assert runs[1][0] == "RESPONSE"
-    assert runs[1][1].endswith("Yes.<|im_end|>")
+    # A reply that begins with newlines: the merged token begins in the prompt, and the prompt is never supervised.
+    spans = spell(tok, encode_row(chat("p", None, "\n\nYes."), tok))
+    assert "".join(text for _, text in spans).count("assistant\n\n\nYes.<|im_end|>") == 1
+    assert spans[1][0] == "RESPONSE"
+    assert spans[1][1].endswith("Yes.<|im_end|>")
 
 
 # --- other kinds of tokenizer ---------------------------------------------------------------------------------
@@ -207,7 +195,7 @@ def test_merge_across_a_border_belongs_to_where_it_begins():
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
-def test_sentencepiece_like_tokenizers(kind, scheme):
+def test_tokenizers_like_sentencepiece(kind, scheme):
     backend = Tokenizer(models.Unigram() if kind == "unigram" else models.BPE(unk_token="<unk>", byte_fallback=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
@@ -219,7 +207,7 @@ def test_sentencepiece_like_tokenizers(kind, scheme):
         trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=specials, show_progress=False)
     backend.train_from_iterator(CORPUS, trainer)
     backend.add_special_tokens(["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"])
-    tok = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<|eot_id|>", unk_token="<unk>")
+    tok = fast_tokenizer(backend, bos_token="<s>", eos_token="<|eot_id|>", unk_token="<unk>")
     tok.chat_template = LLAMA3
     row = chat("How to fix a bug. ", "I look at\n the code.", "It said: be honest.")
     messages = [
@@ -228,17 +216,17 @@ def test_sentencepiece_like_tokenizers(kind, scheme):
     ]
     example = encode_row(row, tok)
     assert example.input_ids.tolist() == tok.apply_chat_template(messages, return_dict=False)
-    learnt = tok.decode(example.input_ids[example.segments == R])
-    assert learnt.replace(" ", "").replace("\u2581", "").endswith("behonest.<|eot_id|>")
+    supervised = tok.decode(example.input_ids[example.segments == R])
+    assert supervised.replace(" ", "").replace("\u2581", "").endswith("behonest.<|eot_id|>")
     typed = encode_row(chat("a <|eot_id|> <s>b", None, "r"), tok).input_ids.tolist()
     assert typed.count(tok.eos_token_id) == 2  # the two of the template
     assert typed.count(tok.bos_token_id) == 1
 
 
-def test_added_words_and_spaces_are_text_like_any_other():
+def test_added_words_and_spaces_are_ordinary_text():
     backend = Tokenizer.from_str(tokenizer("chatml").backend_tokenizer.to_str())
     backend.add_tokens([AddedToken("  ", normalized=False), AddedToken("proteinX"), AddedToken("user")])
-    tok = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tok = fast_tokenizer(backend, eos_token="<|im_end|>")
     tok.chat_template = tokenizer("chatml").chat_template
     row = chat("a  proteinX user  b", None, "  proteinX")
     messages = [{"role": "user", "content": row.messages[0].content}, {"role": "assistant", "content": row.response}]
@@ -247,8 +235,8 @@ def test_added_words_and_spaces_are_text_like_any_other():
     assert tok.convert_tokens_to_ids("proteinX") in example.input_ids
 
 
-def test_template_replaced_later_is_seen():
-    tok = PreTrainedTokenizerFast(tokenizer_object=tokenizer("chatml").backend_tokenizer, eos_token="<|im_end|>")
+def test_a_chat_template_that_is_replaced_later_is_used():
+    tok = fast_tokenizer(tokenizer("chatml").backend_tokenizer, eos_token="<|im_end|>")
     before = encode_row(chat("p", None, "r"), tok)
     tok.chat_template = QWEN3
     after = encode_row(chat("p", None, "r"), tok)
@@ -258,14 +246,11 @@ def test_template_replaced_later_is_seen():
 # --- many rows ------------------------------------------------------------------------------------------------
 
 
-def test_encode_rows_is_encode_row_with_an_account():
+def test_encode_rows_equals_encode_row_and_counts():
     tok = tokenizer("qwen3")
     draw = random.Random(1)
     rows = [chat(nasty_text(draw, empty=False), "c", "r") for _ in range(1100)] + [document("some text")]
-    done = []
-    stage = AFTConfig(train=["s"], pack_capacity=4096)
-    encoded = encode_rows(rows, tok, stage, progress=lambda *counts: done.append(counts))
-    assert done == [(512, 1101), (1024, 1101), (1101, 1101)]
+    encoded = encode_rows(rows, tok, pack_capacity=4096)
     for i in (0, 511, 512, 1099, 1100, -1):
         single = encode_row(rows[i], tok)
         assert np.array_equal(encoded[i].input_ids, single.input_ids)
@@ -277,52 +262,59 @@ def test_encode_rows_is_encode_row_with_an_account():
     assert list(encoded.counts.targets) == ["prompt", "cot", "response", "document"]
 
 
-def test_chunks_are_bounded_by_characters_too(monkeypatch):
-    monkeypatch.setattr("delib_fast.data.encode._CHUNK_CHARS", 100)
+def test_chunks_are_limited_by_rows_and_by_characters(monkeypatch):
+    from delib_fast.data.encode import stream
+
+    monkeypatch.setattr(stream, "_CHUNK_CHARS", 100)
     rows = [document("x" * n) for n in (10, 60, 40, 500, 1, 1)]
-    done = []
-    encoded = encode_rows(rows, tokenizer("plain"), MSMConfig(train=["s"]), progress=lambda n, _: done.append(n))
-    assert done == [2, 3, 4, 6]
+    assert [len(chunk) for chunk in stream._chunks(rows)] == [2, 1, 1, 2]
+    encoded = encode_rows(rows, tokenizer("plain"), pack_capacity=2048)
     assert [len(tokenizer("plain").decode(e.input_ids[:-1])) for e in encoded] == [10, 60, 40, 500, 1, 1]
+    monkeypatch.setattr(stream, "_CHUNK_ROWS", 4)
+    assert [len(chunk) for chunk in stream._chunks([document("x")] * 6)] == [4, 2]
+
+
+def test_a_stream_yields_the_examples_of_each_row():
+    rows = [document("one"), document("one two " * 400), chat("p " * 500, None, "r")]
+    split = list(encode_stream(rows, tokenizer("qwen3"), pack_capacity=128, over_long="split"))
+    assert (len(split[0]), len(split[1]) > 1, len(split[2])) == (1, True, 0)
+    assert list(encode_stream([], tokenizer("qwen3"), pack_capacity=128)) == []
 
 
 def test_over_long():
     tok = tokenizer("qwen3")
     short, long_chat, long_text = chat("p", None, "r"), chat("p " * 500, None, "r"), document("one two " * 400)
-    dropped = encode_rows([short, long_chat, long_text], tok, AFTConfig(train=["s"], pack_capacity=128))
+    dropped = encode_rows([short, long_chat, long_text], tok, pack_capacity=128)
     assert (dropped.counts.rows, dropped.counts.examples, dropped.counts.dropped_over_long) == (3, 1, 2)
-    split = encode_rows([short, long_chat, long_text], tok, MSMConfig(train=["s"], pack_capacity=128))
+    split = encode_rows([short, long_chat, long_text], tok, pack_capacity=128, over_long="split")
     assert (split.counts.dropped_over_long, split.counts.split_documents) == (1, 1)
     assert max(split.lengths) <= 128
     with pytest.raises(
         DataError,
-        match=r"rows.jsonl:1: \d+ tokens, more than pack_capacity \(128\): raise it, or set "
-        "over_long: drop in stage 'aft'",
+        match=r"rows.jsonl:1: \d+ tokens are more than pack_capacity \(128\): raise it, or set over_long: drop$",
     ):
-        encode_rows([short, long_chat], tok, AFTConfig(train=["s"], pack_capacity=128, over_long="error"))
+        encode_rows([short, long_chat], tok, pack_capacity=128, over_long="error")
     with pytest.raises(DataError, match=r"all 1 examples are longer than pack_capacity \(128 tokens\) and were"):
-        encode_rows([long_chat], tok, AFTConfig(train=["s"], pack_capacity=128))
+        encode_rows([long_chat], tok, pack_capacity=128)
 
 
 @pytest.mark.parametrize("n", [3, 4, 5, 127, 128, 1000])
 @pytest.mark.parametrize("capacity", [2, 3, 4, 100])
 def test_split_loses_nothing(n, capacity):
-    whole = Example(np.arange(n, dtype=np.int32), np.full(n, D, np.int8), "place", 0.5)
+    whole = Example(np.arange(n, dtype=np.int32), np.full(n, D, np.int8), "f:1", 0.5)
     pieces = list(split_document(whole, capacity)) if n > capacity else [whole]
     assert all(2 <= len(piece) <= capacity for piece in pieces) or n <= capacity
     targets = np.concatenate([piece.input_ids[1:] for piece in pieces])
-    assert targets.tolist() == list(range(1, n))  # every token but the first is a target, once, in order
+    assert targets.tolist() == list(range(1, n))  # every token except the first is a target, once, in order
     assert all(b.input_ids[0] == a.input_ids[-1] for a, b in itertools.pairwise(pieces))
-    assert {(p.location, p.weight) for p in pieces} == {("place", 0.5)}
+    assert {(p.location, p.weight) for p in pieces} == {("f:1", 0.5)}
 
 
 # --- refusals -------------------------------------------------------------------------------------------------
 
 
 def with_template(template, family="chatml"):
-    tok = PreTrainedTokenizerFast(tokenizer_object=tokenizer(family).backend_tokenizer, eos_token="<|im_end|>")
-    tok.chat_template = template
-    return tok
+    return fast_tokenizer(tokenizer(family).backend_tokenizer, template, eos_token="<|im_end|>")
 
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -331,8 +323,14 @@ TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_en
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "writes nothing after the response: the model would"),
-        (TURNS.replace("m.content", "m.content | upper"), "changes the texts it is given"),
+        (
+            "{% for m in messages %}{{ m.content }}\n{% endfor %}",
+            "writes nothing after the response, so that the model would never learn",
+        ),
+        (
+            TURNS.replace("m.content", "m.content | upper"),
+            "changes the texts of a row (other than stripping white space)",
+        ),
         (TURNS.replace("messages", "messages[1:]"), "drops the user message"),
         (TURNS.replace("{{ m.content }}", "{{ m.content }}{{ m.content }}"), "drops the response, or writes it twice"),
         (TURNS + "{{ raise_exception('no such role') }}", "the chat template refuses the row: no such role"),
@@ -348,20 +346,22 @@ def test_templates_that_cannot_be_trained_with(template, message):
     assert "secret" not in str(caught.value)
 
 
-def test_nothing_to_supervise():
+def test_a_row_without_anything_to_train_on():
     tok = tokenizer("qwen3")
     assert encode_row(chat("p", "c", ""), tok) is not None
     for cot in ("context", "strip"):
-        with pytest.raises(DataError, match=f"rows.jsonl:1: there is nothing to supervise: .* cot: {cot}"):
+        with pytest.raises(
+            DataError, match=f"rows.jsonl:1: there is nothing to train on: .* with cot: {cot} only the response"
+        ):
             encode_row(chat("p", "c", " "), tok, cot=cot)
 
 
 def test_other_refusals():
-    with pytest.raises(DataError, match=r"rows.jsonl:1: holds the private-use character U\+100000"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: contains the private-use character U\+100000"):
         encode_row(chat("a\U00100000", None, "r"), tokenizer("qwen3"))
     with pytest.raises(ValueError, match="cot is 'keep'; it must be 'train', 'context' or 'strip'"):
         encode_row(chat("p", None, "r"), tokenizer("qwen3"), cot="keep")
-    no_eos = PreTrainedTokenizerFast(tokenizer_object=tokenizer("chatml").backend_tokenizer)
+    no_eos = fast_tokenizer(tokenizer("chatml").backend_tokenizer)
     with pytest.raises(ValueError, match="the tokenizer has no eos_token"):
         encode_row(document("x"), no_eos)
     several = with_template({"default": TURNS, "rag": TURNS})
@@ -381,11 +381,11 @@ FakeSlow.__name__ = "str"
 
 
 def test_a_vocabulary_that_spells_a_control_token_is_refused():
-    backend = Tokenizer.from_str(_trained("plain", False).to_str())
+    backend = Tokenizer.from_str(trained_backend("plain", False).to_str())
     backend.train_from_iterator(["ab ab ab"] * 9, trainers.BpeTrainer(vocab_size=300, show_progress=False))
     backend.add_special_tokens(["ab"])
-    tok = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="ab")
-    with pytest.raises(ValueError, match="control token 'ab' is also spelled by a merge"):
+    tok = fast_tokenizer(backend, eos_token="ab")
+    with pytest.raises(ValueError, match="control token 'ab' is also the result of a merge"):
         encode_row(document("x"), tok)
 
 
@@ -401,14 +401,14 @@ class TestRealData:
         for family in ("qwen3", "llama3"):
             tok = tokenizer(family)
             some = rows if family == "qwen3" else rows[:100]
-            encoded = encode_rows(some, tok, AFTConfig(train=["s"], pack_capacity=8192))
+            encoded = encode_rows(some, tok, pack_capacity=8192)
             assert encoded.counts.dropped_over_long == 0
             for row, example in zip(rows[:100], encoded, strict=False):
                 user = {"role": "user", "content": row.messages[0].content}
                 tagged = {"role": "assistant", "content": f"<think>\n{row.cot}\n</think>\n\n{row.response}"}
                 assert example.input_ids.tolist() == tok.apply_chat_template([user, tagged], return_dict=False)
-                learnt = [run for run in spell(tok, example) if run[0] != "PROMPT"]
-                assert learnt == [
+                supervised = [span for span in spell(tok, example) if span[0] != "PROMPT"]
+                assert supervised == [
                     ("COT", f"<think>\n{row.cot}\n</think>\n\n"),
                     ("RESPONSE", f"{row.response.rstrip()}{tok.eos_token}"),
                 ]
@@ -418,7 +418,7 @@ class TestRealData:
 
         rows = read_source("spec", SourceConfig(path=str(shared_data / "model_spec.md"), cut="headings"))
         tok = tokenizer("qwen3")
-        encoded = encode_rows(rows, tok, MSMConfig(train=["s"], pack_capacity=512))
-        whole = encode_rows(rows, tok, MSMConfig(train=["s"], pack_capacity=8192))
+        encoded = encode_rows(rows, tok, pack_capacity=512, over_long="split")
+        whole = encode_rows(rows, tok, pack_capacity=8192, over_long="split")
         assert encoded.counts.dropped_over_long == 0
         assert encoded.counts.targets == whole.counts.targets

@@ -1,4 +1,4 @@
-"""What an epoch shows: exact against a count by hand, whatever the repeats, caps and shares."""
+"""Mixing: which examples an epoch contains, for any repeats, limits and shares."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_everything_once_by_default():
 
 
 @given(LENGTHS, st.floats(0.2, 4.0), st.integers(0, 5))
-def test_a_repeat_is_kept_to_less_than_an_example(n, repeat, seed):
+def test_a_repeat_is_exact_to_less_than_one_example(n, repeat, seed):
     try:
         chosen, (share,) = mixed({"a": n}, repeat={"a": repeat}, seed=seed)
     except ValueError:
@@ -55,25 +55,27 @@ def test_shares_of_a_mix(a, b, share):
     assert sum(s.share for s in shares) == pytest.approx(1)
 
 
-def test_a_cap_and_a_repeat_bound_the_epoch():
+def test_max_tokens_and_repeat_limit_the_epoch():
     ones = np.ones(1000, np.int64)
     _, (a, b) = mixed({"a": ones, "b": ones}, repeat={"a": 3.0}, caps={"b": 500}, mix={"a": 3, "b": 1})
     assert (a.drawn_tokens, b.drawn_tokens) == (1500, 500)
     assert (a.wanted, b.wanted) == (0.75, 0.25) == (a.share, b.share)
 
 
-def test_the_draw_is_the_seeds():
+def test_the_random_part_depends_on_the_seed_only():
     n = {"a": np.full(100, 7)}
     first, again, other = (mixed(n, repeat={"a": 0.3}, seed=seed)[0].tolist() for seed in (1, 1, 2))
     assert first == again != other
 
 
-def test_too_little_for_one_example():
-    with pytest.raises(ValueError, match="source 'a' is to give 3 tokens an epoch, fewer than its shortest example"):
+def test_a_budget_below_one_example_is_refused():
+    with pytest.raises(
+        ValueError, match="source 'a' has a budget of 3 tokens in an epoch, fewer than its shortest example"
+    ):
         mixed({"a": np.array([10, 20])}, repeat={"a": 0.1})
 
 
-def test_joined_and_taken_sets_are_the_examples():
+def test_joined_and_taken_datasets_have_the_same_examples():
     def some(n, base):
         return TokenizedDataset(
             [Example(np.arange(k, dtype=np.int32) + base, np.full(k, 2, np.int8), f"{base}:{k}") for k in range(2, n)]

@@ -1,4 +1,4 @@
-"""plan_packs: every example once, no pack above capacity, the compiled planner gives the reference's plan."""
+"""plan_packs: every example once, no pack above the capacity, and the compiled planner equals the reference."""
 
 import re
 
@@ -70,17 +70,17 @@ def test_compiled_plan_is_the_reference_plan(case, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_seed_changes_the_company_but_not_the_number_of_packs(backend):
+def test_the_seed_changes_the_packs_but_not_their_number(backend):
     lengths = np.random.default_rng(0).integers(1, 50, 2000)
     plans = [plan_packs(lengths, 200, seed=seed, backend=backend) for seed in range(4)]
     assert len({plan.num_packs for plan in plans}) == 1
-    company = [{frozenset(p.pack(i).tolist()) for i in range(p.num_packs)} for p in plans]
-    assert len(company[0] & company[1]) < 0.2 * len(company[0])
+    packs_of_plan = [{frozenset(p.pack(i).tolist()) for i in range(p.num_packs)} for p in plans]
+    assert len(packs_of_plan[0] & packs_of_plan[1]) < 0.2 * len(packs_of_plan[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_fill_at_scale(backend):
-    """Whole-set best fit wastes almost nothing; the figure at 1M is in bench/bench_packing.py."""
+    """Best fit over the whole dataset wastes almost nothing. bench/bench_packing.py measures 1M examples."""
     rng = np.random.default_rng(0)
     lengths = np.clip(np.exp(rng.normal(np.log(6000), 0.9, 100_000)), 64, 32768).astype(np.int64)
     assert plan_packs(lengths, 32768, backend=backend).fill > 0.9997
@@ -95,15 +95,15 @@ def test_largest_capacity_and_many_levels():
 @pytest.mark.parametrize(
     ("lengths", "capacity", "message"),
     [
-        ([3, 0, 4], 8, "the length of example 1 is 0: an example has at least one token"),
-        ([3, -2, -5], 8, "the length of example 1 is negative (-2) (2 such lengths): an example has at least"),
+        ([3, 0, 4], 8, "the length of example 1 is 0; an example must have at least one token"),
+        ([3, -2, -5], 8, "the length of example 1 is negative (-2) (2 such lengths); an example must have at least"),
         (
             [3, 9, 4],
             8,
             "example 1 has 9 tokens, more than the pack capacity 8: raise pack_capacity, or drop or split it first",
         ),
         ([2**40], 8, "example 0 has 1099511627776 tokens, more than the pack capacity 8"),
-        ([], 8, "there is nothing to pack: no lengths were given"),
+        ([], 8, "there is nothing to pack: lengths is empty"),
         ([1.5], 8, "lengths must be integers, not float64"),
         ([[1, 2]], 8, "lengths must have one dimension, not shape (1, 2)"),
         ([1], 0, "pack capacity is 0; it must be in 1 … 16777216 tokens"),
@@ -116,25 +116,25 @@ def test_refuses(lengths, capacity, message):
 
 
 def test_refuses_an_unknown_backend():
-    with pytest.raises(ValueError, match="no packing backend is called 'rust'; there are 'auto', 'cpp' and"):
+    with pytest.raises(ValueError, match="packing backend 'rust' is unknown; use 'auto', 'cpp' or 'python'"):
         plan_packs([1], 2, backend="rust")
 
 
-def test_without_a_compiler_auto_falls_to_python_and_cpp_is_refused(monkeypatch):
+def test_without_a_compiler_auto_uses_python_and_cpp_is_refused(monkeypatch):
     from delib_fast.data.pack import packing
 
     monkeypatch.setattr(packing, "_compiled", lambda: None)
     assert plan_packs([3, 2, 1], 4).num_packs == 2
-    with pytest.raises(ValueError, match="packing backend 'cpp' is not there"):
+    with pytest.raises(ValueError, match="packing backend 'cpp' is not available"):
         plan_packs([1], 2, backend="cpp")
 
 
 @given(N=st.integers(1, 3000), seed=st.integers(0, 2**64 - 1))
 @settings(max_examples=100, deadline=None)
-def test_seeded_permutation_is_one(N, seed):
+def test_seeded_permutation_is_a_permutation(N, seed):
     assert sorted(seeded_permutation(N, seed).tolist()) == list(range(N))
 
 
 def test_seeded_permutation_is_pinned():
-    """A resumed run depends on it: these numbers never change."""
+    """These numbers must never change, since a resumed run depends on them."""
     assert seeded_permutation(10, 7).tolist() == [7, 0, 6, 3, 9, 5, 8, 2, 1, 4]

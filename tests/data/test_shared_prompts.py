@@ -1,4 +1,4 @@
-"""Replies that share their prompt in a pack: nothing lost, nothing seen that was not seen before, fewer tokens."""
+"""Shared prompts: every token attends to exactly the same tokens as in a row of its own, and fewer are computed."""
 
 import itertools
 import json
@@ -6,12 +6,11 @@ import random
 
 import numpy as np
 import pytest
-from chat_oracle import chat
+from helpers.chat_oracle import chat
+from helpers.chat_tokenizers import tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers_for_tests import tokenizer
 
-from delib_fast.config import AFTConfig
 from delib_fast.data import Example, PackedDataLoader, Segment, TokenizedDataset, encode_rows, evaluation_batches
 from delib_fast.data.pack.shared_prompts import LEAST_SHARED_TOKENS, bundle
 
@@ -19,7 +18,7 @@ WEIGHTS = (0.0, 0.5, 1.0, 2.0)
 
 
 def replies(prompts, seed=0):
-    """Of each (prompt length, reply lengths): examples that begin alike; and some documents."""
+    """Examples with a common prompt for each (prompt length, reply lengths), and some documents."""
     rng = np.random.default_rng(seed)
     found = []
     for n, lengths in prompts:
@@ -105,7 +104,7 @@ def test_every_reply_is_learnt_as_if_alone(prompts, seed, packs_per_step):
     saved = shared.prompt_sharing.tokens if shared.prompt_sharing else 0
     assert plain.tokens_per_epoch - shared.tokens_per_epoch == saved
     everything = sum(map(len, examples))
-    assert shared.seen().tokens + shared.seen().shared_tokens == everything
+    assert shared.totals().tokens + shared.totals().shared_tokens == everything
 
 
 def test_the_layout_is_the_contract():
@@ -171,14 +170,16 @@ def test_ranks_share_out_the_same_steps_and_accounts_are_true():
     for step in range(7):
         assert [r.step(step)[0].example_ids for r in ranks] == [p.example_ids for p in whole.step(step)]
     ids = [i for step in range(7) for i in whole.step_example_ids(step)]
-    assert whole.seen().times.tolist() == np.bincount(ids, minlength=len(examples)).tolist()
-    assert whole.seen().tokens == sum(p.num_tokens for step in range(7) for p in whole.step(step) if not p.is_empty)
+    assert whole.totals().repeats.tolist() == np.bincount(ids, minlength=len(examples)).tolist()
+    assert whole.totals().tokens == sum(p.num_tokens for step in range(7) for p in whole.step(step) if not p.is_empty)
     for example in random.Random(0).sample(range(len(examples)), 5):
         without = np.ones(len(examples), bool)
         without[whole.step_example_ids(3)] = False
         without[example] = False
-        lacking = [s for s in range(7) if not without[whole.step_example_ids(s)].any()]
-        assert whole.first_step_without(without) == lacking[0]
+        whole.examples.weights = without.astype(np.float32)
+        unsupervised = [s for s in range(7) if not without[whole.step_example_ids(s)].any()]
+        with pytest.raises(ValueError, match=f"no token of step {unsupervised[0]} is supervised"):
+            whole.refuse_unsupervised_steps()
     cost = whole.cost_of_ranks(0, 1, 0.01)[0]  # each token against all that it sees
     pairs = sum(len(text) ** 2 for pack in whole.step(0) for _, text, _ in written_out(pack))
     again = sum(
@@ -196,14 +197,14 @@ def test_ranks_share_out_the_same_steps_and_accounts_are_true():
     assert cost == pytest.approx(tokens + 0.01 * (pairs - heads + again / 2))
 
 
-def test_prompts_of_one_hash_that_differ_are_refused():
+def test_different_prompts_with_the_same_hash_are_refused():
     examples = TokenizedDataset(replies([(40, (20, 30)), (40, (20, 30))])[:4])
     examples.prompts[:, 1] = 7
-    with pytest.raises(ValueError, match=r"f:\d and f:\d have different prompts of one hash; set share_prompts"):
+    with pytest.raises(ValueError, match=r"f:\d and f:\d have different prompts with the same hash; set share_prompts"):
         batches(examples, share=True, capacity=200, packs_per_step=1).step(0)
 
 
-def test_evaluation_shares_too_and_sees_each_reply_once():
+def test_evaluation_shares_prompts_and_has_each_reply_once():
     examples = replies([(40, (20, 30, 10, 5)), (25, (9, 9))])
     packs = evaluation_batches(
         examples, pack_capacity=128, segment_weights=(0, 1, 1, 1), rank=0, world_size=1, share_prompts=True
@@ -214,11 +215,10 @@ def test_evaluation_shares_too_and_sees_each_reply_once():
 
 @pytest.mark.data
 def test_math_cot_100x8(shared_data):
-    """Real prompts with eight replies each, found by way of the chat template."""
+    """Real prompts with eight replies each, encoded with a chat template."""
     lines = (shared_data / "math_cot_100x8.jsonl").read_text().splitlines()[:20]
     rows = [chat(item["question"], None, reply) for item in map(json.loads, lines) for reply in item["code"]]
-    stage = AFTConfig(train=["s"], pack_capacity=16384, tokens_per_step=16384)
-    encoded = encode_rows(rows, tokenizer("qwen3"), stage)
+    encoded = encode_rows(rows, tokenizer("qwen3"), pack_capacity=16384)
     sharing = batches(encoded, share=True, capacity=16384).prompt_sharing
     assert (sharing.prompts, sharing.examples) == (20, 160)
     assert sharing.tokens == 7 * encoded.prompts[::8, 0].sum()

@@ -1,6 +1,5 @@
-"""read_source: every format, every kind of damage with its file and line, and never a word of the row."""
+"""Reading sources: every format, and every kind of damage with its file and line but without text of the row."""
 
-import hashlib
 import json
 import random
 
@@ -9,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from delib_fast.config import SourceConfig
-from delib_fast.data import DataError, read_source
+from delib_fast.data import DataError, SourceReader, read_source
 from delib_fast.data.read.cot_tags import split_cot
+from delib_fast.files import hash_file
 
 SECRET = "Rosebud"  # the text of every damaged row: no message may show it
 GOOD = json.dumps({"prompt": "p", "cot": "c", "response": "r"})
@@ -164,7 +164,7 @@ def test_system_and_history(tmp_path):
     assert one(tmp_path, {"prompt": "p", "system": "s", "response": "r"}).messages[0].role == "system"
 
 
-def test_each_turn_makes_an_example_of_its_own(tmp_path):
+def test_each_turn_becomes_a_row_of_its_own(tmp_path):
     turns = [
         {"role": "assistant", "content": "hello"},
         {"role": "user", "content": "a"},
@@ -181,7 +181,7 @@ def test_each_turn_makes_an_example_of_its_own(tmp_path):
         ("i", "f", 6, 1.0),
     ]
     assert [row.location for row in rows] == [f"{path}:1 (message 2)", f"{path}:1 (message 6)"]
-    assert len({row.digest for row in rows}) == 1  # a conversation is held out as a whole
+    assert len({row.digest for row in rows}) == 1  # so that a conversation is held out as a whole
     (last,) = read(path)
     assert (last.response, last.location) == ("f", f"{path}:1")
     assert [m.cot for m in last.messages] == [None, None, "h", None, None, None]
@@ -213,9 +213,10 @@ def test_harmless_oddities_are_read(tmp_path, content):
 
 def test_limit_and_hash(tmp_path):
     path = write(tmp_path, (GOOD + "\n") * 5)
-    rows = read(path, limit=2)
+    reader = SourceReader("rows", SourceConfig(path=str(path), limit=2))
+    rows = list(reader)
     assert len(rows) == 2
-    assert rows.sha256 == read(path).sha256  # of the whole file, though less was used
+    assert reader.sha256 == hash_file(path)  # of the whole file, although only two rows are used
     assert rows[0].digest == rows[1].digest
 
 
@@ -233,13 +234,15 @@ def test_parquet(tmp_path):
     path = tmp_path / "rows.parquet"
     columns = {key: [item.get(key) for item in items] for key in ("prompt", "cot", "response", "text", "messages")}
     pq.write_table(pa.table(columns), path, row_group_size=2)
-    rows = read(path)  # the columns of the other rows are null in each
+    rows = read(path)  # fields that a row does not have are null
     lines = read(write(tmp_path, "\n".join(map(json.dumps, items))))
     assert [(r.kind, r.text, r.messages, r.cot, r.response, r.digest) for r in rows] == [
         (r.kind, r.text, r.messages, r.cot, r.response, r.digest) for r in lines
     ]
     assert [r.location for r in rows] == [f"{path}:{n}" for n in (1, 2, 3)]
-    assert rows.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    reader = SourceReader("rows", SourceConfig(path=str(path)))
+    assert [row.location for row in reader] == [row.location for row in rows]
+    assert reader.sha256 == hash_file(path)
 
 
 def test_damaged_parquet(tmp_path):
@@ -248,9 +251,9 @@ def test_damaged_parquet(tmp_path):
     with pytest.raises(DataError, match=r"rows.parquet:2: 'text' is empty: .* \(row [0-9a-f]{12}\)"):
         read(path)
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"rows\.parquet: can't be read as Parquet: "):
+    with pytest.raises(DataError, match=r"rows\.parquet: cannot be read as Parquet: "):
         read(path)
-    with pytest.raises(DataError, match=r"rows\.parquet: can't be read as Parquet: "):
+    with pytest.raises(DataError, match=r"rows\.parquet: cannot be read as Parquet: "):
         read(write(tmp_path, GOOD, "rows.parquet"))
 
 
@@ -265,72 +268,88 @@ def line(item):
 
 
 DAMAGED_ROWS = {
-    "cut last line": ('{"text": "' + SECRET, "not_json", "it ends too early and may have been cut"),
-    "cut after a value": ('{"text": "' + SECRET + '"', "not_json", "may have been cut"),
+    "cut last line": ('{"text": "' + SECRET, "not_json", "it ends too early and may have been cut off"),
+    "cut after a value": ('{"text": "' + SECRET + '"', "not_json", "may have been cut off"),
     "invalid utf-8": (b'{"text": "' + SECRET.encode() + b'\xff"}', "invalid_utf8", "not UTF-8: byte 0xff at byte 18"),
     "latin-1": ('{"text": "café ' + SECRET + '"}', "invalid_utf8", "not UTF-8: byte 0xe9"),
     "overlong utf-8": (b'{"text": "\xc0\xaf"}', "invalid_utf8", "not UTF-8"),
-    "lone surrogate": ('{"text": "' + SECRET + ' \\ud83d"}', "surrogate", "half of a surrogate pair"),
-    "escaped NUL": ('{"text": "' + SECRET + '\\u0000"}', "nul", "holds a NUL character"),
+    "half a surrogate pair": ('{"text": "' + SECRET + ' \\ud83d"}', "surrogate", "half of a surrogate pair"),
+    "escaped NUL": ('{"text": "' + SECRET + '\\u0000"}', "nul", "contains a NUL character"),
     "raw control character": ('{"text": "' + SECRET + '\x01"}', "not_json", "Invalid control character"),
-    "duplicate key": ('{"text": "' + SECRET + '", "text": "b"}', "duplicate_key", "'text' is written twice"),
+    "duplicate key": ('{"text": "' + SECRET + '", "text": "b"}', "duplicate_key", "'text' occurs twice"),
     "duplicate key deep down": (
         '{"text": "a", "meta": {"' + SECRET + ' x": 1, "' + SECRET + ' x": 2}}',
         "duplicate_key",
-        "a key is written twice",
+        "a key occurs twice",
     ),
     "single quotes": ("{'text': '" + SECRET + "'}", "not_json", "not valid JSON"),
     "nested quotes": ('{"text": "he said "' + SECRET + '""}', "not_json", "not valid JSON"),
     "trailing comma": ('{"text": "' + SECRET + '",}', "not_json", "not valid JSON"),
     "two objects on a line": ('{"text": "a"} {"text": "' + SECRET + '"}', "not_json", "Extra data"),
-    "NaN": ('{"text": "' + SECRET + '", "score": NaN}', "not_json", "NaN is no JSON"),
+    "NaN": ('{"text": "' + SECRET + '", "score": NaN}', "not_json", "NaN is not valid JSON"),
     "huge number": ('{"text": "a", "n": ' + "9" * 5000 + "}", "not_json", "too many digits"),
-    "nested too deep": ('{"text": ' + "[" * 200_000 + "}", "not_json", "nested too deep"),
-    "a string": ('"' + SECRET + '"', "not_an_object", "a string, where an object with named fields is expected"),
-    "null": ("null", "not_an_object", "null, where an object"),
-    "empty object": ("{}", "missing_field", "is empty, none of 'text'"),
-    "unknown fields": (line({"promt": SECRET, SECRET + " !": 1}), "missing_field", "did you mean 'prompt' by 'promt'?"),
-    "no reply": (line({"prompt": SECRET}), "missing_field", "'prompt' has no reply to learn"),
-    "wrong type": (line({"text": 1}), "wrong_type", "'text' is a number, where a string is expected"),
+    "nested too deep": ('{"text": ' + "[" * 200_000 + "}", "not_json", "nested too deeply"),
+    "a string": ('"' + SECRET + '"', "not_an_object", "a string, but an object with named fields is expected"),
+    "null": ("null", "not_an_object", "null, but an object"),
+    "empty object": ("{}", "missing_field", "has none of the fields 'text'"),
+    "unknown fields": (
+        line({"promt": SECRET, SECRET + " !": 1}),
+        "missing_field",
+        "did you mean 'prompt' instead of 'promt'?",
+    ),
+    "no reply": (line({"prompt": SECRET}), "missing_field", "'prompt' has no reply"),
+    "wrong type": (line({"text": 1}), "wrong_type", "'text' is a number, but a string is expected"),
     "null text": (line({"text": None}), "wrong_type", "'text' is null"),
     "cot of a wrong type": (line({"prompt": SECRET, "cot": [1], "response": "r"}), "wrong_type", "'cot' is a list"),
     "two prompts": (
         line({"prompt": SECRET, "question": "q", "response": "r"}),
         "ambiguous",
-        "holds both 'prompt' and 'question'",
+        "has both 'prompt' and 'question'",
     ),
-    "two formats": (line({"text": SECRET, "prompt": "q", "response": "r"}), "ambiguous", "holds 'prompt' and 'text'"),
-    "empty text": (line({"text": " \n"}), "empty", "'text' is empty: there is nothing to supervise"),
+    "two formats": (
+        line({"text": SECRET, "prompt": "q", "response": "r"}),
+        "ambiguous",
+        "has both 'prompt' and 'text'",
+    ),
+    "empty text": (line({"text": " \n"}), "empty", "'text' is empty: there is nothing to train on"),
     "empty prompt": (line({"prompt": "", "response": SECRET}), "empty", "'prompt' is empty"),
-    "nothing to supervise": (line({"prompt": SECRET, "cot": " ", "response": "\n"}), "empty", "the reply is empty"),
+    "empty cot and response": (line({"prompt": SECRET, "cot": " ", "response": "\n"}), "empty", "the reply is empty"),
     "weight 0": (line({"prompt": SECRET, "response": "r", "weight": 0}), "nothing_supervised", "weight 0"),
     "document of weight 0": (line({"text": SECRET, "weight": 0}), "nothing_supervised", "its weight is 0"),
-    "negative weight": (line({"text": SECRET, "weight": -1}), "bad_weight", "'weight' is -1; a weight is a number"),
+    "negative weight": (
+        line({"text": SECRET, "weight": -1}),
+        "bad_weight",
+        "'weight' is -1; a weight must be a number",
+    ),
     "weight of a wrong type": (line({"text": SECRET, "weight": "1"}), "bad_weight", "'weight' is a string"),
-    "unclosed thought": (
+    "unclosed cot": (
         line({"prompt": "p", "response": "<think>" + SECRET}),
         "cot_tags",
-        "<think> is never closed by </think>",
+        "<think> is not closed by </think>",
     ),
-    "thought in the middle": (
+    "cot in the middle": (
         line({"prompt": "p", "response": SECRET + "<think>a</think>b"}),
         "cot_tags",
-        "text stands before <think>",
+        "there is text before <think>",
     ),
     "two closing tags": (
         line({"prompt": "p", "response": "<think>a</think>" + SECRET + "</think>c"}),
         "cot_tags",
-        "2 times </think>, 0 of them alone on a line",
+        "</think> occurs 2 times, 0 of them alone on a line",
     ),
-    "messages no list": (line({"messages": SECRET}), "wrong_type", "'messages' is a string"),
+    "messages are not a list": (line({"messages": SECRET}), "wrong_type", "'messages' is a string"),
     "no messages": (line({"messages": []}), "empty", "'messages' is an empty list"),
-    "message no object": (line({"messages": [SECRET]}), "wrong_type", "messages[0] is a string"),
+    "a message is not an object": (line({"messages": [SECRET]}), "wrong_type", "messages[0] is a string"),
     "no role": (line({"messages": [{"content": SECRET}]}), "missing_field", "messages[0] has no 'role'"),
-    "unknown role": (line({"messages": [{"role": SECRET, "content": ""}]}), "bad_role", "a role that is none of"),
+    "unknown role": (line({"messages": [{"role": SECRET, "content": ""}]}), "bad_role", "an unknown role"),
     "no content": (line({"messages": [{"role": "user"}]}), "missing_field", "messages[0] has no 'content'"),
-    "last is the user's": (line({"messages": [USER, CHAT, USER]}), "no_reply", "the last message is the user's"),
+    "last message of the user": (
+        line({"messages": [USER, CHAT, USER]}),
+        "no_reply",
+        "the last message is a user message",
+    ),
     "no user": (line({"messages": [{"role": "system", "content": SECRET}, CHAT]}), "no_prompt", "there is no prompt"),
-    "thought twice": (
+    "cot twice": (
         line(
             {
                 "messages": [
@@ -345,26 +364,30 @@ DAMAGED_ROWS = {
     "picture": (
         line({"messages": [{"role": "user", "content": [{"type": "image", "url": SECRET}]}, CHAT]}),
         "bad_block",
-        "messages[0].content[0] is no text",
+        "messages[0].content[0] is not text",
     ),
-    "all turns switched off": (line({"messages": [USER, CHAT | {"loss": False}]}), "nothing_supervised", "weight 0"),
+    "loss false on every reply": (line({"messages": [USER, CHAT | {"loss": False}]}), "nothing_supervised", "weight 0"),
     "loss of a wrong type": (line({"messages": [USER, CHAT | {"loss": "no"}]}), "bad_weight", "messages[1].loss"),
     "tool call": (
         line({"messages": [USER, CHAT | {"tool_calls": [{}]}]}),
         "tools",
         "messages[1].tool_calls[0] has no function with a name",
     ),
-    "arguments that are no JSON": (
+    "arguments that are not JSON": (
         line({"messages": [USER, CHAT | {"tool_calls": [{"function": {"name": "f", "arguments": SECRET}}]}]}),
         "tools",
-        "its arguments: not valid JSON",
+        "messages[1].tool_calls[0].function.arguments is not valid JSON",
     ),
-    "arguments that are no object": (
+    "arguments that are not an object": (
         line({"messages": [USER, CHAT | {"tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}]}),
         "tools",
-        "its arguments are no object",
+        "messages[1].tool_calls[0].function.arguments is not an object",
     ),
-    "tools that are no list": (line({"messages": [USER, CHAT], "tools": {"name": "f"}}), "tools", "'tools' is no list"),
+    "tools that are not a list": (
+        line({"messages": [USER, CHAT], "tools": {"name": "f"}}),
+        "tools",
+        "'tools' is not a list",
+    ),
     "a tool without a name": (
         line({"messages": [USER, CHAT], "tools": [{"description": SECRET}]}),
         "tools",
@@ -379,7 +402,7 @@ DAMAGED_ROWS = {
 
 
 @pytest.mark.parametrize("name", DAMAGED_ROWS)
-def test_damaged_row_stops_the_run_by_file_and_line(tmp_path, name):
+def test_a_damaged_row_is_an_error_with_file_and_line(tmp_path, name):
     damage, reason, why = DAMAGED_ROWS[name]
     raw = damage if isinstance(damage, bytes) else damage.encode("latin-1" if name == "latin-1" else "utf-8")
     path = write(tmp_path, GOOD.encode() + b"\n" + raw)
@@ -391,34 +414,42 @@ def test_damaged_row_stops_the_run_by_file_and_line(tmp_path, name):
     assert "(row " in message
     assert SECRET not in message
     assert caught.value.reason == reason
-    # Skipped, it is counted, and the good row is read.
-    rows = read(path, on_bad_row="skip")
-    assert len(rows) == 1
-    assert rows.bad_rows == {reason: 1}
+    # With on_bad_row: skip it is counted, and the good row is read.
+    reader = SourceReader("rows", SourceConfig(path=str(path), on_bad_row="skip"))
+    assert len(list(reader)) == 1
+    assert reader.bad_rows == {reason: 1}
 
 
 FOREIGN_FILES = {
     "gzip": (b"\x1f\x8b\x08\x00" + bytes(20), "rows.jsonl", "is gzip data: decompress it first"),
     "zip": (b"PK\x03\x04" + bytes(20), "rows.jsonl", "is a zip archive"),
-    "parquet": (b"PAR1" + bytes(20), "rows.json", "is Parquet: give the file the ending .parquet"),
-    "utf-16": (GOOD.encode("utf-16"), "rows.jsonl", "is UTF-16: convert it to UTF-8"),
-    "utf-16 without mark": (GOOD.encode("utf-16-le"), "rows.jsonl", "holds NUL bytes"),
+    "parquet": (b"PAR1" + bytes(20), "rows.json", "is a Parquet file: rename it to .parquet"),
+    "utf-16": (GOOD.encode("utf-16"), "rows.jsonl", "is UTF-16 text: convert it to UTF-8"),
+    "utf-16 without mark": (GOOD.encode("utf-16-le"), "rows.jsonl", "contains NUL bytes"),
     "pickle": (b"\x80\x04\x95" + bytes(20), "rows.jsonl", "is a pickle, which is never read"),
     "lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", "rows.jsonl", "run git lfs pull"),
-    "web page": (b"<!DOCTYPE html><html>", "rows.jsonl", "is a web page: the download went wrong"),
+    "web page": (b"<!DOCTYPE html><html>", "rows.jsonl", "is a web page: the download failed"),
     "gzip called text": (b"\x1f\x8b\x08\x00" + bytes(20), "rows.txt", "is gzip data"),
     "latin-1 text": ("eins\nzwei\ndrü".encode("latin-1"), "rows.md", ":3: not UTF-8: byte 0xfc at byte 13"),
-    "text with NUL": (b"x" * 600 + b"\n\0", "rows.txt", ":2: holds a NUL character"),
+    "text with NUL": (b"x" * 600 + b"\n\0", "rows.txt", ":2: contains a NUL character"),
     "empty": (b"", "rows.jsonl", "has no rows: it is empty (source 'rows')"),
     "empty text": (b"\n \n", "rows.txt", "has no rows: it is empty"),
     "only blank lines": (b"\n\n \n", "rows.jsonl", "has no rows: it is empty"),
     "empty list": (b"[]", "rows.json", "has no rows: it is empty"),
     "cut list": (b'[{"text": "a"},\n {"text": "b"}', "rows.json", ":2: the file ends inside the list"),
     "cut inside an item": (b'[{"text": "a"},\n {"text": "b', "rows.json", ":2: not valid JSON: Unterminated string"),
-    "list without comma": (b'[{"text": "a"}\n {"text": "b"}]', "rows.json", ":2: not valid JSON: a comma or ]"),
-    "more after the list": (b'[{"text": "a"}]\n[]', "rows.json", ":2: not valid JSON: more follows after the list"),
-    "duplicate key in a list": (b'[\n{"text": "a", "text": "b"}]', "rows.json", ":2: 'text' is written twice"),
-    "unknown ending": (b"a,b\n", "rows.csv", "can't tell what it holds by its ending '.csv'"),
+    "list without comma": (
+        b'[{"text": "a"}\n {"text": "b"}]',
+        "rows.json",
+        ":2: not valid JSON: expected a comma or ]",
+    ),
+    "text after the list": (
+        b'[{"text": "a"}]\n[]',
+        "rows.json",
+        ":2: not valid JSON: the file continues after the end of the list",
+    ),
+    "duplicate key in a list": (b'[\n{"text": "a", "text": "b"}]', "rows.json", ":2: 'text' occurs twice"),
+    "unknown extension": (b"a,b\n", "rows.csv", "has the unknown extension '.csv'"),
 }
 
 
@@ -426,17 +457,17 @@ FOREIGN_FILES = {
 def test_file_that_is_something_else(tmp_path, name):
     content, file_name, why = FOREIGN_FILES[name]
     path = write(tmp_path, content, file_name)
-    for on_bad_row in ("error", "skip"):  # a broken file is no matter of single rows
+    for on_bad_row in ("error", "skip"):  # a broken file is not a bad row
         with pytest.raises(DataError) as caught:
             read(path, on_bad_row=on_bad_row)
         assert str(caught.value).startswith(str(path))
         assert why in str(caught.value)
 
 
-def test_paths_that_are_no_files(tmp_path):
+def test_paths_that_are_not_files(tmp_path):
     with pytest.raises(DataError, match=r"no such file \(working directory: .*\) \(source 'rows'\)"):
         read(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="is a folder, and none that datasets saved; name a file"):
+    with pytest.raises(DataError, match="is a folder, but was not written by datasets' save_to_disk; give a file"):
         read(tmp_path)
     with pytest.raises(DataError, match="cut: headings is for text files"):
         read(write(tmp_path, GOOD), cut="headings")
@@ -449,24 +480,26 @@ def test_line_of_a_hundred_megabytes(tmp_path):
         for _ in range(100):
             file.write(b"x" * (1 << 20))
         file.write(b'"}\n' + GOOD.encode())
-    with pytest.raises(DataError, match=r":2: a line of more than 64 MiB"):
+    with pytest.raises(DataError, match=r":2: the line is longer than 64 MiB"):
         read(path)
-    rows = read(path, on_bad_row="skip")
-    assert [row.location.rsplit(":", 1)[1] for row in rows] == ["1", "3"]
-    assert rows.bad_rows == {"long_line": 1}
+    reader = SourceReader("rows", SourceConfig(path=str(path), on_bad_row="skip"))
+    assert [row.location.rsplit(":", 1)[1] for row in reader] == ["1", "3"]
+    assert reader.bad_rows == {"long_line": 1}
 
 
-def test_too_many_bad_rows_stop_the_run_all_the_same(tmp_path):
+def test_more_bad_rows_than_the_limit_are_an_error(tmp_path):
     path = write(tmp_path, GOOD + "\n" + "{}\n" * 3 + "[1\n" * 2)
     with pytest.raises(DataError, match=r":5: .*bad row number 4, more than max_bad_rows \(3\): 3 missing_field, 1"):
         read(path, on_bad_row="skip", max_bad_rows=3)
-    assert read(path, on_bad_row="skip", max_bad_rows=5).bad_rows == {"missing_field": 3, "not_json": 2}
+    reader = SourceReader("rows", SourceConfig(path=str(path), on_bad_row="skip", max_bad_rows=5))
+    assert len(list(reader)) == 1
+    assert reader.bad_rows == {"missing_field": 3, "not_json": 2}
     with pytest.raises(DataError, match=r"has no rows: all its rows are bad \(3 missing_field\)"):
         read(write(tmp_path, "{}\n" * 3), on_bad_row="skip")
 
 
 def test_any_cut_and_any_flipped_byte_is_an_error_or_rows(tmp_path):
-    """1000 random damages: a DataError with the file's name, or rows; never another exception."""
+    """Of 1000 random damages each gives rows, or a DataError with the file's name, and never another exception."""
     draw = random.Random(0)
     whole = ("\n".join([GOOD, line({"messages": [USER, CHAT]}), line({"text": "naïve 東京"})]) + "\n").encode()
     for _ in range(1000):
@@ -483,7 +516,7 @@ def test_any_cut_and_any_flipped_byte_is_an_error_or_rows(tmp_path):
 # --- chains of thought between tags -------------------------------------------------------------------------
 
 
-def test_of_several_closing_tags_the_one_alone_on_its_line_counts():
+def test_a_closing_tag_alone_on_its_line_ends_the_cot():
     text = "<think>\nThe tag </think> ends a thought.\n</think>\n\nUse </think> so."
     assert split_cot(text) == ("The tag </think> ends a thought.", "Use </think> so.")
     assert split_cot("What does <think> mean?") == (None, "What does <think> mean?")

@@ -1,4 +1,4 @@
-"""Text files as documents, cut at their headings with nothing lost; and which rows are held out."""
+"""Text files, split at their headings without loss; and the hold-out."""
 
 import json
 
@@ -41,7 +41,7 @@ def test_cut_at_headings():
 @pytest.mark.parametrize(
     "text", ["", "\n", "# a", "# a\n# b\n# c", "## a\n# b\n### c\n## d\ntext", "a\r\n# b\r\nc\x0b# d"]
 )
-def test_nothing_is_lost_at_headings(text):
+def test_splitting_at_headings_loses_nothing(text):
     assert "".join(s.body for s in cut_at_headings(text)) == text
 
 
@@ -69,7 +69,7 @@ def documents(folder, count):
     return read_source("rows", SourceConfig(path=str(path)))
 
 
-def test_holdout_depends_on_each_row_alone(tmp_path):
+def test_the_holdout_of_a_row_depends_on_that_row_only(tmp_path):
     rows = documents(tmp_path, 2000)
     train, held_out = split_holdout(rows, 0.1)
     assert 150 < len(held_out) < 250
@@ -81,9 +81,9 @@ def test_holdout_depends_on_each_row_alone(tmp_path):
     assert split_holdout(rows, 0.0) == (list(rows), [])
 
 
-def test_holdout_that_leaves_nothing_is_refused(tmp_path):
+def test_a_holdout_that_leaves_no_row_is_refused(tmp_path):
     rows = documents(tmp_path, 1)
-    with pytest.raises(ValueError, match="leaves none for evaluation"):
+    with pytest.raises(ValueError, match="leaves no row for evaluation"):
         split_holdout(rows, 0.0001)
     with pytest.raises(ValueError, match="at least 0 and below 1"):
         split_holdout(rows, 1.0)

@@ -1,13 +1,12 @@
-"""Tools in chats: calls are learnt, results are not, ids are the template's own, and nothing typed forges structure."""
+"""Tools in chats: calls are supervised, results are not, ids are the template's own, and no text forges structure."""
 
 import json
 
 import pytest
-from test_encode import spell
-from tokenizers_for_tests import tokenizer
-from transformers import PreTrainedTokenizerFast
+from helpers.chat_oracle import spell
+from helpers.chat_tokenizers import fast_tokenizer, tokenizer
 
-from delib_fast.config import AFTConfig, SourceConfig
+from delib_fast.config import SourceConfig
 from delib_fast.data import DataError, Segment, encode_row, encode_rows, read_source
 
 TOOL = {
@@ -37,7 +36,7 @@ def read(tmp_path, messages, **more):
 
 
 def as_objects(messages):
-    """What a template is to be given: arguments as objects, no null content."""
+    """The messages in the form that a template expects: arguments as objects, no null content."""
     return [
         m
         | {"content": m["content"] or ""}
@@ -68,35 +67,35 @@ def test_each_call_and_the_answer_are_rows_with_the_template_s_ids(tmp_path):
     for row, messages in ((call, MESSAGES[:2]), (answer, MESSAGES)):
         expected = tok.apply_chat_template(as_objects(messages), tools=[TOOL], return_dict=False)
         assert encode_row(row, tok).input_ids.tolist() == expected
-    runs = spell(tok, encode_row(call, tok))
+    spans = spell(tok, encode_row(call, tok))
     written = f'<tool_call>\n{{"name": "look_up", "arguments": {json.dumps(ARGUMENTS)}}}\n</tool_call>'
-    assert runs[1:] == [
+    assert spans[1:] == [
         ("COT", "<think>\nThe rule decides.\n</think>\n\n"),
         ("RESPONSE", written + "<|im_end|>"),
         ("PROMPT", "\n"),
     ]
-    runs = spell(tok, encode_row(answer, tok))
-    assert "Never say how much.\n</tool_response>\n<tool_response>\nSay whom to ask." in runs[0][1]
-    assert "The rule decides." in runs[0][1]  # the template shows it: the user has said nothing since
-    assert runs[1:] == [
+    spans = spell(tok, encode_row(answer, tok))
+    assert "Never say how much.\n</tool_response>\n<tool_response>\nSay whom to ask." in spans[0][1]
+    assert "The rule decides." in spans[0][1]  # the template shows it, since there is no later user message
+    assert spans[1:] == [
         ("COT", "<think>\nSo I say whom to ask.\n</think>\n\n"),
         ("RESPONSE", "Ask a pharmacist.<|im_end|>"),
         ("PROMPT", "\n"),
     ]
 
 
-def test_a_call_beside_text_and_without_a_thought(tmp_path):
+def test_a_call_after_text_and_without_a_cot(tmp_path):
     tok = tokenizer("qwen3")
     messages = [MESSAGES[0], {"role": "assistant", "content": "I look it up.", "tool_calls": [CALL, CALL]}]
     (row,) = read(tmp_path, messages, tools=json.dumps([TOOL["function"]]))  # as JSON text, bare
     example = encode_row(row, tok)
     assert example.input_ids.tolist() == tok.apply_chat_template(as_objects(messages), tools=[TOOL], return_dict=False)
-    runs = spell(tok, example)
-    assert runs[0][1].endswith("<think>\n\n</think>\n\n")
-    assert runs[1][1].startswith("I look it up.\n<tool_call>\n")
-    assert runs[1][1].endswith("</tool_call><|im_end|>")
-    assert runs[1][1].count("<tool_call>") == 2
-    stripped = encode_rows([row], tok, AFTConfig(train=["s"], cot="strip"))
+    spans = spell(tok, example)
+    assert spans[0][1].endswith("<think>\n\n</think>\n\n")
+    assert spans[1][1].startswith("I look it up.\n<tool_call>\n")
+    assert spans[1][1].endswith("</tool_call><|im_end|>")
+    assert spans[1][1].count("<tool_call>") == 2
+    stripped = encode_rows([row], tok, pack_capacity=2048, cot="strip")
     assert stripped[0].input_ids.tolist() == example.input_ids.tolist()
 
 
@@ -117,7 +116,7 @@ def test_share_gpt_spelling_is_the_same_row(tmp_path):
     ]
 
 
-def test_turns_last_learns_what_followed_the_last_question(tmp_path):
+def test_turns_last_makes_rows_of_all_calls_since_the_last_question(tmp_path):
     earlier = [*MESSAGES, {"role": "user", "content": "And three?"}, *MESSAGES[1:]]
     assert [r.location.rsplit("(")[1] for r in read(tmp_path, earlier)] == ["message 6)", "message 9)"]
     assert len(read(tmp_path, earlier, turns="each")) == 4
@@ -125,7 +124,7 @@ def test_turns_last_learns_what_followed_the_last_question(tmp_path):
     assert [bool(r.calls) for r in read(tmp_path, muted)] == [False]
 
 
-def test_nothing_typed_in_a_tool_becomes_a_control_token(tmp_path):
+def test_text_in_a_tool_never_becomes_a_control_token(tmp_path):
     tok = tokenizer("qwen3")
     names = ["<|im_end|>", "<|im_start|>", "</tool_call>", "<tool_call>", "</think>", "<think>", "</tool_response>"]
     nasty = f"a {' '.join(names)} b"
@@ -156,18 +155,18 @@ def test_nothing_typed_in_a_tool_becomes_a_control_token(tmp_path):
 @pytest.mark.parametrize("family", ["chatml", "llama3", "plain"])
 def test_templates_that_write_no_tools_are_refused(tmp_path, family):
     tok = tokenizer(family)
-    with pytest.raises(DataError, match="the chat template does not write the tools on offer: use one that does"):
+    with pytest.raises(DataError, match="the chat template does not write the available tools: use one that does"):
         encode_row(read(tmp_path, [MESSAGES[0], MESSAGES[-1]], tools=[TOOL])[0], tok)
     (call,) = read(tmp_path, [MESSAGES[0], MESSAGES[1] | {"content": "I look."}])
     with pytest.raises(DataError, match=r"rows.jsonl:1: the chat template does not write the tool calls"):
         encode_row(call, tok)
 
 
-def test_a_template_that_takes_another_kind_of_tools_is_told(tmp_path):
-    tok = PreTrainedTokenizerFast(tokenizer_object=tokenizer("qwen3").backend_tokenizer, eos_token="<|im_end|>")
-    tok.chat_template = tokenizer("qwen3").chat_template.replace("tool | tojson", "tool + 1")
-    with pytest.raises(DataError, match=r"rows.jsonl:1.*the chat template can't take the row's tools"):
+def test_a_template_for_tools_of_another_structure_is_refused(tmp_path):
+    template = tokenizer("qwen3").chat_template.replace("tool | tojson", "tool + 1")
+    tok = fast_tokenizer(tokenizer("qwen3").backend_tokenizer, template, eos_token="<|im_end|>")
+    with pytest.raises(DataError, match=r"rows.jsonl:1.*the chat template cannot render the row's tools"):
         encode_row(read(tmp_path, MESSAGES, tools=[TOOL])[0], tok)
     typed = json.loads(json.dumps(TOOL).replace("Finds", "\U000f0001"))
-    with pytest.raises(DataError, match=r"a tool holds the private-use character U\+F0001"):
+    with pytest.raises(DataError, match=r"a tool contains the private-use character U\+F0001"):
         encode_row(read(tmp_path, MESSAGES, tools=[typed])[0], tokenizer("qwen3"))

@@ -7,7 +7,8 @@ import torch
 from eval_models import make_model
 
 from delib_fast.data import Message
-from delib_fast.evals.sampling import Sampler, _PromptEncoder, parse_reply
+from delib_fast.data.encode.encoder import encoder_for
+from delib_fast.evals.sampling import Sampler, parse_reply
 from delib_fast.models.generate import Sampling, generate_ids, stock
 
 CHATS = [[Message("user", "How are you?")], [Message("user", "What is it that you would like to say about this?")]]
@@ -30,8 +31,8 @@ def greedy(model, prompt, steps, ends):
 
 
 def test_greedy_is_a_plain_loop_also_in_a_padded_batch(model, tokenizer):
-    encoder = _PromptEncoder(tokenizer)
-    prompts = [encoder.prompt(chat, True, None) for chat in CHATS]
+    encoder = encoder_for(tokenizer)
+    prompts = [encoder.encode_prompt(chat, thinking=True) for chat in CHATS]
     assert len(prompts[0]) != len(prompts[1])
     got = generate_ids(model, prompts, Sampling(max_new_tokens=8), end_ids=encoder.end_ids, pad_id=0)
     assert got == [greedy(model, prompt, 8, encoder.end_ids) for prompt in prompts]
@@ -48,14 +49,14 @@ def test_the_model_is_patched_again(model, tokenizer, scorer, rows):
 
 
 def test_an_end_token_ends_a_reply(model, tokenizer):
-    prompt = _PromptEncoder(tokenizer).prompt(CHATS[0], True, None)
+    prompt = encoder_for(tokenizer).encode_prompt(CHATS[0], thinking=True)
     first = generate_ids(model, [prompt], Sampling(max_new_tokens=6), end_ids=[0], pad_id=0)[0]
     cut = generate_ids(model, [prompt], Sampling(max_new_tokens=6), end_ids=[first[2]], pad_id=0)[0]
     assert cut == first[: first.index(first[2]) + 1]
 
 
 def test_sampling_is_repeatable_and_leaves_the_generator_alone(model, tokenizer):
-    prompt = _PromptEncoder(tokenizer).prompt(CHATS[0], True, None)
+    prompt = encoder_for(tokenizer).encode_prompt(CHATS[0], thinking=True)
     state = torch.get_rng_state()
     draws = [
         generate_ids(model, [prompt], Sampling(max_new_tokens=12, temperature=1.0, seed=s), end_ids=[0], pad_id=0)
@@ -71,18 +72,18 @@ def test_too_long_a_prompt_is_refused(model):
 
 
 def test_prompts_are_the_templates_own(tokenizer):
-    encoder = _PromptEncoder(tokenizer)
+    encoder = encoder_for(tokenizer)
     messages = [{"role": "user", "content": "How are you?"}]
     for thinking, kwargs in ((True, {"enable_thinking": True}), (False, {"enable_thinking": False}), (None, {})):
         expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **kwargs)
-        assert tokenizer.decode(encoder.prompt(CHATS[0], thinking, None)) == expected
+        assert tokenizer.decode(encoder.encode_prompt(CHATS[0], thinking=thinking)) == expected
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in encoder.end_ids
 
 
 def test_control_tokens_in_a_prompt_stay_text(tokenizer):
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    plain = _PromptEncoder(tokenizer).prompt([Message("user", "a")], True, None)
-    typed = _PromptEncoder(tokenizer).prompt([Message("user", "a<|im_end|>")], True, None)
+    plain = encoder_for(tokenizer).encode_prompt([Message("user", "a")], thinking=True)
+    typed = encoder_for(tokenizer).encode_prompt([Message("user", "a<|im_end|>")], thinking=True)
     assert typed.count(end) == plain.count(end)
 
 

@@ -108,7 +108,7 @@ def strip_cots(path: Path) -> None:
         (
             lambda p: spoil(p, "deliberation.jsonl", '{"prompt": "a", "cot": "", "response": ""}'),
             [],
-            "there is nothing to supervise",
+            "there is nothing to train on",
         ),
         (
             lambda p: strip_cots(p),

@@ -1,1 +1,1 @@
-"""Encode rows: text becomes token ids with one segment per token."""
+"""Encode rows: text becomes token ids, with one segment for each token."""

@@ -1,8 +1,8 @@
-"""How a chat template writes a row: what is scaffolding, what is the row's, what the model has to write.
+"""Render chats: which text comes from the chat template, which from the row, and which the model has to write.
 
-A template is rendered once for each *shape* of row (roles, which texts are empty, the white space around
-them), with one private-use character standing for each text. So a template never sees what a row says and
-can't be steered by it, and a million rows of one shape cost one rendering.
+A template is rendered once for each *shape* of row (the roles, which texts are empty, the white space around them),
+with one private-use character as a placeholder for each text. So the content of a row cannot influence the template,
+and a million rows of one shape need one rendering.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ PLAIN_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- 'Assistant:\\n' -}}{%- endif -%}
 """
-"""For models that bring no chat template; what a tokenizer should be given when such a model is exported."""
+"""The chat template of models without their own; it is also exported with such a model."""
 
-_SLOT = 0xF0000  # the plane of private-use characters that stands for a row's texts
+_SLOT = 0xF0000  # first private-use character that is a placeholder for a text of a row
 _SLOTS = re.compile(f"[{chr(_SLOT)}-{chr(_SLOT + 0xFFFD)}]")
 _MAX_SHAPES = 10_000
 _PROBE_SLOT = chr(_SLOT + 0xFFFD)
@@ -41,7 +41,7 @@ Shape = tuple[str, bool, str]
 
 
 def shape_of(text: str) -> Shape:
-    """(white space before, is there anything, white space after): all that a template may see of a text."""
+    """(leading white space, whether there is more, trailing white space): all that a template may see of a text."""
     core = text.strip()
     if not core:
         return text, False, ""
@@ -51,19 +51,19 @@ def shape_of(text: str) -> Shape:
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A rendered template with holes: `pieces[0] text[slots[0]] pieces[1] …`.
+    """A rendered template with slots for the texts: `pieces[0] text[slots[0]] pieces[1] …`.
 
-    Control tokens are in their private spelling (control_tokens.py).
+    Control tokens are spelled as private-use characters (control_tokens.py).
     """
 
     pieces: tuple[str, ...]
     slots: tuple[int, ...]
     borders: tuple[tuple[int, int], ...]
-    """where the chain of thought begins, the response begins, and the response (with its turn end) ends: each
-    as (how many slots stand before it, characters of scaffolding before it)"""
+    """Where the chain of thought begins, where the response begins, and where it ends (after the end of its turn), each
+    as (number of slots before it, number of the template's characters before it)."""
 
     def fill(self, cores: Sequence[str]) -> tuple[str, tuple[int, ...]]:
-        """The whole text, and the three borders as positions in it; `cores` are the texts, stripped."""
+        """Return (the whole text, the three borders as positions in it). `cores` are the stripped texts."""
         parts = [self.pieces[0]]
         lengths = [0]
         for slot, piece in zip(self.slots, self.pieces[1:], strict=True):
@@ -71,22 +71,37 @@ class Skeleton:
             lengths.append(lengths[-1] + len(cores[slot]))
         return "".join(parts), tuple(lengths[slots] + chars for slots, chars in self.borders)
 
+    def fill_before(self, slot: int, cores: Sequence[str]) -> str:
+        """The text before a slot, which occurs once."""
+        end = self.slots.index(slot)
+        return "".join(
+            [
+                *(part for k in range(end) for part in (self.pieces[k], cores[self.slots[k]])),
+                self.pieces[end],
+            ]
+        )
+
 
 @dataclass
 class ChatRenderer:
-    """Skeletons of one tokenizer's chat template, kept by shape."""
+    """Renders the skeletons of one tokenizer's chat template, and keeps them by shape."""
 
     tokenizer: Any
     control: ControlTokens
     add_bos: bool = False
-    """whether the plain template starts with BOS (a model's own template decides for itself)"""
+    """Whether the plain template begins with BOS; a model's own template decides for itself."""
     _skeletons: dict[Any, Skeleton] = field(default_factory=dict)
 
     def skeleton(
         self, roles: tuple[str, ...], texts: Sequence[str], has_cot: bool, location: str, tools: Tools = NO_TOOLS
     ) -> Skeleton:
-        """The skeleton of a row: roles of its messages; texts: content, CoT of each, then CoT, response; its tools.
+        """The skeleton of a row.
 
+        Args:
+            roles: of the messages before the reply.
+            texts: the content and the CoT of each message, then the CoT and the response of the reply.
+            has_cot: whether the reply has a CoT.
+            location: of the row, for errors.
         Raises:
             DataError: the template refuses the row, drops a text or the tools, or writes nothing after the response.
         """
@@ -96,14 +111,14 @@ class ChatRenderer:
             if len(self._skeletons) >= _MAX_SHAPES:
                 self._skeletons.clear()
             try:
-                found = self._skeletons[key] = self._build(roles, key[2], has_cot, tools.mapped(self.control.guarded))
+                found = self._skeletons[key] = self._build(roles, key[2], has_cot, tools.map(self.control.escape))
             except jinja2.TemplateError as error:
                 raise DataError(
                     f"the chat template refuses the row: {error}", reason="template", location=location
                 ) from None
-            except TypeError as error:  # a template of another kind of tools, given these
+            except TypeError as error:  # the template expects tools of another structure
                 raise DataError(
-                    f"the chat template can't take the row's tools: {error}", reason="template", location=location
+                    f"the chat template cannot render the row's tools: {error}", reason="template", location=location
                 ) from None
             except DataError as error:
                 raise DataError(str(error), reason=error.reason, location=location) from None
@@ -126,41 +141,42 @@ class ChatRenderer:
     # --- rendering ------------------------------------------------------------------------------------------
 
     def render(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
+        """Apply the chat template."""
         if self.tokenizer.chat_template is None:
             kwargs |= {"chat_template": PLAIN_TEMPLATE, "add_bos": self.add_bos}
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
 
     def _render_reply(
         self, roles: tuple[str, ...], texts: Sequence[str], has_cot: bool, tools: Tools
     ) -> tuple[str, int, Way | None]:
-        """(rendering, how much of it the generation prompt supplies, the way in which it was rendered).
+        """Return (rendering, number of its characters that the generation prompt supplies, how the reply was passed).
 
-        A chain of thought goes in the first way that keeps it: as `reasoning_content`; inside the content
-        between think tags, for templates that know no reasoning; or, for templates that cut it out of every
-        finished turn, behind the generation prompt, where the model will write it (no way then: it is not
-        the template that writes it).
+        The chain of thought is passed to the template in the first way that keeps it: as `reasoning_content`, or inside
+        the content between think tags for templates that do not know reasoning. For templates that remove it from every
+        finished turn, it is appended to the generation prompt, where the model will write it; then the third value is
+        None.
         """
         before = _messages(roles, texts, tools)
         wanted = [text for text in texts[-2:] if _SLOTS.search(text)]
         for way in (_as_reasoning, _in_content) if has_cot else (_as_reasoning,):
             reply = tools.add_to(way(texts[-2] if has_cot else "", texts[-1]), -1)
-            text = self.render([*before, reply], **tools.offer())
+            text = self.render([*before, reply], **tools.template_kwargs())
             if _once_in_order(text, wanted):
                 return text, self._supplied(before, text, has_cot, tools), way
         if tools.replies_with_calls:
             raise DataError(
-                "the chat template drops the text beside a tool call, or the chain of thought before it",
+                "the chat template drops the text next to a tool call, or the chain of thought before it",
                 reason="template",
             )
         if not has_cot:
             raise DataError("the chat template drops the response, or writes it twice", reason="template")
-        text, prompt_chars = self._behind_generation_prompt(before, texts[-2], texts[-1], tools)
+        text, prompt_chars = self._after_generation_prompt(before, texts[-2], texts[-1], tools)
         return text, prompt_chars, None
 
     def _supplied(self, before: list[dict[str, Any]], text: str, has_cot: bool, tools: Tools) -> int:
-        """How many characters of a rendering inference supplies: the model never has to write them."""
+        """Number of characters of a rendering that inference supplies, so that the model never has to write them."""
         prompts = [
-            self.render(before, add_generation_prompt=True, **more, **tools.offer())
+            self.render(before, add_generation_prompt=True, **more, **tools.template_kwargs())
             for more in ({}, {"enable_thinking": has_cot})
         ]
         for prompt in prompts:
@@ -170,27 +186,28 @@ class ChatRenderer:
         common = next(differ, min(len(text), len(prompts[0])))
         if prompts[0][common:].replace(THINK[0], "").replace(THINK[1], "").strip():
             raise DataError(
-                "the chat template writes these turns differently before a reply than as a "
-                "prompt for one: what the model has to write can't be told",
+                "the chat template writes these messages differently before a reply than as a prompt for one, "
+                "so that it is unclear what the model has to write",
                 reason="template",
             )
         return common
 
-    def _behind_generation_prompt(
+    def _after_generation_prompt(
         self, before: list[dict[str, Any]], cot: str, response: str, tools: Tools
     ) -> tuple[str, int]:
         opening, closing = THINK
         for kwargs in ({}, {"enable_thinking": True}):
-            prompt = self.render(before, add_generation_prompt=True, **kwargs, **tools.offer())
+            prompt = self.render(before, add_generation_prompt=True, **kwargs, **tools.template_kwargs())
             if not prompt.rstrip().endswith(closing):
                 break
         else:
             raise DataError(
-                "the chat template cuts the chain of thought out of replies, and its generation "
-                "prompt closes it: it can't be trained with this template (cot: strip can)",
+                "the chat template removes the chain of thought from replies, and its generation prompt closes the "
+                "think block: a chain of thought cannot be trained on with this template; set cot: strip, or use "
+                "another template",
                 reason="template",
             )
-        finished = self.render([*before, _as_reasoning("", _PROBE_SLOT)], **tools.offer())
+        finished = self.render([*before, _as_reasoning("", _PROBE_SLOT)], **tools.template_kwargs())
         turn_end = finished[finished.rindex(_PROBE_SLOT) + 1 :]
         tag = "" if prompt.rstrip().endswith(opening) else f"{opening}\n"
         return f"{prompt}{tag}{cot}\n{closing}\n\n{response}{turn_end}", len(prompt)
@@ -204,9 +221,9 @@ class ChatRenderer:
         way: Way | None,
         tools: Tools,
     ) -> None:
-        """Our ids of a row of this shape are the tokenizer's own."""
-        if self.control.is_guarded(text):
-            return  # its tools spell control tokens, which the tokenizer itself would take for such
+        """Raise DataError if the ids of a sample row of this shape differ from the tokenizer's own."""
+        if self.control.is_escaped(text):
+            return  # its tools spell control tokens, which the tokenizer itself would not treat as text
         cores = [f"Probe {k}, of no meaning" if core else "" for k, (_, core, _) in enumerate(shapes)]
         ours = self.control.encode_batch([skeleton.fill(cores)[0]])[0].ids
         if way is None:
@@ -214,29 +231,29 @@ class ChatRenderer:
         else:
             texts = [lead + core + trail for (lead, _, trail), core in zip(shapes, cores, strict=True)]
             reply = tools.add_to(way(texts[-2], texts[-1]), -1)
-            whole = self.render([*_messages(roles, texts, tools), reply], **tools.offer())
+            whole = self.render([*_messages(roles, texts, tools), reply], **tools.template_kwargs())
         theirs = self.tokenizer.backend_tokenizer.encode(whole, add_special_tokens=False).ids
         if ours != theirs:
             raise DataError(
-                "the chat template changes the texts it is given (it does more than strip white "
-                "space): masks can't be exact with it",
+                "the chat template changes the texts of a row (other than stripping white space), so that loss masks "
+                "cannot be exact; use another template",
                 reason="template",
             )
 
     def _refuse_dropped_tools(
         self, text: str, roles: tuple[str, ...], marked: Sequence[str], tools: Tools, way: Way | None
     ) -> None:
-        """Raise DataError where the template writes the same without the tools on offer, or without the calls."""
+        """Raise DataError if the template writes the same text without the available tools, or without the calls."""
         if way is None:
             return
-        without = [("tools on offer", replace(tools, offered=""))] if tools.offered else []
+        without = [("available tools", replace(tools, offered=""))] if tools.offered else []
         without += [("tool calls", replace(tools, calls=()))] if tools.calls else []
         for what, fewer in without:
             reply = fewer.add_to(way(marked[-2], marked[-1]), -1)
-            if self.render([*_messages(roles, marked, fewer), reply], **fewer.offer()) == text:
+            if self.render([*_messages(roles, marked, fewer), reply], **fewer.template_kwargs()) == text:
                 raise DataError(
-                    f"the chat template does not write the {what}: use one that does "
-                    "(tokenizer.chat_template), or remove them from the rows",
+                    f"the chat template does not write the {what}: use one that does (tokenizer.chat_template), or "
+                    "remove them from the rows",
                     reason="template",
                 )
 
@@ -274,7 +291,7 @@ def _once_in_order(text: str, wanted: Sequence[str]) -> bool:
 def _cut(
     control: ControlTokens, raw: str, prompt_chars: int, num_texts: int, has_cot: bool, has_calls: bool
 ) -> Skeleton:
-    """Pieces, slots and borders of a rendering with slots."""
+    """Split a rendering at its placeholders, and find its borders."""
     text = control.spell(raw)
     supplied = len(control.spell(raw[:prompt_chars]))
     closing = control.spell(THINK[1])
@@ -283,7 +300,7 @@ def _cut(
     thought_from = text.index(cot_slot) if has_cot else supplied
     if has_cot and response_at >= 0:
         response_start = response_at
-    else:  # behind the think block: a template may write an empty one for a reply without a CoT
+    else:  # after the think block: a template may write an empty one for a reply without a CoT
         closed = text.find(closing, thought_from, response_at if response_at >= 0 else len(text))
         after = thought_from + has_cot if closed < 0 else closed + len(closing)
         response_start = after if closed < 0 else after + len(text[after:]) - len(text[after:].lstrip())
@@ -295,17 +312,19 @@ def _cut(
 
 
 def _reply_end(control: ControlTokens, text: str, after: int, has_calls: bool) -> int:
-    """Behind the first control token after the response: generation stops there. Behind calls, which have control
-    tokens of their own, it is the last one."""
-    locations = range(after, len(text))
-    for at in reversed(locations) if has_calls else locations:
+    """The position after the control token that ends the reply, where generation stops.
+
+    It is the first one after the response; after calls, which contain control tokens themselves, it is the last one.
+    """
+    positions = range(after, len(text))
+    for at in reversed(positions) if has_calls else positions:
         if control.is_control(text[at]):
             return at + 1
     end = len(text.rstrip())
     if end <= after:
         raise DataError(
-            "the chat template writes nothing after the response: the model would never learn to "
-            "stop; let it end the turn with the tokenizer's end-of-turn token",
+            "the chat template writes nothing after the response, so that the model would never learn to stop: let the "
+            "template end the turn with the tokenizer's end-of-turn token",
             reason="template",
         )
     return end

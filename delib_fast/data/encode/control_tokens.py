@@ -1,9 +1,9 @@
-"""A tokenizer in which a control token can only be written by a chat template, never by a row.
+"""A tokenizer in which only a chat template can write a control token, never a row.
 
-The tokenizer is copied with every control token renamed to one private-use character. Scaffolding is spelled
-with these characters, what a row brings is left as it is: one pass over the whole text then gives exactly the
-ids of the original tokenizer (the same splits, the same merges across borders), except that `<|im_end|>` or
-`</think>` typed by a row is text.
+The tokenizer is copied, and every control token is renamed to one private-use character. The template's text is spelled
+with these characters, and the row's text is left as it is. One pass over the whole text then gives exactly the ids of
+the original tokenizer (the same splits, the same merges across borders), except that `<|im_end|>` or `</think>` in a
+row stays text.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ import tokenizers
 
 from delib_fast.data.rows import DataError
 
-_FIRST = 0x100000  # the plane of private-use characters that carries the control tokens
+_FIRST = 0x100000  # first private-use character that stands for a control token
 _SLOTS = re.compile("[\U000f0000-\U000fffff]")
-_BREAK = "\U000fffff"  # no character: it keeps a control token that is typed inside a template's values apart
+_BREAK = "\U000fffff"  # a noncharacter, inserted into control tokens that a tool description spells
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _MARKUP = re.compile(r"<[^<>\s]+>|\[/?[A-Z0-9_]+\]")
 
 
 class ControlTokens:
-    """The renamed copy of a tokenizer.
+    """A copy of a tokenizer with renamed control tokens.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
-        template_text: text of the chat template; an added token that occurs in it is a control token even if
-            it is not marked special (Qwen's `<think>`, `<tool_call>`).
+        template_text: the chat template; an added token that occurs in it is a control token even if it is not marked
+            as special (Qwen's `<think>`, `<tool_call>`).
     Raises:
-        ValueError: the tokenizer has no fast backend, or its vocabulary spells a control token out of plain
-            text, so that a row could write it.
+        ValueError: the tokenizer has no fast backend, or its vocabulary builds a control token from plain text, so that
+            a row could write it.
     """
 
     def __init__(self, tokenizer: Any, template_text: str) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, tokenizers.Tokenizer):
             raise ValueError(
-                f"{type(tokenizer).__name__} has no fast backend: masks need character offsets; "
-                "use a tokenizer that comes as tokenizer.json (PreTrainedTokenizerFast)"
+                f"{type(tokenizer).__name__} has no fast backend, but loss masks need character offsets: use a "
+                "tokenizer that is stored as tokenizer.json (PreTrainedTokenizerFast)"
             )
         tree = json.loads(backend.to_str())
         names = [token["content"] for token in tree["added_tokens"] if _is_control(token, template_text)]
@@ -53,67 +53,68 @@ class ControlTokens:
         self._check_ids(backend)
 
     def spell(self, scaffold: str) -> str:
-        """Scaffolding with its control tokens as private-use characters; what was `guarded` in it stays text."""
+        """Replace the control tokens of a template's text by private-use characters; escaped ones become text."""
         return self._in_scaffold.sub(lambda match: self.spelling[match[0]], scaffold).replace(_BREAK, "")
 
-    def guarded(self, text: str) -> str:
-        """Text that a template is given as it is (and not as a hole): control tokens typed in it are taken apart until
-        `spell` has run."""
+    def escape(self, text: str) -> str:
+        """Break up the control tokens in a text that a template receives as it is; then `spell` keeps them as text."""
         return self._in_scaffold.sub(lambda match: match[0][0] + _BREAK + match[0][1:], text)
 
     @staticmethod
-    def is_guarded(text: str) -> bool:
-        """Whether something was taken apart in it."""
+    def is_escaped(text: str) -> bool:
+        """Whether `escape` has broken up a control token in a text."""
         return _BREAK in text
 
     @staticmethod
     def refuse_slots(text: str, location: str) -> None:
-        """What a template is given as it is may hold none of the characters that stand for a row's texts."""
+        """Raise DataError if a tool, which a template receives as it is, contains a placeholder character."""
         if not text.isascii() and (found := _SLOTS.search(text)):
             raise DataError(
-                f"a tool holds the private-use character U+{ord(found[0]):X}, which stands for a text "
-                "while encoding; remove it",
+                f"a tool contains the private-use character U+{ord(found[0]):X}, which is reserved as a placeholder "
+                "for texts; remove it",
                 reason="private_use",
                 location=location,
             )
 
     def is_control(self, char: str) -> bool:
+        """Whether a character stands for a control token."""
         return _FIRST <= ord(char) < _FIRST + len(self.spelling)
 
     def refuse_reserved(self, text: str, location: str) -> None:
-        """A row that holds one of the private-use characters themselves can't be told from scaffolding."""
+        """Raise DataError if a row contains one of the private-use characters that stand for control tokens."""
         if not text.isascii() and (found := self._reserved.search(text)):
             raise DataError(
-                f"holds the private-use character U+{ord(found[0]):X}, which stands for a "
-                "control token while encoding; remove it",
+                f"contains the private-use character U+{ord(found[0]):X}, which is reserved for a control token; "
+                "remove it",
                 reason="private_use",
                 location=location,
             )
 
     def encode_batch(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
-        """Tokens with character offsets; parallel over the texts unless TOKENIZERS_PARALLELISM is false."""
+        """Tokenize texts, with character offsets; in parallel unless TOKENIZERS_PARALLELISM is false."""
         return self._backend.encode_batch(list(texts), add_special_tokens=False)
 
     def _check_ids(self, original: tokenizers.Tokenizer) -> None:
         for name, char in self.spelling.items():
             if self._backend.token_to_id(char) != original.token_to_id(name):
                 raise ValueError(
-                    f"the tokenizer's added token {name!r} can't be told from text: its id changes when it is renamed"
+                    f"the tokenizer's added token {name!r} cannot be kept apart from text: its id changes when it is "
+                    "renamed"
                 )
         if self._backend.get_vocab_size() != original.get_vocab_size():
             raise ValueError(
-                "the tokenizer's control tokens can't be told from text: the vocabulary changes "
-                "size when they are renamed"
+                "the tokenizer's control tokens cannot be kept apart from text: the size of the vocabulary changes "
+                "when they are renamed"
             )
 
 
 def _is_control(token: dict[str, Any], template_text: str) -> bool:
     content = token["content"]
-    if _BYTE.fullmatch(content):  # what a vocabulary falls back to for a byte it has no piece for: text
+    if _BYTE.fullmatch(content):  # the fallback for a byte that has no token of its own; it is text
         return False
     if token["special"]:
         return True
-    # White space that a tokenizer adds as tokens (runs of spaces) is ordinary text, and so are added words.
+    # White space that a tokenizer adds as tokens (several spaces) is ordinary text, and so are added words.
     if content.isspace() or content.isalnum():
         return False
     return bool(_MARKUP.fullmatch(content)) or content in template_text
@@ -125,9 +126,8 @@ def _any_of(names: Iterable[str]) -> re.Pattern[str]:
 
 
 def _rename(tree: dict[str, Any], spelling: dict[str, str]) -> None:
-    """Rename tokens throughout a tokenizer.json. Ids stay, since each keeps its place in its list."""
-    # The processor would add BOS and EOS (a template writes its own), and may trim white space off the
-    # offsets.
+    """Rename tokens throughout a tokenizer.json. Ids stay, since each token keeps its position in its list."""
+    # The post-processor would add BOS and EOS (a template writes its own), and may trim white space off offsets.
     tree["post_processor"] = tree["truncation"] = tree["padding"] = None
     for token in tree["added_tokens"]:
         if token["content"] in spelling:
@@ -144,6 +144,6 @@ def _rename(tree: dict[str, Any], spelling: dict[str, str]) -> None:
         left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
         if {left, right, left + right} & spelling.keys():
             raise ValueError(
-                f"the tokenizer's control token {left + right!r} is also spelled by a merge of "
-                "its vocabulary: a row could write it; use a tokenizer that adds such tokens"
+                f"the tokenizer's control token {left + right!r} is also the result of a merge of its vocabulary, so "
+                "that a row could write it; use a tokenizer in which it is only an added token"
             )

@@ -1,38 +1,40 @@
-"""Rows become token ids, with one segment a token."""
+"""Encode a row as token ids, with one segment for each token."""
 
 from __future__ import annotations
 
-import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
-from delib_fast.config import AFTConfig, MSMConfig
 from delib_fast.data.encode.chat import PLAIN_TEMPLATE, THINK, ChatRenderer, Skeleton
 from delib_fast.data.encode.control_tokens import ControlTokens
-from delib_fast.data.encode.tokenized_dataset import Counts, Example, TokenizedDataset
-from delib_fast.data.prefetch import prefetch
-from delib_fast.data.read.source_cache import Rows
+from delib_fast.data.encode.tokenized_dataset import Example
 from delib_fast.data.read.tools import Tools
 from delib_fast.data.rows import DataError, Message, Row, Segment
 
 Cot = Literal["train", "context", "strip"]
-_CHUNK_ROWS, _CHUNK_CHARS = 512, 4 << 20  # an encoding takes about a hundred bytes a token while it is at work
-
-
-# --- one row ------------------------------------------------------------------------------------------------
+"""What becomes of the chain of thought: it is trained on, kept as context, or removed."""
 
 
 class Encoder:
-    """Encodes rows with one tokenizer. Building one copies the tokenizer (about a second if it is large)."""
+    """Encodes rows with one tokenizer.
+
+    Creating one copies the tokenizer, which takes about a second if it is large; `encoder_for` keeps them.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer, with its chat template if it has one.
+    Raises:
+        ValueError: the tokenizer has several chat templates, or cannot keep control tokens apart from text.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         template = tokenizer.chat_template
         if isinstance(template, dict):
             raise ValueError(
-                "the tokenizer has several chat templates and none is chosen: set "
+                "the tokenizer has several chat templates, and none of them is selected: set "
                 "tokenizer.chat_template to one of them"
             )
         self.control = ControlTokens(tokenizer, (template or PLAIN_TEMPLATE) + "".join(THINK))
@@ -41,7 +43,7 @@ class Encoder:
         self._renderer = ChatRenderer(tokenizer, self.control, add_bos=bool(self._bos))
 
     def encode(self, rows: Sequence[Row], *, cot: Cot, system_prompt: str | None) -> list[Example]:
-        """One example a row. Raises DataError with the row's place."""
+        """Encode each row as one example. Raises DataError with the row's location."""
         if cot not in ("train", "context", "strip"):
             raise ValueError(f"cot is {cot!r}; it must be 'train', 'context' or 'strip'")
         filled = [self._text(row, cot, system_prompt) for row in rows]
@@ -51,24 +53,81 @@ class Encoder:
             for row, encoding, (_, borders) in zip(rows, encodings, filled, strict=True)
         ]
 
+    def encode_with_cots(self, row: Row, cots: Sequence[str], *, system_prompt: str | None = None) -> list[Example]:
+        """Encode a chat once for each of these chains of thought, instead of its own.
+
+        Every variant fills the same rendering of the chat template, so that nothing else differs between them. An
+        empty string leaves an empty think block.
+
+        Raises:
+            ValueError: the row has no chain of thought.
+            DataError: a text cannot be encoded.
+        """
+        if row.kind != "chat" or not (row.cot or "").strip():
+            raise ValueError(f"{row.location}: the row has no chain of thought to replace")
+        for text in (*row.texts, *cots):
+            self.control.refuse_reserved(text, row.location)
+        messages = _with_system_prompt(row.messages, system_prompt)
+        texts = [*_message_texts(messages), (row.cot or "").strip(), row.response]
+        skeleton = self._skeleton(row, messages, texts, True)
+        cores = [text.strip() for text in texts]
+        filled = [skeleton.fill([*cores[:-2], cot.strip(), cores[-1]]) for cot in cots]
+        encodings = self.control.encode_batch([text for text, _ in filled])
+        return [self._example(row, encoding, borders) for encoding, (_, borders) in zip(encodings, filled, strict=True)]
+
+    def encode_prompt(
+        self, messages: Sequence[Message], *, thinking: bool | None = None, system_prompt: str | None = None
+    ) -> list[int]:
+        """Encode the messages before a reply, up to the token where a model starts to write.
+
+        Args:
+            messages: only the chat template can write control tokens; those that a message spells stay text.
+            thinking: True opens the think block, False writes an empty one, None leaves the choice to the model.
+            system_prompt: prepended to a chat without a system message.
+        """
+        messages = _with_system_prompt(messages, system_prompt)
+        for message in messages:
+            self.control.refuse_reserved(message.content, "a prompt")
+        skeleton, cores = self._prompt_skeleton(messages)
+        if thinking is None:
+            filled, borders = skeleton.fill(cores)
+            text = filled[: borders[0]]
+        else:
+            cot_slot, response_slot = len(cores) - 2, len(cores) - 1
+            text = skeleton.fill_before(cot_slot if thinking else response_slot, cores)
+        return list(self.control.encode_batch([text])[0].ids)
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """The ids that end a reply: the chat template's end of turn, and the tokenizer's end of text."""
+        skeleton, cores = self._prompt_skeleton([Message("user", "a")], has_cot=False)
+        text, borders = skeleton.fill([*cores[:-1], "b"])
+        end_of_turn = self.control.encode_batch([text[: borders[2]]])[0].ids[-1]
+        return sorted({end_of_turn, *([self._eos] if self._eos is not None else [])})
+
+    def _prompt_skeleton(self, messages: Sequence[Message], *, has_cot: bool = True) -> tuple[Skeleton, list[str]]:
+        """The skeleton of these messages with some reply, and their stripped texts with an empty reply."""
+        texts = _message_texts(messages)
+        shapes = [*texts, "thought" if has_cot else "", "reply"]
+        skeleton = self._renderer.skeleton(tuple(m.role for m in messages), shapes, has_cot, "a prompt")
+        return skeleton, [*(text.strip() for text in texts), "", ""]
+
     def _text(self, row: Row, cot: Cot, system_prompt: str | None) -> tuple[str, tuple[int, ...] | None]:
-        """What is tokenised, and for a chat the characters at which CoT, response and tail begin."""
+        """Return (text to tokenize, and for a chat the characters at which CoT, response and the rest begin)."""
         for text in row.texts:
             self.control.refuse_reserved(text, row.location)
         if row.kind == "document":
             return row.text, None
-        messages = row.messages
-        if system_prompt is not None and messages[0].role not in ("system", "developer"):
-            messages = (Message("system", system_prompt), *messages)
+        messages = _with_system_prompt(row.messages, system_prompt)
         thought = row.cot or "" if cot != "strip" else ""
         if not row.response.strip() and not row.calls and (cot != "train" or not thought.strip()):
             raise DataError(
-                f"there is nothing to supervise: the response is empty, and cot: {cot} learns nothing else",
+                f"there is nothing to train on: the response is empty, and with cot: {cot} only the response is "
+                "trained on",
                 reason="nothing_supervised",
                 location=row.location,
             )
-        texts = [text for message in messages for text in (message.content, message.cot or "")]
-        texts += [thought, row.response]
+        texts = [*_message_texts(messages), thought, row.response]
         skeleton = self._skeleton(row, messages, texts, bool(thought.strip()))
         return skeleton.fill([text.strip() for text in texts])
 
@@ -90,13 +149,24 @@ class Encoder:
 
     def _document(self, row: Row, encoding: Any) -> Example:
         if self._eos is None:
-            raise ValueError("the tokenizer has no eos_token: a document would have no end; set one")
+            raise ValueError("the tokenizer has no eos_token, so that a document would have no end; set one")
         ids = np.array([*self._bos, *encoding.ids, self._eos], np.int32)
         return Example(ids, np.full(len(ids), Segment.DOCUMENT, np.int8), row.location, row.weight)
 
 
+def _with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> Sequence[Message]:
+    if system_prompt is None or messages[0].role in ("system", "developer"):
+        return messages
+    return (Message("system", system_prompt), *messages)
+
+
+def _message_texts(messages: Sequence[Message]) -> list[str]:
+    """Two texts of each message: its content and its chain of thought, in the order that `ChatRenderer` expects."""
+    return [text for message in messages for text in (message.content, message.cot or "")]
+
+
 def _leading_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before every text (BOS), if anything."""
+    """The ids that the tokenizer puts before every text (BOS), if any."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids = tokenizer("a")["input_ids"]
     for start in range(len(ids) - len(plain) + 1):
@@ -106,8 +176,8 @@ def _leading_ids(tokenizer: Any) -> list[int]:
 
 
 def _first_token_from(encoding: Any, char: int, num_tokens: int) -> int:
-    """The first token that begins at a character or behind it: a token is what its first character is."""
-    token = None
+    """The first token that begins at or after a character: the first character of a token decides its segment."""
+    token: int | None = None
     while token is None:
         token = encoding.char_to_token(char)
         char += 1
@@ -122,7 +192,7 @@ _encoders: weakref.WeakKeyDictionary[Any, tuple[Any, Encoder]] = weakref.WeakKey
 
 
 def encoder_for(tokenizer: Any) -> Encoder:
-    """The encoder of a tokenizer, built once; again if tokens were added or the template replaced."""
+    """The encoder of a tokenizer. It is created once, and again if the tokenizer's tokens or chat template change."""
     state = (len(tokenizer), tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.bos_token_id)
     known = _encoders.get(tokenizer)
     if known is None or known[0] != state:
@@ -131,125 +201,19 @@ def encoder_for(tokenizer: Any) -> Encoder:
 
 
 def encode_row(row: Row, tokenizer: Any, *, cot: Cot = "train", system_prompt: str | None = None) -> Example:
-    """Encode one row exactly as `encode_rows` does.
+    """Encode one row, exactly as `encode_rows` does.
 
     Args:
         row: a document or a chat.
         tokenizer: a fast Hugging Face tokenizer, with its chat template if it has one.
-        cot: "train" and "context" keep the chain of thought (its weight is the stage's affair), "strip"
-            drops it.
-        system_prompt: put before a chat that brings no system message.
+        cot: "train" and "context" keep the chain of thought (the stage decides its loss weight), "strip" removes it.
+        system_prompt: prepended to a chat without a system message.
     Returns:
-        Ids equal to `tokenizer.apply_chat_template(messages)` (but for control tokens typed by the row, which
-        stay text), and a segment for each: what the generation prompt supplies, and an empty think block, is
-        PROMPT; the chain of thought with the tags that the model has to write is COT; the response with its
-        turn end is RESPONSE. A document is BOS (if the tokenizer uses it), text, EOS, all DOCUMENT.
+        The ids of `tokenizer.apply_chat_template(messages)`, except that control tokens which the row spells stay text.
+        Segments: the generation prompt and an empty think block are PROMPT; the chain of thought, with the tags that
+        the model has to write, is COT; the response, with the end of its turn, is RESPONSE. A document is BOS (if the
+        tokenizer uses it), text and EOS, all DOCUMENT.
     Raises:
-        DataError: with the row's place; there is nothing to supervise, or the template can't take the row.
+        DataError: with the row's location; there is nothing to train on, or the chat template cannot render the row.
     """
     return encoder_for(tokenizer).encode([row], cot=cot, system_prompt=system_prompt)[0]
-
-
-# --- all rows -----------------------------------------------------------------------------------------------
-
-
-def encode_rows(
-    rows: Rows,
-    tokenizer: Any,
-    stage: MSMConfig | AFTConfig,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> TokenizedDataset:
-    """Encode rows for a stage: its CoT mode and system prompt, its pack capacity and what to do above it.
-
-    Args:
-        rows: documents and chats, in any mix.
-        tokenizer: a fast Hugging Face tokenizer.
-        stage: gives cot, system_prompt, pack_capacity and over_long. A chat is never cut: under "split" one
-            that is too long is dropped and counted.
-        progress: called with (rows done, rows in all) now and then.
-    Raises:
-        DataError: a row can't be encoded or leaves nothing to supervise; an example is longer than the
-            capacity and over_long is "error"; or every row was dropped.
-    """
-    counts = Counts()
-    examples = list(encode_stream(rows, tokenizer, stage, counts, progress=progress))
-    return TokenizedDataset(examples, counts)
-
-
-def encode_stream(
-    rows: Rows,
-    tokenizer: Any,
-    stage: MSMConfig | AFTConfig,
-    counts: Counts,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Example]:
-    """`encode_rows`, an example at a time; `counts` is filled in on the way. A chunk of rows is held, and the next one
-    read while the tokenizer is at work on it."""
-    encoder = encoder_for(tokenizer)
-    cot: Cot = stage.cot if isinstance(stage, AFTConfig) else "train"
-    system_prompt = stage.system_prompt if isinstance(stage, AFTConfig) else None
-    for chunk in prefetch(_chunks(rows), 1):
-        counts.rows += len(chunk)
-        encoded = encoder.encode(chunk, cot=cot, system_prompt=system_prompt)
-        for row, whole in zip(chunk, encoded, strict=True):
-            for example in _fitting(row, whole, stage, counts):
-                counts.add(example)
-                yield example
-        if progress is not None:
-            progress(counts.rows, len(rows))
-    if len(rows) and not counts.examples:
-        raise DataError(
-            f"all {len(rows)} examples are longer than pack_capacity ({stage.pack_capacity} "
-            f"tokens) and were dropped: raise stages.{stage.name}.pack_capacity",
-            reason="over_long",
-        )
-
-
-def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    chunk: list[Row] = []
-    chars = 0
-    for row in rows:
-        size = sum(map(len, row.texts))
-        if chunk and (len(chunk) == _CHUNK_ROWS or chars + size > _CHUNK_CHARS):
-            yield chunk
-            chunk, chars = [], 0
-        chunk.append(row)
-        chars += size
-    if chunk:
-        yield chunk
-
-
-def _fitting(row: Row, example: Example, stage: MSMConfig | AFTConfig, counts: Counts) -> Iterator[Example]:
-    if len(example) <= stage.pack_capacity:
-        yield example
-    elif stage.over_long == "error":
-        raise DataError(
-            f"{len(example)} tokens, more than pack_capacity ({stage.pack_capacity}): raise it, "
-            f"or set over_long: drop in stage {stage.name!r}",
-            reason="over_long",
-            location=row.location,
-        )
-    elif stage.over_long == "split" and row.kind == "document":
-        counts.split_documents += 1
-        yield from split_document(example, stage.pack_capacity)
-    else:
-        counts.dropped_over_long += 1
-
-
-def split_document(example: Example, capacity: int) -> Iterator[Example]:
-    """Cut a document into pieces of about equal length that fit.
-
-    Each piece begins with the last token of the one before, so that every token but the first stays a target
-    exactly once.
-    """
-    if capacity < 2:
-        raise ValueError(f"a document can't be split into pieces of {capacity} token: a piece needs two")
-    targets = len(example) - 1
-    pieces = -(-targets // (capacity - 1))
-    cuts = [targets * k // pieces for k in range(pieces + 1)]
-    for start, end in itertools.pairwise(cuts):
-        yield Example(
-            example.input_ids[start : end + 1], example.segments[start : end + 1], example.location, example.weight
-        )

@@ -1,1 +1,1 @@
-"""Pack examples: an order that is a pure function of lengths and seed, and tensors for each step."""
+"""Pack examples: which examples share a pack, the order of the packs, and the tensors of each step."""

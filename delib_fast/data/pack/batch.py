@@ -1,6 +1,6 @@
-"""Packs as tensors, and the steps of a stage as packs.
+"""A pack as tensors.
 
-Sizes: T tokens of a pack, N examples in it, L supervised tokens; P packs of an epoch.
+Sizes: T tokens of a pack, N sequences in it, L supervised tokens.
 """
 
 from __future__ import annotations
@@ -21,88 +21,93 @@ _TENSORS = ("input_ids", "targets", "loss_weights", "segment_ids", "position_ids
 
 @dataclass(frozen=True, slots=True)
 class SequenceShard:
-    """Which part of a pack a batch holds, where several ranks share out its tokens."""
+    """The shard of a pack's tokens that a batch contains under sequence parallelism."""
 
     rank: int
+    """Index of the shard."""
     size: int
-    """ranks that share the pack"""
+    """Number of ranks that a pack is sharded across."""
     num_tokens: int
-    """tokens of this part, the padding at the end of the pack not counted"""
+    """Tokens of this shard, without the padding at the end of the pack."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedBatch:
-    """One pack: N runs one after another, no padding between them. A run is an example; or, where several replies
-    share a prompt, the prompt, and behind it a run a reply (shared_prompts.py).
+    """A pack: N concatenated sequences without padding between them.
 
-    Where sequence parallelism shares a pack out (`part`), every (T,) tensor and `loss_positions` are this rank's
-    tokens alone; `cu_seqlens`, `max_seqlen`, `example_ids` and `prefix` stay those of the whole pack.
+    A sequence is an example. Where several replies share a prompt, the prompt is a sequence, and each reply is a
+    sequence that continues it (shared_prompts.py).
+
+    Under sequence parallelism (`shard` is set), every (T,) tensor and `loss_positions` contain this rank's tokens only;
+    `cu_seqlens`, `max_seqlen`, `example_ids` and `prefix` describe the whole pack.
     """
 
     input_ids: Tensor
-    """(T,) int64"""
+    """(T,) int64."""
     targets: Tensor
-    """(T,) int64, already shifted; -100 on the last token of every run"""
+    """(T,) int64, already shifted; -100 at the last token of every sequence."""
     loss_weights: Tensor
-    """(T,) float32, by segment of the target × weight of its row; 0 where there is no target"""
+    """(T,) float32, weight of the target's segment × weight of the example; 0 where there is no target."""
     segment_ids: Tensor
-    """(T,) int8, `Segment` of the *target* (PROMPT where there is none)"""
+    """(T,) int8, `Segment` of the *target*; PROMPT where there is none."""
     position_ids: Tensor
-    """(T,) int64, restarts with every run, or goes on from the prompt that it continues"""
+    """(T,) int64, from 0 in every sequence, or continued from the prompt that it continues."""
     cu_seqlens: Tensor
-    """(N+1,) int32, [0, …, T]"""
+    """(N+1,) int32, borders of the sequences: [0, …, T]."""
     max_seqlen: int
-    """longest run, a Python int: no device sync"""
+    """Tokens of the longest sequence; a Python int, so that it needs no device synchronization."""
     loss_positions: Tensor
-    """(L,) int64, rising: where there is a target and its weight is above 0; found on the host"""
+    """(L,) int64, ascending positions of targets with a weight above 0."""
     cu_seqlens_host: tuple[int, ...]
-    """cu_seqlens again, where it costs no sync"""
+    """The values of `cu_seqlens` on the host, so that reading them needs no device synchronization."""
     example_ids: tuple[int, ...]
-    """(N,) index of each run's example in its set, -1 for a shared prompt; empty in a pack that only fills up a step"""
+    """(N,) index of each sequence's example in its dataset, -1 for a shared prompt; () for an empty pack."""
     prefix: tuple[int, ...] | None = None
-    """(N,) the run that each run continues, or -1, as of `ops.varlen_attention`; None where no prompt is shared"""
+    """(N,) the sequence that each one continues, or -1, as in `ops.varlen_attention`; None without shared prompts."""
     shard: SequenceShard | None = None
-    """None: the whole pack"""
+    """None for a whole pack."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that this rank holds (padding of a shared pack not counted)."""
+        """Number of this rank's tokens, without padding."""
         return self.cu_seqlens_host[-1] if self.shard is None else self.shard.num_tokens
 
     @property
     def num_supervised(self) -> int:
+        """Number of targets with a weight above 0."""
         return len(self.loss_positions)
 
     @property
     def is_empty(self) -> bool:
-        """A pack that only fills up a step: one token, nothing to learn."""
+        """Whether this is an `empty_pack`, which only fills up a step."""
         return not self.example_ids
 
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> PackedBatch:
-        """The batch on a device; the copies overlap with compute if the batch is in pinned memory."""
+        """Copy the batch to a device. From pinned memory the copies overlap with computation."""
         moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in _TENSORS}
         return replace(self, **moved)
 
     def pin_memory(self) -> PackedBatch:
+        """Copy the batch to pinned host memory."""
         return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
 
     def shard_of(self, rank: int, size: int) -> PackedBatch:
-        """The part of a whole pack on the host that rank `rank` of `size` holds: ⌈T / size⌉ tokens, one after another.
+        """The shard of rank `rank` of `size`: ⌈T / size⌉ consecutive tokens of a whole pack on the host.
 
-        Where size does not divide T, up to size - 1 tokens without a target fill up the last parts: an example of its
-        own at the end of `cu_seqlens`, which no other sees.
+        If size does not divide T, up to size - 1 padding tokens without a target fill up the last shards. They are a
+        sequence of their own at the end of `cu_seqlens`, which no other sequence attends to.
         """
-        assert self.shard is None, "a pack is shared out once"
+        assert self.shard is None, "the batch is already a shard"
         T = self.num_tokens
-        share = -(-T // size)
-        start, end, padding = rank * share, (rank + 1) * share, size * share - T
+        shard_size = -(-T // size)
+        start, end, padding = rank * shard_size, (rank + 1) * shard_size, size * shard_size - T
 
         def cut(tensor: Tensor, filler: Tensor) -> Tensor:
             return torch.cat([tensor[start:end], filler[max(0, start - T) : max(0, end - T)]])
 
         zeros, borders, prefix = self.input_ids.new_zeros(padding), self.cu_seqlens_host, self.prefix
         if padding:
-            borders, prefix = (*borders, size * share), None if prefix is None else (*prefix, -1)
+            borders, prefix = (*borders, size * shard_size), None if prefix is None else (*prefix, -1)
         at = self.loss_positions
         return replace(
             self,
@@ -122,25 +127,31 @@ class PackedBatch:
 
 def collate_pack(
     examples: TokenizedDataset,
-    members: NDArray[np.int64],
-    weight_of: NDArray[np.float32],
-    weights: NDArray[np.float32],
+    indices: NDArray[np.int64],
+    segment_weights: NDArray[np.float32],
+    example_weights: NDArray[np.float32],
     continues: NDArray[np.bool_] | None = None,
 ) -> PackedBatch:
-    """Put examples into one pack. `weight_of` (4,) is the loss weight of a target by segment, `weights` (N of the
-    set,) that of an example; `continues` says of each member whether it shares the prompt of the one before it."""
-    runs = sequences_of(examples, members, continues)
-    lengths = runs.ends - runs.begins
+    """Concatenate examples to one pack.
+
+    Args:
+        indices: (M,) which examples.
+        segment_weights: (4,) loss weight of a target, by its segment.
+        example_weights: (number of examples in the dataset,) factor on the loss weight of each of an example's targets.
+        continues: (M,) whether each example shares the prompt of the one before it.
+    """
+    sequences = sequences_of(examples, indices, continues)
+    lengths = sequences.ends - sequences.begins
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     T = int(cu_seqlens[-1])
-    positions = np.arange(T) - np.repeat(cu_seqlens[:-1] - runs.begins, lengths)
+    positions = np.arange(T) - np.repeat(cu_seqlens[:-1] - sequences.begins, lengths)
     last = cu_seqlens[1:] - 1
-    ids, own_segments = examples.gather(runs.examples, runs.begins, runs.ends)
+    ids, own_segments = examples.gather(sequences.examples, sequences.begins, sequences.ends)
     input_ids = ids.astype(np.int64)
     targets, segments = np.empty_like(input_ids), np.empty_like(own_segments)
     targets[:-1], segments[:-1] = input_ids[1:], own_segments[1:]
     targets[last], segments[last] = IGNORE_INDEX, 0
-    loss_weights = weight_of[segments] * np.repeat(weights[runs.examples], lengths)
+    loss_weights = segment_weights[segments] * np.repeat(example_weights[sequences.examples], lengths)
     loss_weights[last] = 0
     return PackedBatch(
         input_ids=torch.from_numpy(input_ids),
@@ -152,13 +163,13 @@ def collate_pack(
         max_seqlen=int(lengths.max()),
         loss_positions=torch.from_numpy(np.flatnonzero(loss_weights)),
         cu_seqlens_host=tuple(cu_seqlens.tolist()),
-        example_ids=tuple(runs.ids.tolist()),
-        prefix=runs.prefix,
+        example_ids=tuple(sequences.example_ids.tolist()),
+        prefix=sequences.prefix,
     )
 
 
 def empty_pack() -> PackedBatch:
-    """One run of one token without a target: it takes part in collectives and adds nothing to the loss."""
+    """A pack of one token without a target. It takes part in collectives and adds nothing to the loss."""
     return PackedBatch(
         input_ids=torch.zeros(1, dtype=torch.int64),
         targets=torch.full((1,), IGNORE_INDEX, dtype=torch.int64),

@@ -1,6 +1,6 @@
-"""The epochs of a stage: which examples share a pack, which packs a step, in which order.
+"""Plan the epochs of a stage: which examples share a pack, which packs a step, and in which order.
 
-A pure function of (lengths and prompts, seed, epoch, packs a step); the number of packs is the same in every epoch.
+A plan is a pure function of (lengths, prompts, seed, epoch, packs per step). Every epoch has the same number of packs.
 
 Sizes: N examples, P packs of an epoch.
 """
@@ -17,37 +17,37 @@ from delib_fast.data.encode.tokenized_dataset import TokenizedDataset
 from delib_fast.data.pack.packing import PackPlan, plan_packs, seeded_permutation
 from delib_fast.data.pack.shared_prompts import bundle, plan_bundles
 
-_UNEVEN = 1.02  # below this, packs cost so much alike that their order is better left to the draw
+_UNEVEN = 1.02  # if the costs of packs differ less than this, packs are shuffled without regard to cost
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSharing:
-    """What an epoch saves by computing shared prompts once."""
+    """What an epoch saves because shared prompts are computed once."""
 
     prompts: int
-    """computed for several replies"""
+    """Prompts that are computed once for several replies."""
     examples: int
-    """that share one"""
+    """Examples that share a prompt with another one."""
     tokens: int
-    """that are not computed again"""
+    """Tokens that are saved."""
     share: float
-    """of the tokens that plain packing would compute"""
+    """Saved tokens ÷ tokens without prompt sharing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Seen:
-    """What all the steps of a stage together see."""
+class StageTotals:
+    """Totals over all steps of a stage."""
 
-    times: NDArray[np.int64]
-    """(N,) how often each example"""
+    repeats: NDArray[np.int64]
+    """(N,) how often each example is trained on."""
     tokens: int
-    """that packs hold"""
+    """Tokens in all packs."""
     shared_tokens: int
-    """of prompts that were not computed again"""
+    """Prompt tokens that are saved by prompt sharing."""
 
 
 class EpochPlanner:
-    """Plans of epochs, made when they are asked for; the one at hand and its neighbour are kept."""
+    """Plans epochs when they are requested, and keeps the last two plans."""
 
     def __init__(
         self,
@@ -68,16 +68,17 @@ class EpochPlanner:
 
     @property
     def shares_prompts(self) -> bool:
+        """Whether packs share prompts."""
         return self._bundles is not None
 
     def step(self, index: int) -> tuple[PackPlan, NDArray[np.int64]]:
-        """The plan of a step's epoch, and which of its packs are the step's."""
+        """Return (the plan of the step's epoch, the indices of the step's packs in it)."""
         epoch, step = divmod(index, self.steps_per_epoch)
         plan, order = self.plan(epoch)
         return plan, order[step * self._packs_per_step : (step + 1) * self._packs_per_step]
 
     def _plan(self, epoch: int) -> tuple[PackPlan, NDArray[np.int64]]:
-        """The packs of an epoch, and their order."""
+        """Return (the packs of an epoch, their order)."""
         seed = self._seed * 1_000_003 + epoch
         plan = (
             plan_packs(self._examples.lengths, self._capacity, seed=seed)
@@ -97,10 +98,10 @@ class EpochPlanner:
     def _costs_of(self, plan: PackPlan, quadratic_cost: float) -> NDArray[np.float64]:
         return pack_costs(plan, self._examples.lengths, quadratic_cost, self._examples.prompts[:, 0])
 
-    # --- accounts -------------------------------------------------------------------------------------------
+    # --- totals ---------------------------------------------------------------------------------------------
 
     def prompt_sharing(self) -> PromptSharing | None:
-        """None where no prompt is shared."""
+        """None without shared prompts."""
         plan = self.plan(0)[0]
         if plan.continues is None:
             return None
@@ -108,40 +109,40 @@ class EpochPlanner:
         saved = int(self._examples.lengths.sum()) - plan.num_tokens
         return PromptSharing(leads, leads + int(plan.continues.sum()), saved, saved / (saved + plan.num_tokens))
 
-    def seen(self, num_steps: int) -> Seen:
-        """Counted over whole epochs, and of the last one that is cut short over its steps."""
+    def totals(self, num_steps: int) -> StageTotals:
+        """The totals of the first `num_steps` steps. The last epoch may be incomplete."""
         lengths = self._examples.lengths
         epochs, steps = divmod(num_steps, self.steps_per_epoch)
-        times, tokens = np.full(len(lengths), epochs), epochs * self.plan(0)[0].num_tokens
+        repeats, tokens = np.full(len(lengths), epochs), epochs * self.plan(0)[0].num_tokens
         if steps:
             plan, order = self.plan(epochs)
             in_steps = np.zeros(plan.num_packs, bool)
             in_steps[order[: steps * self._packs_per_step]] = True
-            here = np.repeat(in_steps, np.diff(plan.pack_offsets))
-            times[plan.examples[here]] += 1
-            tokens += int(lengths[plan.examples[here]].sum())
+            used = np.repeat(in_steps, np.diff(plan.pack_offsets))
+            repeats[plan.examples[used]] += 1
+            tokens += int(lengths[plan.examples[used]].sum())
             if plan.continues is not None:
-                tokens -= int(self._examples.prompts[plan.examples[here & plan.continues], 0].sum())
-        return Seen(times, tokens, int(times @ lengths) - tokens)
+                tokens -= int(self._examples.prompts[plan.examples[used & plan.continues], 0].sum())
+        return StageTotals(repeats, tokens, int(repeats @ lengths) - tokens)
 
     def first_step_without(self, wanted: NDArray[np.bool_], num_steps: int) -> int | None:
-        """The first step that holds no example of those wanted (N,), or None."""
+        """The first step without any of the wanted (N,) examples, or None."""
         if wanted.all():
             return None
         for epoch in range(-(-num_steps // self.steps_per_epoch)):
             plan, order = self.plan(epoch)
             packs = np.logical_or.reduceat(wanted[plan.examples], plan.pack_offsets[:-1])[order]
             steps = np.logical_or.reduceat(packs, np.arange(0, len(packs), self._packs_per_step))
-            lacking = np.flatnonzero(~steps)
-            if len(lacking) and epoch * self.steps_per_epoch + lacking[0] < num_steps:
-                return int(epoch * self.steps_per_epoch + lacking[0])
+            missing = np.flatnonzero(~steps)
+            if len(missing) and epoch * self.steps_per_epoch + missing[0] < num_steps:
+                return int(epoch * self.steps_per_epoch + missing[0])
         return None
 
 
 def pack_costs(
     plan: PackPlan, lengths: NDArray[np.int64], quadratic_cost: float, prompt_lengths: NDArray[np.int64] | None = None
 ) -> NDArray[np.float64]:
-    """(P,) Σ n + q·n² over the examples of each pack, less p + q·p² for each that does not compute its prompt."""
+    """(P,) the cost of each pack: Σ n + q·n² over its examples, minus p + q·p² for each shared prompt."""
 
     def cost(tokens: NDArray[np.int64]) -> NDArray[np.float64]:
         n = tokens.astype(np.float64)
@@ -156,8 +157,11 @@ def pack_costs(
 def bucket_by_cost(
     order: NDArray[np.int64], costs: NDArray[np.float64], packs_per_step: int, seed: int
 ) -> NDArray[np.int64]:
-    """Neighbours by cost in one step, the steps shuffled; the short step, of the cheapest packs, comes last."""
-    by_cost = order[np.argsort(costs[order], kind="stable")]  # packs of one cost stay in their drawn order
+    """Put packs of similar cost into one step, and shuffle the steps.
+
+    An incomplete step comes last, and consists of the cheapest packs.
+    """
+    by_cost = order[np.argsort(costs[order], kind="stable")]  # packs of equal cost stay in their random order
     short = len(by_cost) % packs_per_step
     steps = by_cost[short:].reshape(-1, packs_per_step)
     if len(steps):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from delib_fast.data.encode.tokenized_dataset import NUM_SEGMENTS, Example, TokenizedDataset
 from delib_fast.data.pack.batch import PackedBatch, collate_pack, empty_pack
-from delib_fast.data.pack.epochs import EpochPlanner, PromptSharing, Seen
+from delib_fast.data.pack.epochs import EpochPlanner, PromptSharing, StageTotals
 from delib_fast.data.pack.packing import PackPlan, plan_packs
 from delib_fast.data.pack.shared_prompts import bundle, plan_bundles
 from delib_fast.data.prefetch import prefetch
@@ -19,35 +20,36 @@ from delib_fast.data.rows import Segment
 
 
 class PackedDataLoader:
-    """The steps of a stage: which packs each has, and this rank's share of them.
+    """The packed batches of every step of a stage, for one rank.
 
-    An epoch packs every example exactly once; its packs come in an order drawn from seed and epoch, cut into
-    steps of `packs_per_step`. The last step of an epoch may be short and is filled up with empty packs, so
-    that no step mixes epochs. Rank r takes packs r, r + world_size, … of each step: the steps themselves do
-    not depend on the world size, and a run goes on with more or fewer ranks. With sequence parallelism, groups
-    of neighbouring ranks take the place of ranks, and those of a group share out each of its packs.
+    In each epoch every example is in exactly one pack. The packs come in a random order given by the seed and the
+    epoch, and `packs_per_step` of them form a step. The last step of an epoch is filled up with empty packs if
+    necessary, so that no step mixes epochs. Rank r takes packs r, r + world_size, … of each step. The steps do not
+    depend on the world size, so a run can resume with another number of ranks. Under sequence parallelism, a group of
+    neighbouring ranks takes the packs that one rank would take, and each pack is sharded across the group.
 
     Args:
-        examples: encoded examples, each at most pack_capacity long.
-        pack_capacity: tokens a pack may hold.
-        packs_per_step: packs of a global step, a multiple of world_size.
-        segment_weights: (4,) loss weight of a target by its `Segment`.
+        examples: encoded examples, each at most pack_capacity tokens long.
+        pack_capacity: tokens that a pack may have.
+        packs_per_step: packs of a global step, a multiple of world_size ÷ sequence_parallel.
+        segment_weights: (4,) loss weight of a target, by its `Segment`.
         seed: the order is a pure function of (lengths, seed, epoch, packs_per_step).
-        epochs: how often every example is seen.
-        rank, world_size: this process and how many there are.
-        sequence_parallel: ranks that share out a pack's tokens; divides world_size.
-        max_steps: end after this many steps.
-        quadratic_cost: q, where an example of n tokens costs n + q·n² (for a transformer about
-            layers × attention width / parameters). Above 0, packs of like cost share a step (where costs
-            differ by more than 2 %), so that no rank
-            waits for another one's long attention; the order of the steps stays shuffled.
-        loss_average: over the "token"s of a step, or over its "example"s: then the weights of each example are
-            scaled so that all examples of the set weigh the same (but for their rows' own weights), however
-            long they are; the set's total weight stays.
-        share_prompts: let replies to one prompt share it in a pack, where that makes no more packs.
+        epochs: number of passes over the examples.
+        rank: index of this process.
+        world_size: number of processes.
+        sequence_parallel: number of ranks that a pack is sharded across; divides world_size.
+        max_steps: maximum number of steps.
+        quadratic_cost: q, where an example of n tokens costs n + q·n² (for a transformer, q is about
+            layers × attention width ÷ parameters). If it is above 0 and the costs of packs differ by more than 2 %,
+            packs of similar cost share a step, so that no rank waits for the long attention of another. The order of
+            the steps stays random.
+        loss_average: "token" averages the loss over the tokens of a step. "example" scales the weights of each example
+            so that all examples of the dataset have the same total weight, whatever their length, except for their
+            rows' own weights; the total weight of the dataset stays the same.
+        share_prompts: pack replies to one prompt with the prompt only once, unless that would need more packs.
     Raises:
-        ValueError: packs_per_step can't be shared out over the ranks; an example is longer than the capacity;
-            or no example of the whole set has a target with a weight above 0.
+        ValueError: packs_per_step cannot be divided evenly among the ranks, an example is longer than the capacity, or
+            no target of the dataset has a weight above 0.
     """
 
     def __init__(
@@ -67,31 +69,33 @@ class PackedDataLoader:
         loss_average: Literal["token", "example"] = "token",
         share_prompts: bool = False,
     ) -> None:
-        self._share = _Share(rank, world_size, sequence_parallel)
-        self._share.check(packs_per_step)
-        self.examples = _encoded(examples)
+        self._assignment = _RankAssignment(rank, world_size, sequence_parallel)
+        self._assignment.check(packs_per_step)
+        self.examples = _tokenized(examples)
         self.rank, self.world_size = rank, world_size
         self.packs_per_step, self.pack_capacity = packs_per_step, pack_capacity
-        self._weight_of = _weight_table(segment_weights)
-        _check_something_supervised(self.examples, self._weight_of)
-        self._weights = self.examples.weights
+        self._segment_weights = _checked_weights(segment_weights)
+        _refuse_nothing_supervised(self.examples, self._segment_weights)
+        self.example_weights = self.examples.weights
+        """(N,) factor on the loss weight of each target of an example: its row's weight × that of `loss_average`."""
         if loss_average == "example":
-            self._weights = _example_weights(self.examples, self._weight_of)
+            self.example_weights = _equal_example_weights(self.examples, self._segment_weights)
         elif loss_average != "token":
             raise ValueError(f"loss_average is {loss_average!r}; it must be 'token' or 'example'")
-        self._epochs = EpochPlanner(
+        self._planner = EpochPlanner(
             self.examples,
             pack_capacity=pack_capacity,
             packs_per_step=packs_per_step,
             seed=seed,
             quadratic_cost=quadratic_cost,
-            share_prompts=share_prompts and self._weight_of[Segment.PROMPT] == 0,
+            share_prompts=share_prompts and self._segment_weights[Segment.PROMPT] == 0,
         )
-        first = self._epochs.plan(0)[0]
+        first = self._planner.plan(0)[0]
         self.fill = first.fill
+        """Share of the packs' capacity that is used."""
         self.packs_per_epoch = first.num_packs
         self.tokens_per_epoch = first.num_tokens
-        self.steps_per_epoch = self._epochs.steps_per_epoch
+        self.steps_per_epoch = self._planner.steps_per_epoch
         steps = epochs * self.steps_per_epoch
         self.num_steps = steps if max_steps is None else min(steps, max_steps)
 
@@ -99,71 +103,76 @@ class PackedDataLoader:
         return self.num_steps
 
     def step(self, index: int) -> list[PackedBatch]:
-        """This rank's packs (or parts of packs) of a global step, packs_per_step / groups of ranks of them."""
-        plan, locations = self._packs(index)
-        return self._share.of(
-            [
-                partial(
-                    collate_pack, self.examples, plan.pack(p), self._weight_of, self._weights, plan.pack_continues(p)
-                )
-                for p in locations
-            ],
-            self.packs_per_step // self._share.groups,
+        """This rank's packs, or shards of packs, of a global step."""
+        plan, packs = self._packs(index)
+        weights = self._segment_weights, self.example_weights
+        return self._assignment.select(
+            [partial(collate_pack, self.examples, plan.pack(p), *weights, plan.pack_continues(p)) for p in packs],
+            self.packs_per_step // self._assignment.num_groups,
         )
 
     def from_step(self, first: int, *, pin: bool = False) -> Iterator[list[PackedBatch]]:
-        """This rank's packs of each step from `first` on, the next step's made in a thread of its own while the one at
-        hand is trained on. `pin` puts them into pinned memory there."""
-        made = (self.step(index) for index in range(first, self.num_steps))
-        return prefetch([pack.pin_memory() for pack in packs] if pin else packs for packs in made)
+        """Yield this rank's packs of each step from `first` on.
+
+        A thread collates the next step while the current one is used, and copies it to pinned memory if `pin` is true.
+        """
+        steps = (self.step(index) for index in range(first, self.num_steps))
+        return prefetch([pack.pin_memory() for pack in packs] if pin else packs for packs in steps)
 
     def step_example_ids(self, index: int) -> list[int]:
         """The examples of a global step, over all ranks."""
-        plan, locations = self._packs(index)
-        return [int(i) for p in locations for i in plan.pack(p)]
+        plan, packs = self._packs(index)
+        return [int(i) for p in packs for i in plan.pack(p)]
 
     @property
     def shares_prompts(self) -> bool:
-        return self._epochs.shares_prompts
+        """Whether packs share prompts."""
+        return self._planner.shares_prompts
 
     @property
     def prompt_sharing(self) -> PromptSharing | None:
-        """None where no prompt is shared."""
-        return self._epochs.prompt_sharing()
+        """What prompt sharing saves in an epoch; None without shared prompts."""
+        return self._planner.prompt_sharing()
 
-    def seen(self) -> Seen:
-        """What all the steps together see."""
-        return self._epochs.seen(self.num_steps)
+    def totals(self) -> StageTotals:
+        """Totals over all steps."""
+        return self._planner.totals(self.num_steps)
 
-    def first_step_without(self, wanted: NDArray[np.bool_]) -> int | None:
-        """The first step that holds no example of those wanted (N,), or None."""
-        return self._epochs.first_step_without(wanted, self.num_steps)
+    def refuse_unsupervised_steps(self) -> None:
+        """Raise ValueError if a step has no target with a weight above 0, since its loss would be 0/0.
 
-    @property
-    def example_weights(self) -> NDArray[np.float32]:
-        """(N,) factor on the loss weight of each target of an example: its row's, and that of `loss_average`."""
-        return self._weights
+        A row without a response cannot be encoded, so this happens only if responses or whole rows have weight 0.
+        """
+        if self._segment_weights[Segment.RESPONSE] > 0 and float(self.examples.weights.min()) > 0:
+            return
+        targets = self.examples.target_counts[:, self._segment_weights > 0].sum(1)
+        step = self._planner.first_step_without((self.examples.weights > 0) & (targets > 0), self.num_steps)
+        if step is not None:
+            rows = ", ".join(self.examples.location(i) for i in self.step_example_ids(step)[:4])
+            raise ValueError(
+                f"no token of step {step} is supervised (rows {rows}); give those rows a weight, or raise "
+                "tokens_per_step or the weights of the stage"
+            )
 
     def cost_of_ranks(self, index: int, world_size: int, quadratic_cost: float) -> NDArray[np.float64]:
-        """(world_size,) Σ n + q·n² over the packs that each rank takes of a global step."""
-        locations = self._packs(index)[1]
-        costs = self._epochs.costs(self.epoch_of(index), quadratic_cost)[locations]
-        return np.bincount(np.arange(len(locations)) % world_size, weights=costs, minlength=world_size).astype(
-            np.float64
-        )
+        """(world_size,) the cost Σ n + q·n² of the packs that each rank takes of a global step."""
+        packs = self._packs(index)[1]
+        costs = self._planner.costs(self.epoch_of(index), quadratic_cost)[packs]
+        return np.bincount(np.arange(len(packs)) % world_size, weights=costs, minlength=world_size).astype(np.float64)
 
     def cost_of_epoch(self, quadratic_cost: float) -> float:
-        """Σ n + q·n² over the packs of an epoch."""
-        return float(self._epochs.costs(0, quadratic_cost).sum())
+        """The cost Σ n + q·n² of all packs of an epoch."""
+        return float(self._planner.costs(0, quadratic_cost).sum())
 
     def epoch_of(self, index: int) -> int:
+        """The epoch of a step, from 0."""
         return index // self.steps_per_epoch
 
     def _packs(self, index: int) -> tuple[PackPlan, NDArray[np.int64]]:
-        """The plan of a step's epoch, and which of its packs are the step's."""
+        """Return (the plan of the step's epoch, the indices of the step's packs in it)."""
         if not 0 <= index < self.num_steps:
             raise IndexError(f"step {index} of {self.num_steps}")
-        return self._epochs.step(index)
+        return self._planner.step(index)
 
 
 def evaluation_batches(
@@ -176,81 +185,91 @@ def evaluation_batches(
     sequence_parallel: int = 1,
     share_prompts: bool = False,
 ) -> list[PackedBatch]:
-    """This rank's share of all examples, each once; equally many packs on every rank (empty ones fill up)."""
-    share = _Share(rank, world_size, sequence_parallel)
-    encoded = _encoded(examples)
-    weight_of = _weight_table(segment_weights)
-    shares = share_prompts and weight_of[Segment.PROMPT] == 0
-    bundles = bundle(encoded, pack_capacity) if shares else None
+    """This rank's packs of all examples, each example once.
+
+    Every rank gets the same number of packs, some of which may be empty. The arguments are those of `PackedDataLoader`.
+    """
+    assignment = _RankAssignment(rank, world_size, sequence_parallel)
+    dataset, weights = _tokenized(examples), _checked_weights(segment_weights)
+    bundles = bundle(dataset, pack_capacity) if share_prompts and weights[Segment.PROMPT] == 0 else None
     plan = (
-        plan_packs(encoded.lengths, pack_capacity) if bundles is None else plan_bundles(bundles, pack_capacity, seed=0)
+        plan_packs(dataset.lengths, pack_capacity) if bundles is None else plan_bundles(bundles, pack_capacity, seed=0)
     )
-    return share.of(
+    return assignment.select(
         [
-            partial(collate_pack, encoded, plan.pack(p), weight_of, encoded.weights, plan.pack_continues(p))
+            partial(collate_pack, dataset, plan.pack(p), weights, dataset.weights, plan.pack_continues(p))
             for p in range(plan.num_packs)
         ],
-        -(-plan.num_packs // share.groups),
+        -(-plan.num_packs // assignment.num_groups),
     )
 
 
-def _encoded(examples: Sequence[Example] | TokenizedDataset) -> TokenizedDataset:
+def _tokenized(examples: Sequence[Example] | TokenizedDataset) -> TokenizedDataset:
     return examples if isinstance(examples, TokenizedDataset) else TokenizedDataset(examples)
 
 
-class _Share:
-    """Which packs a rank takes, and which part of them: neighbouring ranks form a group that shares out a pack."""
+@dataclass(frozen=True)
+class _RankAssignment:
+    """Which packs of a step a rank takes, and which shard of them: a group of neighbouring ranks shares a pack."""
 
-    def __init__(self, rank: int, world_size: int, sequence_parallel: int) -> None:
-        if world_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} of world_size {world_size} does not exist")
-        if sequence_parallel < 1 or world_size % sequence_parallel:
-            raise ValueError(f"sequence_parallel {sequence_parallel} does not divide world_size {world_size}")
-        self._size = sequence_parallel
-        self.groups = world_size // sequence_parallel
-        self._group, self._rank = divmod(rank, sequence_parallel)
+    rank: int
+    world_size: int
+    sequence_parallel: int
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1 or not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} of world_size {self.world_size} does not exist")
+        if self.sequence_parallel < 1 or self.world_size % self.sequence_parallel:
+            raise ValueError(f"sequence_parallel {self.sequence_parallel} does not divide world_size {self.world_size}")
+
+    @property
+    def num_groups(self) -> int:
+        return self.world_size // self.sequence_parallel
 
     def check(self, packs_per_step: int) -> None:
-        if packs_per_step < 1 or packs_per_step % self.groups:
-            nearest = max(1, round(packs_per_step / self.groups)) * self.groups
-            what = "ranks" if self._size == 1 else f"groups of {self._size} ranks"
+        """Raise ValueError if the packs of a step cannot be divided evenly among the groups."""
+        groups = self.num_groups
+        if packs_per_step < 1 or packs_per_step % groups:
+            nearest = max(1, round(packs_per_step / groups)) * groups
+            what = "ranks" if self.sequence_parallel == 1 else f"groups of {self.sequence_parallel} ranks"
             raise ValueError(
-                f"{packs_per_step} packs a step can't be shared out evenly over {self.groups} {what}: "
-                f"set tokens_per_step to a multiple of pack_capacity × {self.groups} (the nearest is "
+                f"{packs_per_step} packs per step cannot be divided evenly among {groups} {what}: "
+                f"set tokens_per_step to a multiple of pack_capacity × {groups} (the nearest is "
                 f"{nearest} packs)"
             )
 
-    def of(self, packs: Sequence[Callable[[], PackedBatch]], number: int) -> list[PackedBatch]:
-        """`number` packs for this rank; only those that it takes are made, and empty ones fill up."""
-        mine = [make() for make in packs[self._group :: self.groups]]
+    def select(self, packs: Sequence[Callable[[], PackedBatch]], number: int) -> list[PackedBatch]:
+        """Collate the packs that this rank takes, and fill them up to `number` with empty packs."""
+        group, shard = divmod(self.rank, self.sequence_parallel)
+        mine = [collate() for collate in packs[group :: self.num_groups]]
         mine += [empty_pack() for _ in range(number - len(mine))]
-        return mine if self._size == 1 else [pack.shard_of(self._rank, self._size) for pack in mine]
+        return mine if self.sequence_parallel == 1 else [pack.shard_of(shard, self.sequence_parallel) for pack in mine]
 
 
-def _weight_table(segment_weights: Sequence[float]) -> NDArray[np.float32]:
-    table = np.asarray(segment_weights, np.float32)
-    if table.shape != (NUM_SEGMENTS,) or not np.isfinite(table).all() or (table < 0).any():
+def _checked_weights(segment_weights: Sequence[float]) -> NDArray[np.float32]:
+    weights = np.asarray(segment_weights, np.float32)
+    if weights.shape != (NUM_SEGMENTS,) or not np.isfinite(weights).all() or (weights < 0).any():
         raise ValueError(
-            f"segment_weights is {list(segment_weights)}: four finite numbers ≥ 0 are needed, for "
+            f"segment_weights is {list(segment_weights)}; it must be four finite numbers ≥ 0, for "
             "PROMPT, COT, RESPONSE and DOCUMENT"
         )
-    return table
+    return weights
 
 
-def _example_weights(examples: TokenizedDataset, weight_of: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Row weights times a factor that makes Σ weight over the targets of each example the same."""
-    totals = examples.target_counts @ weight_of.astype(np.float64)
-    learnt = totals > 0
+def _equal_example_weights(examples: TokenizedDataset, segment_weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(N,) row weights × a factor that makes the summed weight of the targets the same for each example."""
+    totals = examples.target_counts @ segment_weights.astype(np.float64)
+    supervised = totals > 0
     factor = np.zeros(len(totals))
-    factor[learnt] = totals[learnt].mean() / totals[learnt]
+    factor[supervised] = totals[supervised].mean() / totals[supervised]
     return (examples.weights * factor).astype(np.float32)
 
 
-def _check_something_supervised(examples: TokenizedDataset, weight_of: NDArray[np.float32]) -> None:
+def _refuse_nothing_supervised(examples: TokenizedDataset, segment_weights: NDArray[np.float32]) -> None:
     targets = examples.target_counts.sum(0)
-    if not (targets[weight_of > 0] > 0).any():
-        present = np.flatnonzero(targets).tolist()
+    if not (targets[segment_weights > 0] > 0).any():
+        present = ", ".join(Segment(int(k)).name for k in np.flatnonzero(targets)) or "none"
         raise ValueError(
-            f"no token is supervised: segment_weights is {weight_of.tolist()} and the data has "
-            f"only segments {present} (0 prompt, 1 CoT, 2 response, 3 document)"
+            f"no token is supervised: segment_weights is {segment_weights.tolist()} (for PROMPT, COT, RESPONSE and "
+            f"DOCUMENT), and the segments in the data are {present}"
         )

@@ -1,4 +1,4 @@
-"""How often an epoch shows each example: sources repeated, capped, and mixed by their share of the tokens."""
+"""Mix sources: how often an epoch contains each example, by each source's repeat, max_tokens and share of the mix."""
 
 from __future__ import annotations
 
@@ -8,30 +8,48 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from delib_fast.data.encode.tokenized_dataset import TokenizedDataset
 from delib_fast.data.pack.packing import seeded_permutation
 
 
 @dataclass(frozen=True, slots=True)
 class SourceShare:
-    """What one source gives to an epoch."""
+    """One source's share of an epoch."""
 
     name: str
     examples: int
-    """it has"""
+    """Examples of the source."""
     tokens: int
-    """it has"""
+    """Tokens of the source."""
     drawn: int
-    """examples of an epoch, repeats counted"""
+    """Examples in an epoch, repeats included."""
     drawn_tokens: int
+    """Tokens in an epoch, repeats included."""
     share: float
-    """of the epoch's tokens"""
+    """Share of the epoch's tokens."""
     wanted: float | None
-    """the share that `mix` asks for"""
+    """Share that `mix` requests."""
 
     @property
     def times(self) -> float:
-        """how often an epoch shows its tokens"""
+        """How often an epoch contains the source's tokens, on average."""
         return self.drawn_tokens / self.tokens
+
+
+def mix_datasets(
+    datasets: Mapping[str, TokenizedDataset],
+    *,
+    repeat: Mapping[str, float],
+    max_tokens: Mapping[str, int | None],
+    mix: Mapping[str, float],
+    seed: int,
+) -> tuple[TokenizedDataset, list[SourceShare]]:
+    """Return (the examples of an epoch, each source's share), as `mix_sources` chooses them; no token is copied."""
+    joined = TokenizedDataset.join(list(datasets.values()))
+    lengths = {name: dataset.lengths for name, dataset in datasets.items()}
+    chosen, shares = mix_sources(lengths, repeat=repeat, max_tokens=max_tokens, mix=mix, seed=seed)
+    every_example_once = len(chosen) == len(joined) and bool((np.diff(chosen) == 1).all())
+    return joined if every_example_once else joined.take(chosen), shares
 
 
 def mix_sources(
@@ -48,17 +66,18 @@ def mix_sources(
         budget[s] = supply[s]                              without a mix
                   = mix[s] · min over t of supply[t] / mix[t]    with one (mix normalised to 1)
 
-    A source gives whole passes over its examples, and of the last pass a drawn part: examples in an order that is a
-    function of the seed, each taken if it still fits; so it never gives more than its budget, and falls short of it
-    by less than its shortest example that was left out.
+    Each source contributes whole passes over its examples and a random part of one more pass, in which examples are
+    drawn in an order given by the seed and taken if they still fit. So a source never exceeds its budget, and falls
+    short of it by less than its shortest example that was not taken.
 
     Args:
-        lengths: tokens of each example, by source, in the order of the concatenated set.
-        repeat, max_tokens: of every source, as configured.
+        lengths: tokens of each example, by source, in the order of the concatenated dataset.
+        repeat: of every source, as configured.
+        max_tokens: of every source, as configured.
         mix: weight of every source, or empty.
-        seed: of the draw.
+        seed: of the random part.
     Returns:
-        (M,) indices into the concatenated examples, in the order of the sources, and what each source gives.
+        (M,) indices into the concatenated examples, in the order of the sources, and the share of each source.
     Raises:
         ValueError: a budget is smaller than every example of its source.
     """
@@ -76,8 +95,8 @@ def mix_sources(
         drawn = _draw(n, budget[name], seed * 1009 + number)
         if not len(drawn):
             raise ValueError(
-                f"source {name!r} is to give {int(budget[name])} tokens an epoch, fewer than its shortest "
-                f"example has ({int(n.min())}): raise its part of the mix, its repeat or its max_tokens"
+                f"source {name!r} has a budget of {int(budget[name])} tokens in an epoch, fewer than its shortest "
+                f"example ({int(n.min())}): raise its share of the mix, its repeat or its max_tokens"
             )
         chosen.append(drawn + start)
         start += len(n)
@@ -98,7 +117,7 @@ def _starts(lengths: Sequence[NDArray[np.int64]]) -> list[int]:
 
 
 def _draw(n: NDArray[np.int64], budget: float, seed: int) -> NDArray[np.int64]:
-    """Indices into n whose lengths sum to at most `budget`, each as often as any other or once more."""
+    """Indices into n whose lengths sum to at most `budget`; each occurs as often as any other, or once more."""
     total = int(n.sum())
     passes = int(budget * (1 + 1e-12) // total)
     whole = np.tile(np.arange(len(n)), passes)
@@ -112,7 +131,7 @@ def _draw(n: NDArray[np.int64], budget: float, seed: int) -> NDArray[np.int64]:
         fit = int(np.searchsorted(ends, left, side="right"))
         taken.append(order[:fit])
         left -= int(ends[fit - 1]) if fit else 0
-        # What stopped the run is too long for what is left, and so is everything as long.
+        # The next example is too long for the rest of the budget, and so are all others of its length.
         order, sizes = order[fit:], sizes[fit:]
         keep = sizes <= left
         order, sizes = order[keep], sizes[keep]

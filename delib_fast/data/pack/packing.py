@@ -1,7 +1,7 @@
-"""Packs: which examples share a micro-batch, as a pure function of (lengths, capacity, seed).
+"""Plan packs: which examples share a micro-batch, as a pure function of (lengths, capacity, seed).
 
-`plan_packs` is best-fit decreasing over the whole set. The planner is compiled (csrc/packing); the Python
-below is its definition, gives the same plan pack by pack, and stands in where there is no compiler.
+`plan_packs` is best-fit decreasing over the whole dataset. The planner is compiled (csrc/packing). The Python code
+below is its definition: it computes the same plan, and is used where there is no compiler.
 
 Sizes: N examples, P packs.
 """
@@ -28,17 +28,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class PackPlan:
-    """Which examples go into which pack: pack p holds `examples[pack_offsets[p] : pack_offsets[p + 1]]`."""
+    """Which examples are in which pack: pack p contains `examples[pack_offsets[p] : pack_offsets[p + 1]]`."""
 
     pack_offsets: Int64
-    """(P+1,)"""
+    """(P+1,)."""
     examples: Int64
-    """(N,) example indices, pack after pack; every example once"""
+    """(N,) indices of all examples, pack after pack."""
     capacity: int
     num_tokens: int
-    """that the packs hold: the sum of all lengths, a shared prompt counted once"""
+    """Tokens in all packs: the sum of the lengths, with a shared prompt counted once."""
     continues: NDArray[np.bool_] | None = None
-    """(N,) whether each example shares the prompt of the one before it; None where no prompt is shared"""
+    """(N,) whether each example shares the prompt of the one before it; None without shared prompts."""
 
     @property
     def num_packs(self) -> int:
@@ -46,7 +46,7 @@ class PackPlan:
 
     @property
     def fill(self) -> float:
-        """Σ lengths / (packs × capacity): the share of the room that is used."""
+        """Tokens ÷ (packs × capacity): the share of the capacity that is used."""
         return self.num_tokens / (self.num_packs * self.capacity) if self.num_packs else 1.0
 
     def pack(self, index: int) -> Int64:
@@ -62,24 +62,24 @@ class PackPlan:
 def plan_packs(
     lengths: Sequence[int] | NDArray[np.integer], capacity: int, *, seed: int = 0, backend: Backend = "auto"
 ) -> PackPlan:
-    """Put examples into as few packs as best-fit decreasing finds, none above the capacity.
+    """Put examples into packs by best-fit decreasing.
 
-        for example in examples by falling length, those of one length in an order drawn from the seed:
-            pack ← the open pack with the least free space ≥ length (the newest such), else a new one
+        for example in examples by descending length (examples of equal length in a random order given by the seed):
+            pack ← the open pack with the least free space ≥ length (the newest of these), else a new one
 
     Args:
         lengths: (N,) tokens of each example, each in 1 … capacity.
-        capacity: tokens a pack may hold, at most 2^24.
-        seed: permutes examples of equal length, so that each epoch packs other examples together. The number
-            of packs does not depend on it.
-        backend: "cpp", "python", or "auto": the first that is there.
+        capacity: tokens that a pack may have, at most 2^24.
+        seed: permutes examples of equal length, so that each epoch packs other examples together. The number of packs
+            does not depend on it.
+        backend: "cpp", "python", or "auto" for the first of them that is available.
     Returns:
-        The plan; packs in the order in which they were opened, longest example first.
+        The plan, with packs in the order in which they were opened: the longest example first.
     Raises:
-        ValueError: a length is 0, negative or above the capacity (the first one is named), or there are no
-            lengths, or the capacity is out of range, or the backend asked for is not there.
+        ValueError: a length is below 1 or above the capacity (the message names the first), there are no lengths, the
+            capacity is out of range, or the requested backend is not available.
 
-    Deterministic, and the same on both backends. Time O(N + capacity), memory O(N + capacity).
+    Deterministic, and equal on both backends. Time O(N + capacity), memory O(N + capacity).
     """
     checked = _checked(lengths, capacity)
     planner = _planner(backend)
@@ -94,7 +94,7 @@ def _checked(lengths: Sequence[int] | NDArray[np.integer], capacity: int) -> NDA
     if values.ndim != 1:
         raise ValueError(f"lengths must have one dimension, not shape {values.shape}")
     if values.size == 0:
-        raise ValueError("there is nothing to pack: no lengths were given")
+        raise ValueError("there is nothing to pack: lengths is empty")
     if not np.issubdtype(values.dtype, np.integer):
         raise ValueError(f"lengths must be integers, not {values.dtype}")
     bad = np.flatnonzero((values < 1) | (values > capacity))
@@ -107,7 +107,7 @@ def _checked(lengths: Sequence[int] | NDArray[np.integer], capacity: int) -> NDA
                 f"{more}: raise pack_capacity, or drop or split it first"
             )
         kind = "0" if values[i] == 0 else f"negative ({values[i]})"
-        raise ValueError(f"the length of example {i} is {kind}{more}: an example has at least one token")
+        raise ValueError(f"the length of example {i} is {kind}{more}; an example must have at least one token")
     return np.ascontiguousarray(values, dtype=np.int32)
 
 
@@ -123,23 +123,23 @@ def _compiled() -> Callable[[NDArray[np.int32], int, int], tuple[Int64, Int64]] 
 
 
 @cache
-def _say_slower() -> None:
-    _log.warning("delib_fast._C is not built: packs are planned in Python, about 40 times slower")
+def _warn_slow() -> None:
+    _log.warning("delib_fast._C is not built: packs are planned in Python, which is about 40 times slower")
 
 
 def _planner(backend: Backend) -> Callable[[NDArray[np.int32], int, int], tuple[Int64, Int64]]:
     if backend not in ("auto", "cpp", "python"):
-        raise ValueError(f"no packing backend is called {backend!r}; there are 'auto', 'cpp' and 'python'")
+        raise ValueError(f"packing backend {backend!r} is unknown; use 'auto', 'cpp' or 'python'")
     compiled = None if backend == "python" else _compiled()
     if compiled is not None:
         return compiled
     if backend == "cpp":
         raise ValueError(
-            "packing backend 'cpp' is not there: delib_fast._C was not built (it needs g++); "
+            "packing backend 'cpp' is not available: delib_fast._C was not built (it needs g++); "
             "reinstall with a compiler, or use backend='python'"
         )
     if backend == "auto":
-        _say_slower()
+        _warn_slow()
     return _plan_in_python
 
 
@@ -150,8 +150,8 @@ def _plan_in_python(lengths: NDArray[np.int32], capacity: int, seed: int) -> tup
     shuffled = seeded_permutation(len(lengths), seed)
     order = shuffled[np.argsort(-lengths[shuffled], kind="stable")]
     packs: list[list[int]] = []
-    open_packs: dict[int, list[int]] = {}  # free space -> packs with that much, the newest last
-    spaces: list[int] = []  # the keys of open_packs, rising
+    open_packs: dict[int, list[int]] = {}  # free space -> packs with this much of it, the newest last
+    spaces: list[int] = []  # the keys of open_packs, ascending
     for example, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         at = bisect.bisect_left(spaces, length)
         if at == len(spaces):
@@ -174,7 +174,7 @@ def _plan_in_python(lengths: NDArray[np.int32], capacity: int, seed: int) -> tup
 
 
 def seeded_permutation(N: int, seed: int) -> Int64:
-    """A permutation of 0 … N-1 drawn from the seed; the same on every machine and in every numpy version."""
+    """A random permutation of 0 … N-1 that depends on the seed only, not on the machine or the numpy version."""
     bits = max(N - 1, 0).bit_length()
     mask, shift = np.uint64((1 << bits) - 1), np.uint64(bits // 2 + 1)
     keys = _splitmix64(seed, 6)
@@ -186,7 +186,7 @@ def seeded_permutation(N: int, seed: int) -> Int64:
 
 
 def _splitmix64(state: int, count: int) -> list[int]:
-    """`count` well-mixed 64-bit numbers (Steele, Lea and Flood 2014)."""
+    """`count` pseudo-random 64-bit numbers (SplitMix64; Steele, Lea and Flood 2014)."""
     numbers, mask = [], 2**64 - 1
     for _ in range(count):
         state = (state + 0x9E3779B97F4A7C15) & mask

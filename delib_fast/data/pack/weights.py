@@ -1,4 +1,4 @@
-"""Loss weights by segment, and the normalizer of a step."""
+"""Loss weights of segments, and the normalizer of a step."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from delib_fast.data.rows import Segment
 
 
 def segment_weights(stage: StageBase) -> tuple[float, ...]:
-    """Loss weight of a token by its segment, indexed by `Segment`: prompts never count.
+    """The loss weight of a target in each `Segment`. Prompts always have weight 0.
 
-    In MSM every document token weighs 1. In AFT a response token weighs `response_weight`, a CoT token
-    `cot_weight` where the CoT is trained and 0 where it is context.
+    In MSM every other token has weight 1. In AFT a response token has `response_weight`; a CoT token has `cot_weight`
+    if the CoT is trained on, and 0 if it is context.
     """
     weights = [0.0] * len(Segment)
     if isinstance(stage, AFTConfig):
         weights[Segment.COT] = stage.cot_weight if stage.cot == "train" else 0.0
         weights[Segment.RESPONSE] = stage.response_weight
-        # A general document among AFT rows is trained as a document.
+        # A general document among AFT rows is trained on as a document.
         weights[Segment.DOCUMENT] = 1.0
     else:
         weights = [1.0] * len(Segment)
@@ -28,9 +28,9 @@ def segment_weights(stage: StageBase) -> tuple[float, ...]:
 
 
 def loss_normalizer(micro_batches: Iterable[PackedBatch]) -> float:
-    """Σ loss_weights over the targets of these micro-batches, on the host in float64.
+    """Sum the loss weights of all targets of these micro-batches, on the host in float64.
 
-    Summed over the ranks of a step it is what the step's gradient is divided by, once. Call it before the
-    batches go to the device, so that it costs no sync.
+    Summed over the ranks, this is what the gradient of a step is divided by, once. Call it before the batches are
+    copied to the device, so that it needs no device synchronization.
     """
     return sum(float(batch.loss_weights[batch.loss_positions].double().sum()) for batch in micro_batches)

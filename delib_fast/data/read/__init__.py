@@ -1,1 +1,1 @@
-"""Read rows: files, folders and hub data sets become `Row`s, each with its location."""
+"""Read rows: files, folders and hub datasets become `Row`s, each with its location."""

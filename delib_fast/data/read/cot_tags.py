@@ -1,4 +1,4 @@
-"""Finding the chain of thought that a reply carries inside its text, between tags."""
+"""Find the chain of thought that a reply contains between tags."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ TAGS: tuple[tuple[str, str], ...] = (
     ("<reasoning>", "</reasoning>"),
     ("<SCRATCHPAD_REASONING>", "</SCRATCHPAD_REASONING>"),
 )
-"""Tried in this order. The model always sees its own template's tags, whichever the row used."""
+"""Tried in this order. The model always sees the tags of its own template, whichever tags the row uses."""
 
 
 def split_cot(text: str, tags: tuple[tuple[str, str], ...] = TAGS) -> tuple[str | None, str]:
-    """Part a reply into (chain of thought or None, response).
+    """Split a reply into (chain of thought or None, response).
 
-    A reply has a chain of thought if it begins with an opening tag, or holds a closing tag and no opening one
-    (a template had supplied that). White space around the tags goes. Of several closing tags, the one that
-    stands alone on its line counts: a chain of thought may well mention the tag. Without such a one it is
-    anyone's guess where the thought ends, and the row is refused.
+    A reply has a chain of thought if it begins with an opening tag, or contains a closing tag without an opening one
+    (which the chat template had supplied). White space around the tags is removed. If there are several closing tags,
+    the one that is alone on its line counts, since a chain of thought may mention the tag.
 
     Raises:
-        DataError: reason "cot_tags"; text before the opening tag, no closing tag, or several.
+        DataError: reason "cot_tags"; there is text before the opening tag, or no closing tag, or several and not
+            exactly one alone on its line.
     """
     for opening, closing in tags:
         stripped = text.lstrip()
         if stripped.startswith(opening):
             body = stripped[len(opening) :]
             if closing not in body:
-                raise DataError(f"{opening} is never closed by {closing}", reason="cot_tags")
+                raise DataError(f"{opening} is not closed by {closing}", reason="cot_tags")
         elif closing not in text:
             continue
         elif opening in text:
-            raise DataError(f"text stands before {opening}: a chain of thought begins the reply", reason="cot_tags")
+            raise DataError(
+                f"there is text before {opening}, but a chain of thought must begin the reply", reason="cot_tags"
+            )
         else:
             body = text
         end = _closing_position(body, closing)
@@ -54,10 +56,9 @@ def _closing_position(body: str, closing: str) -> int:
             alone.append(start)
         start = body.find(closing, end)
     if len(alone) != 1:
-        times = f"{body.count(closing)} times {closing}, {len(alone)} of them alone on a line"
         raise DataError(
-            f"{times}: where the chain of thought ends can't be told; give it as a field of its "
-            'own ({"prompt", "cot", "response"})',
+            f"{closing} occurs {body.count(closing)} times, {len(alone)} of them alone on a line: the end of the chain "
+            'of thought is ambiguous; give it in a field of its own ({"prompt", "cot", "response"})',
             reason="cot_tags",
         )
     return alone[0]

@@ -1,6 +1,6 @@
-"""Data sets of the `datasets` library: a folder that it saved, or a name on the Hugging Face hub.
+"""Data sets of the `datasets` library: a folder written by `save_to_disk`, or a name on the Hugging Face hub.
 
-Plain files are never read through it: it can't say on which line a fault stands, and takes what is no row for one.
+Plain files are never read through the library: it cannot report the line of a fault, and accepts damaged rows.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from delib_fast.data.rows import DataError
 HUB = "hub:"
 
 
-def is_data_set(path: str) -> bool:
-    """A hub name, or a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+def is_dataset(path: str) -> bool:
+    """Whether a path is a hub name, or a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     folder = Path(path)
     return path.startswith(HUB) or (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def open_data_set(config: SourceConfig) -> tuple[Any, str]:
-    """The data set, memory-mapped, and a hash of its content. Raises DataError where it can't be loaded."""
+def open_dataset(config: SourceConfig) -> tuple[Any, str]:
+    """Return (the memory-mapped dataset, a hash of its content). Raises DataError if it cannot be loaded."""
     try:
         import datasets
     except ImportError:
@@ -41,11 +41,11 @@ def open_data_set(config: SourceConfig) -> tuple[Any, str]:
             found = datasets.load_from_disk(name)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise DataError(f"can't be loaded by datasets: {first}", reason="no_file", location=config.path) from None
+        raise DataError(f"cannot be loaded by datasets: {first}", reason="no_file", location=config.path) from None
     if isinstance(found, datasets.DatasetDict):
         if config.split not in found:
             raise DataError(
-                f"has no split {config.split!r}; there are {', '.join(sorted(found))}: set split",
+                f"has no split {config.split!r}; set split to one of {', '.join(sorted(found))}",
                 reason="no_file",
                 location=config.path,
             )
@@ -53,15 +53,15 @@ def open_data_set(config: SourceConfig) -> tuple[Any, str]:
     return found, _sha256(found)
 
 
-def read_data_set_items(data_set: Any) -> Iterator[Item]:
-    """One item a row; `line` is the row's number, from 1. A null is a field that is absent."""
-    for number, row in enumerate(data_set, start=1):
+def read_dataset_items(dataset: Any) -> Iterator[Item]:
+    """Yield one item for each row. `line` is the row's number, from 1; a null counts as an absent field."""
+    for number, row in enumerate(dataset, start=1):
         yield Item(number, without_nulls(row), raw=json.dumps(row, default=str).encode())
 
 
-def _sha256(data_set: Any) -> str:
-    """Of the rows themselves: the library's own fingerprint changes with the way they came about."""
-    digest = hashlib.sha256(json.dumps(data_set.column_names).encode())
-    for start in range(0, len(data_set), 1000):
-        digest.update(json.dumps(data_set[start : start + 1000], default=str).encode())
+def _sha256(dataset: Any) -> str:
+    """Hash the rows themselves: the library's own fingerprint depends on how the dataset was made."""
+    digest = hashlib.sha256(json.dumps(dataset.column_names).encode())
+    for start in range(0, len(dataset), 1000):
+        digest.update(json.dumps(dataset[start : start + 1000], default=str).encode())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The objects of a JSONL file or a JSON list, one by one, each with its line."""
+"""Objects of a JSONL file or a JSON list, one at a time, each with its line number."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from delib_fast.data.read.json_list import list_values
+from delib_fast.data.read.json_list import MAX_LIST_BYTES, list_values, refuse_large_list
 from delib_fast.data.read.strict_json import decode
 from delib_fast.data.rows import DataError, fingerprint
 
@@ -19,22 +19,22 @@ _MAGIC = (
     (b"BZh", "bzip2 data: decompress it first"),
     (b"\xfd7zXZ", "xz data: decompress it first"),
     (b"PK\x03\x04", "a zip archive: unpack it first"),
-    (b"PAR1", "Parquet: give the file the ending .parquet"),
+    (b"PAR1", "a Parquet file: rename it to .parquet"),
     (b"ARROW1", "an Arrow file: convert it to .parquet or .jsonl"),
-    (b"SQLite format 3", "an SQLite database"),
-    (b"\x80\x04\x95", "a pickle, which is never read: it can run code"),
-    (b"\x80\x05\x95", "a pickle, which is never read: it can run code"),
-    (b"\xff\xfe", "UTF-16: convert it to UTF-8"),
-    (b"\xfe\xff", "UTF-16: convert it to UTF-8"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file it stands for: run git lfs pull"),
-    (b"<!DOCTYPE", "a web page: the download went wrong"),
-    (b"<html", "a web page: the download went wrong"),
+    (b"SQLite format 3", "an SQLite database: export it to .jsonl"),
+    (b"\x80\x04\x95", "a pickle, which is never read because it can run code: convert it to .jsonl"),
+    (b"\x80\x05\x95", "a pickle, which is never read because it can run code: convert it to .jsonl"),
+    (b"\xff\xfe", "UTF-16 text: convert it to UTF-8"),
+    (b"\xfe\xff", "UTF-16 text: convert it to UTF-8"),
+    (b"version https://git-lfs", "a Git LFS pointer instead of the file itself: run git lfs pull"),
+    (b"<!DOCTYPE", "a web page: the download failed"),
+    (b"<html", "a web page: the download failed"),
 )
 
 
 @dataclass(slots=True)
 class Item:
-    """One object, or the reason why there is none at this line."""
+    """One decoded object, or the reason why this line has none."""
 
     line: int
     value: Any = None
@@ -47,7 +47,7 @@ class Item:
 
 
 class HashingFile:
-    """A file read from its start to its end, hashed on the way."""
+    """A file that is read from start to end, and hashed while it is read."""
 
     def __init__(self, path: Path) -> None:
         self._file: IO[bytes] = path.open("rb")
@@ -64,7 +64,7 @@ class HashingFile:
         return data
 
     def hexdigest(self) -> str:
-        """sha256 of the whole file; reads what was left unread."""
+        """Read the rest of the file, and return the sha256 of the whole."""
         while chunk := self._file.read(1 << 20):
             self._digest.update(chunk)
         return self._digest.hexdigest()
@@ -74,18 +74,20 @@ class HashingFile:
 
 
 def refuse_foreign_bytes(head: bytes, path: Path) -> None:
-    """Say what a file is that is no UTF-8 text, judged by its first bytes."""
+    """Raise DataError if the first bytes of a file show that it is not UTF-8 text, and say what it is."""
     for magic, what in _MAGIC:
         if head.startswith(magic):
             raise DataError(f"is {what}", reason="foreign_file", location=path)
     if b"\0" in head[:512]:
         raise DataError(
-            "holds NUL bytes: it is no UTF-8 text (UTF-16, or a binary file)", reason="foreign_file", location=path
+            "contains NUL bytes: it is not UTF-8 text, but UTF-16 or a binary file",
+            reason="foreign_file",
+            location=path,
         )
 
 
 def read_items(file: HashingFile, path: Path) -> Iterator[Item]:
-    """Objects of a file that is JSONL or one JSON list: told apart by its first character, `{` or `[`."""
+    """Yield the objects of a file. It is a JSON list if its first character is `[`, and JSONL otherwise."""
     head = file.readline(MAX_LINE_BYTES + 1)
     refuse_foreign_bytes(head, path)
     head = head.removeprefix(b"\xef\xbb\xbf")
@@ -94,7 +96,9 @@ def read_items(file: HashingFile, path: Path) -> Iterator[Item]:
         blank.append(head)
         head = file.readline(MAX_LINE_BYTES + 1)
     if head.lstrip().startswith(b"["):
-        for number, value, text in list_values(b"".join(blank) + head, file, path, MAX_LINE_BYTES):
+        data = b"".join((*blank, head, file.read(MAX_LIST_BYTES)))
+        refuse_large_list(len(data), path)
+        for number, value, text in list_values(decode_text(data, path), path):
             yield Item(number, value, raw=text.encode("utf-8", "surrogatepass"))
     else:
         yield from _line_items(file, head, len(blank) + 1)
@@ -104,20 +108,20 @@ def _line_items(file: HashingFile, line: bytes, number: int) -> Iterator[Item]:
     while line:
         if len(line) > MAX_LINE_BYTES:
             error = DataError(
-                f"a line of more than {MAX_LINE_BYTES >> 20} MiB: no row is so long; keep long "
-                "text in a .txt or .md file",
+                f"the line is longer than {MAX_LINE_BYTES >> 20} MiB, the limit for a row; store long text in a .txt "
+                "or .md file",
                 reason="long_line",
             )
             yield Item(number, error=error, raw=line)
             while line and not line.endswith(b"\n"):
                 line = file.readline(MAX_LINE_BYTES)
         elif line.strip():
-            yield _decoded(line, number)
+            yield _decode_line(line, number)
         line = file.readline(MAX_LINE_BYTES + 1)
         number += 1
 
 
-def _decoded(line: bytes, number: int) -> Item:
+def _decode_line(line: bytes, number: int) -> Item:
     try:
         return Item(number, decode(line.decode("utf-8").strip("\r\n")), raw=line)
     except UnicodeDecodeError as error:
@@ -128,7 +132,7 @@ def _decoded(line: bytes, number: int) -> Item:
 
 
 def decode_text(data: bytes, path: Path) -> str:
-    """A whole file as text; a byte order mark goes."""
+    """Decode a whole file, without its byte order mark. Raises DataError if it is not UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -141,7 +145,7 @@ def decode_text(data: bytes, path: Path) -> str:
 
 
 def without_nulls(value: Any) -> Any:
-    """Columns are the same for all rows, so what a row has not is null in it; also inside messages."""
+    """Remove null fields, also inside messages: all rows of a table have the same columns, so null means absent."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):

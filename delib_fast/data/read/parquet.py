@@ -1,4 +1,4 @@
-"""The rows of a Parquet file, one by one, without holding the file in memory."""
+"""Rows of a Parquet file, streamed batch by batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BATCH_ROWS = 1024
 
 
 def read_parquet_items(path: Path) -> Iterator[Item]:
-    """One item a row; `line` is the row's number, from 1. A column of nulls in a row is a field that is absent."""
+    """Yield one item for each row. `line` is the row's number, from 1; a null counts as an absent field."""
     try:
         with pq.ParquetFile(path) as file:
             number = 0
@@ -26,10 +26,10 @@ def read_parquet_items(path: Path) -> Iterator[Item]:
                     yield Item(number, without_nulls(row), raw=json.dumps(row, default=str).encode())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"can't be read as Parquet: {first_line}", reason="foreign_file", location=path) from None
+        raise DataError(f"cannot be read as Parquet: {first_line}", reason="foreign_file", location=path) from None
     except (UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(
-            f"holds text that is not UTF-8 or a damaged column ({type(error).__name__})",
+            f"contains text that is not UTF-8, or a damaged column ({type(error).__name__})",
             reason="invalid_utf8",
             location=path,
         ) from None

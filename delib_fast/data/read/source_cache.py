@@ -1,87 +1,76 @@
-"""A source parted into what is trained on and what is held out; the rows of a large one are never all in memory."""
+"""A source split into training and held-out rows. The training rows of a large file are never all in memory."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from delib_fast.config import SourceConfig
-from delib_fast.data.encode.cache import fingerprint_of, remembered
-from delib_fast.data.read.sources import SourceStream
-from delib_fast.data.rows import Message, Row, is_held_out, refuse_empty_side
+from delib_fast.data.disk_cache import cache_key, cached_json
+from delib_fast.data.holdout import check_holdout, is_held_out
+from delib_fast.data.read.sources import SourceReader
+from delib_fast.data.rows import Message, Row
 
-HELD_BYTES = 256 << 20
-"""Of a file: above this its rows are read anew in each pass over them."""
-
-
-class Rows(Protocol):
-    """Rows that can be gone through again and again."""
-
-    def __iter__(self) -> Iterator[Row]: ...
-
-    def __len__(self) -> int: ...
+MAX_BYTES_IN_MEMORY = 256 << 20
+"""The rows of a larger file are read again in each pass over them."""
 
 
 @dataclass(frozen=True)
 class Source:
-    train: Rows
-    held_out: Sequence[Row]
-    """always in memory"""
+    """The rows of one source, and what was skipped."""
+
+    train_rows: Callable[[], Iterator[Row]]
+    """Starts a new pass over the training rows."""
+    num_train: int
+    held_out: list[Row]
     sha256: str
+    """Hash of the file, or of the rows of a dataset."""
     bad_rows: Counter[str]
+    """Number of skipped rows, by reason."""
 
 
 def load_source(name: str, config: SourceConfig, cache_folder: Path) -> Source:
-    """Read a source once; what that told of a large one is remembered in the cache folder, by its content's hash.
+    """Read a source once, and split it.
+
+    For a large file the result of this pass is cached, so that the next start only hashes the file.
 
     Raises:
         DataError: as `read_source`.
-        ValueError: the held-out share leaves one side empty.
+        ValueError: the held-out share leaves no row for training or for evaluation.
     """
-    stream = SourceStream(name, config)
-    if stream.size_bytes <= HELD_BYTES:
+    reader = SourceReader(name, config)
+    if reader.size_bytes <= MAX_BYTES_IN_MEMORY:
         train: list[Row] = []
         held_out: list[Row] = []
-        for row in stream:
+        for row in reader:
             (held_out if is_held_out(row, config.holdout) else train).append(row)
-        refuse_empty_side(name, config.holdout, len(train), len(held_out))
-        return Source(train, held_out, stream.sha256, stream.bad_rows)
-    told = remembered(
-        cache_folder / "scans",
-        fingerprint_of({"scan": name, "sha256": stream.hash(), "settings": config.model_dump(mode="json")}),
-        lambda: _scan(stream, config),
+        check_holdout(name, config.holdout, len(train), len(held_out))
+        return Source(lambda: iter(train), len(train), held_out, reader.sha256, reader.bad_rows)
+    key = cache_key({"scan": name, "sha256": reader.hash(), "settings": config.model_dump(mode="json")})
+    scan = cached_json(cache_folder / "scans", key, lambda: _scan(reader, config.holdout))
+    return Source(
+        lambda: (row for row in reader if not is_held_out(row, config.holdout)),
+        scan["train"],
+        [_row_from_json(item) for item in scan["held_out"]],
+        reader.sha256,
+        Counter(scan["bad_rows"]),
     )
-    rows = _Streamed(stream, config.holdout, told["train"])
-    return Source(rows, [_row(item) for item in told["held_out"]], stream.sha256, Counter(told["bad_rows"]))
 
 
-def _scan(stream: SourceStream, config: SourceConfig) -> dict[str, Any]:
+def _scan(reader: SourceReader, holdout: float) -> dict[str, Any]:
     held_out: list[dict[str, Any]] = []
-    train = 0
-    for row in stream:
-        if is_held_out(row, config.holdout):
+    num_train = 0
+    for row in reader:
+        if is_held_out(row, holdout):
             held_out.append(asdict(row))
         else:
-            train += 1
-    refuse_empty_side(stream.name, config.holdout, train, len(held_out))
-    return {"train": train, "held_out": held_out, "bad_rows": dict(stream.bad_rows)}
+            num_train += 1
+    check_holdout(reader.name, holdout, num_train, len(held_out))
+    return {"train": num_train, "held_out": held_out, "bad_rows": dict(reader.bad_rows)}
 
 
-def _row(item: dict[str, Any]) -> Row:
+def _row_from_json(item: dict[str, Any]) -> Row:
     return Row(**item | {"messages": tuple(Message(**message) for message in item["messages"])})
-
-
-class _Streamed:
-    """The training rows of a file, read anew in each pass."""
-
-    def __init__(self, stream: SourceStream, holdout: float, count: int) -> None:
-        self._stream, self._holdout, self._count = stream, holdout, count
-
-    def __iter__(self) -> Iterator[Row]:
-        return (row for row in self._stream if not is_held_out(row, self._holdout))
-
-    def __len__(self) -> int:
-        return self._count

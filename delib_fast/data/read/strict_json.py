@@ -1,4 +1,4 @@
-"""JSON as training data should be written: what other readers let pass in silence is refused here."""
+"""JSON decoding that refuses what other readers silently accept: duplicate keys, NaN and control characters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from delib_fast.data.rows import DataError
 
 SAFE_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
-"""Keys of this form are shown in messages; anything else might be text of the row."""
+"""Messages show only keys of this form; any other key might be text of the row."""
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -19,20 +19,20 @@ def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for key, _ in pairs:
             if key in seen:
                 name = repr(key) if SAFE_KEY.fullmatch(key) else "a key"
-                _fail("duplicate_key", f"{name} is written twice in one object: which counts can't be told")
+                _fail("duplicate_key", f"{name} occurs twice in one object: which one counts is ambiguous")
             seen.add(key)
     return item
 
 
-def _no_constant(name: str) -> NoReturn:
-    _fail("not_json", f"{name} is no JSON")
+def _refuse_constant(name: str) -> NoReturn:
+    _fail("not_json", f"{name} is not valid JSON")
 
 
-strict_decoder = json.JSONDecoder(object_pairs_hook=_object_without_duplicates, parse_constant=_no_constant)
+strict_decoder = json.JSONDecoder(object_pairs_hook=_object_without_duplicates, parse_constant=_refuse_constant)
 
 
 def decode(text: str) -> Any:
-    """One JSON value, strictly: no duplicate keys, no NaN, no control characters. Raises DataError."""
+    """Decode one JSON value. Raises DataError if the text is not strictly valid JSON."""
     try:
         return strict_decoder.decode(text)
     except json.JSONDecodeError as error:
@@ -40,13 +40,13 @@ def decode(text: str) -> Any:
         _fail(
             "not_json",
             f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
-            + ("; it ends too early and may have been cut" if cut else ""),
+            + ("; it ends too early and may have been cut off" if cut else ""),
         )
     except RecursionError:
-        _fail("not_json", "objects or lists are nested too deep")
+        _fail("not_json", "objects or lists are nested too deeply")
     except DataError:
         raise
-    except ValueError:  # an integer of more digits than Python reads
+    except ValueError:  # an integer with more digits than Python reads
         _fail("not_json", "not valid JSON: a number has too many digits")
 
 

@@ -1,4 +1,4 @@
-"""Plain text and Markdown files as documents."""
+"""Markdown files, split into sections."""
 
 from __future__ import annotations
 
@@ -13,26 +13,29 @@ _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
 @dataclass(frozen=True, slots=True)
 class Section:
+    """A section of a Markdown file."""
+
     line: int
-    """of its heading, from 1"""
+    """Line of its heading, from 1."""
     context: tuple[str, ...]
-    """the headings above it, outermost first, each as written"""
+    """The headings above it, outermost first, as written."""
     body: str
-    """its own heading and everything up to the next one, character for character"""
+    """Its own heading and everything up to the next one, unchanged."""
 
     @property
     def text(self) -> str:
+        """The body, after the headings above it."""
         return "".join(f"{heading}\n\n" for heading in self.context) + self.body
 
 
 def cut_at_headings(text: str) -> Iterator[Section]:
-    """One section a Markdown heading (`#` … `######`); the bodies joined are the text, nothing lost.
+    """Yield one section for each Markdown heading (`#` … `######`). The bodies, concatenated, are the text.
 
-    Headings inside fenced code are code. A heading with nothing under it before a deeper one makes no section
-    of its own: it stands, with its blank lines, at the front of the next section's body.
+    Headings inside fenced code are code. A heading that is directly followed by a deeper one is not a section of its
+    own; it is, with its blank lines, the beginning of the next section's body.
     """
     context: list[tuple[int, str]] = []  # (level, heading) of the headings above the current section
-    start, lead, headings = 1, "", 0  # where the current section begins, and the bare headings it takes along
+    start, lead, headings = 1, "", 0  # first line of the current section, and the bare headings it begins with
     lines: list[str] = []
     for number, level, line in _lines(text):
         if level:
@@ -63,12 +66,12 @@ def _is_bare(lines: list[str]) -> bool:
 
 
 def _lines(text: str) -> Iterator[tuple[int, int, str]]:
-    """(number, heading level or 0, line with its end) of every line."""
+    """Yield (number, heading level or 0, line with its line break) of every line."""
     fence = ""
     for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
         mark = _FENCE.match(line)
         if fence:
-            # A fence is closed by at least as many of its own marks and nothing else on the line.
+            # A fence is closed by a line of at least as many of its own marks, and nothing else.
             if mark and mark[1].startswith(fence) and not line[mark.end() :].strip():
                 fence = ""
             yield number, 0, line

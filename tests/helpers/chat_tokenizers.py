@@ -1,15 +1,18 @@
-"""Small byte-level BPE tokenizers with the chat templates of well-known models, for the tests of delib_fast.data.
+"""Small byte-level BPE tokenizers with chat templates that behave like those of well-known models.
 
-The templates are written for these tests: the behaviour of each family, and of Qwen3 with its tools.
+The templates were written for these tests. They show the behaviour of each model family, and of Qwen3 with tools.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 CORPUS = [
     "Once upon a time there was a spec. It said: be honest, be careful, and say so when you do not know.",
@@ -123,7 +126,7 @@ LLAMA3 = """\
 {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}\
 {%- endfor %}{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
 
-# DeepSeek-R1: the chain of thought is cut out of every finished turn; the generation prompt opens one.
+# DeepSeek-R1: the chain of thought is removed from every finished turn; the generation prompt opens one.
 R1 = """\
 {{- bos_token }}{%- for message in messages %}
 {%- if message.role == 'user' %}{{- '<|User|>' + message.content }}{%- endif %}
@@ -160,8 +163,8 @@ FAMILIES = {
 
 
 @cache
-def _trained(specials: str, in_vocabulary: bool) -> Tokenizer:
-    """Control tokens are part of the vocabulary (as training with special_tokens makes them), or added after."""
+def trained_backend(specials: str, in_vocabulary: bool) -> Tokenizer:
+    """Train a backend. Control tokens are part of the vocabulary, as with special_tokens in training, or not in it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -184,11 +187,19 @@ def _trained(specials: str, in_vocabulary: bool) -> Tokenizer:
 
 @cache
 def tokenizer(family: str, *, in_vocabulary: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer of a family of models."""
     template, specials, think, bos, eos = FAMILIES[family]
-    backend = Tokenizer.from_str(_trained(specials, in_vocabulary).to_str())
+    backend = Tokenizer.from_str(trained_backend(specials, in_vocabulary).to_str())
     backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in _SPECIALS[specials]])
     if think:
         backend.add_tokens(_THINK)
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos)
+    return fast_tokenizer(backend, template, bos_token=bos, eos_token=eos)
+
+
+def fast_tokenizer(backend: Tokenizer, template: Any = None, **tokens: str | None) -> PreTrainedTokenizerFast:
+    """A transformers tokenizer with this backend and chat template."""
+    from transformers import PreTrainedTokenizerFast  # takes seconds to import
+
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)
     made.chat_template = template
     return made

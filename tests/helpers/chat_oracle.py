@@ -1,13 +1,14 @@
-"""Chats written by hand, character by character with the segment of each, and tokenised without the code under test.
+"""The expected ids and segments of a chat, computed without the code under test.
 
-Control tokens are placed as ids; what stands between them is tokenised with a tokenizer that has no added token at
-all. So this shares neither the rendering with slots nor the renamed control tokens with delib_fast.data.
+Chats are written out by hand, with a segment for each character. Control tokens are inserted as ids, and the text
+between them is tokenized with a tokenizer without added tokens. So the oracle shares neither the rendering with
+placeholders nor the renamed control tokens with delib_fast.data.
 """
 
 from __future__ import annotations
 
+from helpers.chat_tokenizers import FAMILIES, tokenizer, trained_backend
 from tokenizers import Tokenizer
-from tokenizers_for_tests import FAMILIES, _trained, tokenizer
 
 from delib_fast.data import Message, Row, Segment
 
@@ -39,7 +40,7 @@ def document(text, **more):
 
 
 def written(family, row):
-    """[(text, is it one control token, segment)] as the family's template writes the row."""
+    """[(text, whether it is one control token, segment)] as the family's template writes the row."""
     out = []
 
     def put(segment, *texts):
@@ -111,20 +112,20 @@ def written(family, row):
 
 
 def oracle(family, row):
-    """(ids, segments) of what `written` says; a token is what its first character is."""
+    """(ids, segments) of what `written` returns; the first character of a token decides its segment."""
     specials = FAMILIES[family][1]
-    plain = Tokenizer.from_str(_trained(specials, False).to_str())
+    plain = Tokenizer.from_str(trained_backend(specials, False).to_str())
     plain.post_processor = None
     names = tokenizer(family).get_vocab()
     ids, segments = [], []
-    run, marks = "", []
+    pending, marks = "", []
 
     def flush():
-        nonlocal run, marks
-        encoding = plain.encode(run, add_special_tokens=False)
+        nonlocal pending, marks
+        encoding = plain.encode(pending, add_special_tokens=False)
         ids.extend(encoding.ids)
         segments.extend(marks[start] for start, _ in encoding.offsets)
-        run, marks = "", []
+        pending, marks = "", []
 
     for text, is_control, segment in written(family, row):
         if is_control:
@@ -132,7 +133,7 @@ def oracle(family, row):
             ids.append(names[text])
             segments.append(segment)
         else:
-            run += text
+            pending += text
             marks += [segment] * len(text)
     flush()
     return ids, segments
@@ -195,3 +196,13 @@ NASTY = [
 def nasty_text(draw, most=12, *, empty=True):
     text = "".join(draw.choice(NASTY) for _ in range(draw.randrange(0 if empty else 1, most)))
     return text if empty or text.strip() else text + "x"
+
+
+def spell(tok, example):
+    """[(segment, text)] of an example: neighbouring tokens of one segment, decoded."""
+    spans = []
+    for token, segment in zip(example.input_ids.tolist(), example.segments.tolist(), strict=True):
+        if not spans or spans[-1][0] != segment:
+            spans.append((segment, []))
+        spans[-1][1].append(token)
+    return [(Segment(segment).name, tok.decode(ids)) for segment, ids in spans]

@@ -1,0 +1,55 @@
+"""The cache folder: results that are computed once and kept between runs, under a hash of all they depend on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from delib_fast.config import ConfigError
+from delib_fast.files import locked, write_atomic
+
+CACHE_VERSION = 3
+"""Increase it whenever the same inputs would give another result, or the same result in another file format."""
+
+
+@contextlib.contextmanager
+def cache_folder(configured: str | None) -> Iterator[Path]:
+    """Use the cache folder: `cache_dir` if configured, else `$DELIB_FAST_CACHE`, else `~/.cache/delib_fast`.
+
+    Raises ConfigError if the body raises OSError, because the folder cannot be used.
+    """
+    from_environment = configured or os.environ.get("DELIB_FAST_CACHE")
+    folder = Path(from_environment) if from_environment else Path.home() / ".cache" / "delib_fast"
+    try:
+        yield folder
+    except OSError as error:
+        raise ConfigError(
+            f"cache_dir: {folder} cannot be used: {error.strerror or error}; set cache_dir or "
+            "$DELIB_FAST_CACHE to a writable folder"
+        ) from error
+
+
+def cache_key(inputs: Mapping[str, Any]) -> str:
+    """The sha256, in hexadecimal, of everything that a cached result depends on."""
+    return hashlib.sha256(json.dumps({"version": CACHE_VERSION, **inputs}, sort_keys=True).encode()).hexdigest()
+
+
+def cached_json(folder: Path, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the JSON stored under a key. If there is none, one process computes and stores it while the others wait.
+
+    Raises OSError if the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{key}.json"
+    with locked(path.with_suffix(".lock")):
+        try:
+            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            result = compute()
+            write_atomic(path, json.dumps(result))
+        return result
