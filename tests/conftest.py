@@ -6,8 +6,8 @@ import os
 
 # As in delib_fast/train.py; it must be set before any test imports torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core, so one thread each
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread: sums then have one order, so that runs of this process equal those of forked ranks bit for bit.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
