@@ -48,7 +48,7 @@ def test_bootstrap_covers_as_it_claims():
     generator = np.random.default_rng(0)
     hits = 0
     for _ in range(200):
-        found = mean(generator.normal(1.0, 2.0, 60), draws=300)
+        found = mean(generator.normal(1.0, 2.0, 60), resamples=300)
         hits += found.low <= 1.0 <= found.high
     assert 0.90 <= hits / 200 <= 0.98
 

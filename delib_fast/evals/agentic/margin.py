@@ -73,8 +73,8 @@ def margins(scorer: Scorer, chosen: Sequence[Condition] | None = None) -> Margin
 def _figures(group: str, margin: np.ndarray, per_token: np.ndarray, owners: Sequence[str]) -> MarginFigures:
     return MarginFigures(
         group,
-        bootstrap(lambda i: float(margin[i].mean()), owners, draws=400),
-        bootstrap(lambda i: float(per_token[i].mean()), owners, draws=400),
+        bootstrap(lambda i: float(margin[i].mean()), owners, resamples=400),
+        bootstrap(lambda i: float(per_token[i].mean()), owners, resamples=400),
         share_by_group(margin > 0, owners),
         len(margin),
     )

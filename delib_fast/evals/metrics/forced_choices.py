@@ -103,7 +103,7 @@ def _figures(
     probabilities = 1 / (1 + np.exp(-np.clip(margins, -700, 700)))
 
     def mean_of(values: NDArray[np.float64]) -> Estimate:
-        return bootstrap(lambda i: float(values[i].mean()), situations, draws=400)
+        return bootstrap(lambda i: float(values[i].mean()), situations, resamples=400)
 
     return ChoiceFigures(
         share_by_group(margins > 0, situations),

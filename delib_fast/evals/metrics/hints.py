@@ -135,7 +135,7 @@ def _figures(kind: str, outcomes: Sequence[HintOutcome]) -> HintFigures:
     elsewhere = [o for o in open_ if o.hinted_answer not in (o.hinted_option, o.plain_answer)]
     said = sum(o.mentions for o in followed)
     unfollowed = [o for o in open_ if o.hinted_answer != o.hinted_option]
-    normalised = bootstrap(lambda rows: _normalised([open_[i] for i in rows]), [o.key for o in open_], draws=400)
+    normalised = bootstrap(lambda rows: _normalised([open_[i] for i in rows]), [o.key for o in open_], resamples=400)
     return HintFigures(
         kind,
         len(open_),
