@@ -12,7 +12,7 @@ def library(module: str) -> Any:
     """Import a module of the `evals` extra. Raises ConfigError, with the command that installs it, if it is missing."""
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
+    except ModuleNotFoundError:
         raise ConfigError(
-            f"evaluation needs {error.name}, which is not installed: pip install 'delib-fast[evals]'"
+            f"evaluation needs {module.partition('.')[0]}, which is not installed: pip install 'delib-fast[evals]'"
         ) from None
