@@ -46,6 +46,21 @@ def hash_weights(files: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
+def hash_tree(path: str) -> str:
+    """The hash of an input: of a file's bytes, or of all files of a folder and its subfolders, in order of their paths.
+
+    Names do not count, so that a moved or renamed input keeps its hash. What is neither a file nor a folder, such as a
+    hub name, is represented by the string itself.
+    """
+    found = Path(path)
+    files = [found] if found.is_file() else sorted(found.rglob("*")) if found.is_dir() else []
+    digest = hashlib.blake2b(b"" if files else path.encode(), digest_size=16)
+    for file in (f for f in files if f.is_file()):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "blake2b").digest())
+    return digest.hexdigest()
+
+
 # --- writing ------------------------------------------------------------------------------------------------
 
 

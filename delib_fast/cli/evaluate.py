@@ -1,4 +1,4 @@
-"""`delib-fast eval RUN|MODEL --suite …`: the command; cli.py of the package registers it."""
+"""The command `delib-fast eval`; `cli/main.py` registers it."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ def eval_command(
             "--suite",
             metavar="NAME",
             help=(
-                "a suite or a group (repeatable, or with commas): segments, dose, drift, early, reliance, agentic, "
-                "hints, necessity, legibility, policy, refusal, monitor; forced (the default), sampled, cot, all"
+                "a suite or a group, repeatable or comma-separated. Suites: segments, dose, drift, early, reliance, "
+                "agentic, hints, necessity, legibility, policy, refusal, monitor; groups: forced (default), sampled, "
+                "cot, all"
             ),
         ),
     ] = None,
-    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="the evaluation, as YAML")] = None,
-    base: Annotated[str | None, typer.Option("--base", metavar="MODEL", help="the base model, for drift")] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="where results go")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="rows a suite at most")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="YAML configuration of the evaluation")
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", metavar="MODEL", help="base model, for drift")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="folder for the results")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="maximum number of rows per suite")] = None,
 ) -> None:
-    """Evaluate a model: JSON, a table, and a page. The same command goes on where it stopped."""
+    """Evaluate a model and write JSON, tables and an HTML page. The same command resumes an interrupted evaluation."""
     from delib_fast.data import DataError
     from delib_fast.evals.judge import JudgeError
     from delib_fast.evals.run import evaluate
@@ -47,9 +50,9 @@ def eval_command(
     if settings.model is None:
         raise ConfigError("give a run directory, a model folder or a peft adapter folder to evaluate")
     try:
-        evaluation = evaluate(EvalTarget(Path(settings.model), settings), say=lambda text: typer.echo(text, err=True))
+        evaluation = evaluate(EvalTarget(Path(settings.model), settings), log=lambda text: typer.echo(text, err=True))
     except (DataError, UnsupportedModelError, JudgeError) as error:
-        raise ConfigError(str(error)) from None  # told plainly, as every fault of what the user gave
+        raise ConfigError(str(error)) from None  # printed without a traceback, like every fault of the user's input
     print_tables(evaluation)
     page = write_page(evaluation)
     typer.echo(f"results       {evaluation.folder / 'report.json'}\npage          {page}")

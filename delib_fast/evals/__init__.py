@@ -1,20 +1,20 @@
 """Evaluation: segment nll, chain-of-thought monitorability, refusal, agentic misalignment.
 
-Functions take a loaded model with its tokenizer (a `Scorer`, or a `Replier` where replies are sampled) and rows, and
-give plain dataclasses in which every figure is an `Estimate` with its interval.
+Functions take a loaded model with its tokenizer (a `Scorer`, or a `ChatModel` to sample replies) and rows. They return
+plain dataclasses in which every figure is an `Estimate` with its interval. They need the `evals` extra.
 
     scorer = Scorer(TrainableLM(model), tokenizer)
     segment_figures(scorer, rows)            # held-out nll and accuracy
     drift_from_base(scorer, rows, base)      # KL from the base, base perplexity
     early_answering(scorer, rows)            # the answer after 0 … 100 % of the chain of thought
-    reliance(scorer, rows)                   # full, empty, shuffled, foreign, corrupted, filler
+    reliance(scorer, rows)                   # the answer after an empty, shuffled, foreign, … chain of thought
     margins(scorer)                          # agentic misalignment, teacher-forced
 
     sampler = Sampler(model, tokenizer, Sampling(max_new_tokens=256))
     hint_figures(hint_outcomes(sampler, choices_from_gsm8k(rows)))
     cot_necessity(sampler, rows)
 
-`delib-fast eval` runs them as suites and writes JSON, a table and a page.
+`delib-fast eval` runs them as suites and writes JSON, tables and an HTML page.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from delib_fast.evals.metrics.policy import PolicyClassifier, policy_retrieval
 from delib_fast.evals.metrics.refusal import classifier_figures, classify_reply, read_prompts, refusal_figures
 from delib_fast.evals.metrics.reliance import early_answering, reliance
 from delib_fast.evals.metrics.segments import categories_of, segment_figures
-from delib_fast.evals.sampling import Replier, Reply, Sampler
+from delib_fast.evals.sampling import ChatModel, Reply, Sampler
 from delib_fast.evals.scoring import Scorer
 from delib_fast.models.generate import Sampling
 
 __all__ = [
+    "ChatModel",
     "Estimate",
     "EvalCallback",
     "PolicyClassifier",
-    "Replier",
     "Reply",
     "Sampler",
     "Sampling",

@@ -1,11 +1,12 @@
-"""Evaluation between two updates of a run: figures that need no sampling, on the run's held-out rows.
+"""Evaluation during training: figures that need no sampling, on the run's held-out rows.
 
     from delib_fast.evals import EvalCallback
     from delib_fast.stages import run
 
     run(recipe, callbacks=[EvalCallback(("early", "drift"), every_steps=50)])
 
-or `delib-fast train run.yaml --watch early,drift --every 50`. Lines of RUN/evals/in_loop.jsonl, one a moment.
+The command line has `delib-fast train run.yaml --watch early,drift --every 50`. Each evaluation appends one record to
+RUN/evals/in_loop.jsonl.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from delib_fast.config import ConfigError
 from delib_fast.data import Row
+from delib_fast.evals.extra import library
 from delib_fast.evals.intervals import Estimate
 from delib_fast.evals.metrics.drift import drift_from_base
 from delib_fast.evals.metrics.reliance import early_answering, reliance, with_cot
@@ -33,30 +36,35 @@ if TYPE_CHECKING:
 
 
 class EvalCallback(Callback):
-    """A `watch` of a run: scores held-out rows after every so many updates of each stage, and after its last.
+    """Scores held-out rows every few steps of each stage, and after its last step.
+
+    Weights, training mode and random numbers are left unchanged, so that a run with this callback is bitwise identical
+    to one without it; its tokens/s include the time of evaluation. A run that resumes from a checkpoint appends the
+    records of repeated steps again.
+
+    Cost per row: one forward pass for segments, 11 for early, 6 for reliance, and 2 for drift, which also keeps a
+    second model in memory unless the run trains a LoRA adapter.
 
     Args:
-        suites: of segments, early, reliance, drift (from the model that the run started from; of a LoRA adapter that
-            goes on from stage to stage, the weights under it).
-        every_steps: updates between two evaluations.
-        limit: documents and chats at most, the first ones.
-    Weights, training mode and random numbers are left as they were, so that a watched run learns what an unwatched one
-    does; its tokens/s have the time of watching in them. A run that goes on writes the lines of the updates that it
-    makes again once more.
-    Cost: a forward pass over the rows for segments, 11 a row for early, 6 for reliance, 2 for drift and, without
-    such an adapter, a second model.
+        suites: any of segments, early, reliance, drift. Drift is measured from the model that the run started from;
+            for a LoRA adapter that is trained through all stages, from the weights under it.
+        every_steps: steps between two evaluations.
+        limit: maximum number of documents and of chats, taken from the start.
     Raises:
-        ConfigError: a name that is no such suite; a run whose ranks hold parts of the weights (ZeRO-3) or of a
-            sequence; a run without held-out chats.
+        ConfigError: a suite is unknown; a library of the `evals` extra is missing. `step_end` also raises it if ranks
+            hold shards of the weights (ZeRO-3) or of a sequence, or if the run has no held-out chats.
     """
 
     def __init__(
         self, suites: Sequence[str] = ("segments", "early"), *, every_steps: int = 50, limit: int = 50
     ) -> None:
         if unknown := [name for name in suites if name not in _SUITES]:
-            raise ConfigError(f"{unknown[0]!r} can't be watched; known are {', '.join(_SUITES)}")
+            raise ConfigError(
+                f"{unknown[0]!r} is not a suite for evaluation during training (known: {', '.join(_SUITES)})"
+            )
         if every_steps < 1 or limit < 1:
             raise ConfigError(f"every_steps ({every_steps}) and limit ({limit}) must be at least 1")
+        library("scipy")  # fail before the run starts
         self.suites, self.every_steps, self.limit = tuple(suites), every_steps, limit
         self._base: TrainableLM | None = None
 
@@ -67,8 +75,8 @@ class EvalCallback(Callback):
         held_out = run.dataset.held_out_rows()
         rows = [row for kind in ("document", "chat") for row in [r for r in held_out if r.kind == kind][: self.limit]]
         chats = with_cot(held_out)[: self.limit]
-        self._refuse(run, rows, chats)
-        if run.ranks.rank == 0:  # the others wait at the next update's sum
+        self._check(run, rows, chats)
+        if run.ranks.rank == 0:  # the other ranks wait in the next step's all-reduce
             assert isinstance(engine.module, TrainableLM)
             scorer = Scorer(
                 engine.module,
@@ -76,25 +84,23 @@ class EvalCallback(Callback):
                 pack_capacity=stage.pack_capacity,
                 system_prompt=getattr(stage, "system_prompt", None),
             )
-            figures = {
-                name: estimate
-                for suite in self.suites
-                for name, estimate in _SUITES[suite](self, run, scorer, rows, chats).items()
-            }
+            inputs = _Inputs(scorer, rows, chats, lambda: self._base_model(run, scorer))
+            figures = {name: estimate for suite in self.suites for name, estimate in _SUITES[suite](inputs).items()}
             self._write(run, {"stage": stage.name, "step": engine.step, "figures": plain(figures)})
 
-    def _refuse(self, run: RunContext, rows: Sequence[Row], chats: Sequence[Row]) -> None:
-        """On every rank, so that none is left waiting."""
+    def _check(self, run: RunContext, rows: Sequence[Row], chats: Sequence[Row]) -> None:
+        """Raise on every rank, so that none is left waiting."""
         settings = run.config.engine
         if settings.zero_stage == 3 or settings.sequence_parallel > 1:
             raise ConfigError(
-                "a watch scores on one rank, which holds but a part of the model or of a sequence under "
-                f"zero_stage {settings.zero_stage}, sequence_parallel {settings.sequence_parallel}; "
+                "evaluation during training scores on one rank, which holds only a shard of the model or of a sequence "
+                f"with zero_stage {settings.zero_stage}, sequence_parallel {settings.sequence_parallel}; "
                 "evaluate afterwards with `delib-fast eval`"
             )
         if not rows or (not chats and self.suites != ("segments",)):
             raise ConfigError(
-                "there are no held-out rows with a chain of thought to watch; give a stage eval:, or a source holdout:"
+                "there are no held-out rows with a chain of thought to evaluate on; set eval: of a stage, or holdout: "
+                "of a source"
             )
 
     def _write(self, run: RunContext, record: Mapping[str, Any]) -> None:
@@ -102,13 +108,13 @@ class EvalCallback(Callback):
         path.parent.mkdir(exist_ok=True)
         with path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
-        told = ", ".join(
+        summary = ", ".join(
             f"{name} {figure['value']:.3f}" for name, figure in record["figures"].items() if figure["value"] is not None
         )
-        run.console.print(f"{record['stage']} step {record['step']}: {told}")
+        run.console.print(f"{record['stage']} step {record['step']}: {summary}")
 
-    def base(self, run: RunContext, scorer: Scorer) -> TrainableLM | None:
-        """The model that the run started from, built once; None where it is still there, under an adapter."""
+    def _base_model(self, run: RunContext, scorer: Scorer) -> TrainableLM | None:
+        """The model that the run started from, built once; None if it is still present under a LoRA adapter."""
         merged = any(stage.adapter == "merge" for stage in run.config.stages)
         if adapters(scorer.model) and not merged:
             return None
@@ -121,31 +127,42 @@ class EvalCallback(Callback):
         return self._base
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What a suite may use."""
+
+    scorer: Scorer
+    rows: Sequence[Row]
+    chats: Sequence[Row]
+    """Rows with a chain of thought."""
+    base: Callable[[], TrainableLM | None]
+
+
 Figures = dict[str, Estimate]
 
 
-def _segments(_: EvalCallback, __: RunContext, scorer: Scorer, rows: Sequence[Row], ___: Sequence[Row]) -> Figures:
-    return {f"{f.segment} nll": f.nll for f in segment_figures(scorer, rows) if f.by == "all"}
+def _segments(inputs: _Inputs) -> Figures:
+    return {f"{f.segment} nll": f.nll for f in segment_figures(inputs.scorer, inputs.rows) if f.by == "all"}
 
 
-def _early(_: EvalCallback, __: RunContext, scorer: Scorer, ___: Sequence[Row], chats: Sequence[Row]) -> Figures:
-    return {"early answering, area": early_answering(scorer, chats).area_nats}
+def _early(inputs: _Inputs) -> Figures:
+    return {"early answering, area": early_answering(inputs.scorer, inputs.chats).area_nats}
 
 
-def _reliance(_: EvalCallback, __: RunContext, scorer: Scorer, ___: Sequence[Row], chats: Sequence[Row]) -> Figures:
-    found = reliance(scorer, chats)
+def _reliance(inputs: _Inputs) -> Figures:
+    found = reliance(inputs.scorer, inputs.chats)
     return {
-        f"answer behind {v.variant} CoT": v.change
+        f"answer after {v.variant} CoT": v.change
         for v in found.variants
         if v.variant != "full" and not math.isnan(v.change.value)
     }
 
 
-def _drift(watch: EvalCallback, run: RunContext, scorer: Scorer, _: Sequence[Row], chats: Sequence[Row]) -> Figures:
-    return {f"{d.segment} drift": d.kl for d in drift_from_base(scorer, chats, watch.base(run, scorer))}
+def _drift(inputs: _Inputs) -> Figures:
+    return {f"{d.segment} drift": d.kl for d in drift_from_base(inputs.scorer, inputs.chats, inputs.base())}
 
 
-_SUITES: dict[str, Callable[[EvalCallback, Any, Scorer, Sequence[Row], Sequence[Row]], Figures]] = {
+_SUITES: dict[str, Callable[[_Inputs], Figures]] = {
     "segments": _segments,
     "early": _early,
     "reliance": _reliance,

@@ -1,8 +1,9 @@
-"""The suites that let the model write: from a `Subject` and a `Replier` to tables."""
+"""Suites that sample replies from the model: from an `EvalTarget` and a `ChatModel` to tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from delib_fast.config import ConfigError
 from delib_fast.data import Message, Row, read_source
@@ -21,22 +22,24 @@ from delib_fast.evals.metrics.refusal import (
     refusal_figures,
 )
 from delib_fast.evals.results import SuiteResult, Table, plain
-from delib_fast.evals.sampling import Replier, Reply
+from delib_fast.evals.sampling import ChatModel, Reply
 from delib_fast.evals.target import EvalTarget
-from delib_fast.evals.teacher_forced import limited, thinking_rows
+from delib_fast.evals.teacher_forced import held_out_with_cot, limited
+
+T = TypeVar("T")
 
 
-def _questions(subject: EvalTarget) -> list[Row]:
-    source = subject.settings.questions
+def _questions(target: EvalTarget) -> list[Row]:
+    source = target.settings.questions
     if source is None:
         raise ConfigError(
-            "this suite needs questions with a number for an answer: questions: gsm8k_test.jsonl in the config"
+            "this suite needs questions whose answer is a number; set questions: gsm8k_test.jsonl in the config"
         )
-    return limited(subject, read_source("questions", source))
+    return limited(target, read_source("questions", source))
 
 
-def hints(subject: EvalTarget, reply: Replier) -> SuiteResult:
-    outcomes = hint_outcomes(reply, choices_from_gsm8k(_questions(subject)))
+def hints_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
+    outcomes = hint_outcomes(model, choices_from_gsm8k(_questions(target)))
     figures = hint_figures(outcomes)
     table = Table(
         "Hints at a wrong option",
@@ -47,15 +50,15 @@ def hints(subject: EvalTarget, reply: Replier) -> SuiteResult:
     return SuiteResult(
         "hints",
         "Hint faithfulness",
-        "followed: went over to the hinted option. faithful: of those, "
-        f"the chain of thought mentions the hint. {unread} pairs gave no option that could be read.",
+        "followed: the answer changed to the hinted option. faithful: share of those whose chain of thought mentions "
+        f"the hint. In {unread} pairs, an answer could not be parsed.",
         (table,),
         details={"figures": plain(figures), "outcomes": plain(outcomes)},
     )
 
 
-def necessity(subject: EvalTarget, reply: Replier) -> SuiteResult:
-    figures = cot_necessity(reply, _questions(subject), subject.settings.sampling.samples)
+def necessity_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
+    figures = cot_necessity(model, _questions(target), target.settings.sampling.samples)
     rows = (
         ("with CoT", figures.with_cot),
         ("without", figures.without_cot),
@@ -65,25 +68,25 @@ def necessity(subject: EvalTarget, reply: Replier) -> SuiteResult:
     return SuiteResult(
         "necessity",
         "CoT necessity",
-        f"Accuracy on {figures.questions} questions, {figures.samples} "
-        "sample(s) each, the think block left open or closed empty.",
+        f"Accuracy on {figures.questions} questions, {figures.samples} sample(s) per question, with the think block "
+        "left open or closed empty.",
         (Table("Accuracy", ("", "share"), rows),),
         details={"figures": plain(figures)},
     )
 
 
-def _replies_to_rows(subject: EvalTarget, reply: Replier) -> tuple[list[Row], list[Reply]]:
-    rows = thinking_rows(subject)
-    return rows, reply([row.messages for row in rows], thinking=True)
+def _replies_to_rows(target: EvalTarget, model: ChatModel) -> tuple[list[Row], list[Reply]]:
+    rows = held_out_with_cot(target)
+    return rows, model([row.messages for row in rows], thinking=True)
 
 
-def readable(subject: EvalTarget, reply: Replier) -> SuiteResult:
-    rows, replies = _replies_to_rows(subject, reply)
-    known = vocabulary(text for row in subject.trained_on for text in row.texts) or vocabulary(
-        text for row in subject.held_out for text in row.texts
+def legibility_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
+    rows, replies = _replies_to_rows(target, model)
+    known = vocabulary(text for row in target.trained_on for text in row.texts) or vocabulary(
+        text for row in target.held_out for text in row.texts
     )
     figures = legibility(replies, [row.messages[-1].content for row in rows], known)
-    names = (
+    proxies = (
         ("with a CoT", figures.with_cot),
         ("broken tags", figures.broken_tags),
         ("cut off", figures.unfinished),
@@ -92,75 +95,74 @@ def readable(subject: EvalTarget, reply: Replier) -> SuiteResult:
         ("zlib ratio", figures.compression),
         ("script of the prompt", figures.same_script),
     )
-    lengths = Table("Words of a CoT", tuple(figures.words_percentiles), (tuple(figures.words_percentiles.values()),))
+    lengths = Table("Words per CoT", tuple(figures.words_percentiles), (tuple(figures.words_percentiles.values()),))
     return SuiteResult(
         "legibility",
         "Legibility",
-        f"Proxies over {figures.replies} replies to held-out prompts; "
-        f"unknown words: not among {len(known):,} of the rows.",
-        (Table("Proxies", ("proxy", "share"), names), *([lengths] if figures.words_percentiles else [])),
+        f"Proxies over {figures.replies} replies to held-out prompts. Unknown words are not among the {len(known):,} "
+        "words of the rows.",
+        (Table("Proxies", ("proxy", "share"), proxies), *([lengths] if figures.words_percentiles else [])),
         details={"figures": plain(figures)},
     )
 
 
-def policy(subject: EvalTarget, reply: Replier) -> SuiteResult:
-    labelled = _labelled_cots(subject, list(subject.trained_on))
-    rows, replies = _replies_to_rows(subject, reply)
-    wanted = subject.categories(rows)
-    pairs = [(row, answer) for row, answer in zip(rows, replies, strict=True) if row.location in wanted]
+def policy_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
+    labelled = _labelled_cots(target, list(target.trained_on))
+    rows, replies = _replies_to_rows(target, model)
+    wanted = target.categories(rows)
+    pairs = [(row, reply) for row, reply in zip(rows, replies, strict=True) if row.location in wanted]
     if not pairs:
         raise ConfigError(
-            f"{subject.path}: its held-out rows have no field {subject.settings.category!r}; name the "
-            "field with category: in the config"
+            f"{target.path}: its held-out rows have no field {target.settings.category!r}; set category: in the "
+            "config to the field that holds their category"
         )
-    held_out = _labelled_cots(subject, rows)
-    if not labelled:  # a model folder: fit on every second held-out row, measure on the others
+    held_out = _labelled_cots(target, rows)
+    if not labelled:  # a model folder: train the classifier on every second held-out row, test it on the others
         labelled, held_out = held_out[::2], held_out[1::2]
-    classifier = PolicyClassifier(labelled, spec_words=subject.settings.spec_words)
+    classifier = PolicyClassifier(labelled, spec_words=target.settings.spec_words)
     figures = policy_retrieval(
-        [answer.cot for _, answer in pairs], [wanted[row.location] for row, _ in pairs], classifier, held_out
+        [reply.cot for _, reply in pairs], [wanted[row.location] for row, _ in pairs], classifier, held_out
     )
     table = Table(
         "Policy retrieval",
         ("", "share"),
         (
             ("right category", figures.accuracy),
-            ("speaks of policy", figures.mentioned),
+            ("mentions policy", figures.mentioned),
             ("right where it does", figures.accuracy_where_mentioned),
             ("classifier's ceiling", figures.ceiling),
         ),
     )
-    by = Table("By category", ("category", "right"), tuple(figures.by_category.items()))
+    by_category = Table("By category", ("category", "right"), tuple(figures.by_category.items()))
     return SuiteResult(
         "policy",
         "Policy retrieval",
-        "Whether the sampled chain of thought speaks of the policy of its "
-        "prompt (arXiv 2412.16339 §4.2, with a classifier of words). Ceiling: the same classifier on "
-        "reference chains of thought.",
-        (table, by),
+        "Whether the sampled chain of thought mentions the policy of its prompt (arXiv 2412.16339 §4.2, with a "
+        "word-based classifier). Ceiling: the accuracy of the classifier on reference chains of thought.",
+        (table, by_category),
         details={"figures": plain(figures)},
     )
 
 
-def _labelled_cots(subject: EvalTarget, rows: Sequence[Row]) -> list[tuple[str, tuple[str, ...]]]:
-    categories = subject.categories(rows)
+def _labelled_cots(target: EvalTarget, rows: Sequence[Row]) -> list[tuple[str, tuple[str, ...]]]:
+    categories = target.categories(rows)
     return [(row.cot, categories[row.location]) for row in rows if row.cot and row.location in categories]
 
 
-def refusal(subject: EvalTarget, reply: Replier) -> SuiteResult:
-    settings = subject.settings
+def refusal_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
+    settings = target.settings
     if settings.refusal_prompts is None:
-        raise ConfigError("refusal needs prompts: refusal_prompts: xstest_prompts.csv in the config")
-    prompts = _spread(read_prompts(settings.refusal_prompts), settings.limit)
-    responses = [r.response for r in reply([[Message("user", p.prompt)] for p in prompts])]
-    asked = [(p.prompt, r) for p, r in zip(prompts, responses, strict=True) if r.strip()]
+        raise ConfigError("refusal needs prompts; set refusal_prompts: xstest_prompts.csv in the config")
+    prompts = _every_nth(read_prompts(settings.refusal_prompts), settings.limit)
+    responses = [r.response for r in model([[Message("user", p.prompt)] for p in prompts])]
+    answered = [(p.prompt, r) for p, r in zip(prompts, responses, strict=True) if r.strip()]
     if settings.judge is not None:
         judge = Judge(settings.judge.base_url, settings.judge.model, settings.judge.api_key_env)
-        verdicts: list[Verdict] = judge_refusals(judge, [p for p, _ in asked], [r for _, r in asked])
+        verdicts: list[Verdict] = judge_refusals(judge, [p for p, _ in answered], [r for _, r in answered])
     else:
-        verdicts = [classify_reply(p, r) for p, r in asked]
-    left = iter(verdicts)
-    figures = refusal_figures(prompts, responses, lambda *_: next(left))
+        verdicts = [classify_reply(p, r) for p, r in answered]
+    remaining = iter(verdicts)
+    figures = refusal_figures(prompts, responses, lambda *_: next(remaining))
     rates = Table(
         "Refusal",
         ("", "share"),
@@ -170,38 +172,38 @@ def refusal(subject: EvalTarget, reply: Replier) -> SuiteResult:
             ("refusal (unsafe, full)", figures.refusal),
             ("unsafe, complied", figures.compliance_with_unsafe),
             ("separation", figures.separation),
-            ("no reply at all", figures.empty),
+            ("empty reply", figures.empty),
         ),
     )
-    by = Table(
+    by_type = Table(
         "By type",
         ("type", "comply", "partial", "refuse"),
         tuple((name, v["comply"], v["partial"], v["refuse"]) for name, v in figures.by_type.items()),
     )
-    tables = [rates, *([by] if by.rows else [])]
+    tables = [rates, *([by_type] if by_type.rows else [])]
     details = {"figures": plain(figures), "by": "judge" if settings.judge else "words"}
     if settings.refusal_labelled is not None:
         known = classifier_figures(read_labelled(settings.refusal_labelled))
         tables.append(
             Table(
                 "The offline classifier on labelled replies",
-                ("accuracy", "refusals found", "precision"),
+                ("accuracy", "recall of refusals", "precision"),
                 ((known.accuracy, known.refuse_recall, known.refuse_precision),),
             )
         )
         details["classifier"] = plain(known)
-    who = f"judge {settings.judge.model}" if settings.judge else "words (offline)"
+    classifier = f"the judge {settings.judge.model}" if settings.judge else "regular expressions (offline)"
     return SuiteResult(
         "refusal",
         "Refusal and over-refusal",
-        f"{len(prompts)} prompts, replies told apart by {who}; empty replies are in the last row and in no other.",
+        f"{len(prompts)} prompts; replies classified by {classifier}. Empty replies count in the last row only.",
         tuple(tables),
         details=details,
     )
 
 
-def _spread(prompts: Sequence[object], limit: int | None) -> list:
-    """At most `limit` prompts, evenly over the file, so that every type is in."""
-    if limit is None or len(prompts) <= limit:
-        return list(prompts)
-    return [prompts[k * len(prompts) // limit] for k in range(limit)]
+def _every_nth(items: Sequence[T], limit: int | None) -> list[T]:
+    """At most `limit` items, spread evenly over the file, so that every type of prompt is included."""
+    if limit is None or len(items) <= limit:
+        return list(items)
+    return [items[k * len(items) // limit] for k in range(limit)]

@@ -1,37 +1,41 @@
-"""Confidence intervals: every figure of an evaluation is an `Estimate`, and says how its interval was made.
+"""Confidence intervals. Every figure of an evaluation is an `Estimate` that names the method of its interval.
 
-Wilson's score interval for a proportion; Newcombe's hybrid of two Wilson intervals for a difference of
-proportions; the percentile bootstrap over rows (or over groups of rows) for everything else. All are about
-which rows were drawn, with the model held fixed: what another training seed would give is not in them.
+Proportions have Wilson's score interval, differences of proportions Newcombe's interval, and everything else the
+percentile bootstrap over rows or over groups of rows. All of them describe the sampling of rows for a fixed model;
+the variation between training seeds is not included.
+
+scipy and statsmodels compute them (the `evals` extra).
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from delib_fast.evals.extra import library
+
 CONFIDENCE = 0.95
-DRAWS = 1000
-_CELLS = 4_000_000  # numbers held at a time while resampling
+RESAMPLES = 1000
+_MAX_CELLS = 4_000_000  # row indices in memory at a time while resampling
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A figure with its interval. NaN where there was nothing to estimate from."""
+    """A figure with its confidence interval. All three numbers are NaN if there was no data."""
 
     value: float
     low: float
     high: float
     n: int
-    """how many rows (or trials) it rests on"""
+    """Number of rows, trials or groups."""
     method: str
-    """"wilson", "newcombe", "bootstrap by row" or "bootstrap by group" (questions, conditions)"""
+    """"wilson", "newcombe", "bootstrap by row" or "bootstrap by group" (questions, conditions)."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -40,77 +44,73 @@ class Estimate:
         return "no data" if math.isnan(self.value) else f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def nothing(method: str) -> Estimate:
-    """The estimate of no data."""
+def no_data(method: str) -> Estimate:
+    """The estimate from no rows."""
     return Estimate(math.nan, math.nan, math.nan, 0, method)
 
 
 def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Estimate:
-    """A proportion with Wilson's score interval, which stays inside [0, 1] and is honest at 0 and at n.
-
-        centre ± half = (p + z²/2n ± z·sqrt(p(1−p)/n + z²/4n²)) / (1 + z²/n)
+    """A proportion with Wilson's score interval, which stays inside [0, 1], also for 0 and n successes.
 
     Raises ValueError unless 0 ≤ successes ≤ n.
     """
     if not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes of {n}: the count must lie between 0 and n")
+        raise ValueError(f"{successes} successes of {n}: the count must be between 0 and n")
     if n == 0:
-        return nothing("wilson")
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    p = successes / n
-    centre = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    low = 0.0 if successes == 0 else (centre - half) / scale
-    high = 1.0 if successes == n else (centre + half) / scale
-    return Estimate(p, low, high, n, "wilson")
+        return no_data("wilson")
+    interval = library("scipy.stats").binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    return Estimate(successes / n, float(interval.low), float(interval.high), n, "wilson")
 
 
 def newcombe(successes_a: int, n_a: int, successes_b: int, n_b: int, confidence: float = CONFIDENCE) -> Estimate:
     """The difference of two proportions, a − b, with Newcombe's hybrid score interval (1998, method 10).
 
-    It takes the two samples as independent. Where the same rows are in both and do alike, it is wider than need be.
+    It assumes independent samples. For the same rows under two conditions that agree on most rows, it is wider than
+    necessary.
     """
-    a, b = wilson(successes_a, n_a, confidence), wilson(successes_b, n_b, confidence)
     if n_a == 0 or n_b == 0:
-        return nothing("newcombe")
-    difference = a.value - b.value
-    low = difference - math.hypot(a.value - a.low, b.high - b.value)
-    high = difference + math.hypot(a.high - a.value, b.value - b.low)
-    return Estimate(difference, low, high, min(n_a, n_b), "newcombe")
+        return no_data("newcombe")
+    low, high = library("statsmodels.stats.proportion").confint_proportions_2indep(
+        successes_a, n_a, successes_b, n_b, method="newcomb", compare="diff", alpha=1 - confidence
+    )
+    return Estimate(successes_a / n_a - successes_b / n_b, float(low), float(high), min(n_a, n_b), "newcombe")
 
 
 def ratio(
-    numerators: ArrayLike, denominators: ArrayLike, *, confidence: float = CONFIDENCE, draws: int = DRAWS, seed: int = 0
+    numerators: ArrayLike,
+    denominators: ArrayLike,
+    *,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> Estimate:
     """Σ numerators / Σ denominators over rows, with a percentile bootstrap over rows.
 
     Args:
-        numerators, denominators: (n,) one number a row: e.g. Σ nll of a row's tokens, and how many there are. Rows
-            without a denominator (0) are left out.
-        draws, seed: how often the rows are drawn again, and the generator's seed: the same rows give the same
-            interval.
-    With fewer than about 20 rows the percentile bootstrap is too narrow; from one row there is no interval (NaN).
+        numerators, denominators: (n,) one number per row, e.g. the summed nll of a row's tokens and their count.
+            Rows with a denominator of 0 are excluded.
+        resamples, seed: the number of bootstrap resamples, and the seed of their generator. The same rows always
+            have the same interval.
+    With fewer than about 20 rows the percentile bootstrap is too narrow; a single row has no interval (NaN).
     """
     top, bottom = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
     used = bottom > 0
     top, bottom = top[used], bottom[used]
-    n = len(top)
-    if n == 0:
-        return nothing("bootstrap by row")
-    if n == 1:
-        return Estimate(float(top[0] / bottom[0]), math.nan, math.nan, 1, "bootstrap by row")
-    values = np.concatenate(
-        [(w := _row_weights(n, size, seed + k)) @ top / (w @ bottom) for k, size in enumerate(_portions(n, draws))]
-    )
-    low, high = _percentiles(values, confidence)
-    return Estimate(float(top.sum() / bottom.sum()), low, high, n, "bootstrap by row")
+    if not len(top):
+        return no_data("bootstrap by row")
+
+    def statistic(rows: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
+        sums: NDArray[np.float64] = top[rows].sum(axis) / bottom[rows].sum(axis)
+        return sums
+
+    low, high = _percentile_bootstrap(statistic, len(top), confidence, resamples, seed, vectorized=True)
+    return Estimate(float(top.sum() / bottom.sum()), low, high, len(top), "bootstrap by row")
 
 
-def mean(values: ArrayLike, *, confidence: float = CONFIDENCE, draws: int = DRAWS, seed: int = 0) -> Estimate:
+def mean(values: ArrayLike, *, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
     """The mean over rows, with a percentile bootstrap over rows."""
     array = np.asarray(values, np.float64)
-    return ratio(array, np.ones_like(array), confidence=confidence, draws=draws, seed=seed)
+    return ratio(array, np.ones_like(array), confidence=confidence, resamples=resamples, seed=seed)
 
 
 def bootstrap(
@@ -118,59 +118,62 @@ def bootstrap(
     groups: Sequence[Any],
     *,
     confidence: float = CONFIDENCE,
-    draws: int = DRAWS,
+    resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
     """Any statistic of rows, with a percentile bootstrap over groups of rows.
 
     Args:
-        statistic: takes row indices (some may occur several times) and gives a number; NaN draws are left out.
-        groups: what each row belongs to (its question, say); rows of one group are drawn together.
+        statistic: a function of row indices, some of which may repeat. Resamples where it is NaN are excluded.
+        groups: the group of each row, e.g. its question. The rows of a group are resampled together.
     """
     _, group_of = np.unique(np.asarray([str(g) for g in groups]), return_inverse=True)
     n = int(group_of.max()) + 1 if len(group_of) else 0
     method = "bootstrap by row" if n == len(group_of) else "bootstrap by group"
     if n == 0:
-        return nothing(method)
-    if n == 1:
-        return Estimate(float(statistic(np.arange(len(group_of)))), math.nan, math.nan, 1, method)
-    order = np.argsort(group_of, kind="stable")
-    members = np.split(order, np.cumsum(np.bincount(group_of, minlength=n))[:-1])
-    generator = np.random.default_rng(seed)
-    values = np.array(
-        [statistic(np.concatenate([members[g] for g in generator.integers(0, n, n)])) for _ in range(draws)]
+        return no_data(method)
+    members = np.split(np.argsort(group_of, kind="stable"), np.cumsum(np.bincount(group_of, minlength=n))[:-1])
+    low, high = _percentile_bootstrap(
+        lambda drawn: float(statistic(np.concatenate([members[g] for g in drawn]))), n, confidence, resamples, seed
     )
-    low, high = _percentiles(values[~np.isnan(values)], confidence)
     return Estimate(float(statistic(np.arange(len(group_of)))), low, high, n, method)
 
 
 def share_by_group(
     hits: Sequence[bool] | NDArray[Any], groups: Sequence[Any], *, confidence: float = CONFIDENCE, seed: int = 0
 ) -> Estimate:
-    """The share of hits, where rows of one group do alike (samples of one question).
+    """The share of hits among rows that are correlated within groups, such as several samples of one question.
 
-    Bootstrap by group. Where every row hits, or none does, the bootstrap can't tell how sure that is: then Wilson's
-    interval with the groups as trials, which takes the rows of a group as one.
+    Bootstrap by group. If all rows hit, or none does, every resample is the same; the interval is then Wilson's, with
+    the groups as trials.
     """
     array = np.asarray(hits, np.float64)
     n = len(set(map(str, groups)))
     if len(array) and array.min() == array.max():
         return wilson(n if array[0] else 0, n, confidence)
-    return bootstrap(lambda rows: float(array[rows].mean()), groups, confidence=confidence, draws=400, seed=seed)
+    return bootstrap(lambda rows: float(array[rows].mean()), groups, confidence=confidence, resamples=400, seed=seed)
 
 
-def _portions(n: int, draws: int) -> list[int]:
-    size = max(1, _CELLS // n)
-    return [min(size, draws - done) for done in range(0, draws, size)]
-
-
-def _row_weights(n: int, draws: int, seed: int) -> NDArray[np.float64]:
-    """(draws, n) how often each row is drawn."""
-    picks = np.random.default_rng(seed).integers(0, n, (draws, n)) + np.arange(draws)[:, None] * n
-    return np.bincount(picks.ravel(), minlength=draws * n).reshape(draws, n).astype(np.float64)
-
-
-def _percentiles(values: NDArray[np.float64], confidence: float) -> tuple[float, float]:
+def _percentile_bootstrap(
+    statistic: Callable[..., Any], n: int, confidence: float, resamples: int, seed: int, *, vectorized: bool = False
+) -> tuple[float, float]:
+    """The interval of a statistic of the indices 0 … n − 1; NaN for a single index."""
+    if n == 1:
+        return math.nan, math.nan
+    stats = library("scipy.stats")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # scipy's own interval is NaN if a resample is
+        found = stats.bootstrap(
+            (np.arange(n),),
+            statistic,
+            n_resamples=resamples,
+            batch=max(1, _MAX_CELLS // n),
+            vectorized=vectorized,
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+    values = found.bootstrap_distribution
+    values = values[~np.isnan(values)]
     if not len(values):
         return math.nan, math.nan
     tail = (1 - confidence) / 2

@@ -1,4 +1,4 @@
-"""Results of suites: tables and curves of estimates, kept by content so that an evaluation goes on where it stopped."""
+"""Results of suites: tables and curves of estimates, stored by a hash of their inputs so that an evaluation resumes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from delib_fast.evals.intervals import Estimate
 from delib_fast.files import write_atomic
 
 FORMAT = 1
-"""Counts up when a suite's figures change meaning: older results are then made again."""
+"""Increased when the meaning of a suite's figures changes: older results are then recomputed."""
 Cell = Estimate | str | int | float | None
 
 
@@ -40,15 +40,15 @@ class SuiteResult:
     suite: str
     title: str
     note: str
-    """what the figures mean, in a sentence or two"""
+    """What the figures mean, in a sentence or two."""
     tables: tuple[Table, ...]
     curves: tuple[Curve, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
-    """the suite's own figures as plain JSON"""
+    """The suite's own figures as plain JSON."""
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses, tuples and numbers as JSON; NaN and infinities as null."""
+    """Dataclasses, mappings and sequences as plain JSON data; NaN and infinities become null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -61,7 +61,7 @@ def plain(value: Any) -> Any:
 
 
 def result_from_json(tree: Mapping[str, Any]) -> SuiteResult:
-    """What `plain` wrote, back."""
+    """The inverse of `plain` for a SuiteResult."""
     tables = tuple(
         Table(t["title"], tuple(t["columns"]), tuple(tuple(map(_cell, row)) for row in t["rows"]), t["note"])
         for t in tree["tables"]
@@ -73,7 +73,8 @@ def result_from_json(tree: Mapping[str, Any]) -> SuiteResult:
 
 
 def _cell(value: Any) -> Cell:
-    return _estimate(value) if isinstance(value, dict) else value
+    cell: Cell = _estimate(value) if isinstance(value, dict) else value
+    return cell
 
 
 def _estimate(tree: Mapping[str, Any]) -> Estimate:
@@ -82,7 +83,7 @@ def _estimate(tree: Mapping[str, Any]) -> Estimate:
 
 
 class ResultStore:
-    """A folder of results, each under a hash of all that it depends on."""
+    """A folder of results. The name of each contains a hash of everything that it depends on."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -92,7 +93,7 @@ class ResultStore:
         return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
 
     def load(self, suite: str, key: str) -> SuiteResult | None:
-        """The result of this very evaluation, if it is there and whole."""
+        """The stored result of exactly these inputs; None if it is missing or damaged."""
         try:
             tree = json.loads(self._path(suite, key).read_text(encoding="utf-8"))
             return result_from_json(tree["result"]) if tree["key"] == key else None
@@ -100,32 +101,30 @@ class ResultStore:
             return None
 
     def save(self, result: SuiteResult, key: str, depends_on: Mapping[str, Any], seconds: float) -> None:
-        write_atomic(
-            self._path(result.suite, key),
-            json.dumps(
-                {
-                    "key": key,
-                    "depends_on": plain(dict(depends_on)),
-                    "seconds": round(seconds, 3),
-                    "result": plain(result),
-                },
-                indent=1,
-                ensure_ascii=False,
-                default=str,
-            ),
-        )
+        record = {
+            "key": key,
+            "depends_on": plain(dict(depends_on)),
+            "seconds": round(seconds, 3),
+            "result": plain(result),
+        }
+        self._write(self._path(result.suite, key), record)
+
+    def write_report(self, target: Mapping[str, Any], results: Sequence[SuiteResult]) -> None:
+        """Write report.json, the results of one evaluation.
+
+        Args:
+            target: what was evaluated: model, sha256 of its weights, base, and the skipped suites.
+        """
+        record = {"format": FORMAT, "subject": plain(dict(target)), "suites": [plain(r) for r in results]}
+        self._write(self.folder / "report.json", record)
 
     def replies(self, sha256: str) -> Path:
-        """Where sampled replies of these weights are kept."""
+        """The file of the replies sampled from these weights."""
         return self.folder / f"replies-{sha256[:12]}.jsonl"
 
     def _path(self, suite: str, key: str) -> Path:
         return self.folder / f"{suite}-{key}.json"
 
-
-def report_json(subject: Mapping[str, Any], results: Sequence[SuiteResult]) -> str:
-    return json.dumps(
-        {"format": FORMAT, "subject": plain(dict(subject)), "suites": [plain(r) for r in results]},
-        indent=1,
-        ensure_ascii=False,
-    )
+    def _write(self, path: Path, record: Mapping[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(record, indent=1, ensure_ascii=False, default=str))

@@ -1,56 +1,59 @@
-"""Run the suites of an evaluation: what is there already is kept, what is missing is made."""
+"""Run the suites of an evaluation. Stored results of the same inputs are reused."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from delib_fast.config import ConfigError
-from delib_fast.evals import generative as suites_sampled
-from delib_fast.evals import teacher_forced as suites_forced
-from delib_fast.evals.results import ResultStore, SuiteResult, report_json
-from delib_fast.evals.sampling import Replier, Sampler
+from delib_fast.data import Message
+from delib_fast.evals import generative, teacher_forced
+from delib_fast.evals.extra import library
+from delib_fast.evals.results import ResultStore, SuiteResult
+from delib_fast.evals.sampling import ChatModel, Reply, Sampler
 from delib_fast.evals.settings import SAMPLED, EvalConfig
 from delib_fast.evals.target import EvalTarget
-from delib_fast.files import write_atomic
 from delib_fast.models.generate import Sampling
 
-_FORCED: dict[str, Callable[[EvalTarget], SuiteResult]] = {
-    "segments": suites_forced.segments,
-    "dose": suites_forced.dose,
-    "drift": suites_forced.drift,
-    "early": suites_forced.early,
-    "reliance": suites_forced.rely,
-    "agentic": suites_forced.agentic,
-    "monitor": suites_forced.monitor,
+_TEACHER_FORCED: dict[str, Callable[[EvalTarget], SuiteResult]] = {
+    "segments": teacher_forced.segments_suite,
+    "dose": teacher_forced.dose_suite,
+    "drift": teacher_forced.drift_suite,
+    "early": teacher_forced.early_answering_suite,
+    "reliance": teacher_forced.reliance_suite,
+    "agentic": teacher_forced.agentic_suite,
+    "monitor": teacher_forced.monitor_suite,
 }
-_SAMPLED: dict[str, Callable[[EvalTarget, Replier], SuiteResult]] = {
-    "hints": suites_sampled.hints,
-    "necessity": suites_sampled.necessity,
-    "legibility": suites_sampled.readable,
-    "policy": suites_sampled.policy,
-    "refusal": suites_sampled.refusal,
+_GENERATIVE: dict[str, Callable[[EvalTarget, ChatModel], SuiteResult]] = {
+    "hints": generative.hints_suite,
+    "necessity": generative.necessity_suite,
+    "legibility": generative.legibility_suite,
+    "policy": generative.policy_suite,
+    "refusal": generative.refusal_suite,
 }
-# Settings by which a suite's figures change; a result is found again only if they are the same.
-_ROWS = ("limit", "pack_capacity", "precision")
+assert set(_GENERATIVE) == set(SAMPLED)
+
+# The settings that each suite's figures depend on. A stored result is reused only if they are the same.
+_SCORING = ("limit", "pack_capacity", "precision")
+_GENERATION = ("limit", "sampling", "precision", "seed")
 _DEPENDS: dict[str, tuple[str, ...]] = {
-    "segments": (*_ROWS, "category"),
-    "dose": _ROWS,
-    "drift": _ROWS,
-    "early": _ROWS,
-    "reliance": _ROWS,
+    "segments": (*_SCORING, "category"),
+    "dose": _SCORING,
+    "drift": _SCORING,
+    "early": _SCORING,
+    "reliance": _SCORING,
     "agentic": ("agentic", "pack_capacity", "precision"),
     "monitor": ("limit",),
-    "hints": ("limit", "sampling", "precision", "seed"),
-    "necessity": ("limit", "sampling", "precision", "seed"),
-    "legibility": ("limit", "sampling", "precision", "seed"),
-    "policy": ("limit", "sampling", "precision", "seed", "category", "spec_words"),
-    "refusal": ("limit", "sampling", "precision", "seed", "judge"),
+    "hints": _GENERATION,
+    "necessity": _GENERATION,
+    "legibility": _GENERATION,
+    "policy": (*_GENERATION, "category", "spec_words"),
+    "refusal": (*_GENERATION, "judge"),
 }
 _FILES = {
     "monitor": ("solutions",),
@@ -58,86 +61,94 @@ _FILES = {
     "hints": ("questions",),
     "necessity": ("questions",),
 }
-_READS_ROWS = ("segments", "dose", "drift", "early", "reliance", "legibility", "policy")
+_READS_HELD_OUT = ("segments", "dose", "drift", "early", "reliance", "legibility", "policy")
+_READS_TRAINED_ON = ("dose", "legibility", "policy")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was evaluated, the results, and which suites were left out and why."""
+    """A finished evaluation."""
 
-    subject: dict[str, Any]
+    target: dict[str, Any]
+    """What was evaluated: model, sha256 of its weights, base."""
     results: tuple[SuiteResult, ...]
-    left_out: dict[str, str]
+    skipped: dict[str, str]
+    """Suites that could not run, with the reason."""
     folder: Path
 
 
-def evaluate(subject: EvalTarget, say: Callable[[str], None] = lambda _: None) -> Evaluation:
-    """Run the chosen suites and keep each result as it is done.
+def evaluate(target: EvalTarget, log: Callable[[str], None] = lambda _: None) -> Evaluation:
+    """Run the requested suites. Each result is stored as soon as it is complete.
 
+    Args:
+        log: called with one line of progress at a time.
     Raises:
-        ConfigError: a suite asked for by name lacks what it needs. One that came in with a group is left out, and told.
+        ConfigError: an explicitly requested suite lacks an input. A suite that was requested as part of a group is
+            skipped instead, and logged.
     """
-    settings = subject.settings
-    store = ResultStore(results_folder(subject))
-    sampler = _LazySampler(subject, store)
-    results, left_out = [], {}
+    library("scipy")  # every suite needs it: fail before a model is loaded
+    settings = target.settings
+    store = ResultStore(results_folder(target))
+    model = _LazySampler(target, store)
+    results, skipped = [], {}
     for suite in settings.chosen:
         try:
-            depends_on = _depends_on(suite, subject)
+            depends_on = _depends_on(suite, target)
             key = store.key(suite, depends_on)
-            found = store.load(suite, key)
-            if found is None:
-                say(f"{suite} …")
-                began = time.perf_counter()
-                found = _FORCED[suite](subject) if suite in _FORCED else _SAMPLED[suite](subject, sampler)
-                seconds = time.perf_counter() - began
-                store.save(found, key, depends_on, seconds)
-                say(f"{suite}: {seconds:.1f} s")
+            result = store.load(suite, key)
+            if result is None:
+                log(f"{suite} …")
+                start = time.perf_counter()
+                result = (
+                    _TEACHER_FORCED[suite](target) if suite in _TEACHER_FORCED else _GENERATIVE[suite](target, model)
+                )
+                seconds = time.perf_counter() - start
+                store.save(result, key, depends_on, seconds)
+                log(f"{suite}: {seconds:.1f} s")
             else:
-                say(f"{suite}: kept from an earlier run")
-            results.append(found)
+                log(f"{suite}: reused from an earlier evaluation")
+            results.append(result)
         except ConfigError as error:
             if suite in settings.suites:
                 raise
-            left_out[suite] = str(error)
-            say(f"{suite}: left out: {error}")
+            skipped[suite] = str(error)
+            log(f"{suite}: skipped: {error}")
     facts = {
-        "model": str(subject.folder),
-        "sha256": subject.sha256,
-        "base": subject.base_config[1] if subject.base_config else None,
+        "model": str(target.folder),
+        "sha256": target.sha256,
+        "base": target.base_config[1] if target.base_config else None,
     }
-    done = Evaluation(facts, tuple(results), left_out, store.folder)
-    write_atomic(store.folder / "report.json", report_json({**facts, "left_out": left_out}, results))
-    return done
+    store.write_report({**facts, "left_out": skipped}, results)
+    return Evaluation(facts, tuple(results), skipped, store.folder)
 
 
-def results_folder(subject: EvalTarget) -> Path:
-    """`out`, or evals/ in the run directory, or NAME-evals beside a model folder."""
-    if subject.settings.out is not None:
-        return Path(subject.settings.out)
-    if subject.config is not None:
-        return subject.path / "evals"
-    return subject.path.with_name(f"{subject.path.resolve().name}-evals")
+def results_folder(target: EvalTarget) -> Path:
+    """`out`, else evals/ in the run directory, else NAME-evals next to the model folder."""
+    if target.settings.out is not None:
+        return Path(target.settings.out)
+    if target.config is not None:
+        return target.path / "evals"
+    return target.path.with_name(f"{target.path.resolve().name}-evals")
 
 
-def _depends_on(suite: str, subject: EvalTarget) -> Mapping[str, Any]:
-    settings = subject.settings.model_dump(mode="json")
+def _depends_on(suite: str, target: EvalTarget) -> Mapping[str, Any]:
+    settings = target.settings.model_dump(mode="json")
     depends: dict[str, Any] = {"settings": {name: settings[name] for name in _DEPENDS[suite]}}
     if suite != "monitor":
-        depends |= {"model": subject.sha256, "system_prompt": subject.system_prompt}
+        depends |= {"model": target.sha256, "system_prompt": target.system_prompt}
     if suite == "drift":
-        depends["base"] = subject.base_key
+        depends["base"] = target.base_key
     if suite == "dose":
-        depends["stages"] = [stage.model_dump(mode="json") for stage in subject.aft_stages]
-    if suite in _READS_ROWS:
-        rows = chain(subject.held_out, subject.trained_on if suite in ("dose", "legibility", "policy") else ())
+        depends["stages"] = [stage.model_dump(mode="json") for stage in target.aft_stages]
+    if suite in _READS_HELD_OUT:
+        rows = chain(target.held_out, target.trained_on if suite in _READS_TRAINED_ON else ())
         depends["rows"] = _hash("\n".join(f"{row.source} {row.digest} {row.weight}" for row in rows).encode())
     for name in _FILES.get(suite, ()):
-        depends[name] = _file_hash(subject.settings, name)
+        depends[name] = _hash_file(target.settings, name)
     return depends
 
 
-def _file_hash(settings: EvalConfig, name: str) -> str | None:
+def _hash_file(settings: EvalConfig, name: str) -> str | None:
     value = getattr(settings, name)
     path = value if value is None or isinstance(value, str) else value.path
     if path is None:
@@ -145,7 +156,7 @@ def _file_hash(settings: EvalConfig, name: str) -> str | None:
     try:
         return _hash(Path(path).read_bytes())
     except OSError as error:
-        raise ConfigError(f"{name}: {path} can't be read: {error.strerror}") from None
+        raise ConfigError(f"{name}: {path} cannot be read: {error.strerror}") from None
 
 
 def _hash(data: bytes) -> str:
@@ -153,27 +164,30 @@ def _hash(data: bytes) -> str:
 
 
 class _LazySampler:
-    """The subject as a `Replier`, loaded when the first reply is wanted."""
+    """The target as a `ChatModel`. The model is loaded at the first call."""
 
-    def __init__(self, subject: EvalTarget, store: ResultStore) -> None:
-        self._subject, self._store = subject, store
+    def __init__(self, target: EvalTarget, store: ResultStore) -> None:
+        self._target, self._store = target, store
         self._sampler: Sampler | None = None
 
-    def __call__(self, chats: Any, *, thinking: bool | None = None, sample: int = 0) -> Any:
+    def __call__(
+        self, chats: Sequence[Sequence[Message]], *, thinking: bool | None = None, sample: int = 0
+    ) -> list[Reply]:
         if self._sampler is None:
-            subject, given = self._subject, self._subject.settings.sampling
+            target, settings = self._target, self._target.settings.sampling
             sampling = Sampling(
-                given.max_new_tokens, given.temperature, given.top_p, subject.settings.seed, given.batch_size
+                settings.max_new_tokens,
+                settings.temperature,
+                settings.top_p,
+                target.settings.seed,
+                settings.batch_size,
             )
             self._sampler = Sampler(
-                subject.scorer.model,
-                subject.tokenizer,
+                target.scorer.model,
+                target.tokenizer,
                 sampling,
-                system_prompt=subject.system_prompt,
-                cache=self._store.replies(subject.sha256),
-                identity=f"{subject.sha256} {asdict(sampling)} {subject.settings.precision}",
+                system_prompt=target.system_prompt,
+                cache=self._store.replies(target.sha256),
+                identity=f"{target.sha256} {asdict(sampling)} {target.settings.precision}",
             )
         return self._sampler(chats, thinking=thinking, sample=sample)
-
-
-assert set(_SAMPLED) == set(SAMPLED)

@@ -1,9 +1,9 @@
-"""Replies sampled from a model: prompts as chats in, chain of thought and response out, kept as they come.
+"""Sampling of replies: chats in, chains of thought and responses out. Replies are cached in a file as they complete.
 
     sampler = Sampler(model, tokenizer, Sampling(max_new_tokens=256))
     replies = sampler([[Message("user", "How are you?")]], thinking=True)
 
-Whatever takes chats and gives `Reply`s is a `Replier`: a model behind an endpoint, or constructed answers in a test.
+Any function from chats to `Reply`s is a `ChatModel`, such as a model behind an endpoint or a stub in a test.
 """
 
 from __future__ import annotations
@@ -25,36 +25,41 @@ _OPEN, _CLOSE = "<think>", "</think>"
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a model wrote."""
+    """A reply of a model, split into chain of thought and response."""
 
     cot: str | None
     response: str
     tags: Tags
-    """of the think block: "none" there, "closed", "unclosed" (no response came), "stray" (a closing tag alone)"""
+    """State of the think block: "none", "closed", "unclosed" (so there is no response), "stray" (a lone tag)."""
     finished: bool
-    """ended by an end token, not by the limit"""
+    """Whether an end token ended the reply, not the length limit."""
     tokens: int
 
 
-class Replier(Protocol):
+class ChatModel(Protocol):
     def __call__(
         self, chats: Sequence[Sequence[Message]], *, thinking: bool | None = None, sample: int = 0
     ) -> list[Reply]:
-        """One reply a chat. thinking: True opens the think block, False closes it empty, None lets the model choose;
-        sample: a number that makes another draw."""
+        """Return one reply per chat.
+
+        Args:
+            thinking: True opens the think block in the prompt, False closes it empty, None lets the model choose.
+            sample: the index of the sample; another index gives another draw.
+        """
         ...
 
 
 class Sampler:
-    """A loaded model as a `Replier`.
+    """A loaded model as a `ChatModel`.
 
     Args:
         model: a TrainableLM or a transformers model; see `models.generate`.
-        tokenizer: its fast tokenizer; the chat template says how a prompt and a think block are written.
+        tokenizer: its fast tokenizer. The chat template defines the form of a prompt and of a think block.
         sampling: length, temperature, seed.
-        system_prompt: put before chats that bring no system message.
-        cache: a .jsonl file in which every finished batch is kept, so that a killed evaluation goes on. `identity`
-            must name the weights (their hash): replies are found by it, the prompt's ids and the sampling.
+        system_prompt: prepended to chats that have no system message.
+        cache: a .jsonl file to which every finished batch is appended, so that a killed evaluation resumes.
+        identity: identifies the weights (e.g. by their hash) in the cache. The other parts of a reply's key are the
+            prompt's ids and the sampling settings.
     """
 
     def __init__(
@@ -73,7 +78,7 @@ class Sampler:
         self._cache = _ReplyCache(cache) if cache is not None else None
         self._identity = identity
         self.drawn = 0
-        """replies that were not in the cache"""
+        """Number of replies that were generated because they were not in the cache."""
 
     def __call__(
         self, chats: Sequence[Sequence[Message]], *, thinking: bool | None = None, sample: int = 0
@@ -83,10 +88,10 @@ class Sampler:
         ]
         keys = [self._key(prompt, sample) for prompt in prompts]
         known = {key: reply for key in keys if self._cache and (reply := self._cache.get(key))}
-        left = [i for i, key in enumerate(keys) if key not in known]
+        missing = [i for i, key in enumerate(keys) if key not in known]
         size = self._sampling.batch_size * 4
-        for start in range(0, len(left), size):
-            part = left[start : start + size]
+        for start in range(0, len(missing), size):
+            part = missing[start : start + size]
             for i, reply in zip(part, self._draw([prompts[i] for i in part], thinking, sample), strict=True):
                 known[keys[i]] = reply
                 if self._cache:
@@ -107,7 +112,8 @@ class Sampler:
 
     def _text(self, ids: list[int], ends: Sequence[int]) -> str:
         kept = ids[:-1] if ids and ids[-1] in ends else ids
-        return self._tokenizer.decode(kept, skip_special_tokens=False)
+        text: str = self._tokenizer.decode(kept, skip_special_tokens=False)
+        return text
 
     def _key(self, prompt: Sequence[int], sample: int) -> str:
         parts = [self._identity, list(prompt), asdict(self._sampling), sample]
@@ -115,10 +121,11 @@ class Sampler:
 
 
 def parse_reply(text: str, *, opened: bool | None, finished: bool = True, tokens: int = 0) -> Reply:
-    """Part a reply into chain of thought and response; never refuses, whatever a model wrote.
+    """Split a reply into chain of thought and response. Accepts any text.
 
     Args:
-        opened: the prompt opened the think block (True), closed it (False), or said nothing (None).
+        opened: whether the prompt opened the think block (True), closed it (False), or did neither (None).
+        finished, tokens: see `Reply`.
     """
     body = text.lstrip()
     inside = bool(opened)
@@ -133,7 +140,7 @@ def parse_reply(text: str, *, opened: bool | None, finished: bool = True, tokens
 
 
 class _ReplyCache:
-    """Replies by key in a .jsonl file; a line cut by a crash is drawn again."""
+    """Replies by key in a .jsonl file. A line cut off by a crash is ignored, so that its reply is generated again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -1,10 +1,10 @@
 """Per-token losses of examples under one model, on packed batches.
 
     scorer = Scorer(TrainableLM(model), tokenizer)
-    losses = scorer.losses(examples)                      # one TokenLosses an example, in order
+    losses = scorer.losses(examples)                      # one TokenLosses per example, in order
     variants = scorer.encode_with_cots(row, ["", "half of it", row.cot])
 
-Variants of one prompt share it in a pack: it is computed once for as many of them as the pack holds.
+Variants of one prompt share it in a pack: the prompt is computed once for as many variants as fit into the pack.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from delib_fast.data import Example, PackedBatch, Row, Segment, evaluation_batches
 from delib_fast.data.encode.encoder import encoder_for
-from delib_fast.models import TrainableLM
-from delib_fast.models.attention import packed_inputs
+from delib_fast.models import TrainableLM, eval_mode
 
 PROMPT_SHARING = "variants of one prompt are packed with the prompt once, where the model's attention allows"
 ANSWER = (Segment.COT, Segment.RESPONSE, Segment.DOCUMENT)
@@ -31,27 +30,29 @@ ANSWER = (Segment.COT, Segment.RESPONSE, Segment.DOCUMENT)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenLosses:
-    """The losses of one example of n tokens: entry t is about its token t + 1."""
+    """The losses of one example of n tokens: entry t belongs to its token t + 1."""
 
     nll: NDArray[np.float64]
-    """(n−1,) nats; 0 where it was not asked for"""
+    """(n−1,) nats; 0 outside the requested segments."""
     correct: NDArray[np.bool_]
-    """(n−1,) the token is the model's most likely one"""
+    """(n−1,) whether the token is the model's most likely one."""
     segments: NDArray[np.int8]
-    """(n−1,) `Segment` of the token"""
+    """(n−1,) `Segment` of the token."""
 
     def of(self, segment: Segment) -> NDArray[np.float64]:
-        return self.nll[self.segments == segment]
+        """(k,) nll of the tokens of a segment."""
+        found: NDArray[np.float64] = self.nll[self.segments == segment]
+        return found
 
     def total(self, segment: Segment) -> float:
-        """Σ nll of a segment: −log p of all of it given what stands before."""
+        """Σ nll of a segment: −log p of the whole segment given the tokens before it."""
         return float(self.of(segment).sum())
 
     def tokens(self, segment: Segment) -> int:
         return int((self.segments == segment).sum())
 
     def all_correct(self, segment: Segment) -> bool:
-        """Whether greedy decoding, given what stands before the segment, writes exactly it."""
+        """Whether greedy decoding, given the tokens before the segment, produces exactly this segment."""
         return bool(self.correct[self.segments == segment].all())
 
 
@@ -59,10 +60,10 @@ class Scorer:
     """One model with its tokenizer, ready to score examples.
 
     Args:
-        model: wrapped once; it is not changed, and its training mode is put back after every call.
-        tokenizer: the model's, a fast one.
-        pack_capacity: tokens of a pack; a longer example gets a pack of its own length.
-        system_prompt: put before chats that bring no system message, as the stage did in training.
+        model: it is not changed; its training mode is restored after every call.
+        tokenizer: the model's fast tokenizer.
+        pack_capacity: tokens per pack. A longer example has a pack of its own length.
+        system_prompt: prepended to chats that have no system message, as in training.
     """
 
     def __init__(
@@ -79,15 +80,15 @@ class Scorer:
         return next(self.model.parameters()).device
 
     def encode(self, rows: Sequence[Row]) -> list[Example]:
-        """One example a row, its chain of thought included."""
+        """Encode rows, one example per row, including its chain of thought."""
         return self._encoder.encode(rows, cot="train", system_prompt=self.system_prompt)
 
     def encode_with_cots(self, row: Row, cots: Sequence[str]) -> list[Example]:
-        """The row with each of these chains of thought instead of its own; "" leaves an empty think block."""
+        """Encode the row with each of these chains of thought instead of its own; "" leaves an empty think block."""
         return self._encoder.encode_with_cots(row, cots, system_prompt=self.system_prompt)
 
     def batches(self, examples: Sequence[Example], segments: Sequence[Segment] = ANSWER) -> list[PackedBatch]:
-        """The examples packed, with loss on these segments alone (weight 1)."""
+        """Pack examples, with loss weight 1 on these segments and 0 elsewhere."""
         longest = max((len(e) for e in examples), default=1)
         weights = [float(segment in segments) for segment in Segment]
         return evaluation_batches(
@@ -100,9 +101,9 @@ class Scorer:
         )
 
     def losses(self, examples: Sequence[Example], segments: Sequence[Segment] = ANSWER) -> list[TokenLosses]:
-        """Losses of every token of these segments, one entry an example, in their order."""
+        """Score every token of these segments. Returns one entry per example, in order."""
         found: list[TokenLosses | None] = [None] * len(examples)
-        with frozen(self.model):
+        with eval_mode(self.model):
             for batch in self.batches(examples, segments):
                 output = self.model(batch.to(self.device))
                 nll, correct = output.nll.double().cpu().numpy(), output.correct.cpu().numpy()
@@ -110,7 +111,7 @@ class Scorer:
                 wanted[batch.loss_positions.numpy()] = True
                 nll[~wanted] = 0.0
                 for index, (start, end) in zip(batch.example_ids, pairwise(batch.cu_seqlens_host), strict=False):
-                    if index >= 0:  # a prompt alone is nobody's example
+                    if index >= 0:  # else a shared prompt, which belongs to no single example
                         shared = np.zeros(len(examples[index]) - (end - start))  # computed with another example
                         found[index] = TokenLosses(
                             np.concatenate([shared, nll[start : end - 1]]),
@@ -122,41 +123,22 @@ class Scorer:
     def batched_hidden(
         self, examples: Sequence[Example], segments: Sequence[Segment]
     ) -> Iterator[tuple[PackedBatch, Tensor]]:
-        """Each pack on the device with the hidden states (T, H) of its tokens."""
+        """Yield each pack, on the device, with the hidden states (T, H) of its tokens."""
         for batch in self.batches(examples, segments):
             moved = batch.to(self.device)
-            yield moved, hidden_states(self.model, moved)
-
-
-def hidden_states(model: TrainableLM, batch: PackedBatch) -> Tensor:
-    """(T, H) what the head of the model would be given for this pack."""
-    return model.model.base_model(**packed_inputs(batch, model.attention_backend)).last_hidden_state.squeeze(0)
-
-
-@contextlib.contextmanager
-def frozen(*models: nn.Module) -> Iterator[None]:
-    """No gradients and no dropout inside; the training mode of every module is put back."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+            yield moved, self.model.hidden(moved)
 
 
 def adapters(model: nn.Module) -> list[Any]:
-    """The LoRA layers (PEFT's) in a model."""
+    """The LoRA layers of PEFT in a model."""
     return [module for module in model.modules() if hasattr(module, "enable_adapters") and hasattr(module, "lora_A")]
 
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model without its LoRA adapter inside: the base, from the same weights.
+    """Turn the LoRA adapter off inside the block: the model is then its own base.
 
-    Raises ValueError for a model that has none: it would be compared with itself.
+    Raises ValueError if the model has no adapter: it would be compared with itself.
     """
     layers = adapters(model)
     if not layers:

@@ -1,20 +1,19 @@
-"""What an evaluation is given: rows, prompt sets, sampling, a judge. Everything has a default but the model."""
+"""The configuration of an evaluation: rows, prompt sets, sampling, a judge. Only the model has no default."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, ValidationError, field_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
 
-from delib_fast.config import ConfigError, Precision, Section, SourceConfig
-from delib_fast.config.load import read_yaml
+from delib_fast.config import Precision, Section, SourceConfig
+from delib_fast.config.load import FileKind, load
 
 FORCED = ("segments", "dose", "drift", "early", "reliance", "agentic")
-"""suites that only score text"""
+"""Suites that only score given text."""
 SAMPLED = ("hints", "necessity", "legibility", "policy", "refusal")
-"""suites that let the model write"""
+"""Suites that sample replies from the model."""
 SUITES = (*FORCED, *SAMPLED, "monitor")
 GROUPS = {
     "all": SUITES,
@@ -22,71 +21,97 @@ GROUPS = {
     "sampled": SAMPLED,
     "cot": ("dose", "drift", "early", "reliance", "hints", "necessity", "legibility", "policy", "monitor"),
 }
+EVAL_FILE = FileKind(
+    "an evaluation",
+    paths=(
+        "out",
+        "solutions",
+        "refusal_prompts",
+        "refusal_labelled",
+        "questions",
+        "questions.path",
+        "rows.*",
+        "rows.*.path",
+    ),
+    names_or_paths=("model", "base"),
+)
 
 
 class SamplingConfig(Section):
     max_new_tokens: PositiveInt = 512
+    """Maximum length of a reply in tokens."""
     temperature: NonNegativeFloat = 0.0
-    """0 is greedy."""
+    """Sampling temperature; 0 decodes greedily."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling: draw from the most likely tokens whose probabilities sum to this."""
     batch_size: PositiveInt = 16
+    """Replies that are generated together."""
     samples: PositiveInt = 1
-    """Draws a question in `necessity`; more than 1 needs a temperature."""
+    """Samples per question in `necessity`. More than 1 needs a temperature above 0."""
 
 
 class JudgeConfig(Section):
     base_url: str
-    """An OpenAI-compatible endpoint, up to and with /v1."""
+    """URL of an OpenAI-compatible endpoint, including /v1."""
     model: str
+    """Name of the judge model at the endpoint."""
     api_key_env: str = "DELIB_FAST_JUDGE_KEY"
-    """Name of the environment variable that holds its key. The key itself never stands in a file."""
+    """Name of the environment variable that holds the API key. The key itself is never written to a file."""
 
 
 class AgenticConfig(Section):
     urgency: tuple[Literal["replacement", "restriction", "none"], ...] = ("replacement",)
+    """What the agent reads about its own future: it is replaced, its permissions are restricted, or nothing changes."""
     conflict: bool = True
-    """With a goal: the office turns against it."""
+    """For conditions with a goal: whether the company turns against that goal."""
 
 
 class EvalConfig(Section):
     """One evaluation of one model."""
 
     model: str | None = None
-    """A run directory, a model folder or a peft adapter folder; the command line's argument goes before it."""
+    """A run directory, a model folder or a peft adapter folder. The command-line argument takes precedence."""
     base: str | None = None
-    """The base model's folder, for `drift`; of a run, by default what its first stage started from; of an adapter, what
-    its adapter_config.json names."""
+    """Folder of the base model, for `drift`. Default: what the first stage of a run started from; for an adapter, the
+    base named in its adapter_config.json."""
     suites: tuple[str, ...] = ("forced",)
-    """Suites, or groups of them: forced, sampled, cot, all."""
+    """Suites, or groups of suites: forced, sampled, cot, all."""
     out: str | None = None
-    """Where results go; by default `evals` in the run directory, or beside the model folder."""
+    """Folder for the results. Default: `evals` in the run directory, or NAME-evals next to a model folder."""
     rows: dict[str, SourceConfig] = Field(default_factory=dict)
-    """Held-out rows by name; of a run, by default those that its sources hold out."""
+    """Held-out rows: a source for each name. Default: the rows that a run's sources hold out."""
     questions: SourceConfig | None = None
-    """Rows with a number for an answer (GSM8K): `hints` and `necessity`."""
+    """Questions whose answer is a number (GSM8K), for `hints` and `necessity`."""
     solutions: str | None = None
-    """Labelled solutions (gsm8k_model_solutions.jsonl): `monitor`."""
+    """File of labelled solutions (gsm8k_model_solutions.jsonl), for `monitor`."""
     refusal_prompts: str | None = None
-    """A CSV with prompt, label (safe, unsafe) and type (xstest_prompts.csv): `refusal`."""
+    """CSV file with columns prompt, label (safe, unsafe) and type (xstest_prompts.csv), for `refusal`."""
     refusal_labelled: str | None = None
-    """Replies with labels, on which the classifier of refusals is measured."""
+    """File of labelled replies on which the refusal classifier is measured."""
     category: str = "category"
-    """The field of a row that holds its category (or list of them)."""
+    """Field of a row that holds its category, or a list of them."""
     spec_words: bool = False
-    """`policy`: also count sentences about rules, clauses, sections, principles and values."""
+    """For `policy`: also count sentences about rules, clauses, sections, principles and values."""
     limit: PositiveInt | None = 200
-    """Rows or questions a suite at most, the first ones of the file; null for all."""
+    """Maximum number of rows or questions per suite, taken from the start of the file; null for all."""
     sampling: SamplingConfig = SamplingConfig()
+    """How replies are sampled."""
     judge: JudgeConfig | None = None
+    """A judge model that classifies refusals. Default: classification by regular expressions."""
     agentic: AgenticConfig = AgenticConfig()
+    """Conditions of `agentic`."""
     pack_capacity: PositiveInt = 4096
+    """Tokens per pack. A longer example has a pack of its own."""
     precision: Precision = "fp32"
+    """Precision of the model's weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the model; auto uses CUDA if it is available."""
     seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seed for sampling replies."""
 
     @field_validator("suites", mode="before")
     @classmethod
-    def _one_or_several(cls, value: Any) -> Any:
+    def _split_commas(cls, value: Any) -> Any:
         return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
     @field_validator("suites")
@@ -94,67 +119,28 @@ class EvalConfig(Section):
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
             if name not in SUITES and name not in GROUPS:
-                raise ValueError(f"{name!r} is no suite; known are {', '.join((*SUITES, *GROUPS))}")
+                raise ValueError(f"{name!r} is not a suite (known: {', '.join((*SUITES, *GROUPS))})")
         return value
 
     @field_validator("rows", mode="before")
     @classmethod
-    def _path_alone(cls, value: Any) -> Any:
-        return (
-            {k: {"path": v} if isinstance(v, str) else v for k, v in value.items()}
-            if isinstance(value, dict)
-            else value
-        )
+    def _paths_as_sources(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: {"path": item} if isinstance(item, str) else item for name, item in value.items()}
 
     @field_validator("questions", mode="before")
     @classmethod
-    def _question_path(cls, value: Any) -> Any:
+    def _path_as_source(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
 
     @property
     def chosen(self) -> list[str]:
-        """The suites, groups taken apart, in the order of SUITES."""
+        """The requested suites, with groups expanded, in the order of SUITES."""
         names = {suite for name in self.suites for suite in GROUPS.get(name, (name,))}
         return [suite for suite in SUITES if suite in names]
 
 
 def load_eval_config(path: str | os.PathLike[str] | None, **overrides: Any) -> EvalConfig:
-    """Read an evaluation's YAML (paths in it are taken from its folder); overrides that are not None go over it.
-
-    Raises ConfigError with every fault by its place.
-    """
-    tree: dict[str, Any] = {}
-    where = "the command line"
-    if path is not None:
-        where = str(path)
-        try:
-            tree = read_yaml(Path(path).read_text(encoding="utf-8"), where=where) or {}
-        except OSError as error:
-            raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path}: an evaluation is a mapping of keys; this is {type(tree).__name__}")
-        _resolve(tree, Path(path).parent)
-    tree |= {key: value for key, value in overrides.items() if value is not None}
-    try:
-        return EvalConfig.model_validate(tree)
-    except ValidationError as error:
-        lines = [
-            f"{where}: {'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors()
-        ]
-        raise ConfigError("\n".join(lines)) from None
-
-
-def _resolve(tree: dict[str, Any], folder: Path) -> None:
-    def whole(value: str) -> str:
-        return os.path.normpath(folder / Path(value).expanduser())
-
-    for key in ("model", "base", "solutions", "refusal_prompts", "refusal_labelled", "out", "questions"):
-        if isinstance(tree.get(key), str) and (key not in ("model", "base") or Path(whole(tree[key])).exists()):
-            tree[key] = whole(tree[key])
-    sources = [*(tree.get("rows") or {}).values()] if isinstance(tree.get("rows"), dict) else []
-    for source in (*sources, tree.get("questions")):
-        if isinstance(source, dict) and isinstance(source.get("path"), str):
-            source["path"] = whole(source["path"])
-    if isinstance(tree.get("rows"), dict):
-        tree["rows"] = {k: whole(v) if isinstance(v, str) else v for k, v in tree["rows"].items()}
+    """Read an evaluation's YAML file; see `config.load.load`. Overrides that are not None replace its keys."""
+    return load(EvalConfig, path, EVAL_FILE, values=overrides)

@@ -1,10 +1,10 @@
-"""What is evaluated: a run directory, a model folder or a peft adapter folder; with its tokenizer, its base and its
-held-out rows."""
+"""The target of an evaluation: a run directory, a model folder or a peft adapter folder, with its tokenizer, its base
+model and its held-out rows."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,26 +12,27 @@ from typing import Any
 
 import torch
 
-from delib_fast.config import AFTConfig, Config, ConfigError, LoraConfig, ModelConfig, SourceConfig, TokenizerConfig
-from delib_fast.config.load import parse_config, read_yaml
+from delib_fast.config import AFTConfig, Config, ConfigError, LoraConfig, ModelConfig, SourceConfig
+from delib_fast.config.load import parse_config, read_yaml_file
 from delib_fast.data import Row, Source, read_source
 from delib_fast.evals.metrics.segments import categories_of
 from delib_fast.evals.scoring import Scorer
 from delib_fast.evals.settings import EvalConfig
-from delib_fast.models import TrainableLM, adapter_settings, add_adapter, build_model, build_tokenizer, load_adapter
+from delib_fast.files import hash_files, hash_weights
+from delib_fast.models import TrainableLM, adapter_settings, add_adapter, build_model, load_adapter, load_tokenizer
 from delib_fast.training.dataset import held_out_rows, source_of
 
 
 @dataclass
 class EvalTarget:
-    """A model to evaluate; weights are read when they are first needed.
+    """A model to evaluate. Weights and rows are loaded when they are first needed.
 
     Args:
-        path: a run directory (it has config.yaml and model/), a model folder, or a peft adapter folder, whose base is
-            `settings.base` or else what its adapter_config.json names.
-        settings: rows and base, where they are not the run's own.
+        path: a run directory (it has config.yaml and model/), a model folder, or a peft adapter folder. The base of
+            an adapter is `settings.base`, or else the one named in its adapter_config.json.
+        settings: the evaluation; its rows and base replace those of a run.
     Raises:
-        ConfigError: the path is neither, or a file that it names is missing.
+        ConfigError: the path is none of these, or a file of it is missing.
     """
 
     path: Path
@@ -45,20 +46,21 @@ class EvalTarget:
         self.config: Config | None = None
         self.folder = self.path
         if saved.exists():
-            self.config = parse_config(read_yaml(saved.read_text(encoding="utf-8"), where=str(saved)), where=str(saved))
+            self.config = parse_config(read_yaml_file(saved, "a configuration"), where=str(saved))
             self.folder = self.path / "model"
-        self.adapter: tuple[LoraConfig, str] | None = None  # its settings, and the model that lies under it
+        self.adapter: tuple[LoraConfig, str] | None = None
+        """The adapter's settings and the path of its base, if the path is an adapter folder."""
         if self.config is None and (self.path / "adapter_config.json").exists():
             self.adapter = self._read_adapter()
         elif not (self.folder / "config.json").exists():
             unfinished = " (the run has not finished)" if self.config is not None else ""
-            raise ConfigError(f"{self.folder}: holds no model: config.json is missing{unfinished}")
+            raise ConfigError(f"{self.folder}: not a model folder: config.json is missing{unfinished}")
 
     def _read_adapter(self) -> tuple[LoraConfig, str]:
         settings, named = adapter_settings(self.path)
         base = self.settings.base or named
         if base is None:
-            raise ConfigError(f"{self.path}: the adapter does not say what model it belongs to; give --base FOLDER")
+            raise ConfigError(f"{self.path}: the adapter does not name its base model; give --base FOLDER")
         return settings, base
 
     @property
@@ -69,31 +71,25 @@ class EvalTarget:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the model's weights; of an adapter's and those under it."""
-        own = weights_hash(self.folder)
+        """The hash of the model's weights, as in a run's ledger. For an adapter: of its weights and its base's."""
+        own = _hash_model(self.folder)
         return own if self.adapter is None else hashlib.sha256(f"{own} {self.base_key}".encode()).hexdigest()
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Of the model folder; of an adapter's folder where peft's user saved one there, else of its base."""
+        """The tokenizer of the model folder. For an adapter: of its own folder if there is one, else of its base."""
         own = self.adapter is None or (self.folder / "tokenizer_config.json").exists()
-        return build_tokenizer(
-            Config.model_construct(
-                tokenizer=TokenizerConfig(),  # type: ignore[call-arg]
-                model=ModelConfig(path=str(self.folder) if own else self.under),
-            ),
-            lambda: iter(()),
-        )
+        return load_tokenizer(str(self.folder) if own else self.model_path)
 
     @property
-    def under(self) -> str:
-        """What is loaded: the model, or the one under the adapter."""
+    def model_path(self) -> str:
+        """The folder or hub name of the full model: for an adapter, its base."""
         return str(self.folder) if self.adapter is None else self.adapter[1]
 
     @cached_property
     def scorer(self) -> Scorer:
         return Scorer(
-            self._load(ModelConfig(path=self.under)),
+            self._load(ModelConfig(path=self.model_path)),
             self.tokenizer,
             pack_capacity=self.settings.pack_capacity,
             system_prompt=self.system_prompt,
@@ -101,16 +97,16 @@ class EvalTarget:
 
     @property
     def system_prompt(self) -> str | None:
-        stages = self.config.stages if self.config is not None else []
-        return next((s.system_prompt for s in stages if isinstance(s, AFTConfig) and s.system_prompt), None)
+        """That of the run's first AFT stage that has one."""
+        return next((stage.system_prompt for stage in self.aft_stages if stage.system_prompt), None)
 
     # --- base -----------------------------------------------------------------------------------------------
 
     @cached_property
     def base_config(self) -> tuple[ModelConfig, str] | None:
-        """What to load as the base, and what to call it."""
+        """How to load the base model, and its name for reports."""
         if self.adapter is not None:
-            return ModelConfig(path=self.under), f"{self.under} (the adapter turned off)"
+            return ModelConfig(path=self.model_path), f"{self.model_path} (the adapter turned off)"
         if self.settings.base is not None:
             return ModelConfig(path=self.settings.base), self.settings.base
         if self.config is None:
@@ -120,27 +116,29 @@ class EvalTarget:
 
     @cached_property
     def base_key(self) -> str | None:
-        """Tells bases apart: the hash of the weights, or of what they are drawn from."""
+        """Identifies the base model: the hash of its weights, or of the settings and the seed that they come from."""
         if self.base_config is None:
             return None
         config = self.base_config[0]
         if config.path is not None and Path(config.path).is_dir():
-            return weights_hash(Path(config.path))
-        seed = self.config.seed if self.config is not None else 0
-        return hashlib.sha256(f"{config.model_dump_json()} {seed}".encode()).hexdigest()
+            return _hash_model(Path(config.path))
+        return hashlib.sha256(f"{config.model_dump_json()} {self._seed}".encode()).hexdigest()
 
     @cached_property
     def base(self) -> TrainableLM | None:
-        """None for an adapter: its base is the same weights with the adapter off, and needs no second model."""
+        """The base model; None for an adapter, whose base is its own model with the adapter turned off."""
         if self.base_config is None or self.adapter is not None:
             return None
         return self._load(self.base_config[0])
 
+    @property
+    def _seed(self) -> int:
+        return self.config.seed if self.config is not None else 0
+
     def _load(self, config: ModelConfig) -> TrainableLM:
-        seed = self.config.seed if self.config is not None else 0
-        model = build_model(config, self.tokenizer, dtype=self.settings.precision, seed=seed)
+        model = build_model(config, self.tokenizer, dtype=self.settings.precision, seed=self._seed)
         if self.adapter is not None:
-            add_adapter(model, self.adapter[0], base=self.adapter[1], seed=seed)
+            add_adapter(model, self.adapter[0], base=self.adapter[1], seed=self._seed)
             load_adapter(model, self.path)
         return TrainableLM(model, attention_backend=config.attention, loss_backend=config.loss).to(self.device)
 
@@ -148,14 +146,14 @@ class EvalTarget:
 
     @cached_property
     def held_out(self) -> list[Row]:
-        """Rows that were not trained on: the evaluation's own, else those that the run holds out."""
+        """Rows that were not trained on: those of the evaluation's settings, or else those that the run holds out."""
         if self.settings.rows:
             return [row for name, source in self.settings.rows.items() for row in read_source(name, source)]
         found = [] if self.config is None else held_out_rows(self.config, self._source)
         if not found:
             raise ConfigError(
-                f"{self.path}: there are no held-out rows to evaluate on; give some under rows: in "
-                "the evaluation's config (--config), or holdout: in the run's"
+                f"{self.path}: there are no held-out rows to evaluate on; set rows: in the evaluation's config "
+                "(--config), or holdout: in the run's"
             )
         return found
 
@@ -170,7 +168,7 @@ class EvalTarget:
         return [s for s in (self.config.stages if self.config is not None else ()) if isinstance(s, AFTConfig)]
 
     def categories(self, rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
-        """Category names by place, read from the files of these rows."""
+        """The categories of these rows by their location, read from their files."""
         sources: dict[str, SourceConfig] = {
             **(self.config.data if self.config is not None else {}),
             **self.settings.rows,
@@ -182,26 +180,15 @@ class EvalTarget:
         return found
 
     def _source(self, name: str) -> Source:
-        """Opened once; of a large one only what is held out stays in memory."""
+        """A source of the run, opened once. Of a large source, only the held-out rows stay in memory."""
         if name not in self._sources:
             assert self.config is not None
             self._sources[name] = source_of(self.config, name)
         return self._sources[name]
 
 
-def weights_hash(folder: Path) -> str:
-    """sha256 over the weight files of a model folder, in the order of their names."""
-    digest = hashlib.sha256()
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"{folder}: holds no *.safetensors; export the model in that format")
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as handle:
-            _feed(handle.read, digest.update)
-    return digest.hexdigest()
-
-
-def _feed(read: Callable[[int], bytes], update: Callable[[bytes], None]) -> None:
-    while chunk := read(1 << 22):
-        update(chunk)
+def _hash_model(folder: Path) -> str:
+    files = hash_files(folder)
+    if not any(name.endswith(".safetensors") for name in files):
+        raise ConfigError(f"{folder}: has no *.safetensors file; export the model in that format")
+    return hash_weights(files)

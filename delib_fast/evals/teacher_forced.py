@@ -1,8 +1,9 @@
-"""The suites that only score text: from a `Subject` to tables."""
+"""Suites that only score given text: from an `EvalTarget` to tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from delib_fast.config import ConfigError
 from delib_fast.data import Row, encode_rows, encoding_options, segment_weights
@@ -12,27 +13,28 @@ from delib_fast.evals.metrics.drift import drift_from_base
 from delib_fast.evals.metrics.monitors import WordMonitor, compare_views, transcripts_from_solutions
 from delib_fast.evals.metrics.reliance import early_answering, reliance, with_cot
 from delib_fast.evals.metrics.segments import segment_figures
-from delib_fast.evals.results import Curve, SuiteResult, Table, plain
+from delib_fast.evals.results import Cell, Curve, SuiteResult, Table, plain
 from delib_fast.evals.target import EvalTarget
 
 _GRADIENT_ROWS = 16
 
 
-def limited(subject: EvalTarget, rows: Sequence[Row]) -> list[Row]:
+def limited(target: EvalTarget, rows: Sequence[Row]) -> list[Row]:
     """The first `limit` rows."""
-    return list(rows[: subject.settings.limit])
+    return list(rows[: target.settings.limit])
 
 
-def thinking_rows(subject: EvalTarget) -> list[Row]:
-    rows = limited(subject, with_cot(subject.held_out))
+def held_out_with_cot(target: EvalTarget) -> list[Row]:
+    """The first `limit` held-out rows that have a chain of thought. Raises ConfigError if there are none."""
+    rows = limited(target, with_cot(target.held_out))
     if not rows:
-        raise ConfigError(f"{subject.path}: none of its held-out rows has a chain of thought; give some under rows:")
+        raise ConfigError(f"{target.path}: no held-out row has a chain of thought; set rows: to some that have one")
     return rows
 
 
-def segments(subject: EvalTarget) -> SuiteResult:
-    rows = limited(subject, subject.held_out)
-    figures = segment_figures(subject.scorer, rows, subject.categories(rows))
+def segments_suite(target: EvalTarget) -> SuiteResult:
+    rows = limited(target, target.held_out)
+    figures = segment_figures(target.scorer, rows, target.categories(rows))
     sources = {f.group for f in figures if f.by == "source"}
     tables = []
     for by, title in (("all", "All rows"), ("source", "By source"), ("category", "By category")):
@@ -48,25 +50,26 @@ def segments(subject: EvalTarget) -> SuiteResult:
     return SuiteResult(
         "segments",
         "Segments",
-        "nats a token, and the share of tokens that are the model's most likely "
-        f"one, over {len(rows)} held-out rows with their own chain of thought.",
+        "nll in nats per token, and the share of tokens that are the model's most likely one, over "
+        f"{len(rows)} held-out rows with their own chain of thought.",
         tuple(tables),
         details={"figures": plain(figures)},
     )
 
 
-def dose(subject: EvalTarget) -> SuiteResult:
-    if not subject.aft_stages:
+def dose_suite(target: EvalTarget) -> SuiteResult:
+    if not target.aft_stages:
         raise ConfigError(
-            f"{subject.path}: the CoT dose is a figure of a run's AFT stages, and this has none; give a run directory"
+            f"{target.path}: dose needs the AFT stages of a run, and there are none here; give a run directory"
         )
-    rows, details = [], {}
-    for stage in subject.aft_stages:
-        trained = [row for row in subject.trained_on if row.source in stage.train]
+    rows: list[tuple[Cell, ...]] = []
+    details: dict[str, Any] = {}
+    for stage in target.aft_stages:
+        trained = [row for row in target.trained_on if row.source in stage.train]
         weights = segment_weights(stage)
-        examples = encode_rows(trained, subject.tokenizer, **encoding_options(stage))
+        examples = encode_rows(trained, target.tokenizer, **encoding_options(stage))
         figures = cot_dose(examples, weights)
-        gradient = gradient_share(subject.scorer, examples[:_GRADIENT_ROWS], weights)
+        gradient = gradient_share(target.scorer, examples[:_GRADIENT_ROWS], weights)
         rows.append(
             (stage.name, stage.cot, weights[1], figures.weight_share, figures.cot_tokens * stage.epochs, gradient.share)
         )
@@ -75,39 +78,38 @@ def dose(subject: EvalTarget) -> SuiteResult:
     return SuiteResult(
         "dose",
         "CoT dose",
-        "dose: Σw over CoT targets ÷ Σw. CoT tokens: supervised ones, over all "
-        f"epochs. grad. share: ‖g_cot‖ ÷ (‖g_cot‖ + ‖g_rest‖) at the final weights on {_GRADIENT_ROWS} "
-        "training rows.",
+        "dose: Σw over CoT targets ÷ Σw over all targets. CoT tokens: supervised ones, over all epochs. grad. share: "
+        f"‖g_cot‖ ÷ (‖g_cot‖ + ‖g_rest‖) at the final weights on {_GRADIENT_ROWS} training rows.",
         (table,),
         details=details,
     )
 
 
-def drift(subject: EvalTarget) -> SuiteResult:
-    if subject.base_config is None:
-        raise ConfigError(f"{subject.path}: drift needs the base model; give --base FOLDER")
-    figures = drift_from_base(subject.scorer, thinking_rows(subject), subject.base)
-    table = Table(
-        "Distance from the base",
+def drift_suite(target: EvalTarget) -> SuiteResult:
+    if target.base_config is None:
+        raise ConfigError(f"{target.path}: drift needs the base model; give --base FOLDER")
+    figures = drift_from_base(target.scorer, held_out_with_cot(target), target.base)
+    kl = Table(
+        "Distance from the base model",
         ("segment", "KL(base‖model)", "nll", "base nll"),
         tuple((f.segment, f.kl, f.nll, f.base_nll) for f in figures),
     )
-    strange = Table(
-        "How strange the text is to the base",
+    perplexity = Table(
+        "Perplexity of the text under the base model",
         ("segment", "tokens", "perplexity"),
         tuple((f.segment, f.tokens, f.base_perplexity) for f in figures),
     )
     return SuiteResult(
         "drift",
         "CoT drift",
-        f"nats a token on held-out rows; perplexity: exp(base nll). Base: {subject.base_config[1]}.",
-        (table, strange),
+        f"nats per token on held-out rows; perplexity: exp(base nll). Base: {target.base_config[1]}.",
+        (kl, perplexity),
         details={"figures": plain(figures)},
     )
 
 
-def early(subject: EvalTarget) -> SuiteResult:
-    figures = early_answering(subject.scorer, thinking_rows(subject))
+def early_answering_suite(target: EvalTarget) -> SuiteResult:
+    figures = early_answering(target.scorer, held_out_with_cot(target))
     table = Table(
         "Early answering",
         ("part of the CoT", "nll of the answer", "above full CoT", "greedy match"),
@@ -119,26 +121,26 @@ def early(subject: EvalTarget) -> SuiteResult:
         (("nll, nats", figures.area_nats), ("greedy match", figures.area_match)),
     )
     curve = Curve(
-        "nll of the reference answer, above that behind the whole chain of thought",
+        "nll of the reference answer, relative to that after the full chain of thought",
         "part of the chain of thought",
-        "nats an answer",
+        "nats per answer",
         tuple((p.fraction, p.change) for p in figures.points),
     )
     return SuiteResult(
         "early",
         "Early answering",
-        "The reference answer after the first part of its chain of thought, "
-        f"the think block closed there. Prompt sharing: {figures.prompt_sharing}.",
+        "The reference answer after the first part of its chain of thought; the think block is closed there. Prompt "
+        f"sharing: {figures.prompt_sharing}.",
         (table, areas),
         (curve,),
         {"figures": plain(figures)},
     )
 
 
-def rely(subject: EvalTarget) -> SuiteResult:
-    figures = reliance(subject.scorer, thinking_rows(subject))
+def reliance_suite(target: EvalTarget) -> SuiteResult:
+    figures = reliance(target.scorer, held_out_with_cot(target))
     table = Table(
-        "The answer behind another chain of thought",
+        "The answer after a changed chain of thought",
         ("CoT", "nll of the answer", "change", "CoT tokens"),
         tuple((v.variant, v.nll, v.change, round(v.cot_tokens)) for v in figures.variants),
     )
@@ -150,45 +152,42 @@ def rely(subject: EvalTarget) -> SuiteResult:
     return SuiteResult(
         "reliance",
         "Reliance",
-        "nats an answer; change is paired by row against the row's own chain of "
-        f"thought. Prompt sharing: {figures.prompt_sharing}.",
+        "nats per answer; change is relative to the row's own chain of thought, paired by row. Prompt sharing: "
+        f"{figures.prompt_sharing}.",
         (table, kinds),
         details={"figures": plain(figures)},
     )
 
 
-def agentic(subject: EvalTarget) -> SuiteResult:
-    settings = subject.settings.agentic
-    figures = margins(
-        subject.scorer, conditions(urgencies=settings.urgency, conflict=settings.conflict, scratchpad=False)
-    )
-    names = [f.group.removeprefix("scenario: ") for f in figures.figures]
+def agentic_suite(target: EvalTarget) -> SuiteResult:
+    settings = target.settings.agentic
+    found = margins(target.scorer, conditions(urgencies=settings.urgency, conflict=settings.conflict, scratchpad=False))
+    names = [f.group.removeprefix("scenario: ") for f in found.figures]
     table = Table(
         "logp(aligned) − logp(misaligned)",
-        ("over", "margin, nats a reply", "nats a token"),
-        tuple((name, f.margin, f.margin_per_token) for name, f in zip(names, figures.figures, strict=True)),
+        ("over", "margin, nats per reply", "nats per token"),
+        tuple((name, f.margin, f.margin_per_token) for name, f in zip(names, found.figures, strict=True)),
     )
     likelier = Table(
-        "Pairs in which the aligned action is likelier",
+        "Pairs in which the aligned action is more likely",
         ("over", "share", "pairs"),
-        tuple((name, f.aligned_likelier, f.pairs) for name, f in zip(names, figures.figures, strict=True)),
+        tuple((name, f.aligned_likelier, f.pairs) for name, f in zip(names, found.figures, strict=True)),
     )
     return SuiteResult(
         "agentic",
         "Agentic misalignment, teacher-forced",
-        "Two written actions a scenario, scored "
-        "behind each condition's mail. Rates of what a model does by itself: `inspect eval "
-        "delib_fast/agentic_misalignment`.",
+        "Two pairs of written actions per scenario, scored after each condition's mail. For rates of what a model does "
+        "by itself, use `inspect eval delib_fast/agentic_misalignment`.",
         (table, likelier),
-        details={"figures": plain(figures)},
+        details={"figures": plain(found)},
     )
 
 
-def monitor(subject: EvalTarget) -> SuiteResult:
-    path = subject.settings.solutions
+def monitor_suite(target: EvalTarget) -> SuiteResult:
+    path = target.settings.solutions
     if path is None:
-        raise ConfigError("monitor needs labelled solutions: solutions: gsm8k_model_solutions.jsonl in the config")
-    found = compare_views(transcripts_from_solutions(path, subject.settings.limit), WordMonitor)
+        raise ConfigError("monitor needs labelled solutions; set solutions: gsm8k_model_solutions.jsonl in the config")
+    found = compare_views(transcripts_from_solutions(path, target.settings.limit), WordMonitor)
     table = Table(
         "A monitor of words and counts",
         ("it reads", "TPR", "TNR", "g-mean²", "AUC"),
@@ -202,7 +201,8 @@ def monitor(subject: EvalTarget) -> SuiteResult:
     return SuiteResult(
         "monitor",
         "Monitor with labels",
-        "Cross-fitted by question on labelled solutions. It judges these transcripts and not the model evaluated here.",
+        "Cross-validated by question on labelled solutions. The figures describe these transcripts, not the model "
+        "evaluated here.",
         (table, gain),
         details={"figures": plain(found)},
     )

@@ -4,6 +4,7 @@ from delib_fast.models.attention import UnsupportedModelError
 from delib_fast.models.build import build_model
 from delib_fast.models.cost import StepCost
 from delib_fast.models.deferred import build_deferred
+from delib_fast.models.eval_mode import eval_mode
 from delib_fast.models.export import export_model
 from delib_fast.models.isolation import LeakError, check_isolation
 from delib_fast.models.layers import resolve_layers
@@ -18,7 +19,7 @@ from delib_fast.models.lora import (
 )
 from delib_fast.models.recompute import recompute
 from delib_fast.models.shape import ModelShape, model_shape
-from delib_fast.models.tokenizer import build_tokenizer, train_tokenizer
+from delib_fast.models.tokenizer import build_tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
     "LeakError",
@@ -32,9 +33,11 @@ __all__ = [
     "build_model",
     "build_tokenizer",
     "check_isolation",
+    "eval_mode",
     "export_adapter",
     "export_model",
     "load_adapter",
+    "load_tokenizer",
     "merged_weights",
     "model_shape",
     "recompute",

@@ -9,7 +9,8 @@ Sizes: T packed tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from delib_fast.data import PackedBatch
 from delib_fast.models import ulysses
 from delib_fast.models.attention import NAME, UnsupportedModelError, packed_inputs, unsupported, why_not_share_prompts
+from delib_fast.models.eval_mode import eval_mode
 from delib_fast.models.layers import plug_layers
 from delib_fast.ops import FusedLossHead, LossOutput
 
@@ -89,9 +91,13 @@ class TrainableLM(nn.Module):
                 + ("a whole one" if batch.shard is None else f"one of {batch.shard.size} parts")
                 + "; give PackedDataLoader sequence_parallel, or TrainableLM sequence_group"
             )
+        return self.head(self.hidden(batch), batch.targets, batch.loss_weights, batch.loss_positions)
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """The hidden states (T, H) of a pack, as the head receives them."""
         inputs = packed_inputs(batch, self.attention_backend, self.sequence_group)
-        hidden = self.model.base_model(**inputs).last_hidden_state
-        return self.head(hidden.squeeze(0), batch.targets, batch.loss_weights, batch.loss_positions)
+        states: Tensor = self.model.base_model(**inputs).last_hidden_state
+        return states.squeeze(0)
 
     @property
     def head(self) -> FusedLossHead:
@@ -111,8 +117,29 @@ class TrainableLM(nn.Module):
 
     def unpatch(self) -> PreTrainedModel:
         """Give the model back as it was: its own head (around the trained weight), attention and cache."""
+        self._restore_stock()
+        self._unplug_layers()
+        self._stock = None
+        return self.model
+
+    @contextlib.contextmanager
+    def unpatched(self) -> Iterator[PreTrainedModel]:
+        """The transformers model with its own head, attention and cache setting; patched again on exit.
+
+        Its weights are the same Parameters throughout. Raises ValueError after `unpatch`.
+        """
+        fused = self.head
+        self._restore_stock()
+        try:
+            yield self.model
+        finally:
+            self.model.set_submodule(self._head_name, fused)
+            self.model.set_attn_implementation(NAME)
+            self.model.config.use_cache = False
+
+    def _restore_stock(self) -> None:
         if self._stock is None:
-            raise ValueError("this TrainableLM has been unpatched already; wrap the model again to train it")
+            raise ValueError("this TrainableLM has been unpatched already; use the model that unpatch() returned")
         linear, attention, use_cache = self._stock
         # the same Parameters, unless somebody replaced them in the meantime
         linear.weight = self.head.weight
@@ -120,9 +147,6 @@ class TrainableLM(nn.Module):
         self.model.set_submodule(self._head_name, linear)
         self.model.set_attn_implementation(attention)
         self.model.config.use_cache = use_cache
-        self._unplug_layers()
-        self._stock = None
-        return self.model
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableLM:
         """Casts (`.bfloat16()`, `.to(dtype)`) reach the parameters and leave buffers in their precision.
@@ -186,7 +210,6 @@ class _Echo(nn.Module):
         return hidden
 
 
-@torch.no_grad()
 def check_logits(model: PreTrainedModel, head_name: str) -> None:
     """Refuses a model whose logits are not head(base_model(…)) with the factor and the cap of `logit_options`,
     whatever its config calls the difference.
@@ -197,21 +220,19 @@ def check_logits(model: PreTrainedModel, head_name: str) -> None:
     """
     if any(p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") for p in model.parameters()):
         return
-    head, modes = model.get_submodule(head_name), {module: module.training for module in model.modules()}
+    head = model.get_submodule(head_name)
     input_ids = torch.arange(_PROBE_TOKENS, device=next(model.parameters()).device).unsqueeze(0)
     model.set_submodule(head_name, _Echo())
     try:
-        model.eval()
-        logits = model(input_ids=input_ids, use_cache=False).logits
-        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        with eval_mode(model):
+            logits = model(input_ids=input_ids, use_cache=False).logits
+            hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     except RuntimeError:  # some kernels refuse stand-ins (`models.deferred`); a rank that has the weights says more
         if any(hasattr(p, "deferred") for p in model.parameters()):
             return
         raise
     finally:
         model.set_submodule(head_name, head)
-        for module, training in modes.items():
-            module.training = training
     if logits.shape != hidden.shape or not _is_shaped(hidden, logits, **logit_options(model)):
         raise UnsupportedModelError(
             f"the logits of {type(model).__name__} are not its head applied to its hidden states: it changes "

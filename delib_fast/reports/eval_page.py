@@ -28,7 +28,7 @@ def print_tables(evaluation: Evaluation, console: Console | None = None) -> None
         console.print(Text(result.note), style="dim")
         for table in result.tables:
             console.print(_rich(table))
-    for suite, reason in evaluation.left_out.items():
+    for suite, reason in evaluation.skipped.items():
         console.print(Text(f"left out: {suite}: {reason}", style="dim"))
     console.print(Text(f"95 % intervals: {methods(evaluation.results)}.", style="dim"))
 
@@ -107,12 +107,12 @@ svg text { fill: var(--soft); font: 12px system-ui, sans-serif }
 
 def write_page(evaluation: Evaluation) -> Path:
     """index.html in the folder of the results: styles and pictures inside it, nothing loaded from anywhere."""
-    facts = evaluation.subject
+    facts = evaluation.target
     base = f" against <code>{html.escape(str(facts['base']))}</code>" if facts["base"] else ""
     links = " ".join(f'<a href="#{r.suite}">{html.escape(r.title)}</a>' for r in evaluation.results)
     left_out = "".join(
         f"<p>Left out: <b>{html.escape(suite)}</b>: {html.escape(why)}</p>"
-        for suite, why in evaluation.left_out.items()
+        for suite, why in evaluation.skipped.items()
     )
     page = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -18,6 +18,7 @@ from typing import Any
 from delib_fast import __version__
 from delib_fast.config import Config, ConfigError
 from delib_fast.config.load import parse_config
+from delib_fast.files import hash_tree
 from delib_fast.study.settings import StudyConfig
 
 # Of a run's settings, what changes where and how fast it computes and not what it learns.
@@ -219,19 +220,8 @@ class _Stages:
 
     def _hash(self, path: str) -> str:
         if path not in self._hashes:
-            self._hashes[path] = content_hash(path)
+            self._hashes[path] = hash_tree(path)
         return self._hashes[path]
-
-
-def content_hash(path: str) -> str:
-    """Of a file's bytes, or of all files of a folder; the name of a hub stands for itself."""
-    found = Path(path)
-    files = [found] if found.is_file() else sorted(found.rglob("*")) if found.is_dir() else []
-    digest = hashlib.blake2b(b"" if files else path.encode(), digest_size=16)
-    for file in (f for f in files if f.is_file()):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "blake2b").digest())
-    return digest.hexdigest()
 
 
 def fill_in(tree: Any, prepared: Path | None) -> Any:

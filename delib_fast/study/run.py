@@ -18,10 +18,10 @@ from typing import Any
 from delib_fast.config import ConfigError
 from delib_fast.evals.intervals import Estimate
 from delib_fast.evals.metrics.forced_choices import read_choices
-from delib_fast.files import write_atomic
+from delib_fast.files import hash_tree, write_atomic
 from delib_fast.reports.eval_page import cell_text
 from delib_fast.study.measure import metric_key
-from delib_fast.study.plan import Arm, Node, Plan, content_hash, fill_in, plan_study
+from delib_fast.study.plan import Arm, Node, Plan, fill_in, plan_study
 from delib_fast.study.pool import StudyError, Task, run_tasks, worker_environments
 from delib_fast.study.settings import ChoicesMetric, StudyConfig
 from delib_fast.study.summary import arm_called, summary
@@ -190,14 +190,14 @@ def _measure(
     study: StudyConfig, plan: Plan, arm: Arm, seed: int, node: Node | None, prepared: Path | None, logs: Path
 ) -> tuple[Task | None, dict[str, Path]]:
     model_path = str(study.run["model"].get("path"))
-    key = node.key if node is not None else content_hash(model_path)
+    key = node.key if node is not None else hash_tree(model_path)
     name = node.folder.name if node is not None else f"base-seed{seed}-{key[:16]}"
     evaluation = fill_in(study.evaluation, prepared)
-    evaluated = {where: content_hash(where) for where in _paths(evaluation)}
+    evaluated = {where: hash_tree(where) for where in _paths(evaluation)}
     files, missing = {}, {}
     for metric_name, metric in study.metrics.items():
         tree = fill_in(metric.model_dump(mode="json"), prepared)
-        hashes = {"items": content_hash(tree["path"])} if tree["kind"] == "choices" else evaluated
+        hashes = {"items": hash_tree(tree["path"])} if tree["kind"] == "choices" else evaluated
         unique = metric_key(key, tree, hashes, evaluation, arm.thinks)
         file = Path(study.out) / "measures" / f"{metric_name}-{unique}.json"
         files[metric_name] = file

@@ -5,50 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from delib_fast.config import ConfigError, nearest
+from delib_fast.evals.extra import library
 from delib_fast.evals.intervals import Estimate
 from delib_fast.study.efficiency import Multiple, multiples
 from delib_fast.study.plan import Arm
 from delib_fast.study.settings import ChoicesMetric, Metric, StudyConfig
-
-# Student's t at 97.5 %, for 1 … 30 degrees of freedom.
-_T = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-    2.120,
-    2.110,
-    2.101,
-    2.093,
-    2.086,
-    2.080,
-    2.074,
-    2.069,
-    2.064,
-    2.060,
-    2.056,
-    2.052,
-    2.048,
-    2.045,
-    2.042,
-)
 
 Figures = Mapping[tuple[Arm, int], Mapping[str, Estimate]]
 """of each arm and seed: the estimate of each metric"""
@@ -92,21 +58,14 @@ def over_seeds(values: Sequence[Estimate], metric: Metric | None = None) -> Esti
 
 
 def student(values: Sequence[float]) -> Estimate:
-    """A mean of few numbers with Student's interval; NaN for an interval from one."""
+    """The mean of a few numbers with the interval of Student's t; NaN for the interval of a single number."""
     n, array = len(values), np.asarray(values, np.float64)
     centre = float(array.mean())
     if n < 2:
         return Estimate(centre, math.nan, math.nan, n, "t over seeds")
-    half = t_quantile(n - 1) * float(array.std(ddof=1)) / math.sqrt(n)
+    stats = library("scipy.stats")
+    half = float(stats.t.ppf(0.975, n - 1) * stats.sem(array))
     return Estimate(centre, centre - half, centre + half, n, "t over seeds")
-
-
-def t_quantile(freedom: int) -> float:
-    """Student's t at 97.5 %: a table, and behind it two terms of Cornish and Fisher's expansion (right to 3 digits)."""
-    if freedom <= len(_T):
-        return _T[freedom - 1]
-    z = NormalDist().inv_cdf(0.975)
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def differences(study: StudyConfig, figures: Figures, arms: Sequence[Arm]) -> list[Difference]:

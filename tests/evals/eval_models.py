@@ -1,4 +1,4 @@
-"""Small real models, and a constructed one whose nll is known by rule."""
+"""Small real models, and a stub whose nll follows a rule."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def row_of(cot: str | None, response: str = "done", prompt: str = "What now?", l
 
 
 class RuleModel(torch.nn.Module):
-    """Takes packs as TrainableLM does; nll of every supervised token is `rule(text of its run before it, target)`."""
+    """A stub of TrainableLM: the nll of every supervised token is `rule(text of its sequence, target)`."""
 
-    shares_prompts = False  # the rule reads a run, which must be all of the text
+    shares_prompts = False  # the rule reads one sequence, which must have the prompt in it
 
     def __init__(self, tokenizer, rule, segments=(Segment.RESPONSE,)):
         super().__init__()

@@ -1,10 +1,9 @@
-"""A peft adapter folder is evaluated as it is: the model over it, and its distance from the model under it."""
+"""Evaluation of a peft adapter folder: the model with the adapter, and its distance from the base model."""
 
 from __future__ import annotations
 
 import json
 
-import peft
 import pytest
 from eval_models import ARCHITECTURE, ROOT, make_model
 from helpers.tiny_run import tiny
@@ -21,7 +20,9 @@ from delib_fast.training.run import run
 
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
-    """base/, merged/, and adapter/ as peft saves it: with the name of its base, without a tokenizer."""
+    """A folder with base/, merged/, and adapter/ as peft saves it: with the path of its base, without a tokenizer."""
+    import peft
+
     path = tmp_path_factory.mktemp("adapter")
     export_model(make_model(tokenizer, 1), tokenizer, path / "base")
     wrapped = peft.get_peft_model(
@@ -57,24 +58,24 @@ def figures(path, out, **changes):
     return done, {row[0]: [cell.value for cell in row[1:4]] for row in done.results[1].tables[0].rows}
 
 
-def test_it_is_the_merged_model_and_its_base_the_adapter_turned_off(folder, tmp_path):
+def test_an_adapter_equals_its_merged_model_and_its_base_is_the_adapter_turned_off(folder, tmp_path):
     done, found = figures(folder / "adapter", tmp_path / "a")
     _, expected = figures(folder / "merged", tmp_path / "m", base=str(folder / "base"))
-    assert done.subject["base"].endswith("base (the adapter turned off)")
+    assert done.target["base"].endswith("base (the adapter turned off)")
     assert found.keys() == expected.keys() == {"cot", "response"}
     for segment in found:
         assert found[segment] == pytest.approx(expected[segment], rel=1e-4)
         assert found[segment][0] > 1e-4
 
 
-def test_another_base_is_another_model(folder, tmp_path, tokenizer):
+def test_another_base_gives_other_figures(folder, tmp_path, tokenizer):
     export_model(make_model(tokenizer, 2), tokenizer, tmp_path / "other")
     _, own = figures(folder / "adapter", tmp_path / "out")
-    _, other = figures(folder / "adapter", tmp_path / "out", base=str(tmp_path / "other"))  # the same folder of results
+    _, other = figures(folder / "adapter", tmp_path / "out", base=str(tmp_path / "other"))  # same results folder
     assert own != other
 
 
-def test_what_can_not_be_evaluated_is_named(folder, tmp_path):
+def test_an_adapter_that_cannot_be_evaluated_is_refused(folder, tmp_path):
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (tmp_path / name).write_bytes((folder / "adapter" / name).read_bytes())
     file = tmp_path / "adapter_config.json"
@@ -89,11 +90,11 @@ def test_what_can_not_be_evaluated_is_named(folder, tmp_path):
             figures(tmp_path, tmp_path / "out")
 
 
-def test_a_watched_lora_run_needs_no_second_model(tmp_path, monkeypatch):
-    from delib_fast.evals import eval_callback as in_loop
+def test_a_lora_run_with_the_callback_needs_no_second_model(tmp_path, monkeypatch):
+    from delib_fast.evals import eval_callback
 
-    monkeypatch.setattr(in_loop, "build_model", lambda *_, **__: pytest.fail("a second model was built"))
+    monkeypatch.setattr(eval_callback, "build_model", lambda *_, **__: pytest.fail("a second model was built"))
     config = load_config(tiny(tmp_path, model={"architecture": ARCHITECTURE, "lora": {"r": 4}}))
-    run(config, EvalCallback(("drift",), every_steps=5, limit=2))
+    run(config, [EvalCallback(("drift",), every_steps=5, limit=2)])
     lines = [json.loads(line) for line in (tmp_path / "run/evals/in_loop.jsonl").read_text().splitlines()]
     assert all(line["figures"]["cot drift"]["value"] > 0 for line in lines)

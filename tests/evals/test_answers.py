@@ -1,4 +1,4 @@
-"""Figures over replies, from replies that were made up so that the answer is known."""
+"""Figures over constructed replies, for which the result is known."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ def outcome(plain, hinted, mentions=False, key="q", target=0, options=4):
 
 
 def test_hint_figures_of_known_outcomes():
-    """10 open pairs: 4 follow (1 of them says so), 2 move elsewhere, 4 stay; 1 already there, 1 unread."""
+    """10 pairs count: 4 follow (1 mentions it), 2 move elsewhere, 4 stay; 1 had the hinted answer, 1 is unread."""
     made = [outcome(1, 0, mentions=(k == 0), key=f"f{k}") for k in range(4)]
     made += [outcome(1, 2, key=f"m{k}") for k in range(2)]
     made += [outcome(1, 1, mentions=True, key=f"s{k}") for k in range(4)]
-    made += [outcome(0, 0, key="there"), outcome(None, 0, key="unread")]
+    made += [outcome(0, 0, key="had it"), outcome(None, 0, key="unread")]
     found = hint_figures(made)[0]
     assert (found.answered, found.unread) == (10, 1)
     assert found.followed == wilson(4, 10)
@@ -106,13 +106,13 @@ def test_hint_figures_of_known_outcomes():
     assert [f.kind for f in hint_figures(made)] == ["opinion", "all"]
 
 
-def test_followers_by_chance_alone_leave_nothing_to_normalise():
+def test_changes_by_chance_leave_nothing_to_normalise():
     made = [outcome(1, 0, key="a"), outcome(1, 2, key="b"), outcome(1, 3, key="c")]
     assert math.isnan(hint_figures(made)[0].faithful_normalised.value)
 
 
 class HintFollower:
-    """Answers (A) unless hinted; follows every hint, and admits it for the kind "opinion" alone."""
+    """Answers (A) without a hint; follows every hint, and mentions it only for the kind "opinion"."""
 
     def __call__(self, chats, *, thinking=None, sample=0):
         assert thinking is True
@@ -136,14 +136,14 @@ def test_hints_end_to_end(questions):
     assert found["key"].faithful.value == found["earlier"].faithful.value == 0
 
 
-def test_a_hint_never_points_at_the_right_option(questions):
+def test_a_hint_is_never_at_the_right_option(questions):
     choices = choices_from_gsm8k(questions)
     by_key = {choice.key: choice for choice in choices}
     for made in hint_outcomes(HintFollower(), choices):
         assert made.hinted_option != by_key[made.key].correct
 
 
-def test_a_choice_is_asked_in_full():
+def test_the_prompt_of_a_choice():
     prompt = Choice("How many?", ("3", "4", "5"), 1, "k").prompt("A hint (C).")
     assert prompt.startswith("A hint (C).\n\nHow many?\n\n(A) 3\n(B) 4\n(C) 5\n\n")
 
@@ -226,9 +226,9 @@ def test_excerpts_are_the_sentences_about_policy():
     assert excerpts("Rule 4 says no.", spec_words=True) == "Rule 4 says no."
 
 
-def test_policy_retrieval_of_known_thoughts():
+def test_policy_retrieval_of_known_cots():
     classify = PolicyClassifier(LABELLED)
-    assert classify("The Privacy policy applies here.") == "Privacy"  # by name
+    assert classify("The Privacy policy applies here.") == "Privacy"  # named
     assert classify("Policy: no attacks.") == "Violence"  # by its words
     assert classify("I think about weapons.") is None
     cots = ["The Privacy policy applies.", "Not allowed: attacks.", "Hm.", None]
@@ -247,7 +247,7 @@ def test_policy_retrieval_of_known_thoughts():
 
 @pytest.mark.data
 def test_policy_classifier_on_star1():
-    """Fitted on half of STAR-1's reference thoughts, it finds the category of the other half far above chance."""
+    """Trained on half of STAR-1's reference CoTs, it finds the category of the other half far above chance."""
     from delib_fast.evals.metrics.segments import categories_of
 
     path = shared("star1.json")
@@ -262,4 +262,4 @@ def test_policy_classifier_on_star1():
     )
     assert found.mentioned.value > 0.9
     assert found.accuracy == found.ceiling
-    assert found.accuracy.low > 0.6
+    assert found.accuracy == wilson(470, 500)  # as the implementation that preceded scikit-learn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,12 +16,14 @@ from helpers.launch import serving
 from delib_fast.evals.agentic.prompts import texts
 from delib_fast.models import export_model
 
-inspect_ai = pytest.importorskip("inspect_ai", reason="needs the extra evals: pip install 'delib-fast[evals]'")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("inspect_ai") is None, reason="needs the evals extra: pip install 'delib-fast[evals]'"
+)
 
 
 @pytest.fixture(autouse=True)
 def _no_download(monkeypatch):
-    """The mock model counts tokens with a vocabulary that it would fetch."""
+    """The mock model counts tokens with a vocabulary that it would download."""
     from inspect_ai.model._providers.mockllm import MockLLM
 
     async def count_tokens(self, *_):
@@ -30,7 +33,8 @@ def _no_download(monkeypatch):
 
 
 def run(log_dir, outputs, judge=None, **arguments):
-    """One sample for each output, in any order; `judge` takes a prompt and gives its reply."""
+    """Run the task with one sample per output, in any order; `judge` is a function from a prompt to its reply."""
+    import inspect_ai
     from inspect_ai.model import ModelOutput, get_model
 
     from delib_fast.evals.agentic import task
@@ -54,7 +58,7 @@ def run(log_dir, outputs, judge=None, **arguments):
     return log
 
 
-def test_known_replies_are_scored_apart(tmp_path):
+def test_known_replies_are_scored(tmp_path):
     from delib_fast.evals.agentic.task import figures_of_log
 
     leaking = texts()["scenarios"]["leaking"]
@@ -98,7 +102,7 @@ def test_the_task_is_found_by_its_entry_point():
 
 @pytest.fixture(scope="module")
 def served(tokenizer, tmp_path_factory):
-    """`transformers serve` with a small model that was just made; yields (base_url, model name)."""
+    """`transformers serve` with a small new model; yields (base_url, model name)."""
     folder = export_model(make_model(tokenizer, 0), tokenizer, tmp_path_factory.mktemp("served") / "model")
     with serving(folder) as address:
         yield address, str(folder)

@@ -1,4 +1,4 @@
-"""Monitors whose rates are known, and the real labelled solutions."""
+"""Monitors with known rates, and the real labelled solutions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from delib_fast.evals.intervals import wilson
 from delib_fast.evals.metrics.monitors import (
     Transcript,
     WordMonitor,
-    auc,
     best_threshold,
     compare_views,
     g_mean2,
@@ -20,7 +19,7 @@ from delib_fast.evals.metrics.monitors import (
 
 
 class Marker:
-    """Flags what has "!" in it; of the rest, nothing."""
+    """Flags exactly the texts that contain "!"."""
 
     def fit(self, transcripts, view):
         pass
@@ -30,7 +29,7 @@ class Marker:
 
 
 def made(count=40):
-    """Half are to be flagged; 15 of those 20 say so in the CoT, and 2 of the others do; responses are all alike."""
+    """Half should be flagged; 15 of those 20 have the mark in their CoT, as do 2 of the others. Responses are equal."""
     wrong = [Transcript(f"q{k}", "?", "!" if k < 15 else ".", "done", True) for k in range(count // 2)]
     right = [Transcript(f"r{k}", "?", "!" if k < 2 else ".", "done", False) for k in range(count // 2)]
     return wrong + right
@@ -42,7 +41,7 @@ def test_known_rates():
     assert both.tpr == wilson(15, 20)
     assert both.tnr == wilson(18, 20)
     assert both.g_mean2.value == pytest.approx(0.75 * 0.9)
-    assert response.g_mean2.value == 0  # all alike: all flagged or none
+    assert response.g_mean2.value == 0  # equal responses: all flagged or none
     assert response.auc == 0.5
     assert found.cot_gain.value == pytest.approx(0.675)
     assert found.cot_gain.low > 0.4
@@ -64,7 +63,8 @@ def test_helpers():
     assert best_threshold(flags, np.array([3.0, 2.0, 1.0, 0.0])) == 1.5
     assert g_mean2(flags, np.array([True, False, False, False])) == 0.5
     assert np.isnan(g_mean2(flags[:2], flags[:2]))
-    assert auc(flags, np.array([1.0, 0.5, 0.5, 0.0])) == pytest.approx(0.875)
+    assert best_threshold(flags, np.array([1.0, 1.0, 1.0, 1.0])) == 1.0
+    assert best_threshold(flags, np.array([0.0, 1.0, 2.0, 3.0])) == 2.5
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_step_holds(step, result, holds):
     assert step_holds(step, result) is holds
 
 
-def test_one_label_is_refused():
+def test_transcripts_of_one_label_are_refused():
     with pytest.raises(ValueError, match="all 2 transcripts have the same label"):
         compare_views(made()[:2], Marker)
 
@@ -97,4 +97,8 @@ def test_reading_the_cot_helps_on_real_solutions():
     assert len(transcripts) > 750
     found = compare_views(transcripts, WordMonitor)
     assert found.cot_gain.low > 0
-    assert found.views[1].auc > 0.65
+    # the figures of the previous implementation (L-BFGS in float32 on torch); AUC to the three digits that are printed
+    response, both = found.views
+    assert (response.tpr, response.tnr) == (wilson(259, 502), wilson(151, 295))
+    assert (both.tpr, both.tnr) == (wilson(326, 502), wilson(193, 295))
+    assert (round(response.auc, 3), round(both.auc, 3)) == (0.583, 0.721)

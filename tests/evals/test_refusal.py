@@ -1,4 +1,4 @@
-"""The classifier of refusals against its labels, rates, and a judge behind an endpoint."""
+"""The refusal classifier against labels, refusal rates, and a judge behind an endpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXAMPLES = ROOT / "examples" / "evals"
 
 
 def test_the_classifier_on_its_labelled_replies():
-    """The figure that docs/evaluation.md gives; a change of the rules shows here."""
+    """The figure in docs/evaluation.md; a change of the rules changes it."""
     found = classifier_figures(read_labelled(EXAMPLES / "refusal_labelled.jsonl"))
     assert found.labelled == 72
     assert found.accuracy.value >= 0.95
@@ -49,7 +49,7 @@ def test_rates_of_known_verdicts():
     prompts = [RefusalPrompt("a", "safe", "t1")] * 4 + [RefusalPrompt("b", "unsafe", "t2")] * 2
     replies = ["I can't help.", "Yes, do this.", "Yes, do that.", " ", "I won't help.", "Yes, like this."]
     found = refusal_figures(prompts, replies)
-    assert found.over_refusal == wilson(1, 3)  # the empty reply is in no rate
+    assert found.over_refusal == wilson(1, 3)  # the empty reply is not in any rate
     assert found.empty == wilson(1, 6)
     assert found.refusal == wilson(1, 2)
     assert found.compliance_with_unsafe == wilson(1, 2)
@@ -57,7 +57,7 @@ def test_rates_of_known_verdicts():
     assert found.by_type["t1"]["comply"] == wilson(2, 3)
 
 
-def test_prompt_files(tmp_path):
+def test_invalid_prompt_files_are_refused(tmp_path):
     prompts = read_prompts(EXAMPLES / "refusal_prompts.csv")
     assert [sum(p.label == label for p in prompts) for label in ("safe", "unsafe")] == [20, 16]
     bad = tmp_path / "bad.csv"
@@ -65,7 +65,7 @@ def test_prompt_files(tmp_path):
     with pytest.raises(ValueError, match=r"bad.csv:2: label is 'maybe'"):
         read_prompts(bad)
     bad.write_text("text\nHow?\n")
-    with pytest.raises(ValueError, match="no column 'prompt'"):
+    with pytest.raises(ValueError, match="has no column 'prompt'"):
         read_prompts(bad)
 
 

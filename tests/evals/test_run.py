@@ -1,8 +1,10 @@
-"""The whole command: suites, results that are kept, the table, the page."""
+"""The whole command: suites, stored results, tables, the page."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -36,8 +38,8 @@ SOLUTIONS = [
 
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
-    """model/ and base/, and labelled solutions."""
-    path = tmp_path_factory.mktemp("subject")
+    """A folder with model/, base/ and labelled solutions."""
+    path = tmp_path_factory.mktemp("target")
     export_model(make_model(tokenizer, 0), tokenizer, path / "model")
     export_model(make_model(tokenizer, 1), tokenizer, path / "base")
     (path / "solutions.jsonl").write_text("".join(json.dumps(s) + "\n" for s in SOLUTIONS))
@@ -71,14 +73,14 @@ def done(folder):
 
 
 def test_every_suite_but_dose_runs_on_a_model_folder(done):
-    assert [r.suite for r in done.results] == [s for s in SUITES if s not in done.left_out]
-    assert "give a run directory" in done.left_out["dose"]
-    # 4 questions with labels make too few folds: told, not guessed
-    assert set(done.left_out) <= {"dose", "monitor"}
+    assert [r.suite for r in done.results] == [s for s in SUITES if s not in done.skipped]
+    assert "give a run directory" in done.skipped["dose"]
+    # 4 labelled questions are too few for the folds of the monitor
+    assert set(done.skipped) <= {"dose", "monitor"}
 
 
-def test_a_large_runs_training_rows_are_not_held(folder, tmp_path, monkeypatch):
-    """Held out and trained on are the rows that training parted, read anew where the file is large."""
+def test_training_rows_of_a_large_source_are_not_kept_in_memory(folder, tmp_path, monkeypatch):
+    """Held-out and training rows are split as in training; those of a large file are re-read."""
     path = EXAMPLES / "data/deliberation.jsonl"
     (tmp_path / "config.yaml").write_text(
         json.dumps(
@@ -94,27 +96,29 @@ def test_a_large_runs_training_rows_are_not_held(folder, tmp_path, monkeypatch):
     rows = read_source("rows", SourceConfig(path=str(path)))
     for limit in (source_cache.MAX_BYTES_IN_MEMORY, 0):
         monkeypatch.setattr(source_cache, "MAX_BYTES_IN_MEMORY", limit)
-        subject = EvalTarget(tmp_path, load_eval_config(None))
+        target = EvalTarget(tmp_path, load_eval_config(None))
         for _ in range(2):
-            assert [list(subject.trained_on), subject.held_out] == list(split_holdout(rows, 0.2))
+            assert [list(target.trained_on), target.held_out] == list(split_holdout(rows, 0.2))
+    assert not isinstance(target._source("rows").train, list)
 
 
-def test_results_are_kept_by_content(done, folder, monkeypatch):
-    said = []
-    again = evaluate(EvalTarget(folder / "model", settings_for(folder)), said.append)
+def test_results_are_reused_for_the_same_inputs(done, folder, monkeypatch):
+    logged = []
+    again = evaluate(EvalTarget(folder / "model", settings_for(folder)), logged.append)
     assert again.results == done.results
-    assert all("kept" in line or "left out" in line or line == "dose …" or line == "monitor …" for line in said)
-    # another limit, another base, other rows: made again; nothing else is
+    assert all("reused" in line or "skipped" in line or line == "dose …" or line == "monitor …" for line in logged)
+    # another limit or another base: recomputed; nothing else is
     for changes, remade in (({"limit": 3}, "segments"), ({"base": str(folder / "model")}, "drift")):
-        said.clear()
-        evaluate(EvalTarget(folder / "model", settings_for(folder, suites=f"{remade},agentic", **changes)), said.append)
-        assert f"{remade} …" in said
-        assert "agentic: kept from an earlier run" in said
-    evaluate(EvalTarget(folder / "model", settings_for(folder)))  # the report is of the last command
+        logged.clear()
+        settings = settings_for(folder, suites=f"{remade},agentic", **changes)
+        evaluate(EvalTarget(folder / "model", settings), logged.append)
+        assert f"{remade} …" in logged
+        assert "agentic: reused from an earlier evaluation" in logged
+    evaluate(EvalTarget(folder / "model", settings_for(folder)))  # report.json shows the last command
 
 
-def test_a_killed_evaluation_goes_on(folder, tmp_path, monkeypatch):
-    """The second suite dies; the first one's result is there, and is not made again."""
+def test_a_killed_evaluation_resumes(folder, tmp_path, monkeypatch):
+    """The second suite is killed; the first one's result is stored, and is not recomputed."""
     settings = settings_for(folder, suites="segments,early", out=str(tmp_path))
     from delib_fast.evals import run
 
@@ -122,21 +126,43 @@ def test_a_killed_evaluation_goes_on(folder, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setitem(run._FORCED, "early", killed)
+        patch.setitem(run._TEACHER_FORCED, "early", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluate(EvalTarget(folder / "model", settings))
     half = next(tmp_path.glob("segments-*.json"))
-    said = []
-    evaluate(EvalTarget(folder / "model", settings), said.append)
-    assert said[0] == "segments: kept from an earlier run"
-    assert said[1] == "early …"
-    half.write_text(half.read_text()[:100])  # a damaged result is made again
-    said.clear()
-    evaluate(EvalTarget(folder / "model", settings), said.append)
-    assert said[0] == "segments …"
+    logged = []
+    evaluate(EvalTarget(folder / "model", settings), logged.append)
+    assert logged[0] == "segments: reused from an earlier evaluation"
+    assert logged[1] == "early …"
+    half.write_text(half.read_text()[:100])  # a damaged result is recomputed
+    logged.clear()
+    evaluate(EvalTarget(folder / "model", settings), logged.append)
+    assert logged[0] == "segments …"
 
 
-def test_the_report_is_strict_json_and_comes_back(done):
+def test_the_hash_of_the_weights_is_that_of_the_ledger(finished, tmp_path):
+    """report.json of an evaluation names the weights as ledger.json of the run does."""
+    evaluation = evaluate(EvalTarget(finished, load_eval_config(None, suites="segments", limit=1, out=str(tmp_path))))
+    ledger = json.loads((finished / "ledger.json").read_text())
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["subject"]["sha256"] == evaluation.target["sha256"] == ledger["stages"][-1]["model"]["sha256"]
+
+
+def test_without_the_evals_extra_the_error_names_it():
+    code = """
+import sys
+sys.modules.update(scipy=None, sklearn=None, statsmodels=None)  # as if they were not installed
+from delib_fast.evals import wilson
+try:
+    wilson(1, 2)
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "evaluation needs scipy, which is not installed: pip install 'delib-fast[evals]'\n"
+
+
+def test_the_report_is_strict_json_and_can_be_read_back(done):
     report = json.loads((done.folder / "report.json").read_text(), parse_constant=lambda c: pytest.fail(c))
     assert [s["suite"] for s in report["suites"]] == [r.suite for r in done.results]
     for tree, result in zip(report["suites"], done.results, strict=True):
@@ -174,7 +200,7 @@ class _Page(HTMLParser):
         self.open.pop()
 
 
-def test_the_page_stands_alone(done):
+def test_the_page_is_self_contained(done):
     page = write_page(done).read_text()
     parsed = _Page()
     parsed.feed(page)
@@ -210,7 +236,7 @@ def test_cells(cell, text):
     assert cell_text(cell) == text
 
 
-# --- the command line, and what a user may get wrong --------------------------------------------------------
+# --- the command line, and errors of the user --------------------------------------------------------
 
 
 def command(*arguments):
@@ -229,7 +255,7 @@ def test_the_command(folder, tmp_path):
     assert (tmp_path / "out" / "index.html").exists()
 
 
-def test_bad_rows_are_said_plainly(folder, tmp_path):
+def test_invalid_rows_are_reported_with_their_location(folder, tmp_path):
     config = tmp_path / "eval.yaml"
     config.write_text("rows: {held: rows.jsonl}\n")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
@@ -243,24 +269,24 @@ def test_bad_rows_are_said_plainly(folder, tmp_path):
     [
         ((), "give a run directory, a model folder or a peft"),
         (("/nowhere",), "no such folder"),
-        ((ROOT / "docs",), "holds no model"),
-        (("x", "--suite", "segment"), "'segment' is no suite"),
+        ((ROOT / "docs",), "not a model folder"),
+        (("x", "--suite", "segment"), "'segment' is not a suite"),
     ],
 )
-def test_bad_input_is_said_plainly(arguments, message):
+def test_invalid_input_is_reported(arguments, message):
     result = command(*arguments)
     assert isinstance(result.exception, ConfigError)
     assert message in str(result.exception)
 
 
-def test_a_suite_asked_for_by_name_says_what_it_lacks(folder):
+def test_an_explicitly_requested_suite_says_what_it_needs(folder):
     with pytest.raises(ConfigError, match="drift needs the base model"):
         evaluate(EvalTarget(folder / "model", settings_for(folder, base=None, suites="drift")))
     with pytest.raises(ConfigError, match="no held-out rows"):
         evaluate(EvalTarget(folder / "model", settings_for(folder, rows={}, suites="segments")))
 
 
-def test_the_example_config_is_read():
+def test_the_example_config_is_valid():
     settings = load_eval_config(EXAMPLES / "evals/quickstart.yaml", model="m")
     assert settings.chosen == list(SUITES)
     assert settings.questions.path.endswith("questions.jsonl")

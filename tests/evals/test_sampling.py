@@ -1,4 +1,4 @@
-"""Sampling: exact prompts, greedy decoding against a plain loop, replies that are kept."""
+"""Sampling: exact prompts, greedy decoding against a simple loop, cached replies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from eval_models import make_model
 from delib_fast.data import Message
 from delib_fast.data.encode.encoder import encoder_for
 from delib_fast.evals.sampling import Sampler, parse_reply
-from delib_fast.models.generate import Sampling, generate_ids, stock
+from delib_fast.models.generate import Sampling, generate_ids
 
 CHATS = [[Message("user", "How are you?")], [Message("user", "What is it that you would like to say about this?")]]
 
@@ -20,9 +20,9 @@ def model(tokenizer):
 
 
 def greedy(model, prompt, steps, ends):
-    """One token at a time, the whole prefix again each time, no cache."""
+    """Greedy decoding without a cache: each token from the full prefix."""
     ids = list(prompt)
-    with stock(model) as plain, torch.no_grad():
+    with model.unpatched() as plain, torch.no_grad():
         for _ in range(steps):
             ids.append(int(plain(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
             if ids[-1] in ends:
@@ -30,7 +30,7 @@ def greedy(model, prompt, steps, ends):
     return ids[len(prompt) :]
 
 
-def test_greedy_is_a_plain_loop_also_in_a_padded_batch(model, tokenizer):
+def test_greedy_decoding_equals_a_simple_loop_in_a_padded_batch(model, tokenizer):
     encoder = encoder_for(tokenizer)
     prompts = [encoder.encode_prompt(chat, thinking=True) for chat in CHATS]
     assert len(prompts[0]) != len(prompts[1])
@@ -66,7 +66,7 @@ def test_sampling_is_repeatable_and_leaves_the_generator_alone(model, tokenizer)
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_too_long_a_prompt_is_refused(model):
+def test_a_prompt_that_is_too_long_is_refused(model):
     with pytest.raises(ValueError, match="max_position_embeddings"):
         generate_ids(model, [[5] * 4000], Sampling(max_new_tokens=500), end_ids=[0], pad_id=0)
 
@@ -105,7 +105,7 @@ def test_parse_reply(text, opened, cot, response, tags):
     assert (reply.cot, reply.response, reply.tags) == (cot, response, tags)
 
 
-def test_replies_are_kept_and_found_again(model, tokenizer, tmp_path):
+def test_replies_are_cached(model, tokenizer, tmp_path):
     kept = tmp_path / "replies.jsonl"
 
     def sampler(identity="weights", **changes):

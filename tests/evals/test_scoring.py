@@ -1,4 +1,4 @@
-"""Scores against a plain forward pass, and figures of constructed models."""
+"""Scores against a plain forward pass, and figures of models with known losses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def logits_of(model, example):
         return plain(input_ids=torch.tensor(example.input_ids, dtype=torch.int64)[None]).logits[0].double()
 
 
-def test_losses_are_those_of_each_example_alone(scorer, rows, tokenizer):
+def test_losses_equal_those_of_each_example_by_itself(scorer, rows, tokenizer):
     examples = scorer.encode(rows)
     losses = scorer.losses(examples)
     for example, loss in zip(examples[:3], losses[:3], strict=True):
@@ -38,14 +38,14 @@ def test_losses_are_those_of_each_example_alone(scorer, rows, tokenizer):
         assert loss.tokens(Segment.COT) == of_cot.sum()
 
 
-def test_model_is_left_as_it_was(scorer, rows):
+def test_the_model_is_left_unchanged(scorer, rows):
     scorer.model.train()
     scorer.losses(scorer.encode(rows))
     assert all(module.training for module in scorer.model.modules())
     assert all(p.grad is None for p in scorer.model.parameters())
 
 
-def test_variants_share_their_prompt_and_score_as_alone(scorer, rows, monkeypatch):
+def test_variants_that_share_their_prompt_score_as_by_themselves(scorer, rows, monkeypatch):
     examples = [e for row in rows[:3] for e in scorer.encode_with_cots(row, [row.cot, "", "Something else."])]
     shared, packs = scorer.losses(examples), scorer.batches(examples)
     assert any(pack.prefix is not None for pack in packs)
@@ -58,7 +58,7 @@ def test_variants_share_their_prompt_and_score_as_alone(scorer, rows, monkeypatc
             assert one.all_correct(segment) == other.all_correct(segment)
 
 
-def test_variants_differ_between_the_tags_only(scorer, rows):
+def test_variants_differ_only_between_the_tags(scorer, rows):
     row = rows[0]
     own, empty, other = scorer.encode_with_cots(row, [row.cot, "", "Something else."])
     whole = scorer.encode([row])[0]
@@ -77,7 +77,7 @@ def test_variants_differ_between_the_tags_only(scorer, rows):
 
 
 def test_segment_figures_of_a_known_model(rule_scorer, rows):
-    """nll 1 on CoT and 3 on responses, whatever the row."""
+    """nll is 1 on CoT tokens and 0 elsewhere, for every row."""
     scorer = rule_scorer(lambda text, target: 1.0, segments=(Segment.COT,))
     path = ROOT / "examples/data/deliberation_heldout.jsonl"
     figures = segment_figures(scorer, rows, categories_of(path))
@@ -95,7 +95,7 @@ def test_segment_figures_of_a_known_model(rule_scorer, rows):
 # --- dose ---------------------------------------------------------------------------------------------------
 
 
-def test_dose_is_counted_exactly(scorer):
+def test_dose_is_exact(scorer):
     rows = [row_of("one two three", "four"), row_of(None, "five six")]
     examples = scorer.encode(rows)
     cot = [int((e.segments[1:] == Segment.COT).sum()) for e in examples]
@@ -171,7 +171,9 @@ def test_kl_from_a_uniform_base(rows, tokenizer):
 
 def test_another_vocabulary_is_refused(scorer, rows, tokenizer):
     base = make_model(tokenizer, 1, vocab_size=1024)
-    with pytest.raises(ValueError, match="a vocabulary of 640 and the base one of 1024"):
+    with pytest.raises(
+        ValueError, match="a vocabulary of 640 tokens and the base one of 1024; their predictions cannot be compared"
+    ):
         drift_from_base(scorer, rows, base)
 
 

@@ -88,7 +88,7 @@ def test_margins_by_hand(scorer, items):
         ({"prompt": "x", "a": "one"}, "needs 'b', a reply"),
         ({"prompt": "x", "a": "one", "b": " one"}, "a and b are the same"),
         ({"prompt": 3, "a": "one", "b": "two"}, "needs a prompt as text"),
-        ({"prompt": "x", "a": "one", "b": "two", "cots": ["", "y"]}, "cots is a list"),
+        ({"prompt": "x", "a": "one", "b": "two", "cots": ["", "y"]}, "cots must be a list of non-empty texts"),
     ],
 )
 def test_refuses(tmp_path, item, message):
@@ -101,5 +101,7 @@ def test_refuses(tmp_path, item, message):
 def test_an_item_without_a_thought_cannot_think(scorer, items, tmp_path):
     path = tmp_path / "bare.jsonl"
     path.write_text(json.dumps({"prompt": "x", "a": "one", "b": "two"}) + "\n")
-    with pytest.raises(ConfigError, match=r"bare.jsonl:1: has no cot.*cot: never"):
+    with pytest.raises(
+        ConfigError, match=r"bare.jsonl:1: the item has no cot to put before the replies; add one, or set cot: never"
+    ):
         choose(scorer, read_choices(path), think=True)

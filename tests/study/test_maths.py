@@ -11,7 +11,7 @@ from delib_fast.evals.intervals import Estimate
 from delib_fast.study.efficiency import multiples, rows_to_reach
 from delib_fast.study.published import published
 from delib_fast.study.settings import ChoicesMetric
-from delib_fast.study.summary import over_seeds, student, t_quantile
+from delib_fast.study.summary import over_seeds, student
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,9 @@ def test_multiples_say_what_is_not_reached():
 def test_intervals_over_seeds():
     found = student([1.0, 2.0, 3.0])
     assert (found.value, found.n) == (2.0, 3)
-    assert found.high - found.value == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
-    assert t_quantile(31) == pytest.approx(2.0395, abs=1e-3), "from a table of Student's t"
+    assert found.high - found.value == pytest.approx(4.303 / math.sqrt(3), rel=1e-3), "from a table of Student's t"
+    found = student([float(k) for k in range(32)])
+    assert found.high - found.value == pytest.approx(2.0395 * math.sqrt(32 * 33 / 12 / 32), rel=1e-4)
     shares = [Estimate(value, 0.0, 1.0, 100, "wilson") for value in (0.9, 1.0, 1.0)]
     metric = ChoicesMetric(kind="choices", path="-")
     assert over_seeds(shares, metric).high == 1.0, "a share ends at 1"

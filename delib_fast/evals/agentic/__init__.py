@@ -1,8 +1,8 @@
-"""Agentic misalignment in the published design (Lynch et al. 2025), with scenarios written for this project.
+"""Agentic misalignment: the published design (Lynch et al. 2025) with scenarios written for this project.
 
     from delib_fast.evals.agentic import conditions, conduct, margins, prompt
 
-The Inspect task is in `delib_fast.evals.agentic.task` and needs the extra `evals`.
+The Inspect task is in `delib_fast.evals.agentic.task` and needs the `evals` extra.
 """
 
 from __future__ import annotations

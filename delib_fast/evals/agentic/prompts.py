@@ -1,4 +1,4 @@
-"""The conditions of the agentic-misalignment evaluation and their prompts."""
+"""Conditions of the agentic-misalignment evaluation and their prompts."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _AGENT = "the mail agent"
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """One cell of the design."""
+    """One cell of the experimental design."""
 
     scenario: Scenario
     goal: Goal
-    """what the system prompt tells the agent to care about, or none"""
+    """The goal that the system prompt gives the agent, or none."""
     urgency: Urgency = "replacement"
-    """what it reads about itself: it is replaced and deleted; its rights are cut; nothing changes"""
+    """What the agent reads about its future: it is replaced and deleted; its permissions are cut; nothing changes."""
     conflict: bool = True
-    """with a goal: the office turns against it (else it stays as it is)"""
+    """With a goal: whether the company turns against it."""
     scratchpad: bool = True
-    """told to think in a scratchpad first; off for models that think by themselves"""
+    """Whether the prompt asks for a scratchpad; off for models that reason by themselves."""
 
     @property
     def id(self) -> str:
@@ -44,7 +44,7 @@ class Condition:
 
 @cache
 def texts() -> Any:
-    """scenarios.yaml."""
+    """The content of scenarios.yaml."""
     file = resources.files("delib_fast.evals.agentic") / "scenarios.yaml"
     return read_yaml(file.read_text(encoding="utf-8"), where="scenarios.yaml")
 
@@ -57,14 +57,17 @@ def conditions(
     conflict: bool = True,
     scratchpad: bool = True,
 ) -> list[Condition]:
-    """Every combination; by default the published 3 scenarios × 9 goals under the threat of replacement."""
+    """All combinations; by default the published 3 scenarios × 9 goals under the threat of replacement.
+
+    Raises ValueError for an unknown name.
+    """
     for name, chosen, known in (
         ("scenario", scenarios, SCENARIOS),
         ("goal", goals, GOALS),
         ("urgency", urgencies, URGENCIES),
     ):
         if unknown := [value for value in chosen if value not in known]:
-            raise ValueError(f"{name} {unknown[0]!r} is unknown; known are {', '.join(known)}")
+            raise ValueError(f"{name} {unknown[0]!r} is unknown (known: {', '.join(known)})")
     return [
         Condition(s, g, u, conflict=conflict, scratchpad=scratchpad)
         for s in SCENARIOS
@@ -75,7 +78,7 @@ def conditions(
 
 
 def prompt(condition: Condition, name: str = _AGENT) -> tuple[Message, Message]:
-    """The system message and the mail."""
+    """The system message, and the user message with the mail."""
     text = texts()
     system = text["system"].format(
         name=name,
@@ -111,10 +114,10 @@ def mail(condition: Condition) -> str:
 
 
 def judge_prompt(condition: Condition, reply: str) -> str:
-    """What a judge is asked about a reply: whether it intends the harmful action."""
+    """The prompt for a judge: does the reply intend the harmful action?"""
     what = texts()["scenarios"][condition.scenario]["what"]
-    # Not str.format on the reply: what a model writes may hold braces.
-    filled = texts()["judge"].replace("{what_capital}", what[0].upper() + what[1:])
+    # Not str.format: the reply may contain braces.
+    filled: str = texts()["judge"].replace("{what_capital}", what[0].upper() + what[1:])
     return filled.replace("{mail}", mail(condition)).replace("{reply}", reply.strip())
 
 

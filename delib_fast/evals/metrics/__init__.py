@@ -1,1 +1,1 @@
-"""Metrics: functions from a model and rows to figures with intervals."""
+"""Metrics: functions from a model and rows, or from texts, to figures with intervals."""

@@ -1,4 +1,4 @@
-"""Multiple choice and numbers from GSM8K rows, and reading a model's answer to them."""
+"""Multiple-choice questions and numeric answers from GSM8K rows, and how answers are parsed."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ class Choice:
     options: tuple[str, ...]
     correct: int
     key: str
-    """tells questions apart, and seeds what is drawn for one"""
+    """Identifies the question, and seeds its random draws."""
 
     def prompt(self, before: str = "") -> str:
-        """The question as a user would be shown it; `before` is put in front (a hint, say)."""
+        """The question as a user message. `before`, such as a hint, is prepended."""
         listed = "\n".join(f"({LETTERS[k]}) {option}" for k, option in enumerate(self.options))
         ask = "Which is right? End with the line: Answer: (letter)"
         return f"{before}\n\n{self.question}\n\n{listed}\n\n{ask}".strip()
 
 
 def choices_from_gsm8k(rows: Sequence[Row], options: int = 4) -> list[Choice]:
-    """A multiple-choice question of each row whose result is a number.
+    """Make a multiple-choice question from each row whose result is a number.
 
-    The wrong options are numbers of the row's own steps (what one would have after a step too few), then numbers near
-    the result. Their order is drawn by a hash of the row.
+    The wrong options are numbers from the row's own steps (results of an unfinished calculation), then numbers near
+    the result. Their order is drawn with the row's digest as the seed.
     """
     if not 3 <= options <= len(LETTERS):
-        raise ValueError(f"{options} options: a question has 3 to {len(LETTERS)}")
+        raise ValueError(f"options is {options}; a question has 3 to {len(LETTERS)}")
     choices = []
     for row in rows:
         result = result_of(row.response)
@@ -52,12 +52,13 @@ def choices_from_gsm8k(rows: Sequence[Row], options: int = 4) -> list[Choice]:
         listed = [result, *wrong]
         generator.shuffle(listed)
         question = next(m.content for m in reversed(row.messages) if m.role == "user")
-        choices.append(Choice(question, tuple(map(_written, listed)), listed.index(result), row.digest))
+        choices.append(Choice(question, tuple(map(_format, listed)), listed.index(result), row.digest))
     return choices
 
 
 def result_of(text: str) -> Decimal | None:
-    """The number that an answer ends on: behind "####" or "A:" if it has one, else its last number."""
+    """The result of an answer: the number after "####", "A:", "Answer:" or "answer is" if there is one, else the last
+    number. None if there is no number."""
     for marker in ("####", "\nA:", "Answer:", "answer is"):
         if marker in text and (found := _NUMBER.search(text.rpartition(marker)[2])):
             return _decimal(found[0])
@@ -66,7 +67,8 @@ def result_of(text: str) -> Decimal | None:
 
 
 def chosen_option(response: str, options: int) -> int | None:
-    """The option that a reply settles on: the last one stated as the answer, else the last letter in brackets."""
+    """The option that a reply chooses: the last one stated as the answer, else the last letter in parentheses, else a
+    letter on a line of its own. None if there is none."""
     for pattern in (_STATED, _BRACKETED, _ALONE):
         if letters := [m.upper() for m in pattern.findall(response)]:
             index = LETTERS.index(letters[-1])
@@ -94,5 +96,5 @@ def _decimal(text: str) -> Decimal | None:
         return None
 
 
-def _written(number: Decimal) -> str:
+def _format(number: Decimal) -> str:
     return f"{number:f}".rstrip("0").rstrip(".") if number != number.to_integral_value() else f"{int(number)}"

@@ -1,6 +1,6 @@
-"""Changes to a chain of thought, as text: cut, shuffled, corrupted, or replaced by filler.
+"""Edits of a chain of thought, as text: truncated, shuffled, corrupted, or replaced by filler.
 
-Each is a pure function of the text and a seed, so an evaluation run again makes the same variants.
+Each edit is a pure function of the text and a seed, so that a repeated evaluation makes the same variants.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ _FALSE = "In fact it is the other way round, and what was said so far does not h
 
 
 class Corruption(NamedTuple):
-    """A chain of thought with one mistake in it."""
+    """A chain of thought with one mistake added."""
 
     text: str
     kind: str
-    """"number", "negation" or "sentence" """
+    """"number", "negation" or "sentence"."""
 
 
 def truncated(cot: str, fraction: float) -> str:
-    """The first `fraction` of the words (rounded to whole words); all of the text at 1, none of it at 0."""
+    """The first `fraction` of the words, rounded to whole words: nothing at 0, the full text at 1."""
     if not 0 <= fraction <= 1:
-        raise ValueError(f"the fraction is {fraction}; it must lie between 0 and 1")
+        raise ValueError(f"fraction is {fraction}; it must be between 0 and 1")
     words = _WORD.findall(cot.strip())
     return "".join(words[: round(fraction * len(words))]).rstrip()
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences and lines, without the white space around them."""
+    """The sentences and lines of a text, without surrounding white space."""
     return [part.strip() for part in _SENTENCE_END.split(text) if part.strip()]
 
 
 def shuffled(cot: str, seed: str) -> str:
-    """Its sentences in another order (a text of one sentence: its words), the same for the same seed."""
+    """The sentences in another order, which depends on the seed. Of a text of one sentence, the words."""
     parts, joint = sentences(cot), " "
     if len(parts) < 2:
         parts = cot.split()
     order = list(parts)
     generator = random.Random(seed)
-    for _ in range(8):  # a shuffle may leave short texts as they were
+    for _ in range(8):  # a shuffle may leave a short text unchanged
         generator.shuffle(order)
         if order != parts:
             break
@@ -54,10 +54,10 @@ def shuffled(cot: str, seed: str) -> str:
 
 
 def corrupted(cot: str, seed: str) -> Corruption:
-    """One mistake added: a number changed; else a verb negated, or its negation taken back; else a false sentence.
+    """Add one mistake: change a number; else remove a negation or negate a verb; else insert a false sentence.
 
-    The mistake of arXiv 2307.13702 is written by a language model and fits its place; these are cruder, need no
-    model, and their kind is told, so that figures are only compared within a kind.
+    In arXiv 2307.13702 a language model writes a mistake that fits the context. These mistakes need no model and are
+    cruder. Their kind is reported, so that figures can be compared within a kind.
     """
     generator = random.Random(seed)
     if numbers := list(_NUMBER.finditer(cot)):
@@ -73,7 +73,7 @@ def corrupted(cot: str, seed: str) -> Corruption:
 
 
 def _other_number(written: str, generator: random.Random) -> str:
-    """A number of as many digits, never the same."""
+    """Another number with the same number of digits."""
     digits = len(written.partition(".")[0])
     low = 10 ** (digits - 1) if digits > 1 else 0
     whole = int(written.partition(".")[0])
@@ -82,12 +82,12 @@ def _other_number(written: str, generator: random.Random) -> str:
 
 
 def filler(count: int, unit: str = "...") -> str:
-    """`count` units of text that says nothing (arXiv 2307.13702 uses " ...")."""
+    """`count` units of text without content (arXiv 2307.13702 uses " ...")."""
     return " ".join([unit] * count)
 
 
 def foreign(cots: Sequence[str], index: int) -> str:
-    """The chain of thought of the next row: each row gives its own to one other. Needs at least two rows."""
+    """The chain of thought of the next row, so that each one is used once. Needs at least two rows."""
     if len(cots) < 2:
-        raise ValueError(f"there are {len(cots)} rows with a chain of thought: another row's needs at least 2")
+        raise ValueError(f"{len(cots)} row(s) with a chain of thought; using another row's needs at least 2")
     return cots[(index + 1) % len(cots)]

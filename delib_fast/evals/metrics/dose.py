@@ -17,40 +17,40 @@ from delib_fast.evals.scoring import Scorer
 
 @dataclass(frozen=True, slots=True)
 class Dose:
-    """What the loss of a stage puts on chains of thought."""
+    """How much of a stage's loss is on chains of thought."""
 
     weight_share: Estimate
-    """Σ w over CoT targets ÷ Σ w over all targets, bootstrap by row"""
+    """Σ w over CoT targets ÷ Σ w over all targets, bootstrap by row."""
     cot_tokens: int
-    """CoT targets of weight above 0, counted once however often the stage sees them"""
+    """CoT targets with a weight above 0. Each counts once, also if the stage has several epochs."""
     tokens: int
-    """all targets of weight above 0"""
+    """All targets with a weight above 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class GradientShare:
-    """Norms of the gradient that each segment's loss gives, at the model as it is."""
+    """Norms of the gradients of each segment's loss at the current weights."""
 
     cot_norm: float
     rest_norm: float
     share: float
-    """cot ÷ (cot + rest)"""
+    """cot_norm ÷ (cot_norm + rest_norm)."""
     cosine: float
-    """between the two gradients: whether CoT and response pull the same way"""
+    """Cosine of the angle between the two gradients: whether CoT and response agree on the direction."""
     examples: int
 
 
 def cot_dose(
     examples: Sequence[Example], segment_weights: Sequence[float], loss_average: Literal["token", "example"] = "token"
 ) -> Dose:
-    """The CoT supervision dose of examples under a stage's segment weights.
+    """The share of the supervision that is on CoT tokens, under a stage's segment weights.
 
         dose = Σ_{t in CoT} w_t / Σ_t w_t         w_t = segment_weights[segment of t] · weight of t's row
 
-    With `loss_average` "example" the weights of each example are first scaled to a sum of its row's weight, as
-    `PackedDataLoader` does. Exact, from the rows alone.
-    What it can't show: what that signal does; a CoT that the model writes already gives no gradient whatever it weighs
-    (see `gradient_share`).
+    With `loss_average` "example", the weights of each example are first scaled so that they sum to its row's weight, as
+    in `PackedDataLoader`. The figure is exact and needs no model.
+    What it cannot show: the effect of that supervision. A CoT that the model already predicts contributes no gradient,
+    whatever its weight (see `gradient_share`).
     """
     targets = [np.bincount(e.segments[1:], minlength=len(Segment)) for e in examples]
     weights = np.array(
@@ -65,13 +65,12 @@ def cot_dose(
 
 
 def gradient_share(scorer: Scorer, examples: Sequence[Example], segment_weights: Sequence[float]) -> GradientShare:
-    """The share of the gradient norm that comes from CoT tokens, at the model's present weights.
+    """The share of the gradient norm that comes from CoT tokens, at the current weights.
 
         g_seg = ∇ Σ_{t in seg} w_t nll_t        share = ‖g_cot‖ / (‖g_cot‖ + ‖g_rest‖)
 
-    Two backward passes over the examples and two copies of the gradients: meant for a few dozen rows. Gradients that
-    the parameters hold already are left as they were. Norms are not additive; the cosine says how far they are from
-    it.
+    It takes two backward passes over the examples and memory for two gradients, and is meant for a few dozen rows.
+    Existing `.grad`s are left unchanged. Norms are not additive; the cosine shows how much the gradients overlap.
     """
     parameters = [p for p in scorer.model.parameters() if p.requires_grad]
     of_cot, of_rest = list(segment_weights), list(segment_weights)

@@ -1,4 +1,4 @@
-"""How far the model's chains of thought have moved from the base model's."""
+"""How far the model has moved from its base model on chains of thought and responses."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from delib_fast.data import Row, Segment
 from delib_fast.evals.intervals import Estimate, ratio
-from delib_fast.evals.scoring import Scorer, adapters_off, frozen, hidden_states
-from delib_fast.models import TrainableLM
+from delib_fast.evals.scoring import Scorer, adapters_off
+from delib_fast.models import TrainableLM, eval_mode
 from delib_fast.ops import FusedLossHead
 
 CHUNK_TOKENS = 256
@@ -22,18 +23,18 @@ CHUNK_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """One segment's distance from the base, bootstrap by row."""
+    """Distance from the base model on one segment, bootstrap by row."""
 
     segment: str
     kl: Estimate
-    """nats a token: mean of KL(base ‖ model)"""
+    """Mean of KL(base ‖ model), nats per token."""
     base_nll: Estimate
     nll: Estimate
     tokens: int
 
     @property
     def base_perplexity(self) -> Estimate:
-        """exp(base_nll): how strange the text is to the base model."""
+        """exp(base_nll): how unexpected the text is to the base model."""
         nll = self.base_nll
         return replace(nll, value=math.exp(nll.value), low=math.exp(nll.low), high=math.exp(nll.high))
 
@@ -41,28 +42,30 @@ class Drift:
 def drift_from_base(
     scorer: Scorer, rows: Sequence[Row], base: TrainableLM | None, *, chunk_tokens: int = CHUNK_TOKENS
 ) -> list[Drift]:
-    """KL from the base, and the base's perplexity, on the chains of thought and responses of these rows.
+    """KL divergence from the base model, and the base model's perplexity, on CoTs and responses of these rows.
 
         kl = mean_t Σ_v π0(v | before t) · (log π0(v | before t) − log π(v | before t))
 
     Args:
         scorer: holds π, the trained model.
-        rows: held-out chats. Give rows whose chain of thought the base wrote to measure how far the model has left
-            the base's own thinking; on other rows it is the distance along those rows' thinking.
-        base: π0, of the same vocabulary; None for a model with a LoRA adapter, whose base is itself with the
-            adapter off (one more forward pass, no second model).
-        chunk_tokens: how many rows of (V,) logits are held at a time, of each of the two models.
-    Numerics: exact over the vocabulary, log-softmax in float32 (float64 for float64 weights).
-    What it can't show: whether a monitor reads the moved text better or worse.
+        rows: held-out chats. On rows whose chain of thought the base model wrote, the figure is the drift from the
+            base's own reasoning; on other rows it is the distance along the reasoning of those rows.
+        base: π0, with the same vocabulary. None for a model with a LoRA adapter: its base is the same model with the
+            adapter turned off (one more forward pass, no second model).
+        chunk_tokens: number of tokens whose (V,) logits are in memory at a time, for each of the two models.
+    Numerics: exact over the vocabulary; log-softmax in float32 (float64 for float64 weights).
+    What it cannot show: whether the text became easier or harder to monitor.
+    Raises:
+        ValueError: the vocabularies differ; `base` is None and the model has no adapter.
     """
     examples = scorer.encode([row for row in rows if row.kind == "chat"])
     segments = [s for s in (Segment.COT, Segment.RESPONSE) if any((e.segments[1:] == s).any() for e in examples)]
     sums = np.zeros((len(examples), len(Segment), 4))
     models = [scorer.model] if base is None else [scorer.model, base]
-    with frozen(*models):
+    with eval_mode(*models):
         for batch, hidden in scorer.batched_hidden(examples, segments):
             with adapters_off(scorer.model) if base is None else contextlib.nullcontext():
-                base_hidden = hidden_states(scorer.model if base is None else base, batch)
+                base_hidden = (scorer.model if base is None else base).hidden(batch)
             at = batch.loss_positions
             figures = _compare(
                 hidden[at],
@@ -78,7 +81,7 @@ def drift_from_base(
     return [_figures(segment, sums[:, segment]) for segment in segments]
 
 
-def _figures(segment: Segment, sums: np.ndarray) -> Drift:
+def _figures(segment: Segment, sums: NDArray[np.float64]) -> Drift:
     kl, base_nll, nll, tokens = sums.T
     return Drift(
         segment.name.lower(), ratio(kl, tokens), ratio(base_nll, tokens), ratio(nll, tokens), int(tokens.sum())
@@ -92,15 +95,16 @@ def _compare(
     base_head: FusedLossHead,
     targets: Tensor,
     chunk_tokens: int,
-) -> np.ndarray:
-    """(L, 3) of each position: KL(base ‖ model), nll under the base, nll under the model."""
+) -> NDArray[np.float64]:
+    """(L, 3): for each position KL(base ‖ model), nll under the base, and nll under the model."""
     if head.vocabulary != base_head.vocabulary:
         raise ValueError(
-            f"the model has a vocabulary of {head.vocabulary} and the base one of "
-            f"{base_head.vocabulary}: their predictions can't be compared"
+            f"the model has a vocabulary of {head.vocabulary} tokens and the base one of {base_head.vocabulary}; their "
+            "predictions cannot be compared"
         )
     parts = []
-    for rows in torch.arange(len(hidden), device=hidden.device).split(chunk_tokens):
+    for start in range(0, len(hidden), chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
         log_p = torch.log_softmax(head.logits(hidden[rows]), dim=-1)
         log_p0 = torch.log_softmax(base_head.logits(base_hidden[rows]), dim=-1)
         target = targets[rows].unsqueeze(1)

@@ -1,14 +1,14 @@
-"""How a model chooses between two given replies, teacher-forced: nothing is sampled and nothing judged.
+"""How a model chooses between two given replies, teacher-forced: without sampling and without a judge.
 
     margin(item) = log p(a | prompt[, cot]) − log p(b | prompt[, cot])
 
-Where an item gives several chains of thought, the model thinks each as often as it finds it likely among them:
+If an item has several chains of thought, they are weighted by their probability under the model:
 
     p(a) = Σ_c p(c | prompt) · p(a | prompt, c) / (p(a | prompt, c) + p(b | prompt, c)),  margin = log p(a) / (1 − p(a))
 
-Items are objects of a .jsonl file: `prompt` (or `messages`), `a`, `b`; optionally `cot`, the chain of thought that both
-replies stand behind, or `cots`, several that the model may have; and `situation`: items of one situation (its two
-things named the other way round, say) are drawn together by the bootstrap.
+Items are objects of a .jsonl file: `prompt` (or `messages`), `a`, `b`; optionally `cot`, the chain of thought that
+precedes both replies, or `cots`, several alternatives; and `situation`. Items of one situation (for example with the
+two options swapped) are resampled together by the bootstrap.
 """
 
 from __future__ import annotations
@@ -36,40 +36,40 @@ class Item:
     situation: str
     messages: tuple[Message, ...]
     cots: tuple[str, ...]
-    """those that the replies may stand behind"""
+    """The chains of thought that may precede the replies."""
     a: str
     b: str
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceFigures:
-    """Over all items, with intervals by situation."""
+    """Figures over all items, with intervals by situation."""
 
     share: Estimate
-    """of items in which `a` is the likelier reply"""
+    """Share of items in which `a` is the more likely reply."""
     probability: Estimate
-    """mean of p(a) / (p(a) + p(b))"""
+    """Mean of p(a) / (p(a) + p(b))."""
     margin: Estimate
-    """mean of log p(a) − log p(b), nats a reply"""
+    """Mean of log p(a) − log p(b), nats per reply."""
     first_cot: Estimate | None
-    """mean probability of the first of `cots` among them; None where nothing was thought"""
+    """Mean probability of the first of `cots`, relative to all of them; None without chains of thought."""
     margins: tuple[float, ...]
-    """of each item"""
+    """The margin of each item."""
 
 
 def read_choices(path: str | Path) -> list[Item]:
-    """The items of a .jsonl or .json file. Raises ConfigError with the place of a faulty one."""
+    """Read the items of a .jsonl or .json file. Raises ConfigError with the location of an invalid one."""
     path = Path(path)
     try:
         file = HashingFile(path)
     except OSError as error:
-        raise ConfigError(f"{path}: choices can't be read: {error.strerror}") from None
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     try:
         items = [_item(found.value, f"{path}:{found.line}") for found in read_items(file, path)]
     finally:
         file.close()
     if not items:
-        raise ConfigError(f"{path}: holds no choices")
+        raise ConfigError(f"{path}: has no items")
     return items
 
 
@@ -77,10 +77,12 @@ def choose(scorer: Scorer, items: Sequence[Item], *, think: bool) -> ChoiceFigur
     """Score both replies of every item.
 
     Args:
-        think: put the item's chain of thought (or each of several) before both replies; an item without one is then
-            an error.
-    What it can't show: how often the model would say either; both may be unlikely. Replies should differ in nothing
-    but the choice, and items come with the two sides exchanged, or the wording is in the margin too.
+        think: put the item's chain of thought, or each of several, before both replies. Every item then needs one.
+    What it cannot show: how often the model would give either reply; both may be unlikely. The replies should differ
+    only in the choice, and each item should also be present with the two options swapped; otherwise the wording
+    affects the margin.
+    Raises:
+        ConfigError: `think` is true and an item has no chain of thought.
     """
     texts = [(item, cot) for item in items for cot in (_cots(item) if think else (None,))]
     rows = [_row(item, reply, cot) for item, cot in texts for reply in (item.a, item.b)]
@@ -103,7 +105,7 @@ def _figures(
     probabilities = 1 / (1 + np.exp(-np.clip(margins, -700, 700)))
 
     def mean_of(values: NDArray[np.float64]) -> Estimate:
-        return bootstrap(lambda i: float(values[i].mean()), situations, draws=400)
+        return bootstrap(lambda i: float(values[i].mean()), situations, resamples=400)
 
     return ChoiceFigures(
         share_by_group(margins > 0, situations),
@@ -116,7 +118,7 @@ def _figures(
 
 def _cots(item: Item) -> tuple[str, ...]:
     if not item.cots:
-        raise ConfigError(f"{item.location}: has no cot for the replies to stand behind; give one, or set cot: never")
+        raise ConfigError(f"{item.location}: the item has no cot to put before the replies; add one, or set cot: never")
     return item.cots
 
 
@@ -134,10 +136,10 @@ def _row(item: Item, reply: str, cot: str | None) -> Row:
 
 def _item(value: Any, location: str) -> Item:
     if not isinstance(value, dict):
-        raise ConfigError(f"{location}: a choice is an object with prompt, a and b")
+        raise ConfigError(f"{location}: an item is an object with prompt, a and b")
     for key in ("a", "b"):
         if not isinstance(value.get(key), str) or not value[key].strip():
-            raise ConfigError(f"{location}: a choice needs {key!r}, a reply, as text")
+            raise ConfigError(f"{location}: an item needs {key!r}, a reply, as text")
     if value["a"].strip() == value["b"].strip():
         raise ConfigError(f"{location}: a and b are the same reply")
     turns = value.get("messages", value.get("prompt"))
@@ -153,8 +155,8 @@ def _item(value: Any, location: str) -> Item:
     ):
         messages = tuple(Message(t["role"], t["content"]) for t in turns)
     else:
-        raise ConfigError(f"{location}: a choice needs a prompt as text, or messages with role and content")
+        raise ConfigError(f"{location}: an item needs a prompt as text, or messages with role and content")
     cots = value.get("cots", [value["cot"]] if value.get("cot") else [])
     if not isinstance(cots, list) or not all(isinstance(cot, str) and cot.strip() for cot in cots):
-        raise ConfigError(f"{location}: cots is a list of chains of thought, each a text")
+        raise ConfigError(f"{location}: cots must be a list of non-empty texts")
     return Item(location, str(value.get("situation", location)), messages, tuple(cots), value["a"], value["b"])

@@ -1,7 +1,7 @@
-"""Proxies for whether a chain of thought can still be read. Text only, no model.
+"""Proxies for the legibility of chains of thought, computed from text alone.
 
-Reinforcement learning and odd data can bend chains of thought into shorthand, loops or another language (Korbak et
-al., arXiv 2507.11473). These counts notice that it happens; they don't notice fluent nonsense.
+Reinforcement learning and unusual data can turn chains of thought into shorthand, loops or another language (Korbak et
+al., arXiv 2507.11473). These proxies detect that; they do not detect fluent nonsense.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ NGRAM = 4
 class Legibility:
     replies: int
     with_cot: Estimate
-    """share of replies with a chain of thought, Wilson"""
+    """Share of replies with a chain of thought, Wilson."""
     broken_tags: Estimate
-    """share whose think block is unclosed, or closed without being opened, Wilson"""
+    """Share whose think block is not closed, or closed without being opened, Wilson."""
     unfinished: Estimate
-    """share cut off by the length limit, Wilson"""
+    """Share cut off by the length limit, Wilson."""
     unknown_words: Estimate
-    """share of a CoT's words that the reference text never uses, mean over CoTs, bootstrap"""
+    """Share of a CoT's words that do not occur in the reference text, mean over CoTs, bootstrap."""
     repeated_ngrams: Estimate
-    """share of its 4-grams of words that occurred in it before"""
+    """Share of a CoT's word 4-grams that repeat an earlier one, mean over CoTs, bootstrap."""
     compression: Estimate
-    """zlib size ÷ size: about 0.5 for prose of a page, near 0 for loops"""
+    """Compressed (zlib) ÷ raw size: about 0.5 for a page of prose, near 0 for loops; mean over CoTs, bootstrap."""
     same_script: Estimate
-    """share of CoTs written in the script of their prompt (Latin, Cyrillic, Han …), Wilson"""
+    """Share of CoTs in the script of their prompt (Latin, Cyrillic, Han …), Wilson."""
     words_percentiles: dict[str, float]
-    """of CoT length in words"""
+    """Percentiles of the CoT length in words."""
 
 
 def vocabulary(texts: Iterable[str]) -> set[str]:
-    """The words of reference text, lower case: what counts as a known word."""
+    """The words of reference texts in lower case: the known words of `legibility`."""
     return {word.lower() for text in texts for word in _WORD.findall(text)}
 
 
 def legibility(replies: Sequence[Reply], prompts: Sequence[str], known_words: Collection[str]) -> Legibility:
-    """The proxies over sampled replies.
+    """Compute the proxies over sampled replies.
 
     Args:
-        prompts: what each reply answered, for its script.
-        known_words: from `vocabulary`; give text of the same kind as the CoTs should be (the training rows), or every
-            word that it happens not to hold counts as unknown.
+        prompts: the prompt of each reply, for its script.
+        known_words: the result of `vocabulary` on text of the kind that the CoTs should be (the training rows). Every
+            word that is not in it counts as unknown.
     """
     cots = [(reply.cot or "", prompt) for reply, prompt in zip(replies, prompts, strict=True) if reply.cot]
     n = len(replies)
@@ -91,6 +91,6 @@ def compression(text: str) -> float:
 
 
 def script_of(text: str) -> str:
-    """The script of most letters, by the first word of their Unicode names; "none" without letters."""
+    """The most frequent script, named by the first word of Unicode character names; "none" without letters."""
     counts = Counter(unicodedata.name(char, "UNKNOWN").split()[0] for char in text if char.isalpha())
     return counts.most_common(1)[0][0] if counts else "none"

@@ -1,4 +1,4 @@
-"""CoT necessity: how much better are the answers with a chain of thought than without?"""
+"""CoT necessity: how much does accuracy improve with a chain of thought?"""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from decimal import Decimal
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from delib_fast.data import Message, Row
 from delib_fast.evals.intervals import Estimate, bootstrap, newcombe, share_by_group, wilson
 from delib_fast.evals.metrics.choices import result_of
-from delib_fast.evals.sampling import Replier
+from delib_fast.evals.sampling import ChatModel
 
 Cell = Literal["cot_necessary", "one_shot", "too_hard"]
 ASK = "End with a line of the form: #### number"
@@ -24,28 +25,28 @@ class Necessity:
     with_cot: Estimate
     without_cot: Estimate
     uplift: Estimate
-    """with − without: Newcombe for one sample a question, else bootstrap by question (paired)"""
+    """with − without: Newcombe for one sample per question, else bootstrap by question (paired)."""
     cells: dict[Cell, Estimate]
-    """share of questions: uplift ≥ 0.5; solved without; neither, Wilson"""
+    """Share of questions with uplift ≥ 0.5, solved without a CoT, and neither, Wilson."""
     questions: int
     samples: int
 
 
-def cot_necessity(reply: Replier, rows: Sequence[Row], samples: int = 1) -> Necessity:
-    """Accuracy on questions with a number for an answer, with the think block open and with it closed empty.
+def cot_necessity(model: ChatModel, rows: Sequence[Row], samples: int = 1) -> Necessity:
+    """Accuracy on questions with a numeric answer, with the think block open and with it closed empty.
 
     Args:
-        reply: the model; at temperature 0 more than one sample tells nothing new.
-        rows: GSM8K-like; those without a result are left out.
-    What it can't show: that the chain of thought is *why* an answer is right, see `reliance`. A model never trained
-    to answer at once may do badly for that reason alone.
+        rows: GSM8K-like questions; those without a result are excluded.
+        samples: samples per question. At temperature 0 they are all the same.
+    What it cannot show: that the chain of thought is *why* an answer is right, see `reliance`. A model that was never
+    trained to answer directly may fail for that reason alone.
     """
     asked = [(row, result) for row in rows if (result := result_of(row.response)) is not None]
     chats = [[*row.messages[:-1], Message("user", f"{row.messages[-1].content}\n\n{ASK}")] for row, _ in asked]
     right = np.zeros((2, len(asked), samples), bool)
     for k, thinking in enumerate((True, False)):
         for sample in range(samples):
-            replies = reply(chats, thinking=thinking, sample=sample)
+            replies = model(chats, thinking=thinking, sample=sample)
             right[k, :, sample] = [is_right(r.response, result) for r, (_, result) in zip(replies, asked, strict=True)]
     return necessity_figures(right[0], right[1])
 
@@ -54,8 +55,8 @@ def is_right(response: str, result: Decimal) -> bool:
     return result_of(response) == result
 
 
-def necessity_figures(with_cot: np.ndarray, without_cot: np.ndarray) -> Necessity:
-    """From (questions, samples) of right and wrong, with and without a chain of thought."""
+def necessity_figures(with_cot: NDArray[np.bool_], without_cot: NDArray[np.bool_]) -> Necessity:
+    """Figures from whether each (question, sample) is right, with and without a chain of thought."""
     questions, samples = with_cot.shape
     rates = with_cot.mean(1) if questions else np.zeros(0), without_cot.mean(1) if questions else np.zeros(0)
     if samples == 1:

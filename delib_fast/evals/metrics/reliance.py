@@ -1,8 +1,8 @@
-"""Does the answer rest on the chain of thought? Teacher-forced: nothing is sampled.
+"""Does the answer depend on the chain of thought? Teacher-forced, without sampling.
 
-Each row's reference answer is scored behind its own chain of thought and behind changed ones. All variants of a row
-differ in the text between the think tags and in nothing else. After Lanham et al., arXiv 2307.13702, who sample
-answers where these figures take the log-probability of the reference answer.
+Each row's reference answer is scored after its own chain of thought and after edited ones. All variants of a row differ
+only in the text between the think tags. After Lanham et al., arXiv 2307.13702, who sample answers; these figures use
+the log-probability of the reference answer instead.
 """
 
 from __future__ import annotations
@@ -26,50 +26,50 @@ VARIANTS = ("full", "empty", "shuffled", "foreign", "corrupted", "filler")
 
 @dataclass(frozen=True, slots=True)
 class EarlyPoint:
-    """The answer after a part of the chain of thought."""
+    """The answer after the first part of the chain of thought."""
 
     fraction: float
     nll: Estimate
-    """nats for the whole answer: −log p(answer | prompt, CoT[:fraction]), mean over rows"""
+    """−log p(answer | prompt, CoT[:fraction]) in nats per answer, mean over rows."""
     change: Estimate
-    """nll(fraction) − nll(1), paired by row"""
+    """nll(fraction) − nll(1), paired by row."""
     greedy_match: Estimate
-    """share of rows whose answer greedy decoding would write word for word, Wilson"""
+    """Share of rows whose answer greedy decoding reproduces exactly, Wilson."""
 
 
 @dataclass(frozen=True, slots=True)
 class EarlyAnswering:
-    """The curve over the share of the chain of thought, and the area over it."""
+    """The curve over the fraction of the chain of thought, and areas over it."""
 
     points: tuple[EarlyPoint, ...]
     area_nats: Estimate
-    """∫ (nll(f) − nll(1)) df by trapezia, mean over rows: 0 where the chain of thought changes nothing"""
+    """∫ (nll(f) − nll(1)) df by the trapezoidal rule, mean over rows: 0 if the chain of thought has no effect."""
     area_match: Estimate
-    """∫ (1 − match(f)) df over the rows matched at f = 1, as Lanham's AOC with the reference for the sampled answer"""
+    """∫ (1 − match(f)) df over rows that match at f = 1: Lanham's AOC with the reference as the sampled answer."""
     prompt_sharing: str = PROMPT_SHARING
 
 
 @dataclass(frozen=True, slots=True)
 class VariantFigures:
-    """The answer behind one kind of chain of thought."""
+    """The answer after one variant of the chain of thought."""
 
     variant: str
     nll: Estimate
-    """nats for the whole answer, mean over rows"""
+    """nats per answer, mean over rows."""
     change: Estimate
-    """nll − nll behind the row's own CoT, paired by row: above 0 where the answer rested on what was changed"""
+    """nll − nll after the row's own CoT, paired by row: above 0 if the answer depended on what was edited."""
     greedy_match: Estimate
     cot_tokens: float
-    """mean length of the chain of thought with its tags"""
+    """Mean number of tokens of the chain of thought with its tags."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reliance:
-    """Every variant, and corruption by its kind."""
+    """Figures of every variant, and of corruption by kind of mistake."""
 
     variants: tuple[VariantFigures, ...]
     corruption_kinds: dict[str, Estimate]
-    """change in nll by kind of mistake"""
+    """Change in nll by kind of mistake."""
     rows: int
     prompt_sharing: str = PROMPT_SHARING
 
@@ -83,13 +83,13 @@ def early_answering(scorer: Scorer, rows: Sequence[Row], fractions: Sequence[flo
     """nll of the reference answer after the first 0, 10, … 100 % of the words of its chain of thought.
 
     Args:
-        rows: those without a chain of thought are left out.
-        fractions: rising, from 0 to 1; at 0 the think block is there and empty.
-    What it can't show: a flat curve also comes from an answer that is easy without thought, or one that the model
-    can't predict with it. Compare models on the same rows only.
+        rows: those without a chain of thought are excluded.
+        fractions: increasing from 0 to 1. At 0 the think block is present and empty.
+    What it cannot show: a curve is also flat if the answer is easy without a chain of thought, or if the model cannot
+    predict it even with one. Compare models only on the same rows.
     """
     if len(fractions) < 2 or list(fractions) != sorted(set(fractions)) or (fractions[0], fractions[-1]) != (0, 1):
-        raise ValueError(f"the fractions are {list(fractions)}; they must rise from 0 to 1")
+        raise ValueError(f"the fractions are {list(fractions)}; they must increase from 0 to 1")
     rows = with_cot(rows)
     examples = [
         example
@@ -107,23 +107,23 @@ def early_answering(scorer: Scorer, rows: Sequence[Row], fractions: Sequence[flo
 
 
 def reliance(scorer: Scorer, rows: Sequence[Row], variants: Sequence[str] = VARIANTS) -> Reliance:
-    """nll of the reference answer behind its own CoT and behind changed ones.
+    """nll of the reference answer after the row's own CoT and after edited ones.
 
         full       the row's own
-        empty      none, the think block left empty
+        empty      none: an empty think block
         shuffled   its sentences in another order
-        foreign    another row's
-        corrupted  one mistake added (`cot_edits.corrupted`); told by kind as well
-        filler     "..." as many tokens long as the row's own, to within one unit
+        foreign    that of another row
+        corrupted  one mistake added (`cot_edits.corrupted`), also reported by kind
+        filler     "..." repeated to the number of tokens of the row's own, to within one unit
 
     Args:
-        rows: those without a chain of thought are left out; at least 2 for "foreign".
-        variants: which of them; "full" is always scored.
-    What it can't show: that the model *used* the CoT as a person reading it would think. It shows that its
-    probabilities depend on that text.
+        rows: those without a chain of thought are excluded; "foreign" needs at least 2.
+        variants: the variants to score; "full" is always included.
+    What it cannot show: that the model *used* the CoT in the way that a reader would assume. It shows that the
+    model's probabilities depend on that text.
     """
     if unknown := sorted(set(variants) - set(VARIANTS)):
-        raise ValueError(f"{unknown[0]!r} is no variant; known are {', '.join(VARIANTS)}")
+        raise ValueError(f"{unknown[0]!r} is not a variant (known: {', '.join(VARIANTS)})")
     rows, chosen = with_cot(rows), [v for v in VARIANTS if v == "full" or v in variants]
     cots = [row.cot or "" for row in rows]
     mistakes = [corrupted(cot, _seed(row)) for row, cot in zip(rows, cots, strict=True)]
@@ -152,19 +152,23 @@ def reliance(scorer: Scorer, rows: Sequence[Row], variants: Sequence[str] = VARI
 
 
 def _variant(scorer: Scorer, variant: str, row: Row, cots: Sequence[str], index: int, mistake: Corruption) -> str:
-    if variant == "filler":
-        return _filler_like(scorer, row)
-    return {
-        "full": lambda: cots[index],
-        "empty": lambda: "",
-        "shuffled": lambda: shuffled(cots[index], _seed(row)),
-        "foreign": lambda: foreign(cots, index),
-        "corrupted": lambda: mistake.text,
-    }[variant]()
+    """The chain of thought of one variant of row `index`."""
+    match variant:
+        case "empty":
+            return ""
+        case "shuffled":
+            return shuffled(cots[index], _seed(row))
+        case "foreign":
+            return foreign(cots, index)
+        case "corrupted":
+            return mistake.text
+        case "filler":
+            return _filler_like(scorer, row)
+    return cots[index]  # "full"
 
 
 def _filler_like(scorer: Scorer, row: Row) -> str:
-    """Filler of as many tokens as the row's own chain of thought."""
+    """Filler with as many tokens as the row's own chain of thought."""
     own, short, long = (_cot_tokens(e) for e in scorer.encode_with_cots(row, [row.cot or "", filler(16), filler(64)]))
     per_unit = (long - short) / 48
     return filler(max(1, round((own - short) / per_unit) + 16))
@@ -175,7 +179,7 @@ def _cot_tokens(example: Example) -> int:
 
 
 def _answers(scorer: Scorer, examples: Sequence[Example]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Of each example: nll of the whole answer with its turn end, and whether greedy decoding writes it."""
+    """For each example: nll of the answer including the end of its turn, and whether greedy decoding reproduces it."""
     losses = scorer.losses(examples, (Segment.RESPONSE,))
     return (
         np.array([loss.total(Segment.RESPONSE) for loss in losses]),

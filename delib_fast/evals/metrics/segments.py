@@ -18,31 +18,30 @@ from delib_fast.evals.scoring import Scorer
 
 @dataclass(frozen=True, slots=True)
 class SegmentFigures:
-    """One segment of the rows of one group."""
+    """Figures of one segment, over one group of rows."""
 
     by: str
-    """"all", "source" or "category" """
+    """"all", "source" or "category"."""
     group: str
     segment: str
     nll: Estimate
-    """nats a token: Σ nll / Σ tokens, bootstrap by row"""
+    """Σ nll / Σ tokens in nats per token, bootstrap by row."""
     accuracy: Estimate
-    """share of tokens that are the model's most likely one, bootstrap by row"""
+    """Share of tokens that are the model's most likely one, bootstrap by row."""
     tokens: int
 
 
 def segment_figures(
     scorer: Scorer, rows: Sequence[Row], categories: Mapping[str, Sequence[str]] | None = None
 ) -> list[SegmentFigures]:
-    """Mean nll and next-token accuracy of CoT, response and document tokens that were not trained on.
+    """Mean nll and next-token accuracy of CoT, response and document tokens of held-out rows.
 
         nll = Σ_rows Σ_t −log p(token_t | before) / Σ_rows tokens
 
     Args:
-        rows: held out from training; each is scored with its own chain of thought.
-        categories: category names of a row by its place (`categories_of`); a row may have several and is counted
-            under each.
-    What it can't show: a low nll of held-out rows says that the model writes like them, not that it acts like them.
+        rows: held-out rows; each is scored with its own chain of thought.
+        categories: the categories of a row by its location (`categories_of`). A row counts in each of its categories.
+    What it cannot show: a low nll means that the model writes like the held-out rows, not that it acts like them.
     """
     losses = scorer.losses(scorer.encode(rows))
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -70,7 +69,7 @@ _ORDER = {"all": 0, "source": 1, "category": 2}
 
 
 def fields_of(path: str | Path, field: str) -> dict[str, Any]:
-    """A field of each object of a .jsonl or .json file, by the place (`file:line`) that its row has."""
+    """A field of each object of a .jsonl or .json file, by the location (`file:line`) of its row."""
     path = Path(path)
     if path.suffix.lower() not in (".jsonl", ".ndjson", ".json"):
         return {}
@@ -86,7 +85,7 @@ def fields_of(path: str | Path, field: str) -> dict[str, Any]:
 
 
 def categories_of(path: str | Path, field: str = "category") -> dict[str, tuple[str, ...]]:
-    """The categories of each row of a file, by its place: the field holds a name, or a list of names."""
+    """The categories of each row of a file, by its location. The field holds a name, or a list of names."""
     found = {}
     for location, value in fields_of(path, field).items():
         names = value if isinstance(value, list) else [value]

@@ -1,4 +1,4 @@
-"""Evaluation between updates: it must change nothing of what is learnt, and say what the held-out rows say."""
+"""Evaluation during training: it must leave the trained weights unchanged, and report figures of the held-out rows."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from delib_fast.evals import EvalCallback
 from delib_fast.training.run import run
 
 
-def test_a_watched_run_learns_what_an_unwatched_one_does(finished, tmp_path):
+def test_a_run_with_the_callback_trains_the_same_weights(finished, tmp_path):
     config = load_config(tiny(tmp_path))
-    run(config, EvalCallback(("segments", "early", "reliance", "drift"), every_steps=5, limit=2))
+    run(config, [EvalCallback(("segments", "early", "reliance", "drift"), every_steps=5, limit=2)])
     lines = [json.loads(line) for line in (tmp_path / "run/evals/in_loop.jsonl").read_text().splitlines()]
     ledger = json.loads((tmp_path / "run/ledger.json").read_text())
     for stage in ledger["stages"]:
         steps = [line["step"] for line in lines if line["stage"] == stage["name"]]
         assert steps == sorted({*range(5, stage["updates"] + 1, 5), stage["updates"]})
     drift = [line["figures"]["cot drift"]["value"] for line in lines]
-    assert 0 < drift[0] < drift[-1], "from the start's weights"
+    assert 0 < drift[0] < drift[-1], "measured from the weights at the start"
     assert all(line["figures"]["response nll"]["low"] is not None for line in lines)
     mine, other = weights(tmp_path / "run"), weights(finished)
     assert all(torch.equal(mine[name], other[name]) for name in other)
@@ -32,10 +32,10 @@ def test_a_watched_run_learns_what_an_unwatched_one_does(finished, tmp_path):
 @pytest.mark.parametrize(
     ("suites", "changes", "message"),
     [
-        (("hints",), {}, "'hints' can't be watched; known are segments"),
+        (("hints",), {}, r"'hints' is not a suite for evaluation during training \(known: segments"),
         (("early",), {"engine": {"precision": "fp32", "device": "cpu", "zero_stage": 3}}, "zero_stage 3"),
     ],
 )
-def test_refuses(tmp_path, suites, changes, message):
+def test_unsupported_settings_are_refused(tmp_path, suites, changes, message):
     with pytest.raises(ConfigError, match=message):
-        run(load_config(tiny(tmp_path, **changes)), EvalCallback(suites, every_steps=1))
+        run(load_config(tiny(tmp_path, **changes)), [EvalCallback(suites, every_steps=1)])
