@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from delib_fast.data import Example, PackedBatch, Row, Segment, evaluation_batches
 from delib_fast.data.encode.encoder import encoder_for
-from delib_fast.models import TrainableLM
+from delib_fast.models import TrainableLM, eval_mode
 from delib_fast.models.attention import packed_inputs
 
 PROMPT_SHARING = "variants of one prompt are packed with the prompt once, where the model's attention allows"
@@ -102,7 +102,7 @@ class Scorer:
     def losses(self, examples: Sequence[Example], segments: Sequence[Segment] = ANSWER) -> list[TokenLosses]:
         """Losses of every token of these segments, one entry an example, in their order."""
         found: list[TokenLosses | None] = [None] * len(examples)
-        with frozen(self.model):
+        with eval_mode(self.model):
             for batch in self.batches(examples, segments):
                 output = self.model(batch.to(self.device))
                 nll, correct = output.nll.double().cpu().numpy(), output.correct.cpu().numpy()
@@ -131,20 +131,6 @@ class Scorer:
 def hidden_states(model: TrainableLM, batch: PackedBatch) -> Tensor:
     """(T, H) what the head of the model would be given for this pack."""
     return model.model.base_model(**packed_inputs(batch, model.attention_backend)).last_hidden_state.squeeze(0)
-
-
-@contextlib.contextmanager
-def frozen(*models: nn.Module) -> Iterator[None]:
-    """No gradients and no dropout inside; the training mode of every module is put back."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def adapters(model: nn.Module) -> list[Any]:

@@ -4,6 +4,7 @@ from delib_fast.models.attention import UnsupportedModelError
 from delib_fast.models.build import build_model
 from delib_fast.models.cost import StepCost
 from delib_fast.models.deferred import build_deferred
+from delib_fast.models.eval_mode import eval_mode
 from delib_fast.models.export import export_model
 from delib_fast.models.isolation import LeakError, check_isolation
 from delib_fast.models.layers import resolve_layers
@@ -32,6 +33,7 @@ __all__ = [
     "build_model",
     "build_tokenizer",
     "check_isolation",
+    "eval_mode",
     "export_adapter",
     "export_model",
     "load_adapter",

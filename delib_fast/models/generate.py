@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from delib_fast.models.attention import NAME
+from delib_fast.models.eval_mode import eval_mode
 from delib_fast.models.lm import TrainableLM
 
 # Attention with a key-value cache and left padding. Packed attention has neither.
@@ -54,7 +55,7 @@ def generate_ids(
         raise ValueError("a prompt has no tokens; generation needs at least one")
     replies: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    with stock(model) as plain, _evaluating(plain):
+    with stock(model) as plain, eval_mode(plain):
         _check_room(plain, max(map(len, prompts), default=0), sampling)
         config = _generation_config(sampling, end_ids, pad_id)
         devices = [plain.device] if plain.device.type == "cuda" else []
@@ -98,18 +99,6 @@ def stock(model: TrainableLM | PreTrainedModel) -> Iterator[PreTrainedModel]:
         inner.set_submodule(model._head_name, fused)
         inner.set_attn_implementation(NAME)
         inner.config.use_cache = False
-
-
-@contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _generation_config(sampling: Sampling, end_ids: Sequence[int], pad_id: int) -> GenerationConfig:

@@ -8,6 +8,7 @@ may notice.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from delib_fast.data import PackedBatch
+from delib_fast.models.eval_mode import eval_mode
 from delib_fast.models.lm import TrainableLM
 from delib_fast.models.ulysses import gather_tokens
 
@@ -143,17 +145,13 @@ class _Probe:
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, lengths: Sequence[int], prefix: tuple[int, ...] | None = None) -> Tensor:
-        modes = {module: module.training for module in self._trainable.modules()}
         devices = [self._device] if self._device.type == "cuda" else []
-        try:
-            if self._eval_mode:
-                self._trainable.eval()
-            with torch.random.fork_rng(devices=devices):
-                torch.manual_seed(0)  # dropout elsewhere in the model is then the same in every pass
-                return self._nll(_pack(tokens, lengths, prefix)).double().cpu()
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        mode: contextlib.AbstractContextManager[None] = (
+            eval_mode(self._trainable) if self._eval_mode else contextlib.nullcontext()
+        )
+        with mode, torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)  # dropout elsewhere in the model is then the same in every pass
+            return self._nll(_pack(tokens, lengths, prefix)).double().cpu()
 
     def _nll(self, pack: PackedBatch) -> Tensor:
         if self._group is None:

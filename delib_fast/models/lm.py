@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from delib_fast.data import PackedBatch
 from delib_fast.models import ulysses
 from delib_fast.models.attention import NAME, UnsupportedModelError, packed_inputs, unsupported, why_not_share_prompts
+from delib_fast.models.eval_mode import eval_mode
 from delib_fast.models.layers import plug_layers
 from delib_fast.ops import FusedLossHead, LossOutput
 
@@ -186,7 +187,6 @@ class _Echo(nn.Module):
         return hidden
 
 
-@torch.no_grad()
 def check_logits(model: PreTrainedModel, head_name: str) -> None:
     """Refuses a model whose logits are not head(base_model(…)) with the factor and the cap of `logit_options`,
     whatever its config calls the difference.
@@ -197,21 +197,19 @@ def check_logits(model: PreTrainedModel, head_name: str) -> None:
     """
     if any(p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") for p in model.parameters()):
         return
-    head, modes = model.get_submodule(head_name), {module: module.training for module in model.modules()}
+    head = model.get_submodule(head_name)
     input_ids = torch.arange(_PROBE_TOKENS, device=next(model.parameters()).device).unsqueeze(0)
     model.set_submodule(head_name, _Echo())
     try:
-        model.eval()
-        logits = model(input_ids=input_ids, use_cache=False).logits
-        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        with eval_mode(model):
+            logits = model(input_ids=input_ids, use_cache=False).logits
+            hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
     except RuntimeError:  # some kernels refuse stand-ins (`models.deferred`); a rank that has the weights says more
         if any(hasattr(p, "deferred") for p in model.parameters()):
             return
         raise
     finally:
         model.set_submodule(head_name, head)
-        for module, training in modes.items():
-            module.training = training
     if logits.shape != hidden.shape or not _is_shaped(hidden, logits, **logit_options(model)):
         raise UnsupportedModelError(
             f"the logits of {type(model).__name__} are not its head applied to its hidden states: it changes "

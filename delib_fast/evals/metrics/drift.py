@@ -13,8 +13,8 @@ from torch import Tensor
 
 from delib_fast.data import Row, Segment
 from delib_fast.evals.intervals import Estimate, ratio
-from delib_fast.evals.scoring import Scorer, adapters_off, frozen, hidden_states
-from delib_fast.models import TrainableLM
+from delib_fast.evals.scoring import Scorer, adapters_off, hidden_states
+from delib_fast.models import TrainableLM, eval_mode
 from delib_fast.ops import FusedLossHead
 
 CHUNK_TOKENS = 256
@@ -59,7 +59,7 @@ def drift_from_base(
     segments = [s for s in (Segment.COT, Segment.RESPONSE) if any((e.segments[1:] == s).any() for e in examples)]
     sums = np.zeros((len(examples), len(Segment), 4))
     models = [scorer.model] if base is None else [scorer.model, base]
-    with frozen(*models):
+    with eval_mode(*models):
         for batch, hidden in scorer.batched_hidden(examples, segments):
             with adapters_off(scorer.model) if base is None else contextlib.nullcontext():
                 base_hidden = hidden_states(scorer.model if base is None else base, batch)
