@@ -50,6 +50,7 @@ from step_cases import SHAPES, Workload, padded_batches
 from torch import Tensor
 from torch.nn import functional as F
 
+from delib_fast.config.dtypes import DTYPES
 from delib_fast.engine import Engine
 from delib_fast.models import StepCost, TrainableLM
 from delib_fast.models.build import DTYPES

@@ -24,6 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from delib_fast.config import ConfigError, ModelConfig
+from delib_fast.config.dtypes import DTYPES
 from delib_fast.models.attention import unsupported
 from delib_fast.models.hub import why_not_loaded
 from delib_fast.models.progress_bar import without_progress_bar
@@ -33,8 +34,6 @@ from delib_fast.models.tokenizer import IM_END
 _VOCABULARY_MULTIPLE = 64
 # Keys that configs take without naming them as fields: older spellings that transformers translates.
 _OLDER_KEYS = {"model_type", "rope_theta", "rope_scaling", "torch_dtype", "tie_word_embeddings", "dtype"}
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_model(

@@ -29,7 +29,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import cached_files
 
 from delib_fast.config import ConfigError, ModelConfig
-from delib_fast.models.build import DTYPES, build_model, checked, new_model
+from delib_fast.config.dtypes import DTYPES
+from delib_fast.models.build import build_model, checked, new_model
 
 # Of every stand-in. Not 0, so that a forward pass of it (`lm.check_logits`) says something of the architecture.
 _VALUE = 0.01

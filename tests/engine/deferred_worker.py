@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from delib_fast.config import ModelConfig
+from delib_fast.config.dtypes import DTYPES
 from delib_fast.engine import Ranks
 from delib_fast.engine.sharding import shard_parameters
 from delib_fast.models import TrainableLM, build_deferred, build_model, train_tokenizer
