@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from delib_fast.data import Example, PackedBatch, Row, Segment, evaluation_batches
 from delib_fast.data.encode.encoder import encoder_for
 from delib_fast.models import TrainableLM, eval_mode
-from delib_fast.models.attention import packed_inputs
 
 PROMPT_SHARING = "variants of one prompt are packed with the prompt once, where the model's attention allows"
 ANSWER = (Segment.COT, Segment.RESPONSE, Segment.DOCUMENT)
@@ -125,12 +124,7 @@ class Scorer:
         """Each pack on the device with the hidden states (T, H) of its tokens."""
         for batch in self.batches(examples, segments):
             moved = batch.to(self.device)
-            yield moved, hidden_states(self.model, moved)
-
-
-def hidden_states(model: TrainableLM, batch: PackedBatch) -> Tensor:
-    """(T, H) what the head of the model would be given for this pack."""
-    return model.model.base_model(**packed_inputs(batch, model.attention_backend)).last_hidden_state.squeeze(0)
+            yield moved, self.model.hidden(moved)
 
 
 def adapters(model: nn.Module) -> list[Any]:

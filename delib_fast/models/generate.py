@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from delib_fast.models.attention import NAME
 from delib_fast.models.eval_mode import eval_mode
 from delib_fast.models.lm import TrainableLM
 
@@ -55,7 +54,7 @@ def generate_ids(
         raise ValueError("a prompt has no tokens; generation needs at least one")
     replies: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    with stock(model) as plain, eval_mode(plain):
+    with _ready_to_generate(model) as plain:
         _check_room(plain, max(map(len, prompts), default=0), sampling)
         config = _generation_config(sampling, end_ids, pad_id)
         devices = [plain.device] if plain.device.type == "cuda" else []
@@ -70,35 +69,18 @@ def generate_ids(
 
 
 @contextlib.contextmanager
-def stock(model: TrainableLM | PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The model as transformers made it, with a cache and an attention for it; a `TrainableLM` is patched again after.
-
-    Its weights are the same Parameters throughout.
-    """
-    if not isinstance(model, TrainableLM):
-        attention, model.config.use_cache = model.config._attn_implementation, True
-        model.set_attn_implementation(_ATTENTION)
+def _ready_to_generate(model: TrainableLM | PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The transformers model, in evaluation mode, with an attention and a cache that can generate."""
+    with model.unpatched() if isinstance(model, TrainableLM) else contextlib.nullcontext(model) as plain:
+        attention, use_cache = plain.config._attn_implementation, plain.config.use_cache
+        plain.set_attn_implementation(_ATTENTION)
+        plain.config.use_cache = True
         try:
-            yield model
+            with eval_mode(plain):
+                yield plain
         finally:
-            model.config.use_cache = False
-            model.set_attn_implementation(attention)
-        return
-    if model._stock is None:
-        raise ValueError("this TrainableLM has been unpatched; sample from what unpatch() returned")
-    fused, inner = model.head, model.model
-    linear = model._stock[0]
-    linear.weight = fused.weight
-    linear.register_parameter("bias", fused.bias)
-    inner.set_submodule(model._head_name, linear)
-    inner.set_attn_implementation(_ATTENTION)
-    inner.config.use_cache = True
-    try:
-        yield inner
-    finally:
-        inner.set_submodule(model._head_name, fused)
-        inner.set_attn_implementation(NAME)
-        inner.config.use_cache = False
+            plain.config.use_cache = use_cache
+            plain.set_attn_implementation(attention)
 
 
 def _generation_config(sampling: Sampling, end_ids: Sequence[int], pad_id: int) -> GenerationConfig:

@@ -9,7 +9,8 @@ Sizes: T packed tokens, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -90,9 +91,13 @@ class TrainableLM(nn.Module):
                 + ("a whole one" if batch.shard is None else f"one of {batch.shard.size} parts")
                 + "; give PackedDataLoader sequence_parallel, or TrainableLM sequence_group"
             )
+        return self.head(self.hidden(batch), batch.targets, batch.loss_weights, batch.loss_positions)
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """The hidden states (T, H) of a pack, as the head receives them."""
         inputs = packed_inputs(batch, self.attention_backend, self.sequence_group)
-        hidden = self.model.base_model(**inputs).last_hidden_state
-        return self.head(hidden.squeeze(0), batch.targets, batch.loss_weights, batch.loss_positions)
+        states: Tensor = self.model.base_model(**inputs).last_hidden_state
+        return states.squeeze(0)
 
     @property
     def head(self) -> FusedLossHead:
@@ -112,8 +117,29 @@ class TrainableLM(nn.Module):
 
     def unpatch(self) -> PreTrainedModel:
         """Give the model back as it was: its own head (around the trained weight), attention and cache."""
+        self._restore_stock()
+        self._unplug_layers()
+        self._stock = None
+        return self.model
+
+    @contextlib.contextmanager
+    def unpatched(self) -> Iterator[PreTrainedModel]:
+        """The transformers model with its own head, attention and cache setting; patched again on exit.
+
+        Its weights are the same Parameters throughout. Raises ValueError after `unpatch`.
+        """
+        fused = self.head
+        self._restore_stock()
+        try:
+            yield self.model
+        finally:
+            self.model.set_submodule(self._head_name, fused)
+            self.model.set_attn_implementation(NAME)
+            self.model.config.use_cache = False
+
+    def _restore_stock(self) -> None:
         if self._stock is None:
-            raise ValueError("this TrainableLM has been unpatched already; wrap the model again to train it")
+            raise ValueError("this TrainableLM has been unpatched already; use the model that unpatch() returned")
         linear, attention, use_cache = self._stock
         # the same Parameters, unless somebody replaced them in the meantime
         linear.weight = self.head.weight
@@ -121,9 +147,6 @@ class TrainableLM(nn.Module):
         self.model.set_submodule(self._head_name, linear)
         self.model.set_attn_implementation(attention)
         self.model.config.use_cache = use_cache
-        self._unplug_layers()
-        self._stock = None
-        return self.model
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableLM:
         """Casts (`.bfloat16()`, `.to(dtype)`) reach the parameters and leave buffers in their precision.

@@ -9,7 +9,7 @@ from eval_models import make_model
 from delib_fast.data import Message
 from delib_fast.data.encode.encoder import encoder_for
 from delib_fast.evals.sampling import Sampler, parse_reply
-from delib_fast.models.generate import Sampling, generate_ids, stock
+from delib_fast.models.generate import Sampling, generate_ids
 
 CHATS = [[Message("user", "How are you?")], [Message("user", "What is it that you would like to say about this?")]]
 
@@ -22,7 +22,7 @@ def model(tokenizer):
 def greedy(model, prompt, steps, ends):
     """One token at a time, the whole prefix again each time, no cache."""
     ids = list(prompt)
-    with stock(model) as plain, torch.no_grad():
+    with model.unpatched() as plain, torch.no_grad():
         for _ in range(steps):
             ids.append(int(plain(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
             if ids[-1] in ends:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from delib_fast.data import Row, Segment
 from delib_fast.evals.intervals import Estimate, ratio
-from delib_fast.evals.scoring import Scorer, adapters_off, hidden_states
+from delib_fast.evals.scoring import Scorer, adapters_off
 from delib_fast.models import TrainableLM, eval_mode
 from delib_fast.ops import FusedLossHead
 
@@ -62,7 +62,7 @@ def drift_from_base(
     with eval_mode(*models):
         for batch, hidden in scorer.batched_hidden(examples, segments):
             with adapters_off(scorer.model) if base is None else contextlib.nullcontext():
-                base_hidden = hidden_states(scorer.model if base is None else base, batch)
+                base_hidden = (scorer.model if base is None else base).hidden(batch)
             at = batch.loss_positions
             figures = _compare(
                 hidden[at],
