@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from delib_fast.config import AFTConfig, Config, ConfigError, LoraConfig, ModelConfig, SourceConfig, TokenizerConfig
+from delib_fast.config import AFTConfig, Config, ConfigError, LoraConfig, ModelConfig, SourceConfig
 from delib_fast.config.load import parse_config, read_yaml
 from delib_fast.data import Row, Source, read_source
 from delib_fast.evals.metrics.segments import categories_of
 from delib_fast.evals.scoring import Scorer
 from delib_fast.evals.settings import EvalConfig
-from delib_fast.models import TrainableLM, adapter_settings, add_adapter, build_model, build_tokenizer, load_adapter
+from delib_fast.models import TrainableLM, adapter_settings, add_adapter, build_model, load_adapter, load_tokenizer
 from delib_fast.training.dataset import held_out_rows, source_of
 
 
@@ -77,13 +77,7 @@ class EvalTarget:
     def tokenizer(self) -> Any:
         """Of the model folder; of an adapter's folder where peft's user saved one there, else of its base."""
         own = self.adapter is None or (self.folder / "tokenizer_config.json").exists()
-        return build_tokenizer(
-            Config.model_construct(
-                tokenizer=TokenizerConfig(),  # type: ignore[call-arg]
-                model=ModelConfig(path=str(self.folder) if own else self.under),
-            ),
-            lambda: iter(()),
-        )
+        return load_tokenizer(str(self.folder) if own else self.under)
 
     @property
     def under(self) -> str:

@@ -19,7 +19,7 @@ from delib_fast.models.lora import (
 )
 from delib_fast.models.recompute import recompute
 from delib_fast.models.shape import ModelShape, model_shape
-from delib_fast.models.tokenizer import build_tokenizer, train_tokenizer
+from delib_fast.models.tokenizer import build_tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
     "LeakError",
@@ -37,6 +37,7 @@ __all__ = [
     "export_adapter",
     "export_model",
     "load_adapter",
+    "load_tokenizer",
     "merged_weights",
     "model_shape",
     "recompute",

@@ -43,8 +43,10 @@ def build_tokenizer(config: Config, texts: Callable[[], Iterable[str]]) -> PreTr
     else:
         path = config.tokenizer.path or config.model.path
         assert path is not None, "Config checks that a new model brings a tokenizer"
-        tokenizer = _load(
-            path, "tokenizer.path" if config.tokenizer.path else "model.path", config.model.trust_remote_code
+        tokenizer = load_tokenizer(
+            path,
+            key="tokenizer.path" if config.tokenizer.path else "model.path",
+            trust_remote_code=config.model.trust_remote_code,
         )
     if config.tokenizer.chat_template is not None:
         tokenizer.chat_template = _read_template(Path(config.tokenizer.chat_template))
@@ -91,7 +93,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def _load(path: str, key: str, trust_remote_code: bool) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str, *, key: str = "model.path", trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from a folder or a hub name; its end-of-text token also pads if it has no padding token.
+
+    Args:
+        key: the configuration key that gives the path, for error messages.
+    Raises:
+        ConfigError: the tokenizer cannot be loaded, is not a fast one, or has no end-of-text token.
+    """
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
