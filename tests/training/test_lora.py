@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from helpers.launch import ROOT
+from helpers.small_models import documents, pack, tiny_qwen3
 from helpers.tiny_run import DATA, run, tiny
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -19,17 +20,7 @@ from delib_fast.config.load import load_config
 from delib_fast.models import StepCost, TrainableLM, add_adapter, build_model, load_adapter
 from delib_fast.models.build import _nf4_config
 
-ARCHITECTURE = {
-    "model_type": "qwen3",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "vocab_size": 512,
-    "initializer_range": 0.1,
-}
+ARCHITECTURE = tiny_qwen3(vocab_size=512, initializer_range=0.1)
 SMALL = ["stages.msm.max_steps=3", "stages.aft.max_steps=3"]
 
 
@@ -239,8 +230,6 @@ def test_refuses_settings(overrides, message):
 
 def test_frozen_head_makes_no_weight_gradient(monkeypatch):
     """One of the head's three matrix products is only for its weight's gradient; a frozen head skips it."""
-    from helpers.small_models import documents, pack
-
     op = sys.modules["delib_fast.ops.linear_cross_entropy"]  # the package's attribute of that name is the function
     wanted = []
     monkeypatch.setattr(
