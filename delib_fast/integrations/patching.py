@@ -268,23 +268,28 @@ def apply(
     check_layers(layers, next(inner.parameters()).device)
     if reason := (unsupported(inner) if attention else None) or (unsupported_head(inner) if loss else None):
         raise UnsupportedModelError(reason)
-    head: Any = inner.get_output_embeddings()
     if loss:
+        head = inner.get_output_embeddings()
         check_logits(inner, next(name for name, module in inner.named_modules() if module is head))
     changes = _Applied(patches=patch_layers(inner, layers), attention=[])
-    forwards: list[ForwardPatch] = []
     if loss:
-        forwards += [_HeadForward(head, backend=loss_backend, **logit_options(inner)), _ModelForward(inner)]
+        changes.patches += _patch_loss(inner, loss_backend)
     if attention:
-        forwards.append(_BaseForward(inner.base_model, attention_backend))  # type: ignore[arg-type]
+        changes.patches.append(_BaseForward(inner.base_model, attention_backend))  # type: ignore[arg-type]
+        changes.patches[-1].install()
         for config in configs_with_attention(inner):
             changes.attention.append((config, config._attn_implementation))
             set_attention(config, switching_name(config._attn_implementation))
-    for patch in forwards:
-        patch.install()
-    changes.patches += forwards
     vars(inner)[_APPLIED] = changes
     return model
+
+
+def _patch_loss(model: PreTrainedModel, backend: str) -> list[ForwardPatch]:
+    head = _HeadForward(model.get_output_embeddings(), backend=backend, **logit_options(model))
+    patches: list[ForwardPatch] = [head, _ModelForward(model)]
+    for patch in patches:
+        patch.install()
+    return patches
 
 
 def unapply(model: nn.Module) -> nn.Module:

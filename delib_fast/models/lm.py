@@ -166,7 +166,7 @@ class TrainableLM(nn.Module):
         too little or too much.
         """
         precise = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
-        super()._apply(fn, recurse)
+        nn.Module._apply(self, fn, recurse)
         for name, buffer in precise.items():
             owner, _, leaf = name.rpartition(".")
             module = self.get_submodule(owner)

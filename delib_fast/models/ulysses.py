@@ -44,7 +44,8 @@ def to_heads(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> tuple
     """
     if reason := why_not(q.shape[1], k.shape[1], dist.get_world_size(group)):
         raise ValueError(reason)
-    heads: tuple[Tensor, Tensor, Tensor] = _ToHeads.apply(q, k, v, group)  # type: ignore[no-untyped-call]
+    apply: Any = _ToHeads.apply
+    heads: tuple[Tensor, Tensor, Tensor] = apply(q, k, v, group)
     return heads
 
 
@@ -53,7 +54,8 @@ def to_tokens(out: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     A collective, forward and backward.
     """
-    tokens: Tensor = _ToTokens.apply(out, group)  # type: ignore[no-untyped-call]
+    apply: Any = _ToTokens.apply
+    tokens: Tensor = apply(out, group)
     return tokens
 
 

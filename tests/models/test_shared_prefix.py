@@ -107,14 +107,14 @@ def test_a_sliding_window_includes_the_prefix() -> None:
 def examples() -> list[Example]:
     """Examples for the loader: 4 replies to a prompt of 30, 2 to one of 20, 1 to one of 25, and a document."""
     rng = np.random.default_rng(3)
-    found = []
+    drawn: list[Example] = []
     for n, lengths in ((30, (9, 4, 7, 5)), (20, (6, 3)), (25, (8,)), (0, (12,))):
         prompt = rng.integers(0, VOCAB, n)
         for m in lengths:
             kind = [Segment.DOCUMENT] * m if n == 0 else [Segment.COT] * (m // 2) + [Segment.RESPONSE] * (m - m // 2)
             ids, segments = np.concatenate([prompt, rng.integers(0, VOCAB, m)]), [Segment.PROMPT] * n + kind
-            found.append(Example(ids.astype(np.int32), np.array(segments, np.int8), f"row {len(found)}", 1 + m % 2 / 2))
-    return found
+            drawn.append(Example(ids.astype(np.int32), np.array(segments, np.int8), f"row {len(drawn)}", 1 + m % 2 / 2))
+    return drawn
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "qwen3 moe"])
@@ -124,7 +124,7 @@ def test_shared_prompts_of_the_loader_train_as_separate_rows(name, checkpointed)
     model = build(name)
     if checkpointed:
         enable_activation_checkpointing(model)
-    found = []
+    results = []
     for share in (False, True):
         batches = PackedDataLoader(
             examples(),
@@ -157,8 +157,8 @@ def test_shared_prompts_of_the_loader_train_as_separate_rows(name, checkpointed)
             for pack in packs
             for t in pack.loss_positions.tolist()
         ]
-        found.append((dict(zip(owner, nll[rows].tolist(), strict=True)), grads))
-    (plain, plain_gradients), (shared, shared_gradients) = found
+        results.append((dict(zip(owner, nll[rows].tolist(), strict=True)), grads))
+    (plain, plain_gradients), (shared, shared_gradients) = results
     assert plain.keys() == shared.keys()
     off = max(abs(plain[key] - shared[key]) for key in plain) / max(plain.values())
     worst, whose = largest_deviation(shared_gradients, plain_gradients)
