@@ -107,7 +107,7 @@ def test_a_wrapped_forward_stays_and_passes_calls_on(counter, caplog) -> None:
 def test_rejects(counter) -> None:
     with pytest.raises(ValueError, match="layers='fast' does not exist; choose from eager, compile, liger"):
         TrainableLM(build("qwen3"), layers="fast")
-    with pytest.raises(ConfigError, match=r"model.layers is compile, and ZeRO stage 3.*engine.zero_stage: 2"):
+    with pytest.raises(ConfigError, match=r"model.layers is compile, but ZeRO stage 3.*engine.zero_stage: 2"):
         parse_config(
             {
                 "run_dir": "r",
