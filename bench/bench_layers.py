@@ -27,7 +27,7 @@ pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from delib_fast.models.layers import plug_layers, why_not_liger
+from delib_fast.models.layers import patch_layers, why_not_liger
 
 # {name: (hidden size, intermediate size, heads, key-value heads, head size)}: the quickstart's model, Qwen3 0.6B and 8B
 SHAPES = {"256": (256, 768, 8, 4, 32), "1024": (1024, 3072, 16, 8, 128), "4096": (4096, 12288, 32, 8, 128)}
@@ -175,7 +175,7 @@ def bench_block(benchmark: BenchmarkFixture, quick: bool, contender: str, dtype:
         pytest.skip(reason)
     block, other = make_block(shape, dtype), Block(shape, dtype)
     torch._dynamo.reset()
-    plug_layers(other.model, contender)
+    patch_layers(other.model, contender)
     other.run()  # the first pass of a block is eager, the second compiles
     compile_s = seconds(other.run)
     compare(

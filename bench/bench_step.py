@@ -50,9 +50,9 @@ from step_cases import SHAPES, Workload, padded_batches
 from torch import Tensor
 from torch.nn import functional as F
 
+from delib_fast.config.dtypes import DTYPES
 from delib_fast.engine import Engine
 from delib_fast.models import StepCost, TrainableLM
-from delib_fast.models.build import DTYPES
 from delib_fast.training.throughput import device_peak
 
 Contender = tuple[Callable[[], float], Callable[[], None]]

@@ -10,7 +10,7 @@ __all__ = ["applied", "apply", "unapply"]
 
 
 def __getattr__(name: str) -> Any:
-    """`delib_fast.apply` and its kin, imported when first asked for: `import delib_fast` needs nothing."""
+    """Import `apply`, `applied` and `unapply` on first use, so that `import delib_fast` imports nothing else."""
     if name in __all__:
         from delib_fast.integrations import patching
 

@@ -21,10 +21,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
+_MAX_LISTED = 40
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint to append to an error: ` (did you mean 'x'?)` if a known word is close, else the known words."""
+    """A hint to append to an error: ` (did you mean 'x'?)` if a known word is close, else the known words.
+
+    More than 40 known words are not listed; the hint is then empty.
+    """
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if close:
         return f" (did you mean {close[0]!r}?)"
-    return f" (known: {', '.join(sorted(known))})" if known else ""
+    return f" (known: {', '.join(sorted(known))})" if 0 < len(known) <= _MAX_LISTED else ""

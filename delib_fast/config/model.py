@@ -1,4 +1,4 @@
-"""The model section of the configuration: which weights, what of them is trained, and how it is computed."""
+"""The model section of the configuration: which weights to start from, which are trained, and how they run."""
 
 from __future__ import annotations
 
@@ -10,55 +10,66 @@ from delib_fast.config.base import Section
 
 
 class LoraConfig(Section):
-    """Train a low-rank adapter beside frozen weights: W·x + s·B·(A·x), where s is alpha/r. The defaults are those of
+    """Train a low-rank adapter next to frozen weights: W·x + s·B·(A·x) with s = alpha/r. The defaults are those of
     the published recipe of model spec midtraining."""
 
     r: PositiveInt = 64
     """Rank of A and B."""
     alpha: float = Field(128.0, gt=0)
+    """Scale of the adapter: its output is multiplied by alpha/r."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Of what goes into A."""
+    """Dropout probability on the input of A."""
     rslora: bool = False
-    """s = alpha/√r instead of alpha/r."""
+    """Scale the adapter by alpha/√r instead of alpha/r."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Every nn.Linear of the trunk (attention and MLP, never lm_head or embeddings), or names such as q_proj."""
+    """Which nn.Linear modules to adapt. `all-linear`: all of the trunk (attention and MLP, never lm_head or the
+    embeddings). Or a list of module names such as q_proj."""
     path: str | None = None
-    """A peft adapter folder of the same base model and the same settings, for the first stage to go on with."""
+    """A peft adapter folder that the first stage continues training. It must belong to the same base model and have
+    the same settings."""
     quantize: Literal["none", "nf4"] = "none"
-    """Keep the frozen matrices in 4 bits (QLoRA; needs bitsandbytes)."""
+    """Keep the frozen matrices in 4 bits (QLoRA). `nf4` needs bitsandbytes."""
 
 
 class ModelConfig(Section):
-    """The model to start from: a Hugging Face folder or name, or a new one from an architecture."""
+    """The model to start from: a Hugging Face folder or hub name, or a new model of some architecture."""
 
     path: str | None = None
-    """A Hugging Face model folder, or a hub name."""
+    """A Hugging Face model folder or hub name."""
     architecture: dict[str, Any] | None = None
-    """A Hugging Face config as a mapping, `model_type` first: a new model with random weights."""
+    """A Hugging Face config as a mapping with `model_type`: start from a new model with random weights."""
     attention: Literal["auto", "reference", "cpu", "torch", "flash"] = "auto"
-    """Backend of `ops.varlen_attention`."""
+    """Backend of `ops.varlen_attention`. `auto` takes the fastest that can run."""
     loss: Literal["auto", "reference", "cpu", "triton"] = "auto"
-    """Backend of `ops.linear_cross_entropy`."""
-    layers: Literal["auto", "eager", "compile", "liger"] = "auto"
-    """How a block runs its norms, rotary positions and SwiGLU: as transformers writes them; with `torch.compile` of the
-    block, which takes a minute once and must not be sharded by ZeRO stage 3; with Liger's kernels (GPU); or by what was
-    measured to be faster on the device (bench/README.md)."""
+    """Backend of `ops.linear_cross_entropy`. `auto` takes the fastest that can run."""
+    layers: Literal["eager", "compile", "liger"] = "eager"
+    """How a decoder block runs its norms, rotary positions and SwiGLU. `eager`: transformers' code. `compile`:
+    `torch.compile` of each block, which takes about a minute once; not with ZeRO stage 3. `liger`: Liger's kernels, on
+    a GPU."""
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
-    """What a layer keeps for the backward pass: everything; its input and what its attention gave (selective); its
-    input (full). The rest is computed again. `auto` is the least of it that fits into `engine.memory_gib`."""
+    """What a layer keeps for the backward pass, which recomputes the rest. `none`: everything. `selective`: its input
+    and the output of its attention. `full`: its input. `auto`: the least recomputation that fits into
+    `engine.memory_gib`."""
     activation_offload: bool = False
-    """With selective or full: keep the layers' inputs in the host's memory."""
+    """With selective or full activation checkpointing: keep the layers' inputs in host memory."""
     mlp_tiles: PositiveInt = 1
-    """Run each MLP in so many parts of the pack, one after another: for very long packs."""
+    """Run each MLP on this many tiles of the pack's tokens, one after another, to save memory for very long packs."""
     lora: LoraConfig | None = None
-    """Train an adapter and leave the weights as they are; by default every weight is trained."""
+    """Train an adapter and freeze the model's weights. By default every weight is trained."""
     trust_remote_code: bool = False
-    """Run Python code that a model folder brings. Off unless asked for."""
+    """Run Python code that comes with a model folder or hub repository."""
 
     @field_validator("activation_checkpointing", mode="before")
     @classmethod
-    def _yes_or_no(cls, value: Any) -> Any:
+    def _bool_is_full_or_none(cls, value: Any) -> Any:
         return {True: "full", False: "none"}.get(value, value) if isinstance(value, bool) else value
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _auto_is_removed(cls, value: Any) -> Any:
+        if value == "auto":
+            raise ValueError("auto was removed; write eager (the default) or compile")
+        return value
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
@@ -68,6 +79,10 @@ class ModelConfig(Section):
             )
         if self.architecture is not None and "model_type" not in self.architecture:
             raise ValueError("model.architecture needs model_type, e.g. model_type: qwen3")
+        return self
+
+    @model_validator(mode="after")
+    def _options_fit_together(self) -> ModelConfig:
         if self.activation_offload and self.activation_checkpointing == "none":
             raise ValueError(
                 "model.activation_offload moves what activation checkpointing keeps: set "
@@ -75,10 +90,9 @@ class ModelConfig(Section):
             )
         if self.layers == "compile" and (self.activation_checkpointing == "selective" or self.mlp_tiles > 1):
             raise ValueError(
-                "model.layers: a compiled block is one piece, of which activation_checkpointing: "
-                "selective and mlp_tiles see nothing; set layers to eager, or activation_checkpointing to "
-                "full"
+                "model.layers: a compiled block is one piece, and activation_checkpointing: selective and mlp_tiles "
+                "cannot see inside it; set layers to eager, or activation_checkpointing to full and mlp_tiles to 1"
             )
         if self.lora is not None and self.lora.quantize != "none" and self.path is None:
-            raise ValueError("model.lora.quantize needs model.path: there is nothing to keep in 4 bits of a new model")
+            raise ValueError("model.lora.quantize needs model.path: a new model has no weights to keep in 4 bits")
         return self

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from delib_fast.config import Config, ModelConfig, TokenizerConfig
+from delib_fast.config import ModelConfig
 from delib_fast.datagen.request_log import Answer, Request
 from delib_fast.datagen.settings import EndpointSettings
 
@@ -23,16 +23,13 @@ _GATHER_S = 0.02  # how long the first request of a batch waits for others
 
 class TransformersBackend:
     def __init__(self, settings: EndpointSettings) -> None:
-        from delib_fast.models import build_model, build_tokenizer  # the only way to transformers
+        from delib_fast.models import build_model, load_tokenizer  # the only way to transformers
 
-        model_config = ModelConfig(path=settings.model)
-        # build_tokenizer reads the model's and the tokenizer's part; there is no run around them here.
-        config = Config.model_construct(model=model_config, tokenizer=TokenizerConfig())  # type: ignore[call-arg]
-        self._tokenizer: Any = build_tokenizer(config, tuple)
+        self._tokenizer: Any = load_tokenizer(settings.model)
         self._tokenizer.padding_side = "left"  # as an argument of apply_chat_template it is passed over in silence
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if self._device == "cuda" else torch.float32
-        model: Any = build_model(model_config, self._tokenizer, dtype=dtype)
+        model: Any = build_model(ModelConfig(path=settings.model), self._tokenizer, dtype=dtype)
         self._model = model.to(self._device).eval()
         self._batch = settings.concurrency
         self._limit = settings.token_limit_name

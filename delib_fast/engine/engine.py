@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from delib_fast.checkpoint.format import Checkpoint, load_newest, remove_leftovers
 from delib_fast.checkpoint.writer import CheckpointWriter, Tensors
 from delib_fast.config import Config, ConfigError, StageBase
+from delib_fast.config.dtypes import DTYPES
 from delib_fast.engine.deepspeed_json import deepspeed_json, effective_zero_stage
 from delib_fast.engine.import_deepspeed import deepspeed
 from delib_fast.engine.loss_scale import defer_loss_scaler
@@ -24,7 +25,6 @@ from delib_fast.engine.ranks import Ranks
 from delib_fast.engine.sharding import refuse_misaligned_swap, shard_parameters
 from delib_fast.engine.state import TrainingState
 from delib_fast.engine.step_guard import StepGuard
-from delib_fast.models.build import DTYPES
 from delib_fast.ops import LossOutput
 
 if TYPE_CHECKING:

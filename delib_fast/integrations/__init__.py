@@ -1,4 +1,4 @@
-"""delib_fast in other trainers: `apply` for any of them, and what HF Trainer, TRL and axolotl need beside it.
+"""delib_fast in other trainers: `apply` for any of them, and what HF Trainer, TRL and axolotl additionally need.
 
-Nothing here is imported unless asked for: `hf`, `trl` and `axolotl` import the trainer of their name.
+Each module is imported only on request: `hf`, `trl` and `axolotl` import the trainer that they are named after.
 """

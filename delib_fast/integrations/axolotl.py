@@ -2,10 +2,10 @@
 
     plugins:
       - delib_fast.integrations.axolotl.Plugin
-    # and where wanted, all true or auto if left out
+    # Optional, with their defaults:
     delib_fast_loss: true
     delib_fast_attention: true
-    delib_fast_layers: auto
+    delib_fast_layers: eager
 
 The hooks are those of axolotl's BasePlugin (`register`, `get_input_args`, `post_model_load`, `post_trainer_create`,
 `post_train`). axolotl imports this module; nothing else does.
@@ -21,8 +21,8 @@ from pydantic import BaseModel
 from delib_fast.integrations import hf
 from delib_fast.integrations.patching import apply, is_applied, unapply
 
-# Each puts a loss or a forward of its own where ours goes, and the last to come would win.
-_RIVALS = (
+# Each of these also replaces the model's loss or forward, and the last one applied would win.
+_CONFLICTING = (
     "cut_cross_entropy",
     "liger_fused_linear_cross_entropy",
     "chunked_cross_entropy",
@@ -35,39 +35,43 @@ class Args(BaseModel):
 
     delib_fast_loss: bool = True
     delib_fast_attention: bool = True
-    delib_fast_layers: str = "auto"
+    delib_fast_layers: str = "eager"
 
 
-class Plugin(BasePlugin):
-    """delib_fast.apply on the model that axolotl has loaded, adapters included, and hf.prepare on its trainer."""
+class Plugin(BasePlugin):  # type: ignore[misc]  # axolotl is not among the requirements
+    """Calls delib_fast.apply on the model that axolotl has loaded, adapters included, and hf.prepare on its trainer."""
 
     def get_input_args(self) -> str:
+        """The dotted name of the class that describes the plugin's keys."""
         return f"{__name__}.Args"
 
     def register(self, cfg: Any) -> None:
-        if not _wish(cfg, "loss"):
+        """Raise ValueError if another key replaces the model's loss too."""
+        if not _option(cfg, "loss"):
             return
-        for key in _RIVALS:
+        for key in _CONFLICTING:
             if cfg.get(key):
                 raise ValueError(
-                    f"{key} is on, and so is delib_fast's loss: both replace the model's loss. Turn off "
-                    f"one ({key}: false, or delib_fast_loss: false)"
+                    f"{key} is on, and so is delib_fast's loss: both replace the model's loss. Turn one off "
+                    f"({key}: false, or delib_fast_loss: false)"
                 )
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
-        self.register(cfg)  # keys that axolotl has filled in since
-        apply(model, loss=_wish(cfg, "loss"), attention=_wish(cfg, "attention"), layers=_wish(cfg, "layers"))
+        """Apply delib_fast to the model."""
+        self.register(cfg)  # again, because axolotl has set further keys since
+        apply(model, loss=_option(cfg, "loss"), attention=_option(cfg, "attention"), layers=_option(cfg, "layers"))
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        if _wish(cfg, "loss"):
+        """Prepare the trainer for the fused loss."""
+        if _option(cfg, "loss"):
             hf.prepare(trainer)
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        """What axolotl saves and merges afterwards is the model as it was loaded."""
+        """Restore the model, which axolotl saves and merges afterwards."""
         if is_applied(model):
             unapply(model)
 
 
-def _wish(cfg: Any, key: str) -> Any:
+def _option(cfg: Any, key: str) -> Any:
     value = cfg.get(f"delib_fast_{key}")
     return Args.model_fields[f"delib_fast_{key}"].default if value is None else value

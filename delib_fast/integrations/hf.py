@@ -1,13 +1,13 @@
-"""Hugging Face Trainer: the fused loss, packed attention, and per-token weights that are divided by the right sum.
+"""Hugging Face Trainer: the fused loss, packed attention, and per-token weights divided by the right sum.
 
     trainer = Trainer(model=model, args=args, train_dataset=rows, data_collator=WeightedFlattening())
     hf.prepare(trainer)
     trainer.train()
 
-Why a trainer needs preparing for weights: it divides by `num_items_in_batch`, the *count* of labels of the step. That
-is the sum of the weights only where they are 0 and 1 (and the zeros are labelled -100). With soft weights the loss
-comes out too small, by a factor that changes with every step's mix of tokens. A prepared trainer counts as before, and
-beside that hands the model `loss_normalizer`: the sum of the weights over all accumulated batches and ranks.
+Why weights need a prepared trainer: a Trainer divides by `num_items_in_batch`, the *count* of labels of the step. That
+equals the sum of the weights only if they are 0 and 1 (and the zeros are labelled -100). With soft weights the loss is
+too small, by a factor that changes with the mix of tokens of each step. A prepared trainer counts as before, and also
+passes the model `loss_normalizer`: the sum of the weights over all accumulated batches and ranks.
 """
 
 from __future__ import annotations
@@ -24,15 +24,20 @@ from delib_fast.integrations.patching import apply, is_applied
 
 
 def prepare(trainer: Trainer, **options: Any) -> Trainer:
-    """Apply delib_fast to the trainer's model (`options` as of `delib_fast.apply`), and set what must be set.
+    """Apply delib_fast to the trainer's model, and prepare the trainer for the fused loss.
 
-    `model_accepts_loss_kwargs`, so that losses are divided by the whole step's count; the columns that reach the
-    model (`loss_weights`, `shift_labels`); the sum of weights. A model that has been applied already stays so.
+    It sets `model_accepts_loss_kwargs`, so that losses are divided by the count of the whole step; lets the columns
+    `loss_weights` and `shift_labels` reach the model; and computes the sum of weights. A model that `delib_fast.apply`
+    was applied to before is left as it is.
 
+    Args:
+        options: of `delib_fast.apply`.
+    Returns:
+        `trainer`, changed in place.
     Raises:
-        ValueError: the trainer makes a loss of its own from logits (label smoothing, compute_loss_func), shards the
-            sequence, or runs nn.DataParallel.
-        UnsupportedModelError: as of `delib_fast.apply`.
+        ValueError: the trainer computes a loss of its own from logits (label smoothing, compute_loss_func), shards
+            sequences, or uses nn.DataParallel.
+        UnsupportedModelError: as `delib_fast.apply` does.
     """
     refuse_other_losses(trainer)
     assert trainer.model is not None
@@ -53,39 +58,40 @@ def prepare(trainer: Trainer, **options: Any) -> Trainer:
 
 
 def refuse_other_losses(trainer: Trainer) -> None:
+    """Raise ValueError if the trainer's loss or parallelism does not work with the fused loss; see `prepare`."""
     arguments: Any = trainer.args
     if trainer.compute_loss_func is not None:
         raise ValueError(
-            "the trainer has a compute_loss_func, which takes logits that the fused loss never makes; "
-            "leave it out, or use delib_fast.apply(model, loss=False)"
+            "the trainer has a compute_loss_func, which needs logits that the fused loss never computes; remove it, or "
+            "use delib_fast.apply(model, loss=False)"
         )
     if arguments.label_smoothing_factor:
         raise ValueError(
-            f"label_smoothing_factor is {arguments.label_smoothing_factor}, and the trainer makes that "
-            "loss from logits; set it to 0, or use delib_fast.apply(model, loss=False)"
+            f"label_smoothing_factor is {arguments.label_smoothing_factor}, and the trainer computes that loss from "
+            "logits; set it to 0, or use delib_fast.apply(model, loss=False)"
         )
     if arguments.n_gpu > 1:
         raise ValueError(
-            "the trainer would run nn.DataParallel, whose replicas all call the first one's forward; "
-            "launch it with torchrun or accelerate, one process a GPU"
+            "the trainer would use nn.DataParallel, whose replicas all call the forward of the first one; launch it "
+            "with torchrun or accelerate, one process per GPU"
         )
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
         raise ValueError(
-            "the trainer shards sequences over ranks (context or sequence parallelism), and packed "
-            "attention needs each run whole; turn it off, or use delib_fast.apply(model, attention=False)"
+            "the trainer shards sequences across ranks (context or sequence parallelism), and packed attention needs "
+            "whole sequences; turn it off, or use delib_fast.apply(model, attention=False)"
         )
 
 
 def _add_normalizer(trainer: Trainer, batches: Sequence[Any], device: torch.device) -> None:
-    """Gives each batch that brings weights the step's sum of them, over all micro-batches and ranks."""
+    """Add `loss_normalizer` to batches with weights: the step's sum of weights, over all micro-batches and ranks."""
     weighted = [batch for batch in batches if "loss_weights" in batch]
     if not weighted:
         return
     if len(weighted) < len(batches):
         raise ValueError(
-            "some batches of a step bring loss_weights and some do not; give weights to all (1 where "
-            "there is nothing to weight) or to none"
+            "some batches of a step have loss_weights and some do not; give weights to all (1 for unweighted tokens) "
+            "or to none"
         )
     total = torch.stack([_weight_sum(batch).to(device) for batch in batches]).sum()
     if trainer.args.average_tokens_across_devices and trainer.args.world_size > 1:
@@ -95,18 +101,22 @@ def _add_normalizer(trainer: Trainer, batches: Sequence[Any], device: torch.devi
 
 
 def _weight_sum(batch: Any) -> Tensor:
-    """Of the weights whose label is one: the first label of a row is predicted from nothing."""
-    weights = batch["loss_weights"].to(torch.float32)
+    """The sum of the weights of labels that are targets; the first label of a row is not, as nothing predicts it."""
+    weights: Tensor = batch["loss_weights"].to(torch.float32)
     if "shift_labels" in batch:
-        return weights.masked_fill(batch["shift_labels"] == -100, 0).sum()
-    return weights.masked_fill(batch["labels"] == -100, 0)[..., 1:].sum()
+        shifted: Tensor = batch["shift_labels"]
+        return weights.masked_fill(shifted == -100, 0).sum()
+    targets: Tensor = batch["labels"][..., 1:]
+    return weights[..., 1:].masked_fill(targets == -100, 0).sum()
 
 
 class WeightedFlattening:
     """transformers' DataCollatorWithFlattening, with the kwargs of packed attention and with `loss_weights`.
 
-    Takes rows of `input_ids`, and where they have them `labels` and `loss_weights` (one number a token, of that
-    token as a target); gives one row of them all. The first token of each is no target.
+    It takes rows of `input_ids`, with optional `labels` and `loss_weights` (one number per token, its weight as a
+    target), and joins them into one row of T tokens: `input_ids`, `labels` and `position_ids` (1, T) int64,
+    `loss_weights` (1, T) float32, `cu_seq_lens_q` (rows + 1,) int32. The first token of each row is not a target.
+    Raises ValueError if a row's columns differ in length.
     """
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -114,7 +124,9 @@ class WeightedFlattening:
         for row, length in zip(rows, lengths, strict=True):
             for key in ("labels", "loss_weights"):
                 if key in row and len(row[key]) != length:
-                    raise ValueError(f"a row has {length} input_ids and {len(row[key])} {key}; they must be as many")
+                    raise ValueError(
+                        f"a row has {length} input_ids and {len(row[key])} {key}; the numbers must be equal"
+                    )
         ends = torch.tensor(lengths).cumsum(0)
         starts = ends - torch.tensor(lengths)
         labels = _join([row.get("labels", row["input_ids"]) for row in rows], torch.int64)

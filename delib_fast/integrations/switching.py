@@ -1,9 +1,9 @@
-"""Attention of a model that also has other work than packs: packs go to `ops.varlen_attention`, all else to its own.
+"""Attention of a model that does not only run packs: packs use `ops.varlen_attention`, all other calls its own.
 
-`attention.NAME` refuses whatever is no pack, which is right for a model that only trains. A model that somebody else's
-trainer holds also generates, with a cache, and evaluates. For it transformers finds `delib_fast_or_sdpa` (or whatever
-its own attention is called): who calls it with a pack says so, by `in_a_pack` while masks are made and by the keyword
-`varlen_backend` in each layer, which also holds while a checkpointed layer is computed again.
+`attention.NAME` raises an error for a call that is not a pack, which is right for a model that only trains. A model in
+another trainer also evaluates, and generates with a cache. For it transformers finds `delib_fast_or_sdpa` (or the name
+of its own attention). A caller with a pack marks it: by `in_a_pack` while masks are built, and by the keyword
+`varlen_backend` in each layer, which is also present when a checkpointed layer is recomputed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _packed: ContextVar[bool] = ContextVar("delib_fast_packed", default=False)
 
 @contextmanager
 def in_a_pack() -> Iterator[None]:
-    """While this lasts, masks are not made: the attention of a pack needs none."""
+    """Build no masks inside a block, because packed attention needs none."""
     token = _packed.set(True)
     try:
         yield
@@ -36,7 +36,7 @@ def in_a_pack() -> Iterator[None]:
 
 
 def configs_with_attention(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Every config object by which a part of the model looks up its attention, each once."""
+    """Every config object from which a part of the model takes its attention implementation, each once."""
     found: dict[int, PreTrainedConfig] = {
         id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)
     }
@@ -49,43 +49,47 @@ def configs_with_attention(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 
 def set_attention(config: PreTrainedConfig, name: str | None) -> None:
-    """Only this config, and nothing checked or loaded: the name is one that it had, or one registered here."""
+    """Set the attention of this config only, without checking the name or loading a kernel.
+
+    The name must be one that the config had before, or one registered here.
+    """
     config._attn_implementation_internal = name
 
 
-def switching_name(stock: str | None) -> str:
-    """The name of the attention that does packs by `varlen_attention` and the rest by `stock`."""
-    stock = stock or "eager"
-    if stock.startswith(_PREFIX):
-        return stock
-    name = _PREFIX + stock
+def switching_name(original: str | None) -> str:
+    """Register and name the attention that runs packs by `varlen_attention`, and other calls by `original`."""
+    original = original or "eager"
+    if original.startswith(_PREFIX):
+        return original
+    name = _PREFIX + original
     if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, _attention(stock))
-        AttentionMaskInterface.register(name, _mask(stock))
+        AttentionInterface.register(name, _attention(original))
+        AttentionMaskInterface.register(name, _mask(original))
     return name
 
 
-def _attention(stock: str) -> Callable[..., Any]:
-    def attend_or_stock(
+def _attention(original: str) -> Callable[..., Any]:
+    def attend_or_original(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
         if "varlen_backend" in kwargs:
             return attend(module, query, key, value, attention_mask, **kwargs)
-        return _stock_attention(stock, module)(module, query, key, value, attention_mask, **kwargs)
+        return _original_attention(original, module)(module, query, key, value, attention_mask, **kwargs)
 
-    return attend_or_stock
+    return attend_or_original
 
 
-def _stock_attention(stock: str, module: nn.Module) -> Callable[..., Any]:
-    # Every modeling file has an eager attention of its own, which the interface does not know.
+def _original_attention(original: str, module: nn.Module) -> Callable[..., Any]:
+    # Every modeling file has its own eager attention, which the interface does not know.
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(stock, eager)
+    attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
+    return attention
 
 
-def _mask(stock: str) -> Callable[..., Any]:
+def _mask(original: str) -> Callable[..., Any]:
     def mask_or_none(*args: Any, **kwargs: Any) -> Any:
         if _packed.get():
             return no_mask(*args, **kwargs)
-        return ALL_MASK_ATTENTION_FUNCTIONS[stock](*args, **kwargs)
+        return ALL_MASK_ATTENTION_FUNCTIONS[original](*args, **kwargs)
 
     return mask_or_none

@@ -1,4 +1,4 @@
-"""Models and tokenizers: the only part of the project that knows transformers."""
+"""Models and tokenizers: next to `integrations`, the only package that imports transformers."""
 
 from delib_fast.models.attention import UnsupportedModelError
 from delib_fast.models.build import build_model
@@ -7,7 +7,7 @@ from delib_fast.models.deferred import build_deferred
 from delib_fast.models.eval_mode import eval_mode
 from delib_fast.models.export import export_model
 from delib_fast.models.isolation import LeakError, check_isolation
-from delib_fast.models.layers import resolve_layers
+from delib_fast.models.layers import check_layers
 from delib_fast.models.lm import TrainableLM
 from delib_fast.models.lora import (
     adapter_settings,
@@ -33,6 +33,7 @@ __all__ = [
     "build_model",
     "build_tokenizer",
     "check_isolation",
+    "check_layers",
     "eval_mode",
     "export_adapter",
     "export_model",
@@ -41,7 +42,6 @@ __all__ = [
     "merged_weights",
     "model_shape",
     "recompute",
-    "resolve_layers",
     "skeleton_without_adapter",
     "train_tokenizer",
 ]

@@ -1,12 +1,11 @@
-"""Attention of packed runs inside a transformers model: one function for every architecture and backend.
+"""Packed attention inside a transformers model: one function for every architecture and backend.
 
-transformers looks up its attention by name. Under the name `delib_fast_varlen` it finds `attend`, which
-hands the pack to `ops.varlen_attention` with the `cu_seqlens` of the batch, and `no_mask`, so that no mask
-is ever built. The names of transformers (`cu_seq_lens_q`, `max_length_q`, …) are translated here and nowhere
-else.
+transformers looks up attention functions by name. Under the name `delib_fast_varlen` it finds `attend`, which passes
+the pack to `ops.varlen_attention` with the batch's `cu_seqlens`, and `no_mask`, so that no mask is ever built. Only
+this module and `integrations/unpadding.py` use transformers' names (`cu_seq_lens_q`, `max_length_q`, …).
 
-What the op can't do is refused by name, before a step or in it. Nothing falls back to an attention that would
-let one document read another.
+Anything that the op does not support raises an error that names it, either before training or in the first forward
+pass. Nothing falls back to an attention in which one document could read another.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ NAME = "delib_fast_varlen"
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 _DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
-# What an attention layer may hand over that changes the maths and that the op does not do.
+# Arguments of an attention layer that change the maths in a way the op does not support.
 _CHANGES_THE_MATHS = {
     "softcap": "a cap on the attention scores (attn_logit_softcapping)",
     "s_aux": "attention sinks (s_aux)",
@@ -38,20 +37,24 @@ _CHANGES_THE_MATHS = {
 
 
 class UnsupportedModelError(ValueError):
-    """The model does something that training on packed runs can't do exactly: says what, and what to do."""
+    """The model does something that packed training cannot reproduce exactly. The message says what, and what to do."""
 
 
 def packed_inputs(
     batch: PackedBatch, backend: str = "auto", sequence_group: dist.ProcessGroup | None = None
 ) -> dict[str, Any]:
-    """The keyword arguments with which a transformers model runs a pack: the only place with transformers'
-    names."""
+    """The keyword arguments with which a transformers model runs a pack.
+
+    Args:
+        backend: of `ops.varlen_attention`.
+        sequence_group: the ranks across which each pack is sharded; `batch` is then this rank's shard.
+    """
     input_ids = batch.input_ids.unsqueeze(0)
     return {
         "input_ids": input_ids,
         "position_ids": batch.position_ids.unsqueeze(0),
-        # All ones. It spares a sync: without a mask, transformers looks in the position ids, on the device,
-        # for packed runs that we know already. `no_mask` makes nothing of it.
+        # All ones, to avoid a device sync: without a mask, transformers searches the position ids for packed
+        # sequences, which are known already. `no_mask` ignores it.
         "attention_mask": torch.ones_like(input_ids, dtype=torch.bool),
         "use_cache": False,
         "cu_seq_lens_q": batch.cu_seqlens,
@@ -66,27 +69,27 @@ def packed_inputs(
 
 
 def unsupported(model: PreTrainedModel) -> str | None:
-    """What in the model's class or config can't be trained on packed runs, with the remedy, or None."""
+    """Why the model cannot be trained on packs, judged by its class and config, with the remedy; or None."""
     config = model.config.get_text_config()
     name = type(model).__name__
     if not model._can_set_attn_implementation():
         return (
             f"{name} does not take its attention from transformers' AttentionInterface, so packed "
-            "documents can't be kept apart in it; use an architecture that does, such as qwen3 or llama"
+            "documents cannot be isolated from each other; use an architecture that does, such as qwen3 or llama"
         )
     if getattr(config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder; a causal language model is needed"
-    if strange := sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS):
+    if unknown := sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS):
         return (
-            f"{name} has layers of type {', '.join(strange)}; only full_attention and sliding_attention "
-            "keep packed documents apart"
+            f"{name} has layers of type {', '.join(unknown)}; only full_attention and sliding_attention "
+            "isolate packed documents from each other"
         )
     if getattr(config, "attention_chunk_size", None) is not None and not hasattr(config, "layer_types"):
         return f"{name} has chunked attention (attention_chunk_size), which is not supported"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return f"{name} caps its attention scores (attn_logit_softcapping), which is not supported"
     if getattr(config, "use_bidirectional_attention", None):
-        return f"{name} attends in both directions (use_bidirectional_attention); only causal runs work"
+        return f"{name} attends in both directions (use_bidirectional_attention); only causal attention is supported"
     for key in _DROPOUT_KEYS:
         value = getattr(config, key, 0)
         if isinstance(value, int | float) and value > 0:
@@ -95,42 +98,43 @@ def unsupported(model: PreTrainedModel) -> str | None:
 
 
 def why_not_share_prompts(config: PreTrainedConfig, backend: str) -> str | None:
-    """Why replies to one prompt can't share it in a pack (`PackedBatch.prefix`) at full speed, or None."""
+    """Why replies to one prompt cannot share it in a pack (`PackedBatch.prefix`) at full speed, or None."""
     text = config.get_text_config()
     types = getattr(text, "layer_types", None)
-    slides = "sliding_attention" in types if types else getattr(text, "sliding_window", None) is not None
-    if slides:
-        return "its attention has a sliding window, which only the slow reference backend takes across a shared prompt"
+    has_window = "sliding_attention" in types if types else getattr(text, "sliding_window", None) is not None
+    if has_window:
+        return (
+            "its attention has a sliding window, which across a shared prompt only the slow reference backend supports"
+        )
     if backend == "flash":
-        return "model.attention: flash can't merge two attentions in its backward pass, which a shared prompt needs"
+        return "model.attention: flash cannot merge two attentions in its backward pass, which a shared prompt needs"
     return None
 
 
-def _refuse(module: nn.Module, why: str) -> UnsupportedModelError:
+def _unsupported_layer(module: nn.Module, why: str) -> UnsupportedModelError:
     location = f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__})"
     return UnsupportedModelError(f"{location}: {why}")
 
 
 def _window(module: nn.Module, sliding_window: int | None) -> int | None:
-    """The layer's window; refuses a layer whose config asks for one that does not arrive here.
+    """The layer's window. Raises UnsupportedModelError if the layer's config has a window that was not passed here.
 
-    Some models (qwen2_moe, phimoe) put their window only into the mask that is not built.
+    Some models (qwen2_moe, phimoe) apply their window only in the mask, which is not built.
     """
-    if torch.compiler.is_compiling():  # asked in the pass before (layers.py); layer_idx would be compiled in
+    if torch.compiler.is_compiling():  # the eager first pass has checked it (layers.py); layer_idx would be a constant
         return sliding_window
     config: PreTrainedConfig | None = getattr(module, "config", None)
     if sliding_window is None and config is not None:
         types, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
         if types is not None and index is not None:
-            slides = types[index] == "sliding_attention"
+            has_window = types[index] == "sliding_attention"
         else:
-            slides = getattr(config, "sliding_window", None) is not None
-        if slides:
-            raise _refuse(
+            has_window = getattr(config, "sliding_window", None) is not None
+        if has_window:
+            raise _unsupported_layer(
                 module,
-                "its config asks for a sliding window, which this architecture does not "
-                "hand to its attention function, so it would be ignored; turn the window "
-                "off (use_sliding_window: false, or sliding_window: null)",
+                "its config has a sliding window, which this architecture does not pass to its attention function, so "
+                "it would be ignored; turn the window off (use_sliding_window: false, or sliding_window: null)",
             )
     return sliding_window
 
@@ -154,33 +158,17 @@ def attend(
     sequence_group: dist.ProcessGroup | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature: (1, H, T, D) in, (1, T, H, D) out.
+    """Packed attention with transformers' signature: q, k, v (1, heads, T, D) to (1, T, heads, D).
 
-    sequence_group: ranks that share out the pack's tokens: then T are this rank's, and cu_seqlens the whole pack's.
+    Args:
+        sequence_group: the ranks across which the pack's tokens are sharded. T is then the length of this rank's
+            shard, while cu_seq_lens_q describes the whole pack.
+    Raises:
+        UnsupportedModelError: the layer does something that packed attention does not support.
     """
-    if cu_seq_lens_q is None or max_length_q is None:
-        raise _refuse(
-            module,
-            "no cu_seqlens arrived at its attention function, so documents can't be kept "
-            "apart. Call the model through delib_fast.models.TrainableLM, or set another "
-            "attn_implementation for plain use (TrainableLM.unpatch does)",
-        )
-    if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
-        raise _refuse(
-            module,
-            f"a pack is one row whose keys are its queries' tokens; this is a batch of "
-            f"{query.shape[0]} with {query.shape[2]} queries and {key.shape[2]} keys (a KV "
-            "cache?)",
-        )
-    if attention_mask is not None:
-        raise _refuse(module, "it brings an attention mask of its own, which packed attention has no use for")
-    if is_causal is False or not getattr(module, "is_causal", True):
-        raise _refuse(module, "it is not causal; only causal runs are supported")
-    if dropout:
-        raise _refuse(module, f"it has attention dropout {dropout}, and packed attention has none; set it to 0")
-    for kwarg, what in _CHANGES_THE_MATHS.items():
-        if others.get(kwarg) is not None:
-            raise _refuse(module, f"it has {what}, which is not supported")
+    _check_call(module, query, key, attention_mask, cu_seq_lens_q, max_length_q, is_causal, dropout, others)
+    assert cu_seq_lens_q is not None
+    assert max_length_q is not None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if sequence_group is not None:
         q, k, v = ulysses.to_heads(q, k, v, sequence_group)
@@ -201,19 +189,61 @@ def attend(
     return out.unsqueeze(0), None
 
 
+def _check_call(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    max_length_q: int | None,
+    is_causal: bool | None,
+    dropout: float,
+    others: dict[str, Any],
+) -> None:
+    """Raise UnsupportedModelError if this call of `attend` is not plain causal attention over a pack."""
+    if cu_seq_lens_q is None or max_length_q is None:
+        raise _unsupported_layer(
+            module,
+            "its attention function received no cu_seqlens, so documents cannot be isolated from each other. Call the "
+            "model through delib_fast.models.TrainableLM, or set another attn_implementation for plain use "
+            "(TrainableLM.unpatch does)",
+        )
+    if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
+        raise _unsupported_layer(
+            module,
+            f"a pack is one row with as many keys as queries; this is a batch of {query.shape[0]} with "
+            f"{query.shape[2]} queries and {key.shape[2]} keys (a KV cache?)",
+        )
+    if attention_mask is not None:
+        raise _unsupported_layer(
+            module, "it passes an attention mask of its own, which packed attention does not apply"
+        )
+    if is_causal is False or not getattr(module, "is_causal", True):
+        raise _unsupported_layer(module, "it is not causal; only causal attention is supported")
+    if dropout:
+        raise _unsupported_layer(
+            module, f"it has attention dropout {dropout}, and packed attention has none; set it to 0"
+        )
+    for kwarg, what in _CHANGES_THE_MATHS.items():
+        if others.get(kwarg) is not None:
+            raise _unsupported_layer(module, f"it has {what}, which is not supported")
+
+
 def no_mask(
     *_: Any, mask_function: Any = None, use_vmap: bool = False, config: PreTrainedConfig | None = None, **__: Any
 ) -> None:
-    """transformers' mask signature. `use_vmap` says that the model lays a mask of its own over the causal
-    one."""
+    """Build no mask, with transformers' signature.
+
+    Raises UnsupportedModelError if the model adds a mask of its own to the causal one (`use_vmap`, or a bidirectional
+    mask function).
+    """
     if use_vmap or getattr(mask_function, "__name__", "").startswith("bidirectional"):
         raise UnsupportedModelError(
-            f"{getattr(config, 'model_type', 'this model')} lays a mask of its own over the causal one (for "
-            "images, or attention in both directions), which packed attention does not do"
+            f"{getattr(config, 'model_type', 'this model')} adds a mask of its own to the causal one (for images, or "
+            "attention in both directions), which packed attention does not support"
         )
 
 
-# Idempotent, and the only thing that importing this module does to transformers: two names that it does not
-# use.
+# Importing this module changes nothing else in transformers. Registering is idempotent, and the names are new.
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, no_mask)

@@ -1,12 +1,13 @@
-"""What a pack costs: the FLOPs that its loss and gradients take, from the model's sizes and the runs' real lengths.
+"""The cost of a pack: the FLOPs of its loss and gradients, from the model's sizes and the real sequence lengths.
 
-What is counted is what the mathematics needs, whatever a backend does: recomputation, padding and rows of the head
-that a slower loss would compute are not in it.
+Only what the mathematics needs is counted, whatever a backend does: not recomputation, padding, or rows of the head
+that a slower loss would compute.
 
-    matrix products    2 a weight and token forward, 2 for the gradient of the input, 2 for that of the weight if it is
-                       trained; the head on supervised tokens alone; of experts, those that a token is sent to
-    attention          12 · heads · head_dim · (pairs of tokens that see each other), a layer
-    nothing else       norms, rotary positions, softmax: not counted
+    matrix products    per weight and token: 2 FLOPs forward, 2 for the gradient of the input, and 2 for the gradient of
+                       the weight if it is trained; the head on supervised tokens only; of the experts, those that a
+                       token is routed to
+    attention          per layer: 12 · heads · head_dim · (pairs of tokens of which one attends to the other)
+    not counted        norms, rotary positions, softmax
 """
 
 from __future__ import annotations
@@ -24,17 +25,18 @@ from delib_fast.models.lm import TrainableLM
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """Coefficients of a model's FLOPs, forward and backward."""
+    """The coefficients of a model's FLOPs, forward and backward."""
 
     per_token: float
     per_supervised_token: float
     per_pair: float
-    """of one layer"""
+    """FLOPs of one layer for a pair of tokens."""
     windows: tuple[int | None, ...]
-    """tokens that one token sees, a layer; None for all"""
+    """For each layer, how many tokens a token attends to; None for all."""
 
     @staticmethod
     def of(trainable: TrainableLM) -> StepCost:
+        """The coefficients of this model; weights that are frozen now are taken to be frozen in every step."""
         config: Any = trainable.model.config.get_text_config()
         head, embedding = trainable.head.weight, trainable.model.get_input_embeddings()
         shared = {id(head), id(getattr(embedding, "weight", None))}
@@ -50,7 +52,7 @@ class StepCost:
         return StepCost(body, _flops_of(head), 12.0 * width, tuple(_window(config, i) for i in range(layers)))
 
     def flops(self, batches: Iterable[PackedBatch]) -> float:
-        """Of these packs; of a part of a pack, its share."""
+        """The FLOPs of these packs; for a shard of a pack, its share of the pack's attention."""
         total = 0.0
         for batch in batches:
             if batch.is_empty:
@@ -66,10 +68,10 @@ class StepCost:
 
 
 def _pairs(batch: PackedBatch, window: int | None) -> float:
-    """Pairs (token, token that it sees) of a pack."""
+    """The number of pairs (token, token that it attends to) of a pack."""
     lengths = [end - start for start, end in pairwise(batch.cu_seqlens_host)]
     prefix = batch.prefix or (-1,) * len(lengths)
-    before: list[int] = []  # tokens that each run continues
+    before: list[int] = []  # length of the prefix that each sequence continues
     for parent in prefix:
         before.append(before[parent] + lengths[parent] if parent >= 0 else 0)
     total = 0.0
@@ -80,6 +82,7 @@ def _pairs(batch: PackedBatch, window: int | None) -> float:
 
 
 def _causal(n: int, window: int | None) -> float:
+    """The number of such pairs in one sequence of n tokens."""
     if window is None or n <= window:
         return n * (n + 1) / 2
     return window * (window + 1) / 2 + (n - window) * window
@@ -87,12 +90,14 @@ def _causal(n: int, window: int | None) -> float:
 
 def _window(config: Any, layer: int) -> int | None:
     window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    slides = types[layer] == "sliding_attention" if types else getattr(config, "use_sliding_window", True)
-    return window if slides else None
+    has_window = types[layer] == "sliding_attention" if types else getattr(config, "use_sliding_window", True)
+    return window if has_window else None
 
 
 def _flops_of(parameter: nn.Parameter) -> float:
-    packed: Any = getattr(parameter, "quant_state", None)  # a matrix in 4 bits: its tensor holds several to a number
+    packed: Any = getattr(
+        parameter, "quant_state", None
+    )  # 4-bit matrix: an element of its tensor packs several numbers
     numbers = packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())
     return (6.0 if parameter.requires_grad else 4.0) * numbers
 

@@ -1,10 +1,11 @@
-"""A model whose weights are not there yet: at ZeRO 3 each is read when its turn comes, so that no rank holds them all.
+"""A model without weights: at ZeRO 3 each weight is read just before it is sharded, so no rank ever holds them all.
 
-Every rank makes the model with stand-ins (one number, seen in the parameter's shape) and its real buffers. The first
-rank's know where their weight lies: `engine.place` reads one at a time, hands it to the other ranks and cuts it up.
-Where transformers renames a checkpoint's tensors, or merges some (a layer's experts), so does the reader. A checkpoint
-of which it splits tensors, or that is no safetensors, and a new model, whose weights are drawn in one go, are built
-whole on the first rank, and on no other.
+Every rank creates the model with placeholder parameters (one number, expanded to the parameter's shape) and real
+buffers. On the first rank, each placeholder has a reader of its weight; `engine.sharding` reads one weight at a time,
+broadcasts it to the other ranks, and shards it. The readers apply transformers' own renamings and merges of a
+checkpoint's tensors (such as a layer's experts). The first rank, and only that one, builds the whole model if
+transformers splits tensors of the checkpoint, if the checkpoint is not safetensors, or if the model is new, because its
+weights are drawn in one pass.
 """
 
 from __future__ import annotations
@@ -25,70 +26,85 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import cached_files
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, cached_files
 
 from delib_fast.config import ConfigError, ModelConfig
-from delib_fast.models.build import DTYPES, build_model, checked, new_model
+from delib_fast.config.dtypes import DTYPES
+from delib_fast.models.build import build_model, new_model, validated
 
-# Of every stand-in. Not 0, so that a forward pass of it (`lm.check_logits`) says something of the architecture.
-_VALUE = 0.01
-# What is wrong with a checkpoint or in the way of a model without weights; building it whole says which.
-_FAULTS = (NotImplementedError, OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+# The value of every placeholder. Not 0, so that a forward pass with it (`lm.check_logits`) still depends on the
+# architecture.
+_PLACEHOLDER = 0.01
+# Errors of a broken checkpoint, or of an architecture that cannot be created without weights. Building the whole model
+# then shows which.
+_ERRORS = (NotImplementedError, OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
 def build_deferred(
     config: ModelConfig, tokenizer: PreTrainedTokenizerFast, *, dtype: torch.dtype | str, seed: int, first: bool
 ) -> tuple[PreTrainedModel, str | None]:
-    """`build_model`'s model for `engine.place` at ZeRO 3, and what there is to say.
+    """Build the model of `build_model` for sharding at ZeRO 3, without its weights where possible.
 
-    A stand-in has an attribute `deferred`: on the first rank a function that reads the weight, elsewhere None. Where
-    parameters are real instead (see above), what is said is why.
-    Raises ConfigError as `build_model` does.
+    Args:
+        dtype: as of `build_model`.
+        seed: as of `build_model`.
+        first: whether this is the first rank, whose parameters get readers.
+    Returns:
+        The model, and a note for the log if this rank had to load the whole model, else None. Each placeholder has an
+        attribute `deferred`: on the first rank a function that reads the weight, on the others None.
+    Raises:
+        ConfigError: as `build_model` does.
     """
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    if first and config.architecture is not None:  # whole: no user waits for what nobody has trained
+    if first and config.architecture is not None:
         return build_model(config, tokenizer, dtype=dtype, seed=seed), None
     try:
         with _without_weights():
-            model = new_model(config, tokenizer, dtype, seed) if config.architecture else _empty(config, dtype)
+            model = (
+                new_model(config, tokenizer, dtype, seed) if config.architecture else _without_loading(config, dtype)
+            )
     except ConfigError:
         raise
-    except _FAULTS as error:
+    except _ERRORS as error:
         whole = build_model(config, tokenizer, dtype=dtype, seed=seed)
-        return whole, f"each rank loads the whole model into the host's memory; without weights there is none: {error}"
-    stand_in(model)
+        return whole, (
+            f"each rank loads the whole model into host memory, because it cannot be created without weights: {error}"
+        )
+    insert_placeholders(model)
     for parameter in model.parameters():
         parameter.deferred = None  # type: ignore[attr-defined]
     if first:
         try:
             sources = _sources(model, str(config.path))
-        except _FAULTS as error:
+        except _ERRORS as error:
             sources = str(error)
         if isinstance(sources, str):
-            return build_model(
-                config, tokenizer, dtype=dtype, seed=seed
-            ), f"the first rank loads the whole model into the host's memory: {sources}"
+            whole = build_model(config, tokenizer, dtype=dtype, seed=seed)
+            return whole, f"the first rank loads the whole model into host memory: {sources}"
         for name, parameter in model.named_parameters():
             parameter.deferred = sources[name]  # type: ignore[attr-defined]
-    return checked(model, tokenizer, config), None
+    return validated(model, tokenizer, config), None
 
 
-def _empty(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """As from_pretrained leaves it, but for the weights."""
+def _without_loading(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model as from_pretrained returns it, except for the weights."""
     path, trust = str(config.path), config.trust_remote_code
     hf_config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-    model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=trust)
-    with contextlib.suppress(OSError):  # it is not in every folder
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=trust)
+    with contextlib.suppress(OSError):  # not every folder has one
         model.generation_config = GenerationConfig.from_pretrained(path)
     model.name_or_path = hf_config.name_or_path
-    return model.eval()
+    model.eval()
+    return model
 
 
 @contextlib.contextmanager
 def _without_weights() -> Iterator[None]:
-    """Parameters that are made in here become stand-ins; they are on the meta device until a model is made, so that
-    drawing them does nothing. Buffers are made as ever."""
+    """Create parameters on the meta device inside a block, so that initialising them costs nothing.
+
+    Buffers are created as usual. `insert_placeholders` then replaces the parameters.
+    """
 
     def swap(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None or parameter.is_meta:
@@ -102,28 +118,24 @@ def _without_weights() -> Iterator[None]:
         handle.remove()
 
 
-def stand_in(model: nn.Module) -> None:
-    """Put a stand-in in the place of every parameter on the meta device; tied ones stay tied."""
-    made: dict[int, nn.Parameter] = {}
+def insert_placeholders(model: nn.Module) -> None:
+    """Replace every parameter on the meta device by a placeholder; tied parameters stay tied."""
+    placeholders: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
-                made.setdefault(
-                    id(parameter),
-                    nn.Parameter(
-                        torch.full((), _VALUE, dtype=parameter.dtype).expand(parameter.shape), parameter.requires_grad
-                    ),
-                )
-                module._parameters[name] = made[id(parameter)]
+                value = torch.full((), _PLACEHOLDER, dtype=parameter.dtype).expand(parameter.shape)
+                placeholders.setdefault(id(parameter), nn.Parameter(value, parameter.requires_grad))
+                module._parameters[name] = placeholders[id(parameter)]
 
 
 def _sources(model: PreTrainedModel, path: str) -> dict[str, Callable[[], Tensor]] | str:
-    """Each parameter's reader, by name; or why they can't be read one by one."""
+    """The reader of each parameter by name, or the reason why they cannot be read one by one."""
     if (named := getattr(model.config, "transformers_weights", None)) is not None:
-        return f"its config.json names {named} for its weights"
+        return f"its config.json names {named} as the file of its weights"
     files = _files(path)
     if files is None:
-        return "it has no safetensors"
+        return "it has no safetensors files"
     stored: dict[str, _Stored] = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
@@ -134,18 +146,18 @@ def _sources(model: PreTrainedModel, path: str) -> dict[str, Callable[[], Tensor
         aliases.setdefault(id(parameter), set()).add(name)
     parameters = {alias: (name, p) for name, p in model.named_parameters() for alias in aliases[id(p)]}
     sources: dict[str, Callable[[], Tensor]] = {}
-    for made in _made_of(model, stored):
-        result = made.convert(model, lambda tensor: torch.empty(tensor.shape, device="meta"))
-        if len(result) > 1 or made.name not in parameters:
-            return f"{made.tensors[0][1].key} becomes no one parameter of {type(model).__name__}"
-        name, parameter = parameters[made.name]
+    for source in _sources_by_name(model, stored):
+        result = source.convert(model, lambda tensor: torch.empty(tensor.shape, device="meta"))
+        if len(result) > 1 or source.name not in parameters:
+            return f"{source.tensors[0][1].key} does not become exactly one parameter of {type(model).__name__}"
+        name, parameter = parameters[source.name]
         if name in sources:
-            return f"{name} is there twice"
-        if result[made.name].shape != parameter.shape:
-            return f"{name} has shape {tuple(result[made.name].shape)} there, not {tuple(parameter.shape)}"
-        sources[name] = partial(made.read, model, parameter.dtype)
-    lacking = [name for name, _ in model.named_parameters() if name not in sources]
-    return f"{lacking[0]} is not there" if lacking else sources
+            return f"{name} is stored twice"
+        if result[source.name].shape != parameter.shape:
+            return f"{name} is stored with shape {tuple(result[source.name].shape)}, not {tuple(parameter.shape)}"
+        sources[name] = partial(source.read, model, parameter.dtype)
+    missing = [name for name, _ in model.named_parameters() if name not in sources]
+    return f"{missing[0]} is missing" if missing else sources
 
 
 @dataclass(frozen=True)
@@ -157,57 +169,62 @@ class _Stored:
     shape: tuple[int, ...]
 
     def read(self) -> Tensor:
-        with safe_open(self.file, framework="pt") as tensors:  # opened anew: what is mapped counts until it is closed
-            return tensors.get_tensor(self.key)
+        # Opened for each tensor, because mapped memory counts as this process's until the file is closed.
+        with safe_open(self.file, framework="pt") as tensors:
+            tensor: Tensor = tensors.get_tensor(self.key)
+        return tensor
 
 
 @dataclass(frozen=True)
-class _Made:
-    """What transformers makes a parameter of: a tensor under another name, or several merged (a layer's experts)."""
+class _Source:
+    """What transformers builds a parameter from: one renamed tensor, or several merged ones (a layer's experts)."""
 
     name: str
     transform: WeightRenaming | WeightConverter
     tensors: list[tuple[str, _Stored]]
-    """each with what the transform calls it"""
+    """Each stored tensor, after the pattern that the transform knows it by."""
 
     def convert(self, model: PreTrainedModel, read: Callable[[_Stored], Tensor]) -> dict[str, Tensor]:
-        transform = copy.deepcopy(self.transform)  # it collects what it is given
+        transform = copy.deepcopy(self.transform)  # add_tensor changes it
         for pattern, tensor in self.tensors:
             transform.add_tensor(self.name, tensor.key, pattern, partial(read, tensor))  # type: ignore[arg-type]
-        made = transform.convert(self.name, model=model, config=model.config)
-        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+        converted = transform.convert(self.name, model=model, config=model.config)
+        return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in converted.items()}
 
     def read(self, model: PreTrainedModel, dtype: torch.dtype) -> Tensor:
         if isinstance(self.transform, WeightRenaming):
             return self.tensors[0][1].read()
-        # from_pretrained converts what it has brought to the model's dtype
+        # from_pretrained merges tensors after it has cast them to the model's dtype.
         return self.convert(model, lambda tensor: tensor.read().to(dtype))[self.name]
 
 
-def _made_of(model: PreTrainedModel, stored: Mapping[str, _Stored]) -> Iterable[_Made]:
-    """What becomes of each stored tensor, by transformers' own mapping (`convert_and_load_state_dict_in_model`)."""
+def _sources_by_name(model: PreTrainedModel, stored: Mapping[str, _Stored]) -> Iterable[_Source]:
+    """Group stored tensors by the parameter they become, by transformers' own mapping
+    (`convert_and_load_state_dict_in_model`)."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    names, found = model.state_dict(), dict[str, _Made]()
+    names, sources = model.state_dict(), dict[str, _Source]()
     for key in sorted(stored, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
         if name not in names and key in names:
             name, pattern = key, None
         transform = of_pattern[pattern] if pattern is not None else WeightRenaming(key, name)
-        found.setdefault(name, _Made(name, transform, [])).tensors.append((pattern or key, stored[key]))
+        sources.setdefault(name, _Source(name, transform, [])).tensors.append((pattern or key, stored[key]))
     used: Any = [t for t in transforms if t.was_used()]
-    model._weight_conversions = used  # an export converts back by them
-    return found.values()
+    model._weight_conversions = used  # save_pretrained reverses them
+    return sources.values()
 
 
 def _files(path: str) -> list[str] | None:
-    """The safetensors that from_pretrained would load from a folder or of a hub name; the latter's are downloaded where
-    the cache has none."""
+    """The safetensors files that from_pretrained would load for a folder or hub name, or None if it has none.
+
+    Files of a hub name that are not in the cache are downloaded.
+    """
     find = partial(cached_file, path, _raise_exceptions_for_missing_entries=False)
-    if (alone := find(SAFE_WEIGHTS_NAME)) is not None:
-        return [alone]
+    if (file := find(SAFE_WEIGHTS_NAME)) is not None:
+        return [file]
     if (index := find(SAFE_WEIGHTS_INDEX_NAME)) is not None:
         weight_map: dict[str, str] = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
         return cached_files(path, sorted(set(weight_map.values())))

@@ -22,10 +22,11 @@ class Sampling:
 
     max_new_tokens: int = 512
     temperature: float = 0.0
-    """0 is greedy"""
+    """0 is greedy decoding."""
     top_p: float = 1.0
     seed: int = 0
     batch_size: int = 16
+    """Prompts that are generated from together."""
 
 
 def generate_ids(
@@ -39,23 +40,23 @@ def generate_ids(
     """Continue each prompt until an end token.
 
     Args:
-        model: any causal LM of transformers. A `TrainableLM` is given its own head, attention and cache back for the
-            while, so it can be sampled between two training steps (not under ZeRO-3, which has its weights in parts).
+        model: any causal LM of transformers. A `TrainableLM` is unpatched meanwhile, so it can be sampled from between
+            two training steps (but not under ZeRO-3, which shards its weights).
         prompts: token ids, control tokens included.
-        end_ids: any of these ends a reply; it is the last id of what comes back.
-        pad_id: fills up the left of a batch; masked.
+        end_ids: any of these ids ends a reply, and is the last id of it.
+        pad_id: masked padding at the left of a batch.
     Returns:
-        The new ids of each prompt, in the order of the prompts. With `temperature` above 0 they depend on seed and on
-        which prompts share a batch; the global generators are left as they were.
+        The new ids of each prompt, in the order of the prompts. With `temperature` above 0 they depend on the seed and
+        on which prompts share a batch. The global random generators are unchanged.
     Raises:
-        ValueError: an empty prompt, or one that leaves no room for a new token.
+        ValueError: a prompt is empty, or too long for `max_new_tokens` more tokens.
     """
     if any(not prompt for prompt in prompts):
         raise ValueError("a prompt has no tokens; generation needs at least one")
     replies: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     with _ready_to_generate(model) as plain:
-        _check_room(plain, max(map(len, prompts), default=0), sampling)
+        _check_length(plain, max(map(len, prompts), default=0), sampling)
         config = _generation_config(sampling, end_ids, pad_id)
         devices = [plain.device] if plain.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -109,15 +110,15 @@ def _batch(
 
 
 def _until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
-    """Behind the first end token everything is padding."""
+    """Cut the padding after the first end token."""
     end = next((k for k, token in enumerate(ids) if token in end_ids), len(ids) - 1)
     return ids[: end + 1]
 
 
-def _check_room(model: PreTrainedModel, longest: int, sampling: Sampling) -> None:
+def _check_length(model: PreTrainedModel, longest: int, sampling: Sampling) -> None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest + sampling.max_new_tokens > limit:
         raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens {sampling.max_new_tokens} make more than "
-            f"the model's max_position_embeddings ({limit}); lower max_new_tokens or shorten the prompts"
+            f"a prompt of {longest} tokens and max_new_tokens {sampling.max_new_tokens} exceed the "
+            f"model's max_position_embeddings ({limit}); lower max_new_tokens or shorten the prompts"
         )

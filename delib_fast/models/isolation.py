@@ -1,9 +1,8 @@
-"""The check before the first step: does the model, as it stands, keep the runs of a pack apart?
+"""The check before the first step: does the model isolate the sequences of a pack from each other?
 
-Packed training is silently wrong where attention (or a convolution, or a recurrent state) reads across a
-document's border: the losses look fine, better even. So nothing is believed of architectures and backends: a
-pack of three short runs goes through the whole model, one token is changed, and only that run's later tokens
-may notice.
+Packed training is silently wrong if attention (or a convolution, or a recurrent state) reads across a document's
+boundary: the losses look fine, or even better. So no architecture or backend is trusted. A pack of three short
+sequences runs through the whole model, one token is changed, and only the later tokens of its sequence may notice.
 """
 
 from __future__ import annotations
@@ -16,138 +15,143 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from delib_fast.data import PackedBatch
+from delib_fast.data import IGNORE_INDEX, PackedBatch, Segment
 from delib_fast.models.eval_mode import eval_mode
 from delib_fast.models.lm import TrainableLM
 from delib_fast.models.ulysses import gather_tokens
 
-# The runs are of different lengths, so that an error in their borders shows; the middle one has both
-# neighbours.
+# The lengths differ, so that a wrong boundary shows; the middle sequence has two neighbours.
 _LENGTHS = (7, 6, 5)
-# How much of a change's proper effect may show where it must not. Kernels that keep runs apart show none, bit
-# for bit; but a matrix product whose tiling depends on other rows (experts) may round differently.
+# The share of a change's proper effect that is tolerated where there should be none. Kernels that isolate sequences
+# give bitwise zero, but a matrix product whose tiling depends on other rows (experts) may round differently.
 _LEAST_LEAK = 1e-2
-# Packed against alone, relative to the largest nll: rounding only. A wrong position is far above it.
+# Nll in the pack against nll alone, relative to the largest nll. Rounding stays below it, a wrong position far above.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 class LeakError(ValueError):
-    """Runs of one pack influence each other: says which way, how much, and what to do."""
+    """Sequences of a pack influence each other. The message says which, how much, and what to do."""
 
 
 def check_isolation(
     trainable: TrainableLM | nn.Module, device: torch.device | str, *, shares_prompts: bool = False
 ) -> None:
-    """Refuse a model in which a pack's runs are not as if each were alone.
+    """Raise LeakError if the sequences of a pack are not computed as if each were alone.
 
-        for each token changed:   nll of other runs, and of the run's earlier tokens, must stay as they were
-        for each run:             nll in the pack = nll alone
-        shares_prompts:           nll of two replies behind one copy of their prompt = nll of each behind its own
+        for each token changed:   nll of other sequences, and of its sequence's earlier tokens, must not change
+        for each sequence:        nll in the pack = nll alone
+        shares_prompts:           nll of two replies that share one prompt = nll of each after its own copy
 
     Args:
-        trainable: a `TrainableLM`, or what wraps one and passes its forward on (a DeepSpeed engine, DDP).
-            With ZeRO-3 every rank calls this together, as with any forward pass; under sequence parallelism the
-            ranks share out the probe as they do a pack.
-        device: where its inputs go.
+        trainable: a `TrainableLM`, or a wrapper that passes its forward on (a DeepSpeed engine, DDP). With ZeRO-3 all
+            ranks must call this together, as with any forward pass; under sequence parallelism the probe is sharded
+            across the ranks like any pack.
+        device: of the model's inputs.
         shares_prompts: whether packs will hold replies that share their prompt.
     Raises:
-        LeakError: naming what leaks. Also where a changed token has no effect at all, since then nothing was
-            seen.
+        LeakError: tokens leak, or a changed token has no effect at all, so that a leak could not be seen.
 
-    Eight forward passes (11 with shares_prompts) on at most 18 tokens, without gradients: leaks in the mode (train or
-    eval) that the model is in, with the same random numbers each time, packed against alone in eval mode. Modes and
-    global generators are left as they were.
+    Cost: eight forward passes (11 with shares_prompts) on at most 18 tokens, without gradients. Leaks are checked in
+    the mode (train or eval) that the model is in, with the same random numbers each time; packed against alone is
+    checked in eval mode. Modes and the global random generators are restored.
     """
     device = torch.device(device)
     vocab_size, dtype, group = _facts(trainable)
-    tokens = torch.arange(sum(_LENGTHS)) * 7919 % vocab_size  # all over the vocabulary
-    run = _Probe(trainable, device, group)
-    packed = run(tokens, _LENGTHS)
+    tokens = torch.arange(sum(_LENGTHS)) * 7919 % vocab_size  # spread over the vocabulary
+    nll_of = _Probe(trainable, device, group)
+    packed = nll_of(tokens, _LENGTHS)
     if not torch.isfinite(packed).all():
         raise LeakError(
-            "the isolation check can't see: the model's nll is not finite on a probe of 18 tokens; look at its weights"
+            "the isolation check cannot see leaks: the model's nll is not finite on a probe of 18 tokens; check its "
+            "weights"
         )
-    borders = list(pairwise(accumulate(_LENGTHS, initial=0)))
-    for index, (start, end) in enumerate(borders):
+    bounds = list(pairwise(accumulate(_LENGTHS, initial=0)))
+    for index, (start, end) in enumerate(bounds):
         changed = tokens.clone()
-        location = start + 2
-        changed[location] = (changed[location] + vocab_size // 2) % vocab_size
-        _judge(index, location, (start, end), (run(changed, _LENGTHS) - packed).abs(), packed)
-    _compare_alone(run.in_eval_mode(), tokens, borders, _TOLERANCE.get(dtype, 5e-2))
+        position = start + 2
+        changed[position] = (changed[position] + vocab_size // 2) % vocab_size
+        _check_change(index, position, (start, end), (nll_of(changed, _LENGTHS) - packed).abs(), packed)
+    tolerance = _TOLERANCE.get(dtype, 5e-2)
+    _compare_alone(nll_of.in_eval_mode(), tokens, bounds, tolerance)
     if shares_prompts:
-        _compare_shared(run.in_eval_mode(), tokens, borders, _TOLERANCE.get(dtype, 5e-2))
+        _compare_shared(nll_of.in_eval_mode(), tokens, bounds, tolerance)
 
 
-def _compare_alone(run: _Probe, tokens: Tensor, borders: Sequence[tuple[int, int]], tolerance: float) -> None:
-    packed = run(tokens, _LENGTHS)
-    for index, (start, end) in enumerate(borders):
-        alone = run(tokens[start:end], (end - start,))
-        off = ((alone - packed[start:end]).abs().max() / packed.abs().max().clamp_min(1e-6)).item()
-        if off > tolerance:
+def _compare_alone(nll_of: _Probe, tokens: Tensor, bounds: Sequence[tuple[int, int]], tolerance: float) -> None:
+    packed = nll_of(tokens, _LENGTHS)
+    for index, (start, end) in enumerate(bounds):
+        difference = _relative_difference(nll_of(tokens[start:end], (end - start,)), packed[start:end], packed)
+        if difference > tolerance:
             raise LeakError(
-                f"run {index + 1} of a pack has another loss than alone (relative difference {off:.1e}), "
-                "though no other run reaches it: the model does not heed the batch's position_ids. Use an "
-                "architecture that does, or train without packing (one example a pack)"
+                f"sequence {index + 1} of a pack has another loss than alone (relative difference {difference:.1e}), "
+                "though no other sequence affects it: the model does not respect the batch's position_ids. Use an "
+                "architecture that does, or train without packing (one example per pack)"
             )
 
 
-def _compare_shared(run: _Probe, tokens: Tensor, borders: Sequence[tuple[int, int]], tolerance: float) -> None:
-    """The first run as a prompt, the others as replies that continue it."""
-    prompt, *replies = borders
-    shared = run(tokens, _LENGTHS, prefix=(-1, 0, 0))
+def _compare_shared(nll_of: _Probe, tokens: Tensor, bounds: Sequence[tuple[int, int]], tolerance: float) -> None:
+    """Take the first sequence as a prompt, and the others as replies that continue it."""
+    prompt, *replies = bounds
+    prompt_length = prompt[1]
+    shared = nll_of(tokens, _LENGTHS, prefix=(-1, 0, 0))
     for start, end in replies:
-        alone = run(torch.cat([tokens[slice(*prompt)], tokens[start:end]]), (prompt[1] + end - start,))[prompt[1] :]
-        off = ((alone - shared[start:end]).abs().max() / shared.abs().max().clamp_min(1e-6)).item()
-        if off > tolerance:
+        own_copy = torch.cat([tokens[slice(*prompt)], tokens[start:end]])
+        alone = nll_of(own_copy, (prompt_length + end - start,))[prompt_length:]
+        difference = _relative_difference(alone, shared[start:end], shared)
+        if difference > tolerance:
             raise LeakError(
                 f"replies that share a prompt have another loss than with a prompt of their own (relative "
-                f"difference {off:.1e}); set share_prompts: never in every stage"
+                f"difference {difference:.1e}); set share_prompts: never in every stage"
             )
 
 
-def _judge(index: int, location: int, border: tuple[int, int], moved: Tensor, packed: Tensor) -> None:
-    start, end = border
-    # The nll at place - 1 is that of predicting the changed token, the nll at place is that of the token itself
-    # even where nothing mixes tokens: both move, and say nothing.
-    proper = moved[location + 1 : end].max().item()
+def _relative_difference(a: Tensor, b: Tensor, scale: Tensor) -> float:
+    return ((a - b).abs().max() / scale.abs().max().clamp_min(1e-6)).item()
+
+
+def _check_change(index: int, position: int, bounds: tuple[int, int], change: Tensor, packed: Tensor) -> None:
+    """Check where the nll changed after the token at `position`, in sequence `index`, was changed."""
+    start, end = bounds
+    token = f"token {position - start + 1} of sequence {index + 1}"
+    # The nll at position - 1 is that of predicting the changed token, and the nll at position depends on the token
+    # itself even if nothing mixes tokens. Both change in any model.
+    proper = change[position + 1 : end].max().item()
     if proper <= 1e-6 * packed.abs().max().item():
         raise LeakError(
-            f"the isolation check can't see: changing token {location - start + 1} of run {index + 1} changes "
-            "no loss behind it, so a leak would not show either. The model does not use its context (a layer "
-            "initialised to zero?); give it weights that do"
+            f"the isolation check cannot see leaks: changing {token} changes no later loss, so a leak would not show "
+            "either. The model does not use its context (a layer initialised to zero?); give it weights that do"
         )
-    for name, part in (
-        ("the runs before it", moved[:start]),
-        ("the runs behind it", moved[end:]),
-        ("the tokens before it in its own run", moved[start : location - 1]),
+    for name, elsewhere in (
+        ("the sequences before it", change[:start]),
+        ("the sequences after it", change[end:]),
+        ("the earlier tokens of its own sequence", change[start : position - 1]),
     ):
-        leak = part.max().item() if part.numel() else 0.0
+        leak = elsewhere.max().item() if elsewhere.numel() else 0.0
         if leak > _LEAST_LEAK * proper:
             raise LeakError(
-                f"packed documents leak: changing token {location - start + 1} of run {index + 1} changes the "
-                f"loss of {name} by {leak:.1e} (of its own run's later tokens by {proper:.1e}). The model's "
-                "attention or another layer that mixes tokens ignores cu_seqlens. Train with "
-                "model.attention: auto on an architecture whose every layer takes its attention from "
-                "transformers' AttentionInterface"
+                f"packed documents leak: changing {token} changes the loss of {name} by {leak:.1e} (of the later "
+                f"tokens of its own sequence by {proper:.1e}). The model's attention, or another layer that mixes "
+                "tokens, ignores cu_seqlens. Train with model.attention: auto on an architecture in which every layer "
+                "takes its attention from transformers' AttentionInterface"
             )
 
 
 class _Probe:
-    """Runs token ids through the model as packs and gives the nll of every token but the last of each run."""
+    """Runs token ids through the model as packs; returns the nll (T,) float64 of every token with a target, else 0."""
 
     def __init__(
-        self, trainable: nn.Module, device: torch.device, group: dist.ProcessGroup | None, *, eval_mode: bool = False
+        self, trainable: nn.Module, device: torch.device, group: dist.ProcessGroup | None, *, in_eval_mode: bool = False
     ) -> None:
-        self._trainable, self._device, self._group, self._eval_mode = trainable, device, group, eval_mode
+        self._trainable, self._device, self._group, self._in_eval_mode = trainable, device, group, in_eval_mode
 
     def in_eval_mode(self) -> _Probe:
-        return _Probe(self._trainable, self._device, self._group, eval_mode=True)
+        return _Probe(self._trainable, self._device, self._group, in_eval_mode=True)
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, lengths: Sequence[int], prefix: tuple[int, ...] | None = None) -> Tensor:
         devices = [self._device] if self._device.type == "cuda" else []
         mode: contextlib.AbstractContextManager[None] = (
-            eval_mode(self._trainable) if self._eval_mode else contextlib.nullcontext()
+            eval_mode(self._trainable) if self._in_eval_mode else contextlib.nullcontext()
         )
         with mode, torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)  # dropout elsewhere in the model is then the same in every pass
@@ -155,34 +159,37 @@ class _Probe:
 
     def _nll(self, pack: PackedBatch) -> Tensor:
         if self._group is None:
-            return self._trainable(pack.to(self._device)).nll
-        part = pack.shard_of(dist.get_rank(self._group), dist.get_world_size(self._group))
-        return gather_tokens(self._trainable(part.to(self._device)).nll, self._group)[: pack.num_tokens]
+            nll: Tensor = self._trainable(pack.to(self._device)).nll
+            return nll
+        shard = pack.shard_of(dist.get_rank(self._group), dist.get_world_size(self._group))
+        return gather_tokens(self._trainable(shard.to(self._device)).nll, self._group)[: pack.num_tokens]
 
 
 def _pack(tokens: Tensor, lengths: Sequence[int], prefix: tuple[int, ...] | None) -> PackedBatch:
-    borders = tuple(accumulate(lengths, initial=0))
+    bounds = tuple(accumulate(lengths, initial=0))
     first = [0 if parent < 0 else lengths[parent] for parent in prefix or (-1,) * len(lengths)]
     targets = tokens.roll(-1)
-    targets[[end - 1 for end in borders[1:]]] = -100
-    supervised = targets >= 0
+    targets[[end - 1 for end in bounds[1:]]] = IGNORE_INDEX
+    supervised = targets != IGNORE_INDEX
     return PackedBatch(
         input_ids=tokens,
         targets=targets,
         loss_weights=supervised.float(),
-        segment_ids=torch.full_like(tokens, 3, dtype=torch.int8),
-        position_ids=torch.cat([torch.arange(at, at + length) for at, length in zip(first, lengths, strict=True)]),
-        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+        segment_ids=torch.full_like(tokens, Segment.DOCUMENT, dtype=torch.int8),
+        position_ids=torch.cat(
+            [torch.arange(start, start + length) for start, length in zip(first, lengths, strict=True)]
+        ),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         max_seqlen=max(lengths),
         loss_positions=supervised.nonzero().squeeze(-1),
-        cu_seqlens_host=borders,
+        cu_seqlens_host=bounds,
         example_ids=tuple(range(len(lengths))),
         prefix=prefix,
     )
 
 
 def _facts(trainable: nn.Module) -> tuple[int, torch.dtype, dist.ProcessGroup | None]:
-    """The vocabulary, compute dtype and sequence group of the TrainableLM inside."""
+    """The vocabulary size, compute dtype and sequence group of the TrainableLM inside a wrapper."""
     inner = next((module for module in trainable.modules() if isinstance(module, TrainableLM)), None)
     if inner is None:
         raise TypeError(f"check_isolation takes a TrainableLM or a module around one, not {type(trainable).__name__}")

@@ -1,8 +1,8 @@
-"""The model as training sees it: a pack goes in, the weighted sum of losses comes out, logits are never made.
+"""The model as training sees it: it maps a pack to the weighted sum of its losses, and never computes logits.
 
-`TrainableLM` puts a `FusedLossHead` in the place of the model's `lm_head`. It holds the very same Parameter
-under the same name, so tied embeddings stay tied, checkpoints keep their keys, and ZeRO-3's hooks gather the
-weight for the head's own forward and nowhere else.
+`TrainableLM` replaces the model's `lm_head` by a `FusedLossHead`. That holds the same Parameter under the same name, so
+tied embeddings stay tied, checkpoints keep their keys, and ZeRO-3's hooks gather the weight for the head's own forward
+and nowhere else.
 
 Sizes: T packed tokens, H hidden, V vocabulary.
 """
@@ -22,33 +22,34 @@ from delib_fast.data import PackedBatch
 from delib_fast.models import ulysses
 from delib_fast.models.attention import NAME, UnsupportedModelError, packed_inputs, unsupported, why_not_share_prompts
 from delib_fast.models.eval_mode import eval_mode
-from delib_fast.models.layers import plug_layers
+from delib_fast.models.forward_patch import remove_patches
+from delib_fast.models.layers import patch_layers
 from delib_fast.ops import FusedLossHead, LossOutput
 
 _PROBE_TOKENS = 4
 
 
 class TrainableLM(nn.Module):
-    """A Hugging Face causal LM, wrapped so that it takes a `PackedBatch` and gives a `LossOutput`.
+    """A Hugging Face causal LM, wrapped such that it maps a `PackedBatch` to a `LossOutput`.
 
-        hidden (T, H)                 = model.base_model(batch)              # each run by itself
+        hidden (T, H)                 = model.base_model(batch)              # each sequence by itself
         loss_sum, nll (T,), correct   = lm_head(hidden, targets, weights)    # no (T, V) tensor
 
-    The head's bias, and a factor or cap of the logits that the model's config names, are the fused head's too.
+    The fused head also applies the head's bias, and a factor or cap of the logits that the model's config has.
 
     Args:
-        model: any causal LM of transformers whose attention comes from its AttentionInterface. It is changed
-            in place; `unpatch` changes it back.
+        model: any causal LM of transformers that takes its attention from AttentionInterface. It is changed in place;
+            `unpatch` restores it.
         attention_backend: of `ops.varlen_attention`.
         loss_backend: of `ops.linear_cross_entropy`.
-        layers: how the blocks run what is no attention and no head: "eager", "compile" or, by what was measured on the
-            device that the model is on, "auto" (`models.layers`).
-        sequence_group: the ranks that share out each pack's tokens (`models.ulysses`), in the order of its parts; it
-            then takes this rank's part of a pack, and all ranks of the group call it together.
+        layers: how the decoder blocks run everything except attention and head: "eager", "compile" or "liger" (see
+            `models.layers`).
+        sequence_group: the ranks across which each pack is sharded (`models.ulysses`), in the order of its shards. The
+            model then takes this rank's shard of a pack, and all ranks of the group must call it together.
     Raises:
-        UnsupportedModelError: the model has something that can't be done exactly this way, by name: a head
-            wrapped by LoRA or otherwise not an nn.Linear; logits changed behind the head by what is no factor
-            and no cap; an attention that can't keep documents apart.
+        UnsupportedModelError: the model does something that cannot be computed exactly this way; the message names it.
+            The head is wrapped by LoRA or is not an nn.Linear, the logits are changed after the head by more than a
+            factor and a cap, or the attention cannot isolate documents from each other.
     """
 
     def __init__(
@@ -68,30 +69,33 @@ class TrainableLM(nn.Module):
         self.attention_backend = attention_backend
         self.sequence_group = sequence_group
         self._head_name = next(name for name, module in model.named_modules() if module is head)
-        self._stock: tuple[nn.Module, str, bool | None] | None = (
+        # What `unpatch` restores: head, attention implementation and cache setting.
+        self._original: tuple[nn.Module, str, bool | None] | None = (
             head,
             model.config._attn_implementation,
             getattr(model.config, "use_cache", None),
         )
         check_logits(model, self._head_name)
-        self._unplug_layers = plug_layers(model, layers)
+        self._layer_patches = patch_layers(model, layers)
         model.set_attn_implementation(NAME)
         model.config.use_cache = False
         fused = FusedLossHead.from_linear(head, backend=loss_backend, **logit_options(model))
         model.set_submodule(self._head_name, fused)
 
     def forward(self, batch: PackedBatch) -> LossOutput:
-        """The loss of a pack: `loss_sum` () float32, `nll` (T,) float32 and `correct` (T,) bool, both
-        detached.
+        """The loss of a pack: `loss_sum` () float32, and detached `nll` (T,) float32 and `correct` (T,) bool.
+
+        Raises ValueError if the batch is not sharded across as many ranks as `sequence_group` has.
         """
         size = 1 if self.sequence_group is None else dist.get_world_size(self.sequence_group)
         if size != (1 if batch.shard is None else batch.shard.size):
             raise ValueError(
-                f"{size} ranks share out a pack, but this is "
-                + ("a whole one" if batch.shard is None else f"one of {batch.shard.size} parts")
-                + "; give PackedDataLoader sequence_parallel, or TrainableLM sequence_group"
+                f"packs are sharded across {size} ranks, but this batch is "
+                + ("a whole pack" if batch.shard is None else f"one of {batch.shard.size} shards")
+                + "; set sequence_parallel of PackedDataLoader, or sequence_group of TrainableLM"
             )
-        return self.head(self.hidden(batch), batch.targets, batch.loss_weights, batch.loss_positions)
+        output: LossOutput = self.head(self.hidden(batch), batch.targets, batch.loss_weights, batch.loss_positions)
+        return output
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The hidden states (T, H) of a pack, as the head receives them."""
@@ -101,7 +105,9 @@ class TrainableLM(nn.Module):
 
     @property
     def head(self) -> FusedLossHead:
-        head: Any = self.model.get_submodule(self._head_name)
+        """The fused head, which is at the name of the model's `lm_head`."""
+        module: Any = self.model.get_submodule(self._head_name)
+        head: FusedLossHead = module
         return head
 
     @property
@@ -111,25 +117,30 @@ class TrainableLM(nn.Module):
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the embedding: ids below it can be looked up."""
+        """The number of rows of the embedding; ids below it can be looked up."""
         embedding: Any = self.model.get_input_embeddings()
-        return embedding.num_embeddings
+        rows: int = embedding.num_embeddings
+        return rows
 
     def unpatch(self) -> PreTrainedModel:
-        """Give the model back as it was: its own head (around the trained weight), attention and cache."""
-        self._restore_stock()
-        self._unplug_layers()
-        self._stock = None
+        """Restore and return the model: its own head (with the trained weight), attention, layers and cache setting.
+
+        Raises ValueError if it was unpatched already.
+        """
+        self._restore()
+        remove_patches(self._layer_patches)
+        self._original = None
         return self.model
 
     @contextlib.contextmanager
     def unpatched(self) -> Iterator[PreTrainedModel]:
-        """The transformers model with its own head, attention and cache setting; patched again on exit.
+        """The transformers model with its own head, attention and cache setting, for a block; patched again on exit.
 
-        Its weights are the same Parameters throughout. Raises ValueError after `unpatch`.
+        Its weights are the same Parameters throughout, and its layers stay as `layers` says. Raises ValueError after
+        `unpatch`.
         """
         fused = self.head
-        self._restore_stock()
+        self._restore()
         try:
             yield self.model
         finally:
@@ -137,11 +148,11 @@ class TrainableLM(nn.Module):
             self.model.set_attn_implementation(NAME)
             self.model.config.use_cache = False
 
-    def _restore_stock(self) -> None:
-        if self._stock is None:
-            raise ValueError("this TrainableLM has been unpatched already; use the model that unpatch() returned")
-        linear, attention, use_cache = self._stock
-        # the same Parameters, unless somebody replaced them in the meantime
+    def _restore(self) -> None:
+        if self._original is None:
+            raise ValueError("this TrainableLM was unpatched already; use the model that unpatch() returned")
+        linear, attention, use_cache = self._original
+        # These are the head's own Parameters, unless they were replaced since.
         linear.weight = self.head.weight
         linear.register_parameter("bias", self.head.bias)
         self.model.set_submodule(self._head_name, linear)
@@ -149,13 +160,13 @@ class TrainableLM(nn.Module):
         self.model.config.use_cache = use_cache
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableLM:
-        """Casts (`.bfloat16()`, `.to(dtype)`) reach the parameters and leave buffers in their precision.
+        """Casts (`.bfloat16()`, `.to(dtype)`) apply to parameters and leave buffers in their precision.
 
-        DeepSpeed casts the whole module. Rotary frequencies rounded to bf16 turn position 10,000 by several
-        radians too little or too much.
+        DeepSpeed casts the whole module. Rotary frequencies rounded to bf16 rotate position 10,000 by several radians
+        too little or too much.
         """
         precise = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
-        super()._apply(fn, recurse)
+        nn.Module._apply(self, fn, recurse)
         for name, buffer in precise.items():
             owner, _, leaf = name.rpartition(".")
             module = self.get_submodule(owner)
@@ -166,6 +177,7 @@ class TrainableLM(nn.Module):
 
 
 def unsupported_group(model: PreTrainedModel, group: dist.ProcessGroup | None) -> str | None:
+    """Why the model's heads cannot be split across the ranks of the group, or None."""
     if group is None:
         return None
     config = model.config.get_text_config()
@@ -175,6 +187,7 @@ def unsupported_group(model: PreTrainedModel, group: dist.ProcessGroup | None) -
 
 
 def unsupported_head(model: PreTrainedModel) -> str | None:
+    """Why the model's output head cannot be fused with the loss, with the remedy, or None."""
     name, head = type(model).__name__, model.get_output_embeddings()
     if head is None or model.base_model is model:
         return f"{name} has no output embeddings over a base model; a causal language model is needed"
@@ -185,16 +198,15 @@ def unsupported_head(model: PreTrainedModel) -> str | None:
         )
     if type(head) is not nn.Linear:
         kind = f"{type(head).__module__}.{type(head).__name__}"
-        return f"the output head of {name} is a {kind}; only nn.Linear is known"
+        return f"the output head of {name} is a {kind}; only nn.Linear is supported"
     return None
 
 
 def logit_options(model: PreTrainedModel) -> dict[str, Any]:
     """`logit_scale` and `softcap` of `ops.linear_cross_entropy`, from the model's config; `check_logits` checks them.
 
-    Architectures name their factor differently: Cohere multiplies by `logit_scale`, Falcon-H1 by
-    `lm_head_multiplier`, Granite and MiniCPM3 divide by `logits_scaling`. Gemma 2 and its kin cap at
-    `final_logit_softcapping`.
+    Architectures name the factor differently: Cohere multiplies by `logit_scale`, Falcon-H1 by `lm_head_multiplier`,
+    and Granite and MiniCPM3 divide by `logits_scaling`. Gemma 2 and its successors cap at `final_logit_softcapping`.
     """
     config = model.config.get_text_config()
     scale = 1.0
@@ -204,19 +216,18 @@ def logit_options(model: PreTrainedModel) -> dict[str, Any]:
 
 
 class _Echo(nn.Module):
-    """Stands in for the head: its "logits" are the hidden states, as they arrive."""
+    """Replaces the head: its "logits" are the hidden states, unchanged."""
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden
 
 
 def check_logits(model: PreTrainedModel, head_name: str) -> None:
-    """Refuses a model whose logits are not head(base_model(…)) with the factor and the cap of `logit_options`,
-    whatever its config calls the difference.
+    """Raise UnsupportedModelError if the logits are not head(base_model(…)) with the factor and cap of `logit_options`.
 
-    With a head that does nothing, the "logits" must come out as the base model's hidden states, scaled and
-    capped so: another factor before the head or behind it would show. Two forward passes of the trunk on 4
-    tokens; left out where the weights are not there to run (meta device, ZeRO-3's partitioned initialisation).
+    With a head that returns its input, the "logits" must be the base model's hidden states, scaled and capped: any
+    other change before or after the head shows, whatever the config calls it. Cost: two forward passes of the trunk on
+    4 tokens. The check is skipped if the weights are not available (meta device, ZeRO-3's partitioned initialisation).
     """
     if any(p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") for p in model.parameters()):
         return
@@ -227,23 +238,23 @@ def check_logits(model: PreTrainedModel, head_name: str) -> None:
         with eval_mode(model):
             logits = model(input_ids=input_ids, use_cache=False).logits
             hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    except RuntimeError:  # some kernels refuse stand-ins (`models.deferred`); a rank that has the weights says more
+    except RuntimeError:  # some kernels reject placeholders (`models.deferred`); a rank with weights reports errors
         if any(hasattr(p, "deferred") for p in model.parameters()):
             return
         raise
     finally:
         model.set_submodule(head_name, head)
-    if logits.shape != hidden.shape or not _is_shaped(hidden, logits, **logit_options(model)):
+    if logits.shape != hidden.shape or not _is_scaled_and_capped(hidden, logits, **logit_options(model)):
         raise UnsupportedModelError(
-            f"the logits of {type(model).__name__} are not its head applied to its hidden states: it changes "
-            f"them before or behind the head by more than what its config says ({logit_options(model)})"
+            f"the logits of {type(model).__name__} are not its head applied to its hidden states: it changes them "
+            f"before or after the head by more than its config says ({logit_options(model)})"
         )
 
 
-def _is_shaped(hidden: Tensor, logits: Tensor, logit_scale: float, softcap: float | None) -> bool:
-    """Whether these logits are those hidden states, scaled and capped; to the bit where there is neither."""
+def _is_scaled_and_capped(hidden: Tensor, logits: Tensor, logit_scale: float, softcap: float | None) -> bool:
+    """Whether the logits are the hidden states, scaled and capped; bitwise if there is neither a scale nor a cap."""
     expected = hidden.float() * logit_scale
     if softcap is not None:
         expected = softcap * torch.tanh(expected / softcap)
-    few_roundings = 0 if (logit_scale, softcap) == (1, None) else 8 * torch.finfo(logits.dtype).eps
-    return torch.allclose(logits.float(), expected.to(logits.dtype).float(), rtol=few_roundings, atol=0, equal_nan=True)
+    tolerance = 0 if (logit_scale, softcap) == (1, None) else 8 * torch.finfo(logits.dtype).eps
+    return torch.allclose(logits.float(), expected.to(logits.dtype).float(), rtol=tolerance, atol=0, equal_nan=True)

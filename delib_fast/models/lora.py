@@ -1,10 +1,10 @@
-"""LoRA by peft, put into the model in place: the adapter's layers go where its linear layers were.
+"""LoRA with peft, injected in place: adapter layers replace the model's linear layers.
 
-The model keeps its class, so attention, loss head, ZeRO and packs know nothing of it. What a stage trains and saves is
-A and B of each adapted layer; the next stage reads them back (`load_adapter`), and what is handed out is a peft folder
+The model keeps its class, so attention, loss head, ZeRO and packs work unchanged. A stage trains and saves A and B of
+each adapted layer, and the next stage reads them back (`load_adapter`). The run exports a peft folder
 (`export_adapter`), or the weights with s·B·A added (`merged_weights`).
 
-Names: `model.layers.0.mlp.up_proj.lora_A.default.weight` here is
+Names: `model.layers.0.mlp.up_proj.lora_A.default.weight` in the model is
 `base_model.model.model.layers.0.mlp.up_proj.lora_A.weight` in a peft folder.
 """
 
@@ -32,17 +32,20 @@ _WEIGHTS = "adapter_model.safetensors"
 
 
 def add_adapter(model: PreTrainedModel, config: LoraConfig, *, base: str | None, seed: int) -> None:
-    """Put a fresh adapter into the model and freeze all else. A is drawn by `seed` alone, B is zero.
+    """Inject a new adapter into the model and freeze all other weights.
 
-    base: what the exported adapter names as its base model.
-    Raises ConfigError: a target that the model does not have, or that is its output head or an embedding.
+    Args:
+        base: the base model that the exported adapter refers to.
+        seed: A is drawn from it alone; B is zero. The global random generators are unchanged.
+    Raises:
+        ConfigError: a target does not exist in the model, is not an nn.Linear, or is the output head or an embedding.
     """
     settings = peft.LoraConfig(
         r=config.r,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # any number works
         lora_dropout=config.dropout,
         use_rslora=config.rslora,
-        bias="none",  # type: ignore[arg-type]
+        bias="none",
         target_modules=targets(model, config),
         base_model_name_or_path=base,
         task_type="CAUSAL_LM",
@@ -50,16 +53,17 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, *, base: str | None,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(settings, model, _ADAPTER)
-    settings.inference_mode = True  # what a folder that is loaded for use says
+    settings.inference_mode = True  # saved with the adapter: whoever loads it wants to use it
     model.lora_settings = settings  # type: ignore[assignment]
 
 
 def _settings(model: Any) -> peft.LoraConfig:
-    return model.lora_settings
+    settings: peft.LoraConfig = model.lora_settings
+    return settings
 
 
 def targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
-    """Last parts of the names of the layers to adapt. Raises ConfigError as `add_adapter` does."""
+    """The names of the layers to adapt, without the path to them. Raises ConfigError as `add_adapter` does."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     linear: dict[str, list[nn.Module]] = {}
     for name, module in model.named_modules():
@@ -70,21 +74,21 @@ def targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
             raise ConfigError(f"model.lora.targets: {type(model).__name__} has no nn.Linear outside its head")
         return sorted(linear)
     for target in config.targets:
-        found = [m for name, m in model.named_modules() if name == target or name.endswith("." + target)]
-        if any(m is head or m is embedding for m in found):
+        matches = [m for name, m in model.named_modules() if name == target or name.endswith("." + target)]
+        if any(m is head or m is embedding for m in matches):
             raise ConfigError(
                 f"model.lora.targets: {target!r} is the output head or the embedding of "
-                f"{type(model).__name__}; the fused loss needs them as they are. Leave it out"
+                f"{type(model).__name__}, which the fused loss needs unchanged; remove it"
             )
-        if not found or not all(isinstance(m, nn.Linear) for m in found):
+        if not matches or not all(isinstance(m, nn.Linear) for m in matches):
             raise ConfigError(
-                f"model.lora.targets: {target!r} is no nn.Linear of {type(model).__name__}{nearest(target, linear)}"
+                f"model.lora.targets: {target!r} is not an nn.Linear of {type(model).__name__}{nearest(target, linear)}"
             )
     return sorted(set(config.targets))
 
 
 def adapter_size(model: PreTrainedModel, config: LoraConfig) -> tuple[int, int]:
-    """(numbers in an adapter of the model, numbers in the matrices that it lies beside)"""
+    """(parameters of an adapter of the model, parameters of the matrices that it applies to)"""
     names, head = set(targets(model, config)), model.get_output_embeddings()
     layers = [
         m
@@ -101,63 +105,65 @@ def adapter_size(model: PreTrainedModel, config: LoraConfig) -> tuple[int, int]:
 
 
 def adapter_settings(folder: str | Path) -> tuple[LoraConfig, str | None]:
-    """The settings of a peft folder's adapter, and the name or folder of the base model that it says it belongs to.
+    """The settings of the adapter in a peft folder, and the base model (name or folder) that it refers to.
 
-    Raises ConfigError: no such file, or none of LoRA's.
+    Raises ConfigError if the folder has no adapter_config.json, or it does not describe a LoRA adapter.
     """
     file = Path(folder) / "adapter_config.json"
     try:
-        theirs = json.loads(file.read_text(encoding="utf-8"))
-        wanted = theirs["target_modules"]
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        modules = saved["target_modules"]
         settings = LoraConfig(
-            r=theirs["r"],
-            alpha=theirs["lora_alpha"],
-            rslora=theirs.get("use_rslora", False),
-            targets=[wanted] if isinstance(wanted, str) else sorted(wanted),
+            r=saved["r"],
+            alpha=saved["lora_alpha"],
+            rslora=saved.get("use_rslora", False),
+            targets=[modules] if isinstance(modules, str) else sorted(modules),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{file} can't be read ({error!r}); give a folder that peft saved a LoRA adapter in"
-        ) from None
-    return settings, theirs.get("base_model_name_or_path")
+        raise ConfigError(f"cannot read {file} ({error!r}); give a folder in which peft saved a LoRA adapter") from None
+    return settings, saved.get("base_model_name_or_path")
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> dict[str, Tensor]:
-    """Copy a peft folder's adapter into the model's. Returns its tensors, in their own precision, by our names.
+    """Copy the adapter of a peft folder into the model's adapter.
 
-    Raises ConfigError: no such folder, or an adapter of other settings, layers or shapes; says which.
+    Returns:
+        The tensors of the folder in the precision they are stored in, under the model's names.
+    Raises:
+        ConfigError: the folder cannot be read, or its adapter has other settings, layers or shapes; the message names
+            the difference.
     """
     folder = Path(folder)
     try:
-        theirs = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / _WEIGHTS)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"adapter {folder} can't be read ({error}); give a folder with adapter_config.json and {_WEIGHTS}"
+            f"cannot read the adapter {folder} ({error}); give a folder with adapter_config.json and {_WEIGHTS}"
         ) from None
-    _refuse_other_settings(theirs, _settings(model), folder)
-    weights = {_our_name(name): tensor for name, tensor in tensors.items()}
-    own = dict(adapter_parameters(model))
-    if wrong := sorted(weights.keys() ^ own.keys()):
-        whose = "the adapter lacks" if wrong[0] in own else "the model does not adapt"
+    _check_same_settings(saved, _settings(model), folder)
+    weights = {_model_name(name): tensor for name, tensor in tensors.items()}
+    parameters = dict(adapter_parameters(model))
+    if wrong := sorted(weights.keys() ^ parameters.keys()):
+        problem = "the adapter lacks" if wrong[0] in parameters else "the model does not adapt"
         raise ConfigError(
-            f"adapter {folder}: {whose} {wrong[0]} ({len(wrong)} such tensors); its target modules are "
-            f"{theirs.get('target_modules')}: set model.lora.targets to them"
+            f"adapter {folder}: {problem} {wrong[0]} ({len(wrong)} such tensors); set model.lora.targets to its target "
+            f"modules, {saved.get('target_modules')}"
         )
-    for name, parameter in own.items():
+    for name, parameter in parameters.items():
         if parameter.shape != weights[name].shape:
             raise ConfigError(
-                f"adapter {folder}: {name} is {tuple(weights[name].shape)}, the model's is "
-                f"{tuple(parameter.shape)}; it belongs to another base model"
+                f"adapter {folder}: {name} has shape {tuple(weights[name].shape)}, but {tuple(parameter.shape)} in "
+                "this model; it belongs to another base model"
             )
     with torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in parameters.items():
             parameter.copy_(weights[name])
     return weights
 
 
-def _refuse_other_settings(theirs: Mapping[str, Any], ours: peft.LoraConfig, folder: Path) -> None:
-    same = {
+def _check_same_settings(saved: Mapping[str, Any], ours: peft.LoraConfig, folder: Path) -> None:
+    required = {
         "peft_type": "LORA",
         "r": ours.r,
         "lora_alpha": ours.lora_alpha,
@@ -170,45 +176,51 @@ def _refuse_other_settings(theirs: Mapping[str, Any], ours: peft.LoraConfig, fol
         "fan_in_fan_out": False,
     }
     keys = {"r": "model.lora.r", "lora_alpha": "model.lora.alpha", "use_rslora": "model.lora.rslora"}
-    for key, value in same.items():
-        found = theirs.get(key, value)
+    for key, value in required.items():
+        found = saved.get(key, value)
         if (found or None) != (value or None):
-            remedy = f"set {keys[key]} to {found}" if key in keys else "such an adapter can't be gone on with"
-            raise ConfigError(f"adapter {folder}: its {key} is {found!r}, here {value!r}; {remedy}")
+            remedy = f"set {keys[key]} to {found}" if key in keys else "such an adapter cannot be trained further"
+            raise ConfigError(f"adapter {folder}: its {key} is {found!r}, but {value!r} in this run; {remedy}")
 
 
 def adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of the model's adapter, with their names."""
     return [(name, p) for name, p in model.named_parameters() if ".lora_" in name]
 
 
-# --- handing out ----------------------------------------------------------------------------------------------
+# --- exporting ------------------------------------------------------------------------------------------------
 
 
 def export_adapter(model: PreTrainedModel, folder: str | Path, weights: Mapping[str, Tensor]) -> Path:
-    """Write a peft folder that `PeftModel.from_pretrained(base, folder)` loads, whole or not at all.
+    """Write a peft folder that `PeftModel.from_pretrained(base, folder)` loads, atomically.
 
-    weights: every A and B in full under the model's names (ZeRO-3 holds parts), saved in their own precision.
-    Raises ValueError where one is missing, OSError where the folder can't be written.
+    Args:
+        weights: every A and B, unsharded, under the model's names; saved in the dtype they have.
+    Raises:
+        ValueError: a weight is missing.
+        OSError: the folder cannot be written.
     """
     names = [name for name, _ in adapter_parameters(model)]
     if missing := [name for name in names if name not in weights]:
-        raise ValueError(f"{missing[0]} is missing from the adapter ({len(missing)} are); gather all of them first")
+        raise ValueError(f"{missing[0]} is missing from the adapter ({len(missing)} are); gather all weights first")
     tensors = {_peft_name(name): weights[name].detach().to("cpu").contiguous() for name in names}
 
-    def write(beside: Path) -> None:
-        _settings(model).save_pretrained(str(beside))
-        save_file(tensors, beside / _WEIGHTS, metadata={"format": "pt"})
+    def write(temporary: Path) -> None:
+        _settings(model).save_pretrained(str(temporary))
+        save_file(tensors, temporary / _WEIGHTS, metadata={"format": "pt"})
 
     return replace_folder(folder, write)
 
 
 def merged_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the model without adapter layers, W + s·B·A computed in float32 where there is one.
+    """The weights of the model without adapter layers: W + s·B·A, computed in float32, for each adapted layer.
 
-    weights: all of the model's, in full, under its names; base weights in any float dtype, kept but where merged.
+    Args:
+        weights: all weights of the model, unsharded, under its names. Base weights may have any float dtype, and are
+            returned in it.
     """
     scales = {name: module.scaling[_ADAPTER] for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    merged = {}
+    merged: dict[str, Tensor] = {}
     for name, weight in weights.items():
         if ".lora_" in name:
             continue
@@ -222,22 +234,22 @@ def merged_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dic
 
 
 def skeleton_without_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    """The same architecture without adapter layers and without numbers (on the meta device): what names, shapes and
-    dtype an exported model has."""
+    """The same architecture without adapter layers, on the meta device: it gives the names, shapes and dtype of an
+    exported model."""
     dtype = model.get_output_embeddings().weight.dtype
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
-        twin = type(model)._from_config(config, dtype=dtype)
-    twin.generation_config = model.generation_config
-    return twin
+        skeleton: PreTrainedModel = type(model)._from_config(config, dtype=dtype)
+    skeleton.generation_config = model.generation_config
+    return skeleton
 
 
 def _peft_name(name: str) -> str:
     return _PEFT_PREFIX + name.replace(f".{_ADAPTER}.", ".")
 
 
-def _our_name(name: str) -> str:
+def _model_name(name: str) -> str:
     plain = name.removeprefix(_PEFT_PREFIX)
     return plain.removesuffix(".weight") + f".{_ADAPTER}.weight"

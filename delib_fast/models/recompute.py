@@ -1,13 +1,14 @@
-"""What a layer keeps for the backward pass, and what it computes again there.
+"""Activation checkpointing: what a layer keeps for the backward pass, and what it recomputes there.
 
-    none        everything
-    selective   its input, and the output and log-sum-exp of its attention, whose cost grows with the square of a run
-    full        its input
-    offload     with selective or full: that input, in the host's memory
-    tiles       a block's MLP in so many parts of the pack, one after another, each computed again
+    none        keep everything
+    selective   keep the layer's input, and the output and log-sum-exp of its attention, whose cost grows with the
+                square of a sequence's length
+    full        keep the layer's input
+    offload     with selective or full: keep that input in host memory
+    tiles       compute a block's MLP on one tile of the pack's tokens after another, and recompute each tile
 
-None changes what is computed: gradients are those of `none` but for the order of sums. Checkpoints are not re-entrant,
-so frozen embeddings, and an adapter in place of trained weights, work too.
+None of these changes what is computed: the gradients are those of `none`, except for the order of sums. Checkpoints
+are not re-entrant, so frozen embeddings, and an adapter next to frozen weights, work too.
 """
 
 from __future__ import annotations
@@ -23,35 +24,49 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from delib_fast.config import ConfigError
+from delib_fast.models.forward_patch import ForwardPatch
 
-# Parts of the names of what computes attention, of every backend: ours, torch's, flash-attn's.
-_ATTENTION = ("varlen_attention", "varlen_attn", "_flash_attn_varlen", "_flash_attention", "scaled_dot_product")
+# Parts of the names of the ops that compute attention: delib_fast's, torch's and flash-attn's.
+_ATTENTION_OPS = ("varlen_attention", "varlen_attn", "_flash_attn_varlen", "_flash_attention", "scaled_dot_product")
 
 
-def recompute(model: PreTrainedModel, mode: str, *, offload: bool = False, mlp_tiles: int = 1) -> None:
-    """Set the model's layers to keep what `mode` says (none, selective, full).
+def recompute(model: PreTrainedModel, mode: str, *, offload: bool = False, mlp_tiles: int = 1) -> list[ForwardPatch]:
+    """Set what the model's layers keep for the backward pass.
 
-    Raises ConfigError: the model or the installed transformers can't do it; says what to set.
+    Args:
+        mode: "none", "selective" or "full".
+        offload: keep the layers' inputs in host memory.
+        mlp_tiles: number of tiles that the tokens of a pack are split into for each MLP; 1 is no tiling.
+    Returns:
+        The patches of tiled MLPs, for `remove_patches`. `model.gradient_checkpointing_disable()` undoes the rest.
+    Raises:
+        ConfigError: the model or the installed transformers does not support it; the message says what to set.
     """
     name = type(model).__name__
     if mode != "none":
         if not model.supports_gradient_checkpointing:
             raise ConfigError(f"model.activation_checkpointing: {name} does not support it; set it to none")
         enable_activation_checkpointing(model, selective=mode == "selective", offload=offload)
-    if mlp_tiles > 1:
-        mlps: list[Any] = [
-            layer.mlp
-            for layer in model.modules()
-            if isinstance(layer, GradientCheckpointingLayer) and _is_mlp(getattr(layer, "mlp", None))
-        ]
-        if not mlps:
-            raise ConfigError(f"model.mlp_tiles: {name} has no layers with an MLP of plain matrices; set it to 1")
-        for mlp in mlps:
-            vars(mlp)["forward"] = partial(_tiled, mlp.forward, mlp_tiles)
+    if mlp_tiles == 1:
+        return []
+    mlps: list[Any] = [
+        layer.mlp
+        for layer in model.modules()
+        if isinstance(layer, GradientCheckpointingLayer) and _is_mlp(getattr(layer, "mlp", None))
+    ]
+    if not mlps:
+        raise ConfigError(f"model.mlp_tiles: {name} has no layers with an MLP of plain matrices; set it to 1")
+    patches: list[ForwardPatch] = [_TiledMLP(mlp, mlp_tiles) for mlp in mlps]
+    for patch in patches:
+        patch.install()
+    return patches
 
 
 def enable_activation_checkpointing(model: PreTrainedModel, *, selective: bool = False, offload: bool = False) -> None:
-    """Recompute each layer in the backward pass."""
+    """Recompute each layer in the backward pass, or with `selective` everything in it except attention.
+
+    Raises ConfigError if `offload` is requested and there is no GPU, or transformers is too old for it.
+    """
     kwargs: dict[str, Any] = {"use_reentrant": False}
     if selective:
         kwargs["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_attention)
@@ -63,26 +78,34 @@ def enable_activation_checkpointing(model: PreTrainedModel, *, selective: bool =
             "model.activation_offload moves activations from a GPU to the host, and torch sees no GPU; set it to false"
         )
     if offload and "offload" not in inspect.signature(enable).parameters:
-        raise ConfigError("model.activation_offload needs a newer transformers (5.24 has it); set it to false")
+        raise ConfigError("model.activation_offload needs transformers 5.24 or newer; set it to false")
     enable(kwargs, **({"offload": True} if offload else {}))
 
 
 def _keep_attention(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    if any(part in str(op) for part in _ATTENTION):
+    if any(part in str(op) for part in _ATTENTION_OPS):
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _is_mlp(module: nn.Module | None) -> bool:
-    """An up- and a down-projection, token by token: no router that looks at all tokens."""
+    """Whether the module is an up- and a down-projection, applied to each token independently (not to a router)."""
     return module is not None and all(
         isinstance(getattr(module, part, None), nn.Linear) or hasattr(getattr(module, part, None), "base_layer")
         for part in ("up_proj", "down_proj")
     )
 
 
-def _tiled(forward: Any, tiles: int, hidden: Tensor) -> Tensor:
-    """hidden (1, T, H): the MLP of T/tiles tokens at a time; only a tile's input is kept."""
-    if not torch.is_grad_enabled() or not hidden.requires_grad:
-        return torch.cat([forward(tile) for tile in hidden.chunk(tiles, dim=-2)], dim=-2)
-    return torch.cat([checkpoint(forward, tile, use_reentrant=False) for tile in hidden.chunk(tiles, dim=-2)], dim=-2)
+class _TiledMLP(ForwardPatch):
+    """An MLP on T/tiles tokens at a time; only a tile's input is kept for the backward pass."""
+
+    def __init__(self, mlp: nn.Module, tiles: int) -> None:
+        super().__init__(mlp)
+        self._tiles = tiles
+
+    def patched(self, hidden: Tensor) -> Tensor:
+        """hidden and result: (1, T, H)."""
+        tiles = hidden.chunk(self._tiles, dim=-2)
+        if not torch.is_grad_enabled() or not hidden.requires_grad:
+            return torch.cat([self.original(tile) for tile in tiles], dim=-2)
+        return torch.cat([checkpoint(self.original, tile, use_reentrant=False) for tile in tiles], dim=-2)

@@ -1,5 +1,4 @@
-"""The tokenizer of a run: loaded, or trained on the run's own text as byte-level BPE with chat control
-tokens."""
+"""The tokenizer of a run: loaded, or trained on the run's own text as byte-level BPE with chat control tokens."""
 
 from __future__ import annotations
 
@@ -10,57 +9,66 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from delib_fast.config import Config, ConfigError
-from delib_fast.models.hub import why_not_loaded
+from delib_fast.config import ConfigError, TokenizerTrainConfig
+from delib_fast.models.hf_utils import why_not_loaded
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 END_OF_TEXT, IM_START, IM_END, THINK, END_THINK = CONTROL_TOKENS
 CHAT_TEMPLATE = Path(__file__).parent / "templates" / "chatml_think.jinja"
 
-# How Qwen2 cuts text before BPE: contractions, words, single digits, punctuation with its line ends, blanks.
+# How Qwen2 splits text before BPE: contractions, words, single digits, punctuation with its line ends, whitespace.
 _PRE_TOKEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
 
 
-def build_tokenizer(config: Config, texts: Callable[[], Iterable[str]]) -> PreTrainedTokenizerFast:
-    """The tokenizer that the configuration asks for.
+def build_tokenizer(
+    *,
+    path: str | None = None,
+    train: TokenizerTrainConfig | None = None,
+    texts: Callable[[], Iterable[str]] | None = None,
+    model_path: str | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedTokenizerFast:
+    """Train or load the tokenizer of a run.
 
     Args:
-        config: `tokenizer.path`, else `tokenizer.train`, else the tokenizer of `model.path`;
-            `tokenizer.chat_template` replaces its template.
-        texts: gives the training text, one string a row; called only if a tokenizer is to be trained. The
-            result is a pure function of these strings in their order, so every rank can train it by itself.
+        path: a tokenizer folder or hub name to load (`tokenizer.path`).
+        train: train a tokenizer with these settings instead (`tokenizer.train`).
+        texts: returns the training text, one string per row; needed, and called, only with `train`. The result is a
+            pure function of these strings and their order, so every rank can train the same tokenizer.
+        model_path: a model folder or hub name to load the tokenizer from without `path` and `train` (`model.path`).
+        chat_template: a Jinja file that replaces the tokenizer's chat template (`tokenizer.chat_template`).
+        trust_remote_code: run Python code that comes with the tokenizer.
     Returns:
-        a fast tokenizer with an end-of-text token and a padding token.
+        A fast tokenizer with an end-of-text token and a padding token.
     Raises:
-        ConfigError: the tokenizer can't be loaded, is not a fast one, has no end-of-text token, or the text
-            is too little for the vocabulary asked for.
+        ConfigError: the tokenizer cannot be loaded, is not a fast one, or has no end-of-text token; the template
+            cannot be read; or the text is too little for the vocabulary size. The message names the key.
     """
-    if config.tokenizer.train is not None:
-        tokenizer = train_tokenizer(texts(), config.tokenizer.train.vocab_size)
+    if train is not None:
+        assert texts is not None, "training a tokenizer needs texts"
+        tokenizer = train_tokenizer(texts(), train.vocab_size)
+    elif path is not None:
+        tokenizer = load_tokenizer(path, key="tokenizer.path", trust_remote_code=trust_remote_code)
     else:
-        path = config.tokenizer.path or config.model.path
-        assert path is not None, "Config checks that a new model brings a tokenizer"
-        tokenizer = load_tokenizer(
-            path,
-            key="tokenizer.path" if config.tokenizer.path else "model.path",
-            trust_remote_code=config.model.trust_remote_code,
-        )
-    if config.tokenizer.chat_template is not None:
-        tokenizer.chat_template = _read_template(Path(config.tokenizer.chat_template))
+        assert model_path is not None, "Config checks that a new model has a tokenizer"
+        tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(Path(chat_template))
     return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with the chat template and control tokens of this project.
 
-    Every byte is a token, so any text comes back as it went in. The control tokens are special: with
-    `split_special_tokens=True` the same characters in somebody's text are encoded as ordinary text.
+    Every byte is a token, so any text is decoded to what was encoded. The control tokens are special: with
+    `split_special_tokens=True`, the same characters in a row's text are encoded as ordinary text.
 
     Raises:
-        ConfigError: the texts don't give `vocab_size` different tokens.
+        ConfigError: the texts contain too few different tokens for `vocab_size`.
     """
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -98,22 +106,23 @@ def load_tokenizer(path: str, *, key: str = "model.path", trust_remote_code: boo
 
     Args:
         key: the configuration key that gives the path, for error messages.
+        trust_remote_code: run Python code that comes with the tokenizer.
     Raises:
         ConfigError: the tokenizer cannot be loaded, is not a fast one, or has no end-of-text token.
     """
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{key}: no tokenizer can be loaded from {path!r}: {why_not_loaded(path, error)}") from error
+        raise ConfigError(f"{key}: cannot load a tokenizer from {path!r}: {why_not_loaded(path, error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(
-            f"{key}: the tokenizer of {path!r} is {type(tokenizer).__name__}; a fast one is "
-            "needed (a folder with tokenizer.json)"
+            f"{key}: the tokenizer of {path!r} is a {type(tokenizer).__name__}; a fast tokenizer is needed (a folder "
+            "with tokenizer.json)"
         )
     if tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"{key}: the tokenizer of {path!r} has no eos_token, so a document has no end; "
-            "name one in its tokenizer_config.json"
+            f"{key}: the tokenizer of {path!r} has no eos_token, so the end of a document cannot be marked; set "
+            "eos_token in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -124,4 +133,4 @@ def _read_template(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"tokenizer.chat_template: {path} can't be read: {error}") from None
+        raise ConfigError(f"tokenizer.chat_template: cannot read {path}: {error}") from None

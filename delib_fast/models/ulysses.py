@@ -1,17 +1,17 @@
-"""Sequence parallelism after Ulysses: the tokens of a pack lie on P ranks, and so do its attention heads.
+"""Sequence parallelism after Ulysses: the tokens of a pack are sharded across P ranks, and so are attention heads.
 
     (T/P, Hq) q, (T/P, Hkv) k, v    of this rank's tokens
       ──all-to-all──▶  (T, Hq/P) q, (T, Hkv/P) k, v    of all tokens, this rank's heads
       ──varlen_attention with the whole pack's cu_seqlens──▶  (T, Hq/P)
       ──all-to-all──▶  (T/P, Hq)    of this rank's tokens
 
-Everything but attention works on tokens one by one and needs no other rank's. Since every rank sees all of a pack's
-tokens in attention, with the borders of all its documents, they stay apart exactly as on one rank; nothing is guessed
-from positions. Where there are fewer kv heads than ranks (P a multiple of Hkv), each goes to P / Hkv ranks, and its
-gradient is the sum over them.
+Everything except attention works on each token independently, and needs no other rank. In attention every rank sees
+all tokens of the pack and the boundaries of all its documents, so documents are isolated exactly as on one rank, and
+nothing is inferred from positions. If there are fewer kv heads than ranks (P a multiple of Hkv), each kv head is copied
+to P / Hkv ranks, and its gradient is summed over them.
 
 Sizes: T tokens of a pack (padded to a multiple of P), P ranks, Hq and Hkv heads of D.
-Cost a layer and rank, forward: (2·Hq + 2·max(Hkv, P))·D·T/P elements sent, in two all-to-alls; the same backward.
+Cost per layer and rank, forward: (2·Hq + 2·max(Hkv, P))·D·T/P elements sent, in two all-to-alls; the same backward.
 Source: DeepSpeed-Ulysses, arXiv 2309.14509.
 """
 
@@ -26,58 +26,67 @@ from torch.autograd.function import once_differentiable
 
 
 def why_not(heads: int, kv_heads: int, size: int) -> str | None:
-    """Why so many ranks can't share out so many heads, with the numbers of ranks that can; None where they can."""
+    """Why the heads cannot be split across `size` ranks, with the numbers of ranks that work; or None."""
     good = [n for n in range(1, heads + 1) if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
     if size in good:
         return None
     return (
-        f"{heads} query heads and {kv_heads} kv heads can't be shared out over {size} ranks; set "
+        f"{heads} query heads and {kv_heads} kv heads cannot be split across {size} ranks; set "
         f"engine.sequence_parallel to {' or '.join(map(str, good))}"
     )
 
 
 def to_heads(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's tokens (T/P, heads, D) to this rank's heads of all tokens: (T, Hq/P, D), and k, v (T, ≥ 1, D).
+    """Exchange this rank's tokens (T/P, heads, D) for this rank's heads of all tokens: q (T, Hq/P, D), k and v
+    (T, max(1, Hkv/P), D).
 
-    A collective, forward and backward. Raises ValueError where P ranks can't share out the heads.
+    A collective, forward and backward. Raises ValueError if the heads cannot be split across P ranks.
     """
     if reason := why_not(q.shape[1], k.shape[1], dist.get_world_size(group)):
         raise ValueError(reason)
-    return _ToHeads.apply(q, k, v, group)
+    apply: Any = _ToHeads.apply
+    heads: tuple[Tensor, Tensor, Tensor] = apply(q, k, v, group)
+    return heads
 
 
 def to_tokens(out: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's heads of all tokens (T, Hq/P, D) to all heads of this rank's tokens (T/P, Hq, D). A collective."""
-    return _ToTokens.apply(out, group)
+    """Exchange this rank's heads of all tokens (T, Hq/P, D) for all heads of this rank's tokens (T/P, Hq, D).
+
+    A collective, forward and backward.
+    """
+    apply: Any = _ToTokens.apply
+    tokens: Tensor = apply(out, group)
+    return tokens
 
 
 @torch.no_grad()
 def gather_tokens(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(T/P,) of each rank to (T,) on every rank, without a gradient. A collective."""
-    parts = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, values.contiguous(), group=group)
-    return torch.cat(parts)
+    """Gather (T/P,) of each rank into (T,) on every rank, without a gradient. A collective."""
+    shards = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shards, values.contiguous(), group=group)
+    return torch.cat(shards)
 
 
 def _exchange(blocks: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(P, …): block j goes to rank j; what comes back has rank i's block in place i."""
+    """Send block j of (P, …) to rank j; block i of the result comes from rank i."""
     received = torch.empty_like(blocks, memory_format=torch.contiguous_format)
     dist.all_to_all_single(received, blocks.contiguous(), group=group)
     return received
 
 
 def _by_rank(x: Tensor, size: int) -> Tensor:
-    """(T/P, heads, D) to (P, T/P, heads/P, D): neighbouring heads go to one rank."""
-    return x.unflatten(1, (size, -1)).transpose(0, 1)
+    """(T/P, heads, D) to (P, T/P, heads/P, D): each rank gets consecutive heads."""
+    blocks: Tensor = x.unflatten(1, (size, -1))
+    return blocks.transpose(0, 1)
 
 
 def _of_ranks(blocks: Tensor) -> Tensor:
-    """(P, T/P, heads/P, D) to (T/P, heads, D): the way back."""
+    """(P, T/P, heads/P, D) to (T/P, heads, D): the inverse of `_by_rank`."""
     return blocks.transpose(0, 1).flatten(1, 2)
 
 
 class _ToHeads(torch.autograd.Function):
-    """q, k and v travel in one message, so that there is one collective, and one order of them on every rank."""
+    """q, k and v are sent in one message, so there is one collective, in the same order on every rank."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
@@ -87,14 +96,15 @@ class _ToHeads(torch.autograd.Function):
             k, v = k.repeat_interleave(ctx.copies, 1), v.repeat_interleave(ctx.copies, 1)
         ctx.heads = (q.shape[1] // size, k.shape[1] // size, v.shape[1] // size)
         sent = torch.cat([_by_rank(x, size) for x in (q, k, v)], dim=2)
-        return _exchange(sent, group).flatten(0, 1).split(ctx.heads, dim=1)
+        received: tuple[Tensor, ...] = _exchange(sent, group).flatten(0, 1).split(ctx.heads, dim=1)
+        return received
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         size = dist.get_world_size(ctx.group)
         sent = torch.cat(gradients, dim=1).unflatten(0, (size, -1))
-        dq, dk, dv = (_of_ranks(part) for part in _exchange(sent, ctx.group).split(ctx.heads, dim=2))
+        dq, dk, dv = (_of_ranks(blocks) for blocks in _exchange(sent, ctx.group).split(ctx.heads, dim=2))
         if ctx.copies > 1:
             dk, dv = (x.unflatten(1, (-1, ctx.copies)).sum(2) for x in (dk, dv))
         return dq, dk, dv, None

@@ -116,7 +116,7 @@ class RunDataset:
         """
         train = self._config.tokenizer.train
         if train is None:
-            return build_tokenizer(self._config, lambda: iter(()))
+            return self._build_tokenizer(path=self._config.tokenizer.path)
         folder = self._tokenizer_folder
         trained_on = hashlib.sha256(
             json.dumps(
@@ -132,13 +132,21 @@ class RunDataset:
         self._ranks.barrier()
         if self._ranks.rank == 0 and stored != trained_on:
             texts = (text for row in self.training_rows(train.sources) for text in row.texts)
-            build_tokenizer(self._config, lambda: texts).save_pretrained(folder)
+            self._build_tokenizer(train=train, texts=lambda: texts).save_pretrained(folder)
             for file in folder.iterdir():
                 sync_file(file)
             write_atomic(marker, trained_on)  # last: without it the tokenizer is trained again
         self._ranks.barrier()
-        settings = self._config.tokenizer.model_copy(update={"path": str(folder), "train": None})
-        return build_tokenizer(self._config.model_copy(update={"tokenizer": settings}), lambda: iter(()))
+        return self._build_tokenizer(path=str(folder))
+
+    def _build_tokenizer(self, **origin: Any) -> Any:
+        model = self._config.model
+        return build_tokenizer(
+            **origin,
+            model_path=model.path,
+            chat_template=self._config.tokenizer.chat_template,
+            trust_remote_code=model.trust_remote_code,
+        )
 
     @cached_property
     def shape(self) -> ModelShape:

@@ -156,20 +156,23 @@ def run_stage(run: RunContext, index: int, callbacks: Sequence[Callback] = ()) -
 def build_engine(run: RunContext, config: Config, stage: StageConfig, inputs: StageInputs) -> Engine:
     """The stage's model under DeepSpeed, checked for leaks between packed documents in the precision it trains in."""
     from delib_fast.engine import Engine
-    from delib_fast.models import TrainableLM, check_isolation, resolve_layers
+    from delib_fast.models import TrainableLM, check_isolation, check_layers
 
     ranks, batches = run.ranks, run.dataset.batches(stage)
     with run.watchdog.suspended("loading the model"):
         model, exact_weights = build_stage_model(run, inputs, config)
-    module = ranks.raise_together(
-        lambda: TrainableLM(
+
+    def wrap() -> TrainableLM:
+        check_layers(config.model.layers, ranks.device)
+        return TrainableLM(
             model,
             attention_backend=config.model.attention,
             loss_backend=config.model.loss,
             sequence_group=ranks.sequence_group,
-            layers=resolve_layers(config.model.layers, ranks.device, config.engine.zero_stage),
+            layers=config.model.layers,
         )
-    )
+
+    module = ranks.raise_together(wrap)
     engine = Engine(module, config, stage, batches.num_steps, ranks)
     engine.state.set_weights(exact_weights)
     check_isolation(engine.wrapped, ranks.device, shares_prompts=batches.shares_prompts)

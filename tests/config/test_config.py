@@ -62,6 +62,10 @@ def test_relative_paths_start_at_the_file(tmp_path):
     [
         ({"stagse": []}, "config: stagse: unknown key (did you mean 'stages'?)"),
         (
+            {"model": {"path": "m", "layers": "auto"}},
+            "config: model.layers: auto was removed; write eager (the default) or compile",
+        ),
+        (
             {"stages": [{"kind": "aft", "train": ["rows"], "cto": "train"}]},
             "config: stages.0.cto: unknown key (did you mean 'cot'?)",
         ),

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from helpers.launch import serving
+from helpers.small_models import tiny_qwen3
 from making import PROMPTS, make_rows, read_rows
 
 from delib_fast.datagen.request_log import RequestLedger
@@ -31,17 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     texts = [" ".join(PROMPTS), Path(__file__).read_text()] * 4
     tokenizer = train_tokenizer(texts, 512)
-    architecture = {
-        "model_type": "qwen3",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "max_position_embeddings": 16384,
-        "tie_word_embeddings": True,
-    }
+    architecture = tiny_qwen3(max_position_embeddings=16384, tie_word_embeddings=True)
     model = build_model(ModelConfig.model_validate({"architecture": architecture}), tokenizer)
     model.generation_config.do_sample = True  # without it, transformers serve is greedy at every temperature
     return export_model(model, tokenizer, tmp_path_factory.mktemp("model") / "small")

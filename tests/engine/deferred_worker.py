@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from delib_fast.config import ModelConfig
+from delib_fast.config.dtypes import DTYPES
 from delib_fast.engine import Ranks
 from delib_fast.engine.sharding import shard_parameters
 from delib_fast.models import TrainableLM, build_deferred, build_model, train_tokenizer
-from delib_fast.models.build import DTYPES
 
 MIB = 1 << 20
 TEXTS = ["The assistant reads the rule, asks why it is there, and says what it will do and what it will not. " * 4]

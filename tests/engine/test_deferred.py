@@ -90,7 +90,7 @@ def test_equals_a_model_loaded_whole(fork_server, tmp_path, kind):
     assert bool(whole[0]["conversions"]) == (kind == "experts merged")
     why = {"no safetensors": "it has no safetensors", "named by its config": "its config.json names other.safetensors"}
     if kind in why:
-        assert f"the first rank loads the whole model into the host's memory: {why[kind]}" in deferred[0]["note"]
+        assert f"the first rank loads the whole model into host memory: {why[kind]}" in deferred[0]["note"]
     else:
         assert deferred[0]["note"] is None
 

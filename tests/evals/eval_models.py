@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.small_models import tiny_qwen3
 
 from delib_fast.config import ModelConfig
 from delib_fast.data import Row, Segment
@@ -16,16 +17,7 @@ from delib_fast.ops import LossOutput
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
-ARCHITECTURE = {
-    "model_type": "qwen3",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 64,
-    "max_position_embeddings": 4096,
-}
+ARCHITECTURE = tiny_qwen3(num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=4096)
 
 
 def shared(name: str) -> Path:

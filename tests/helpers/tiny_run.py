@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import yaml
 from helpers.launch import ROOT
+from helpers.small_models import tiny_qwen3
 from safetensors.torch import load_file
 
 from delib_fast.train import main
@@ -23,18 +24,7 @@ def tiny(folder: Path, **changes) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(lines[:rows]))
     tree = {
         "run_dir": str(folder / "run"),
-        "model": {
-            "architecture": {
-                "model_type": "qwen3",
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "head_dim": 16,
-                "tie_word_embeddings": True,
-            }
-        },
+        "model": {"architecture": tiny_qwen3(tie_word_embeddings=True)},
         "tokenizer": {"train": {"vocab_size": 512, "sources": ["documents", "deliberation"]}},
         "data": {
             name: f"{name}.jsonl" for name in ("documents", "documents_heldout", "deliberation", "deliberation_heldout")

@@ -1,4 +1,4 @@
-"""delib_fast.apply and unapply: the same loss and gradients as the stock model, and the stock model back."""
+"""delib_fast.apply and unapply: the same loss and gradients as transformers' own, and the original model again."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from tiny import MODELS, VOCAB, alone, assert_same, build, gradients, padded, rows
-from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
 
 import delib_fast
-from delib_fast.integrations.hf import WeightedFlattening
-from delib_fast.models import UnsupportedModelError
 
 ALLOWED = 1e-5  # relative, fp32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports():
+    """Import when the first test runs, not when tests are collected."""
+    global DataCollatorWithFlattening, UnsupportedModelError, WeightedFlattening
+    from transformers import DataCollatorWithFlattening
+
+    from delib_fast.integrations.hf import WeightedFlattening
+    from delib_fast.models import UnsupportedModelError
 
 
 def flattened(some, **keys):
@@ -27,9 +33,9 @@ def flattened(some, **keys):
 
 
 def batch_of(shape: str, some) -> dict:
-    """The same rows in the ways in which trainers bring them."""
+    """The same rows, in each of the forms in which trainers pass them."""
     weightless = {k: v for k, v in padded(some).items() if k != "loss_weights"}
-    if shape == "axolotl":  # one row, its mask numbers the runs
+    if shape == "axolotl":  # one row, whose mask numbers the sequences
         batch = flattened(some)
         lengths = torch.tensor([len(row["input_ids"]) for row in some])
         batch["attention_mask"] = torch.repeat_interleave(torch.arange(1, len(some) + 1), lengths)[None]
@@ -45,7 +51,7 @@ def batch_of(shape: str, some) -> dict:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("shape", ["padded", "position_ids", "cu_seq_lens"])
-def test_loss_and_gradients_are_the_stock_ones(name, shape) -> None:
+def test_loss_and_gradients_are_those_of_transformers(name, shape) -> None:
     model = build(name)
     some = rows()
     true_loss, true_gradients = alone(model, some)
@@ -58,7 +64,7 @@ def test_loss_and_gradients_are_the_stock_ones(name, shape) -> None:
 
 
 @pytest.mark.parametrize("shape", ["padded left", "axolotl", "weighted flattening"])
-def test_other_ways_to_bring_rows(shape) -> None:
+def test_other_forms_of_batches(shape) -> None:
     model, some = build(), rows()
     true_loss, true_gradients = alone(model, some)
     delib_fast.apply(model)
@@ -109,31 +115,31 @@ def test_denominators() -> None:
         model(**padded(some), num_items_in_batch=count)
     with pytest.raises(ValueError, match="loss_weights must have the shape of the labels"):
         model(**plain, loss_weights=torch.ones(3))
-    with pytest.raises(ValueError, match="loss_weights came without labels"):
+    with pytest.raises(ValueError, match="loss_weights need labels"):
         model(input_ids=plain["input_ids"], loss_weights=torch.ones(3))
     nothing = dict(plain, labels=torch.full_like(plain["labels"], -100))
     assert model(**nothing).loss == 0
 
 
-def test_refuses_labels_behind_padding() -> None:
+def test_rejects_labels_after_padding() -> None:
     model, batch = delib_fast.apply(build()), padded(rows())
     batch.pop("loss_weights")
     batch["labels"] = batch["input_ids"]
-    with pytest.raises(ValueError, match="labels are to be predicted from padding"):
+    with pytest.raises(ValueError, match="labels would be predicted from padding"):
         model(**batch)
 
 
 def test_packed_rows_are_isolated() -> None:
     model, batch = delib_fast.apply(build()), WeightedFlattening()(rows((9, 8, 7)))
-    clean = model(**batch).nll[0]
+    before = model(**batch).nll[0]
     batch["input_ids"][0, 11] = (batch["input_ids"][0, 11] + 1) % VOCAB
-    moved = (model(**batch).nll[0] - clean).abs()
-    assert moved[12:17].max() > 1e-3
-    assert not moved[:9].any()
-    assert not moved[17:].any()
+    change = (model(**batch).nll[0] - before).abs()
+    assert change[12:17].max() > 1e-3
+    assert not change[:9].any()
+    assert not change[17:].any()
 
 
-def test_neither_logits_nor_a_mask_nor_padding_is_made() -> None:
+def test_no_logits_no_mask_and_no_padding() -> None:
     model, some = delib_fast.apply(build()), rows((40, 3, 3))
     seen = []
     model.model.layers[0].register_forward_pre_hook(
@@ -146,7 +152,7 @@ def test_neither_logits_nor_a_mask_nor_padding_is_made() -> None:
     assert head_shapes == [torch.Size([])]
 
 
-def test_without_labels_the_model_is_as_it_was() -> None:
+def test_without_labels_the_model_is_unchanged() -> None:
     model = build().eval()
     batch = {k: v for k, v in padded(rows(), "left").items() if k in ("input_ids", "attention_mask")}
     before = model(**batch).logits
@@ -160,7 +166,7 @@ def test_without_labels_the_model_is_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_unapply_puts_it_back_exactly(attention) -> None:
+def test_unapply_restores_everything(attention) -> None:
     model = build("qwen2 tied")
     model.set_attn_implementation(attention)
     batch = {k: v for k, v in padded(rows()).items() if k != "loss_weights"}
@@ -182,15 +188,15 @@ def test_unapply_puts_it_back_exactly(attention) -> None:
         assert model.config._attn_implementation == f"delib_fast_or_{attention}"
     assert state() == before
     assert torch.equal(model(**batch).logits, logits)
-    with pytest.raises(ValueError, match="has not been applied"):
+    with pytest.raises(ValueError, match="was not applied"):
         delib_fast.unapply(model)
     delib_fast.apply(model)
-    with pytest.raises(ValueError, match="has been applied to this Qwen2ForCausalLM; unapply it first"):
+    with pytest.raises(ValueError, match="was already applied to this Qwen2ForCausalLM; unapply it first"):
         delib_fast.apply(model)
 
 
 def test_unapply_beneath_a_wrapper(caplog) -> None:
-    """accelerate wraps forward for mixed precision and leaves it there."""
+    """accelerate wraps forward for mixed precision, and never unwraps it."""
     model = build()
     batch = {k: v for k, v in padded(rows()).items() if k != "loss_weights"}
     logits = model(**batch).logits
@@ -199,18 +205,18 @@ def test_unapply_beneath_a_wrapper(caplog) -> None:
     model.forward = lambda *args, **kwargs: ours(*args, **kwargs)
     with caplog.at_level(logging.WARNING, "delib_fast"):
         delib_fast.unapply(model)
-    assert "has been wrapped by test_patching since delib_fast.apply" in caplog.text
+    assert "was wrapped by test_patching after delib_fast patched it" in caplog.text
     assert torch.equal(model(**batch).logits, logits)
 
 
 def test_a_copy_is_patched_by_itself() -> None:
     model = delib_fast.apply(build())
     batch = padded(rows())
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     with torch.no_grad():
-        twin.lm_head.weight.zero_()
-    assert abs(twin(**batch).loss.item() - torch.tensor(float(VOCAB)).log().item()) < 1e-5
-    delib_fast.unapply(twin)
+        copied.lm_head.weight.zero_()
+    assert abs(copied(**batch).loss.item() - torch.tensor(float(VOCAB)).log().item()) < 1e-5
+    delib_fast.unapply(copied)
     assert model(**batch).logits is None
 
 
@@ -220,13 +226,15 @@ def test_activation_checkpointing_recomputes_the_pack() -> None:
     delib_fast.apply(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     loss = model(**batch_of("position_ids", some)).loss
-    model.eval()(input_ids=torch.arange(5)[None])  # a stock call in between changes nothing
+    model.eval()(input_ids=torch.arange(5)[None])  # a call without labels in between changes nothing
     model.train()
     loss.backward()
     assert_same(gradients(model), true_gradients)
 
 
 def lora(model, **keys):
+    from peft import LoraConfig, get_peft_model
+
     return get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **keys))
 
 
@@ -235,58 +243,55 @@ def test_peft(first) -> None:
     torch.manual_seed(3)
     model = lora(build(), target_modules=["q_proj", "v_proj", "down_proj"])
     plain = {k: v for k, v in padded(rows()).items() if k != "loss_weights"}
-    stock = model(**plain).loss
-    stock.backward()
+    expected = model(**plain).loss
+    expected.backward()
     true_gradients = {k: v.clone() for k, v in gradients(model).items()}
     model.zero_grad()
     delib_fast.apply(model if first == "peft" else model.get_base_model())
     output = model(**plain)
     output.loss.backward()
     assert output.logits is None
-    torch.testing.assert_close(output.loss, stock, rtol=ALLOWED, atol=0)
+    torch.testing.assert_close(output.loss, expected, rtol=ALLOWED, atol=0)
     assert_same(gradients(model), true_gradients)
     delib_fast.unapply(model)
-    assert torch.equal(model(**plain).loss, stock)
+    assert torch.equal(model(**plain).loss, expected)
 
 
-def test_refuses_by_name() -> None:
+def test_rejects_unsupported_models_and_options() -> None:
     with pytest.raises(UnsupportedModelError, match="output head of Qwen3ForCausalLM is wrapped by an adapter"):
         delib_fast.apply(lora(build(), target_modules=["q_proj", "lm_head"]))
-    other = build("gemma2 capped")
+    other = build("gemma2, capped logits")
     other.config.logit_scale = 0.5  # a key that this architecture does not read
-    with pytest.raises(UnsupportedModelError, match=r"by more than what its config says \({'logit_scale': 0.5, 'soft"):
+    with pytest.raises(UnsupportedModelError, match=r"by more than its config says \({'logit_scale': 0.5, 'soft"):
         delib_fast.apply(other)
-    with pytest.raises(ValueError, match="layers='fast' does not exist; choose from auto, eager, compile, liger"):
-        delib_fast.apply(build(), layers="fast")
-    with pytest.raises(ValueError, match="Linear is no transformers model"):
+    for layers in ("auto", "fast"):
+        with pytest.raises(ValueError, match=f"layers='{layers}' does not exist; choose from eager, compile, liger"):
+            delib_fast.apply(build(), layers=layers)
+    with pytest.raises(ValueError, match="Linear is not a transformers model"):
         delib_fast.apply(torch.nn.Linear(2, 2))
     model = delib_fast.apply(build())
     with pytest.raises(ValueError, match="logits_to_keep"):
         model(input_ids=torch.arange(4)[None], labels=torch.arange(4)[None], logits_to_keep=1)
 
 
-def test_says_what_layers_auto_chose(caplog) -> None:
-    with caplog.at_level(logging.INFO, "delib_fast"):
-        delib_fast.apply(build())
-    assert "the layers of Qwen3ForCausalLM run: eager" in caplog.text
-
-
 def test_compiled_layers_of_a_peft_model(monkeypatch) -> None:
     torch._dynamo.reset()
     monkeypatch.setattr("delib_fast.models.layers.BACKEND", "aot_eager")
     model = lora(build(), target_modules=["q_proj", "up_proj"])
-    stock = alone(model, rows())
+    true_loss, true_gradients = alone(model, rows())
     with delib_fast.applied(model, layers="compile"):
         for lengths in ((5, 9), (13, 2, 7, 30, 3, 11)):  # the first pass of a block is not compiled
             model.zero_grad()
             loss = model(**batch_of("weighted flattening", rows(lengths))).loss
             loss.backward()
-    torch.testing.assert_close(loss.detach(), stock[0], rtol=1e-5, atol=0)
-    assert_same(gradients(model), stock[1])
+    torch.testing.assert_close(loss.detach(), true_loss, rtol=1e-5, atol=0)
+    assert_same(gradients(model), true_gradients)
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_saved_while_applied_loads_anywhere(tmp_path) -> None:
+def test_a_model_saved_while_applied_loads_without_delib_fast(tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
     model = delib_fast.apply(build())
     model.save_pretrained(tmp_path)
     assert "delib_fast" not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
@@ -296,7 +301,7 @@ def test_saved_while_applied_loads_anywhere(tmp_path) -> None:
     torch.testing.assert_close(loaded(tokens).logits, model.eval()(tokens).logits)
 
 
-def test_nothing_is_kept_alive() -> None:
+def test_apply_keeps_no_reference_to_the_model() -> None:
     import weakref
 
     model = delib_fast.apply(build())

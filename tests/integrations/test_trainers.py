@@ -1,4 +1,4 @@
-"""A few real steps with HF Trainer, TRL's SFTTrainer and axolotl's hooks, with us and without."""
+"""A few real steps with HF Trainer, TRL's SFTTrainer and axolotl's hooks, with and without delib_fast."""
 
 from __future__ import annotations
 
@@ -11,18 +11,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from tiny import VOCAB, alone, build, padded, rows
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import DataCollatorWithFlattening, PreTrainedTokenizerFast, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
 
 import delib_fast
-from delib_fast.integrations import hf
-from delib_fast.integrations import trl as trl_integration
-from delib_fast.integrations.patching import is_applied
 
 ALLOWED = 1e-5  # relative, fp32
 STEPS, BATCH, ACCUMULATED = 3, 3, 2
@@ -43,6 +34,17 @@ COMMON = {
 }
 # SGD, since Adam magnifies rounding; unequal lengths, so that a mean of means would show.
 LENGTHS = (13, 2, 7, 30, 3, 11, 5, 19, 23, 4, 8, 40, 6, 17, 9, 12, 21, 10)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports():
+    """Import when the first test runs, not when tests are collected."""
+    global Dataset, Trainer, TrainingArguments, hf, is_applied
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    from delib_fast.integrations import hf
+    from delib_fast.integrations.patching import is_applied
 
 
 @pytest.fixture
@@ -76,22 +78,27 @@ def hf_trainer(tmp_path, data, collator, model=None, **keys) -> Trainer:
     return Trainer(model=model or build(), args=arguments, train_dataset=data, data_collator=collator)
 
 
-@pytest.mark.parametrize("collator", [weightless, DataCollatorWithFlattening()], ids=["padded", "packed"])
-def test_hf_trainer_gives_the_same_run(collator, data, tmp_path) -> None:
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_hf_trainer_gives_the_same_run(form, data, tmp_path) -> None:
+    from transformers import DataCollatorWithFlattening
+
+    collator = weightless if form == "padded" else DataCollatorWithFlattening()
     data = data.remove_columns("loss_weights")
-    stock = trained(hf_trainer(tmp_path, data, collator))
-    assert_same_run(trained(hf.prepare(hf_trainer(tmp_path, data, collator))), stock)
+    expected = trained(hf_trainer(tmp_path, data, collator))
+    assert_same_run(trained(hf.prepare(hf_trainer(tmp_path, data, collator))), expected)
 
 
 @pytest.mark.parametrize("extra", [{"gradient_checkpointing": True}, {"torch_empty_cache_steps": 1}], ids=str)
 def test_hf_trainer_with_a_patched_lora_model(extra, data, tmp_path) -> None:
-    """Applied before the trainer is made, to a PEFT model."""
+    """Applied to a PEFT model, before the trainer is created."""
+    from peft import LoraConfig, get_peft_model
+
     torch.manual_seed(0)
     wrapped = get_peft_model(build(), LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False))
     data = data.remove_columns("loss_weights")
-    stock = trained(hf_trainer(tmp_path, data, weightless, copy.deepcopy(wrapped), **extra))
+    expected = trained(hf_trainer(tmp_path, data, weightless, copy.deepcopy(wrapped), **extra))
     ours = trained(hf.prepare(hf_trainer(tmp_path, data, weightless, delib_fast.apply(wrapped), **extra)))
-    assert_same_run(ours, stock)
+    assert_same_run(ours, expected)
 
 
 def test_weights_reach_the_loss(data, tmp_path) -> None:
@@ -114,13 +121,13 @@ def test_a_prepared_trainer_evaluates(data, tmp_path) -> None:
     )
 
 
-def test_without_preparation_weights_are_refused(data, tmp_path) -> None:
+def test_weights_need_a_prepared_trainer(data, tmp_path) -> None:
     trainer = hf_trainer(tmp_path, data, hf.WeightedFlattening(), delib_fast.apply(build()))
     with pytest.raises(ValueError, match=r"counts labels and is not the sum of their weights.*hf\.prepare"):
         trainer.train()
 
 
-def test_hf_refuses(data, tmp_path) -> None:
+def test_hf_rejects(data, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.1"):
         hf.prepare(hf_trainer(tmp_path, data, weightless, label_smoothing_factor=0.1))
     trainer = hf_trainer(tmp_path, data, weightless)
@@ -131,7 +138,7 @@ def test_hf_refuses(data, tmp_path) -> None:
         hf.WeightedFlattening()([{"input_ids": [1, 2, 3], "loss_weights": [1.0, 1.0]}])
     batch = hf.WeightedFlattening()(rows((3,)))
     trainer = hf.prepare(hf_trainer(tmp_path, data, weightless))
-    with pytest.raises(ValueError, match="some batches of a step bring loss_weights and some do not"):
+    with pytest.raises(ValueError, match="some batches of a step have loss_weights and some do not"):
         trainer._get_num_items_in_batch([batch, weightless(rows((3,)))], "cpu")
 
 
@@ -139,12 +146,24 @@ def test_hf_refuses(data, tmp_path) -> None:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer():
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w2", unk_token="w0")
 
 
-def sft_trainer(tmp_path, data, tokenizer, model=None, collator=None, **keys) -> SFTTrainer:
+def prepare_sft(trainer):
+    from delib_fast.integrations import trl
+
+    return trl.prepare(trainer)
+
+
+def sft_trainer(tmp_path, data, tokenizer, model=None, collator=None, **keys):
+    from trl import SFTConfig, SFTTrainer
+
     keys = {
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "max_length": None,
@@ -176,10 +195,10 @@ def no_trl_loss(monkeypatch) -> None:
 def test_sft_trainer_gives_the_same_run(keys, applied_first, data, tokenizer, tmp_path, monkeypatch, request) -> None:
     data = data.remove_columns("loss_weights")
     theirs = sft_trainer(tmp_path, data, tokenizer, **keys)
-    stock = trained(theirs)
+    expected = trained(theirs)
     request.getfixturevalue("no_trl_loss")
     trainer = sft_trainer(tmp_path, data, tokenizer, delib_fast.apply(build()) if applied_first else None, **keys)
-    assert_same_run(trained(trl_integration.prepare(trainer)), stock)
+    assert_same_run(trained(prepare_sft(trainer)), expected)
     for mine, other in zip(trainer.state.log_history[:STEPS], theirs.state.log_history[:STEPS], strict=True):
         for metric in ("mean_token_accuracy", "num_tokens"):
             assert mine[metric] == pytest.approx(other[metric], rel=1e-6), metric
@@ -190,10 +209,10 @@ def test_sft_trainer_gives_the_same_run(keys, applied_first, data, tokenizer, tm
 
 
 def test_sft_packing(tokenizer, tmp_path, no_trl_loss) -> None:
-    """TRL packs and says where runs begin; its own sdpa mask agrees with ours, so the losses do."""
+    """TRL packs and marks where sequences start; its own sdpa mask separates them too, so the losses agree."""
     data = Dataset.from_list([{"input_ids": row["input_ids"]} for row in rows(LENGTHS * 3)])
     keys = {"packing": True, "max_length": 64, "dataset_kwargs": None}
-    trainer = trl_integration.prepare(sft_trainer(tmp_path, data, tokenizer, **keys))
+    trainer = prepare_sft(sft_trainer(tmp_path, data, tokenizer, **keys))
     batch = next(iter(trainer.get_train_dataloader()))
     model = copy.deepcopy(trainer.model)
     ours = model(**batch).loss
@@ -205,7 +224,7 @@ def test_sft_packing(tokenizer, tmp_path, no_trl_loss) -> None:
 
 def test_weights_through_sft_trainer(data, tokenizer, tmp_path, no_trl_loss) -> None:
     trainer = sft_trainer(tmp_path, data, tokenizer, collator=hf.WeightedFlattening())
-    trl_integration.prepare(trainer)
+    prepare_sft(trainer)
     model, order = copy.deepcopy(trainer.model), []
     collate = trainer.data_collator
     trainer.data_collator = lambda some: (order.extend(some), collate(some))[1]
@@ -214,17 +233,17 @@ def test_weights_through_sft_trainer(data, tokenizer, tmp_path, no_trl_loss) -> 
     assert first == pytest.approx(alone(model, order[: BATCH * ACCUMULATED], weighted=True)[0].item(), rel=ALLOWED)
 
 
-def test_sft_refuses(data, tokenizer, tmp_path) -> None:
+def test_sft_rejects(data, tokenizer, tmp_path) -> None:
     trainer = sft_trainer(tmp_path, data.remove_columns("loss_weights"), tokenizer, loss_type="dft")
     with pytest.raises(ValueError, match="loss_type is 'dft'"):
-        trl_integration.prepare(trainer)
+        prepare_sft(trainer)
 
 
-# --- axolotl: by its own plugin manager where it is installed (pip install --no-deps axolotl addict will do, since it
-# pins much), and everywhere by a stand-in of its protocol ----------------------------------------------------------
+# --- axolotl: with its own plugin manager if it is installed (`pip install --no-deps axolotl addict` is enough; axolotl
+# pins many packages), and always with a fake of its protocol -------------------------------------------------------
 
 
-@pytest.fixture(params=["stand-in", "axolotl"])
+@pytest.fixture(params=["fake", "axolotl"])
 def plugin(request, monkeypatch):
     name = "delib_fast.integrations.axolotl"
     monkeypatch.delitem(sys.modules, name, raising=False)
@@ -236,9 +255,9 @@ def plugin(request, monkeypatch):
         manager = PluginManager.get_instance()
         manager.register(f"{name}.Plugin")
         assert manager.get_input_args() == [f"{name}.Args"]
-        found = manager.plugins.pop(f"{name}.Plugin")
-        assert isinstance(found, BasePlugin)
-        yield found
+        loaded = manager.plugins.pop(f"{name}.Plugin")
+        assert isinstance(loaded, BasePlugin)
+        yield loaded
     else:
         base = ModuleType("axolotl.integrations.base")
         base.BasePlugin = type("BasePlugin", (), {})
@@ -255,20 +274,20 @@ def plugin(request, monkeypatch):
 def test_axolotl_hooks_in_their_order(plugin, data, tmp_path) -> None:
     module_name, class_name = plugin.get_input_args().rsplit(".", 1)
     arguments = getattr(sys.modules[module_name], class_name)()
-    assert list(arguments.model_dump().values()) == [True, True, "auto"]
+    assert list(arguments.model_dump().values()) == [True, True, "eager"]
     cfg, model, data = dict(arguments), build(), data.remove_columns("loss_weights")
-    stock = trained(hf_trainer(tmp_path, data, weightless))
+    expected = trained(hf_trainer(tmp_path, data, weightless))
     plugin.register(cfg)
     plugin.post_model_load(cfg, model)
     assert is_applied(model)
     trainer = hf_trainer(tmp_path, data, weightless, model)
     plugin.post_trainer_create(cfg, trainer)
-    assert_same_run(trained(trainer), stock)
+    assert_same_run(trained(trainer), expected)
     plugin.post_train(cfg, model)
     assert not is_applied(model)
 
 
-def test_axolotl_refuses_rivals(plugin) -> None:
+def test_axolotl_rejects_conflicting_keys(plugin) -> None:
     with pytest.raises(ValueError, match="cut_cross_entropy is on, and so is delib_fast's loss"):
         plugin.register({"cut_cross_entropy": True})
     plugin.register({"cut_cross_entropy": True, "delib_fast_loss": False})
@@ -277,8 +296,8 @@ def test_axolotl_refuses_rivals(plugin) -> None:
     assert model(input_ids=torch.arange(4)[None], labels=torch.arange(4)[None]).logits is not None
 
 
-def test_a_call_that_can_not_be_a_pack_is_said(caplog) -> None:
+def test_a_call_that_cannot_be_a_pack_is_logged(caplog) -> None:
     model = delib_fast.apply(build())
     with caplog.at_level(logging.INFO, "delib_fast"):
         model(input_ids=torch.arange(4)[None], labels=torch.arange(4)[None], output_hidden_states=True)
-    assert "runs with its own attention: it asks for output_hidden_states" in caplog.text
+    assert "runs with its own attention: it requests output_hidden_states" in caplog.text

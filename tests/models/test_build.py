@@ -1,34 +1,27 @@
-"""Models and tokenizers from a configuration: what is filled in, what is the same everywhere, what is refused."""
+"""Models and tokenizers from a configuration: defaults, reproducibility, and errors."""
 
 from __future__ import annotations
-
-import json
-from functools import partial
 
 import pytest
 import torch
 from helpers.loopback_hub import hub_of
-from transformers import AutoModelForCausalLM
+from helpers.small_models import tiny_qwen3
 
-from delib_fast.config import ConfigError, ModelConfig
-from delib_fast.config.load import parse_config
-from delib_fast.models import build_deferred, build_model, build_tokenizer, model_shape, train_tokenizer
-from delib_fast.models.tokenizer import CONTROL_TOKENS
+from delib_fast.config import ConfigError, ModelConfig, TokenizerTrainConfig
 
 WORDS = (
     "The assistant reads the rule, asks why it is there, and says what it will do and what it will not. "
     "Règles, 規則, правила: 12 345 reasons – “why?” it isn't so; we'll see.\n\tdef f(x): return x  # ok\n"
 )
 TEXTS = [WORDS * 3, WORDS.upper(), WORDS[::-1], WORDS.replace("a", "e")]
-NEW = {
-    "model_type": "qwen3",
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports():
+    """Import when the first test runs, not when tests are collected."""
+    global CONTROL_TOKENS, build_deferred, build_model, build_tokenizer, model_shape, train_tokenizer
+    from delib_fast.models import build_deferred, build_model, build_tokenizer, model_shape, train_tokenizer
+    from delib_fast.models.tokenizer import CONTROL_TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -36,23 +29,10 @@ def tokenizer():
     return train_tokenizer(TEXTS, 400)
 
 
-def config(**changes):
-    return parse_config(
-        {
-            "run_dir": "r",
-            "data": {"a": "a.jsonl"},
-            "stages": [{"kind": "msm", "train": ["a"]}],
-            "model": {"architecture": NEW},
-            "tokenizer": {"train": {"vocab_size": 400, "sources": ["a"]}},
-        }
-        | changes
-    )
-
-
 # --- tokenizer ----------------------------------------------------------------------------------------------
 
 
-def test_any_text_comes_back(tokenizer) -> None:
+def test_decoding_reverses_encoding(tokenizer) -> None:
     for text in [
         WORDS,
         "",
@@ -81,7 +61,7 @@ def test_control_tokens(tokenizer) -> None:
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|endoftext|>")
 
 
-def test_training_is_a_function_of_the_text(tokenizer) -> None:
+def test_training_is_a_pure_function_of_the_text(tokenizer) -> None:
     assert train_tokenizer(iter(TEXTS), 400).get_vocab() == tokenizer.get_vocab()
 
 
@@ -95,38 +75,33 @@ def test_too_little_text() -> None:
 
 
 def test_build_tokenizer_trains_or_loads(tokenizer, tmp_path) -> None:
-    assert build_tokenizer(config(), lambda: TEXTS).get_vocab() == tokenizer.get_vocab()
+    train = TokenizerTrainConfig(vocab_size=400, sources=["a"])
+    assert build_tokenizer(train=train, texts=lambda: TEXTS).get_vocab() == tokenizer.get_vocab()
     tokenizer.save_pretrained(tmp_path)
-
-    def no_texts():
-        raise AssertionError("nothing is trained")
-
-    loaded = build_tokenizer(config(tokenizer={"path": str(tmp_path)}), no_texts)
+    loaded = build_tokenizer(path=str(tmp_path), model_path="unused")
+    assert build_tokenizer(model_path=str(tmp_path)).get_vocab() == loaded.get_vocab()
     assert loaded.get_vocab() == tokenizer.get_vocab()
     assert loaded.chat_template == tokenizer.chat_template
     template = tmp_path / "other.jinja"
     template.write_text("{{ messages[0].content }}!")
-    other = build_tokenizer(config(tokenizer={"path": str(tmp_path), "chat_template": str(template)}), no_texts)
+    other = build_tokenizer(path=str(tmp_path), chat_template=str(template))
     assert other.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("argument", "message"),
     [
-        ({"tokenizer": {"path": "NOWHERE"}}, "tokenizer.path: no tokenizer can be loaded from"),
-        ({"tokenizer": {}, "model": {"path": "NOWHERE"}}, "model.path: no tokenizer can be loaded from"),
-        (
-            {"tokenizer": {"train": {"vocab_size": 400, "sources": ["a"]}, "chat_template": "NOWHERE"}},
-            "tokenizer.chat_template: ",
-        ),
+        ("path", "tokenizer.path: cannot load a tokenizer from"),
+        ("model_path", "model.path: cannot load a tokenizer from"),
+        ("chat_template", "tokenizer.chat_template: cannot read"),
     ],
 )
-def test_build_tokenizer_refuses(change, message, tmp_path) -> None:
-    nowhere = str(tmp_path / "nowhere")
-    changes = json.loads(json.dumps(change).replace("NOWHERE", nowhere))
+def test_build_tokenizer_rejects_a_missing_file(argument, message, tokenizer, tmp_path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    missing = str(tmp_path / "missing")
     with pytest.raises(ConfigError, match=message) as error:
-        build_tokenizer(config(**changes), lambda: TEXTS)
-    assert nowhere in str(error.value)
+        build_tokenizer(**{"model_path": str(tmp_path), argument: missing})
+    assert missing in str(error.value)
 
 
 # --- chat template ------------------------------------------------------------------------------------------
@@ -169,7 +144,7 @@ def test_template_generation_prompts(tokenizer) -> None:
     for message, thinking in ((reply, True), (reply, None), ({"role": "assistant", "content": "So."}, None)):
         kwargs = {} if thinking is None else {"enable_thinking": thinking}
         prompt = render(tokenizer, ASK, add_generation_prompt=True, **kwargs)
-        assert render(tokenizer, ASK, message).startswith(prompt)  # what was trained is what is asked for
+        assert render(tokenizer, ASK, message).startswith(prompt)  # generation continues what training ended with
     closed = render(tokenizer, ASK, add_generation_prompt=True, enable_thinking=False)
     assert closed.endswith("assistant\n<think>\n\n</think>\n\n")
 
@@ -190,7 +165,7 @@ def test_template_keeps_texts_verbatim(tokenizer) -> None:
         ({"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}, "message 0 is not plain text"),
     ],
 )
-def test_template_refuses(tokenizer, message, why) -> None:
+def test_template_rejects(tokenizer, message, why) -> None:
     with pytest.raises(Exception, match=why):
         render(tokenizer, message)
 
@@ -199,20 +174,20 @@ def test_template_refuses(tokenizer, message, why) -> None:
 
 
 def new(tokenizer, dtype="fp32", seed=0, **keys):
-    return build_model(ModelConfig(architecture=NEW | keys), tokenizer, dtype=dtype, seed=seed)
+    return build_model(ModelConfig(architecture=tiny_qwen3(**keys)), tokenizer, dtype=dtype, seed=seed)
 
 
-def test_new_model_is_filled_in(tokenizer) -> None:
+def test_defaults_of_a_new_model(tokenizer) -> None:
     model = new(tokenizer)
     assert model.config.vocab_size == 448  # 400, rounded up to a multiple of 64
     assert new(tokenizer, vocab_size=400).config.vocab_size == 400
     assert model.config.use_cache is False
-    assert model.get_input_embeddings().padding_idx is None  # else the end of text would never be learned
+    assert model.get_input_embeddings().padding_idx is None  # else the end-of-text token would not be trained
     assert model.generation_config.eos_token_id == [2, 0]
     assert model.generation_config.pad_token_id == 0
 
 
-def test_seed_gives_the_weights_and_nothing_else_does(tokenizer) -> None:
+def test_weights_depend_on_the_seed_alone(tokenizer) -> None:
     torch.manual_seed(5)
     state, first = torch.get_rng_state(), new(tokenizer, seed=3).state_dict()
     assert torch.equal(torch.get_rng_state(), state)
@@ -240,7 +215,7 @@ def test_dtype_rounds_the_same_model(tokenizer) -> None:
             {"model_type": "qwen33"},
             r"model.architecture.model_type: 'qwen33' is unknown to transformers \(did you mean",
         ),
-        ({"model_type": "clip"}, "model.architecture.model_type: 'clip' is no causal language model"),
+        ({"model_type": "clip"}, "model.architecture.model_type: 'clip' is not a causal language model"),
         (
             {"hiden_size": 3},
             r"model.architecture.hiden_size: unknown key of Qwen3Config \(did you mean 'hidden_size'\?\)",
@@ -248,18 +223,18 @@ def test_dtype_rounds_the_same_model(tokenizer) -> None:
         ({"hidden_size": "big"}, "model.architecture: Qwen3Config: .*hidden_size"),
         (
             {"vocab_size": 300},
-            r"model.architecture: the model has embeddings for 300 tokens, but the tokenizer gives ids "
+            r"model.architecture: the model has embeddings for 300 tokens, but the tokenizer's ids go "
             r"up to 399 \(.*\); use the tokenizer that belongs to the model, or set vocab_size to 400",
         ),
         ({"attention_dropout": 0.1}, "model: Qwen3ForCausalLM has attention_dropout 0.1"),
     ],
 )
-def test_build_model_refuses(tokenizer, keys, message) -> None:
+def test_build_model_rejects(tokenizer, keys, message) -> None:
     with pytest.raises(ConfigError, match=message):
         new(tokenizer, **keys)
 
 
-def test_older_spellings_are_known(tokenizer) -> None:
+def test_older_spellings_are_accepted(tokenizer) -> None:
     assert new(tokenizer, rope_theta=5e5).config.rope_parameters["rope_theta"] == 5e5
 
 
@@ -272,8 +247,10 @@ def test_loads_a_folder(tokenizer, tmp_path) -> None:
     assert loaded.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
-def test_refuses_a_folder_that_lacks_weights(tokenizer, tmp_path) -> None:
-    """transformers would draw them at random and go on."""
+def test_rejects_a_folder_that_lacks_weights(tokenizer, tmp_path) -> None:
+    """transformers would initialise them at random and continue."""
+    from transformers import AutoModelForCausalLM
+
     model = new(tokenizer)
     weights = model.state_dict()
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -281,14 +258,14 @@ def test_refuses_a_folder_that_lacks_weights(tokenizer, tmp_path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path) is not None
     with pytest.raises(
         ConfigError,
-        match=r"lacks 1 weights of Qwen3ForCausalLM, or has them in another shape, "
+        match=r"lacks 1 weights of Qwen3ForCausalLM, or stores them in another shape, "
         r"e.g. model.layers.1.mlp.up_proj.weight",
     ):
         build_model(ModelConfig(path=str(tmp_path)), tokenizer)
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["not in the cache", "not on the hub"])
-def test_refuses_a_hub_name(tokenizer, tmp_path, monkeypatch, offline) -> None:
+def test_rejects_a_misspelt_hub_name(tokenizer, tmp_path, monkeypatch, offline) -> None:
     with hub_of(tmp_path, "someone/model") as (address, _):
         files = address + "/{repo_id}/resolve/{revision}/{filename}"
         for name, value in {
@@ -302,7 +279,7 @@ def test_refuses_a_hub_name(tokenizer, tmp_path, monkeypatch, offline) -> None:
         for load in (
             lambda: build_model(wanted, tokenizer),
             lambda: model_shape(wanted, tokenizer),
-            lambda: build_tokenizer(config(tokenizer={}, model={"path": wanted.path}), lambda: TEXTS),
+            lambda: build_tokenizer(model_path=wanted.path),
             lambda: build_deferred(wanted, tokenizer, dtype="fp32", seed=0, first=True),
         ):
             with pytest.raises(ConfigError, match=r"model.path: .*'?someone/modle'?.*There is no such folder") as error:
@@ -313,30 +290,32 @@ def test_refuses_a_hub_name(tokenizer, tmp_path, monkeypatch, offline) -> None:
 
 
 @pytest.mark.parametrize("path", ["/no/where", "./run", "a/b/c"])
-def test_refuses_what_is_no_hub_name(tokenizer, path) -> None:
-    with pytest.raises(ConfigError, match=f"model.path: '{path}' can't be loaded: there is no such folder"):
+def test_rejects_an_invalid_hub_name(tokenizer, path) -> None:
+    with pytest.raises(ConfigError, match=f"model.path: cannot load '{path}': there is no such folder"):
         build_model(ModelConfig(path=path), tokenizer)
 
 
-@pytest.mark.parametrize("load", [build_model, partial(build_deferred, dtype="fp32", seed=0, first=True)])
-def test_refuses_half_a_file(tokenizer, tmp_path, load) -> None:
+@pytest.mark.parametrize("deferred", [False, True])
+def test_rejects_a_truncated_file(tokenizer, tmp_path, deferred) -> None:
     new(tokenizer).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(ConfigError, match=r"model.path: .* can't be loaded: "):
-        load(ModelConfig(path=str(tmp_path)), tokenizer)
+    config = ModelConfig(path=str(tmp_path))
+    options = {"dtype": "fp32", "seed": 0, "first": True} if deferred else {}
+    with pytest.raises(ConfigError, match=r"model.path: cannot load .*: "):
+        (build_deferred if deferred else build_model)(config, tokenizer, **options)
 
 
-def test_refuses_an_empty_folder(tokenizer, tmp_path) -> None:
-    with pytest.raises(ConfigError, match="can't be loaded"):
+def test_rejects_an_empty_folder(tokenizer, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.path: cannot load"):
         build_model(ModelConfig(path=str(tmp_path)), tokenizer)
 
 
-def test_refuses_a_foreign_tokenizer(tokenizer, tmp_path) -> None:
+def test_rejects_a_tokenizer_of_another_model(tokenizer, tmp_path) -> None:
     new(train_tokenizer(TEXTS, 320), vocab_size=320).save_pretrained(tmp_path)
     with pytest.raises(
         ConfigError,
-        match=r"model.path: the model has embeddings for 320 tokens, but the tokenizer "
-        r"gives ids up to 399",
+        match=r"model.path: the model has embeddings for 320 tokens, but the tokenizer's "
+        r"ids go up to 399",
     ):
         build_model(ModelConfig(path=str(tmp_path)), tokenizer)

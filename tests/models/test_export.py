@@ -1,4 +1,4 @@
-"""What is handed out: the same logits from AutoModelForCausalLM, no pickle, tied weights once, never half a folder."""
+"""Export: AutoModelForCausalLM computes the same logits, no pickle, tied weights once, never a partial folder."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import json
 
 import pytest
 import torch
+from helpers.small_models import build, documents, pack, tiny_qwen3
 from safetensors import safe_open
-from small_models import build, documents, pack
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from delib_fast.models import TrainableLM, build_model, export_model, train_tokenizer
 
 TOKENS = torch.arange(40)[None] % 90
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports():
+    """Import when the first test runs, not when tests are collected."""
+    global AutoModelForCausalLM, AutoTokenizer, TrainableLM, build_model, export_model, train_tokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from delib_fast.models import TrainableLM, build_model, export_model, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -54,21 +60,7 @@ def test_round_trip(name, tokenizer, tmp_path) -> None:
 def test_new_model_round_trip_in_bf16(tokenizer, tmp_path) -> None:
     from delib_fast.config import ModelConfig
 
-    model = build_model(
-        ModelConfig(
-            architecture={
-                "model_type": "qwen3",
-                "hidden_size": 32,
-                "intermediate_size": 32,
-                "num_hidden_layers": 2,
-                "head_dim": 8,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-            }
-        ),
-        tokenizer,
-        dtype="bf16",
-    )
+    model = build_model(ModelConfig(architecture=tiny_qwen3()), tokenizer, dtype="bf16")
     expected = model(TOKENS).logits
     export_model(TrainableLM(model), tokenizer, tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -94,7 +86,7 @@ def test_tied_weights_are_saved_once(tokenizer, tmp_path) -> None:
 @pytest.mark.parametrize("name", ["qwen2", "qwen2 tied"])
 @pytest.mark.parametrize("names_of", ["trainable", "model"])
 def test_weights_gathered_elsewhere(name, names_of, tokenizer, tmp_path) -> None:
-    """fp32 masters under either set of names, tied ones as separate copies: saved in the model's dtype."""
+    """fp32 master weights under either set of names, tied ones as separate copies, are saved in the model's dtype."""
     trainable = TrainableLM(build(name)).bfloat16()
     source = trainable if names_of == "trainable" else trainable.model
     gathered = {key: weight.float() + 1 for key, weight in source.state_dict().items()}
@@ -109,16 +101,16 @@ def test_weights_gathered_elsewhere(name, names_of, tokenizer, tmp_path) -> None
 def test_replaces_the_old_folder_whole(tokenizer, tmp_path) -> None:
     folder = tmp_path / "model"
     export_model(TrainableLM(build("llama", seed=0)), tokenizer, folder)
-    (folder / "model-00001-of-00002.safetensors").write_bytes(b"left over")
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"stale")
     second = build("llama", seed=1)
     expected = second(TOKENS).logits
-    export_model(second, tokenizer, folder)  # a bare model works too
+    export_model(second, tokenizer, folder)  # a model that is not wrapped
     assert torch.equal(logits(folder), expected)
     assert not (folder / "model-00001-of-00002.safetensors").exists()
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_failure_leaves_what_was_there(tokenizer, tmp_path) -> None:
+def test_a_failure_keeps_the_old_folder(tokenizer, tmp_path) -> None:
     folder, model = tmp_path / "model", build("llama")
     expected = model(TOKENS).logits
     export_model(model, tokenizer, folder)
@@ -133,13 +125,13 @@ def test_a_failure_leaves_what_was_there(tokenizer, tmp_path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
-def test_refuses_weights_that_are_not_whole(tokenizer, tmp_path) -> None:
+def test_rejects_incomplete_weights(tokenizer, tmp_path) -> None:
     model = build("llama")
     weights = model.state_dict()
     part = {key: weight for key, weight in weights.items() if "layers.1.mlp" not in key}
-    with pytest.raises(ValueError, match=r"model.layers.1.mlp.down_proj.weight is missing \(3 differ\); gather"):
+    with pytest.raises(ValueError, match=r"model.layers.1.mlp.down_proj.weight is missing \(3 names differ\); gather"):
         export_model(model, tokenizer, tmp_path / "model", state_dict=part)
-    with pytest.raises(ValueError, match=r"strange is not one of its names"):
+    with pytest.raises(ValueError, match=r"strange is not a parameter of it"):
         export_model(model, tokenizer, tmp_path / "model", state_dict=weights | {"strange": torch.ones(1)})
     empty = weights | {"model.norm.weight": torch.empty(0)}
     with pytest.raises(ValueError, match=r"model.norm.weight has shape \(0,\), not \(32,\)"):
@@ -148,7 +140,7 @@ def test_refuses_weights_that_are_not_whole(tokenizer, tmp_path) -> None:
 
 
 def test_prints_nothing(tokenizer, tmp_path, capfd) -> None:
-    """transformers would draw a progress bar; whether it may elsewhere stays as it was."""
+    """transformers would draw a progress bar; its setting for other code is restored."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

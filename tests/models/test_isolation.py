@@ -1,4 +1,4 @@
-"""The probe before training: passes what keeps runs apart, and catches every way of leaking that we know."""
+"""The check before training: models that isolate sequences pass, and every known way of leaking is caught."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import build
-from transformers import AutoConfig, AutoModelForCausalLM
+from helpers.small_models import build
 
-from delib_fast.models import LeakError, TrainableLM, check_isolation
-from delib_fast.models.attention import packed_inputs
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports():
+    """Import when the first test runs, not when tests are collected."""
+    global AutoConfig, AutoModelForCausalLM, LeakError, TrainableLM, check_isolation, packed_inputs
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from delib_fast.models import LeakError, TrainableLM, check_isolation
+    from delib_fast.models.attention import packed_inputs
 
 
 @pytest.mark.parametrize("name", ["qwen2 tied", "qwen3 sliding", "llama", "qwen3 moe", "gemma3 text"])
@@ -24,14 +30,14 @@ def test_passes_in_other_dtypes(dtype) -> None:
 
 
 def test_passes_at_the_usual_initialisation() -> None:
-    """Weights of std 0.02, where a token hardly moves the next one's loss."""
+    """With weights of std 0.02, a token hardly changes the loss of the next one."""
     config = AutoConfig.for_model(
         "llama", vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
     )
     check_isolation(TrainableLM(AutoModelForCausalLM.from_config(config)).bfloat16(), "cpu")
 
 
-def test_leaves_the_model_as_it_was() -> None:
+def test_restores_the_model() -> None:
     trainable = TrainableLM(build("qwen3")).train()
     state = torch.get_rng_state()
     check_isolation(trainable, "cpu")
@@ -56,7 +62,7 @@ def test_passes_through_a_wrapper() -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("how", ["mask of ones", "cache"])
-def test_catches_stock_attention(attention, how, monkeypatch) -> None:
+def test_catches_attention_of_transformers(attention, how, monkeypatch) -> None:
     """The two ways in which transformers' own attention leaks with positions that restart."""
     trainable = TrainableLM(build("qwen3"))
     trainable.model.set_attn_implementation(attention)
@@ -65,19 +71,19 @@ def test_catches_stock_attention(attention, how, monkeypatch) -> None:
         monkeypatch.setattr(
             "delib_fast.models.lm.packed_inputs", lambda batch, backend, _: packed_inputs(batch, backend) | cached
         )
-    with pytest.raises(LeakError, match=r"changing token 3 of run 1 changes the loss of the runs behind it"):
+    with pytest.raises(LeakError, match=r"changing token 3 of sequence 1 changes the loss of the sequences after it"):
         check_isolation(trainable, "cpu")
 
 
-def one_run(batch, *_):
-    """As if cu_seqlens were lost on the way."""
+def no_boundaries(batch, *_):
+    """As if cu_seqlens were lost."""
     return packed_inputs(
         replace(batch, cu_seqlens=batch.cu_seqlens[[0, -1]], cu_seqlens_host=None, max_seqlen=len(batch.input_ids))
     )
 
 
-def two_runs(batch, *_):
-    """Only the last border is lost."""
+def one_boundary(batch, *_):
+    """As if only the last boundary were lost."""
     if len(batch.cu_seqlens) < 4:
         return packed_inputs(batch)
     return packed_inputs(
@@ -85,28 +91,32 @@ def two_runs(batch, *_):
     )
 
 
-@pytest.mark.parametrize(("lost", "run"), [(one_run, 1), (two_runs, 2)])
-def test_catches_lost_borders(lost, run, monkeypatch) -> None:
-    monkeypatch.setattr("delib_fast.models.lm.packed_inputs", lost)
-    with pytest.raises(LeakError, match=f"changing token 3 of run {run} changes the loss of the runs behind it"):
+@pytest.mark.parametrize(("inputs", "sequence"), [(no_boundaries, 1), (one_boundary, 2)])
+def test_catches_lost_boundaries(inputs, sequence, monkeypatch) -> None:
+    monkeypatch.setattr("delib_fast.models.lm.packed_inputs", inputs)
+    message = f"changing token 3 of sequence {sequence} changes the loss of the sequences after it"
+    with pytest.raises(LeakError, match=message):
         check_isolation(TrainableLM(build("llama")), "cpu")
 
 
 def test_catches_looking_ahead(monkeypatch) -> None:
     def both_ways(q, k, v, cu_seqlens, max_seqlen, **_):
         lengths = cu_seqlens.diff().tolist()
-        runs = zip(*(x.transpose(0, 1)[None].split(lengths, 2) for x in (q, k, v)), strict=True)
+        sequences = zip(*(x.transpose(0, 1)[None].split(lengths, 2) for x in (q, k, v)), strict=True)
         return torch.cat(
-            [torch.nn.functional.scaled_dot_product_attention(*run, enable_gqa=True)[0].transpose(0, 1) for run in runs]
+            [
+                torch.nn.functional.scaled_dot_product_attention(*qkv, enable_gqa=True)[0].transpose(0, 1)
+                for qkv in sequences
+            ]
         )
 
     monkeypatch.setattr("delib_fast.models.attention.varlen_attention", both_ways)
-    with pytest.raises(LeakError, match="changes the loss of the tokens before it in its own run"):
+    with pytest.raises(LeakError, match="changes the loss of the earlier tokens of its own sequence"):
         check_isolation(TrainableLM(build("llama")), "cpu")
 
 
 def test_catches_positions_that_do_not_restart(monkeypatch) -> None:
-    """No run sees another, but learned positions make a packed document another document."""
+    """No sequence attends to another, but learned positions make a packed document another document."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(
@@ -124,19 +134,21 @@ def test_catches_positions_that_do_not_restart(monkeypatch) -> None:
     trainable = TrainableLM(model)  # in train mode, with dropout between its layers
     check_isolation(trainable, "cpu")
 
-    def counting_on(batch, backend, _):
+    def not_restarting(batch, backend, _):
         return packed_inputs(replace(batch, position_ids=torch.arange(len(batch.input_ids))), backend)
 
-    monkeypatch.setattr("delib_fast.models.lm.packed_inputs", counting_on)
-    with pytest.raises(LeakError, match=r"run 2 of a pack has another loss than alone .* does not heed .*position_ids"):
+    monkeypatch.setattr("delib_fast.models.lm.packed_inputs", not_restarting)
+    with pytest.raises(
+        LeakError, match=r"sequence 2 of a pack has another loss than alone .* does not respect .*position_ids"
+    ):
         check_isolation(trainable, "cpu")
 
 
-def test_refuses_to_judge_what_it_can_not_see() -> None:
+def test_rejects_a_model_in_which_leaks_cannot_be_seen() -> None:
     blind = build("llama")
     for layer in blind.model.layers:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-    with pytest.raises(LeakError, match="changing token 3 of run 1 changes no loss behind it"):
+    with pytest.raises(LeakError, match="changing token 3 of sequence 1 changes no later loss"):
         check_isolation(TrainableLM(blind), "cpu")
     trainable = TrainableLM(build("llama"))
     trainable.model.model.norm.weight.data.fill_(float("nan"))
@@ -145,7 +157,7 @@ def test_refuses_to_judge_what_it_can_not_see() -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen2 tied", "llama", "qwen3 moe"])
-def test_shared_prompts_are_tried(name, monkeypatch) -> None:
+def test_shared_prompts_are_checked(name, monkeypatch) -> None:
     trainable = TrainableLM(build(name))
     check_isolation(trainable, "cpu", shares_prompts=True)
     monkeypatch.setattr(

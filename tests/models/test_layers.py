@@ -1,4 +1,4 @@
-"""Compiled blocks: the same losses and gradients as eager ones, and compiled once whatever the packs."""
+"""Compiled blocks: the same losses and gradients as eager ones, and one compilation for all packs."""
 
 from __future__ import annotations
 
@@ -6,35 +6,43 @@ import copy
 
 import pytest
 import torch
-from small_models import build, documents, gradients, largest_deviation, pack
-from torch._dynamo.testing import CompileCounterWithBackend
+from helpers.small_models import build, documents, gradients, largest_deviation, pack
 
 from delib_fast.config import ConfigError
 from delib_fast.config.load import parse_config
-from delib_fast.models import TrainableLM, UnsupportedModelError, layers
-from delib_fast.models.recompute import enable_activation_checkpointing
 
-PACKS = [(13, 1, 7, 30, 2, 11), (40, 9), (5, 5, 5, 5, 21, 3, 8, 2), (64,)]  # other sums, numbers and longest runs
+# Packs that differ in total length, number of sequences and longest sequence.
+PACKS = [(13, 1, 7, 30, 2, 11), (40, 9), (5, 5, 5, 5, 21, 3, 8, 2), (64,)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports():
+    """Import when the first test runs, not when tests are collected."""
+    global TrainableLM, UnsupportedModelError, enable_activation_checkpointing, layers
+    from delib_fast.models import TrainableLM, UnsupportedModelError, layers
+    from delib_fast.models.recompute import enable_activation_checkpointing
 
 
 @pytest.fixture
 def counter(monkeypatch):
-    """A backend that counts the graphs it is given, and makes their gradients without inductor's code."""
+    """A backend that counts the graphs it compiles, and computes their gradients without inductor's code."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     torch._dynamo.reset()
-    found = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(layers, "BACKEND", found)
-    yield found
+    backend = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(layers, "BACKEND", backend)
+    yield backend
     torch._dynamo.reset()
 
 
 def losses_and_gradients(model, choice: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     trainable = TrainableLM(copy.deepcopy(model), layers=choice).train()
-    found = []
+    losses = []
     for lengths in PACKS:
         output = trainable(pack(documents(lengths)))
         output.loss_sum.backward()
-        found.append(output.loss_sum.item())
-    return found, gradients(trainable)
+        losses.append(output.loss_sum.item())
+    return losses, gradients(trainable)
 
 
 def assert_same(ours, theirs) -> None:
@@ -47,7 +55,7 @@ def assert_same(ours, theirs) -> None:
     ("name", "checkpointed", "kinds"), [("qwen3", False, 1), ("llama long rope", True, 1), ("gemma3 text", False, 2)]
 )
 def test_compiled_once_for_all_layers_and_packs(name, checkpointed, kinds, counter) -> None:
-    """A graph a kind of layer (sliding, full): a layer's index, a pack's lengths or its runs would each add some."""
+    """One graph per kind of layer (sliding, full). It must not depend on a layer's index or a pack's lengths."""
     model = build(name)
     if checkpointed:
         enable_activation_checkpointing(model)
@@ -71,15 +79,35 @@ def test_only_passes_with_gradients_are_compiled(counter) -> None:
     assert counter.frame_count == 0
 
 
-def test_unpatch_takes_them_off(counter) -> None:
+def test_unpatch_removes_them(counter) -> None:
     model = TrainableLM(build("qwen3"), layers="compile").unpatch()
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_refusals(counter) -> None:
-    with pytest.raises(ValueError, match="layers='fast' does not exist; choose from auto, eager, compile, liger"):
+def test_a_copy_is_unpatched_by_itself(counter) -> None:
+    trainable = TrainableLM(build("qwen3"), layers="compile")
+    copied = copy.deepcopy(trainable)
+    model = copied.unpatch()
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert all("forward" in vars(block) for block in trainable.model.model.layers)
+
+
+def test_a_wrapped_forward_stays_and_passes_calls_on(counter, caplog) -> None:
+    trainable = TrainableLM(build("qwen3"), layers="compile")
+    block = trainable.model.model.layers[0]
+    ours = block.forward
+    block.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    model = trainable.unpatch()
+    assert "Qwen3DecoderLayer was wrapped by test_layers after delib_fast patched it" in caplog.text
+    tokens = torch.arange(9)[None]
+    expected = build("qwen3")(tokens).logits
+    assert torch.equal(model(tokens).logits, expected)
+
+
+def test_rejects(counter) -> None:
+    with pytest.raises(ValueError, match="layers='fast' does not exist; choose from eager, compile, liger"):
         TrainableLM(build("qwen3"), layers="fast")
-    with pytest.raises(ConfigError, match=r"model.layers is compile, and ZeRO stage 3.*engine.zero_stage: 2"):
+    with pytest.raises(ConfigError, match=r"model.layers is compile, but ZeRO stage 3.*engine.zero_stage: 2"):
         parse_config(
             {
                 "run_dir": "r",
@@ -89,6 +117,9 @@ def test_refusals(counter) -> None:
                 "engine": {"zero_stage": 3},
             }
         )
+    for choice in ("auto", "fast"):
+        with pytest.raises(ValueError, match=rf"layers='{choice}' does not exist; choose from eager, compile, liger"):
+            layers.check_layers(choice, torch.device("cpu"))
     trainable = TrainableLM(build("qwen3"), layers="compile").train()
     trainable(pack(documents()))
     next(trainable.model.model.layers[0].parameters()).ds_id = 0  # as ZeRO-3 marks what it shards
@@ -96,7 +127,7 @@ def test_refusals(counter) -> None:
         trainable(pack(documents()))
 
 
-# --- Liger: its kernels need a GPU; which modules they stand in for, and that they get the right numbers, does not ----
+# --- Liger: its kernels need a GPU, but which modules they replace, and with which arguments, is tested without one ---
 
 
 def liger_in_torch(x, weight, eps, offset, casting, in_place):
@@ -106,8 +137,8 @@ def liger_in_torch(x, weight, eps, offset, casting, in_place):
 
 
 @pytest.mark.parametrize(("name", "changed"), [("qwen3", 3 * 5 + 1), ("llama", 3 * 3 + 1), ("gemma3 text", 3 * 6 + 1)])
-def test_liger_stands_in_for_the_right_modules(name, changed, monkeypatch) -> None:
-    """Norms of both formulas and SwiGLU (gemma's MLP is a GeGLU, and stays)."""
+def test_liger_replaces_the_right_modules(name, changed, monkeypatch) -> None:
+    """It replaces norms of both formulas and SwiGLU, but not gemma's MLP, which is a GeGLU."""
     norm, mul = pytest.importorskip("liger_kernel.ops.rms_norm"), pytest.importorskip("liger_kernel.ops.swiglu")
     monkeypatch.setattr(norm.LigerRMSNormFunction, "apply", liger_in_torch)
     monkeypatch.setattr(mul.LigerSiLUMulFunction, "apply", lambda a, b: torch.nn.functional.silu(a) * b)
@@ -125,16 +156,16 @@ def test_liger_stands_in_for_the_right_modules(name, changed, monkeypatch) -> No
 def test_liger_gives_the_same_on_a_gpu() -> None:
     pytest.importorskip("liger_kernel")
     model = build("qwen3").cuda()
-    found = {}
+    results = {}
     for choice in ("eager", "liger"):
         trainable = TrainableLM(copy.deepcopy(model), layers=choice)
         output = trainable(pack(documents()).to("cuda"))
         output.loss_sum.backward()
-        found[choice] = [output.loss_sum.item()], gradients(trainable)
-    assert found["liger"][0] == pytest.approx(found["eager"][0], rel=1e-4)
-    assert largest_deviation(found["liger"][1], found["eager"][1])[0] < 1e-3
+        results[choice] = [output.loss_sum.item()], gradients(trainable)
+    assert results["liger"][0] == pytest.approx(results["eager"][0], rel=1e-4)
+    assert largest_deviation(results["liger"][1], results["eager"][1])[0] < 1e-3
 
 
-def test_liger_is_refused_where_it_can_not_run() -> None:
+def test_liger_is_rejected_without_a_gpu() -> None:
     with pytest.raises(UnsupportedModelError, match=r"layers is liger: liger-kernel.*set it to eager or compile"):
-        layers.resolve_layers("liger", torch.device("cpu"))
+        layers.check_layers("liger", torch.device("cpu"))

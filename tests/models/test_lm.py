@@ -1,4 +1,4 @@
-"""TrainableLM: what it replaces, what it refuses, and that it can be taken off again."""
+"""TrainableLM: what it replaces, which models it rejects, and that it can be undone."""
 
 from __future__ import annotations
 
@@ -6,21 +6,27 @@ import copy
 
 import pytest
 import torch
-from small_models import build, documents, pack
+from helpers.small_models import build, documents, pack
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from delib_fast.models import TrainableLM, UnsupportedModelError
-from delib_fast.ops import FusedLossHead
+
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports():
+    """Import when the first test runs, not when tests are collected."""
+    global TrainableLM, UnsupportedModelError
+    from delib_fast.models import TrainableLM, UnsupportedModelError
 
 
 def small(model_type: str, **keys):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **keys))
 
 
 def test_keeps_names_parameters_and_ties() -> None:
+    from delib_fast.ops import FusedLossHead
+
     model = build("qwen3 tied, one kv head")
     names = [name for name, _ in model.named_parameters()]
     keys = list(model.state_dict())
@@ -48,8 +54,22 @@ def test_unpatch_restores_the_model() -> None:
     assert model.config._attn_implementation == attention
     assert model.config.use_cache is True
     assert torch.equal(model(tokens).logits, before)
-    with pytest.raises(ValueError, match="unpatched already"):
+    with pytest.raises(ValueError, match="was unpatched already"):
         trainable.unpatch()
+
+
+def test_unpatched_lends_the_model() -> None:
+    trainable = TrainableLM(build("llama"), layers="compile")
+    fused, tokens = trainable.head, torch.arange(9)[None]
+    with trainable.unpatched() as model:
+        assert isinstance(model.lm_head, nn.Linear)
+        assert model.lm_head.weight is fused.weight
+        assert model(tokens).logits.shape == (1, 9, 96)
+    assert trainable.head is fused
+    trainable(pack(documents())).loss_sum.backward()
+    trainable.unpatch()
+    with pytest.raises(ValueError, match="was unpatched already"), trainable.unpatched():
+        pass
 
 
 def test_unpatch_keeps_what_was_trained() -> None:
@@ -66,7 +86,7 @@ def test_unpatch_keeps_what_was_trained() -> None:
     "name", ["gemma2, capped logits", "cohere, scaled logits", "granite, divided logits", "phi, a head with a bias"]
 )
 def test_all_logits_of_the_head_are_the_models(name) -> None:
-    """What compares whole distributions (drift) asks the head, which must not forget a cap, a factor or a bias."""
+    """Metrics that compare whole distributions (drift) use `head.logits`, which must apply a cap, factor or bias."""
     model, tokens = build(name), torch.arange(9)[None]
     logits = model(tokens).logits[0]
     hidden = model.base_model(tokens).last_hidden_state[0]
@@ -74,7 +94,7 @@ def test_all_logits_of_the_head_are_the_models(name) -> None:
 
 
 class _LargestTensor(TorchFunctionMode):
-    """The largest number of elements of any tensor that a torch function returns."""
+    """Records the largest number of elements of any tensor that a torch function returns."""
 
     numel = 0
 
@@ -87,7 +107,7 @@ class _LargestTensor(TorchFunctionMode):
 
 
 def test_no_mask_and_no_logits_in_full() -> None:
-    """Neither (T, T) nor (T, V), seen from Python; T is larger than every width of the model."""
+    """No (T, T) and no (T, V) tensor is created in Python; T is larger than every width of the model."""
     docs = documents([40] * 50)
     trainable = TrainableLM(build("qwen3 sliding"), loss_backend="cpu")
     with _LargestTensor() as largest:
@@ -148,17 +168,17 @@ GEMMA2 = {
                 "num_key_value_heads": 1,
                 "layer_types": ["conv", "full_attention"],
             },
-            "Lfm2ForCausalLM has layers of type conv; only full_attention and sliding_attention keep",
+            "Lfm2ForCausalLM has layers of type conv; only full_attention and sliding_attention isolate",
         ),
     ],
 )
-def test_refuses_by_name(model_type, keys, message) -> None:
+def test_rejects_unsupported_models(model_type, keys, message) -> None:
     with pytest.raises(UnsupportedModelError) as error:
         TrainableLM(small(model_type, **keys))
     assert message in str(error.value)
 
 
-def test_refuses_attention_sinks_in_the_forward_pass() -> None:
+def test_rejects_attention_sinks_in_the_forward_pass() -> None:
     trainable = TrainableLM(
         small(
             "gpt_oss",
@@ -177,8 +197,8 @@ def test_refuses_attention_sinks_in_the_forward_pass() -> None:
         trainable(pack(documents()))
 
 
-def test_refuses_a_window_that_would_be_ignored() -> None:
-    """qwen2_moe puts its window only into the mask."""
+def test_rejects_a_window_that_would_be_ignored() -> None:
+    """qwen2_moe applies its window only in the mask."""
     trainable = TrainableLM(
         small(
             "qwen2_moe",
@@ -197,11 +217,11 @@ def test_refuses_a_window_that_would_be_ignored() -> None:
             num_experts_per_tok=1,
         )
     )
-    with pytest.raises(UnsupportedModelError, match="sliding window, which this architecture does not hand"):
+    with pytest.raises(UnsupportedModelError, match="sliding window, which this architecture does not pass"):
         trainable(pack(documents()))
 
 
-def test_refuses_a_head_wrapped_by_an_adapter() -> None:
+def test_rejects_a_head_wrapped_by_an_adapter() -> None:
     class LoraLinear(nn.Module):
         def __init__(self, base_layer: nn.Linear) -> None:
             super().__init__()
@@ -217,38 +237,38 @@ def test_refuses_a_head_wrapped_by_an_adapter() -> None:
         TrainableLM(model)
 
 
-class BeforeTheHead(LlamaForCausalLM):
-    def forward(self, input_ids, **kwargs):
-        return CausalLMOutputWithPast(logits=self.lm_head(2 * self.model(input_ids, **kwargs).last_hidden_state))
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 0.5)])
+def test_rejects_logits_that_are_more_than_the_head(before, after) -> None:
+    """Found by running the model, because no config key mentions the factor."""
+    from transformers import LlamaForCausalLM
+    from transformers.modeling_outputs import CausalLMOutputWithPast
 
+    class Scaled(LlamaForCausalLM):
+        def forward(self, input_ids, **kwargs):
+            hidden = self.model(input_ids, **kwargs).last_hidden_state
+            return CausalLMOutputWithPast(logits=after * self.lm_head(before * hidden))
 
-class BehindTheHead(LlamaForCausalLM):
-    def forward(self, input_ids, **kwargs):
-        return CausalLMOutputWithPast(logits=self.lm_head(self.model(input_ids, **kwargs).last_hidden_state) / 2)
-
-
-@pytest.mark.parametrize("model_class", [BeforeTheHead, BehindTheHead])
-def test_refuses_logits_that_are_more_than_the_head(model_class) -> None:
-    """Found by running it: no config key says so, or one says otherwise."""
-    model = model_class(build("llama").config)
+    model = Scaled(build("llama").config)
     head = model.lm_head
     with pytest.raises(UnsupportedModelError, match="are not its head applied to its hidden states"):
         TrainableLM(model)
-    assert model.lm_head is head  # left as it was
+    assert model.lm_head is head  # unchanged
     assert model.training
 
 
-def test_attention_refuses_a_call_without_cu_seqlens() -> None:
+def test_attention_rejects_a_call_without_cu_seqlens() -> None:
     trainable = TrainableLM(build("llama"))
-    with pytest.raises(UnsupportedModelError, match=r"layer 0 \(LlamaAttention\): no cu_seqlens arrived"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"layer 0 \(LlamaAttention\): its attention function received no cu_seqlens"
+    ):
         trainable.model.model(input_ids=torch.arange(5)[None])
 
 
-def test_attention_refuses_a_mask_of_the_model() -> None:
+def test_attention_rejects_a_mask_of_the_model() -> None:
     trainable = TrainableLM(build("llama"))
     batch = pack(documents())
     size = len(batch.input_ids)
-    with pytest.raises(UnsupportedModelError, match="it brings an attention mask of its own"):
+    with pytest.raises(UnsupportedModelError, match="it passes an attention mask of its own"):
         trainable.model.model(
             input_ids=batch.input_ids[None],
             cu_seq_lens_q=batch.cu_seqlens,
@@ -258,9 +278,9 @@ def test_attention_refuses_a_mask_of_the_model() -> None:
 
 
 def test_two_models_side_by_side() -> None:
-    """The registration is by name and holds no model: wrapping one leaves another alone."""
+    """The registered attention holds no model: wrapping one leaves another unchanged."""
     one, other = build("qwen3"), build("qwen3")
-    stock = other(torch.arange(7)[None]).logits
+    expected = other(torch.arange(7)[None]).logits
     TrainableLM(one)
-    assert torch.equal(other(torch.arange(7)[None]).logits, stock)
-    assert torch.equal(copy.deepcopy(other)(torch.arange(7)[None]).logits, stock)
+    assert torch.equal(other(torch.arange(7)[None]).logits, expected)
+    assert torch.equal(copy.deepcopy(other)(torch.arange(7)[None]).logits, expected)

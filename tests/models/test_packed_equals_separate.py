@@ -1,4 +1,4 @@
-"""The promise of packing: the same losses and the same gradient of every parameter as one document at a time."""
+"""Packing gives the same losses and the same gradient of every parameter as one document at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from small_models import (
+from helpers.small_models import (
     ARCHITECTURES,
     LENGTHS,
     build,
@@ -18,14 +18,19 @@ from small_models import (
     pack,
 )
 
-from delib_fast.models import TrainableLM
-from delib_fast.models.recompute import enable_activation_checkpointing
-
 ALLOWED = 1e-5  # relative, fp32
 
 
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports():
+    """Import when the first test runs, not when tests are collected."""
+    global TrainableLM, enable_activation_checkpointing
+    from delib_fast.models import TrainableLM
+    from delib_fast.models.recompute import enable_activation_checkpointing
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_packed_equals_stock_transformers_unpacked(name, record_property) -> None:
+def test_packed_equals_unpacked_transformers(name, record_property) -> None:
     model, docs = build(name), documents()
     batch = pack(docs)
     nll, grads = ours(model, [batch])
@@ -41,7 +46,7 @@ def test_packed_equals_stock_transformers_unpacked(name, record_property) -> Non
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3 sliding", "llama", "qwen3 tied, one kv head"])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_packed_equals_one_run_a_pack(name, backend) -> None:
+def test_packed_equals_one_document_per_pack(name, backend) -> None:
     model, docs = build(name), documents()
     nll, grads = ours(model, [pack(docs)], attention_backend=backend)
     alone_nll, alone_grads = ours(model, [pack([doc]) for doc in docs], attention_backend=backend)
@@ -79,7 +84,7 @@ def test_nothing_supervised_gives_zero_gradients() -> None:
 
 @pytest.mark.parametrize("name", ["qwen3 sliding", "llama", "qwen2 tied"])
 def test_activation_checkpointing_gives_the_same_gradients(name) -> None:
-    """Bit for bit: the recomputation runs the same kernels on the same numbers, with cu_seqlens and window."""
+    """Bitwise: the recomputation runs the same kernels on the same numbers, with cu_seqlens and window."""
     model, batch = build(name), pack(documents())
     _, grads = ours(model, [batch])
     checkpointed = copy.deepcopy(model)
@@ -90,7 +95,7 @@ def test_activation_checkpointing_gives_the_same_gradients(name) -> None:
     assert all(torch.equal(again[key], grads[key]) for key in grads)
 
 
-def test_bf16_runs_and_is_near() -> None:
+def test_bf16_is_close_to_fp32() -> None:
     model, docs = build("qwen3"), documents()
     true_nll, _ = ground_truth(model, docs)
     batch = pack(docs)

@@ -1,4 +1,4 @@
-"""Several completions of one prompt, the prompt computed once: the nll and every gradient of separate rows."""
+"""Several completions of one prompt, with the prompt computed once: nll and gradients are those of separate rows."""
 
 from __future__ import annotations
 
@@ -7,19 +7,25 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from small_models import VOCAB, build, gradients, ground_truth, largest_deviation, ours, pack
+from helpers.small_models import VOCAB, build, gradients, ground_truth, largest_deviation, ours, pack
 
 from delib_fast.data import Example, PackedBatch, PackedDataLoader, Segment
-from delib_fast.models import TrainableLM
-from delib_fast.models.recompute import enable_activation_checkpointing
 
 ALLOWED = 1e-5  # relative, fp32
-# prompt length, completion lengths; the prompts share one pack, and a document of its own stands between them
+# (prompt length, completion lengths) of the groups in one pack; the prompt of one token becomes an empty sequence.
 GROUPS = ((11, (4, 9, 2)), (1, (5,)), (23, (3, 3)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def heavy_imports():
+    """Import when the first test runs, not when tests are collected."""
+    global TrainableLM, enable_activation_checkpointing
+    from delib_fast.models import TrainableLM
+    from delib_fast.models.recompute import enable_activation_checkpointing
+
+
 def rows() -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """Of each group: the prompt, the completions."""
+    """The prompt and the completions of each group."""
     draw = torch.Generator().manual_seed(4)
     return [
         (torch.randint(VOCAB, (n,), generator=draw), [torch.randint(VOCAB, (m,), generator=draw) for m in lengths])
@@ -32,7 +38,7 @@ def weights_of(prompt: torch.Tensor, completion: torch.Tensor) -> torch.Tensor:
 
 
 def shared_pack() -> PackedBatch:
-    """Prompts without their last token; each completion behind a copy of it, positions going on."""
+    """Prompts without their last token, and each completion after a copy of it, with positions that continue."""
     documents, prefix, first_positions = [], [], []
     for prompt, completions in rows():
         parent = len(documents)
@@ -44,21 +50,21 @@ def shared_pack() -> PackedBatch:
             prefix.append(parent)
             first_positions.append(len(prompt) - 1)
     lengths = [len(tokens) for tokens, _ in documents]
-    batch = pack_with_empty_runs(documents, lengths)
+    batch = pack_with_empty_sequences(documents, lengths)
     positions = torch.cat([torch.arange(n) + first for n, first in zip(lengths, first_positions, strict=True)])
     return dataclasses.replace(batch, position_ids=positions, prefix=tuple(prefix))
 
 
-def pack_with_empty_runs(documents, lengths) -> PackedBatch:
-    """`pack` marks the last token of every run, which an empty one does not have."""
+def pack_with_empty_sequences(documents, lengths) -> PackedBatch:
+    """`pack` marks the last token of every sequence, which an empty one does not have."""
     batch = pack([d for d in documents if len(d[0])])
-    borders = [0]
+    bounds = [0]
     for n in lengths:
-        borders.append(borders[-1] + n)
+        bounds.append(bounds[-1] + n)
     return dataclasses.replace(
         batch,
-        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
-        cu_seqlens_host=tuple(borders),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        cu_seqlens_host=tuple(bounds),
         example_ids=tuple(range(len(lengths))),
     )
 
@@ -87,7 +93,7 @@ def test_shared_equals_separate_rows(name, backend, record_property) -> None:
     assert len(batch.input_ids) < sum(len(tokens) for tokens, _ in separate)
 
 
-def test_a_sliding_window_counts_through_the_prefix() -> None:
+def test_a_sliding_window_includes_the_prefix() -> None:
     model = build("qwen3 sliding")
     separate = [(torch.cat([prompt, c]), weights_of(prompt, c)) for prompt, completions in rows() for c in completions]
     _, true_gradients = ground_truth(model, separate)
@@ -99,26 +105,26 @@ def test_a_sliding_window_counts_through_the_prefix() -> None:
 
 
 def examples() -> list[Example]:
-    """Replies of the loader's kind: 4 to a prompt of 30, 2 to one of 20, one alone, and a document."""
+    """Examples for the loader: 4 replies to a prompt of 30, 2 to one of 20, 1 to one of 25, and a document."""
     rng = np.random.default_rng(3)
-    found = []
+    drawn: list[Example] = []
     for n, lengths in ((30, (9, 4, 7, 5)), (20, (6, 3)), (25, (8,)), (0, (12,))):
         prompt = rng.integers(0, VOCAB, n)
         for m in lengths:
             kind = [Segment.DOCUMENT] * m if n == 0 else [Segment.COT] * (m // 2) + [Segment.RESPONSE] * (m - m // 2)
             ids, segments = np.concatenate([prompt, rng.integers(0, VOCAB, m)]), [Segment.PROMPT] * n + kind
-            found.append(Example(ids.astype(np.int32), np.array(segments, np.int8), f"row {len(found)}", 1 + m % 2 / 2))
-    return found
+            drawn.append(Example(ids.astype(np.int32), np.array(segments, np.int8), f"row {len(drawn)}", 1 + m % 2 / 2))
+    return drawn
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "qwen3 moe"])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_what_the_loader_shares_trains_as_rows_alone(name, checkpointed) -> None:
-    """From examples to gradients: every nll, and the gradient of every parameter."""
+def test_shared_prompts_of_the_loader_train_as_separate_rows(name, checkpointed) -> None:
+    """From examples to every nll, and to the gradient of every parameter."""
     model = build(name)
     if checkpointed:
         enable_activation_checkpointing(model)
-    found = []
+    results = []
     for share in (False, True):
         batches = PackedDataLoader(
             examples(),
@@ -151,8 +157,8 @@ def test_what_the_loader_shares_trains_as_rows_alone(name, checkpointed) -> None
             for pack in packs
             for t in pack.loss_positions.tolist()
         ]
-        found.append((dict(zip(owner, nll[rows].tolist(), strict=True)), grads))
-    (plain, plain_gradients), (shared, shared_gradients) = found
+        results.append((dict(zip(owner, nll[rows].tolist(), strict=True)), grads))
+    (plain, plain_gradients), (shared, shared_gradients) = results
     assert plain.keys() == shared.keys()
     off = max(abs(plain[key] - shared[key]) for key in plain) / max(plain.values())
     worst, whose = largest_deviation(shared_gradients, plain_gradients)

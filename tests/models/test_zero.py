@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from helpers.launch import result_of, run_ranks
+from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero")
-    output = run_ranks(["tests/models/zero_worker.py", str(folder)], 2, DS_ACCELERATOR="cpu", PYTHONWARNINGS="ignore")[
-        0
-    ]  # thousands of deprecations would fill the pipe of rank 1
+    command = ["tests/models/zero_worker.py", str(folder)]
+    # PYTHONWARNINGS: thousands of deprecation warnings would hide an error.
+    output = run_ranks(command, 2, DS_ACCELERATOR="cpu", PYTHONWARNINGS="ignore")[0]
     return result_of(output), folder
 
 
@@ -35,7 +30,7 @@ def test_weights_after_three_steps(outcome, run) -> None:
     assert outcome[0][run] < 1e-6
 
 
-def test_what_was_gathered_is_what_is_exported(outcome) -> None:
+def test_gathered_weights_are_exported(outcome) -> None:
     stage0, stage3 = (load_file(outcome[1] / number / "model.safetensors") for number in ("0", "1"))
     assert stage0.keys() == stage3.keys()
     assert "lm_head.weight" not in stage0

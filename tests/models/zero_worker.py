@@ -1,6 +1,6 @@
-"""Run by test_zero.py on each rank: TrainableLM under DeepSpeed, against the whole batch on one process.
+"""Run by test_zero.py on each rank: TrainableLM under DeepSpeed, compared with the whole batch in one process.
 
-The head's weight is used inside the head's own forward alone, so ZeRO-3's hooks find it; with tied embeddings it is
+The head's weight is only used inside the head's own forward, so ZeRO-3's hooks gather it; with tied embeddings it is
 gathered twice. Each rank has its own packs, of different sizes; the gradient is that of the sum over both ranks.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 
 import torch
-from small_models import build, documents, pack
+from helpers.small_models import build, documents, pack
 
 from delib_fast.engine import Ranks
 from delib_fast.engine.import_deepspeed import deepspeed
@@ -22,7 +22,7 @@ RUNS = [(TIED, 0, False), (TIED, 3, False), (TIED, 3, True), ("llama", 3, True)]
 
 
 def batches(step: int):
-    """What each of two ranks has: uneven packs, one with very little to learn."""
+    """The pack of each of two ranks: of different sizes, one with few supervised tokens."""
     return [pack(documents((13, 1, 30), seed=10 * step)), pack(documents((4, 3), seed=10 * step + 1))]
 
 
@@ -67,7 +67,7 @@ def under_zero(ranks: Ranks, name: str, stage: int, checkpointing: bool, folder:
     for key, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
             weights[key] = parameter.detach().clone()
-    if rank == 0:  # ZeRO-3's model holds nothing itself: what was gathered is what is exported
+    if rank == 0:  # ZeRO-3's model holds no weights itself, so the gathered ones are exported
         export_model(engine.module, train_tokenizer(["a b"], 261), folder, state_dict=weights)
     return weights
 

@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+from helpers.small_models import tiny_qwen3
+from tiny_study import HALF
 
 from delib_fast.config import ConfigError, ModelConfig
 from delib_fast.data import Segment
@@ -30,17 +32,7 @@ ITEMS = [
 def scorer():
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["red or blue oak pine it is the one now wood"] * 3, 285)
-    config = ModelConfig(
-        architecture={
-            "model_type": "qwen3",
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "head_dim": 8,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-        }
-    )
+    config = ModelConfig(architecture=tiny_qwen3(**HALF))
     model = build_model(config, tokenizer, dtype="fp32", seed=0)
     with torch.no_grad():
         model.lm_head.weight.mul_(40)  # else everything is about as likely as anything

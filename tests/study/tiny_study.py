@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import yaml
+from helpers.small_models import tiny_qwen3
+
+HALF = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
 
 SCRIPT = r"""
 import argparse, json, random
@@ -39,18 +42,7 @@ def tiny_study(folder: Path, **changes) -> Path:
         "workers": 2,
         "prepare": {"script": "make.py", "args": ["--rows", 12]},
         "run": {
-            "model": {
-                "architecture": {
-                    "model_type": "qwen3",
-                    "hidden_size": 16,
-                    "intermediate_size": 32,
-                    "num_hidden_layers": 1,
-                    "num_attention_heads": 2,
-                    "num_key_value_heads": 1,
-                    "head_dim": 8,
-                    "tie_word_embeddings": True,
-                }
-            },
+            "model": {"architecture": tiny_qwen3(**HALF, tie_word_embeddings=True)},
             "tokenizer": {"train": {"vocab_size": 300, "sources": ["text", "rules", "values", "demos"]}},
             "data": {name: f"{{prepared}}/{name}.jsonl" for name in ("text", "rules", "values", "demos")},
             "engine": {"device": "cpu", "precision": "fp32"},

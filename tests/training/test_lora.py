@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from helpers.launch import ROOT
+from helpers.small_models import documents, pack, tiny_qwen3
 from helpers.tiny_run import DATA, run, tiny
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -17,19 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from delib_fast.config import ConfigError, LoraConfig, ModelConfig
 from delib_fast.config.load import load_config
 from delib_fast.models import StepCost, TrainableLM, add_adapter, build_model, load_adapter
-from delib_fast.models.build import _four_bits
+from delib_fast.models.build import _nf4_config
 
-ARCHITECTURE = {
-    "model_type": "qwen3",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "vocab_size": 512,
-    "initializer_range": 0.1,
-}
+ARCHITECTURE = tiny_qwen3(vocab_size=512, initializer_range=0.1)
 SMALL = ["stages.msm.max_steps=3", "stages.aft.max_steps=3"]
 
 
@@ -178,7 +169,7 @@ def test_four_bits(tmp_path, monkeypatch):
     assert (merged - expected).norm() < 0.02 * (expected - plain).norm()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="nf4 needs bitsandbytes, which is not installed"):
-        _four_bits(torch.bfloat16)
+        _nf4_config(torch.bfloat16)
 
 
 def model() -> torch.nn.Module:
@@ -190,8 +181,8 @@ def model() -> torch.nn.Module:
     [
         ("lm_head", "'lm_head' is the output head or the embedding"),
         ("embed_tokens", "'embed_tokens' is the output head or the embedding"),
-        ("q_prj", "'q_prj' is no nn.Linear of Qwen3ForCausalLM (did you mean 'q_proj'?)"),
-        ("self_attn", "'self_attn' is no nn.Linear"),
+        ("q_prj", "'q_prj' is not an nn.Linear of Qwen3ForCausalLM (did you mean 'q_proj'?)"),
+        ("self_attn", "'self_attn' is not an nn.Linear"),
     ],
 )
 def test_refuses_targets(target, message):
@@ -203,9 +194,9 @@ def test_refuses_targets(target, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"r": 8}, "its r is 64, here 8; set model.lora.r to 64"),
+        ({"r": 8}, "its r is 64, but 8 in this run; set model.lora.r to 64"),
         ({"targets": ["q_proj"]}, "the model does not adapt model.layers.0.mlp.down_proj.lora_A"),
-        ({"rslora": True}, "its use_rslora is False, here True; set model.lora.rslora to False"),
+        ({"rslora": True}, "its use_rslora is False, but True in this run; set model.lora.rslora to False"),
     ],
 )
 def test_refuses_another_adapter(paper, change, message):
@@ -227,7 +218,7 @@ def test_refuses_another_adapter(paper, change, message):
         (["model.lora.quantize=nf4", "engine.zero_stage=3"], "ZeRO 3 cannot shard 4-bit weights"),
         (
             ["model.lora.quantize=nf4", "model.path=null", "model.architecture={model_type: qwen3}"],
-            "nothing to keep in 4",
+            "a new model has no weights to keep in 4 bits",
         ),
     ],
 )
@@ -239,8 +230,6 @@ def test_refuses_settings(overrides, message):
 
 def test_frozen_head_makes_no_weight_gradient(monkeypatch):
     """One of the head's three matrix products is only for its weight's gradient; a frozen head skips it."""
-    from models.small_models import documents, pack
-
     op = sys.modules["delib_fast.ops.linear_cross_entropy"]  # the package's attribute of that name is the function
     wanted = []
     monkeypatch.setattr(

@@ -1,17 +1,37 @@
-"""Small models of several architectures, packs, and the ground truth: stock transformers, one document at a time."""
+"""Small models of several architectures, packs, and the ground truth: transformers alone, one document at a time.
+
+Heavy packages are imported inside the functions, so that collecting the tests does not import them.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from delib_fast.data import PackedBatch
-from delib_fast.models import TrainableLM
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from delib_fast.data import PackedBatch
+
+
+def tiny_qwen3(**changes: Any) -> dict[str, Any]:
+    """The architecture of the smallest model that runs, evaluations and studies use in tests."""
+    return {
+        "model_type": "qwen3",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        **changes,
+    }
+
 
 VOCAB = 96
 # Weights large enough that attention and MLP matter: with the default 0.02 a tiny model is almost linear.
@@ -65,7 +85,7 @@ ARCHITECTURES = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 24,
     },
-    # what is done to the logits behind the head; caps and factors strong enough to bend them
+    # These change the logits after the head; caps and factors are strong enough to matter.
     "gemma2, capped logits": {
         "model_type": "gemma2",
         "head_dim": 8,
@@ -89,30 +109,36 @@ LENGTHS = (13, 1, 7, 30, 2, 11)
 
 
 def build(name: str, seed: int = 0) -> PreTrainedModel:
+    """A new float32 model of one of `ARCHITECTURES`, in training mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     torch.manual_seed(seed)
     keys = dict(_SMALL, **ARCHITECTURES[name])
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**keys), dtype=torch.float32)
     for module_name, parameter in model.named_parameters():
-        if "norm" in module_name or module_name == "lm_head.bias":  # ones (or zeros) would hide one that is left out
+        if "norm" in module_name or module_name == "lm_head.bias":  # all ones (or zeros) would hide a missing one
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model
 
 
 def documents(lengths: Sequence[int] = LENGTHS, seed: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(tokens, loss weight of each token as a target): soft weights, and zeros at the beginning."""
+    """(tokens, loss weight of each token as a target) of each document: soft weights, with zeros at the beginning."""
     draw = torch.Generator().manual_seed(seed)
-    found = []
+    drawn = []
     for length in lengths:
         weights = torch.rand(length, generator=draw)
         weights[: length // 3] = 0
-        found.append((torch.randint(0, VOCAB, (length,), generator=draw), weights))
-    return found
+        drawn.append((torch.randint(0, VOCAB, (length,), generator=draw), weights))
+    return drawn
 
 
 def pack(docs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> PackedBatch:
+    """The documents as one pack without padding."""
+    from delib_fast.data import PackedBatch
+
     lengths = [len(tokens) for tokens, _ in docs]
-    borders = tuple(accumulate(lengths, initial=0))
-    ends = torch.tensor(borders[1:]) - 1
+    bounds = tuple(accumulate(lengths, initial=0))
+    ends = torch.tensor(bounds[1:]) - 1
     input_ids = torch.cat([tokens for tokens, _ in docs])
     targets, weights = input_ids.roll(-1), torch.cat([w for _, w in docs]).roll(-1)
     targets[ends], weights[ends] = -100, 0.0
@@ -122,20 +148,21 @@ def pack(docs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> PackedBatch:
         loss_weights=weights,
         segment_ids=torch.full_like(input_ids, 2, dtype=torch.int8),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         max_seqlen=max(lengths),
         loss_positions=(weights > 0).nonzero().squeeze(-1),
-        cu_seqlens_host=borders,
+        cu_seqlens_host=bounds,
         example_ids=tuple(range(len(docs))),
     )
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The gradient of each parameter by name; None for one that has none."""
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 def ground_truth(model: PreTrainedModel, docs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """nll of every target and the gradients of the weighted sum: stock eager attention, unpacked, full logits."""
+    """nll of every target and gradients of the weighted sum: transformers' eager attention, unpacked, full logits."""
     model = copy.deepcopy(model)
     model.set_attn_implementation("eager")
     nlls = []
@@ -150,7 +177,9 @@ def ground_truth(model: PreTrainedModel, docs) -> tuple[torch.Tensor, dict[str, 
 
 
 def ours(model: PreTrainedModel, batches: Sequence[PackedBatch], **kwargs):
-    """nll and gradients of TrainableLM over some packs, under the names of the bare model."""
+    """nll and gradients of TrainableLM over some packs, under the names of the unwrapped model."""
+    from delib_fast.models import TrainableLM
+
     trainable = TrainableLM(copy.deepcopy(model), **kwargs)
     trainable.train()
     nlls = []
@@ -162,13 +191,13 @@ def ours(model: PreTrainedModel, batches: Sequence[PackedBatch], **kwargs):
 
 
 def largest_deviation(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """The largest relative difference of a gradient, and whose."""
+    """The largest relative difference of a gradient, and the name of its parameter."""
     assert ours.keys() == theirs.keys()
-    found = []
+    deviations = []
     for name, a in ours.items():
         b = theirs[name]
-        if b is None or not b.any():  # an expert that no token visits
+        if b is None or not b.any():  # an expert that no token is routed to
             assert a is None or not a.any(), name
             continue
-        found.append((((a - b).abs().max() / b.abs().max()).item(), name))
-    return max(found)
+        deviations.append((((a - b).abs().max() / b.abs().max()).item(), name))
+    return max(deviations)

@@ -1,0 +1,43 @@
+"""Small helpers around transformers and the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import is_offline_mode
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not in __all__
+from transformers.utils import logging as hf_logging
+
+
+@contextmanager
+def without_progress_bar() -> Iterator[None]:
+    """Turn off transformers' progress bars, which it draws while reading or writing shards, for a block of code."""
+    was_enabled = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            hf_logging.enable_progress_bar()
+
+
+def why_not_loaded(path: str, error: BaseException) -> str:
+    """Explain why transformers could not load from `path`, which is a folder or a hub name.
+
+    Returns the first line of the error, with a remedy if the path is not a folder.
+    """
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    if Path(path).is_dir():
+        return first
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return "there is no such folder, and it is not a valid hub name (owner/name)"
+    offline = "HF_HUB_OFFLINE is set, so" if is_offline_mode() else "without network access"
+    return (
+        f"{first}. There is no such folder; if it is a hub name, check the spelling and your access to it; {offline} "
+        f"it must be in the cache, which `hf download {path}` fills"
+    )
