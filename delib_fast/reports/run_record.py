@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from delib_fast.config import ConfigError
+from delib_fast.config.load import flatten
 
 Line = Mapping[str, Any]
 
@@ -96,7 +97,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
 
 def differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[Any]]]:
     """The settings in which runs differ, each with its value in every run."""
-    flat = [_flat(run.config) for run in runs]
+    flat = [flatten(run.config) for run in runs]
     keys = list(dict.fromkeys(key for tree in flat for key in tree))
     return [
         (key, [tree.get(key) for tree in flat])
@@ -123,13 +124,3 @@ def _counted(lines: list[dict[str, Any]], stages: Sequence[str]) -> list[dict[st
             counted.append({**line, "update": updates + line["step"], "all_tokens": tokens})
         updates += mine[-1]["step"] if mine else 0
     return counted
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict | list):
-        return {prefix: tree}
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    flat: dict[str, Any] = {}
-    for key, value in items:
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
