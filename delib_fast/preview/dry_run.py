@@ -15,7 +15,7 @@ from delib_fast.data.read.sources import ROW_FILES, TEXT_FILES
 from delib_fast.preview.synthetic_lengths import AssumedCorpus, sizes_of
 from delib_fast.training.dataset import RunDataset
 
-SMALLEST_VOCABULARY = 300
+SMALL_VOCABULARY = 300
 
 
 @contextlib.contextmanager
@@ -32,13 +32,13 @@ def dry_run(config: Config, lengths: Sequence[str] = ()) -> Iterator[RunDataset]
         )
 
 
-def config_of(path: Path, overrides: list[str], *, tokenizer: str | None, kind: str, capacity: int) -> Config:
+def preview_config(path: Path, overrides: list[str], *, tokenizer: str | None, kind: str, capacity: int) -> Config:
     """The configuration in a YAML file; or for a file of rows or text, one that trains on it alone."""
     if path.suffix.lower() not in (*ROW_FILES, *TEXT_FILES):
         return load_config(path, overrides)
     if overrides:
         raise ConfigError(f"--set {overrides[0]}: {path} is data and no configuration; nothing can be set in it")
-    own = {"path": tokenizer} if tokenizer else {"train": {"vocab_size": SMALLEST_VOCABULARY, "sources": ["rows"]}}
+    own = {"path": tokenizer} if tokenizer else {"train": {"vocab_size": SMALL_VOCABULARY, "sources": ["rows"]}}
     return parse_config(
         {
             "run_dir": "-",

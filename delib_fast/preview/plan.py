@@ -134,7 +134,7 @@ def longest_pack(
 # --- telling ------------------------------------------------------------------------------------------------
 
 
-def rendered(plan: StagePlan, card_gib: float, tflops: float | None = None) -> RenderableType:
+def render_plan(plan: StagePlan, card_gib: float, tflops: float | None = None) -> RenderableType:
     """The plan in 80 columns; with `tflops` of a rank, also hours."""
     stage = plan.stage
     return Group(
