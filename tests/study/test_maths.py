@@ -9,7 +9,7 @@ import pytest
 
 from delib_fast.evals.intervals import Estimate
 from delib_fast.study.efficiency import multiples, rows_to_reach
-from delib_fast.study.published import published
+from delib_fast.reports.published import read_published
 from delib_fast.study.settings import ChoicesMetric
 from delib_fast.study.summary import over_seeds, student
 
@@ -65,12 +65,12 @@ def test_intervals_over_seeds():
 
 
 def test_published_figures_are_cited_cell_by_cell():
-    found = published()
-    cells = {cell.citation: cell.value for cell in found.cells}
+    found = read_published()
+    cells = {cell.citation: cell.value for cell in found.figures}
     # the trap: 5 % and 7 % are the cells with CoT
     assert cells["arXiv 2605.02087v2, Fig. 4, Qwen2.5-32B, MSM + AFT (CoT)"] == 0.05
     assert cells["arXiv 2605.02087v2, Fig. 4, Qwen2.5-32B, MSM + AFT (no CoT)"] == 0.22
     assert cells["arXiv 2605.02087v2, Fig. 4, Qwen3-32B, MSM + AFT (CoT)"] == 0.07
     assert cells["arXiv 2605.02087v2, Fig. 4, Qwen3-32B, MSM + AFT (no CoT)"] == 0.10
     assert "cells *with* CoT" in found.caution
-    assert len(cells) == len(found.cells), "each cell has its own place"
+    assert len(cells) == len(found.figures), "each cell has its own place"
