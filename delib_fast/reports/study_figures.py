@@ -237,7 +237,7 @@ def _errors(estimates: Sequence[Tree]) -> list[list[float]]:
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:
-    """None, which stands for NaN in JSON, as NaN."""
+    """Replace None, which represents NaN in JSON, by NaN."""
     return [math.nan if value is None else value for value in values]
 
 
