@@ -94,24 +94,21 @@ def plan(
     overrides: _SET = [],  # noqa: B006
 ) -> None:
     """Plan a run without a GPU: rows, tokens, lengths, packs, steps, balance, and the memory that a rank needs."""
-    from delib_fast.preview.dry_run import dry_run
-    from delib_fast.preview.plan import plan_stage, render_plan
+    from delib_fast.preview.plan import plan_run, render_plan
 
     config = load_config(path, overrides)
     chosen = precision if config.engine.precision == "auto" else config.engine.precision
     if chosen not in ("fp32", "bf16", "fp16"):
         raise ConfigError(f"--precision {precision}: must be fp32, bf16 or fp16")
+    shape, plans = plan_run(config, lengths, ranks=gpus, precision=chosen, card_gib=memory_gib)
     console = Console(highlight=False, width=WIDTH)
-    with dry_run(config, lengths) as dataset:
-        shape = dataset.shape
-        console.print(
-            f"{shape.parameters:,} parameters ({shape.embedding_parameters:,} of them embeddings), "
-            f"{shape.layers} layers of {shape.hidden}; {gpus} × {memory_gib:g} GiB, "
-            f"ZeRO {config.engine.zero_stage}, {chosen}"
-        )
-        for stage in config.stages:
-            planned = plan_stage(dataset, config, stage, ranks=gpus, precision=chosen, card_gib=memory_gib)
-            console.print(render_plan(planned, memory_gib, tflops))
+    console.print(
+        f"{shape.parameters:,} parameters ({shape.embedding_parameters:,} of them embeddings), "
+        f"{shape.layers} layers of {shape.hidden}; {gpus} × {memory_gib:g} GiB, "
+        f"ZeRO {config.engine.zero_stage}, {chosen}"
+    )
+    for stage_plan in plans:
+        console.print(render_plan(stage_plan, memory_gib, tflops))
 
 
 @_user_errors()

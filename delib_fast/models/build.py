@@ -146,7 +146,7 @@ def new_model(
     return model
 
 
-def _architecture(keys: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+def _architecture(keys: dict[str, Any], tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedConfig:
     model_type = keys.pop("model_type")
     causal = {c.model_type for c in MODEL_FOR_CAUSAL_LM_MAPPING}
     if model_type not in causal:
@@ -161,10 +161,14 @@ def _architecture(keys: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> P
                 f"model.architecture.{key}: unknown key of {config_class.__name__}{_nearest(key, known_keys)}"
             )
     if keys.get("vocab_size") is None:
+        if tokenizer is None:
+            raise ConfigError("model.architecture.vocab_size: required, since no tokenizer is read")
         keys["vocab_size"] = -(-_vocabulary(tokenizer) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     # The end of text is a target like any other. A padding id would be nn.Embedding's padding_idx, whose row
     # learns nothing, and here padding and end of text are one token; a pack needs no padding id.
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    if tokenizer is not None:
+        ids |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     try:
         return config_class(**{**ids, **keys})
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:

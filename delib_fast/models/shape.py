@@ -53,7 +53,7 @@ class ModelShape:
         return self.layers * self.attention_width / products
 
 
-def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> ModelShape:
+def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) -> ModelShape:
     """The shape of the model that `build_model` would give. Raises ConfigError where its config can't be read."""
     if config.architecture is not None:
         hf = _architecture(dict(config.architecture), tokenizer)
