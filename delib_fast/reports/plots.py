@@ -13,7 +13,7 @@ NEUTRAL = "#5c6b7a"
 """The colour of a baseline, and of lines that mark something."""
 DPI = 160
 SMALL_FONT = 8
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "figure.facecolor": "white",
