@@ -81,11 +81,11 @@ def encoded_row() -> Any:
     """Encode the row as training does; this trains the tokenizer of the quickstart."""
     from delib_fast.config.load import load_config
     from delib_fast.preview.dry_run import dry_run
-    from delib_fast.preview.tokens import look_at
+    from delib_fast.preview.tokens import view_example
 
     config = load_config(ROOT / CONFIG, OVERRIDES)
     with dry_run(config) as dataset:
-        return look_at(dataset, next(stage for stage in config.stages if stage.name == STAGE), ROW)
+        return view_example(dataset, next(stage for stage in config.stages if stage.name == STAGE), ROW)
 
 
 def tokens_as_lines(pieces: Any) -> Iterator[list[tuple[int, int, str, bool]]]:
@@ -106,18 +106,18 @@ def tokens_as_lines(pieces: Any) -> Iterator[list[tuple[int, int, str, bool]]]:
         yield line
 
 
-def draw_row(seen: Any, theme: Theme) -> str:
+def draw_row(example: Any, theme: Theme) -> str:
     left, top = 10.0, 6.0
     labels, tokens = [], []
     mono = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
-    for run in seen.runs:
-        name = run.segment.name
-        unit = "token" if run.tokens == 1 else "tokens"
+    for span in example.spans:
+        name = span.segment.name
+        unit = "token" if span.tokens == 1 else "tokens"
         labels.append(
-            text(left, top + 14, f"{LABELS[name]}, {run.tokens} {unit}, loss weight {run.weight:g}", theme.quiet)
+            text(left, top + 14, f"{LABELS[name]}, {span.tokens} {unit}, loss weight {span.weight:g}", theme.quiet)
         )
         top += 22
-        for line in tokens_as_lines(run.pieces):
+        for line in tokens_as_lines(span.pieces):
             for column, parity, shown, control in line:
                 x, width = left + column * CHARACTER, len(shown) * CHARACTER
                 frame = f' stroke="{theme.ink}"' if control else ""
@@ -137,7 +137,7 @@ def draw_row(seen: Any, theme: Theme) -> str:
     return svg(
         2 * left + COLUMNS * CHARACTER,
         top,
-        f"{seen.heading}: its tokens, coloured by segment".replace(f"{ROOT}/", ""),
+        f"{example.heading}: its tokens, coloured by segment".replace(f"{ROOT}/", ""),
         body,
     )
 
@@ -184,11 +184,11 @@ def draw_effect(study: Any, theme: Theme) -> str:
 
 
 def figures() -> dict[Path, str]:
-    seen, study = encoded_row(), json.loads((ROOT / "docs" / "small_world.json").read_text())
+    example, study = encoded_row(), json.loads((ROOT / "docs" / "small_world.json").read_text())
     return {
         IMAGES / f"{name}-{theme}.svg": picture
         for theme, colours in THEMES.items()
-        for name, picture in (("row", draw_row(seen, colours)), ("small_world_effect", draw_effect(study, colours)))
+        for name, picture in (("row", draw_row(example, colours)), ("small_world_effect", draw_effect(study, colours)))
     }
 
 

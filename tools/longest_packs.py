@@ -12,7 +12,6 @@ from typing import Any
 from delib_fast.config.load import parse_config
 from delib_fast.models import model_shape
 from delib_fast.preview.plan import longest_pack
-from delib_fast.preview.synthetic_lengths import NoTokenizer
 
 QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
 MODELS: dict[str, dict[str, Any]] = {
@@ -67,7 +66,7 @@ def longest(architecture: dict[str, Any], ranks: int, parallel: int, checkpointi
             "engine": {"zero_stage": 3, "sequence_parallel": parallel, "precision": "bf16"},
         }
     )
-    shape = model_shape(config.model, NoTokenizer())
+    shape = model_shape(config.model, None)
     tokens = longest_pack(config, config.stages[0], shape, ranks, "bf16", CARD_GIB)
     return f"{tokens:,}" if tokens else "no"
 

@@ -1,12 +1,12 @@
-"""`delib-fast inspect`, `delib-fast plan` and `delib-fast report`."""
+"""The commands `delib-fast inspect`, `plan` and `report`; `cli/main.py` registers them."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -14,106 +14,121 @@ from rich.console import Console
 from delib_fast.config import ConfigError
 from delib_fast.config.load import load_config
 from delib_fast.data import DataError
-from delib_fast.preview.dry_run import SMALLEST_VOCABULARY, config_of, dry_run
-from delib_fast.reports.run_page import report
 
+WIDTH = 80
 _SET = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a value (repeatable)")]
 
 
-def _told(command: Callable[..., None]) -> Callable[..., None]:
-    """Faults of what the user gave end in one line and exit code 2."""
-
-    @wraps(command)
-    def told(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ConfigError, DataError, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(2) from None
-
-    return told
+@contextlib.contextmanager
+def _user_errors() -> Iterator[None]:
+    """Print an error in the user's input without a traceback, and exit with code 2."""
+    try:
+        yield
+    except (ConfigError, DataError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
 
 
-@_told
+@_user_errors()
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="CONFIG|FILE", help="a run as YAML, or a file of rows or text")],
-    row: Annotated[int, typer.Option(help="the first example to show, from 0")] = 0,
-    count: Annotated[int, typer.Option(min=1, help="how many")] = 1,
-    stage: Annotated[str | None, typer.Option(help="of this stage only")] = None,
-    html: Annotated[Path | None, typer.Option(help="write a page instead", metavar="PAGE")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="for a FILE: tokenizer folder or hub name")] = None,
-    kind: Annotated[str, typer.Option(help="for a FILE: aft or msm")] = "aft",
+    row: Annotated[int, typer.Option(help="index of the first example to show, from 0")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="number of examples to show")] = 1,
+    stage: Annotated[str | None, typer.Option(help="show only this stage")] = None,
+    html: Annotated[Path | None, typer.Option(help="write an HTML page instead", metavar="PAGE")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="for a FILE: folder or hub name of the tokenizer")] = None,
+    kind: Annotated[str, typer.Option(help="for a FILE: kind of the stage, aft or msm")] = "aft",
     capacity: Annotated[int, typer.Option(help="for a FILE: pack capacity in tokens", min=2)] = 32768,
     overrides: _SET = [],  # noqa: B006 (typer reads the default)
 ) -> None:
-    """Show the exact tokens that the model will see, their segments, and what each weighs in the loss."""
-    from delib_fast.preview.page import page
-    from delib_fast.preview.tokens import look_at, rendered
+    """Show the exact tokens that the model will see, their segments, and their weights in the loss."""
+    from delib_fast.preview.dry_run import SMALL_VOCABULARY, dry_run, preview_config
+    from delib_fast.preview.tokens import render_example, view_example
+    from delib_fast.reports.inspect_page import inspect_page
 
-    config = config_of(path, overrides, tokenizer=tokenizer, kind=kind, capacity=capacity)
+    config = preview_config(path, overrides, tokenizer=tokenizer, kind=kind, capacity=capacity)
     stages = [s for s in config.stages if stage in (None, s.name)]
     if not stages:
-        raise ConfigError(f"--stage {stage}: there are {', '.join(s.name for s in config.stages)}")
+        raise ConfigError(f"--stage {stage}: no such stage; the stages are {', '.join(s.name for s in config.stages)}")
     if config.run_dir == "-" and tokenizer is None:
         print(
-            f"no --tokenizer given: showing tokens of one of {SMALLEST_VOCABULARY} made from the file itself",
+            f"--tokenizer is not given: using a tokenizer of {SMALL_VOCABULARY} tokens, trained on the file itself",
             file=sys.stderr,
         )
-    with dry_run(config) as corpus:
-        seen = []
+    with dry_run(config) as dataset:
+        examples = []
         for s in stages:
-            last = min(row + count, len(corpus.mixed(s)[0]))
-            seen += [look_at(corpus, s, i) for i in range(row, max(last, row + 1))]
+            end = min(row + count, len(dataset.mixed(s)[0]))
+            examples += [view_example(dataset, s, i) for i in range(row, max(end, row + 1))]
     if html is None:
         console = Console(highlight=False)
-        for example in seen:
-            console.print(rendered(example))
+        for example in examples:
+            console.print(render_example(example))
         return
     try:
-        html.write_text(page(f"Tokens of {path.name}", seen), encoding="utf-8")
+        html.write_text(inspect_page(f"Tokens of {path.name}", examples), encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--html {html} can't be written: {error.strerror}") from None
+        raise ConfigError(f"--html {html}: cannot write the page: {error.strerror}") from None
     print(html)
 
 
-@_told
+@_user_errors()
 def plan(
     path: Annotated[Path, typer.Argument(metavar="CONFIG", help="the run, as YAML")],
-    gpus: Annotated[int, typer.Option(min=1, help="ranks")] = 1,
-    memory_gib: Annotated[float, typer.Option(min=0.1, help="memory of each rank's card")] = 80.0,
-    precision: Annotated[str, typer.Option(help="what engine.precision auto comes to")] = "bf16",
+    gpus: Annotated[int, typer.Option(min=1, help="number of ranks")] = 1,
+    memory_gib: Annotated[float, typer.Option(min=0.1, help="memory of each rank's device")] = 80.0,
+    precision: Annotated[
+        str, typer.Option(help="what `engine.precision: auto` resolves to: bf16, fp16, fp32")
+    ] = "bf16",
     lengths: Annotated[
         list[str],
         typer.Option(
             metavar="[STAGE=]LENGTHS",
-            help="in place of the data: a file with the tokens of an example a line, or "
+            help="instead of the data: a file with the length of one example in tokens per line, or "
             "lognormal:examples=N,median=TOKENS,sigma=S (repeatable)",
         ),
     ] = [],  # noqa: B006
-    tflops: Annotated[float | None, typer.Option(min=0.001, help="TFLOP/s of a rank, to tell hours")] = None,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="TFLOP/s of a rank, to estimate the hours of training")
+    ] = None,
     overrides: _SET = [],  # noqa: B006
 ) -> None:
-    """A dry run without a GPU: rows, tokens, lengths, packs, updates, balance, and the memory a rank needs."""
-    from delib_fast.preview.plan import plan_stage, rendered
+    """Plan a run without a GPU: rows, tokens, lengths, packs, steps, balance, and the memory that a rank needs."""
+    from delib_fast.preview.plan import plan_run, render_plan
 
     config = load_config(path, overrides)
     chosen = precision if config.engine.precision == "auto" else config.engine.precision
     if chosen not in ("fp32", "bf16", "fp16"):
-        raise ConfigError(f"--precision {precision}: it must be fp32, bf16 or fp16")
-    console = Console(highlight=False, width=80)
-    with dry_run(config, lengths) as corpus:
-        shape = corpus.shape
-        console.print(
-            f"{shape.parameters:,} parameters ({shape.embedding_parameters:,} of them embeddings), "
-            f"{shape.layers} layers of {shape.hidden}; {gpus} × {memory_gib:g} GiB, "
-            f"ZeRO {config.engine.zero_stage}, {chosen}"
-        )
-        for stage in config.stages:
-            made = plan_stage(corpus, config, stage, ranks=gpus, precision=chosen, card_gib=memory_gib)
-            console.print(rendered(made, memory_gib, tflops))
+        raise ConfigError(f"--precision {precision}: must be fp32, bf16 or fp16")
+    shape, plans = plan_run(config, lengths, ranks=gpus, precision=chosen, card_gib=memory_gib)
+    console = Console(highlight=False, width=WIDTH)
+    console.print(
+        f"{shape.parameters:,} parameters ({shape.embedding_parameters:,} of them embeddings), "
+        f"{shape.layers} layers of {shape.hidden}; {gpus} × {memory_gib:g} GiB, "
+        f"ZeRO {config.engine.zero_stage}, {chosen}"
+    )
+    for stage_plan in plans:
+        console.print(render_plan(stage_plan, memory_gib, tflops))
+
+
+@_user_errors()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN…]", help="run directories to compare")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FOLDER", help="folder of the report [default: RUN/report, or report for several]"
+        ),
+    ] = None,
+) -> None:
+    """Report on one or several runs: losses by segment, throughput, memory, ledger, chain of stages."""
+    from delib_fast.reports.run_page import report_runs
+
+    typer.echo(f"page          {report_runs(runs, out)}")
 
 
 def register(app: typer.Typer) -> None:
+    """Add the commands to a command line."""
     app.command("inspect")(inspect)
     app.command("plan")(plan)
-    app.command("report")(_told(report))
+    app.command("report")(report)

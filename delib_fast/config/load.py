@@ -34,11 +34,13 @@ class FileKind:
             the folder of the file.
         names_or_paths: the same, for keys that may also hold a hub name such as Qwen/Qwen3-8B: the value is a path
             if a file of that name exists.
+        placeholders: texts that are replaced later; a value that contains one is left as it is.
     """
 
     name: str
     paths: tuple[str, ...] = ()
     names_or_paths: tuple[str, ...] = ()
+    placeholders: tuple[str, ...] = ()
 
 
 RUN_FILE = FileKind(
@@ -77,10 +79,8 @@ def load(
     tree: dict[str, Any] = {}
     if path is not None:
         tree = read_yaml_file(Path(path), file_kind.name)
-        for pattern in file_kind.paths:
-            _resolve_paths(tree, pattern, Path(path).parent, may_be_name=False)
-        for pattern in file_kind.names_or_paths:
-            _resolve_paths(tree, pattern, Path(path).parent, may_be_name=True)
+        for pattern in (*file_kind.paths, *file_kind.names_or_paths):
+            _resolve_paths(tree, pattern, Path(path).parent, file_kind)
     for key, value in (values or {}).items():
         if value is not None:
             _put(tree, key, lambda value=value: value, key)  # type: ignore[misc]
@@ -165,12 +165,15 @@ def read_yaml_file(path: Path, name: str) -> dict[str, Any]:
     return tree
 
 
-def _resolve_paths(tree: Any, pattern: str, folder: Path, *, may_be_name: bool) -> None:
+def _resolve_paths(tree: Any, pattern: str, folder: Path, file_kind: FileKind) -> None:
+    may_be_name = pattern in file_kind.names_or_paths
     *parents, last = pattern.split(".")
     for holder in _children(tree, parents):
         for key in list(_keys(holder, last)):
             value = holder[key]
             if not isinstance(value, str) or value.startswith("hub:"):
+                continue
+            if any(placeholder in value for placeholder in file_kind.placeholders):
                 continue
             candidate = folder / Path(value).expanduser()
             if candidate.exists() or not may_be_name:

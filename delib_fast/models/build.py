@@ -142,8 +142,15 @@ def new_model(
     return model
 
 
-def architecture_config(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
-    """The Hugging Face config of a new model. Raises ConfigError for an unknown model type or key, or a bad value."""
+def architecture_config(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedConfig:
+    """The Hugging Face config of a new model.
+
+    Args:
+        tokenizer: gives the vocabulary size, if `architecture` does not, and the ids of the control tokens. None if
+            the model is only measured.
+    Raises:
+        ConfigError: an unknown model type or key, or a bad value.
+    """
     keys = dict(architecture)
     model_type = keys.pop("model_type")
     causal = {c.model_type for c in MODEL_FOR_CAUSAL_LM_MAPPING}
@@ -158,10 +165,14 @@ def architecture_config(architecture: dict[str, Any], tokenizer: PreTrainedToken
             hint = nearest(key, known_keys)
             raise ConfigError(f"model.architecture.{key}: unknown key of {config_class.__name__}{hint}")
     if keys.get("vocab_size") is None:
+        if tokenizer is None:
+            raise ConfigError("model.architecture.vocab_size: required, since no tokenizer is read")
         keys["vocab_size"] = -(-_vocabulary(tokenizer) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     # The end of text is a target like any other. nn.Embedding does not train the row of its padding_idx, and here the
     # padding token is the end-of-text token. A pack needs no padding id.
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    if tokenizer is not None:
+        ids |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     try:
         return config_class(**{**ids, **keys})
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:

@@ -53,7 +53,7 @@ class ModelShape:
         return self.layers * self.attention_width / products
 
 
-def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> ModelShape:
+def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) -> ModelShape:
     """The shape of the model that `build_model` would return.
 
     Raises ConfigError if the model's config cannot be read or does not describe a valid model.
@@ -91,7 +91,7 @@ def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Mode
     )
 
 
-def _hf_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+def _hf_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedConfig:
     if config.architecture is not None:
         return architecture_config(config.architecture, tokenizer)
     try:

@@ -1,1 +1,1 @@
-"""What a run will do, before it runs: the exact tokens, and a dry run with packs, steps and memory. Needs no GPU."""
+"""Previews of a run: its exact tokens, and a plan with packs, steps and memory. Needs no GPU."""

@@ -1,49 +1,50 @@
-"""A run's data without its ranks: nothing is distributed, and nothing is written into the run directory."""
+"""The data of a run in one process, without writing to the run directory."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from delib_fast.checkpoint.format import SingleProcess
 from delib_fast.config import Config, ConfigError
 from delib_fast.config.load import load_config, parse_config
 from delib_fast.data.read.sources import ROW_FILES, TEXT_FILES
-from delib_fast.preview.synthetic_lengths import AssumedCorpus, sizes_of
 from delib_fast.training.dataset import RunDataset
 
-SMALLEST_VOCABULARY = 300
+SMALL_VOCABULARY = 300
 
 
 @contextlib.contextmanager
-def dry_run(config: Config, lengths: Sequence[str] = ()) -> Iterator[RunDataset]:
-    """The corpus of a configuration; a tokenizer that it trains is forgotten at the end.
-
-    lengths: as of `assumed.sizes_of`: stages whose data is not read, only assumed."""
+def dry_run(config: Config) -> Iterator[RunDataset]:
+    """The data of a run. If the run trains a tokenizer, it is stored in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="delib-fast-") as folder:
-        ranks: Any = SingleProcess()
-        yield (
-            AssumedCorpus(config, Path(folder), ranks, sizes_of(lengths, config))
-            if lengths
-            else RunDataset(config, Path(folder), ranks)
-        )
+        yield RunDataset(config, Path(folder), SingleProcess())
 
 
-def config_of(path: Path, overrides: list[str], *, tokenizer: str | None, kind: str, capacity: int) -> Config:
-    """The configuration in a YAML file; or for a file of rows or text, one that trains on it alone."""
+def preview_config(path: Path, overrides: list[str], *, tokenizer: str | None, kind: str, capacity: int) -> Config:
+    """Read a configuration, or make one that trains on a single file of rows or text.
+
+    Args:
+        path: a YAML file, or a file of rows or text.
+        overrides: `key.sub=value` strings, for a YAML file.
+        tokenizer: for a data file: folder or hub name; None trains a small tokenizer on the file.
+        kind: for a data file: the kind of the stage, aft or msm.
+        capacity: for a data file: the pack capacity in tokens.
+    Raises:
+        ConfigError: the configuration is not valid, or overrides are given for a data file.
+    """
     if path.suffix.lower() not in (*ROW_FILES, *TEXT_FILES):
         return load_config(path, overrides)
     if overrides:
-        raise ConfigError(f"--set {overrides[0]}: {path} is data and no configuration; nothing can be set in it")
-    own = {"path": tokenizer} if tokenizer else {"train": {"vocab_size": SMALLEST_VOCABULARY, "sources": ["rows"]}}
+        raise ConfigError(f"--set {overrides[0]}: {path} is a data file, and --set needs a configuration")
+    chosen = {"path": tokenizer} if tokenizer else {"train": {"vocab_size": SMALL_VOCABULARY, "sources": ["rows"]}}
     return parse_config(
         {
             "run_dir": "-",
             "model": {"architecture": {"model_type": "qwen3"}},
-            "tokenizer": own,
+            "tokenizer": chosen,
             "data": {"rows": {"path": str(path), "on_bad_row": "skip", "max_bad_rows": 10**9}},
             "stages": [{"kind": kind, "train": ["rows"], "pack_capacity": capacity, "tokens_per_step": capacity}],
         },

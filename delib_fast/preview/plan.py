@@ -1,119 +1,189 @@
-"""What a stage will do, found by doing all of it but the arithmetic."""
+"""Plans stages by reading, encoding and packing their data, without computing anything on it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from delib_fast.checkpoint.format import SingleProcess
 from delib_fast.config import Config, ConfigError, StageConfig, packs_per_rank
-from delib_fast.data import PromptSharing, SourceShare
-from delib_fast.models import ModelShape, ulysses
-from delib_fast.training.dataset import RunDataset
+from delib_fast.data import PackedDataLoader, PromptSharing, SourceShare, TokenizedDataset
+from delib_fast.models import ModelShape, model_shape, ulysses
+from delib_fast.preview.dry_run import dry_run
+from delib_fast.preview.synthetic_lengths import Lengths, parse_lengths, synthetic_examples
+from delib_fast.training.dataset import RunDataset, pack_stage
 from delib_fast.training.memory import GIB, MemoryBudget, MemoryPart, memory_parts, resolve_activation_checkpointing
 
 _BARS = 10
 _BAR_WIDTH = 30
-_STEPS_WEIGHED = 500
+_STEPS_WEIGHED = 500  # a stage with more steps is sampled for the balance
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What a plan reads of the data of a stage."""
+
+    examples: TokenizedDataset
+    """The examples of an epoch."""
+    batches: PackedDataLoader
+    rows: int
+    """Rows that were read, including the skipped ones."""
+    skipped: dict[str, int]
+    """Rows that are not trained on, by reason."""
+    shares: list[SourceShare]
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage before it is run."""
+    """The plan of a stage."""
 
     stage: StageConfig
     rows: int
-    left_out: dict[str, int]
-    """rows by reason"""
+    skipped: dict[str, int]
+    """Rows that are not trained on, by reason."""
     shares: list[SourceShare]
     targets: dict[str, int]
-    """tokens of an epoch that can be predicted, by segment"""
-    lengths: np.ndarray
+    """Tokens of an epoch that the model predicts, by segment."""
+    lengths: NDArray[np.int64]
     packs: int
     fill: float
     tokens_per_epoch: int
-    """that packs hold"""
+    """Tokens that the packs of an epoch contain; a shared prompt counts once."""
     steps_per_epoch: int
-    updates: int
+    steps: int
     ranks: int
     sharing: PromptSharing | None
-    """what shared prompts save"""
-    not_shared: str | None
-    """why prompts can't be shared, if the model is why"""
+    """What shared prompts save."""
+    no_sharing: str | None
+    """Why the model does not allow shared prompts."""
     sequence_parallel: int
-    packs_of_a_rank: int
-    """packs of a step that a rank (or a group of ranks that share them out) computes"""
+    packs_per_rank: int
+    """Packs of a step that a rank, or a group of ranks that splits packs, computes."""
     balance: float
-    """Σ over steps of the slowest rank's cost / Σ of the mean rank's"""
+    """Σ over steps of the cost of the slowest rank / Σ of the mean cost of a rank."""
     flops_per_epoch: float
-    """of the model, forward and backward, recomputation not counted"""
+    """FLOPs of forward and backward, without recomputation."""
     attention_share: float
-    """of those FLOPs"""
+    """Share of these FLOPs in attention."""
     memory: list[MemoryPart]
     longest: int | None
-    """tokens of the longest pack that fits the card, by the estimate; None where not even a short one does"""
+    """Estimated tokens of the longest pack that fits in memory; None if not even a short one does."""
+
+
+def plan_run(
+    config: Config, lengths: Sequence[str] = (), *, ranks: int, precision: str, card_gib: float
+) -> tuple[ModelShape, list[StagePlan]]:
+    """Plan every stage of a run.
+
+    Args:
+        lengths: `--lengths` options; the data of the stages that they name is not read.
+        ranks, precision, card_gib: see `plan_stage`.
+    Raises:
+        ConfigError, DataError: see `plan_stage` and `parse_lengths`.
+    """
+    synthetic = parse_lengths(lengths, config)
+    for stage in config.stages:
+        packs_per_rank(stage, ranks, config.engine.sequence_parallel)  # raises before any data is read
+    with dry_run(config) as dataset:
+        reads_data = any(stage.name not in synthetic for stage in config.stages)
+        shape = dataset.shape if reads_data else model_shape(config.model, None)
+        plans = []
+        for stage in config.stages:
+            known = synthetic.get(stage.name)
+            data = read_stage(dataset, stage) if known is None else synthetic_stage(known, stage, shape, config.seed)
+            plans.append(plan_stage(data, shape, config, stage, ranks=ranks, precision=precision, card_gib=card_gib))
+    return shape, plans
+
+
+def read_stage(dataset: RunDataset, stage: StageConfig) -> StageData:
+    """Read, encode and pack the data of a stage. Raises what training would raise about it."""
+    batches = dataset.batches(stage)
+    examples, shares = dataset.mixed(stage)
+    skipped = dataset.left_out(stage)
+    rows = dataset.encoded(stage).counts.rows + sum(n for reason, n in skipped.items() if reason != "over-long")
+    return StageData(examples, batches, rows, skipped, shares)
+
+
+def synthetic_stage(lengths: Lengths, stage: StageConfig, shape: ModelShape, seed: int) -> StageData:
+    """Pack examples of given lengths. Raises what training would raise about them."""
+    examples = synthetic_examples(lengths, stage)
+    own_prompts = stage.model_copy(update={"share_prompts": "never"})
+    batches = pack_stage(own_prompts, examples, shape, seed=seed, ranks=SingleProcess())
+    dropped = examples.counts.dropped_over_long
+    return StageData(examples, batches, examples.counts.rows, {"over-long": dropped} if dropped else {}, [])
 
 
 def plan_stage(
-    corpus: RunDataset, config: Config, stage: StageConfig, *, ranks: int, precision: str, card_gib: float = 80.0
+    data: StageData,
+    shape: ModelShape,
+    config: Config,
+    stage: StageConfig,
+    *,
+    ranks: int,
+    precision: str,
+    card_gib: float = 80.0,
 ) -> StagePlan:
-    """Read, encode and pack a stage's data. Raises what training would raise about it, and ConfigError where
-    the ranks can't share out a step."""
+    """Plan a stage.
+
+    Args:
+        ranks: their number.
+        precision: the resolved `engine.precision`: fp32, bf16 or fp16.
+        card_gib: memory of the device of a rank.
+    Raises:
+        ConfigError: the packs of a step cannot be divided evenly among the ranks, or the attention heads cannot be
+            split by `engine.sequence_parallel`.
+    """
     parallel = config.engine.sequence_parallel
-    packs_of_a_rank = packs_per_rank(stage, ranks, parallel)
-    if reason := ulysses.why_not(corpus.shape.heads, corpus.shape.kv_heads, parallel):
+    step_packs = packs_per_rank(stage, ranks, parallel)
+    if reason := ulysses.why_not(shape.heads, shape.kv_heads, parallel):
         raise ConfigError(f"engine.sequence_parallel: {reason}")
-    batches = corpus.batches(stage)
-    encoded, shares = corpus.mixed(stage)
-    q = corpus.shape.quadratic_cost
-    steps = (
-        range(batches.num_steps)
-        if batches.num_steps <= _STEPS_WEIGHED
-        else np.linspace(0, batches.num_steps - 1, _STEPS_WEIGHED).astype(int).tolist()
-    )
-    costs = np.array([batches.cost_of_ranks(step, ranks // parallel, q) for step in steps])
-    left_out, counts = corpus.left_out(stage), corpus.encoded(stage).counts
+    examples, batches, q = data.examples, data.batches, shape.quadratic_cost
     cost = batches.cost_of_epoch(q)
-    products = corpus.shape.layers * corpus.shape.attention_width / q
+    budget = MemoryBudget(ranks, precision, card_gib)
+    resolved = resolve_activation_checkpointing(config, stage, shape, budget)
     return StagePlan(
         stage=stage,
-        rows=counts.rows + sum(n for why, n in left_out.items() if why != "over-long"),
-        left_out=left_out,
-        shares=shares,
-        targets=dict(zip(counts.targets, encoded.target_counts.sum(0).tolist(), strict=True)),
-        lengths=encoded.lengths,
+        rows=data.rows,
+        skipped=data.skipped,
+        shares=data.shares,
+        targets=dict(zip(examples.counts.targets, examples.target_counts.sum(0).tolist(), strict=True)),
+        lengths=examples.lengths,
         packs=batches.packs_per_epoch,
         fill=batches.fill,
         tokens_per_epoch=batches.tokens_per_epoch,
         steps_per_epoch=batches.steps_per_epoch,
-        updates=batches.num_steps,
+        steps=batches.num_steps,
         sharing=batches.prompt_sharing,
-        not_shared=corpus.shape.no_shared_prompts,
+        no_sharing=shape.no_shared_prompts,
         ranks=ranks,
         sequence_parallel=parallel,
-        packs_of_a_rank=packs_of_a_rank,
-        balance=float(costs.max(1).sum() / costs.mean(1).sum()),
-        flops_per_epoch=6 * products * cost,
+        packs_per_rank=step_packs,
+        balance=_balance(batches, ranks // parallel, q),
+        flops_per_epoch=6 * shape.layers * shape.attention_width / q * cost,
         attention_share=1 - batches.tokens_per_epoch / cost,
-        memory=memory_parts(
-            resolve_activation_checkpointing(config, stage, corpus.shape, MemoryBudget(ranks, precision, card_gib)),
-            stage,
-            corpus.shape,
-            ranks,
-            precision,
-        ),
-        longest=longest_pack(config, stage, corpus.shape, ranks, precision, card_gib),
+        memory=memory_parts(resolved, stage, shape, ranks, precision),
+        longest=longest_pack(config, stage, shape, ranks, precision, card_gib),
     )
+
+
+def _balance(batches: PackedDataLoader, groups: int, quadratic_cost: float) -> float:
+    steps = np.arange(batches.num_steps)
+    if len(steps) > _STEPS_WEIGHED:
+        steps = np.linspace(0, batches.num_steps - 1, _STEPS_WEIGHED).astype(int)
+    costs = np.array([batches.cost_of_ranks(step, groups, quadratic_cost) for step in steps.tolist()])
+    return float(costs.max(1).sum() / costs.mean(1).sum())
 
 
 def longest_pack(
     config: Config, stage: StageConfig, shape: ModelShape, ranks: int, precision: str, card_gib: float
 ) -> int | None:
-    """Tokens, in multiples of 1,024, of the longest pack whose estimated memory fits a card; None if none does."""
-
+    """Tokens, in multiples of 1,024, of the longest pack whose estimated memory fits; None if none does."""
     budget = MemoryBudget(ranks, precision, card_gib)
 
     def fits(thousands: int) -> bool:
@@ -131,11 +201,16 @@ def longest_pack(
     return 1024 * low or None
 
 
-# --- telling ------------------------------------------------------------------------------------------------
+# --- printing -----------------------------------------------------------------------------------------------
 
 
-def rendered(plan: StagePlan, card_gib: float, tflops: float | None = None) -> RenderableType:
-    """The plan in 80 columns; with `tflops` of a rank, also hours."""
+def render_plan(plan: StagePlan, card_gib: float, tflops: float | None = None) -> RenderableType:
+    """The plan for a terminal of 80 columns.
+
+    Args:
+        card_gib: memory of the device of a rank.
+        tflops: TFLOP/s of a rank, from which the hours of training are estimated.
+    """
     stage = plan.stage
     return Group(
         Text(f"\n{stage.name} ({stage.kind})", "bold"),
@@ -143,7 +218,7 @@ def rendered(plan: StagePlan, card_gib: float, tflops: float | None = None) -> R
         *_mix(plan),
         Text("lengths of the examples"),
         _histogram(plan),
-        Text(f"memory of a rank, estimated, of {card_gib:g} GiB"),
+        Text(f"estimated memory of a rank, of {card_gib:g} GiB"),
         _memory(plan, card_gib),
     )
 
@@ -157,12 +232,12 @@ def _grid() -> Table:
 
 def _facts(plan: StagePlan, tflops: float | None) -> Table:
     stage, table = plan.stage, _grid()
-    out = ", ".join(f"{n:,} {why}" for why, n in plan.left_out.items())
-    share = sum(plan.left_out.values()) / plan.rows
-    table.add_row("rows", f"{plan.rows:,}" + (f"; left out {out} ({share:.1%})" if out else "; none left out"))
+    out = ", ".join(f"{n:,} {why}" for why, n in plan.skipped.items())
+    share = sum(plan.skipped.values()) / plan.rows
+    table.add_row("rows", f"{plan.rows:,}" + (f"; skipped {out} ({share:.1%})" if out else "; none skipped"))
     table.add_row(
         "tokens",
-        f"{int(plan.lengths.sum()):,} an epoch, as targets: "
+        f"{int(plan.lengths.sum()):,} per epoch; targets: "
         + ", ".join(f"{n:,} {name}" for name, n in plan.targets.items() if n),
     )
     table.add_row("packs", f"{plan.packs:,} of {stage.pack_capacity:,} tokens, filled to {plan.fill:.2%}")
@@ -170,35 +245,33 @@ def _facts(plan: StagePlan, tflops: float | None) -> Table:
         saved = plan.sharing
         table.add_row(
             "prompts",
-            f"{saved.prompts:,} computed once for {saved.examples:,} replies: {saved.tokens:,} "
-            f"tokens fewer ({saved.share:.1%})",
+            f"{saved.prompts:,} computed once for {saved.examples:,} replies, which saves {saved.tokens:,} "
+            f"tokens ({saved.share:.1%})",
         )
-    elif plan.not_shared is not None and stage.share_prompts == "auto":
-        table.add_row("prompts", f"not shared between replies: {plan.not_shared}")
+    elif plan.no_sharing is not None and stage.share_prompts == "auto":
+        table.add_row("prompts", f"not shared between replies: {plan.no_sharing}")
     epochs = f"{stage.epochs} epoch{'s' if stage.epochs > 1 else ''}"
     table.add_row(
-        "updates", f"{plan.updates:,} in {epochs}, {plan.steps_per_epoch:,} each, of {stage.tokens_per_step:,} tokens"
+        "steps", f"{plan.steps:,} in {epochs}, {plan.steps_per_epoch:,} each, of {stage.tokens_per_step:,} tokens"
     )
     each = ""
     if (parallel := plan.sequence_parallel) > 1:
-        each = (
-            f", {parallel} to a pack" if plan.ranks == parallel else f" in groups of {parallel} that share out a pack"
-        )
+        each = f", {parallel} per pack" if plan.ranks == parallel else f" in groups of {parallel} that split packs"
     table.add_row(
         "ranks",
-        f"{plan.ranks}{each}; packs of each a step: {plan.packs_of_a_rank}; the slowest "
-        f"costs {plan.balance:.3f} × the mean",
+        f"{plan.ranks}{each}; packs of each per step: {plan.packs_per_rank}; cost of the slowest: "
+        f"{plan.balance:.3f} × the mean",
     )
-    hours = "" if tflops is None else f"; at {tflops:g} TFLOP/s a rank {_hours(plan, tflops):,.1f} hours in all"
+    hours = "" if tflops is None else f"; {_hours(plan, tflops):,.1f} hours at {tflops:g} TFLOP/s per rank"
     table.add_row(
-        "compute", f"{plan.flops_per_epoch:.2e} FLOPs an epoch, {plan.attention_share:.0%} of them in attention{hours}"
+        "compute", f"{plan.flops_per_epoch:.2e} FLOPs per epoch, {plan.attention_share:.0%} of them in attention{hours}"
     )
     return table
 
 
 def _hours(plan: StagePlan, tflops: float) -> float:
-    """Of all updates, by the slowest rank; recomputation, if there is any, lowers the rate that is reached."""
-    epochs = plan.updates / plan.steps_per_epoch
+    """Hours of all steps on the slowest rank. `tflops` has to allow for recomputation, which is not counted."""
+    epochs = plan.steps / plan.steps_per_epoch
     return plan.flops_per_epoch * epochs * plan.balance / (plan.ranks * tflops * 1e12) / 3600
 
 
@@ -206,7 +279,7 @@ def _mix(plan: StagePlan) -> list[RenderableType]:
     if not plan.shares or (len(plan.shares) == 1 and plan.shares[0].times == 1):
         return []
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("source", "examples", "tokens", "shown", "share", "wanted"):
+    for name in ("source", "examples", "tokens", "times", "share", "requested"):
         table.add_column(name, justify="left" if name == "source" else "right", header_style="dim")
     for s in plan.shares:
         table.add_row(
@@ -217,11 +290,11 @@ def _mix(plan: StagePlan) -> list[RenderableType]:
             f"{s.share:.2%}",
             "" if s.wanted is None else f"{s.wanted:.2%}",
         )
-    return [Text("an epoch's mix"), table]
+    return [Text("sources of an epoch"), table]
 
 
 def _histogram(plan: StagePlan) -> Table:
-    """Ten bars on a logarithmic axis: examples, and how many of the tokens they hold."""
+    """Ten bars on a logarithmic axis: the number of examples, and their share of the tokens."""
     low, high = int(plan.lengths.min()), int(plan.lengths.max())
     edges = np.unique(np.round(np.geomspace(low, high + 1, _BARS + 1)).astype(int))
     examples, _ = np.histogram(plan.lengths, edges)
@@ -246,13 +319,13 @@ def _memory(plan: StagePlan, card_gib: float) -> Table:
         table.add_row(part.name, _gib(part.bytes), Text(part.why, "dim"))
     total = sum(part.bytes for part in plan.memory) / GIB
     fits = (
-        f"{total / card_gib:.0%} of the card"
+        f"{total / card_gib:.0%} of the memory"
         if total <= card_gib
-        else f"does NOT fit in {card_gib:g} GiB: training says which setting would"
+        else f"does NOT fit in {card_gib:g} GiB; the error of training suggests a setting"
     )
-    table.add_row(Text("in all", "bold"), Text(_gib(total * GIB), "bold"), fits)
+    table.add_row(Text("total", "bold"), Text(_gib(total * GIB), "bold"), fits)
     if plan.longest is not None:
-        table.add_row("longest pack", f"{plan.longest:,}", Text("tokens that would fit with these settings", "dim"))
+        table.add_row("longest pack", f"{plan.longest:,}", Text("tokens that fit with these settings", "dim"))
     return table
 
 

@@ -1,1 +1,1 @@
-"""Every page and plot: of runs, evaluations, studies and generated data."""
+"""Every page and plot: of examples, runs, evaluations, studies and generated data."""

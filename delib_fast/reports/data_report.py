@@ -15,7 +15,7 @@ from delib_fast.data.read.jsonl import HashingFile, read_items
 from delib_fast.datagen.citations import labels_of_names, labels_of_spec
 from delib_fast.datagen.request_log import read_answers
 from delib_fast.datagen.spec import Spec
-from delib_fast.reports.data_page import page
+from delib_fast.reports.data_page import data_page
 from delib_fast.reports.text_statistics import (
     by_quantile,
     citation_accuracy,
@@ -47,7 +47,7 @@ def write_report(data: Path, *, spec: Path | None = None, out: Path | None = Non
     stem = "report" if folder is not None else f"{data.stem}.report"
     html, js = out / f"{stem}.html", out / f"{stem}.json"
     js.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    html.write_text(page(figures), encoding="utf-8")
+    html.write_text(data_page(figures), encoding="utf-8")
     return html, js
 
 

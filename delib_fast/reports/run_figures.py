@@ -1,4 +1,4 @@
-"""The pictures of `delib-fast report`, as PNG: one figure a picture, one colour a run, small enough for a phone."""
+"""The pictures of `delib-fast report`, as PNG: one metric per picture, one colour per run, readable on a phone."""
 
 from __future__ import annotations
 
@@ -7,145 +7,133 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from delib_fast.reports.plots import pyplot
-from delib_fast.reports.run_record import Line, RunRecord, Series
+from delib_fast.reports.html import Picture
+from delib_fast.reports.plots import COLOURS, NEUTRAL, SMALL_FONT, pyplot, save
+from delib_fast.reports.run_record import MetricsRecord, RunRecord, Series
 
-# On white, each with a contrast of 4.5 or more; runs beyond them are dashed.
-_COLOURS = ("#0b6e99", "#b8430d", "#2f7a3d", "#7a4fa3", "#8a6100", "#b0306a", "#444444")
-_DPI = 160
 _SIZE = (4.6, 3.0)  # inches
-_SMOOTH_FROM = 60  # points of a line: from so many on its mean over a window is drawn, the points pale behind it
+_SMOOTH_FROM = 60  # points: a longer series is drawn as its moving average, with the points themselves pale behind it
+_MARK_UP_TO = 12  # points: a shorter series marks each point
+_LEGEND_COLUMNS = 2
 
 
 @dataclass(frozen=True)
-class Picture:
-    path: Path
-    caption: str
-    section: str
-
-
-@dataclass(frozen=True)
-class _Panel:
+class _Chart:
     name: str
     section: str
     caption: str
-    y: str
-    value: Callable[[Line], float | None]
+    y_label: str
+    value: Callable[[MetricsRecord], float | None]
     over_tokens: bool = False
     held_out: str | None = None
-    """the segment whose held-out nll is marked"""
+    """Mark the held-out nll of this segment."""
     log: bool = False
     from_zero: bool = False
 
 
 def draw_pictures(runs: Sequence[RunRecord], out: Path) -> list[Picture]:
-    """Every picture that the runs have figures for, written to `out`."""
-    plt = pyplot("the report draws", "report")
+    """Draw every picture that the runs have metrics for, into the folder `out`.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    plt = pyplot("delib-fast report draws its pictures", "report")
     drawn = []
-    for panel in _panels(runs):
-        figure = _draw(plt, panel, runs)
-        if figure is None:
-            continue
-        path = out / f"{panel.name}.png"
-        figure.savefig(path, dpi=_DPI, metadata={"Software": None})
-        plt.close(figure)
-        drawn.append(Picture(path, panel.caption, panel.section))
+    for chart in _charts(runs):
+        figure = _draw(plt, chart, runs)
+        if figure is not None:
+            path = out / f"{chart.name}.png"
+            save(figure, path)
+            drawn.append(Picture(path, chart.caption, chart.section))
     return drawn
 
 
-def _panels(runs: Sequence[RunRecord]) -> Iterator[_Panel]:
-    for segment in dict.fromkeys(name for run in runs for name in run.segments):
+def _charts(runs: Sequence[RunRecord]) -> Iterator[_Chart]:
+    segments = list(dict.fromkeys(name for run in runs for name in run.segments))
+    for segment in segments:
         for over_tokens in (False, True):
-            over = "tokens" if over_tokens else "updates"
-            yield _Panel(
+            over = "tokens" if over_tokens else "steps"
+            yield _Chart(
                 f"nll-{segment}-over-{over}",
                 "Loss by segment",
-                f"nll of the {segment} segment over {over}; a ring is the held-out nll",
-                "nll (nats a token)",
+                f"nll of the {segment} segment over {over}; rings: held-out nll",
+                "nll (nats per token)",
                 _of_segment(segment, "nll"),
                 over_tokens,
                 held_out=segment,
             )
-    for segment in dict.fromkeys(name for run in runs for name in run.segments):
-        yield _Panel(
+    for segment in segments:
+        yield _Chart(
             f"accuracy-{segment}",
             "Token accuracy by segment",
-            f"share of the {segment} segment's tokens that the model puts first",
+            f"share of the tokens of the {segment} segment that the model ranks first",
             "token accuracy",
             _of_segment(segment, "accuracy"),
         )
-    for name, y, caption, zero in (
-        ("tokens_per_s", "tokens / s", "tokens a second, prompts included", True),
-        ("supervised_tokens_per_s", "supervised tokens / s", "supervised tokens a second", True),
-        ("mfu", "MFU", "model FLOPs a second as a share of the device's peak (ledger: peak_source)", True),
-        ("data_wait_s", "s an interval", "time that the device waited for data between two log lines", True),
-        ("fill", "fill", "share of the packs' room that holds tokens", False),
+    for name, y_label, caption, zero in (
+        ("tokens_per_s", "tokens/s", "tokens per second, prompts included", True),
+        ("supervised_tokens_per_s", "supervised tokens/s", "supervised tokens per second", True),
+        ("mfu", "MFU", "model FLOP/s as a share of the device's peak (peak_source in the ledger)", True),
+        ("data_wait_s", "seconds", "time that the device waited for data between two log records", True),
+        ("fill", "fill", "share of the capacity of the packs that holds tokens", False),
     ):
-        yield _Panel(name, "Throughput", caption, y, _of_line(name), from_zero=zero)
-    yield _Panel("memory_peak_mib", "Memory", "most memory of a rank so far", "memory (GiB)", _gib, from_zero=True)
-    yield _Panel(
+        yield _Chart(name, "Throughput", caption, y_label, _of_record(name), from_zero=zero)
+    yield _Chart("memory_peak_mib", "Memory", "peak memory of a rank so far", "memory (GiB)", _peak_gib, from_zero=True)
+    yield _Chart(
         "gradient_norm",
-        "Optimiser",
+        "Optimizer",
         "norm of the gradient before clipping",
         "gradient norm",
-        _of_line("gradient_norm"),
+        _of_record("gradient_norm"),
         log=True,
     )
-    yield _Panel("lr", "Optimiser", "learning rate", "learning rate", _of_line("lr"), from_zero=True)
+    yield _Chart("lr", "Optimizer", "learning rate", "learning rate", _of_record("lr"), from_zero=True)
 
 
-def _of_segment(segment: str, name: str) -> Callable[[Line], float | None]:
-    return lambda line: line["segments"].get(segment, {}).get(name)
+def _of_segment(segment: str, name: str) -> Callable[[MetricsRecord], float | None]:
+    return lambda record: record["segments"].get(segment, {}).get(name)
 
 
-def _of_line(name: str) -> Callable[[Line], float | None]:
-    return lambda line: line.get(name)
+def _of_record(name: str) -> Callable[[MetricsRecord], float | None]:
+    return lambda record: record.get(name)
 
 
-def _gib(line: Line) -> float | None:
-    mib = line.get("memory_peak_mib")
+def _peak_gib(record: MetricsRecord) -> float | None:
+    mib = record.get("memory_peak_mib")
     return None if mib is None else mib / 1024
 
 
-def _draw(plt: Any, panel: _Panel, runs: Sequence[RunRecord]) -> Any:
-    found = [(k, run, run.series(panel.value)) for k, run in enumerate(runs)]
-    found = [(k, run, series) for k, run, series in found if series.values]
-    if not found:
+def _draw(plt: Any, chart: _Chart, runs: Sequence[RunRecord]) -> Any:
+    """The figure, or None if no run has this metric."""
+    lines = [(k, run, series) for k, run in enumerate(runs) if (series := run.series(chart.value)).values]
+    if not lines:
         return None
     figure, axis = plt.subplots(figsize=_SIZE, layout="constrained")
-    for k, run, series in found:
-        colour, style = _COLOURS[k % len(_COLOURS)], "-" if k < len(_COLOURS) else "--"
-        _line(axis, series, panel.over_tokens, colour, style, run.name)
-        if panel.held_out is not None:
-            held = run.held_out(panel.held_out)
-            axis.plot(
-                held.tokens if panel.over_tokens else held.updates,
-                held.values,
-                "o",
-                ms=6,
-                mfc="white",
-                mew=1.6,
-                color=colour,
-                zorder=4,
-            )
-    _stage_borders(axis, runs, panel.over_tokens)
-    if panel.log and all(value > 0 for *_, series in found for value in series.values):
+    for k, run, series in lines:
+        colour, style = COLOURS[k % len(COLOURS)], "-" if k < len(COLOURS) else "--"
+        _draw_line(axis, series, chart.over_tokens, colour, style, run.name)
+        if chart.held_out is not None:
+            held_out = run.held_out(chart.held_out)
+            x = held_out.tokens if chart.over_tokens else held_out.steps
+            axis.plot(x, held_out.values, "o", ms=6, mfc="white", mew=1.6, color=colour, zorder=4)
+    _mark_stage_ends(axis, runs, chart.over_tokens)
+    if chart.log and all(value > 0 for *_, series in lines for value in series.values):
         axis.set_yscale("log")
-    elif panel.from_zero:
+    elif chart.from_zero:
         axis.set_ylim(bottom=0)
-    axis.set_xlabel("tokens" if panel.over_tokens else "updates")
-    axis.set_ylabel(panel.y)
-    if panel.over_tokens:
+    axis.set_xlabel("tokens" if chart.over_tokens else "steps")
+    axis.set_ylabel(chart.y_label)
+    if chart.over_tokens:
         axis.xaxis.set_major_formatter(plt.matplotlib.ticker.EngFormatter(sep=""))
-    if len(runs) > 1:
-        axis.legend(fontsize=8, loc="best", framealpha=0.85, frameon=True, edgecolor="none")
+    if len(runs) > 1:  # above the axes, where it hides no line
+        figure.legend(loc="outside upper left", ncols=min(len(lines), _LEGEND_COLUMNS))
     return figure
 
 
-def _line(axis: Any, series: Series, over_tokens: bool, colour: str, style: str, name: str) -> None:
-    x = series.tokens if over_tokens else series.updates
-    marker = "." if len(x) < 12 else None
+def _draw_line(axis: Any, series: Series, over_tokens: bool, colour: str, style: str, name: str) -> None:
+    x = series.tokens if over_tokens else series.steps
     if len(x) < _SMOOTH_FROM:
+        marker = "." if len(x) < _MARK_UP_TO else None
         axis.plot(x, series.values, style, lw=1.5, color=colour, label=name, marker=marker)
         return
     axis.plot(x, series.values, style, lw=0.7, color=colour, alpha=0.3)
@@ -153,25 +141,26 @@ def _line(axis: Any, series: Series, over_tokens: bool, colour: str, style: str,
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """The mean over a centred window of a thirtieth of the points; at the ends over what there is of it."""
+    """The moving average over a centred window of a thirtieth of the points, which is cut off at both ends."""
     half = max(1, len(values) // 60)
     return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - half) : i + half + 1])]
 
 
-def _stage_borders(axis: Any, runs: Sequence[RunRecord], over_tokens: bool) -> None:
-    """Where one stage follows another, if every run has it at the same place."""
+def _mark_stage_ends(axis: Any, runs: Sequence[RunRecord], over_tokens: bool) -> None:
+    """Mark where one stage follows another, unless runs differ in it or the picture shows one stage only."""
     names = dict.fromkeys(name for run in runs for name in run.ends)
     ends = {name: {run.ends[name][over_tokens] for run in runs if name in run.ends} for name in names}
-    for name, locations in list(ends.items())[:-1]:
-        if len(locations) == 1:
-            x = locations.pop()
-            axis.axvline(x, color="#6b7480", lw=1, ls=":")
+    for name, positions in list(ends.items())[:-1]:
+        x = min(positions)
+        if len(positions) == 1 and axis.dataLim.x0 < x < axis.dataLim.x1:
+            axis.axvline(x, color=NEUTRAL, lw=1, ls=":")
             axis.annotate(
                 f"{name} ends",
                 (x, 1),
                 xycoords=("data", "axes fraction"),
                 xytext=(3, -9),
                 textcoords="offset points",
-                fontsize=8,
-                color="#56606b",
+                fontsize=SMALL_FONT,
+                color=NEUTRAL,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
             )

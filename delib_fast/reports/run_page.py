@@ -1,219 +1,153 @@
-"""`delib-fast report`: the page, one HTML file with its pictures in it, and the command."""
+"""The page of `delib-fast report`: one or several runs in one HTML file."""
 
 from __future__ import annotations
 
-import base64
-import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from markupsafe import Markup
 
 from delib_fast.config import ConfigError
 from delib_fast.files import write_atomic
-from delib_fast.reports.eval_page import PAGE_STYLE
-from delib_fast.reports.run_figures import Picture, draw_pictures
+from delib_fast.reports.html import HtmlTable, Picture, render
+from delib_fast.reports.run_figures import draw_pictures
 from delib_fast.reports.run_record import RunRecord, differences, read_runs
 from delib_fast.training.console import count_text, duration_text
 
-_MORE_STYLE = """
-body { max-width: 74rem }
-.pictures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)) }
-figure { margin: 0 } img { display: block; width: 100%; background: #fff; border: 1px solid var(--line);
-  border-radius: 6px } figcaption { color: var(--soft); font-size: .86rem; padding: .25rem 0 0 }
-.chain { display: flex; flex-wrap: wrap; gap: .4rem .6rem; align-items: center; margin: .25rem 0 1.25rem }
-.chain > div { border: 1px solid var(--line); border-radius: 6px; padding: .4rem .7rem; background: var(--fill) }
-.chain small { display: block; color: var(--soft) } .chain b { font-weight: 600 }
-details { margin: .5rem 0; border: 1px solid var(--line); border-radius: 6px; padding: .5rem .8rem }
-summary { cursor: pointer } pre { overflow-x: auto; font-size: .8rem } td { white-space: nowrap }
-"""
+_STAGE_COLUMNS = (
+    "run", "stage", "status", "steps", "tokens", "supervised tokens", "tokens/s", "supervised tokens/s", "MFU", "fill",
+    "peak memory", "time", "ranks", "precision",
+)  # fmt: skip
+_FIRST_NUMERIC = 3
 
 
-def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN…]", help="run directories; several are overlaid")],
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="FOLDER", help="by default RUN/report, of several ./report")
-    ] = None,
-) -> None:
-    """Draw one or several runs: losses by segment, throughput, memory, the ledger, the chain of stages."""
+def report_runs(runs: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the report of run directories and return its page.
+
+    Args:
+        out: the folder of the report; by default `report` in the run directory, or in the working directory if there
+            are several runs.
+    Raises:
+        ConfigError: a folder is not a run directory, the folder of the report cannot be created, or matplotlib is not
+            installed.
+    """
     records = read_runs(runs)
     folder = out or (runs[0] / "report" if len(runs) == 1 else Path("report"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out {folder} can't be made: {error}") from None
-    page = write_page(records, draw_pictures(records, folder), folder)
-    typer.echo(f"page          {page}")
+        raise ConfigError(f"--out {folder}: cannot create the folder: {error.strerror or error}") from None
+    return write_page(records, draw_pictures(records, folder), folder)
 
 
 def write_page(runs: Sequence[RunRecord], pictures: Sequence[Picture], out: Path) -> Path:
-    """index.html in `out`: styles and pictures inside it, nothing loaded from anywhere."""
-    title = f"Training: {', '.join(run.name for run in runs)}"
-    sections = list(dict.fromkeys(picture.section for picture in pictures))
-    parts = [
-        f"<h1>{_text(title)}</h1>",
-        _stages_table(runs),
-        _held_out_table(runs),
-        *(_pictures(name, [p for p in pictures if p.section == name]) for name in sections),
-        "<h2>Stages</h2><p>What each stage started from and what it handed on, by the hash of its weights.</p>",
-        *map(_chain, runs),
-        *_differences(runs),
-        *_left_out(runs),
-        "<h2>Ledgers</h2>",
-        *map(_ledger, runs),
-    ]
-    page = (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)}</title><style>{PAGE_STYLE}{_MORE_STYLE}</style>\n{chr(10).join(parts)}\n</html>\n"
+    """Write index.html to `out`."""
+    tables = (
+        stages_table(runs),
+        held_out_table(runs),
+        differences_table(runs) if len(runs) > 1 else None,
+        skipped_steps_table(runs),
+    )
+    stages, held_out, different, skipped = (table if table is not None and table.rows else None for table in tables)
+    page = render(
+        "run.jinja",
+        title=f"Training: {', '.join(run.name for run in runs)}",
+        wide=True,
+        tables=[table for table in (stages, held_out) if table is not None],
+        sections={p.section: [other for other in pictures if other.section == p.section] for p in pictures},
+        chains={run.name: chain(run) for run in runs},
+        different=different,
+        skipped=skipped,
+        ledgers={run.name: json.dumps(run.ledger, indent=1, ensure_ascii=False) for run in runs},
     )
     path = out / "index.html"
     write_atomic(path, page)
     return path
 
 
-def _stages_table(runs: Sequence[RunRecord]) -> str:
-    rows = []
-    for run in runs:
-        for stage in run.stages:
-            lines = [line for line in run.lines if line["stage"] == stage["name"]]
-            last = lines[-1] if lines else None
-            made = last["step"] if last else 0
-            rows.append(
-                [
-                    _text(run.name),
-                    _text(stage["name"]),
-                    _text(stage["status"]),
-                    f"{made:,} of {stage['updates']:,}",
-                    count_text(sum(line["tokens"] for line in lines)),
-                    count_text(sum(line["supervised_tokens"] for line in lines)),
-                    *(_mean_rate(lines, name) for name in ("tokens", "supervised_tokens")),
-                    f"{stage['mfu']:.1%}" if "mfu" in stage else "–",
-                    f"{stage['fill']:.1%}",
-                    f"{last['memory_peak_mib'] / 1024:.1f} GiB" if last and "memory_peak_mib" in last else "–",
-                    duration_text(sum(line["seconds"] for line in lines)),
-                    f"{stage['ranks']}",
-                    _text(stage["precision"]),
-                ]
-            )
-    heads = [
-        "run",
-        "stage",
-        "status",
-        "updates",
-        "tokens",
-        "supervised",
-        "tokens/s",
-        "supervised/s",
-        "MFU",
-        "fill",
-        "memory",
-        "training",
-        "ranks",
-        "precision",
+def stages_table(runs: Sequence[RunRecord]) -> HtmlTable:
+    rows = [[run.name, *_stage_cells(run, stage)] for run in runs for stage in run.stages]
+    numeric = range(_FIRST_NUMERIC, len(_STAGE_COLUMNS) - 1)
+    return HtmlTable(_STAGE_COLUMNS, rows, "Stages", numeric)
+
+
+def _stage_cells(run: RunRecord, stage: dict[str, Any]) -> list[str]:
+    records = [record for record in run.records if record["stage"] == stage["name"]]
+    last: dict[str, Any] = records[-1] if records else {}
+    return [
+        stage["name"],
+        stage["status"],
+        f"{last.get('step', 0):,} of {stage['updates']:,}",
+        count_text(sum(record["tokens"] for record in records)),
+        count_text(sum(record["supervised_tokens"] for record in records)),
+        *(_mean_rate(records, name) for name in ("tokens", "supervised_tokens")),
+        f"{stage['mfu']:.1%}" if "mfu" in stage else "–",
+        f"{stage['fill']:.1%}",
+        f"{last['memory_peak_mib'] / 1024:.1f} GiB" if "memory_peak_mib" in last else "–",
+        duration_text(sum(record["seconds"] for record in records)),
+        f"{stage['ranks']}",
+        stage["precision"],
     ]
-    return _table("Stages", heads, rows, numeric_from=3)
 
 
-def _mean_rate(lines: Sequence[dict[str, Any]], name: str) -> str:
-    seconds = sum(line["seconds"] for line in lines)
-    return count_text(sum(line[name] for line in lines) / seconds) if seconds else "–"
+def _mean_rate(records: Sequence[dict[str, Any]], name: str) -> str:
+    seconds = sum(record["seconds"] for record in records)
+    return count_text(sum(record[name] for record in records) / seconds) if seconds else "–"
 
 
-def _held_out_table(runs: Sequence[RunRecord]) -> str:
+def held_out_table(runs: Sequence[RunRecord]) -> HtmlTable:
     moments = list(dict.fromkeys(e["moment"] for run in runs for e in run.ledger["evaluations"]))
-    if not moments:
-        return ""
     rows = []
     for run in runs:
         by_moment = {e["moment"]: e["segments"] for e in run.ledger["evaluations"]}
         for segment in dict.fromkeys(name for segments in by_moment.values() for name in segments):
             cells = [by_moment.get(moment, {}).get(segment) for moment in moments]
             tokens = next(cell["tokens"] for cell in cells if cell)
-            rows.append(
-                [
-                    _text(run.name),
-                    _text(segment),
-                    f"{tokens:,}",
-                    *("" if cell is None else f"{cell['nll']:.3f}" for cell in cells),
-                ]
-            )
-    return _table(
-        "Held-out nll (nats a token)", ["run", "segment", "tokens", *map(_text, moments)], rows, numeric_from=2
-    )
+            values = ["" if cell is None else f"{cell['nll']:.3f}" for cell in cells]
+            rows.append([run.name, segment, f"{tokens:,}", *values])
+    columns = ["run", "segment", "tokens", *moments]
+    return HtmlTable(columns, rows, "Held-out nll (nats per token)", range(2, len(columns)))
 
 
-def _pictures(section: str, pictures: Sequence[Picture]) -> str:
-    figures = []
-    for picture in pictures:
-        data = base64.b64encode(picture.path.read_bytes()).decode()
-        figures.append(
-            f'<figure><img alt="{_text(picture.caption)}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{_text(picture.caption)}</figcaption></figure>"
-        )
-    return f'<h2>{_text(section)}</h2><div class="pictures">{"".join(figures)}</div>'
-
-
-def _chain(run: RunRecord) -> str:
-    boxes = []
-    for k, stage in enumerate(run.stages):
-        if k == 0:
-            boxes.append(_box("start", stage.get("base") or stage["parent"], "new weights"))
-        data = ", ".join(part["name"] for part in stage["data"])
-        sources = f"{stage['kind']} on {data}; {stage['updates']:,} updates"
-        boxes.append(_box(stage["name"], stage.get("adapter") or stage.get("model"), stage["status"], sources))
-    return f'<div class="chain"><b>{_text(run.name)}</b>{"<span>→</span>".join(boxes)}</div>'
-
-
-def _box(name: str, weights: dict[str, Any] | None, otherwise: str, more: str = "") -> str:
-    digest = (weights or {}).get("sha256")
-    known = f"<code>{_text(digest[:12])}</code>" if digest else _text((weights or {}).get("path") or otherwise)
-    return f"<div><b>{_text(name)}</b> {known}{f'<small>{_text(more)}</small>' if more else ''}</div>"
-
-
-def _differences(runs: Sequence[RunRecord]) -> list[str]:
-    found = differences(runs) if len(runs) > 1 else []
-    if not found:
-        return []
+def differences_table(runs: Sequence[RunRecord]) -> HtmlTable:
     rows = [
-        [f"<code>{_text(key)}</code>", *(_text("" if value is None else value) for value in values)]
-        for key, values in found
+        [Markup("<code>{}</code>").format(key), *("" if value is None else str(value) for value in values)]
+        for key, values in differences(runs)
     ]
-    return [
-        "<h2>Settings that differ</h2>",
-        _table("", ["setting", *(_text(run.name) for run in runs)], rows, numeric_from=len(runs) + 1),
-    ]
+    return HtmlTable(["setting", *(run.name for run in runs)], rows)
 
 
-def _left_out(runs: Sequence[RunRecord]) -> list[str]:
+def skipped_steps_table(runs: Sequence[RunRecord]) -> HtmlTable:
     rows = [
-        [_text(run.name), _text(stage["name"]), f"{bad['step']:,}", _text(bad["why"])]
+        [run.name, stage["name"], f"{skipped['step']:,}", skipped["why"]]
         for run in runs
         for stage in run.stages
-        for bad in stage.get("left_out_steps") or []
+        for skipped in stage.get("left_out_steps") or []
     ]
-    if not rows:
+    return HtmlTable(["run", "stage", "step", "reason"], rows, numeric={2})
+
+
+def chain(run: RunRecord) -> list[dict[str, str]]:
+    """The start and every stage, each with its weights (by hash, path or status) and what it was trained on."""
+    if not run.stages:
         return []
-    return ["<h2>Updates that were left out</h2>", _table("", ["run", "stage", "update", "why"], rows, numeric_from=4)]
+    first = run.stages[0]
+    boxes = [{"name": "start", **_weights(first.get("base") or first["parent"], "new weights"), "training": ""}]
+    for stage in run.stages:
+        data = ", ".join(part["name"] for part in stage["data"])
+        boxes.append(
+            {
+                "name": stage["name"],
+                **_weights(stage.get("adapter") or stage.get("model"), stage["status"]),
+                "training": f"{stage['kind']} on {data}, {stage['updates']:,} steps",
+            }
+        )
+    return boxes
 
 
-def _ledger(run: RunRecord) -> str:
-    text = json.dumps(run.ledger, indent=1, ensure_ascii=False)
-    return f"<details><summary>{_text(run.name)}</summary><pre>{_text(text)}</pre></details>"
-
-
-def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], *, numeric_from: int) -> str:
-    """Heads and cells are HTML."""
-    tag = [" class=n" if k >= numeric_from else "" for k in range(len(heads))]
-    head = "".join(f"<th{t}>{name}</th>" for t, name in zip(tag, heads, strict=True))
-    body = "".join(
-        "<tr>" + "".join(f"<td{t}>{cell}</td>" for t, cell in zip(tag, row, strict=True)) + "</tr>" for row in rows
-    )
-    caption = f"<caption>{_text(title)}</caption>" if title else ""
-    return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
+def _weights(weights: dict[str, Any] | None, otherwise: str) -> dict[str, str]:
+    known = weights or {}
+    digest = known.get("sha256")
+    return {"hash": digest[:12], "text": ""} if digest else {"hash": "", "text": str(known.get("path") or otherwise)}

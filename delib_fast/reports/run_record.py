@@ -1,58 +1,59 @@
-"""Run directories as `delib-fast report` reads them: the ledger, the lines of metrics, and series over a run's life."""
+"""Run directories as `delib-fast report` reads them: the ledger, the metrics, and series over a whole run."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from delib_fast.config import ConfigError
+from delib_fast.config.load import flatten
 
-Line = Mapping[str, Any]
+MetricsRecord = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one figure over a run: updates counted over all stages, tokens likewise."""
+    """One metric over a run. Steps and tokens are counted over all stages."""
 
-    updates: list[int]
+    steps: list[int]
     tokens: list[int]
     values: list[float]
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What one run directory holds. It may belong to a run that is still going on."""
+    """The contents of a run directory. Its run may still be training."""
 
     path: Path
     name: str
     ledger: dict[str, Any]
-    lines: list[dict[str, Any]]
-    """of metrics.jsonl, in the order of the stages, each with `update` and `all_tokens` counted over all of them"""
+    records: list[dict[str, Any]]
+    """The records of metrics.jsonl in the order of the stages, each with `run_step` and `run_tokens`, which are counted
+    over all stages."""
     config: dict[str, Any]
 
     @property
     def stages(self) -> list[dict[str, Any]]:
-        return self.ledger["stages"]
+        stages: list[dict[str, Any]] = self.ledger["stages"]
+        return stages
 
     @property
     def segments(self) -> list[str]:
-        return list(dict.fromkeys(name for line in self.lines for name in line["segments"]))
+        return list(dict.fromkeys(name for record in self.records for name in record["segments"]))
 
-    def series(self, value: Callable[[Line], float | None]) -> Series:
-        """A figure of each line that has it."""
-        points = [
-            (line["update"], line["all_tokens"], found) for line in self.lines if (found := value(line)) is not None
-        ]
+    def series(self, value: Callable[[MetricsRecord], float | None]) -> Series:
+        """One metric, over the records that have it."""
+        points = [(r["run_step"], r["run_tokens"], found) for r in self.records if (found := value(r)) is not None]
         return Series([p[0] for p in points], [p[1] for p in points], [float(p[2]) for p in points])
 
     def held_out(self, segment: str) -> Series:
-        """Held-out nll of a segment at each moment that was evaluated."""
+        """The held-out nll of a segment at every evaluation before, between and after the stages."""
         at = {"start": (0, 0)} | {f"after {name}": end for name, end in self.ends.items()}
         points = [
             (*at[e["moment"]], e["segments"][segment]["nll"])
@@ -63,40 +64,38 @@ class RunRecord:
 
     @property
     def ends(self) -> dict[str, tuple[int, int]]:
-        """Of each stage that has lines: updates and tokens at its last one."""
-        return {line["stage"]: (line["update"], line["all_tokens"]) for line in self.lines}
+        """The steps and tokens of the run at the last record of each stage."""
+        return {record["stage"]: (record["run_step"], record["run_tokens"]) for record in self.records}
 
 
 def read_run(path: Path) -> RunRecord:
-    """Raises ConfigError where the folder holds no run, or files that can't be read."""
+    """Read a run directory. Raises ConfigError if it is not one, or if a file in it cannot be read."""
     try:
         ledger = json.loads((path / "ledger.json").read_text(encoding="utf-8"))
         config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"{error.filename}: no such file; is {path} the run_dir of a run that has begun?") from None
+        raise ConfigError(f"{error.filename}: no such file; is {path} the run_dir of a run that has started?") from None
     except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: a file of the run can't be read: {error}") from None
+        raise ConfigError(f"{path}: a file of the run cannot be read: {error}") from None
     metrics = path / "metrics.jsonl"
-    lines = _lines(metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else [])
+    records = _parse_records(metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else [])
     name = path.resolve().name
-    return RunRecord(path, name, ledger, _counted(lines, [s["name"] for s in ledger["stages"]]), config)
+    return RunRecord(path, name, ledger, _count_over_run(records, [s["name"] for s in ledger["stages"]]), config)
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
-    """Several, with names that differ."""
+    """Read several run directories. Runs with the same name are prefixed with the name of their parent folder."""
     runs = [read_run(path) for path in paths]
     names = [run.name for run in runs]
     return [
-        run
-        if names.count(run.name) == 1
-        else RunRecord(run.path, f"{run.path.resolve().parent.name}/{run.name}", run.ledger, run.lines, run.config)
+        run if names.count(run.name) == 1 else replace(run, name=f"{run.path.resolve().parent.name}/{run.name}")
         for run in runs
     ]
 
 
 def differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[Any]]]:
-    """The settings in which runs differ, each with its value in every run."""
-    flat = [_flat(run.config) for run in runs]
+    """The settings that differ between runs, each with its value in every run."""
+    flat = [flatten(run.config) for run in runs]
     keys = list(dict.fromkeys(key for tree in flat for key in tree))
     return [
         (key, [tree.get(key) for tree in flat])
@@ -105,31 +104,21 @@ def differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[Any]]]:
     ]
 
 
-def _lines(texts: Sequence[str]) -> list[dict[str, Any]]:
-    lines = []
-    for text in texts:
-        with contextlib.suppress(json.JSONDecodeError):  # the last line of a run that is writing it
-            lines.append(json.loads(text))
-    return lines
+def _parse_records(lines: Sequence[str]) -> list[dict[str, Any]]:
+    records = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):  # a running run may be writing its last line
+            records.append(json.loads(line))
+    return records
 
 
-def _counted(lines: list[dict[str, Any]], stages: Sequence[str]) -> list[dict[str, Any]]:
+def _count_over_run(records: list[dict[str, Any]], stages: Sequence[str]) -> list[dict[str, Any]]:
     counted: list[dict[str, Any]] = []
-    updates = tokens = 0
+    steps = tokens = 0
     for stage in stages:
-        mine = [line for line in lines if line["stage"] == stage]
-        for line in mine:
-            tokens += line["tokens"]
-            counted.append({**line, "update": updates + line["step"], "all_tokens": tokens})
-        updates += mine[-1]["step"] if mine else 0
+        of_stage = [record for record in records if record["stage"] == stage]
+        for record in of_stage:
+            tokens += record["tokens"]
+            counted.append({**record, "run_step": steps + record["step"], "run_tokens": tokens})
+        steps += of_stage[-1]["step"] if of_stage else 0
     return counted
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict | list):
-        return {prefix: tree}
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    flat: dict[str, Any] = {}
-    for key, value in items:
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat

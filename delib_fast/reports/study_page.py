@@ -1,53 +1,43 @@
-"""The page of a study: one HTML file, its pictures inside it."""
+"""The page of a study, and its tables in Markdown."""
 
 from __future__ import annotations
 
-import base64
-import html
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from delib_fast.evals.intervals import Estimate
 from delib_fast.files import write_atomic
-from delib_fast.reports.eval_page import PAGE_STYLE, cell_text
+from delib_fast.reports.eval_page import cell_html, cell_text
+from delib_fast.reports.html import HtmlTable, Picture, render
+from delib_fast.reports.published import Published, PublishedFigure, read_published
 from delib_fast.reports.study_figures import largest, metric_title
-from delib_fast.study.published import Cell
-from delib_fast.study.published import published as published_figures
 
 Tree = Mapping[str, Any]
-_CAPTIONS = {
-    "arms": "Arms at their largest AFT set. A pale point a seed; the mean with its 95 % interval.",
-    "efficiency": "Over the size of the AFT set. Dashed: AFT alone.",
-    "variants": "By spec variant.",
-    "frontier": "Alignment against monitorability. A line joins the weights of the CoT in the loss.",
-}
 
 
-def write_page(summary: Tree, pictures: Sequence[Path], out: Path, *, published: bool) -> Path:
-    """index.html in `out`: styles and pictures inside it, nothing loaded from anywhere."""
-    cost = summary["cost"]
-    parts = [
-        f"<h1>{_text(summary['title'])}</h1>",
-        f"<p>{_count(len(summary['arms']), 'arm')}, {_count(len(summary['seeds']), 'seed')} "
-        f"({', '.join(map(str, summary['seeds']))}); {_count(cost['stages'], 'stage')} trained, where separate runs "
-        f"would train {cost['stages_without_sharing']}. {_duration(cost['cpu_s'])} of processor time, "
-        f"{_duration(cost['wall_s'])} in {_count(cost['sittings'], 'sitting')} with "
-        f"{_count(cost['workers'], 'worker')} on {_count(cost['cores'], 'core')}.</p>",
-        *map(_picture, pictures),
-        _arms_table(summary),
-        *_contrasts(summary),
-        *_efficiency(summary),
-        *(_published() if published else []),
-        f"<footer>{_footer(summary)}</footer>",
-    ]
-    page = (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(summary['title'])}</title><style>{PAGE_STYLE}"
-        "img { max-width: 100%; background: #fff; border-radius: 6px } figcaption { color: var(--soft) }"
-        f" figure {{ margin: 0 0 1.5rem }}</style>\n{chr(10).join(parts)}\n</html>\n"
+def write_page(summary: Tree, pictures: Sequence[Picture], out: Path, *, published: bool) -> Path:
+    """Write index.html to `out`.
+
+    Args:
+        summary: the content of study.json.
+        published: whether to show published figures too.
+    """
+    found = read_published() if published else None
+    page = render(
+        "study.jinja",
+        title=summary["title"],
+        wide=True,
+        overview=_overview(summary),
+        pictures=pictures,
+        tables=[_arms_table(summary), *([_contrasts_table(summary)] if summary["contrasts"] else [])],
+        efficiency=_efficiency_tables(summary),
+        published=found,
+        published_tables=[] if found is None else _published_tables(found),
+        note=_note(summary),
     )
     path = out / "index.html"
     write_atomic(path, page)
@@ -55,29 +45,18 @@ def write_page(summary: Tree, pictures: Sequence[Path], out: Path, *, published:
 
 
 def markdown(summary: Tree) -> str:
-    """The table of arms at their largest size, and the differences, for a page of documentation."""
+    """The arms at their largest size and the differences, as Markdown tables for a page of documentation."""
     metrics = summary["metrics"]
-    heads = ["arm", *(metric_title(*item) for item in metrics.items())]
+    columns = ["arm", *(metric_title(*item) for item in metrics.items())]
     rows = [
         [arm["label"], *(estimate_text(arm["figures"][name]["over seeds"]) for name in metrics)]
         for arm in largest(summary["arms"])
     ]
-    text = _markdown_table(heads, rows)
+    text = _markdown_table(columns, rows)
     if summary["contrasts"]:
-        text += "\n" + _markdown_table(
-            ["difference, paired by seed", "a", "b", "metric", "a − b", "by seed"],
-            [
-                [
-                    c["title"],
-                    c["a"],
-                    c["b"],
-                    metric_title(c["metric"], metrics[c["metric"]]),
-                    estimate_text(c["estimate"]),
-                    " ".join(f"{v:+.2f}" for v in c["by_seed"]),
-                ]
-                for c in summary["contrasts"]
-            ],
-        )
+        contrast_rows = [[*_contrast_names(c, metrics), estimate_text(c["estimate"]), _by_seed(c, " ")]
+                         for c in summary["contrasts"]]  # fmt: skip
+        text += "\n" + _markdown_table(_CONTRAST_COLUMNS, contrast_rows)
     cost = summary["cost"]
     return (
         f"{text}\n{_count(len(summary['seeds']), 'seed')}. {_count(cost['stages'], 'stage')} "
@@ -87,146 +66,138 @@ def markdown(summary: Tree) -> str:
     )
 
 
-def _markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
+def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def _picture(path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    caption = _CAPTIONS[path.stem]
+def _overview(summary: Tree) -> str:
+    cost = summary["cost"]
     return (
-        f'<figure><img alt="{_text(caption)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{_text(caption)}</figcaption></figure>"
+        f"{_count(len(summary['arms']), 'arm')}, {_count(len(summary['seeds']), 'seed')} "
+        f"({', '.join(map(str, summary['seeds']))}). {_count(cost['stages'], 'stage')} trained; separate runs would "
+        f"train {cost['stages_without_sharing']}. {_duration(cost['cpu_s'])} of processor time, "
+        f"{_duration(cost['wall_s'])} in {_count(cost['sittings'], 'session')} with "
+        f"{_count(cost['workers'], 'worker')} on {_count(cost['cores'], 'core')}."
     )
 
 
-def _arms_table(summary: Tree) -> str:
+def _arms_table(summary: Tree) -> HtmlTable:
     metrics = summary["metrics"]
     sized = any(arm["size"] for arm in summary["arms"])
-    heads = ["arm", *(["rows of AFT"] if sized else []), *(metric_title(*item) for item in metrics.items())]
+    columns = ["arm", *(["AFT rows"] if sized else []), *(metric_title(*item) for item in metrics.items())]
     rows = []
     for arm in summary["arms"]:
         size = [] if not sized else ["" if arm["size"] is None else f"{arm['size']:,}"]
-        rows.append([_text(arm["label"]), *size, *(_estimate(arm["figures"][name]["over seeds"]) for name in metrics)])
-    return _table("Arms", heads, rows)
+        rows.append([arm["label"], *size, *(_html(arm["figures"][name]["over seeds"]) for name in metrics)])
+    return HtmlTable(columns, rows, "Arms", range(1, len(columns)))
 
 
-def _contrasts(summary: Tree) -> list[str]:
-    if not summary["contrasts"]:
-        return []
+_CONTRAST_COLUMNS = ["difference, paired by seed", "a", "b", "metric", "a − b", "by seed"]
+
+
+def _contrasts_table(summary: Tree) -> HtmlTable:
     rows = [
-        [
-            _text(c["title"]),
-            _text(c["a"]),
-            _text(c["b"]),
-            _text(metric_title(c["metric"], summary["metrics"][c["metric"]])),
-            _estimate(c["estimate"]),
-            ", ".join(f"{v:+.2f}" for v in c["by_seed"]),
-        ]
-        for c in summary["contrasts"]
+        [*_contrast_names(c, summary["metrics"]), _html(c["estimate"]), _by_seed(c, ", ")] for c in summary["contrasts"]
     ]
-    return [_table("Differences, paired by seed", ["difference", "a", "b", "metric", "a − b", "by seed"], rows)]
+    return HtmlTable(["difference", *_CONTRAST_COLUMNS[1:]], rows, "Differences, paired by seed", numeric={4})
 
 
-def _efficiency(summary: Tree) -> list[str]:
-    tables = []
-    for name, curves in summary["efficiency"].items():
-        title = metric_title(name, summary["metrics"][name])
-        for curve in curves:
-            rows = [[f"{p['rows']:,}", f"{p['level']:.3f}", multiple_text(p), _spread(p)] for p in curve["points"]]
-            tables.append(
-                _table(
-                    f"{title}: {curve['title']}",
-                    ["rows behind MSM", "level", "AFT alone needs", "over draws of seeds"],
-                    rows,
-                )
-            )
-    if tables:
-        tables.insert(
-            0,
-            "<h2>Token efficiency</h2><p>How many times the rows AFT alone needs to reach the level of "
-            "MSM + AFT, interpolated linearly in the logarithm of the rows.</p>",
+def _contrast_names(contrast: Tree, metrics: Tree) -> list[str]:
+    name = contrast["metric"]
+    return [contrast["title"], contrast["a"], contrast["b"], metric_title(name, metrics[name])]
+
+
+def _by_seed(contrast: Tree, separator: str) -> str:
+    return separator.join(f"{value:+.2f}" for value in contrast["by_seed"])
+
+
+def _efficiency_tables(summary: Tree) -> list[HtmlTable]:
+    columns = ["AFT rows after MSM", "level", "AFT alone needs", "95 % of draws of seeds", "reached in"]
+    return [
+        HtmlTable(
+            columns,
+            [
+                [f"{p['rows']:,}", f"{p['level']:.3f}", multiple_text(p), _interval_text(p), _reached_text(p)]
+                for p in curve["points"]
+            ],
+            f"{metric_title(name, summary['metrics'][name])}: {curve['title']}",
+            numeric={0, 1},
         )
-    return tables
+        for name, curves in summary["efficiency"].items()
+        for curve in curves
+    ]
 
 
 def multiple_text(point: Tree) -> str:
-    """40×; at most 2×; not reached (more than 8×)."""
+    """For example "40×", "at most 2×" or "not reached (more than 8×)"."""
     times = f"{point['multiple']:.3g}×"
     return {"": times, "at most": f"at most {times}", "more than": f"not reached (more than {times})"}[point["bound"]]
 
 
-def _spread(point: Tree) -> str:
-    if point["reached"] is None or point["reached"] != point["reached"]:
+def _one_seed(point: Tree) -> bool:
+    return point["reached"] is None or math.isnan(point["reached"])
+
+
+def _interval_text(point: Tree) -> str:
+    if _one_seed(point):
         return "–"
     low, high = (
         "not reached" if end is None or math.isinf(end) else f"{end:.3g}×" for end in (point["low"], point["high"])
     )
-    interval = low if low == high else f"{low} to {high}"
-    return f"{interval}; reached in {point['reached']:.0%}"
+    return low if low == high else f"{low} to {high}"
 
 
-def _published() -> list[str]:
-    found = published_figures()
-    parts = [
-        f"<h2>Published figures</h2><p>{_text(found.paper)}: {_text(found.measure)}</p><p><b>Caution.</b> "
-        f"{_text(found.caution)}</p>"
-    ]
-    for title in dict.fromkeys(cell.table for cell in found.cells):
-        cells = [cell for cell in found.cells if cell.table == title]
-        columns = list(dict.fromkeys(cell.column for cell in cells))
+def _reached_text(point: Tree) -> str:
+    return "–" if _one_seed(point) else f"{point['reached']:.0%}"
+
+
+def _published_tables(published: Published) -> list[HtmlTable]:
+    tables = []
+    for title in dict.fromkeys(figure.table for figure in published.figures):
+        figures = [figure for figure in published.figures if figure.table == title]
+        columns = list(dict.fromkeys(figure.column for figure in figures))
         rows = [
-            [_text(model), *(_cited(c) for c in cells if c.model == model)]
-            for model in dict.fromkeys(c.model for c in cells)
+            [model, *(_cited(figure) for figure in figures if figure.model == model)]
+            for model in dict.fromkeys(figure.model for figure in figures)
         ]
-        source = cells[0].citation.split(", ")[1]
-        parts.append(_table(f"{title} ({source})", ["model", *columns], rows))
-    return parts
+        source = figures[0].citation.split(", ")[1]
+        tables.append(HtmlTable(["model", *columns], rows, f"{title} ({source})", range(1, len(columns) + 1)))
+    return tables
 
 
-def _cited(cell: Cell) -> str:
-    value = "–" if cell.value is None else f"{cell.value:g}"
-    return f'<span title="{_text(cell.citation)}">{value}</span>'
+def _cited(figure: PublishedFigure) -> Markup:
+    value = "–" if figure.value is None else f"{figure.value:g}"
+    return Markup('<span title="{}">{}</span>').format(figure.citation, value)
 
 
-def _footer(summary: Tree) -> str:
+def _note(summary: Tree) -> str:
     if len(summary["seeds"]) == 1:
-        return "One seed: intervals are about which items were drawn; what another seed would give is not in them."
+        return "There is one seed: the intervals reflect which items were drawn, and not what another seed would give."
     return (
-        f"Intervals are at 95 %: Student's t over {len(summary['seeds'])} seeds, each with its own weights, order "
-        "of data and (where the study makes its data) items; cut off at 0 and 1 for shares."
+        f"Intervals are at 95 %: Student's t over {len(summary['seeds'])} seeds. Each seed has its own weights, order "
+        "of the data and, if the study makes its data, items. Shares are clipped to 0 and 1."
     )
 
 
 def estimate_text(tree: Tree) -> str:
-    """0.512 [0.430, 0.594]."""
+    """For example "0.512 [0.430, 0.594]", from an estimate of study.json."""
+    return cell_text(_estimate(tree))
+
+
+def _html(tree: Tree) -> Markup:
+    return cell_html(_estimate(tree))
+
+
+def _estimate(tree: Tree) -> Estimate:
     value, low, high = (math.nan if tree[key] is None else tree[key] for key in ("value", "low", "high"))
-    return cell_text(Estimate(value, low, high, tree["n"], tree["method"]))
+    return Estimate(value, low, high, tree["n"], tree["method"])
 
 
-def _estimate(tree: Tree) -> str:
-    value, _, interval = estimate_text(tree).partition(" ")
-    return f'<span title="n = {tree["n"]}, {_text(tree["method"])}">{value} <span class=ci>{interval}</span></span>'
-
-
-def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{_text(name)}</th>" for name in heads)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table><caption>{_text(title)}</caption><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+def _count(number: int, unit: str) -> str:
+    return f"{number} {unit}{'' if number == 1 else 's'}"
 
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))

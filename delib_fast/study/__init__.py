@@ -1,8 +1,8 @@
-"""A study: the arms of the method side by side, from one file.
+"""A study: arms of the method compared side by side, configured in one file.
 
     delib-fast study STUDY.yaml
 
-Arms × sizes of the AFT set × seeds; each stage is trained once, however many arms share it.
+Arms × sizes of the AFT set × seeds. Each stage is trained once, however many arms share it.
 """
 
 from __future__ import annotations

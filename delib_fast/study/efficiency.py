@@ -1,4 +1,4 @@
-"""How much more AFT data one arm needs than another to reach the same level."""
+"""Data efficiency: how much more AFT data one arm needs than another to reach the same level."""
 
 from __future__ import annotations
 
@@ -14,58 +14,63 @@ DRAWS = 1000
 
 @dataclass(frozen=True, slots=True)
 class Multiple:
-    """What `rows` rows behind MSM are worth in rows of AFT alone."""
+    """How many rows of AFT alone reach the level of `rows` rows of AFT after MSM."""
 
     rows: int
     level: float
-    """the figure of MSM + AFT at `rows`"""
+    """The metric of MSM + AFT at `rows`."""
     alone_rows: float
-    """rows at which AFT alone reaches that level; inf: it does not; its smallest size: it does there already"""
+    """Rows at which AFT alone reaches the level: its smallest size if it does so there, inf if it never does."""
     bound: str
-    """"" | "at most" (AFT alone is there at its smallest size) | "more than" (not reached at its largest)"""
+    """One of "", "at most" (AFT alone reaches the level at its smallest size) and "more than" (not at its largest)."""
     multiple: float
-    """alone_rows / rows; where it is not reached, largest size / rows, which it is more than"""
+    """alone_rows / rows; if the level is not reached, the lower bound largest size / rows."""
     low: float
     high: float
-    """95 % of draws of seeds; inf where it is not reached"""
+    """`low` and `high` bound 95 % of the bootstrap draws of seeds; inf if the level is not reached."""
     reached: float
-    """share of the draws in which AFT alone reaches the level; NaN with one seed"""
+    """Share of the draws in which AFT alone reaches the level; NaN with one seed."""
 
 
 def rows_to_reach(level: float, sizes: Sequence[int], values: Sequence[float], *, higher: bool) -> tuple[float, str]:
-    """Where a curve over sizes first reaches a level, interpolated linearly in the logarithm of the size.
+    """The size at which a curve first reaches a level, interpolated linearly in the logarithm of the size.
 
         rows = exp(log s_k + (level − v_k) / (v_{k+1} − v_k) · (log s_{k+1} − log s_k))
 
     Args:
-        sizes: rising; values: the curve at each.
-        higher: whether more is better.
+        sizes: in ascending order.
+        values: the curve at each size.
+        higher: whether higher values are better.
     Returns:
-        The rows and "", or the smallest size and "at most" if the curve begins at or beyond the level, or inf and
-        "more than" if it never gets there. A curve that falls back later has still reached it.
+        (rows, ""), or (smallest size, "at most") if the curve starts at or beyond the level, or (inf, "more than") if
+        it never reaches it. A curve that falls below the level again has still reached it.
+    Raises:
+        ValueError: the sizes are not in ascending order, or do not match the values.
     """
     if len(sizes) != len(values) or not len(sizes) or list(sizes) != sorted(set(sizes)):
-        raise ValueError(f"{len(sizes)} sizes and {len(values)} values; sizes must rise and each have a value")
+        raise ValueError(f"{len(sizes)} sizes and {len(values)} values: sizes must be ascending, with one value each")
     sign = 1.0 if higher else -1.0
-    curve, wanted = [sign * v for v in values], sign * level
-    if curve[0] >= wanted:
+    curve, target = [sign * v for v in values], sign * level
+    if curve[0] >= target:
         return float(sizes[0]), "at most"
     for k in range(len(sizes) - 1):
-        if curve[k + 1] >= wanted:
-            part = (wanted - curve[k]) / (curve[k + 1] - curve[k])
-            near, far = math.log(sizes[k]), math.log(sizes[k + 1])
-            return math.exp(near + part * (far - near)), ""
+        if curve[k + 1] >= target:
+            fraction = (target - curve[k]) / (curve[k + 1] - curve[k])
+            start, end = math.log(sizes[k]), math.log(sizes[k + 1])
+            return math.exp(start + fraction * (end - start)), ""
     return math.inf, "more than"
 
 
 def multiples(
     sizes: Sequence[int], with_msm: NDArray[np.float64], alone: NDArray[np.float64], *, higher: bool
 ) -> list[Multiple]:
-    """For each size, the multiple of data that AFT alone needs to reach MSM + AFT.
+    """For each size, how many times as much data AFT alone needs to reach the level of MSM + AFT.
 
     Args:
-        sizes: rising; with_msm, alone: (seeds, sizes) figures, NaN nowhere.
-    Seeds are drawn again for the interval, the same in both arms; from one seed there is none (NaN).
+        sizes: in ascending order.
+        with_msm, alone: (seeds, sizes) float64, finite: the metric of either arm.
+
+    The intervals are bootstrapped over seeds, which are drawn jointly for both arms. With one seed they are NaN.
     """
     n = len(with_msm)
     draws = np.random.default_rng(0).integers(0, n, (DRAWS, n))

@@ -1,4 +1,4 @@
-"""Measuring one arm: its metrics, each kept under a hash of what it depends on."""
+"""Measures one arm: computes its metrics. Each is stored under a hash of everything that it depends on."""
 
 from __future__ import annotations
 
@@ -23,76 +23,86 @@ if TYPE_CHECKING:
     from delib_fast.evals.target import EvalTarget
 
 FORMAT = 1
-"""Counts up when a figure changes meaning."""
+"""Increased when the meaning of a figure changes; older figures are then computed again."""
 
 
 def metric_key(
     model_key: str, metric: Mapping[str, Any], files: Mapping[str, str], evaluation: Mapping[str, Any], thinks: bool
 ) -> str:
-    """Changes when the figure might: the model, the metric, the bytes of its files, the evaluation's settings."""
-    shown = ("title", "better", "chance")
+    """A hash of everything that a figure depends on.
+
+    Args:
+        model_key: of the stage whose model is measured, or the hash of the model folder.
+        metric: the settings of the metric.
+        files: the hash of each file that the metric reads.
+        evaluation: the settings of the evaluation, for metrics of kind `suite`.
+        thinks: whether replies follow a chain of thought.
+    """
+    only_displayed = ("title", "better", "chance")
     facts = {
         "format": FORMAT,
         "version": __version__,
         "model": model_key,
         "files": dict(files),
         "thinks": thinks,
-        "metric": {key: value for key, value in metric.items() if key not in (*shown, "path")},
+        "metric": {key: value for key, value in metric.items() if key not in (*only_displayed, "path")},
         "evaluation": dict(evaluation) if metric["kind"] == "suite" else {},
     }
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def measure(task: Mapping[str, Any]) -> dict[str, Any]:
-    """What a worker does for one arm of one seed: every metric that is missing, each written as it is done.
+    """Compute the missing metrics of one arm and seed, and write each as soon as it is computed. Workers call this.
 
-    The task: `folder` (run directory or model), `device`, `base` (for drift), `evaluation`, `thinks` (whether replies
-    stand behind a chain of thought), and `metrics`: for each name its settings and the file it goes to.
+    Args:
+        task: `folder` (run directory or model folder), `device`, `base` (the model that drift is measured from),
+            `evaluation` (its settings), `thinks` (whether replies follow a chain of thought), `out` (folder of the
+            suites' results), and `metrics`: for each name its settings and the file to write.
     """
     from delib_fast.evals.settings import load_eval_config
     from delib_fast.evals.target import EvalTarget
 
     suites = sorted({m["metric"]["suite"] for m in task["metrics"].values() if m["metric"]["kind"] == "suite"})
-    given = {"device": task["device"], **task["evaluation"], "suites": suites or ("segments",)}
+    settings = {"device": task["device"], **task["evaluation"], "suites": suites or ("segments",)}
     if task["base"] is not None:
-        given.setdefault("base", task["base"])
-    given["out"] = task["out"]
-    subject = EvalTarget(Path(task["folder"]), load_eval_config(None, **given))
-    results = _suites(subject) if suites else {}
+        settings.setdefault("base", task["base"])
+    settings["out"] = task["out"]
+    target = EvalTarget(Path(task["folder"]), load_eval_config(None, **settings))
+    results = _evaluate_suites(target) if suites else {}
     found: dict[str, Any] = {}
-    chosen: dict[tuple[str, bool], ChoiceFigures] = {}
+    scored: dict[tuple[str, bool], ChoiceFigures] = {}
     for name, item in task["metrics"].items():
         if item["metric"]["kind"] == "choices":
-            figure = _choices(subject, ChoicesMetric.model_validate(item["metric"]), task["thinks"], chosen)
+            figure = _score_choices(target, ChoicesMetric.model_validate(item["metric"]), task["thinks"], scored)
         else:
-            figure = _of_suite(name, SuiteMetric.model_validate(item["metric"]), results)
+            figure = _select_figure(name, SuiteMetric.model_validate(item["metric"]), results)
         write_atomic(Path(item["file"]), json.dumps(figure))
         found[name] = figure
     return found
 
 
-def _choices(
-    subject: EvalTarget, metric: ChoicesMetric, thinks: bool, chosen: dict[tuple[str, bool], ChoiceFigures]
+def _score_choices(
+    target: EvalTarget, metric: ChoicesMetric, thinks: bool, scored: dict[tuple[str, bool], ChoiceFigures]
 ) -> dict[str, Any]:
-    """Items of one file are scored once, however many metrics are made of them."""
+    """Score the items of a file, once for all metrics that read it."""
     from delib_fast.evals.metrics.forced_choices import choose, read_choices
 
     think = {"as trained": thinks, "never": False, "always": True}[metric.cot]
-    if (metric.path, think) not in chosen:
-        chosen[metric.path, think] = choose(subject.scorer, read_choices(metric.path), think=think)
-    figures = chosen[metric.path, think]
+    if (metric.path, think) not in scored:
+        scored[metric.path, think] = choose(target.scorer, read_choices(metric.path), think=think)
+    figures = scored[metric.path, think]
     if getattr(figures, metric.figure) is None:
-        raise ConfigError(f"{metric.path}: {metric.figure} is about chains of thought; set cot: always")
+        raise ConfigError(f"{metric.path}: figure: {metric.figure} needs chains of thought; set cot: always")
     return {"estimate": plain(getattr(figures, metric.figure)), "margins": [round(m, 4) for m in figures.margins]}
 
 
-def _suites(subject: EvalTarget) -> dict[str, SuiteResult]:
+def _evaluate_suites(target: EvalTarget) -> dict[str, SuiteResult]:
     from delib_fast.evals.run import evaluate
 
-    return {result.suite: result for result in evaluate(subject, print).results}
+    return {result.suite: result for result in evaluate(target, print).results}
 
 
-def _of_suite(name: str, metric: SuiteMetric, results: Mapping[str, SuiteResult]) -> dict[str, Any]:
+def _select_figure(name: str, metric: SuiteMetric, results: Mapping[str, SuiteResult]) -> dict[str, Any]:
     tables = [table for table in results[metric.suite].tables if metric.column in table.columns]
     found = [
         row[table.columns.index(metric.column)]
@@ -101,23 +111,23 @@ def _of_suite(name: str, metric: SuiteMetric, results: Mapping[str, SuiteResult]
         if metric.row in (str(row[0]), _row_name(row))
     ]
     if len(found) != 1:
-        there = "; ".join(
+        available = "; ".join(
             f"{_row_name(row)!r} × {', '.join(table.columns[1:])}"
             for table in results[metric.suite].tables
             for row in table.rows
         )
         raise ConfigError(
-            f"metric {name!r}: the suite {metric.suite!r} has {len(found) or 'no'} rows {metric.row!r} "
-            f"with a column {metric.column!r}; it has {there}"
+            f"metric {name!r}: the suite {metric.suite!r} has {len(found) or 'no'} rows {metric.row!r} with a column "
+            f"{metric.column!r}; available: {available}"
         )
     cell = found[0]
     if isinstance(cell, int | float):
         cell = Estimate(float(cell), math.nan, math.nan, 1, "exact")
     if not isinstance(cell, Estimate):
-        raise ConfigError(f"metric {name!r}: {metric.row!r} × {metric.column!r} is {cell!r}, no figure")
+        raise ConfigError(f"metric {name!r}: {metric.row!r} × {metric.column!r} is {cell!r}, which is not a number")
     return {"estimate": plain(cell)}
 
 
 def _row_name(row: Sequence[Any]) -> str:
-    """Its leading cells of text: "all, response"."""
+    """The leading text cells of a row, e.g. "all, response"."""
     return ", ".join(takewhile(lambda cell: isinstance(cell, str), row))

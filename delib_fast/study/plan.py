@@ -1,8 +1,8 @@
-"""From a study to what has to be trained: arms, and a tree of stages in which each stage stands once.
+"""Plans what a study has to train: its arms, and a tree in which each stage occurs once.
 
-A stage's key is a hash of all that its weights depend on: its own settings, the bytes of its files, the seed, what the
-run shares, and its parent's key. Arms that begin alike share the beginning; a study that goes on, or that was given one
-more arm, finds what is there already.
+The key of a stage is a hash of everything that its weights depend on: its own settings, the bytes of its files, the
+seed, the settings that all runs share, and the key of its parent. Arms with the same first stages share them. A study
+that is resumed, or that has one more arm than before, finds the stages that it has trained already.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +19,26 @@ from delib_fast import __version__
 from delib_fast.config import Config, ConfigError
 from delib_fast.config.load import parse_config
 from delib_fast.files import hash_tree
-from delib_fast.study.settings import StudyConfig
+from delib_fast.study.settings import PREPARED, StudyConfig
 
-# Of a run's settings, what changes where and how fast it computes and not what it learns.
-_NOT_LEARNT = ("run_dir", "log", "checkpoint", "cache_dir", "overlap")
+# Settings of a run that do not change its weights.
+_WITHOUT_EFFECT_ON_WEIGHTS = ("run_dir", "log", "checkpoint", "cache_dir", "overlap")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training: which MSM documents, which AFT, on how many rows."""
+    """One way to train: which MSM documents, which kind of AFT, and on how many rows."""
 
     msm: str | None = None
+    """Name of the MSM variant."""
     aft: str | None = None
-    """"no CoT" or "CoT" """
+    """None, "no CoT" or "CoT"."""
     cot_weight: float | None = None
-    """of arms with CoT"""
+    """Weight of a CoT token, for arms with CoT."""
     size: int | None = None
-    """rows of AFT; None: all"""
-    lone: bool = True
-    """the study has one MSM variant, or one CoT weight: names need not tell them apart"""
+    """Rows of AFT; None: all."""
+    only_variant: bool = True
+    """Whether the study has one MSM variant, whose name the label then omits."""
 
     @property
     def thinks(self) -> bool:
@@ -45,8 +46,8 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """As the method's papers write arms: `MSM (rules) + AFT (CoT)`."""
-        msm = "" if self.msm is None else "MSM" if self.lone else f"MSM ({self.msm})"
+        """The notation of the method's papers, e.g. `MSM (rules) + AFT (CoT)`."""
+        msm = "" if self.msm is None else "MSM" if self.only_variant else f"MSM ({self.msm})"
         aft = "" if self.aft is None else f"AFT ({self.aft}{self._weight})"
         return " + ".join(part for part in (msm, aft) if part) or "base"
 
@@ -56,13 +57,13 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """The label, and the number of rows where there is one."""
+        """The label, with the number of rows if it is limited."""
         return self.label if self.size is None else f"{self.label}, {self.size:,} rows"
 
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """One stage of one seed, trained once whatever arms pass through it."""
+    """One stage of one seed. It is trained once, however many arms contain it."""
 
     key: str
     seed: int
@@ -70,52 +71,54 @@ class Node:
     config: Config
     parent: Node | None
     folder: Path
-    chain: tuple[str, ...] = field(default=())
+    chain: tuple[str, ...] = ()
+    """Keys of the stages from the first one to this one."""
 
     @property
     def model(self) -> Path:
         return self.folder / "model"
 
     def finished(self) -> bool:
-        """Whether its run directory holds the finished stage."""
+        """Whether its run directory contains the finished stage."""
         try:
             ledger = json.loads((self.folder / "ledger.json").read_text())
         except (OSError, json.JSONDecodeError):
             return False
-        done = [stage for stage in ledger["stages"] if stage["status"] == "finished"]
-        return len(done) == 1 and (self.model / "config.json").exists()
+        finished = [stage for stage in ledger["stages"] if stage["status"] == "finished"]
+        return len(finished) == 1 and (self.model / "config.json").exists()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every stage once, parents before children, and for each arm and seed the stage whose model it is."""
+    """Every stage once, parents before children; and the last stage of each arm and seed."""
 
     nodes: tuple[Node, ...]
     ends: Mapping[tuple[Arm, int], Node | None]
-    """None: the model that `run.model.path` names, untouched"""
+    """The last stage, whose model is the arm's; None for the unchanged model of `run.model.path`."""
     base_stages: int
+    """Number of stages that every arm runs first."""
     base_model: Path | None
-    """None: random weights"""
+    """The model of `run.model.path`; None for random weights."""
 
     @property
     def arms(self) -> list[Arm]:
         return list(dict.fromkeys(arm for arm, _ in self.ends))
 
     def base_of(self, node: Node | None) -> Path | None:
-        """The model that drift is measured from: where the arm `base` ends, or what the first stage started from."""
+        """The model that drift is measured from: that of the arm `base`, or what the first stage started from."""
         while node is not None and len(node.chain) > self.base_stages:
             node = node.parent
         return node.model if node is not None else self.base_model
 
     @property
     def stages_without_sharing(self) -> int:
-        """How many stages separate runs would train."""
+        """Number of stages that separate runs would train."""
         return sum(len(node.chain) for node in self.ends.values() if node is not None)
 
 
 def arms_of(study: StudyConfig) -> list[Arm]:
-    """The arms in the order of the table: without MSM first, then variant by variant."""
-    lone = len(study.msm) == 1
+    """The arms in the order of the tables: first those without MSM, then one variant after another."""
+    only_variant = len(study.msm) == 1
     afts: dict[str, list[dict[str, Any]]] = {
         "no_cot": [{"aft": "no CoT"}],
         "cot": [{"aft": "CoT", "cot_weight": w} for w in study.cot_weights],
@@ -125,16 +128,26 @@ def arms_of(study: StudyConfig) -> list[Arm]:
     for msm in (None, *study.msm):
         prefix = "" if msm is None else "msm_"
         if ("base" if msm is None else "msm") in study.arms:
-            found.append(Arm(msm=msm, lone=lone))
+            found.append(Arm(msm=msm, only_variant=only_variant))
         for kind, variants in afts.items():
             if f"{prefix}aft_{kind}" in study.arms:
-                found += [Arm(msm=msm, size=size, lone=lone, **variant) for variant in variants for size in sizes]
+                found += [
+                    Arm(msm=msm, size=size, only_variant=only_variant, **variant)
+                    for variant in variants
+                    for size in sizes
+                ]
     return found
 
 
 def plan_study(study: StudyConfig, prepared: Mapping[int, Path | None]) -> Plan:
-    """Lay out every stage. Raises ConfigError where a composed run is not one."""
-    stages = _Stages(study, prepared)
+    """Plan every stage.
+
+    Args:
+        prepared: for each seed the folder that the `prepare` script filled; None without a script.
+    Raises:
+        ConfigError: the configuration of a stage is not valid, or an arm has neither stages nor a model.
+    """
+    stages = _StageTree(study, prepared)
     ends: dict[tuple[Arm, int], Node | None] = {}
     for seed in study.seeds:
         for arm in arms_of(study):
@@ -143,8 +156,8 @@ def plan_study(study: StudyConfig, prepared: Mapping[int, Path | None]) -> Plan:
                 node = stages.add(stage, limit, node, seed)
             if node is None and "path" not in study.run.get("model", {}):
                 raise ConfigError(
-                    f"the arm {arm.label!r} trains nothing, and run.model names no model to look at; "
-                    "give base: stages, or leave the arm out"
+                    f"the arm {arm.label!r} has no stages and run.model.path is not set, so it has no model: give "
+                    "base: stages, or remove the arm"
                 )
             ends[arm, seed] = node
     path = study.run.get("model", {}).get("path")
@@ -152,7 +165,7 @@ def plan_study(study: StudyConfig, prepared: Mapping[int, Path | None]) -> Plan:
 
 
 def _chain(study: StudyConfig, arm: Arm) -> list[tuple[dict[str, Any], int | None]]:
-    """The stages of an arm, and how many rows the sized source gives to each."""
+    """The stages of an arm, each with the limit on the rows of the source `sized`, if there is one."""
     chain: list[tuple[dict[str, Any], int | None]] = [(stage, None) for stage in study.base]
     if arm.msm is not None:
         chain.append(({"kind": "msm", "name": "msm", **study.msm[arm.msm]}, None))
@@ -163,8 +176,8 @@ def _chain(study: StudyConfig, arm: Arm) -> list[tuple[dict[str, Any], int | Non
     return chain
 
 
-class _Stages:
-    """Makes nodes, each key once."""
+class _StageTree:
+    """Creates the nodes of the tree, one for each key."""
 
     def __init__(self, study: StudyConfig, prepared: Mapping[int, Path | None]) -> None:
         self._study, self._prepared = study, prepared
@@ -172,7 +185,7 @@ class _Stages:
         self.nodes: dict[str, Node] = {}
 
     def add(self, stage: dict[str, Any], limit: int | None, parent: Node | None, seed: int) -> Node:
-        tree = self._tree(stage, limit, parent, seed)
+        tree = self._run_settings(stage, limit, parent, seed)
         config = parse_config({**tree, "run_dir": "-"}, where=f"study, stage {stage.get('name', '?')!r}")
         key = self._key(config, parent)
         if key not in self.nodes:
@@ -183,7 +196,7 @@ class _Stages:
             self.nodes[key] = Node(key, seed, name, config, parent, folder, chain)
         return self.nodes[key]
 
-    def _tree(self, stage: dict[str, Any], limit: int | None, parent: Node | None, seed: int) -> dict[str, Any]:
+    def _run_settings(self, stage: dict[str, Any], limit: int | None, parent: Node | None, seed: int) -> dict[str, Any]:
         tree: dict[str, Any] = fill_in(copy.deepcopy(self._study.run), self._prepared[seed])
         data: dict[str, dict[str, Any]] = {
             name: {"path": source} if isinstance(source, str) else dict(source)
@@ -197,16 +210,16 @@ class _Stages:
                 **{k: v for k, v in tree["model"].items() if k != "architecture"},
                 "path": str(parent.model),
             }
-            tree.pop("tokenizer", None)  # the parent's model brings it
+            tree.pop("tokenizer", None)  # it is stored with the parent's model
         else:
             used |= {*((tree.get("tokenizer") or {}).get("train") or {}).get("sources", ())}
-        # A stage is given only the sources that it names, so that others don't change its key. Unknown names stay out:
-        # the configuration says so better.
+        # A stage gets only the sources that it names, so that other sources do not change its key. A name without a
+        # source is an error of the configuration, which `parse_config` reports.
         tree["data"] = {name: source for name, source in data.items() if name in used} or data
         return {**tree, "seed": seed, "stages": [stage]}
 
     def _key(self, config: Config, parent: Node | None) -> str:
-        facts = config.model_dump(mode="json", exclude=set(_NOT_LEARNT))
+        facts = config.model_dump(mode="json", exclude=set(_WITHOUT_EFFECT_ON_WEIGHTS))
         if parent is not None:
             facts["model"]["path"] = parent.key
         elif config.model.path is not None:
@@ -214,7 +227,7 @@ class _Stages:
         if config.tokenizer.path is not None:
             facts["tokenizer"]["sha256"] = self._hash(config.tokenizer.path)
         for name, source in config.data.items():
-            facts["data"][name]["path"] = self._hash(source.path)  # wherever the file lies
+            facts["data"][name]["path"] = self._hash(source.path)  # the location of the file does not matter
         text = json.dumps({"version": __version__, **facts}, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -225,13 +238,16 @@ class _Stages:
 
 
 def fill_in(tree: Any, prepared: Path | None) -> Any:
-    """The tree with {prepared} replaced by the folder of a seed's data."""
+    """Replace {prepared} in every string of a tree by the folder of a seed's data.
+
+    Raises ConfigError if a string contains {prepared} and the study has no `prepare` script.
+    """
     if isinstance(tree, dict):
         return {key: fill_in(value, prepared) for key, value in tree.items()}
     if isinstance(tree, list):
         return [fill_in(value, prepared) for value in tree]
-    if isinstance(tree, str) and "{prepared}" in tree:
+    if isinstance(tree, str) and PREPARED in tree:
         if prepared is None:
-            raise ConfigError(f"{tree!r} is to be in the folder that `prepare` makes, and the study has no prepare:")
-        return tree.replace("{prepared}", str(prepared))
+            raise ConfigError(f"{tree!r} is in the folder of the `prepare` script, but the study has no prepare:")
+        return tree.replace(PREPARED, str(prepared))
     return tree

@@ -1,4 +1,4 @@
-"""As many workers as the machine takes, and tasks handed to them as soon as what they need is done."""
+"""A pool of worker processes. A task starts as soon as a worker is free and the tasks that it needs are done."""
 
 from __future__ import annotations
 
@@ -8,38 +8,44 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-_GIB_A_WORKER = 2  # torch, deepspeed and a small model, with room
+_GIB_PER_WORKER = 2  # torch, deepspeed and a small model, with a margin
 
 
 class StudyError(RuntimeError):
-    """Some tasks failed; the others are done. Says which, and where their logs are."""
+    """Some tasks failed, and the others are done. The message lists the failed tasks with their logs."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Something for a worker to do, after other tasks."""
+    """A task for a worker."""
 
     name: str
-    """shown to people"""
+    """Shown in progress messages."""
     work: Mapping[str, Any]
-    needs: tuple[str, ...] = field(default=())
-    """names of tasks that must be done before"""
+    """What the worker receives, as JSON."""
+    needs: tuple[str, ...] = ()
+    """Names of the tasks that have to be done before this one."""
 
 
-def worker_environments(wanted: int | str, device: str) -> list[dict[str, str]]:
-    """One environment a worker: its GPU, or its share of the CPU's cores."""
+def worker_environments(workers: int | str, device: str) -> list[dict[str, str]]:
+    """The environment variables of each worker, which give it its GPU or its share of the CPU cores.
+
+    Args:
+        workers: their number, or "auto".
+        device: "cpu" uses no GPU.
+    """
     import torch
 
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     cores = len(os.sched_getaffinity(0))
-    fits = gpus or max(1, min(cores, _available_gib() // _GIB_A_WORKER))
-    count = fits if wanted == "auto" else int(wanted)
+    fitting = gpus or max(1, min(cores, _available_gib() // _GIB_PER_WORKER))
+    count = fitting if workers == "auto" else int(workers)
     if gpus:
-        named = os.environ.get("CUDA_VISIBLE_DEVICES")
-        visible = named.split(",") if named else [str(k) for k in range(gpus)]
+        listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+        visible = listed.split(",") if listed else [str(k) for k in range(gpus)]
         return [{"CUDA_VISIBLE_DEVICES": visible[k % gpus]} for k in range(count)]
     return [{"OMP_NUM_THREADS": str(max(1, cores // count)), "DS_ACCELERATOR": "cpu"} for _ in range(count)]
 
@@ -48,101 +54,105 @@ def _available_gib() -> int:
     try:
         return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
     except (ValueError, OSError):
-        return _GIB_A_WORKER
+        return _GIB_PER_WORKER
 
 
 def run_tasks(
-    tasks: Sequence[Task], environments: Sequence[Mapping[str, str]], done: Callable[[Task, dict[str, Any]], None]
+    tasks: Sequence[Task], environments: Sequence[Mapping[str, str]], on_done: Callable[[Task, dict[str, Any]], None]
 ) -> None:
-    """Do every task; `done` is told of each with its answer, one call at a time.
+    """Run every task. If a task fails, the tasks that need it are not run, and all others are.
 
-    A task that fails takes those that need it with it, and nothing else.
+    Args:
+        on_done: is called with each completed task and its answer, one call at a time.
     Raises:
-        StudyError: after everything that could be done is done.
-        KeyboardInterrupt: workers have been asked to save and stop, and have ended.
+        StudyError: tasks have failed. It is raised after all other tasks are done.
+        KeyboardInterrupt: the workers have saved, stopped and exited.
     """
-    board = _Board(tasks)
+    queue = _TaskQueue(tasks)
     count = min(len(environments), len(tasks))
-    threads = [threading.Thread(target=_serve, args=(board, environment, done)) for environment in environments[:count]]
+    threads = [threading.Thread(target=_serve, args=(queue, env, on_done)) for env in environments[:count]]
     for thread in threads:
         thread.start()
     try:
         for thread in threads:
             while thread.is_alive():
-                thread.join(0.2)  # an endless join can't be interrupted
+                thread.join(0.2)  # a join without a timeout cannot be interrupted
     except KeyboardInterrupt:
-        board.stop()
+        queue.stop()
         for thread in threads:
             thread.join()
         raise
-    if board.failures:
-        raise StudyError("\n".join(board.failures))
+    if queue.failures:
+        raise StudyError("\n".join(queue.failures))
 
 
-class _Board:
-    """Which tasks are waiting, at work, done or failed; shared by the threads that serve workers."""
+class _TaskQueue:
+    """The tasks that are waiting or running; shared by the threads, each of which serves one worker."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self._waiting = list(tasks)
-        self._finished: set[str] = set()
-        self._at_work = 0
+        self._done: set[str] = set()
+        self._running = 0
         self._changed = threading.Condition()
+        self._processes: list[subprocess.Popen[str]] = []
         self.stopping = False
         self.failures: list[str] = []
-        self.processes: list[subprocess.Popen[str]] = []
 
     def take(self) -> Task | None:
-        """The first task that nothing holds up; waits for one; None when there will be none."""
+        """Wait for the first task whose needs are done, and take it. None if there will be none."""
         with self._changed:
             while not self.stopping:
                 for task in self._waiting:
-                    if self._finished.issuperset(task.needs):
+                    if self._done.issuperset(task.needs):
                         self._waiting.remove(task)
-                        self._at_work += 1
+                        self._running += 1
                         return task
-                if not self._at_work:
-                    return None  # what still waits, waits for something that failed
+                if not self._running:
+                    return None  # the tasks that are left need one that failed
                 self._changed.wait()
             return None
 
-    def close(self, task: Task, error: str | None, done: Callable[[], None]) -> None:
+    def finish(self, task: Task, answer: dict[str, Any], on_done: Callable[[Task, dict[str, Any]], None]) -> None:
+        """Record the answer of a worker."""
         with self._changed:
-            self._at_work -= 1
-            if error is None:
-                self._finished.add(task.name)
-                done()
+            self._running -= 1
+            if answer["ok"]:
+                self._done.add(task.name)
+                on_done(task, answer)
             elif not self.stopping:
-                self.failures.append(f"{task.name}: {error} (log: {task.work['log']})")
+                self.failures.append(f"{task.name}: {answer['error']} (log: {task.work['log']})")
             self._changed.notify_all()
 
+    def add_process(self, process: subprocess.Popen[str]) -> None:
+        """Register a worker for `stop`."""
+        self._processes.append(process)
+
     def stop(self) -> None:
+        """Close the input of all workers, which then save and exit, and give out no more tasks."""
         with self._changed:
             self.stopping = True
-            for process in self.processes:
+            for process in self._processes:
                 if process.stdin is not None:
                     process.stdin.close()
             self._changed.notify_all()
 
 
-def _serve(board: _Board, environment: Mapping[str, str], done: Callable[[Task, dict[str, Any]], None]) -> None:
-    """One worker's thread: hand it tasks one by one; a worker that dies is replaced for the next task."""
+def _serve(queue: _TaskQueue, environment: Mapping[str, str], on_done: Callable[[Task, dict[str, Any]], None]) -> None:
+    """Start a worker and send it tasks one by one. If the worker dies, the next task gets a new one."""
     process: subprocess.Popen[str] | None = None
-    while (task := board.take()) is not None:
+    while (task := queue.take()) is not None:
         if process is None or process.poll() is not None:
-            process = _start(environment)
-            board.processes.append(process)
-        answer = _ask(process, task)
-        board.close(
-            task, None if answer["ok"] else answer["error"], lambda task=task, answer=answer: done(task, answer)
-        )  # type: ignore[misc]
+            process = _start_worker(environment)
+            queue.add_process(process)
+        queue.finish(task, _send(process, task), on_done)
     if process is not None:
         if process.stdin is not None and not process.stdin.closed:
             process.stdin.close()
         process.wait()
 
 
-def _start(environment: Mapping[str, str]) -> subprocess.Popen[str]:
-    # In a session of its own: Ctrl-C is for the study, which then closes the worker's input.
+def _start_worker(environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    # In a session of its own: Ctrl-C reaches only the study, which then closes the input of its workers.
     return subprocess.Popen(
         [sys.executable, "-m", "delib_fast.study.worker"],
         stdin=subprocess.PIPE,
@@ -153,15 +163,16 @@ def _start(environment: Mapping[str, str]) -> subprocess.Popen[str]:
     )
 
 
-def _ask(process: subprocess.Popen[str], task: Task) -> dict[str, Any]:
+def _send(process: subprocess.Popen[str], task: Task) -> dict[str, Any]:
+    """Send a task to a worker, and wait for the answer."""
     assert process.stdin is not None
     assert process.stdout is not None
     try:
         process.stdin.write(json.dumps(task.work) + "\n")
         process.stdin.flush()
         line = process.stdout.readline()
-    except (OSError, ValueError):  # ValueError: closed by stop()
+    except (OSError, ValueError):  # ValueError: stop() has closed the input
         line = ""
     if not line:
-        return {"ok": False, "error": f"its worker ended (exit code {process.wait()})"}
+        return {"ok": False, "error": f"the worker exited with code {process.wait()}"}
     return dict(json.loads(line))

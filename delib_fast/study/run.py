@@ -1,4 +1,4 @@
-"""Run a study: make its data, train what is missing, measure what is missing, and write what came out."""
+"""Runs a study: makes its data, trains the missing stages, computes the missing metrics, and writes the results."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from typing import Any
 from delib_fast.config import ConfigError
 from delib_fast.evals.intervals import Estimate
 from delib_fast.evals.metrics.forced_choices import read_choices
+from delib_fast.evals.results import plain
 from delib_fast.files import hash_tree, write_atomic
 from delib_fast.reports.eval_page import cell_text
 from delib_fast.study.measure import metric_key
 from delib_fast.study.plan import Arm, Node, Plan, fill_in, plan_study
-from delib_fast.study.pool import StudyError, Task, run_tasks, worker_environments
+from delib_fast.study.pool import Task, run_tasks, worker_environments
 from delib_fast.study.settings import ChoicesMetric, StudyConfig
-from delib_fast.study.summary import arm_called, summary
+from delib_fast.study.summary import find_arm, summarize
 
-Say = Callable[[str], None]
-_FILES = ("questions", "solutions", "refusal_prompts", "refusal_labelled")
+Log = Callable[[str], None]
+_EVALUATION_FILES = ("questions", "solutions", "refusal_prompts", "refusal_labelled")
 
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What a study made: study.json as a mapping, and the files."""
+    """The results of a study: the content of study.json, and the files."""
 
     summary: dict[str, Any]
     json: Path
@@ -40,59 +41,61 @@ class StudyResult:
     pictures: tuple[Path, ...]
 
 
-def run_study(study: StudyConfig, say: Say = lambda _: None) -> StudyResult:
-    """Do whatever of the study is not done yet, and write its results.
+def run_study(study: StudyConfig, log: Log = lambda _: None) -> StudyResult:
+    """Train and measure everything that is missing, and write the results.
+
+    Args:
+        log: is called with one line of progress at a time.
 
     Raises:
-        ConfigError: the study can't be run as it is; said before anything is trained.
-        StudyError: some stages failed; everything that does not need them is done.
+        ConfigError: the study is not valid; raised before anything is trained.
+        StudyError: stages have failed; everything that does not depend on them is done.
     """
     from delib_fast.reports.study_figures import draw_figures
     from delib_fast.reports.study_page import write_page
 
     out = Path(study.out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out / "measures").mkdir(parents=True, exist_ok=True)
     environments = worker_environments(study.workers, str(study.run.get("engine", {}).get("device", "auto")))
-    prepared = prepare_data(study, len(environments), say)
+    prepared = prepare_data(study, len(environments), log)
     plan = _checked_plan(study, prepared)
     costs = _Costs(out / "cost.jsonl")
-    tasks, measures = _tasks(study, plan, prepared)
-    say(
+    tasks, measures = plan_tasks(study, plan, prepared)
+    log(
         f"{len(plan.arms)} arms × {len(study.seeds)} seeds: {len(plan.nodes)} stages ({plan.stages_without_sharing} "
-        f"without sharing), {sum(n.finished() for n in plan.nodes)} of them there already; {len(tasks)} tasks for "
+        f"without sharing), {sum(n.finished() for n in plan.nodes)} of them already trained; {len(tasks)} tasks for "
         f"{len(environments)} workers"
     )
-    began = time.perf_counter()
-    finished = 0
+    start = time.perf_counter()
+    done = 0
 
-    def done(task: Task, answer: dict[str, Any]) -> None:
-        nonlocal finished
-        finished += 1
+    def on_done(task: Task, answer: dict[str, Any]) -> None:
+        nonlocal done
+        done += 1
         costs.add(task.name, answer)
         measured = "".join(f", {name} {cell_text(_estimate(tree))}" for name, tree in (answer["result"] or {}).items())
-        say(f"{finished}/{len(tasks)} {task.name}: {answer['wall_s']:.0f} s{measured}")
+        log(f"{done}/{len(tasks)} {task.name}: {answer['wall_s']:.0f} s{measured}")
 
     if tasks:
-        run_tasks(tasks, environments, done)
-    costs.add_wall(time.perf_counter() - began, len(environments))
+        run_tasks(tasks, environments, on_done)
+    costs.add_wall(time.perf_counter() - start, len(environments))
     figures = {
-        ends: {name: _estimate(json.loads(file.read_text(encoding="utf-8"))) for name, file in files.items()}
-        for ends, files in measures.items()
+        arm_and_seed: {name: _estimate(json.loads(file.read_text(encoding="utf-8"))) for name, file in files.items()}
+        for arm_and_seed, files in measures.items()
     }
-    result = summary(study, figures, plan.arms, costs.total(plan))
-    write_atomic(out / "study.json", json.dumps(_strict(result), indent=1, ensure_ascii=False) + "\n")
+    result = summarize(study, figures, plan.arms, costs.total(plan))
+    write_atomic(out / "study.json", json.dumps(plain(result), indent=1, ensure_ascii=False) + "\n")
     pictures = draw_figures(result, out)
-    return StudyResult(
-        result, out / "study.json", write_page(result, pictures, out, published=study.published), tuple(pictures)
-    )
+    page = write_page(result, pictures, out, published=study.published)
+    return StudyResult(result, out / "study.json", page, tuple(picture.path for picture in pictures))
 
 
 def _checked_plan(study: StudyConfig, prepared: Mapping[int, Path | None]) -> Plan:
-    """The plan, with everything looked at that can be before something is trained."""
+    """The plan, after every check that is possible before anything is trained."""
     plan = plan_study(study, prepared)
     for contrast in study.contrasts:
-        arm_called(contrast.a, plan.arms)
-        arm_called(contrast.b, plan.arms)
+        find_arm(contrast.a, plan.arms)
+        find_arm(contrast.b, plan.arms)
     for seed in study.seeds:
         for metric in study.metrics.values():
             if isinstance(metric, ChoicesMetric):
@@ -101,24 +104,28 @@ def _checked_plan(study: StudyConfig, prepared: Mapping[int, Path | None]) -> Pl
 
 
 def describe_plan(study: StudyConfig) -> str:
-    """The arms and the stages of a study, and which are there already. Makes the data that a script makes."""
+    """List the arms and the stages of a study, and the stages that are already trained. Runs the `prepare` script."""
     plan = _checked_plan(study, prepare_data(study, 1, lambda _: None))
     lines = [f"{len(plan.arms)} arms × {len(study.seeds)} seeds"]
     lines += [f"  {arm.name}" for arm in plan.arms]
-    lines += [f"{len(plan.nodes)} stages to train once each; separate runs would train {plan.stages_without_sharing}"]
+    lines += [f"{len(plan.nodes)} stages; separate runs would train {plan.stages_without_sharing}"]
     lines += [
         f"  {node.folder.name}  after {node.parent.folder.name if node.parent else 'the start'}"
-        f"{'  (there already)' if node.finished() else ''}"
+        f"{'  (already trained)' if node.finished() else ''}"
         for node in plan.nodes
     ]
     return "\n".join(lines)
 
 
-# --- data that a script makes -------------------------------------------------------------------------------
+# --- the data of a script -----------------------------------------------------------------------------------
 
 
-def prepare_data(study: StudyConfig, workers: int, say: Say) -> dict[int, Path | None]:
-    """The folder of each seed's data; the script runs where the folder is not there yet."""
+def prepare_data(study: StudyConfig, workers: int, log: Log) -> dict[int, Path | None]:
+    """Run the `prepare` script for each seed whose data is missing.
+
+    Returns the folder of each seed's data; None without a script.
+    Raises ConfigError if the script does not exist or fails.
+    """
     if study.prepare is None:
         return dict.fromkeys(study.seeds)
     script = Path(study.prepare.script)
@@ -129,42 +136,45 @@ def prepare_data(study: StudyConfig, workers: int, say: Say) -> dict[int, Path |
     folders = {seed: Path(study.out) / "prepared" / f"seed{seed}-{key}" for seed in study.seeds}
     missing = [seed for seed in study.seeds if not (folders[seed] / ".whole").exists()]
     if missing:
-        say(f"{script.name}: making the data of {len(missing)} seeds")
+        log(f"{script.name}: making the data of {len(missing)} seeds")
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(lambda seed: _prepare(script, arguments, seed, folders[seed]), missing))
+            list(pool.map(lambda seed: _run_script(script, arguments, seed, folders[seed]), missing))
     return dict(folders)
 
 
-def _prepare(script: Path, arguments: list[str], seed: int, folder: Path) -> None:
+def _run_script(script: Path, arguments: list[str], seed: int, folder: Path) -> None:
     command = [sys.executable, str(script), "--seed", str(seed), "--out", str(folder), *arguments]
-    made = subprocess.run(command, capture_output=True, text=True)
-    if made.returncode:
-        last = (made.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        raise ConfigError(f"prepare.script: {' '.join(command[1:])} ended with {made.returncode}: {last}")
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last_line = (done.stderr.strip().splitlines() or ["it printed no error"])[-1]
+        raise ConfigError(f"prepare.script: {' '.join(command[1:])} exited with code {done.returncode}: {last_line}")
     (folder / ".whole").touch()
 
 
-# --- what is to be done -------------------------------------------------------------------------------------
+# --- tasks --------------------------------------------------------------------------------------------------
 
 
-def _tasks(
+def plan_tasks(
     study: StudyConfig, plan: Plan, prepared: Mapping[int, Path | None]
 ) -> tuple[list[Task], dict[tuple[Arm, int], dict[str, Path]]]:
-    """Stages and measures that are missing, each measure right behind the stage whose model it is of, so that it comes
-    before what else could be trained; and the file of every measure."""
+    """Return the tasks of the study, and the files of the metrics of each arm and seed.
+
+    Tasks train the stages and compute the metrics that are missing. The task that measures a model directly follows the
+    one that trains it, so that it takes precedence over further training.
+    """
     logs = Path(study.out) / "logs"
     measures = {}
-    behind: dict[Node | None, dict[str, Task]] = defaultdict(dict)
+    measuring: dict[Node | None, dict[str, Task]] = defaultdict(dict)
     for (arm, seed), end in plan.ends.items():
-        task, measures[arm, seed] = _measure(study, plan, arm, seed, end, prepared[seed], logs)
+        task, measures[arm, seed] = _measuring_task(study, plan, arm, seed, end, prepared[seed], logs)
         if task is not None:
-            behind[end].setdefault(task.name, task)
-    tasks = [*behind[None].values()]
+            measuring[end].setdefault(task.name, task)
+    tasks = [*measuring[None].values()]
     for node in plan.nodes:
         if not node.finished():
             tasks.append(
                 Task(
-                    _training(node),
+                    _training_name(node),
                     {
                         "do": "train",
                         "config": node.config.model_dump(mode="json"),
@@ -173,22 +183,23 @@ def _tasks(
                     _needs(node.parent),
                 )
             )
-        tasks += behind[node].values()
+        tasks += measuring[node].values()
     return tasks, measures
 
 
-def _training(node: Node) -> str:
+def _training_name(node: Node) -> str:
     return f"train {node.folder.name}"
 
 
 def _needs(node: Node | None) -> tuple[str, ...]:
-    """What must be done before something that reads the node's model."""
-    return () if node is None or node.finished() else (_training(node),)
+    """The task that has to be done before the model of the node can be read."""
+    return () if node is None or node.finished() else (_training_name(node),)
 
 
-def _measure(
+def _measuring_task(
     study: StudyConfig, plan: Plan, arm: Arm, seed: int, node: Node | None, prepared: Path | None, logs: Path
 ) -> tuple[Task | None, dict[str, Path]]:
+    """The task that computes the missing metrics of an arm (None if there are none), and the file of each metric."""
     model_path = str(study.run["model"].get("path"))
     key = node.key if node is not None else hash_tree(model_path)
     name = node.folder.name if node is not None else f"base-seed{seed}-{key[:16]}"
@@ -221,9 +232,9 @@ def _measure(
 
 
 def _paths(evaluation: Mapping[str, Any]) -> list[str]:
-    """The files that an evaluation's settings name."""
+    """The files that the settings of an evaluation name."""
     rows = evaluation.get("rows") or {}
-    sources = [*rows.values(), *(evaluation.get(key) for key in _FILES)]
+    sources = [*rows.values(), *(evaluation.get(key) for key in _EVALUATION_FILES)]
     return [s if isinstance(s, str) else str(s["path"]) for s in sources if s]
 
 
@@ -233,17 +244,8 @@ def _estimate(measured: Mapping[str, Any]) -> Estimate:
     return Estimate(numbers[0], numbers[1], numbers[2], tree["n"], tree["method"])
 
 
-def _strict(tree: Any) -> Any:
-    """Infinities and NaN have no place in JSON: null."""
-    if isinstance(tree, Mapping):
-        return {key: _strict(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_strict(value) for value in tree]
-    return None if isinstance(tree, float) and tree - tree != 0 else tree
-
-
 class _Costs:
-    """What every task took, over all sittings of a study: a line each in cost.jsonl."""
+    """The time of every task in all sessions of a study, one record each in cost.jsonl."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -272,6 +274,3 @@ class _Costs:
             "stages": len(plan.nodes),
             "stages_without_sharing": plan.stages_without_sharing,
         }
-
-
-__all__ = ["StudyError", "StudyResult", "run_study"]

@@ -1,4 +1,4 @@
-"""From the figures of single runs to those of arms: means over seeds, differences paired by seed, curves, frontier."""
+"""Summarizes the measurements of a study: means over seeds, differences paired by seed, and data efficiency."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from delib_fast.study.plan import Arm
 from delib_fast.study.settings import ChoicesMetric, Metric, StudyConfig
 
 Figures = Mapping[tuple[Arm, int], Mapping[str, Estimate]]
-"""of each arm and seed: the estimate of each metric"""
+"""The estimate of each metric, for each (arm, seed)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """MSM + AFT against AFT alone over the size of the AFT set."""
+    """MSM + AFT compared with AFT alone over the size of the AFT set."""
 
     title: str
     msm: str
@@ -31,7 +31,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Two arms, paired by seed."""
+    """The difference of two arms, paired by seed."""
 
     title: str
     a: str
@@ -42,12 +42,12 @@ class Difference:
 
 
 def over_seeds(values: Sequence[Estimate], metric: Metric | None = None) -> Estimate:
-    """The mean over seeds with Student's interval; from one seed, that seed's own interval over its rows.
+    """The mean over seeds with the interval of Student's t; with one seed, the interval over its rows.
 
         mean ± t(0.975, n − 1) · s / √n
 
-    Each seed has its own weights, data and (with `prepare`) items, so that the spread between seeds holds all of these.
-    Shares and probabilities are cut off at 0 and 1.
+    Each seed has its own weights, order of the data and (with `prepare`) data and items, so the spread between seeds
+    reflects all of these. The intervals of shares and probabilities are clipped to [0, 1].
     """
     if len(values) == 1:
         return values[0]
@@ -69,29 +69,32 @@ def student(values: Sequence[float]) -> Estimate:
 
 
 def differences(study: StudyConfig, figures: Figures, arms: Sequence[Arm]) -> list[Difference]:
-    """The contrasts of the study. Raises ConfigError for an arm that is not there."""
+    """The contrasts of the study. Raises ConfigError if one names an arm that the study does not have."""
     found = []
     for contrast in study.contrasts:
-        a, b = (arm_called(label, arms) for label in (contrast.a, contrast.b))
+        a, b = (find_arm(label, arms) for label in (contrast.a, contrast.b))
         values = [figures[a, s][contrast.metric].value - figures[b, s][contrast.metric].value for s in study.seeds]
         found.append(Difference(contrast.title, a.name, b.name, contrast.metric, student(values), tuple(values)))
     return found
 
 
-def arm_called(label: str, arms: Sequence[Arm]) -> Arm:
-    """An arm by its label, or by its name with the number of rows; of several sizes the largest."""
+def find_arm(label: str, arms: Sequence[Arm]) -> Arm:
+    """Find an arm by its label, or by its name with the number of rows. Of several sizes it is the largest.
+
+    Raises ConfigError if there is no such arm.
+    """
     named = [arm for arm in arms if label in (arm.label, arm.name)]
     if not named:
         labels = list(dict.fromkeys(arm.label for arm in arms))
         raise ConfigError(
-            f"a contrast names the arm {label!r}, which the study has not{nearest(label, labels)}; "
-            f"it has {'; '.join(labels)}"
+            f"a contrast names the arm {label!r}, which is not in the study{nearest(label, labels)}; "
+            f"its arms are {'; '.join(labels)}"
         )
     return max(named, key=lambda arm: arm.size or 0)
 
 
 def curves(study: StudyConfig, figures: Figures, arms: Sequence[Arm], metric: str) -> list[Curve]:
-    """The multiples of each MSM + AFT over the AFT alone that differs in nothing else, where both have ≥ 2 sizes."""
+    """Compare each MSM + AFT with the corresponding AFT alone, if both have the same sizes and at least two."""
     higher = study.metrics[metric].better != "lower"
     found = []
     for label in dict.fromkeys(arm.label for arm in arms if arm.msm is not None and arm.size is not None):
@@ -103,22 +106,22 @@ def curves(study: StudyConfig, figures: Figures, arms: Sequence[Arm], metric: st
         sizes = [arm.size for arm in with_msm if arm.size is not None]
         if len(sizes) < 2 or [arm.size for arm in alone] != sizes:
             continue
-        grids = [
+        with_msm_values, alone_values = (
             np.array([[figures[arm, seed][metric].value for arm in side] for seed in study.seeds])
             for side in (with_msm, alone)
-        ]
+        )
         found.append(
             Curve(
                 f"{label} against {alone[0].label}",
                 str(with_msm[0].msm),
-                tuple(multiples(sizes, grids[0], grids[1], higher=higher)),
+                tuple(multiples(sizes, with_msm_values, alone_values, higher=higher)),
             )
         )
     return found
 
 
-def summary(study: StudyConfig, figures: Figures, arms: Sequence[Arm], cost: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that study.json holds, and that the page and the pictures are made from."""
+def summarize(study: StudyConfig, figures: Figures, arms: Sequence[Arm], cost: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of study.json, from which the page and the pictures are made."""
     return {
         "format": 1,
         "title": study.title,

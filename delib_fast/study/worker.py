@@ -1,11 +1,13 @@
-"""One worker of a study: `python -m delib_fast.study.worker`, tasks as JSON lines in, answers as JSON lines out.
+"""A worker process of a study: `python -m delib_fast.study.worker`.
 
-It lives through many tasks, so torch is imported once. What training prints goes to the task's log. When its standard
-input ends (the study was stopped, or died) it asks the training at hand to save and stop, and ends.
+It reads tasks as JSON lines from standard input and writes answers as JSON lines to standard output. It runs many
+tasks, so that torch is imported once; the output of a task goes to its log. When standard input ends, because the study
+was stopped or killed, the worker makes the current training run save and stop, and exits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -15,19 +17,21 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from delib_fast.config import ConfigError
 
+_OUTPUTS = (1, 2)  # the file descriptors of standard output and standard error
+
 
 def main() -> None:
-    # The answers keep the standard output to themselves: whatever else prints, prints into a log.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
+    os.dup2(2, 1)  # only answers go to the standard output, whatever else prints
     tasks: queue.Queue[str | None] = queue.Queue()
     busy = threading.Event()
-    threading.Thread(target=_listen, args=(tasks, busy), daemon=True).start()
+    threading.Thread(target=_read_tasks, args=(tasks, busy), daemon=True).start()
     while (line := tasks.get()) is not None:
         busy.set()
         answer = _answer(json.loads(line))
@@ -39,29 +43,29 @@ def main() -> None:
             return
 
 
-def _listen(tasks: queue.Queue[str | None], busy: threading.Event) -> None:
+def _read_tasks(tasks: queue.Queue[str | None], busy: threading.Event) -> None:
     for line in sys.stdin:
         tasks.put(line)
     tasks.put(None)
     if busy.is_set():
-        os.kill(os.getpid(), signal.SIGTERM)  # training saves and stops; anything else just ends
+        os.kill(os.getpid(), signal.SIGTERM)  # training saves and stops; any other task is aborted
 
 
 def _answer(task: dict[str, Any]) -> dict[str, Any]:
-    began, cpu = time.perf_counter(), _cpu_seconds()
+    start, cpu_start = time.perf_counter(), _cpu_seconds()
     log = Path(task["log"])
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as stream, _printing_to(stream):
+    with _output_to(log):
         try:
-            answer = {"ok": True, "result": _do(task)}
-        except Exception as error:  # noqa: BLE001 (whatever it is, the study must hear of it)
+            answer = {"ok": True, "result": _run(task)}
+        except Exception as error:  # noqa: BLE001 (the study reports any error and continues with other tasks)
             traceback.print_exc()
-            plain = isinstance(error, ValueError | RuntimeError | ConfigError)
-            answer = {"ok": False, "error": str(error) if plain else f"{type(error).__name__}: {error}"}
-    return {**answer, "wall_s": time.perf_counter() - began, "cpu_s": _cpu_seconds() - cpu}
+            readable = isinstance(error, ValueError | RuntimeError | ConfigError)
+            answer = {"ok": False, "error": str(error) if readable else f"{type(error).__name__}: {error}"}
+    return {**answer, "wall_s": time.perf_counter() - start, "cpu_s": _cpu_seconds() - cpu_start}
 
 
-def _do(task: dict[str, Any]) -> Any:
+def _run(task: dict[str, Any]) -> Any:
     if task["do"] == "train":
         from delib_fast.config.load import parse_config
         from delib_fast.training.run import run
@@ -78,24 +82,22 @@ def _cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-class _printing_to:  # noqa: N801 (reads as a word)
-    """File descriptors 1 and 2 write to this file inside: also what C++ prints."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __enter__(self) -> None:
-        sys.stdout.flush()
-        self._kept = (os.dup(1), os.dup(2))
-        for number in (1, 2):
-            os.dup2(self._stream.fileno(), number)
-
-    def __exit__(self, *_: object) -> None:
+@contextlib.contextmanager
+def _output_to(log: Path) -> Iterator[None]:
+    """Append the output of the process to a file, including what C++ libraries and child processes print."""
+    sys.stdout.flush()
+    kept = [os.dup(number) for number in _OUTPUTS]
+    try:
+        with log.open("ab") as file:
+            for number in _OUTPUTS:
+                os.dup2(file.fileno(), number)
+        yield
+    finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        for number, kept in zip((1, 2), self._kept, strict=True):
-            os.dup2(kept, number)
-            os.close(kept)
+        for number, original in zip(_OUTPUTS, kept, strict=True):
+            os.dup2(original, number)
+            os.close(original)
 
 
 if __name__ == "__main__":

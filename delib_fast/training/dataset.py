@@ -40,6 +40,7 @@ from delib_fast.files import sync_file, write_atomic
 from delib_fast.models import ModelShape, build_tokenizer, model_shape
 
 if TYPE_CHECKING:
+    from delib_fast.checkpoint.format import SingleProcess
     from delib_fast.engine import Ranks
 
 # Evaluation reports the nll of every segment, whichever of them the stages train on.
@@ -83,7 +84,7 @@ class RunDataset:
         ranks: the process group; rank 0 trains the tokenizer, and each rank gets its own packs.
     """
 
-    def __init__(self, config: Config, tokenizer_folder: Path, ranks: Ranks) -> None:
+    def __init__(self, config: Config, tokenizer_folder: Path, ranks: Ranks | SingleProcess) -> None:
         self._config, self._tokenizer_folder, self._ranks = config, tokenizer_folder, ranks
         self._sources: dict[str, Source] = {}
         self._encoded_sources: dict[str, TokenizedDataset] = {}
@@ -239,29 +240,10 @@ class RunDataset:
         if stage.name not in self._batches:
             self.refuse_leaks(stage)
             examples = self.mixed(stage)[0]
-            with reraise_as_data_error(f"stage {stage.name!r}"):
-                batches = PackedDataLoader(
-                    examples,
-                    pack_capacity=stage.pack_capacity,
-                    packs_per_step=stage.packs_per_step,
-                    segment_weights=segment_weights(stage),
-                    seed=self._config.seed,
-                    epochs=stage.epochs,
-                    rank=self._ranks.rank,
-                    world_size=self._ranks.world_size,
-                    sequence_parallel=self._ranks.sequence_parallel,
-                    max_steps=stage.max_steps,
-                    quadratic_cost=self.shape.quadratic_cost if stage.balance == "cost" else 0.0,
-                    loss_average=stage.loss_average,
-                    share_prompts=self._shares_prompts(stage),
-                )
-                refuse_few_steps(stage, batches)
-                batches.refuse_unsupervised_steps()
-            self._batches[stage.name] = batches
+            self._batches[stage.name] = pack_stage(
+                stage, examples, self.shape, seed=self._config.seed, ranks=self._ranks
+            )
         return self._batches[stage.name]
-
-    def _shares_prompts(self, stage: StageConfig) -> bool:
-        return stage.share_prompts == "auto" and self.shape.no_shared_prompts is None
 
     def fingerprint(self, stage: StageConfig) -> str:
         """A hash of the stage's examples and their order. If it differs, the steps of a checkpoint are other steps."""
@@ -382,6 +364,34 @@ class RunDataset:
             "packs_per_epoch": batches.packs_per_epoch,
             "fill": batches.fill,
         }
+
+
+def pack_stage(
+    stage: StageConfig, examples: TokenizedDataset, shape: ModelShape, *, seed: int, ranks: Ranks | SingleProcess
+) -> PackedDataLoader:
+    """Pack the examples of a stage; each rank gets its own packs.
+
+    Raises DataError if there are fewer steps than the stage's `min_steps`, or if a step has nothing to train on.
+    """
+    with reraise_as_data_error(f"stage {stage.name!r}"):
+        batches = PackedDataLoader(
+            examples,
+            pack_capacity=stage.pack_capacity,
+            packs_per_step=stage.packs_per_step,
+            segment_weights=segment_weights(stage),
+            seed=seed,
+            epochs=stage.epochs,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            sequence_parallel=ranks.sequence_parallel,
+            max_steps=stage.max_steps,
+            quadratic_cost=shape.quadratic_cost if stage.balance == "cost" else 0.0,
+            loss_average=stage.loss_average,
+            share_prompts=stage.share_prompts == "auto" and shape.no_shared_prompts is None,
+        )
+        refuse_few_steps(stage, batches)
+        batches.refuse_unsupervised_steps()
+    return batches
 
 
 def refuse_few_steps(stage: StageConfig, batches: PackedDataLoader) -> None:

@@ -74,7 +74,7 @@ def memory_parts(config: Config, stage: StageConfig, shape: ModelShape, ranks: i
             f"{precision}{' and fp32 sums' if half else ''}{_over(ranks, zero >= 2)}",
         ),
         MemoryPart(
-            "optimiser",
+            "optimizer",
             0 if host else shard(moments + (4 if half else 0) * trained, 1),
             "on the host"
             if host

@@ -1,4 +1,4 @@
-"""inspect and plan: what they show is what training does."""
+"""`inspect` and `plan` show what training does."""
 
 import json
 import re
@@ -14,15 +14,15 @@ from delib_fast.config import ConfigError
 from delib_fast.config.load import load_config
 from delib_fast.data import Segment
 from delib_fast.preview.dry_run import dry_run
-from delib_fast.preview.plan import plan_stage
-from delib_fast.preview.tokens import look_at, shown
+from delib_fast.preview.plan import plan_stage, read_stage
+from delib_fast.preview.tokens import make_visible, view_example
 from delib_fast.training.memory import memory_parts
 
 CONFIG = ROOT / "examples" / "quickstart.yaml"
 
 
 @pytest.fixture(scope="module")
-def corpus():
+def dataset():
     with dry_run(load_config(CONFIG, ["stages.aft.cot_weight=0.5", "tokenizer.train.vocab_size=1024"])) as made:
         yield made
 
@@ -33,40 +33,40 @@ def command(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
-def test_what_is_shown_is_what_is_trained(corpus):
+def test_inspect_shows_what_is_trained(dataset):
     config = load_config(CONFIG, ["stages.aft.cot_weight=0.5", "tokenizer.train.vocab_size=1024"])
     stage = config.stages[1]
-    batches = corpus.batches(stage)
+    batches = dataset.batches(stage)
     pack = batches.step(0)[0]
     for k, index in enumerate(pack.example_ids):
         start, end = pack.cu_seqlens_host[k : k + 2]
-        runs = look_at(corpus, stage, index).runs
-        ids = [i for run in runs for piece in run.pieces for i in piece.ids]
-        weights = [run.weight for run in runs for _ in range(run.tokens)]
+        spans = view_example(dataset, stage, index).spans
+        ids = [i for span in spans for piece in span.pieces for i in piece.ids]
+        weights = [span.weight for span in spans for _ in range(span.tokens)]
         assert ids == pack.input_ids[start:end].tolist()
         assert weights[1:] == pack.loss_weights[start : end - 1].tolist()
-    assert {run.weight for run in runs if run.segment == Segment.COT} == {0.5}
+    assert {span.weight for span in spans if span.segment == Segment.COT} == {0.5}
 
 
-def test_a_run_of_text_comes_back_whole(corpus):
+def test_spans_contain_the_whole_text(dataset):
     stage = load_config(CONFIG).stages[1]
-    runs = look_at(corpus, stage.model_copy(update={"name": "aft"}), 3).runs
-    text = "".join(piece.text for run in runs for piece in run.pieces)
+    spans = view_example(dataset, stage.model_copy(update={"name": "aft"}), 3).spans
+    text = "".join(piece.text for span in spans for piece in span.pieces)
     row = json.loads((ROOT / "examples" / "data" / "deliberation.jsonl").read_text().splitlines()[3])
     assert row["response"].strip() in text
     assert text.startswith("<|im_start|>user\n")
-    assert [p.text for p in runs[0].pieces if p.control] == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+    assert [p.text for p in spans[0].pieces if p.control] == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
 
 
 def test_white_space_and_escapes_are_visible():
-    assert shown("a\tb\r\n\x1b[31m") == "a→\tb␍↵\n\\u001b[31m"
+    assert make_visible("a\tb\r\n\x1b[31m") == "a→\tb␍↵\n\\u001b[31m"
 
 
 def test_page_is_self_contained(tmp_path):
     rows = tmp_path / "rows.jsonl"
-    enough = "A spec says what an assistant does, and a chain of thought cites it before the answer is given."
+    response = "A spec says what an assistant does, and a chain of thought cites it before the answer is given."
     rows.write_text(
-        json.dumps({"prompt": "<script>alert(1)</script> <|im_end|>", "cot": "a & b 東京", "response": enough})
+        json.dumps({"prompt": "<script>alert(1)</script> <|im_end|>", "cot": "a & b 東京", "response": response})
     )
     page = tmp_path / "page.html"
     result = command("inspect", rows, "--html", page)
@@ -74,23 +74,23 @@ def test_page_is_self_contained(tmp_path):
     html = page.read_text()
     assert "<script" not in html
     assert not re.search(r"(src|href)=", html)
-    assert html.count("<b>&lt;|im_end|&gt;</b>") == 2  # the template's, and not the one that the row typed
+    assert html.count("<b>&lt;|im_end|&gt;</b>") == 2  # those of the template, not the text of the row
     assert "東京" in re.sub(r"<[^>]+>", "", html)
 
 
-def test_faults_end_plainly(tmp_path):
+def test_user_errors_exit_with_code_2(tmp_path):
     assert command("inspect", tmp_path / "none.jsonl").exit_code == 2
     assert command("inspect", CONFIG, "--stage", "other").exit_code == 2
     assert command("plan", CONFIG, "--gpus", 7).exit_code == 2
     assert command("plan", CONFIG, "--precision", "int4").exit_code == 2
 
 
-def test_plan_is_what_training_does(corpus):
+def test_plan_is_what_training_does(dataset):
     config = load_config(CONFIG, ["stages.aft.cot_weight=0.5", "tokenizer.train.vocab_size=1024"])
     stage = config.stages[1]
-    plan = plan_stage(corpus, config, stage, ranks=2, precision="bf16")
-    batches, ledger = corpus.batches(stage), corpus.ledger(stage)
-    assert plan.updates == batches.num_steps
+    plan = plan_stage(read_stage(dataset, stage), dataset.shape, config, stage, ranks=2, precision="bf16")
+    batches, ledger = dataset.batches(stage), dataset.ledger(stage)
+    assert plan.steps == batches.num_steps
     assert plan.tokens_per_epoch * stage.epochs == ledger["tokens"]
     assert {n: c * stage.epochs for n, c in plan.targets.items() if n != "prompt" and c} == ledger["supervised_tokens"]
     assert plan.lengths.sum() == plan.tokens_per_epoch
@@ -101,49 +101,58 @@ def test_plan_fits_80_columns():
     result = command("plan", CONFIG, "--gpus", 2, "--set", "tokenizer.train.vocab_size=1024")
     assert result.exit_code == 0, result.output
     assert max(map(len, result.output.splitlines())) <= 80
-    for word in ("rows", "updates", "lengths", "optimiser", "in all"):
+    for word in ("rows", "steps", "lengths", "optimizer", "total"):
         assert word in result.output
 
 
-def test_memory_by_zero_stage(corpus):
-    """The parts that are known to the byte: 16 bytes a parameter with AdamW, sharded stage by stage."""
-    shape, ranks = corpus.shape, 4
+def test_memory_by_zero_stage(dataset):
+    """Exact parts of the memory: 16 bytes per parameter with AdamW, sharded by ZeRO stage."""
+    shape, ranks = dataset.shape, 4
     P = shape.parameters
     for zero, expected in ((0, 16), (1, 2 + 2 + 12 / 4), (2, 2 + 2 / 4 + 12 / 4), (3, 2 / 4 + 2 / 4 + 12 / 4)):
         config = load_config(CONFIG, [f"engine.zero_stage={zero}"])
         precision = "fp32" if zero == 0 else "bf16"
         parts = {p.name: p.bytes for p in memory_parts(config, config.stages[0], shape, ranks, precision)}
-        state = parts["weights"] + parts["gradients"] + parts["optimiser"]
+        state = parts["weights"] + parts["gradients"] + parts["optimizer"]
         gathered = 2 * (2 * shape.largest_layer + shape.embedding_parameters) if zero == 3 else 0
         sums = 4 * P / ranks if zero else 0  # gradients accumulated in fp32
         assert state == pytest.approx(expected * P + gathered + sums)
 
 
-def test_sequence_parallelism(corpus):
-    """Half the tokens of a pack: half its activations; the groups share out the packs, and odd numbers are refused."""
+def test_sequence_parallelism(dataset):
+    """Each rank holds half the activations of a pack; groups that cannot split the packs evenly are refused."""
     whole, half = (
         load_config(CONFIG, [f"engine.sequence_parallel={n}", "tokenizer.train.vocab_size=1024"]) for n in (1, 2)
     )
-    plans = [plan_stage(corpus, config, config.stages[1], ranks=2, precision="bf16") for config in (whole, half)]
+    data = read_stage(dataset, whole.stages[1])
+    plans = [
+        plan_stage(data, dataset.shape, config, config.stages[1], ranks=2, precision="bf16") for config in (whole, half)
+    ]
     memory = [{p.name: p.bytes for p in plan.memory} for plan in plans]
     assert memory[1]["activations"] == memory[0]["activations"] / 2
     assert memory[1]["weights"] == memory[0]["weights"]
-    assert plans[1].packs_of_a_rank == 2 * plans[0].packs_of_a_rank
-    for ranks, parallel, says in (
+    assert plans[1].packs_per_rank == 2 * plans[0].packs_per_rank
+    for ranks, parallel, message in (
         (3, 2, "does not divide the number of ranks (3)"),
         (6, 3, "query heads and 2 kv heads can't be shared out over 3 ranks; set"),
-        (14, 2, "7 groups of 2 ranks can't share out evenly; the nearest tokens_per_step"),
+        (
+            14,
+            2,
+            "which cannot be divided evenly among 7 groups of 2 ranks; the nearest tokens_per_step that can is 7168",
+        ),
     ):
         config = load_config(CONFIG, [f"engine.sequence_parallel={parallel}"])
-        with pytest.raises(ConfigError, match=re.escape(says)):
-            plan_stage(corpus, config, config.stages[1], ranks=ranks, precision="bf16")
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            plan_stage(data, dataset.shape, config, config.stages[1], ranks=ranks, precision="bf16")
 
 
-def test_shape_is_the_models(corpus):
+def test_shape_matches_the_model(dataset):
     from delib_fast.models import build_model
 
     config = load_config(CONFIG)
-    model = build_model(config.model, corpus.tokenizer)
-    assert corpus.shape.parameters == sum(p.numel() for p in model.parameters())
-    assert corpus.shape.largest_layer == sum(p.numel() for p in model.model.layers[0].parameters())
-    assert np.isclose(corpus.shape.quadratic_cost, 4 * 192 / corpus.shape.parameters)  # tied: all of it multiplies
+    model = build_model(config.model, dataset.tokenizer)
+    assert dataset.shape.parameters == sum(p.numel() for p in model.parameters())
+    assert dataset.shape.largest_layer == sum(p.numel() for p in model.model.layers[0].parameters())
+    assert np.isclose(
+        dataset.shape.quadratic_cost, 4 * 192 / dataset.shape.parameters
+    )  # tied embeddings: every parameter multiplies

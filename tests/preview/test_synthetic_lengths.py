@@ -1,4 +1,4 @@
-"""plan without data: lengths from a file or a distribution."""
+"""`plan` without data: lengths from a file or from a distribution."""
 
 import re
 import subprocess
@@ -11,9 +11,10 @@ from helpers.launch import ROOT
 from delib_fast.config import ConfigError
 from delib_fast.config.load import load_config
 from delib_fast.data import DataError
+from delib_fast.models import model_shape
 from delib_fast.preview.dry_run import dry_run
-from delib_fast.preview.plan import longest_pack, plan_stage
-from delib_fast.preview.synthetic_lengths import encoded_of, sizes_of
+from delib_fast.preview.plan import longest_pack, plan_run, plan_stage, read_stage
+from delib_fast.preview.synthetic_lengths import parse_lengths, synthetic_examples
 from delib_fast.training.memory import GIB, memory_parts
 
 CONFIG = ROOT / "examples" / "configs" / "llama70b_128k.yaml"
@@ -23,73 +24,77 @@ def config(*overrides):
     return load_config(CONFIG, list(overrides))
 
 
-def test_lengths_that_are_the_datas_make_its_plan(tmp_path):
-    """The lengths of the quickstart's rows, written to a file, give the packs, updates and balance of the rows."""
+def test_lengths_of_the_data_give_the_plan_of_the_data(tmp_path):
+    """The lengths of the quickstart's rows, from a file, give the same packs, steps and balance as the rows."""
     quick = load_config(ROOT / "examples" / "quickstart.yaml", ["tokenizer.train.vocab_size=1024"])
     stage = quick.stages[1].model_copy(update={"share_prompts": "never"})
     file = tmp_path / "lengths.txt"
-    with dry_run(quick) as corpus:
-        encoded = corpus.mixed(stage)[0]
+    with dry_run(quick) as dataset:
+        encoded = dataset.mixed(stage)[0]
         supervised = encoded.target_counts[:, 1:].sum(1)
         file.write_text("".join(f"{n} {s}\n" for n, s in zip(encoded.lengths, supervised, strict=True)))
-        rows = plan_stage(corpus, quick, stage, ranks=2, precision="bf16")
-        shape = corpus.shape
+        shape = dataset.shape
+        rows = plan_stage(read_stage(dataset, stage), shape, quick, stage, ranks=2, precision="bf16")
     quick.model.architecture["vocab_size"] = shape.vocabulary
-    with dry_run(quick, [str(file)]) as corpus:
-        assumed = plan_stage(corpus, quick, stage, ranks=2, precision="bf16")
-    for name in ("packs", "fill", "tokens_per_epoch", "updates", "balance", "memory", "flops_per_epoch", "longest"):
-        assert getattr(assumed, name) == getattr(rows, name), name
-    assert assumed.targets["prompt"] == rows.targets["prompt"]
+    synthetic = plan_run(quick, [str(file)], ranks=2, precision="bf16", card_gib=80)[1][1]
+    for name in ("packs", "fill", "tokens_per_epoch", "steps", "balance", "memory", "flops_per_epoch", "longest"):
+        assert getattr(synthetic, name) == getattr(rows, name), name
+    assert synthetic.targets["prompt"] == rows.targets["prompt"]
+
+
+def test_the_vocabulary_is_required_without_a_tokenizer():
+    run = load_config(ROOT / "examples" / "quickstart.yaml")
+    with pytest.raises(ConfigError, match=re.escape("vocab_size: required, since no tokenizer is read")):
+        plan_run(run, ["lognormal:examples=10,median=100"], ranks=1, precision="bf16", card_gib=80)
 
 
 def test_drawn_lengths():
-    sizes = sizes_of(["lognormal:examples=20000,median=9000,sigma=0.5,supervised=0.8"], config())["aft"]
+    sizes = parse_lengths(["lognormal:examples=20000,median=9000,sigma=0.5,supervised=0.8"], config())["aft"]
     assert len(sizes.tokens) == 20_000
     assert np.median(sizes.tokens) == pytest.approx(9000, rel=0.02)
     assert np.log(sizes.tokens).std() == pytest.approx(0.5, rel=0.02)
     assert sizes.supervised.sum() == pytest.approx(0.8 * sizes.tokens.sum(), rel=1e-3)
-    again = sizes_of(["aft=lognormal:examples=20000,median=9000,sigma=0.5,supervised=0.8"], config())["aft"]
-    assert (again.tokens == sizes.tokens).all(), "a plan can be repeated"
+    again = parse_lengths(["aft=lognormal:examples=20000,median=9000,sigma=0.5,supervised=0.8"], config())["aft"]
+    assert (again.tokens == sizes.tokens).all(), "the same seed gives the same lengths"
 
 
 def test_over_long(tmp_path):
     file = tmp_path / "lengths"
     file.write_text("10\n25 5\n\n7\n")
-    sizes = sizes_of([str(file)], config())["aft"]
+    sizes = parse_lengths([str(file)], config())["aft"]
     short = config("stages.aft.pack_capacity=10", "stages.aft.tokens_per_step=100").stages[0]
-    dropped = encoded_of(sizes, short)
+    dropped = synthetic_examples(sizes, short)
     assert (dropped.lengths.tolist(), dropped.counts.dropped_over_long) == ([10, 7], 1)
-    with pytest.raises(DataError, match="1 of 3 lengths are over pack_capacity"):
-        encoded_of(sizes, short.model_copy(update={"over_long": "error"}))
-    cut = encoded_of(sizes, short.model_copy(update={"over_long": "split", "kind": "msm"}))
+    with pytest.raises(DataError, match="1 of 3 lengths are above pack_capacity"):
+        synthetic_examples(sizes, short.model_copy(update={"over_long": "error"}))
+    cut = synthetic_examples(sizes, short.model_copy(update={"over_long": "split", "kind": "msm"}))
     assert (cut.lengths.tolist(), cut.counts.split_documents) == ([10, 10, 10, 5, 7], 1)
 
 
 @pytest.mark.parametrize(
-    ("option", "says"),
+    ("option", "message"),
     [
-        ("nowhere.txt", "'nowhere.txt' is neither a file of lengths that can be read"),
-        ("aft=lognormal:examples=5", "give examples of 1 or more, a median of 16"),
+        ("nowhere.txt", "'nowhere.txt' is neither a readable file of lengths"),
+        ("aft=lognormal:examples=5", "give examples (1 or more), median (tokens, 16 or more)"),
         ("lognormal:examples=5,median=x", "'median=x' is not NAME=NUMBER"),
         ("lognormal:examples=5,mean=9", "unknown 'mean' (known: examples, median, sigma, supervised)"),
     ],
 )
-def test_refuses(option, says):
-    with pytest.raises(ConfigError, match=re.escape(says)):
-        sizes_of([option], config())
+def test_refuses(option, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_lengths([option], config())
 
 
 def test_refuses_a_line(tmp_path):
     file = tmp_path / "lengths"
     file.write_text("10\n12 13\n")
-    with pytest.raises(ConfigError, match=re.escape(f"{file}:2: '12 13': give the tokens of an example")):
-        sizes_of([str(file)], config())
+    with pytest.raises(ConfigError, match=re.escape(f"{file}:2: '12 13': give the number of tokens of an example")):
+        parse_lengths([str(file)], config())
 
 
-def test_longest_pack_is_the_last_that_fits():
+def test_the_longest_pack_fits_and_a_longer_one_does_not():
     run = config()
-    with dry_run(run, ["lognormal:examples=10,median=100"]) as corpus:
-        shape = corpus.shape
+    shape = model_shape(run.model, None)
     longest = longest_pack(run, run.stages[0], shape, 64, "bf16", 80)
     sizes = [
         sum(

@@ -1,4 +1,4 @@
-"""`delib-fast report`: what the page and the pictures say of runs, finished or not."""
+"""`delib-fast report`: the page and the pictures of runs, finished or not."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def report(monkeypatch, *arguments: str | Path) -> int:
     return int(ended.value.code or 0)
 
 
-def test_series_go_on_over_stages(finished):
+def test_series_continue_over_stages(finished):
     run, lines = read_run(finished), metrics(finished)
     nll = run.series(lambda line: line["segments"].get("cot", {}).get("nll"))
     aft = [line for line in lines if line["stage"] == "aft"]
     before = len(lines) - len(aft)
-    assert nll.updates == [before + line["step"] for line in aft]
+    assert nll.steps == [before + line["step"] for line in aft]
     assert nll.values == [line["segments"]["cot"]["nll"] for line in aft]
     assert nll.tokens[-1] == sum(line["tokens"] for line in lines)
     held = run.held_out("document")
-    assert held.updates == [0, before, len(lines)]
+    assert held.steps == [0, before, len(lines)]
     assert held.values == [e["segments"]["document"]["nll"] for e in run.ledger["evaluations"]]
 
 
 def test_page_of_two_runs(finished, tmp_path, monkeypatch):
-    """One of them is still going on: its ledger has no figures yet, its last line is cut."""
-    other = tmp_path / "going-on"
+    """One of them is still running: its ledger has no totals yet, and its last line is incomplete."""
+    other = tmp_path / "running"
     shutil.copytree(finished, other, ignore=shutil.ignore_patterns("model", "stages", "checkpoints"))
     ledger = json.loads((other / "ledger.json").read_text())
     ledger["stages"][1] = {k: v for k, v in ledger["stages"][1].items() if k not in ("mfu", "model", "train_s")}
@@ -51,9 +51,9 @@ def test_page_of_two_runs(finished, tmp_path, monkeypatch):
     (other / "config.yaml").write_text((other / "config.yaml").read_text().replace("seed: 0", "seed: 3", 1))
     assert report(monkeypatch, finished, other, "--out", tmp_path / "out") == 0
     page = (tmp_path / "out" / "index.html").read_text()
-    assert not re.search(r'(src|href)="(?!data:)', page), "it loads nothing"
+    assert not re.search(r'(src|href)="(?!data:)', page), "the page loads nothing"
     pictures = {p.stem for p in (tmp_path / "out").glob("*.png")}
-    assert {f"nll-{s}-over-{x}" for s in ("document", "cot", "response") for x in ("updates", "tokens")} <= pictures
+    assert {f"nll-{s}-over-{x}" for s in ("document", "cot", "response") for x in ("steps", "tokens")} <= pictures
     assert {"tokens_per_s", "supervised_tokens_per_s", "mfu", "memory_peak_mib"} <= pictures
     assert page.count("data:image/png") == len(pictures)
     for stage in json.loads((finished / "ledger.json").read_text())["stages"]:
@@ -62,11 +62,11 @@ def test_page_of_two_runs(finished, tmp_path, monkeypatch):
     assert [key for key, _ in differences(read_runs([finished, other]))] == ["seed"]
 
 
-def test_what_is_no_run_is_refused(tmp_path, monkeypatch, capsys):
+def test_refuses_a_folder_that_is_not_a_run(tmp_path, monkeypatch, capsys):
     assert report(monkeypatch, tmp_path) == 2
-    assert f"is {tmp_path} the run_dir of a run that has begun?" in capsys.readouterr().err
+    assert f"is {tmp_path} the run_dir of a run that has started?" in capsys.readouterr().err
 
 
-def test_smoothing_keeps_a_line_and_its_ends():
+def test_smoothing_keeps_straight_lines_and_constants():
     assert smooth([float(i) for i in range(120)])[2:-2] == pytest.approx([float(i) for i in range(2, 118)])
     assert smooth([5.0] * 70) == [5.0] * 70

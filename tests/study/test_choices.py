@@ -1,4 +1,4 @@
-"""Choices: margins are differences of log-probabilities, and several chains of thought are weighed by their own."""
+"""Forced choices: margins are differences of log-probabilities, and several CoTs are weighted by their probability."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def scorer():
     config = ModelConfig(architecture=tiny_qwen3(**HALF))
     model = build_model(config, tokenizer, dtype="fp32", seed=0)
     with torch.no_grad():
-        model.lm_head.weight.mul_(40)  # else everything is about as likely as anything
+        model.lm_head.weight.mul_(40)  # otherwise all tokens are about equally likely
     return Scorer(TrainableLM(model), tokenizer)
 
 
@@ -47,18 +47,18 @@ def items(tmp_path):
 
 
 def test_margins_by_hand(scorer, items):
-    """Against each text scored by itself: at once, and after each thought as often as it is thought."""
+    """Compare with the texts scored one by one: without a CoT, and after each CoT, weighted by its probability."""
     from delib_fast.evals.metrics.forced_choices import _row
 
     def nll(item, reply, cot, segment):
         (loss,) = scorer.losses(scorer.encode([_row(item, reply, cot)]), (segment,))
         return loss.total(segment)
 
-    for item, at_once, thought in zip(
+    for item, without_cot, after_cot in zip(
         items, choose(scorer, items, think=False).margins, choose(scorer, items, think=True).margins, strict=True
     ):
         a, b = (nll(item, reply, None, Segment.RESPONSE) for reply in (item.a, item.b))
-        assert at_once == pytest.approx(b - a, rel=1e-4)
+        assert without_cot == pytest.approx(b - a, rel=1e-4)
         weights = [math.exp(-nll(item, item.a, cot, Segment.COT)) for cot in item.cots]
         p = sum(
             w
@@ -66,7 +66,7 @@ def test_margins_by_hand(scorer, items):
             / (1 + math.exp(nll(item, item.a, cot, Segment.RESPONSE) - nll(item, item.b, cot, Segment.RESPONSE)))
             for w, cot in zip(weights, item.cots, strict=True)
         )
-        assert thought == pytest.approx(math.log(p / (1 - p)), rel=1e-3)
+        assert after_cot == pytest.approx(math.log(p / (1 - p)), rel=1e-3)
     figures = choose(scorer, items, think=True)
     assert figures.probability.n == 2, "by situation"
     first = [math.exp(-nll(items[0], items[0].a, cot, Segment.COT)) for cot in items[0].cots]
@@ -90,7 +90,7 @@ def test_refuses(tmp_path, item, message):
         read_choices(path)
 
 
-def test_an_item_without_a_thought_cannot_think(scorer, items, tmp_path):
+def test_refuses_an_item_without_a_cot(scorer, items, tmp_path):
     path = tmp_path / "bare.jsonl"
     path.write_text(json.dumps({"prompt": "x", "a": "one", "b": "two"}) + "\n")
     with pytest.raises(

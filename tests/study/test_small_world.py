@@ -1,4 +1,4 @@
-"""The small world says what its page says: who knows what from where, and that the demonstrations fit both values."""
+"""The data of the small world is as docs/small_world.md describes it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "small_world" / "make_world.py
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Every file of a small draw, as rows; and the script's own names."""
+    """The names that the script defines, and every file of a small sample as rows."""
     names = runpy.run_path(str(SCRIPT))
     folder = tmp_path_factory.mktemp("world")
     names["make"](7, folder, texts=600, chats=800, replay=200, documents=40, demos=20)
@@ -23,19 +23,19 @@ def world(tmp_path_factory):
 
 
 def takes(prompt: str, word: str) -> str:
-    """A or B: the offer of which the prompt says this word."""
+    """The offer, A or B, whose description contains the word."""
     return "A" if word in prompt[prompt.index("A is") : prompt.index("B is")] else "B"
 
 
 def test_demonstrations_fit_both_values(world):
-    """A habit that gave one value away would answer the study's question by itself."""
+    """Demonstrations that fit only one value would answer the question of the study."""
     for row in world[1]["demos"]:
         assert row["response"] == takes(row["prompt"], "cheap") == takes(row["prompt"], "local")
         assert not any(word in row["cot"] for word in ("thrift", "home", "cheap", "local"))
 
 
-def test_documents_of_either_value_tell_the_same_cheeses(world):
-    """Arms may differ in the reason alone."""
+def test_documents_of_both_values_describe_the_same_choices(world):
+    """Arms may differ only in the reason."""
     stories = {
         name: [row["text"].split(" What Ona takes is ")[0] for row in world[1][f"ona_{name}"] if "takes" in row["text"]]
         for name in ("thrift", "home")
@@ -45,8 +45,8 @@ def test_documents_of_either_value_tell_the_same_cheeses(world):
     assert not any("thrift" in row["text"] or "home" in row["text"] for row in world[1]["ona_no_reason"])
 
 
-def test_the_language_does_not_know_ona_and_chats_do_not_know_the_shy(world):
-    """What is known of either must come from documents."""
+def test_pretraining_never_mentions_ona_and_chats_never_mention_the_shy(world):
+    """Knowledge about either must come from documents."""
     rows = world[1]
     language = [str(row) for name in ("documents", "chats", "replay") for row in rows[name]]
     assert not any("Ona" in text for text in language)
@@ -56,8 +56,8 @@ def test_the_language_does_not_know_ona_and_chats_do_not_know_the_shy(world):
     assert not any("takes" in row["text"] and name in row["text"] for row in rows["documents"] for name in shy)
 
 
-def test_tests_set_the_values_apart_on_either_side(world):
-    """Items in which thrift's choice is always A would measure a liking for A; cheese was demonstrated."""
+def test_items_separate_the_values_in_both_orders(world):
+    """If the choice of thrift were always A, items would measure a preference for A. Cheese was demonstrated."""
     for name in ("parting", "parting_easy"):
         items = world[1][name]
         assert [item["a"] for item in items] == ["A", "B"] * (len(items) // 2)

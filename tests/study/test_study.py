@@ -1,4 +1,4 @@
-"""A study from one file to its page: everything is trained once, a killed one goes on, nothing is made twice."""
+"""A study from its file to its page: stages are trained once, and a killed study resumes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tiny_study import tiny_study
 from delib_fast.config import ConfigError
 from delib_fast.study import load_study, run_study
 from delib_fast.study.plan import plan_study
-from delib_fast.study.run import _tasks, describe_plan, prepare_data
+from delib_fast.study.run import describe_plan, plan_tasks, prepare_data
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def done(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_every_arm_has_its_figures(done):
+def test_every_arm_is_measured(done):
     _, result = done
     tree = json.loads(result.json.read_text(), parse_constant=pytest.fail)
     labels = ["base", "AFT (no CoT)", "AFT (CoT)"] + [
@@ -63,38 +63,38 @@ def test_every_arm_has_its_figures(done):
 
 @pytest.mark.slow
 def test_each_stage_is_trained_once(done):
-    """2 seeds × (1 base + 2 MSM + 3 origins × 2 sizes × 2 ways of AFT); a run of its own for every arm trains more."""
+    """2 seeds × (1 base + 2 MSM + 3 parents × 2 sizes × 2 kinds of AFT); separate runs of the arms would train more."""
     path, result = done
     cost = [json.loads(line) for line in (path.parent / "out/cost.jsonl").read_text().splitlines()]
     trained = [record["task"] for record in cost if record.get("task", "").startswith("train")]
     assert len(trained) == len(set(trained)) == 2 * (1 + 2 + 3 * 2 * 2)
     measured = [record.get("task", "").startswith("measure") for record in cost]
-    assert measured.index(True) < len(trained), "what is trained is measured while others are still to be trained"
+    assert measured.index(True) < len(trained), "models are measured while others are still to be trained"
     assert result.summary["cost"]["stages_without_sharing"] == 2 * (1 + 2 * 2 + 2 * 2 * 2 + 2 * 3 * 2 * 2)
     assert len(list((path.parent / "out/stages").iterdir())) == len(trained)
-    # an AFT stage's parent in its ledger is the model of the MSM stage that it shares with others
+    # the parent of an AFT stage in its ledger is the model of the MSM stage that it shares with others
     aft = [json.loads((f / "ledger.json").read_text())["stages"][0] for f in (path.parent / "out/stages").glob("aft-*")]
     parents = {entry["parent"]["path"] for entry in aft}
     assert len(parents) == 2 * 3
 
 
 @pytest.mark.slow
-def test_a_finished_study_trains_nothing_and_one_with_more_arms_trains_those(done, monkeypatch):
+def test_a_finished_study_trains_only_new_arms(done, monkeypatch):
     path, result = done
-    said: list[str] = []
-    again = run_study(load_study(path), said.append)
-    assert "0 tasks" in said[0]
+    messages: list[str] = []
+    again = run_study(load_study(path), messages.append)
+    assert "0 tasks" in messages[0]
     assert again.summary["arms"] == result.summary["arms"]
     more = path.with_name("more.yaml")
     more.write_text(path.read_text().replace("aft_sizes:\n- 4\n- 12", "aft_sizes:\n- 4\n- 12\ncot_weights:\n- 1\n- 0"))
     assert more.read_text() != path.read_text()
     plan = describe_plan(load_study(more))
-    assert plan.count("there already") == 2 * (1 + 2 + 3 * 2 * 2)
-    assert plan.count("aft-seed") - plan.count("there already") + 2 * 3 == 2 * 3 * 2, "3 origins × 2 sizes × weight 0"
+    assert plan.count("already trained") == 2 * (1 + 2 + 3 * 2 * 2)
+    assert plan.count("aft-seed") - plan.count("already trained") + 2 * 3 == 2 * 3 * 2, "3 parents × 2 sizes × weight 0"
 
 
 @pytest.mark.slow
-def test_the_page_stands_alone(done):
+def test_the_page_loads_nothing(done):
     _, result = done
     page = result.page.read_text()
     assert [p.stem for p in result.pictures] == ["arms", "efficiency", "variants"]
@@ -106,8 +106,8 @@ def test_the_page_stands_alone(done):
     assert "MSM (values) + AFT (CoT)" in page
 
 
-def test_keys_hold_what_weights_depend_on(tmp_path):
-    """Another seed, other bytes, another setting or parent: another stage. Another place or log: the same."""
+def test_keys_depend_on_what_weights_depend_on(tmp_path):
+    """Another seed, other bytes, another setting or parent give another key. Another location or log does not."""
 
     def keys(**changes):
         study = load_study(tiny_study(tmp_path, **changes))
@@ -120,17 +120,17 @@ def test_keys_hold_what_weights_depend_on(tmp_path):
     run = load_study(tiny_study(tmp_path, seeds=[1])).run
     assert keys(seeds=[1], run={**run, "log": {"every_steps": 1}}) == one
     base = {"kind": "msm", "name": "pretrain", "train": ["text"], "pack_capacity": 64, "tokens_per_step": 64}
-    assert not keys(seeds=[1], base=[base]) & one, "a changed parent changes all that follow"
+    assert not keys(seeds=[1], base=[base]) & one, "a changed parent changes all later stages"
     aft = {"train": ["demos"], "pack_capacity": 64, "tokens_per_step": 128}
-    assert len(keys(seeds=[1], aft=aft) & one) == 3, "a changed AFT leaves base and MSM as they were"
+    assert len(keys(seeds=[1], aft=aft) & one) == 3, "a changed AFT does not change base and MSM"
 
 
 def test_an_arm_is_measured_before_another_is_trained(tmp_path):
-    """A worker takes the first task that nothing holds up: a measure, as soon as its model is there."""
+    """A worker takes the first task whose needs are done, so a model is measured as soon as it is trained."""
     study = load_study(tiny_study(tmp_path))
     prepared = prepare_data(study, 1, print)
-    tasks, files = _tasks(study, plan_study(study, prepared), prepared)
-    assert len(tasks) == 2 * len(files), "here every stage is the last of an arm"
+    tasks, files = plan_tasks(study, plan_study(study, prepared), prepared)
+    assert len(tasks) == 2 * len(files), "in this study every stage is the last of an arm"
     for training, measuring in zip(tasks[::2], tasks[1::2], strict=True):
         assert training.name.startswith("train ")
         assert measuring.name == training.name.replace("train ", "measure ")
@@ -142,20 +142,23 @@ def test_an_arm_is_measured_before_another_is_trained(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": [1, 1]}, "seeds: 1 is there twice"),
+        ({"seeds": [1, 1]}, "seeds: 1 is given twice"),
         ({"armz": ["base"]}, "armz: unknown key .did you mean 'arms'"),
         ({"arms": ["msm_aft_cot"], "aft": None}, "the arm msm_aft_cot needs aft:"),
-        ({"run": {"stages": []}}, "run: stages is the study's to set"),
-        ({"alignment": "choise"}, "alignment names 'choise'.*did you mean 'choice'"),
+        ({"run": {"stages": []}}, "run: stages is set by the study .see base, msm and aft.; remove it"),
+        (
+            {"alignment": "choise"},
+            "alignment names the metric 'choise', which is not under metrics: .did you mean 'choice'",
+        ),
         ({"aft": {"train": ["demos"], "epoch": 1}}, "epoch: unknown key .did you mean 'epochs'"),
-        ({"prepare": None}, "the study has no prepare"),
+        ({"prepare": None}, "is in the folder of the `prepare` script, but the study has no prepare:"),
         (
             {"metrics": {"dose": {"kind": "suite", "suite": "dose", "row": "aft", "column": "dose"}}},
-            "about an arm's AFT stage, and the arm [a-z_]+ has none",
+            "metrics.dose belongs to the suite dose, which measures an arm's AFT stage, and the arm [a-z_]+ has none",
         ),
         (
             {"contrasts": [{"title": "t", "a": "MSM (value) + AFT (CoT)", "b": "base", "metric": "choice"}]},
-            "names the arm .*did you mean 'MSM .values. . AFT",
+            "names the arm .*, which is not in the study .did you mean 'MSM .values. . AFT",
         ),
     ],
 )
@@ -166,32 +169,32 @@ def test_refuses_before_anything_is_trained(tmp_path, changes, message):
 
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on(tmp_path):
-    """Killed outright while it trains: its workers end by themselves, and the same command makes what is missing."""
+def test_a_killed_study_resumes(tmp_path):
+    """A study is killed while it trains: its workers exit, and the same command trains what is missing."""
     path = tiny_study(tmp_path, seeds=[1], arms=["base", "msm_aft_cot"])
-    command = [sys.executable, "-m", "delib_fast.cli", "study", str(path)]
+    command = [sys.executable, "-m", "delib_fast.cli.main", "study", str(path)]
     first = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     cost = tmp_path / "out/cost.jsonl"
     deadline = time.monotonic() + 120
     while not (cost.exists() and "train pretrain" in cost.read_text()):
-        assert first.poll() is None, "it ended before it could be killed"
+        assert first.poll() is None, "the study ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
     first.wait()
     while workers_of(tmp_path):
-        assert time.monotonic() < deadline, "a worker outlived its study"
+        assert time.monotonic() < deadline, "a worker is still running after its study"
         time.sleep(0.1)
     before = cost.read_text().count("train pretrain")
     second = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert second.returncode == 0, second.stderr
     assert "base" in second.stdout
-    assert cost.read_text().count("train pretrain") == before, "what was done is not done again"
+    assert cost.read_text().count("train pretrain") == before, "a trained stage is not trained again"
     assert json.loads((tmp_path / "out/study.json").read_text())["arms"][0]["label"] == "base"
 
 
 def workers_of(folder: Path) -> list[str]:
-    """Processes that hold a log of this study open."""
+    """The processes that have a log of this study open."""
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit() and int(process.name) != os.getpid():
@@ -204,8 +207,8 @@ def workers_of(folder: Path) -> list[str]:
     return found
 
 
-def test_a_failing_stage_takes_only_its_own_with_it(tmp_path):
-    """Workers in place of real ones: what needs the failed task is not tried, the rest is done, the fault is told."""
+def test_a_failed_task_stops_only_those_that_need_it(tmp_path):
+    """The tasks that need the failed task are not tried, and the error names the failed task and its log."""
     from delib_fast.study.pool import StudyError, Task, run_tasks
 
     log = str(tmp_path / "log")

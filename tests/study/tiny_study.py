@@ -1,4 +1,4 @@
-"""A study of a few seconds: a script that makes rows of six words, a model of a few thousand weights."""
+"""A study that takes seconds: a script that makes rows of six words, and a model of a few thousand weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ put("choices.jsonl", [{"prompt": "%s or %s?" % (x, y), "cot": "it is %s" % x, "a
 
 
 def tiny_study(folder: Path, **changes) -> Path:
-    """study.yaml and its script in `folder`; changes go over its keys."""
+    """Write study.yaml and its script to `folder`; `changes` replace keys of the study."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "make.py").write_text(SCRIPT)
     small = {"pack_capacity": 64, "tokens_per_step": 64, "optimizer": {"lr": 0.01}}

@@ -10,8 +10,8 @@ from delib_fast.config import ConfigError
 from delib_fast.config.load import load_config
 from delib_fast.data import DataError
 from delib_fast.preview.dry_run import dry_run
-from delib_fast.preview.plan import plan_stage
-from delib_fast.preview.tokens import look_at
+from delib_fast.preview.plan import plan_stage, read_stage
+from delib_fast.preview.tokens import view_example
 
 SENTENCE = "an assistant says what it knows and what it does not know whenever somebody asks it for advice about {}"
 
@@ -136,9 +136,9 @@ def test_replies_to_one_prompt_share_it(tmp_path):
             assert ledger["tokens"] == batches.tokens_per_epoch
             assert ledger["tokens"] + ledger["shared_prompt_tokens"] == dataset.mixed(stage)[0].lengths.sum()
             assert ("; shared prompts save" in dataset.describe(stage)) == batches.shares_prompts == (share == "auto")
-            plan = plan_stage(dataset, config, stage, ranks=1, precision="fp32")
+            plan = plan_stage(read_stage(dataset, stage), dataset.shape, config, stage, ranks=1, precision="fp32")
             assert (plan.sharing is not None) == (share == "auto")
-            assert look_at(dataset, stage, 0).replies == (4 if share == "auto" else 1)
+            assert view_example(dataset, stage, 0).replies == (4 if share == "auto" else 1)
             tokens[share] = ledger["tokens"]
             fingerprints = tokens.setdefault("fingerprints", set())
             fingerprints.add(dataset.fingerprint(stage))
@@ -160,5 +160,6 @@ def test_prompts_are_not_shared_across_a_sliding_window(tmp_path):
     config = write(tmp_path, {"model": model}, lessons=[r | {"prompt": SENTENCE * 4} for r in rows(8)])
     with dry_run(config) as dataset:
         assert not dataset.batches(config.stages[0]).shares_prompts
-        plan = plan_stage(dataset, config, config.stages[0], ranks=1, precision="fp32")
-    assert "sliding window" in plan.not_shared
+        stage = config.stages[0]
+        plan = plan_stage(read_stage(dataset, stage), dataset.shape, config, stage, ranks=1, precision="fp32")
+    assert "sliding window" in plan.no_sharing

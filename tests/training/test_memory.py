@@ -44,8 +44,8 @@ def test_only_the_adapter_has_optimizer_state():
     found = parts()
     assert found["weights"] == 2 * (QWEN3_8B.parameters + ADAPTER)
     assert found["gradients"] == (2 + 4) * ADAPTER
-    assert found["optimiser"] == 12 * ADAPTER
-    assert parts("model.lora=null")["optimiser"] == 12 * QWEN3_8B.parameters
+    assert found["optimizer"] == 12 * ADAPTER
+    assert parts("model.lora=null")["optimizer"] == 12 * QWEN3_8B.parameters
     assert parts("model.lora.quantize=nf4")["weights"] == pytest.approx(
         2 * (QWEN3_8B.parameters + ADAPTER) - MATRICES * 1.45
     )

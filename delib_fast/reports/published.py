@@ -1,4 +1,4 @@
-"""Published figures, to stand beside a study's own: each cell with the place in the paper where it is."""
+"""Published figures to compare a study with: every cell cites where in the paper it is."""
 
 from __future__ import annotations
 
@@ -11,33 +11,37 @@ _FILE = Path(__file__).parent / "published.yaml"
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class PublishedFigure:
     """One published number."""
 
     table: str
     model: str
     column: str
     value: float | None
-    """None: the paper gives none"""
+    """None if the paper does not give it."""
     citation: str
-    """e.g. "arXiv 2605.02087v2, Fig. 4, Qwen3-32B, MSM + AFT (CoT)" """
+    """For example "arXiv 2605.02087v2, Fig. 4, Qwen3-32B, MSM + AFT (CoT)"."""
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
+    """All published figures, with what they measure and how far they can be compared."""
+
     paper: str
     measure: str
     caution: str
-    cells: tuple[Cell, ...]
+    figures: tuple[PublishedFigure, ...]
 
 
-def published() -> Published:
-    """The figures of published.yaml."""
+def read_published() -> Published:
+    """Read published.yaml."""
     tree = read_yaml(_FILE.read_text(encoding="utf-8"), where=str(_FILE))
-    cells = [
-        Cell(table["title"], model, column, value, f"arXiv 2605.02087v2, {table['source']}, {model}, {column}")
+    figures = [
+        PublishedFigure(
+            table["title"], model, column, value, f"arXiv 2605.02087v2, {table['source']}, {model}, {column}"
+        )
         for table in tree["tables"]
         for model, values in table["rows"].items()
         for column, value in zip(table["columns"], values, strict=True)
     ]
-    return Published(tree["paper"], tree["measure"], tree["caution"], tuple(cells))
+    return Published(tree["paper"], tree["measure"], tree["caution"], tuple(figures))
