@@ -225,7 +225,7 @@ def test_report_of_star1(tmp_path: Path) -> None:
     assert part["count"] == part["with_cot"] == 1000
     assert part["citations"]["speaks_of_policy"] > 0.97
     assert part["citations"]["accuracy"] > 0.9
-    assert 0.6 < part["refusals"]["share"] < 0.8
+    assert 0.55 < part["refusals"]["share"] < 0.65  # full refusals, as classify_reply finds them
     assert part["by_category"]["Self-Harm"] == 85
     if chromium := shutil.which("chromium"):
         shot = tmp_path / "page.png"
