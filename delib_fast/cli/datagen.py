@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 import typer
 
 from delib_fast.config import ConfigError
+from delib_fast.config.load import load
 from delib_fast.datagen.backends import EndpointError
 from delib_fast.datagen.client import BudgetSpent, Interrupted, NoAnswer
 from delib_fast.datagen.documents import generate_documents
@@ -22,7 +23,7 @@ from delib_fast.datagen.progress import money
 from delib_fast.datagen.request_log import RequestLogError
 from delib_fast.datagen.rows import generate_rows
 from delib_fast.datagen.session import Session
-from delib_fast.datagen.settings import DeliberateSettings, DocumentSettings, RunSettings, load_settings
+from delib_fast.datagen.settings import SETTINGS_FILE, DeliberateSettings, DocumentSettings, RunSettings
 from delib_fast.datagen.spec import Spec
 from delib_fast.datagen.spec_leak import SpecLeakError
 
@@ -79,7 +80,7 @@ class RunOptions:
             "model_name": self.model_name,
             "provider_name": self.provider_name,
         }
-        return load_settings(kind, self.config, {**options, **overrides}, self.sets)
+        return load(kind, self.config, SETTINGS_FILE, self.sets, {**options, **overrides})
 
 
 def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:

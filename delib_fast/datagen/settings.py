@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from delib_fast.config import ConfigError, Section
-from delib_fast.config.load import read_yaml
+from delib_fast.config import Section
+from delib_fast.config.load import FileKind
 
 Axis = Literal["compliance", "helpfulness", "reasoning"]
 AXES: tuple[Axis, ...] = ("compliance", "helpfulness", "reasoning")
@@ -204,63 +194,4 @@ class DocumentSettings(RunSettings):
     """Jaccard similarity of word 3-shingles at which two documents are near-duplicates; the first is kept."""
 
 
-S = TypeVar("S", bound=RunSettings)
-
-
-def load_settings(
-    kind: type[S], path: str | os.PathLike[str] | None, overrides: Mapping[str, Any], sets: Sequence[str] = ()
-) -> S:
-    """Load settings from a YAML file, if given, and apply overrides.
-
-    Args:
-        overrides: dotted key → value; None leaves the key as it is.
-        sets: `key.sub=value` strings, applied last.
-    Raises:
-        ConfigError: the file cannot be read, or a value is wrong; the message lists every error with its key.
-    """
-    where = str(path) if path is not None else "the command line"
-    tree: Any = {}
-    if path is not None:
-        try:
-            tree = read_yaml(Path(path).read_text(encoding="utf-8"), where=where) or {}
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path}: settings must be a mapping of keys, not {type(tree).__name__}")
-        if isinstance(tree.get("prompts"), str):
-            tree["prompts"] = os.path.normpath(Path(path).parent / tree["prompts"])
-    for key, value in overrides.items():
-        if value is not None:
-            _put(tree, key, value)
-    for item in sets:
-        key, equals, raw = item.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {item}: write it as key.sub=value, e.g. --set generator.temperature=0.7")
-        _put(tree, key.strip(), read_yaml(raw, where=f"--set {key}"))
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {line}" for line in _describe(error))) from None
-
-
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    for part in path:
-        if not isinstance(tree.get(part), dict):
-            tree[part] = {}
-        tree = tree[part]
-    tree[last] = value
-
-
-def _describe(error: ValidationError) -> list[str]:
-    """One line per invalid value."""
-    lines = []
-    for fault in error.errors():
-        location = ".".join(map(str, fault["loc"])) or "the settings"
-        if fault["type"] == "extra_forbidden":
-            lines.append(f"{location}: unknown key")
-        elif fault["type"] == "value_error":
-            lines.append(f"{location}: {str(fault['msg']).removeprefix('Value error, ')}")
-        else:
-            lines.append(f"{location}: {fault['msg'][0].lower()}{fault['msg'][1:]}")
-    return lines
+SETTINGS_FILE = FileKind("a settings file", paths=("prompts",))

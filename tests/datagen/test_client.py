@@ -13,11 +13,12 @@ from generation_runs import run_deliberate, settings_for
 from scripted_model import ScriptedModel, status
 
 from delib_fast.config import ConfigError
+from delib_fast.config.load import load
 from delib_fast.datagen.backends import EndpointError, Secrets
 from delib_fast.datagen.client import BudgetSpent, Client, NoAnswer, for_each
 from delib_fast.datagen.progress import Meter
 from delib_fast.datagen.request_log import Answer, RequestLog
-from delib_fast.datagen.settings import DeliberateSettings, EndpointSettings, load_settings
+from delib_fast.datagen.settings import SETTINGS_FILE, DeliberateSettings, EndpointSettings
 from delib_fast.datagen.spec import Spec
 
 
@@ -167,4 +168,4 @@ def test_key_is_read_only_from_the_environment(
         Client(log, Meter(), Secrets()).endpoint(remote)
     for bad in ({"api_key": "sk-1"}, {"base_url": "https://me:sk-1@models.example/v1"}, {"extra": {"messages": []}}):
         with pytest.raises(ConfigError):
-            load_settings(DeliberateSettings, None, {}, [f"generator={bad}".replace("'", '"')])
+            load(DeliberateSettings, None, SETTINGS_FILE, [f"generator={bad}".replace("'", '"')])

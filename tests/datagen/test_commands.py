@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from delib_fast.cli.datagen import register
 from delib_fast.config import ConfigError
-from delib_fast.datagen.settings import DeliberateSettings, DocumentSettings, load_settings
+from delib_fast.config.load import load
+from delib_fast.datagen.settings import SETTINGS_FILE, DeliberateSettings, DocumentSettings
 from delib_fast.datagen.spec import Spec
 from delib_fast.datagen.user_prompts import read_prompts
 
@@ -81,10 +82,10 @@ def test_mistakes_are_reported(command: str, fault: str, invoke) -> None:
 
 def test_example_settings_are_valid() -> None:
     examples = Path(__file__).parents[2] / "examples" / "datagen"
-    settings = load_settings(DeliberateSettings, examples / "settings.yaml", {})
+    settings = load(DeliberateSettings, examples / "settings.yaml", SETTINGS_FILE)
     assert settings.thresholds() == {"compliance": 8, "helpfulness": 7, "reasoning": 7}
-    load_settings(DeliberateSettings, examples / "local.yaml", {})
-    load_settings(DocumentSettings, examples / "local_documents.yaml", {})
+    load(DeliberateSettings, examples / "local.yaml", SETTINGS_FILE)
+    load(DocumentSettings, examples / "local_documents.yaml", SETTINGS_FILE)
     short = Spec.read(examples / "short_spec.md", model_name="Quill", provider_name="Fern")
     assert len(read_prompts(examples / "prompts.jsonl", short)) == 20
 
