@@ -132,7 +132,7 @@ def deliberate(
     also_no_cot: Annotated[bool | None, typer.Option("--also-no-cot", help="also write rows_no_cot.jsonl")] = None,
     prompts_from_spec: Annotated[int | None, typer.Option(metavar="N", help="generate N prompts from the spec")] = None,
 ) -> None:
-    """Generate rows of prompt, chain of thought and response from a spec and prompts; the rows do not contain it."""
+    """Generate rows of prompt, chain of thought and response from a spec and prompts; the spec is not in the rows."""
     settings = options.settings(
         DeliberateSettings,
         {
