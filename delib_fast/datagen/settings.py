@@ -129,7 +129,7 @@ class DeliberateSettings(RunSettings):
     best_of: PositiveInt | None = None
     """Keep at most this many rows per prompt, those with the highest scores. The default keeps all that pass."""
     judge_votes: PositiveInt = 3
-    """k, the number of ratings per row. The score of a row is the minimum over the k ratings."""
+    """Number k of ratings per row. The score of a row is the minimum over the k ratings."""
     stop_early: bool = True
     """Stop rating a row after a rating below the threshold, because the minimum can only decrease."""
     threshold: float | dict[Axis, float] = 7.0
@@ -143,7 +143,7 @@ class DeliberateSettings(RunSettings):
     least_response_words: PositiveInt = 1
     """Minimum number of words in a response."""
     guard_words: int = Field(8, ge=4)
-    """n of the word n-grams that a prompt must not have in common with the spec."""
+    """Length, in words, of the n-grams that a prompt must not have in common with the spec."""
     also_no_cot: bool = False
     """Also write the rows without their CoT, to rows_no_cot.jsonl."""
     prompts_from_spec: PositiveInt | None = None
