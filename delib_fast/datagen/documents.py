@@ -289,7 +289,7 @@ class _DocumentGenerator:
     # --- writing --------------------------------------------------------------------------------------------
 
     def _write_stages(self) -> None:
-        session, plans = self.session, self.plans.items()
+        session, plans = self.session, [(s, self.plans[s]) for s in self.subdomains if s in self.plans]
         session.write_rows(
             "assertions.jsonl",
             ({**s.fields(), "assertions": p.assertions, "request_ids": p.request_ids} for s, p in plans),
