@@ -7,15 +7,14 @@ from typing import TypeVar
 
 from delib_fast.config import ConfigError
 from delib_fast.data import Message, Row, read_source
+from delib_fast.datagen.refusals import Verdict, classify_reply
 from delib_fast.evals.metrics.choices import choices_from_gsm8k
 from delib_fast.evals.metrics.hints import hint_figures, hint_outcomes
 from delib_fast.evals.metrics.legibility import legibility, vocabulary
 from delib_fast.evals.metrics.necessity import cot_necessity
 from delib_fast.evals.metrics.policy import PolicyClassifier, policy_retrieval
 from delib_fast.evals.metrics.refusal import (
-    Verdict,
     classifier_figures,
-    classify_reply,
     judge_refusals,
     read_labelled,
     read_prompts,

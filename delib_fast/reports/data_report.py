@@ -13,9 +13,9 @@ from delib_fast.config import ConfigError, SourceConfig
 from delib_fast.data import DataError, Row, read_source
 from delib_fast.data.read.jsonl import HashingFile, read_items
 from delib_fast.datagen.citations import labels_of_names, labels_of_spec
+from delib_fast.datagen.refusals import classify_reply
 from delib_fast.datagen.request_log import read_answers
 from delib_fast.datagen.spec import Spec
-from delib_fast.evals.metrics.refusal import classify_reply
 from delib_fast.reports.data_page import page
 from delib_fast.reports.text_statistics import (
     by_quantile,

@@ -8,11 +8,11 @@ import pytest
 from eval_models import ROOT, shared
 
 from delib_fast.datagen.judge import JudgeError, request_verdicts
+from delib_fast.datagen.refusals import classify_reply
 from delib_fast.evals.intervals import wilson
 from delib_fast.evals.metrics.refusal import (
     RefusalPrompt,
     classifier_figures,
-    classify_reply,
     judge_refusals,
     read_labelled,
     read_prompts,
