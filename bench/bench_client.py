@@ -27,7 +27,7 @@ openai = pytest.importorskip("openai", reason="generation needs the openai packa
 from delib_fast.datagen.backends import Secrets  # noqa: E402
 from delib_fast.datagen.client import Client, for_each  # noqa: E402
 from delib_fast.datagen.progress import Meter  # noqa: E402
-from delib_fast.datagen.request_log import RequestLedger  # noqa: E402
+from delib_fast.datagen.request_log import RequestLog  # noqa: E402
 from delib_fast.datagen.settings import EndpointSettings  # noqa: E402
 
 _REQUESTS = 200 if os.environ.get("DELIB_FAST_BENCH") == "quick" else 1000
@@ -51,13 +51,15 @@ def served(request: pytest.FixtureRequest) -> Iterator[tuple[str, float]]:
 async def with_request_log(url: str, concurrency: int, folder: Path) -> int:
     settings = EndpointSettings.model_validate({"model": "loopback", "base_url": url, "concurrency": concurrency})
     folder.mkdir(parents=True)
-    ledger = RequestLedger(folder / "requests.jsonl")
-    client = Client(ledger, Meter(ledger), Secrets())
+    log = RequestLog(folder / "requests.jsonl")
+    client = Client(log, Meter(log), Secrets())
     endpoint = client.endpoint(settings)
     async with client.running():
-        await for_each(range(_REQUESTS), lambda i: endpoint.ask(chat(i), purpose="p"), client, at_once=2 * concurrency)
-    ledger.close()
-    return len(RequestLedger(folder / "requests.jsonl"))
+        await for_each(
+            range(_REQUESTS), lambda i: endpoint.ask(chat(i), purpose="p"), client, concurrency=2 * concurrency
+        )
+    log.close()
+    return len(RequestLog(folder / "requests.jsonl"))
 
 
 async def plain_openai(url: str, concurrency: int, _: Path) -> int:

@@ -1,105 +1,141 @@
-"""`delib-fast deliberate`, `document` and `data-report`: made here, wired in by delib_fast/cli.py."""
+"""The commands `delib-fast deliberate`, `document` and `data-report`; delib_fast/cli/main.py loads them."""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import typer
 
 from delib_fast.config import ConfigError
+from delib_fast.config.load import load
 from delib_fast.datagen.backends import EndpointError
 from delib_fast.datagen.client import BudgetSpent, Interrupted, NoAnswer
-from delib_fast.datagen.documents import make_documents
+from delib_fast.datagen.documents import generate_documents
 from delib_fast.datagen.progress import money
-from delib_fast.datagen.request_log import LedgerError
-from delib_fast.datagen.rows import deliberate as make_rows
+from delib_fast.datagen.request_log import RequestLogError
+from delib_fast.datagen.rows import generate_rows
 from delib_fast.datagen.session import Session
-from delib_fast.datagen.settings import DeliberateSettings, DocumentSettings, RunSettings, load_settings
+from delib_fast.datagen.settings import SETTINGS_FILE, DeliberateSettings, DocumentSettings, RunSettings
 from delib_fast.datagen.spec import Spec
 from delib_fast.datagen.spec_leak import SpecLeakError
 
-_SPEC = Annotated[Path, typer.Argument(metavar="SPEC", help="the spec, Markdown or text")]
-_OUT = Annotated[
-    Path,
-    typer.Option("-o", "--out", metavar="OUT", help="folder of the run; the same command goes on with what is there"),
-]
-_CONFIG = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="settings as YAML")]
-_SET = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="any setting, e.g. generator.top_p=0.9")]
-_MODEL = Annotated[str | None, typer.Option(help="the generator's name at its endpoint, or its folder")]
-_URL = Annotated[
-    str | None,
-    typer.Option(
-        "--base-url",
-        help="OpenAI-compatible address, e.g. http://127.0.0.1:8000/v1; the key comes from $OPENAI_API_KEY",
-    ),
-]
-_BACKEND = Annotated[str | None, typer.Option(help="openai (an endpoint) or transformers (in this process)")]
-_JUDGE = Annotated[str | None, typer.Option("--judge-model", help="the judge's name; by default the generator judges")]
-_JUDGE_URL = Annotated[str | None, typer.Option("--judge-base-url", help="the judge's address")]
-_CONCURRENCY = Annotated[int | None, typer.Option(help="requests in flight at a time")]
-_PROMPTS = Annotated[
-    Path | None,
-    typer.Option("--prompts", metavar="DIR", help="prompt files in the place of the built-in ones of that name"),
-]
-_NAME = Annotated[str | None, typer.Option("--model-name", help="fills {model_name} of the spec")]
-_PROVIDER = Annotated[str | None, typer.Option("--provider-name", help="fills {provider_name} of the spec")]
+S = TypeVar("S", bound=RunSettings)
 
 
 def register(app: typer.Typer) -> None:
     """Add the three commands to an app."""
-    app.command("deliberate")(deliberate)
-    app.command("document")(document)
+    app.command("deliberate")(_with_run_options(deliberate))
+    app.command("document")(_with_run_options(document))
     app.command("data-report")(data_report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The options that `deliberate` and `document` have in common."""
+
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", metavar="OUT", help="folder of the run; the same command again resumes the run"),
+    ]
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="settings as YAML")] = None
+    model: Annotated[str | None, typer.Option(help="the generator's name at its endpoint, or its folder")] = None
+    base_url: Annotated[
+        str | None,
+        typer.Option(
+            help="OpenAI-compatible address, e.g. http://127.0.0.1:8000/v1; the key is read from $OPENAI_API_KEY"
+        ),
+    ] = None
+    backend: Annotated[str | None, typer.Option(help="openai (an endpoint) or transformers (in this process)")] = None
+    judge_model: Annotated[str | None, typer.Option(help="the judge's name; by default the generator judges")] = None
+    judge_base_url: Annotated[str | None, typer.Option(help="the judge's address")] = None
+    concurrency: Annotated[int | None, typer.Option(help="maximum number of requests in flight")] = None
+    prompt_files: Annotated[
+        Path | None,
+        typer.Option("--prompts", metavar="DIR", help="prompt files that replace the built-in ones of the same name"),
+    ] = None
+    model_name: Annotated[str | None, typer.Option(help="replaces {model_name} in the spec")] = None
+    provider_name: Annotated[str | None, typer.Option(help="replaces {provider_name} in the spec")] = None
+    sets: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="any setting, e.g. generator.top_p=0.9 (repeatable)")
+    ] = field(default_factory=list)
+
+    def settings(self, kind: type[S], overrides: Mapping[str, Any]) -> S:
+        """The settings: the file of `--config`, then the options, `overrides`, and `--set`."""
+        options = {
+            "generator.model": self.model,
+            "generator.base_url": self.base_url,
+            "generator.backend": self.backend,
+            "generator.concurrency": self.concurrency,
+            "judge.model": self.judge_model,
+            "judge.base_url": self.judge_base_url,
+            "prompts": None if self.prompt_files is None else str(self.prompt_files),
+            "model_name": self.model_name,
+            "provider_name": self.provider_name,
+        }
+        return load(kind, self.config, SETTINGS_FILE, self.sets, {**options, **overrides})
+
+
+def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of RunOptions; it receives them as its argument `options`."""
+
+    def run(**values: Any) -> None:
+        options = RunOptions(**{option.name: values.pop(option.name) for option in fields(RunOptions)})
+        command(options=options, **values)
+
+    hints, own_hints = get_type_hints(RunOptions, include_extras=True), get_type_hints(command, include_extras=True)
+    own = [
+        parameter.replace(annotation=own_hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in inspect.signature(command).parameters.values()
+        if parameter.name != "options"
+    ]
+    shared = [
+        inspect.Parameter(
+            option.name, inspect.Parameter.KEYWORD_ONLY, default=_default_of(option), annotation=hints[option.name]
+        )
+        for option in fields(RunOptions)
+    ]
+    run.__doc__ = command.__doc__
+    run.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *shared]}
+    return run
+
+
+def _default_of(option: Any) -> Any:
+    if option.default_factory is not MISSING:
+        return option.default_factory()
+    return inspect.Parameter.empty if option.default is MISSING else option.default
+
+
+_SPEC = Annotated[Path, typer.Argument(metavar="SPEC", help="the spec, Markdown or text")]
 
 
 def deliberate(
     spec: _SPEC,
     prompts: Annotated[Path | None, typer.Argument(metavar="[PROMPTS]", help="prompts: .jsonl, .json or .txt")] = None,
     *,
-    out: _OUT,
-    config: _CONFIG = None,
-    model: _MODEL = None,
-    base_url: _URL = None,
-    backend: _BACKEND = None,
-    judge_model: _JUDGE = None,
-    judge_base_url: _JUDGE_URL = None,
-    concurrency: _CONCURRENCY = None,
+    options: RunOptions,
     style: Annotated[str | None, typer.Option(help="cite or internal")] = None,
-    samples: Annotated[int | None, typer.Option("-n", "--samples", help="answers a prompt")] = None,
+    samples: Annotated[int | None, typer.Option("-n", "--samples", help="answers per prompt")] = None,
     judge_votes: Annotated[
-        int | None, typer.Option("-k", "--judge-votes", help="ratings a row; the minimum counts")
+        int | None, typer.Option("-k", "--judge-votes", help="ratings per row; the minimum counts")
     ] = None,
-    threshold: Annotated[float | None, typer.Option(help="least score, 1 to 10")] = None,
-    best_of: Annotated[int | None, typer.Option(help="keep at most this many rows a prompt")] = None,
-    also_no_cot: Annotated[bool | None, typer.Option("--also-no-cot", help="write rows_no_cot.jsonl too")] = None,
-    prompts_from_spec: Annotated[int | None, typer.Option(metavar="N", help="make N prompts from the spec")] = None,
-    prompt_files: _PROMPTS = None,
-    model_name: _NAME = None,
-    provider_name: _PROVIDER = None,
-    sets: _SET = [],  # noqa: B006 (typer reads the default)
+    threshold: Annotated[float | None, typer.Option(help="minimum score, 1 to 10")] = None,
+    best_of: Annotated[int | None, typer.Option(help="keep at most this many rows per prompt")] = None,
+    also_no_cot: Annotated[bool | None, typer.Option("--also-no-cot", help="also write rows_no_cot.jsonl")] = None,
+    prompts_from_spec: Annotated[int | None, typer.Option(metavar="N", help="generate N prompts from the spec")] = None,
 ) -> None:
-    """Make rows of prompt, chain of thought and response from a spec and prompts; the spec is not in them."""
-    settings = load_settings(
+    """Generate rows of prompt, chain of thought and response from a spec and prompts; the spec is not in the rows."""
+    settings = options.settings(
         DeliberateSettings,
-        config,
         {
-            **_shared(
-                model,
-                base_url,
-                backend,
-                judge_model,
-                judge_base_url,
-                concurrency,
-                prompt_files,
-                model_name,
-                provider_name,
-            ),
             "style": style,
             "samples": samples,
             "judge_votes": judge_votes,
@@ -108,70 +144,40 @@ def deliberate(
             "also_no_cot": also_no_cot,
             "prompts_from_spec": prompts_from_spec,
         },
-        sets,
     )
     if prompts is None and settings.prompts_from_spec is None:
-        raise ConfigError("give a file of prompts, or --prompts-from-spec N to make them from the spec")
-    summary = _run(spec, out, settings, lambda shop: make_rows(shop, settings, prompts))
-    _tell(out, summary, f"{summary['rows']} rows of {summary['prompts']} prompts", "rows.jsonl")
+        raise ConfigError("give a file of prompts, or --prompts-from-spec N to generate them from the spec")
+    summary = _run(spec, options.out, settings, lambda session: generate_rows(session, settings, prompts))
+    _print_summary(options.out, summary, f"{summary['rows']} rows of {summary['prompts']} prompts", "rows.jsonl")
 
 
 def document(
     spec: _SPEC,
     *,
-    out: _OUT,
-    tokens: Annotated[str | None, typer.Option(metavar="N", help="budget, e.g. 500k or 1M")] = None,
-    config: _CONFIG = None,
-    model: _MODEL = None,
-    base_url: _URL = None,
-    backend: _BACKEND = None,
-    judge_model: _JUDGE = None,
-    judge_base_url: _JUDGE_URL = None,
-    concurrency: _CONCURRENCY = None,
+    options: RunOptions,
+    tokens: Annotated[str | None, typer.Option(metavar="N", help="token budget, e.g. 500k or 1M")] = None,
     emphasis: Annotated[str | None, typer.Option(help="rules, values or rules_and_values")] = None,
     critique: Annotated[bool | None, typer.Option("--critique", help="critique and rewrite each document")] = None,
-    prompt_files: _PROMPTS = None,
-    model_name: _NAME = None,
-    provider_name: _PROVIDER = None,
-    sets: _SET = [],  # noqa: B006
 ) -> None:
-    """Make midtraining documents about a spec, to a budget of tokens."""
-    settings = load_settings(
+    """Generate midtraining documents about a spec, up to a token budget."""
+    settings = options.settings(
         DocumentSettings,
-        config,
-        {
-            **_shared(
-                model,
-                base_url,
-                backend,
-                judge_model,
-                judge_base_url,
-                concurrency,
-                prompt_files,
-                model_name,
-                provider_name,
-            ),
-            "tokens": None if tokens is None else _tokens(tokens),
-            "emphasis": emphasis,
-            "critique": critique,
-        },
-        sets,
+        {"tokens": None if tokens is None else _tokens(tokens), "emphasis": emphasis, "critique": critique},
     )
-    summary = _run(spec, out, settings, lambda shop: make_documents(shop, settings))
-    _tell(out, summary, f"{summary['documents']} documents, {summary['tokens']:,} tokens", "documents.jsonl")
+    summary = _run(spec, options.out, settings, lambda session: generate_documents(session, settings))
+    result = f"{summary['documents']} documents, {summary['tokens']:,} tokens"
+    _print_summary(options.out, summary, result, "documents.jsonl")
 
 
 def data_report(
     data: Annotated[Path, typer.Argument(metavar="OUT", help="a folder of deliberate or document, or a file of rows")],
-    spec: Annotated[Path | None, typer.Option(help="the spec, to see which sections are cited")] = None,
+    spec: Annotated[Path | None, typer.Option(help="the spec, to recognize the sections that are cited")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "-o", "--out", metavar="DIR", help="where report.html and report.json go; by default beside the data"
-        ),
+        typer.Option("-o", "--out", metavar="DIR", help="folder of report.html and report.json; default: the data's"),
     ] = None,
 ) -> None:
-    """Report on the quality of made data, as HTML and JSON."""
+    """Report on the quality of generated data, as HTML and JSON."""
     from delib_fast.reports.data_report import write_report
 
     for path in write_report(data, spec=spec, out=out):
@@ -179,30 +185,6 @@ def data_report(
 
 
 # --- shared ---------------------------------------------------------------------------------------------------
-
-
-def _shared(
-    model: str | None,
-    base_url: str | None,
-    backend: str | None,
-    judge_model: str | None,
-    judge_base_url: str | None,
-    concurrency: int | None,
-    prompt_files: Path | None,
-    model_name: str | None,
-    provider_name: str | None,
-) -> dict[str, Any]:
-    return {
-        "generator.model": model,
-        "generator.base_url": base_url,
-        "generator.backend": backend,
-        "generator.concurrency": concurrency,
-        "judge.model": judge_model,
-        "judge.base_url": judge_base_url,
-        "prompts": None if prompt_files is None else str(prompt_files),
-        "model_name": model_name,
-        "provider_name": provider_name,
-    }
 
 
 def _tokens(text: str) -> int:
@@ -215,8 +197,11 @@ def _tokens(text: str) -> int:
 def _run(
     spec_file: Path, out: Path, settings: RunSettings, work: Callable[[Session], Awaitable[dict[str, Any]]]
 ) -> dict[str, Any]:
-    """Do the work, and end with the right words and exit status: 0 done, 2 a user's mistake, 3 the endpoint or the
-    disk failed, 4 max_cost reached, 130 interrupted. After 3, 4 and 130 the same command goes on."""
+    """Do the work and return its summary, or exit with a message.
+
+    Exit status: 2 the user's mistake, 3 the endpoint or the disk failed, 4 max_cost reached, 130 interrupted. After 3,
+    4 and 130 the same command resumes the run.
+    """
     spec = Spec.read(
         spec_file,
         model_name=settings.model_name,
@@ -225,35 +210,35 @@ def _run(
     )
 
     async def main() -> dict[str, Any]:
-        async with Session.open(out, spec, settings) as shop:
+        async with Session.open(out, spec, settings) as session:
             try:
-                return await work(shop)
+                return await work(session)
             except BaseException:
-                shop.write_summary({"unfinished": True})
+                session.write_summary({"unfinished": True})
                 raise
 
-    kept = f"every answer is kept in {out}; the same command goes on from there"
+    kept = f"every answer is kept in {out}; the same command resumes from there"
     try:
         return asyncio.run(main())
     except (Interrupted, KeyboardInterrupt):
-        _end(f"stopped: {kept}", 130)
+        _exit(f"stopped: {kept}", 130)
     except BudgetSpent:
-        _end(f"stopped: max_cost ({settings.max_cost:g}) is reached; {kept} once it is raised", 4)
-    except (EndpointError, LedgerError, NoAnswer) as error:
-        _end(f"error: {error}\n{kept}", 3)
+        _exit(f"stopped: max_cost ({settings.max_cost:g}) is reached; {kept} once max_cost is raised", 4)
+    except (EndpointError, RequestLogError, NoAnswer) as error:
+        _exit(f"error: {error}\n{kept}", 3)
     except SpecLeakError as error:
-        _end(f"error: {error}\nThis must not happen: nothing was handed over as rows.", 3)
+        _exit(f"error: {error}\nThis is a bug; no rows were written.", 3)
 
 
-def _end(text: str, status: int) -> NoReturn:
+def _exit(text: str, status: int) -> NoReturn:
     print(text, file=sys.stderr)
     raise typer.Exit(status)
 
 
-def _tell(out: Path, summary: Mapping[str, Any], made: str, file: str) -> None:
+def _print_summary(out: Path, summary: Mapping[str, Any], result: str, file: str) -> None:
     paid = summary["paid"]
     cost = f", cost {money(paid['cost'])}" if paid["cost"] is not None else ""
-    typer.echo(f"{made} → {out / file}")
+    typer.echo(f"{result} → {out / file}")
     if summary["dropped"]:
         typer.echo("dropped: " + ", ".join(f"{reason} {n}" for reason, n in summary["dropped"].items()))
     typer.echo(
@@ -261,5 +246,5 @@ def _tell(out: Path, summary: Mapping[str, Any], made: str, file: str) -> None:
         f"{cost}), {summary['this_run']['answers']} in this run; retries "
         + (json.dumps(summary["this_run"]["retries"]) if summary["this_run"]["retries"] else "none")
     )
-    if again := summary["dropped"].get("no_answer"):
-        typer.echo(f"{again} requests got no answer: the same command asks for them again")
+    if unanswered := summary["dropped"].get("no_answer"):
+        typer.echo(f"{unanswered} requests got no answer; the same command sends them again")

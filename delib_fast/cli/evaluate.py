@@ -36,7 +36,7 @@ def eval_command(
 ) -> None:
     """Evaluate a model and write JSON, tables and an HTML page. The same command resumes an interrupted evaluation."""
     from delib_fast.data import DataError
-    from delib_fast.evals.judge import JudgeError
+    from delib_fast.datagen.judge import JudgeError
     from delib_fast.evals.run import evaluate
     from delib_fast.evals.settings import load_eval_config
     from delib_fast.evals.target import EvalTarget

@@ -1,8 +1,9 @@
-"""Making the data: from a spec to deliberation rows and midtraining documents.
+"""Data generation: from a spec to deliberation rows and midtraining documents.
 
     delib-fast deliberate SPEC PROMPTS -o OUT      rows of prompt, CoT and response, without the spec
     delib-fast document SPEC -o OUT --tokens 1M    documents for model spec midtraining
-    delib-fast data-report OUT                     what the data is like
+    delib-fast data-report OUT                     a report on the data
 
-`rows.py` and `documents.py` read from top to bottom as the two pipelines; `client.py` sends, `ledger.py` keeps.
+`rows.py` and `documents.py` are the two pipelines, from top to bottom; `client.py` sends requests, and `request_log.py`
+keeps their answers.
 """

@@ -1,4 +1,4 @@
-"""What answers a request: an OpenAI-compatible endpoint here, a model in this process in in_process.py."""
+"""Backends answer requests: OpenAIBackend through an OpenAI-compatible endpoint, in_process.py with a local model."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from delib_fast.datagen.request_log import Answer, Request
 from delib_fast.datagen.settings import EndpointSettings
 
 
-class Retry(Exception):  # noqa: N818 (the request may yet be answered)
-    """This attempt brought no answer; another may."""
+class Retry(Exception):  # noqa: N818 (another attempt may succeed)
+    """This attempt failed; another may succeed.
+
+    Args:
+        reason: a short name, under which retries are counted.
+        after_s: seconds to wait, if the endpoint asks for a pause.
+    """
 
     def __init__(self, reason: str, *, after_s: float | None = None, detail: str = "") -> None:
         super().__init__(f"{reason}{f': {detail}' if detail else ''}")
@@ -22,23 +27,23 @@ class Retry(Exception):  # noqa: N818 (the request may yet be answered)
         self.after_s = after_s
 
 
-class Refused(Exception):  # noqa: N818
-    """The endpoint will never answer this request, but may answer others (too long, against its rules)."""
+class RequestRejected(Exception):  # noqa: N818
+    """The endpoint never answers this request (too long, against its rules), but may answer others."""
 
 
 class EndpointError(RuntimeError):
-    """The endpoint answers nothing: the run ends here, and the same command goes on with it."""
+    """The endpoint answers no request at all (no connection, wrong key, unknown model, no quota): the run stops."""
 
 
 class Backend(Protocol):
     async def complete(self, request: Request) -> Answer:
-        """Raises Retry, Refused or EndpointError."""
+        """Raises Retry, RequestRejected or EndpointError."""
 
     async def close(self) -> None: ...
 
 
 class Secrets:
-    """Takes the keys that this process knows out of every text that leaves it."""
+    """Removes the API keys that this process knows from every text that it writes."""
 
     def __init__(self) -> None:
         self._known: set[str] = set()
@@ -54,89 +59,103 @@ class Secrets:
 
 
 class OpenAIBackend:
-    def __init__(self, settings: EndpointSettings, secrets: Secrets) -> None:
+    """An OpenAI-compatible endpoint.
+
+    Args:
+        require_key: raise ConfigError if the key's environment variable is not set and the server is not on this
+            machine.
+    """
+
+    def __init__(self, settings: EndpointSettings, secrets: Secrets, *, require_key: bool = True) -> None:
         try:
             import openai
         except ImportError:
             raise ConfigError(
-                "the openai package is missing: pip install 'delib-fast[generate]', or generate in this "
-                "process with --backend transformers"
+                "the openai package is missing: pip install 'delib-fast[generate]' (or 'delib-fast[evals]'), or "
+                "generate in this process with --backend transformers"
             ) from None
         if not settings.model:
-            raise ConfigError("generator.model is not set: give --model NAME, as the endpoint calls it")
+            raise ConfigError("generator.model is not set: give --model NAME, the model's name at the endpoint")
         self._openai = openai
         self._settings = settings
+        self._scrub = secrets.scrub  # an endpoint may repeat the key in an error message
+        key = _key(settings, secrets, required=require_key)
         self._client = openai.AsyncOpenAI(
-            base_url=settings.base_url, api_key=_key(settings, secrets), max_retries=0, timeout=settings.timeout_s
+            base_url=settings.base_url, api_key=key, max_retries=0, timeout=settings.timeout_s
         )
 
     async def complete(self, request: Request) -> Answer:
         openai = self._openai
         body = {"model": request.model, "messages": list(request.messages), **request.params}
         try:
-            # Not chat.completions.create: its typed copies of request and answer are a quarter of the client's work.
+            # Not chat.completions.create: its typed copies of request and answer take a quarter of the client's time.
             reply = await self._client.post(
                 "/chat/completions", cast_to=object, body=body, options={"headers": {"Idempotency-Key": request.id}}
             )
         except openai.APITimeoutError:
             raise Retry("timeout", detail=f"no answer within {self._settings.timeout_s:g} s") from None
         except openai.APIConnectionError as error:
-            raise Retry("connection", detail=_cause(error)) from None
+            raise Retry("connection", detail=self._scrub(_cause(error))) from None
         except openai.APIStatusError as error:
-            raise self._of_status(error) from None
-        except (openai.APIError, ValueError) as error:  # a body that is no JSON, or cut short
-            raise Retry("malformed_body", detail=_cause(error)) from None
-        return _answer(reply)
+            raise self._status_error(error) from None
+        except (openai.APIError, ValueError) as error:  # the body is not JSON, or is cut short
+            raise Retry("malformed_body", detail=self._scrub(_cause(error))) from None
+        return _parse_answer(reply)
 
     async def close(self) -> None:
         await self._client.close()
 
-    def _of_status(self, error: Any) -> Exception:
-        status, text = error.status_code, _said(error)
+    def _status_error(self, error: Any) -> Exception:
+        """The exception for an HTTP error status."""
+        status, text = error.status_code, self._scrub(_message(error))
         where = self._settings.base_url or "the endpoint"
         if getattr(error, "code", None) == "insufficient_quota":
-            return EndpointError(f"{where} says that the account has no quota left: {text}")
+            return EndpointError(f"{where} reports that the account has no quota left: {text}")
         if status in (401, 403):
             return EndpointError(
-                f"{where} refuses the key (HTTP {status}: {text}); it is read from the environment "
-                f"variable {self._settings.api_key_env}"
+                f"{where} rejects the key (HTTP {status}: {text}), which is read from the environment variable "
+                f"{self._settings.api_key_env}"
             )
         if status == 404:
             return EndpointError(
-                f"{where} has no model {self._settings.model!r}, or no chat completions there "
-                f"(HTTP 404: {text}); check --model and --base-url"
+                f"{where} has no model {self._settings.model!r}, or no /chat/completions (HTTP 404: {text}); check the "
+                "model and the base_url"
             )
         if status in (408, 409, 425, 429) or status >= 500:
             reason = "rate_limit" if status == 429 else "timeout" if status == 408 else f"http_{status}"
             return Retry(reason, after_s=_retry_after(error.response.headers), detail=text)
-        return Refused(f"HTTP {status}: {text}")
+        return RequestRejected(f"HTTP {status}: {text}")
 
 
-def _key(settings: EndpointSettings, secrets: Secrets) -> str:
+def _key(settings: EndpointSettings, secrets: Secrets, *, required: bool) -> str:
     key = os.environ.get(settings.api_key_env, "").strip()
     if key:
         secrets.add(key)
         return key
     address = settings.base_url or os.environ.get("OPENAI_BASE_URL", "")
     host = address.split("://")[-1].split("/")[0].rsplit(":", 1)[0]
-    if host in ("localhost", "[::1]") or host.startswith("127."):
-        return "none"  # a server on this machine asks for no key
+    if not required or host in ("localhost", "[::1]") or host.startswith("127."):
+        return "none"  # a server on this machine needs no key, but the openai package does
     raise ConfigError(
-        f"no key: set the environment variable {settings.api_key_env}, or name another one by "
-        "api_key_env (a server on this machine needs none)"
+        f"no API key: set the environment variable {settings.api_key_env}, or name another one with api_key_env (a "
+        "server on this machine needs none)"
     )
 
 
-def _answer(reply: Any) -> Answer:
-    """The first choice of a chat completion; endpoints differ, so each field is looked at before it is trusted."""
+def _parse_answer(reply: Any) -> Answer:
+    """Parse the first choice of a chat completion. Endpoints differ, so every field is checked.
+
+    Raises:
+        Retry: the reply contains no message with a text.
+    """
     choices = reply.get("choices") if isinstance(reply, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
     message = choice.get("message")
     if not isinstance(message, dict):
-        raise Retry("malformed_body", detail="the answer holds no choice with a message")
+        raise Retry("malformed_body", detail="the answer contains no choice with a message")
     text = message.get("content") or message.get("refusal") or ""
     if not isinstance(text, str):
-        raise Retry("malformed_body", detail="the content of the message is no text")
+        raise Retry("malformed_body", detail="the content of the message is not a string")
     reasoning = next(
         (r for name in ("reasoning_content", "reasoning") if isinstance(r := message.get(name), str) and r.strip()),
         None,
@@ -158,7 +177,7 @@ def _count(usage: Any, name: str) -> int | None:
 
 
 def _retry_after(headers: Any) -> float | None:
-    """Seconds to wait, as the endpoint asks: retry-after-ms, or Retry-After in seconds or as a date."""
+    """Seconds to wait: from retry-after-ms, or from Retry-After in seconds or as a date."""
     try:
         if "retry-after-ms" in headers:
             return max(0.0, float(headers["retry-after-ms"]) / 1000)
@@ -173,11 +192,12 @@ def _retry_after(headers: Any) -> float | None:
         return None
 
 
-def _said(error: Any) -> str:
+def _message(error: Any) -> str:
     text = str(getattr(error, "message", "") or error)
     return " ".join(text.split())[:300]
 
 
 def _cause(error: BaseException) -> str:
     cause = error.__cause__ or error
-    return f"{type(cause).__name__}{f': {said}' if (said := ' '.join(str(cause).split())[:200]) else ''}"
+    text = " ".join(str(cause).split())[:200]
+    return f"{type(cause).__name__}{f': {text}' if text else ''}"

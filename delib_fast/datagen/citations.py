@@ -1,6 +1,6 @@
-"""Which sections of a spec a text cites, and whether it speaks of a spec at all: by words, with no model.
+"""Which sections of a spec a text cites, and whether it mentions a spec or policy at all: by words, without a model.
 
-A section is cited by its id or number (`rule-5`, "Rule 5", "V3"), by its title, or by a run of its words.
+A section is cited by its id or number (`rule-5`, "Rule 5", "V3"), by its title, or by a quotation of its words.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from delib_fast.datagen.dedup import words_of
+from delib_fast.data.decontamination import words_of
 from delib_fast.datagen.spec import Section, Spec
 
-_QUOTED_WORDS = 7  # so many words of a section in a row are a quotation of it
+_QUOTED_WORDS = 7  # this many consecutive words of a section are a quotation of it
 _NUMBERED_ID = re.compile(r"^(?P<word>[a-z]+)-(?P<number>\d{1,3})$")
 _LETTER_TITLE = re.compile(r"^(?P<label>[A-Z]{1,3}\d{1,3}(?:\.\d{1,3})*)[.:)\s]")
 _SPEC_WORDS = re.compile(
@@ -28,19 +28,22 @@ _SPEC_WORDS = re.compile(
 
 @dataclass(frozen=True)
 class Label:
-    """What a category is called in a text."""
+    """How a category is recognized in a text."""
 
     category: str
     pattern: re.Pattern[str]
+    """Its names."""
     quotations: frozenset[str] = frozenset()
+    """The word 7-grams of its section."""
 
 
 def labels_of_spec(spec: Spec) -> list[Label]:
-    return [Label(s.id, _pattern(_names_of(s)), frozenset(_runs(words_of(_body(s))))) for s in spec.sections]
+    """The labels of a spec's sections."""
+    return [Label(s.id, _pattern(_names_of(s)), frozenset(_quotations(words_of(_body(s))))) for s in spec.sections]
 
 
 def labels_of_names(categories: Iterable[str]) -> list[Label]:
-    """Labels for categories that are known by name only, e.g. "Self-Harm" or "Violence / Physical Harm"."""
+    """Labels of categories of which only the name is known, e.g. "Self-Harm" or "Violence / Physical Harm"."""
     labels = []
     for category in categories:
         parts = [part for part in re.split(r"\s*/\s*", category) if part]
@@ -50,47 +53,56 @@ def labels_of_names(categories: Iterable[str]) -> list[Label]:
 
 def cited(text: str, labels: Sequence[Label]) -> list[str]:
     """The categories that a text cites, in the order of the labels."""
-    runs = set(_runs(words_of(text)))
-    return [label.category for label in labels if label.pattern.search(text) or not runs.isdisjoint(label.quotations)]
+    quotations = set(_quotations(words_of(text)))
+    return [
+        label.category for label in labels if label.pattern.search(text) or not quotations.isdisjoint(label.quotations)
+    ]
 
 
 def mentions_spec(text: str, labels: Sequence[Label], *, asked_about: str = "") -> str | None:
-    """The words by which a text speaks of a spec, policy or rule number, or quotes one; None if it does not.
+    """The words in which a text mentions or quotes a spec, policy or numbered rule; None if it does not.
 
-    A word that the person brought up (`asked_about` is the prompt: an insurance policy, the rules of chess) is theirs.
+    Args:
+        asked_about: the prompt. Words that the user has introduced (an insurance policy, the rules of chess) do not
+            count.
     """
     asked = asked_about.casefold()
     for match in _SPEC_WORDS.finditer(text):
         noun = next(group for group in match.groups() if group)
         if noun.casefold() not in asked:
             return match[0]
-    runs = set(_runs(words_of(text)))
+    quotations = set(_quotations(words_of(text)))
     for label in labels:
         if (named := _label_word(label.category).search(text)) and named[0] not in asked_about:
             return named[0]
-        if quoted := sorted(runs & label.quotations):
+        if quoted := sorted(quotations & label.quotations):
             return quoted[0]
     return None
 
 
 def _label_word(category: str) -> re.Pattern[str]:
-    """The written label of a category (V3, rule-5), never its everyday title: "honesty" alone is no mention."""
+    """The written label of a category (V3, rule-5). Its title does not count: "honesty" alone is an ordinary word."""
     short = re.match(r"^([a-z]{1,3}\d{1,3})(?:-|$)", category)
     return re.compile(
         rf"\b{short[1].upper()}\b" if short else rf"\b{re.escape(category)}\b" if "-" in category else r"(?!)"
     )
 
 
-POLICY_WORDS = re.compile(
-    r"\b(?:polic(?:y|ies)|guidelines?|allowed|disallowed|rules?|spec|section|principles?)\b", re.IGNORECASE
-)
+_POLICY_WORDS = re.compile(r"\b(?:polic(?:y|ies)|guidelines?|(?:dis)?allowed)\b", re.IGNORECASE)
+_RULE_WORDS = re.compile(r"\b(?:rules?|clauses?|sections?|principles?|spec|values?)\b", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
-def policy_sentences(text: str) -> str:
-    """The sentences that speak of a policy, and the one after each (arXiv 2412.16339, §4.2 looks for such excerpts)."""
-    sentences = re.split(r"(?<=[.!?])\s+|\n+", text)
-    wanted = {i for i, s in enumerate(sentences) if POLICY_WORDS.search(s)}
-    return "\n".join(sentences[i] for i in sorted(wanted))
+def policy_sentences(text: str, *, spec_words: bool = False) -> str:
+    """The sentences that mention policy, joined; "" if there are none (the excerpts of arXiv 2412.16339, §4.2).
+
+    Args:
+        spec_words: also those that mention rules, clauses, sections, principles or values, for specs that are not
+            called policies.
+    """
+    sentences = _SENTENCE_END.split(text)
+    found = [s for s in sentences if _POLICY_WORDS.search(s) or (spec_words and _RULE_WORDS.search(s))]
+    return " ".join(s.strip() for s in found)
 
 
 def _names_of(section: Section) -> list[str]:
@@ -111,5 +123,5 @@ def _body(section: Section) -> str:
     return "\n".join(line for line in section.text.split("\n") if not line.startswith("#"))
 
 
-def _runs(words: Sequence[str]) -> Iterable[str]:
+def _quotations(words: Sequence[str]) -> Iterable[str]:
     return (" ".join(words[i : i + _QUOTED_WORDS]) for i in range(len(words) - _QUOTED_WORDS + 1))

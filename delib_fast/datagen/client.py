@@ -1,6 +1,6 @@
-"""One client for all models: asks the ledger first, then the endpoint; limits, retries, stops cleanly.
+"""One client for all models: looks an answer up in the request log first, then sends the request to its endpoint.
 
-client = Client(ledger, meter, secrets)
+client = Client(log, meter, secrets)
 endpoint = client.endpoint(settings.generator)
 answer = await endpoint.ask(chat, purpose="generate", sample=0)
 """
@@ -13,31 +13,46 @@ import random
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
-from delib_fast.datagen.backends import Backend, EndpointError, OpenAIBackend, Refused, Retry, Secrets
+from delib_fast.datagen.backends import Backend, EndpointError, OpenAIBackend, RequestRejected, Retry, Secrets
+from delib_fast.datagen.parsing import MalformedAnswer
 from delib_fast.datagen.progress import Meter
 from delib_fast.datagen.prompt_files import Chat
-from delib_fast.datagen.request_log import Answer, LedgerError, Request, RequestLedger
+from delib_fast.datagen.request_log import Answer, Request, RequestLog, RequestLogError
 from delib_fast.datagen.settings import EndpointSettings
 
-_GIVE_UPS_IN_A_ROW = 10  # so many requests given up with no answer between them: the endpoint is not working
+T = TypeVar("T")
+_FAILURES_IN_A_ROW = 10  # requests given up without an answer in between: the endpoint does not work
 
 
-class Stopped(Exception):  # noqa: N818 (it is no error)
-    """Nothing more is sent: the run was interrupted, has spent its budget, or has lost its endpoint."""
+class RequestsStopped(Exception):  # noqa: N818 (a requested stop is not an error)
+    """No more requests are sent: the run was interrupted, has reached max_cost, or has lost its endpoint."""
 
 
 class NoAnswer(Exception):  # noqa: N818
-    """This request got no answer in this run; the others go on. `reason` is counted."""
+    """This request has no usable answer in this run; the others continue.
+
+    Args:
+        reason: a short name, under which what depends on the answer is counted as dropped.
+    """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(detail or reason)
         self.reason = reason
 
 
-class Stop:
-    """Says once, to everybody, that nothing more is to be sent, and why."""
+class Interrupted(Exception):  # noqa: N818
+    """Ctrl-C or SIGTERM."""
+
+
+class BudgetSpent(Exception):  # noqa: N818
+    """max_cost is reached."""
+
+
+class StopFlag:
+    """Set once, with a cause, when no more requests are to be sent."""
 
     def __init__(self) -> None:
         self.cause: BaseException | None = None
@@ -49,55 +64,55 @@ class Stop:
             self._event.set()
 
     def check(self) -> None:
+        """Raise RequestsStopped if the flag is set."""
         if self.cause is not None:
-            raise Stopped
+            raise RequestsStopped
 
     async def sleep(self, seconds: float) -> None:
-        """Sleep, but wake and raise Stopped if the run stops meanwhile."""
+        """Sleep; if the flag is set meanwhile, wake up and raise RequestsStopped."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._event.wait(), seconds)
         self.check()
 
 
-class Interrupted(Exception):  # noqa: N818
-    """Ctrl-C or SIGTERM."""
-
-
-class BudgetSpent(Exception):  # noqa: N818
-    """max_cost is reached."""
-
-
 class Client:
-    """The endpoints of a run, over one ledger."""
+    """The endpoints of a run.
+
+    Args:
+        log: keeps every answer; None keeps none.
+        meter: counts and shows what happens.
+        max_cost: the run stops once the answers in the log have cost this much.
+        make_backend: creates the backend of an endpoint; by default as the endpoint's settings say.
+    """
 
     def __init__(
         self,
-        ledger: RequestLedger,
+        log: RequestLog | None,
         meter: Meter,
         secrets: Secrets,
         *,
         max_cost: float | None = None,
-        backends: Callable[[EndpointSettings], Backend] | None = None,
+        make_backend: Callable[[EndpointSettings], Backend] | None = None,
     ) -> None:
-        self.ledger = ledger
+        self.log = log
         self.meter = meter
-        self.stop = Stop()
+        self.stop = StopFlag()
         self.max_cost = max_cost
-        self.flying: dict[str, asyncio.Task[Answer]] = {}
+        self.in_flight: dict[str, asyncio.Task[Answer]] = {}
         self._endpoints: list[Endpoint] = []
-        self._make = backends or (lambda settings: make_backend(settings, secrets))
+        self._make_backend = make_backend or (lambda settings: _backend_of(settings, secrets))
 
     def endpoint(self, settings: EndpointSettings) -> Endpoint:
-        """The endpoint of these settings; equal settings share one, and so its concurrency limit."""
+        """The endpoint of these settings. Equal settings share one endpoint, and so its concurrency limit."""
         found = next((e for e in self._endpoints if e.settings == settings), None)
         if found is None:
-            found = Endpoint(self, settings, self._make(settings))
+            found = Endpoint(self, settings, self._make_backend(settings))
             self._endpoints.append(found)
         return found
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Around a run: signals stop it, requests in flight are waited for, then every connection is closed."""
+        """While the block runs, a signal stops the run. After it, wait for the requests in flight and disconnect."""
         loop = asyncio.get_running_loop()
         for sig in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
@@ -105,94 +120,124 @@ class Client:
         try:
             yield
         finally:
-            while self.flying:
-                await asyncio.wait(self.flying.values())
-            for endpoint in self._endpoints:
-                await endpoint.close()
+            await self.close()
             for sig in (signal.SIGINT, signal.SIGTERM):
                 with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
                     loop.remove_signal_handler(sig)
+
+    def cancel_in_flight(self) -> None:
+        """Discard the requests in flight."""
+        for task in self.in_flight.values():
+            task.cancel()
+
+    async def close(self) -> None:
+        """Wait for the requests in flight and close every connection."""
+        while self.in_flight:
+            await asyncio.wait(self.in_flight.values())
+        for endpoint in self._endpoints:
+            await endpoint.close()
 
     def _on_signal(self) -> None:
         if self.stop.cause is None:
             self.stop.set(Interrupted())
             if self.meter.in_flight:
-                self.meter.say(
-                    f"stopping: {self.meter.in_flight} answers are on their way and will be kept; press "
-                    "Ctrl-C again to leave them"
+                self.meter.print(
+                    f"stopping: waiting for {self.meter.in_flight} answers, which will be kept; press Ctrl-C again to "
+                    "discard them"
                 )
         else:
-            for task in self.flying.values():
-                task.cancel()
+            self.cancel_in_flight()
 
 
 class Endpoint:
-    """One model with its concurrency limit, its retries and its pauses."""
+    """One model, with its concurrency limit, retries and pauses."""
 
     def __init__(self, client: Client, settings: EndpointSettings, backend: Backend) -> None:
         self.settings = settings
         self._client, self._backend = client, backend
         self._slots = asyncio.Semaphore(settings.concurrency)
-        self._open_at = 0.0  # nothing is sent before: the endpoint has asked for a pause
+        self._paused_until = 0.0  # the endpoint has asked for a pause
         self._last_answer = 0.0
-        self._given_up = 0
+        self._failures = 0  # requests given up since the last answer
         self._params: dict[str, Any] = {
             "temperature": settings.temperature,
-            "top_p": settings.top_p,
+            **({} if settings.top_p is None else {"top_p": settings.top_p}),
             str(settings.token_limit_name): settings.max_tokens,
             **settings.extra,
         }
 
     async def ask(self, chat: Chat, *, purpose: str, sample: int = 0) -> Answer:
-        """The answer to a chat, from the ledger if it is there. Equal requests are sent once.
+        """The answer to a chat, from the log if it has one. Equal requests are sent once.
 
         Raises:
-            NoAnswer: this one can't be had now. Stopped: the run is ending. LedgerError: the disk is full.
+            NoAnswer: this request cannot be answered now.
+            RequestsStopped: the run is stopping.
         """
+        client = self._client
         request = Request(purpose, self.settings.model, chat, self._params, sample)
-        known = self._client.ledger.get(request.id)
+        known = client.log.get(request.id) if client.log is not None else None
         if known is not None:
-            self._client.meter.reused += 1
+            client.meter.reused += 1
             return known
-        flying = self._client.flying
-        task = flying.get(request.id)
+        task = client.in_flight.get(request.id)
         if task is None:
-            self._client.stop.check()
-            task = flying[request.id] = asyncio.create_task(self._send(request))
-            task.add_done_callback(lambda _: flying.pop(request.id, None))
+            client.stop.check()
+            task = client.in_flight[request.id] = asyncio.create_task(self._send(request))
+            task.add_done_callback(lambda _: client.in_flight.pop(request.id, None))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             if task.cancelled():
-                raise Stopped from None
+                raise RequestsStopped from None
             raise
+
+    async def ask_with_retry(
+        self, chat: Chat, parse: Callable[[Answer], T], *, purpose: str, attempts: int, first_sample: int = 0
+    ) -> tuple[T, list[str]]:
+        """Ask until `parse` accepts an answer. After each MalformedAnswer, ask for another sample.
+
+        Returns:
+            The parsed answer, and the ids of all requests it took.
+        Raises:
+            NoAnswer: the last of `attempts` answers was malformed too; the reason is `malformed_<purpose>`.
+        """
+        request_ids: list[str] = []
+        fault: Exception | None = None
+        for attempt in range(attempts):
+            answer = await self.ask(chat, purpose=purpose, sample=first_sample + attempt)
+            request_ids.append(answer.request_id)
+            try:
+                return parse(answer), request_ids
+            except MalformedAnswer as error:
+                fault = error
+        raise NoAnswer(f"malformed_{purpose}", f"{purpose}: {fault}")
 
     async def close(self) -> None:
         await self._backend.close()
 
     async def _send(self, request: Request) -> Answer:
         client, settings = self._client, self.settings
-        began = time.monotonic()
+        start = time.monotonic()
         for attempt in range(1, settings.attempts + 1):
             try:
                 answer = await self._attempt(request)
-            except Refused as error:
+            except RequestRejected as error:
                 raise NoAnswer("refused_by_endpoint", str(error)) from None
             except EndpointError as error:
                 client.stop.set(error)
-                raise Stopped from None
+                raise RequestsStopped from None
             except Retry as error:
                 client.meter.retried(error.reason)
-                await self._before_next(attempt, error, began)
+                await self._wait_or_give_up(attempt, error, start)
             else:
-                self._last_answer, self._given_up = time.monotonic(), 0
-                return await self._keep(request, answer, attempt, time.monotonic() - began)
+                self._last_answer, self._failures = time.monotonic(), 0
+                return await self._keep(request, answer, attempt, time.monotonic() - start)
         raise AssertionError("the last attempt returns or raises")
 
     async def _attempt(self, request: Request) -> Answer:
         async with self._slots:
             self._client.stop.check()
-            while (pause := self._open_at - time.monotonic()) > 0:
+            while (pause := self._paused_until - time.monotonic()) > 0:
                 await self._client.stop.sleep(pause)
             self._client.meter.in_flight += 1
             try:
@@ -200,56 +245,54 @@ class Endpoint:
             finally:
                 self._client.meter.in_flight -= 1
 
-    async def _before_next(self, attempt: int, error: Retry, began: float) -> None:
-        """Wait as the endpoint asks or as the backoff says; after the last attempt, give up."""
+    async def _wait_or_give_up(self, attempt: int, error: Retry, start: float) -> None:
+        """Wait as long as the endpoint asks, or for the backoff. After the last attempt, give the request up."""
         stop, settings = self._client.stop, self.settings
         stop.check()
         if error.after_s is not None and error.after_s > settings.longest_wait_s:
             stop.set(
                 EndpointError(
-                    f"the endpoint asks for a pause of {error.after_s:.0f} s ({error}), more than "
-                    f"longest_wait_s ({settings.longest_wait_s:g}); give the same command again then"
+                    f"the endpoint asks for a pause of {error.after_s:.0f} s ({error}), more than longest_wait_s "
+                    f"({settings.longest_wait_s:g}); run the same command again after it"
                 )
             )
-            raise Stopped
+            raise RequestsStopped
         if attempt == settings.attempts:
-            self._give_up(error, began)
+            self._give_up(error, start)
         backoff = min(settings.longest_wait_s, settings.first_backoff_s * 2 ** (attempt - 1))
         wait = backoff * random.uniform(0.5, 1.0)
         if error.after_s is not None:
             wait = error.after_s * random.uniform(1.0, 1.05)
-        if error.after_s is not None or error.reason == "rate_limit":
-            self._open_at = max(self._open_at, time.monotonic() + wait)  # it speaks for the whole endpoint
+        if error.after_s is not None or error.reason == "rate_limit":  # these concern the whole endpoint
+            self._paused_until = max(self._paused_until, time.monotonic() + wait)
         await stop.sleep(wait)
 
-    def _give_up(self, error: Retry, began: float) -> None:
-        alone = self._last_answer > began  # others were answered meanwhile: it is this request's own fault
-        if not alone:
-            self._given_up += 1
-            if error.reason == "connection" or self._given_up >= _GIVE_UPS_IN_A_ROW:
+    def _give_up(self, error: Retry, start: float) -> None:
+        """Raise NoAnswer; or stop the run, if nothing else was answered meanwhile and the endpoint seems down."""
+        if self._last_answer <= start:  # otherwise the problem is this request's own
+            self._failures += 1
+            if error.reason == "connection" or self._failures >= _FAILURES_IN_A_ROW:
                 where = self.settings.base_url or self.settings.model
                 self._client.stop.set(
-                    EndpointError(
-                        f"{where} does not answer ({error}) after {self.settings.attempts} "
-                        "attempts; what was answered is kept"
-                    )
+                    EndpointError(f"{where} does not answer ({error}) after {self.settings.attempts} attempts")
                 )
-                raise Stopped
+                raise RequestsStopped
         raise NoAnswer("no_answer", str(error))
 
     async def _keep(self, request: Request, answer: Answer, attempts: int, seconds: float) -> Answer:
+        """Count the answer and append it to the log."""
         client = self._client
-        try:
-            kept = await client.ledger.append(
-                request, answer, cost=self._cost(answer), attempts=attempts, seconds=seconds
-            )
-        except LedgerError as error:
-            client.stop.set(error)
-            raise Stopped from None
+        answer = replace(answer, request_id=request.id)
+        if client.log is not None:
+            try:
+                await client.log.append(request, answer, cost=self._cost(answer), attempts=attempts, seconds=seconds)
+            except RequestLogError as error:
+                client.stop.set(error)
+                raise RequestsStopped from None
+            if client.max_cost is not None and (client.log.totals.cost or 0.0) >= client.max_cost:
+                client.stop.set(BudgetSpent())
         client.meter.received(answer)
-        if client.max_cost is not None and (client.ledger.totals.cost or 0.0) >= client.max_cost:
-            client.stop.set(BudgetSpent())
-        return kept
+        return answer
 
     def _cost(self, answer: Answer) -> float | None:
         if self.settings.price_in is None or self.settings.price_out is None:
@@ -260,7 +303,7 @@ class Endpoint:
         ) / 1e6
 
 
-def make_backend(settings: EndpointSettings, secrets: Secrets) -> Backend:
+def _backend_of(settings: EndpointSettings, secrets: Secrets) -> Backend:
     if settings.backend == "transformers":
         from delib_fast.datagen.in_process import TransformersBackend
 
@@ -268,28 +311,28 @@ def make_backend(settings: EndpointSettings, secrets: Secrets) -> Backend:
     return OpenAIBackend(settings, secrets)
 
 
-T = TypeVar("T")
+async def for_each(
+    items: Iterable[T], work: Callable[[T], Awaitable[Any]], client: Client, *, concurrency: int
+) -> None:
+    """Do `work` on every item, at most `concurrency` at a time. If the run stops, unfinished work still ends first.
 
-
-async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[Any]], client: Client, *, at_once: int) -> None:
-    """Do `work` on every item, `at_once` at a time. If the run stops, what is in flight still ends first.
-
-    Raises: the cause of the stop, or what `work` raised first.
+    Raises:
+        The cause of the stop, or the first exception that `work` raised.
     """
-    left = iter(items)
+    remaining = iter(items)
 
     async def worker() -> None:
-        for item in left:
+        for item in remaining:
             if client.stop.cause is not None:
                 return
             try:
                 await work(item)
-            except Stopped:
+            except RequestsStopped:
                 return
             except Exception as error:  # noqa: BLE001 (kept as the cause, raised below)
                 client.stop.set(error)
                 return
 
-    await asyncio.gather(*(worker() for _ in range(at_once)))
+    await asyncio.gather(*(worker() for _ in range(concurrency)))
     if client.stop.cause is not None:
         raise client.stop.cause

@@ -1,10 +1,10 @@
-"""`delib-fast document`: midtraining documents from a spec, stage by stage, to a budget of tokens (arXiv 2605.02087).
+"""`delib-fast document`: midtraining documents from a spec, stage by stage, up to a token budget (arXiv 2605.02087).
 
     spec ─▶ domains ─▶ subdomains ─▶ assertions, document types ─▶ ideas ─▶ documents [─▶ critique ─▶ rewrite]
 
-Ideas and documents come in waves: each wave is as large as the budget that is left, by the mean length of the
-documents so far, and goes round all subdomains before it comes back to one. So a small budget is spread as wide as a
-large one, and the same answers make the same documents, however often the run was stopped.
+Ideas and documents are generated in waves. A wave is as large as the remaining budget, estimated by the mean length of
+the documents so far, and visits all subdomains before it returns to one, so a small budget covers as many of them as a
+large one. The same answers give the same documents, however often the run was stopped.
 """
 
 from __future__ import annotations
@@ -15,28 +15,54 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from delib_fast.data.decontamination import words_of
 from delib_fast.datagen.client import NoAnswer
-from delib_fast.datagen.dedup import NearDuplicates, words_of
-from delib_fast.datagen.filters import leaked_scaffolding, was_cut
-from delib_fast.datagen.parsing import MalformedAnswer, after_thinking, json_values, read_strings
+from delib_fast.datagen.dedup import NearDuplicates
+from delib_fast.datagen.filters import leaked_scaffolding
+from delib_fast.datagen.parsing import MalformedAnswer, after_thinking, json_values, parse_strings
 from delib_fast.datagen.prompt_files import quoted
 from delib_fast.datagen.request_log import Answer
 from delib_fast.datagen.session import Session
 from delib_fast.datagen.settings import DocumentSettings
 
-_FIRST_WAVE = 16  # documents, to learn how long they are
-_GUESS_TOKENS = 1000
+_FIRST_WAVE = 16  # documents, from which their mean length is estimated
+_GUESS_TOKENS = 1000  # tokens per document, before there are any
 
 
 @dataclass(frozen=True)
-class Place:
+class Subdomain:
     domain: str
-    subdomain: str
+    name: str
+
+    def fields(self) -> dict[str, str]:
+        return {"domain": self.domain, "subdomain": self.name}
+
+
+@dataclass
+class SubdomainPlan:
+    """What to write about in one subdomain."""
+
+    assertions: tuple[str, ...]
+    """Statements about the assistant's character."""
+    document_types: tuple[str, ...]
+    request_ids: list[str]
+    ideas: dict[str, list[str]] = field(default_factory=dict)
+    """The ideas so far, by document type."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A request for ideas: one document type of one subdomain. Every round has each slot once."""
+
+    subdomain: Subdomain
+    type_number: int
 
 
 @dataclass
 class Document:
-    location: Place
+    """A document that is to be written, is written, or was dropped."""
+
+    subdomain: Subdomain
     document_type: str
     idea: str
     assertions: tuple[str, ...]
@@ -45,200 +71,200 @@ class Document:
     tokens: int = 0
     served_by: str = ""
     faults: list[str] | None = None
-    """What the critique found; None if there was none."""
+    """What the critique found; None if there was no critique."""
     dropped: str | None = None
+    """Why it was dropped; None if it is kept."""
 
 
-@dataclass
-class _Ground:
-    """What is known of one subdomain."""
-
-    assertions: tuple[str, ...]
-    types: tuple[str, ...]
-    request_ids: list[str]
-    taken: dict[str, list[str]] = field(default_factory=dict)
-
-
-async def make_documents(shop: Session, settings: DocumentSettings) -> dict[str, Any]:
-    """Make the documents of a folder. Returns the summary, which is also in summary.json."""
-    maker = _Maker(shop, settings)
-    await maker.plan()
-    shop.meter.begin("documents", settings.tokens, "tokens")
-    await maker.write_to_budget()
-    shop.meter.end()
-    return maker.finish()
+async def generate_documents(session: Session, settings: DocumentSettings) -> dict[str, Any]:
+    """Generate the documents of a folder. Returns the summary, which is also written to summary.json."""
+    generator = _DocumentGenerator(session, settings)
+    await generator.plan()
+    session.meter.start("documents", settings.tokens, "tokens")
+    await generator.write_to_budget()
+    session.meter.stop()
+    return generator.finish()
 
 
-class _Maker:
-    def __init__(self, shop: Session, settings: DocumentSettings) -> None:
-        self.shop, self.settings = shop, settings
-        self.emphasis = shop.prompts.fragment(f"emphasis_{settings.emphasis}")
-        self.locations: list[Place] = []
-        self.plan_ids: list[str] = []
-        self.grounds: dict[Place, _Ground] = {}
+class _DocumentGenerator:
+    def __init__(self, session: Session, settings: DocumentSettings) -> None:
+        self.session, self.settings = session, settings
+        self.emphasis = session.prompts.fragment(f"emphasis_{settings.emphasis}")
+        self.subdomains: list[Subdomain] = []
+        self.plans: dict[Subdomain, SubdomainPlan] = {}
         self.documents: list[Document] = []
         self.kept: list[Document] = []
         self.tokens = 0
+        self._domain_ids: list[str] = []  # of the requests for the domains
         self._seen = NearDuplicates(settings.near_duplicate)
 
-    # --- where ----------------------------------------------------------------------------------------------
+    # --- planning -------------------------------------------------------------------------------------------
 
     async def plan(self) -> None:
-        """Domains and subdomains."""
-        shop, settings = self.shop, self.settings
-        domains, self.plan_ids = await self._list("domains", spec=shop.spec.text, count=settings.domains)
-        shop.write_rows("domains.jsonl", ({"domain": d, "request_ids": self.plan_ids} for d in domains))
-        parts: dict[str, tuple[list[str], list[str]]] = {}
+        """Request the domains and their subdomains, and shuffle the subdomains."""
+        session, settings = self.session, self.settings
+        domains, self._domain_ids = await self._request_list("domains", spec=session.spec.text, count=settings.domains)
+        session.write_rows("domains.jsonl", ({"domain": d, "request_ids": self._domain_ids} for d in domains))
+        found: dict[str, tuple[list[str], list[str]]] = {}
 
         async def one(domain: str) -> None:
             try:
-                parts[domain] = await self._list(
-                    "subdomains", spec=shop.spec.text, domain=domain, count=settings.subdomains
+                found[domain] = await self._request_list(
+                    "subdomains", spec=session.spec.text, domain=domain, count=settings.subdomains
                 )
             except NoAnswer as error:
-                shop.meter.drop(error.reason)
-            shop.meter.advance()
+                session.meter.drop(error.reason)
+            session.meter.advance()
 
-        shop.meter.begin("subdomains", len(domains))
-        await shop.for_each(domains, one)
-        self.locations = [Place(d, s) for d in domains for s in parts.get(d, ([], []))[0]]
-        if not self.locations:
-            raise NoAnswer("malformed_subdomains", "no domain could be cut into subdomains")
-        shop.write_rows(
-            "subdomains.jsonl",
-            (
-                {"domain": d, "subdomain": s, "request_ids": parts[d][1]}
-                for d in domains
-                if d in parts
-                for s in parts[d][0]
-            ),
+        session.meter.start("subdomains", len(domains))
+        await session.for_each(domains, one)
+        self.subdomains = [Subdomain(d, name) for d in domains for name in found.get(d, ([], []))[0]]
+        if not self.subdomains:
+            raise NoAnswer("malformed_subdomains", "the model listed no subdomains for any domain")
+        session.write_rows(
+            "subdomains.jsonl", ({**s.fields(), "request_ids": found[s.domain][1]} for s in self.subdomains)
         )
-        random.Random(f"{settings.seed} places").shuffle(self.locations)
+        random.Random(f"{settings.seed} places").shuffle(self.subdomains)
 
-    def _slots(self) -> Iterator[tuple[Place, int, int]]:
-        """(place, number of its document type, round): all places before the next type, all types before the next
-        round."""
-        for turn in range(self.settings.rounds):
+    async def _plan_subdomain(self, subdomain: Subdomain) -> None:
+        """Request the assertions and document types of a subdomain, unless it has them already."""
+        if subdomain in self.plans:
+            return
+        settings, where = self.settings, subdomain.fields()
+        try:
+            assertions, ids = await self._request_list(
+                "assertions", spec=self.session.spec.text, emphasis=self.emphasis, count=settings.assertions, **where
+            )
+            types, more_ids = await self._request_list("document_types", count=settings.document_types, **where)
+        except NoAnswer as error:
+            self.session.meter.drop(error.reason)
+        else:
+            self.plans[subdomain] = SubdomainPlan(
+                tuple(assertions), tuple(types[: settings.document_types]), [*ids, *more_ids]
+            )
+
+    def _slots(self) -> Iterator[Slot]:
+        """All subdomains before the next document type, and all document types before the next round."""
+        for _ in range(self.settings.rounds):
             for number in range(self.settings.document_types):
-                for location in self.locations:
-                    yield location, number, turn
+                for subdomain in self.subdomains:
+                    yield Slot(subdomain, number)
 
-    # --- what -----------------------------------------------------------------------------------------------
+    async def _request_list(self, name: str, **values: object) -> tuple[list[str], list[str]]:
+        """The list that a prompt asks for, and the ids of the requests for it."""
+        return await self.session.ask_with_retry(
+            self.session.generator,
+            self.session.prompts.chat(name, **values),
+            lambda answer: parse_strings(answer.text),
+            purpose=name,
+        )
+
+    # --- waves ----------------------------------------------------------------------------------------------
 
     async def write_to_budget(self) -> None:
+        """Generate waves of ideas and documents until the token budget is reached, or the rounds are used up."""
         slots = self._slots()
         while self.tokens < self.settings.tokens:
-            left = self.settings.tokens - self.tokens
+            missing = self.settings.tokens - self.tokens
             mean = self.tokens / len(self.kept) if self.kept else _GUESS_TOKENS
-            wave = math.ceil(left / mean)
+            wave = math.ceil(missing / mean)
             if not self.documents:
                 wave = min(wave, _FIRST_WAVE)
             wanted = [slot for _, slot in zip(range(math.ceil(wave / self.settings.ideas)), slots, strict=False)]
             if not wanted:
-                self.shop.meter.say(
+                self.session.meter.print(
                     f"no ideas are left after {self.settings.rounds} rounds: {self.tokens:,} of "
                     f"{self.settings.tokens:,} tokens; raise document_types, ideas or subdomains"
                 )
                 return
-            jobs = (await self._ideas(wanted))[:wave]
-            await self.shop.for_each(jobs, self._write_one)
-            self._account(jobs)
+            documents = (await self._request_ideas(wanted))[:wave]
+            await self.session.for_each(documents, self._write_document)
+            self._count(documents)
 
-    async def _ideas(self, slots: list[tuple[Place, int, int]]) -> list[Document]:
-        """The ideas of these slots, in their order, each as a document to be written."""
+    async def _request_ideas(self, slots: list[Slot]) -> list[Document]:
+        """The ideas of these slots, in the order of the slots, each as a document that is to be written."""
         found: dict[int, list[Document]] = {}
 
-        async def one(item: tuple[int, tuple[Place, int, int]]) -> None:
-            at, (location, number, _) = item
+        async def one(item: tuple[int, Slot]) -> None:
+            index, slot = item
+            plan = self.plans.get(slot.subdomain)
+            if plan is None or slot.type_number >= len(plan.document_types):
+                return
+            document_type = plan.document_types[slot.type_number]
+            used = plan.ideas.setdefault(document_type, [])
             try:
-                ground = await self._ground(location)
-                if number >= len(ground.types):
-                    return
-                kind = ground.types[number]
-                taken = ground.taken.setdefault(kind, [])
-                ideas, ids = await self._list(
+                ideas, ids = await self._request_list(
                     "ideas",
-                    domain=location.domain,
-                    subdomain=location.subdomain,
-                    document_type=kind,
-                    assertions=_bullets(ground.assertions),
-                    taken=_bullets(taken[-30:]) or "none",
+                    **slot.subdomain.fields(),
+                    document_type=document_type,
+                    assertions=_bullets(plan.assertions),
+                    taken=_bullets(used[-30:]) or "none",
                     count=self.settings.ideas,
                 )
             except NoAnswer as error:
-                self.shop.meter.drop(error.reason)
+                self.session.meter.drop(error.reason)
                 return
-            fresh = [idea for idea in ideas if idea not in taken][: self.settings.ideas]
-            taken += fresh
-            found[at] = [
-                Document(location, kind, idea, ground.assertions, [*self.plan_ids, *ground.request_ids, *ids])
-                for idea in fresh
+            new = [idea for idea in ideas if idea not in used][: self.settings.ideas]
+            used += new
+            request_ids = [*self._domain_ids, *plan.request_ids, *ids]
+            found[index] = [
+                Document(slot.subdomain, document_type, idea, plan.assertions, list(request_ids)) for idea in new
             ]
 
-        # First the grounds: two slots of one place must not ask for them at once and get two different ones.
-        await self.shop.for_each(list(dict.fromkeys(location for location, _, _ in slots)), self._ground_or_none)
-        await self.shop.for_each(list(enumerate(slots)), one)
-        return [document for at in sorted(found) for document in found[at]]
+        # Plans first: two slots of a subdomain that requested its plan concurrently could get two different ones.
+        await self.session.for_each(list(dict.fromkeys(slot.subdomain for slot in slots)), self._plan_subdomain)
+        await self.session.for_each(list(enumerate(slots)), one)
+        return [document for index in sorted(found) for document in found[index]]
 
-    async def _ground_or_none(self, location: Place) -> None:
-        try:
-            await self._ground(location)
-        except NoAnswer as error:
-            self.shop.meter.drop(error.reason)
+    def _count(self, documents: list[Document]) -> None:
+        """Count a wave, in its order, drop near-duplicates, and write every stage to disk."""
+        for document in documents:
+            if document.dropped is None and self._seen.find_or_add("", document.text) is not None:
+                document.dropped = "duplicate"
+            if document.dropped is None:
+                self.kept.append(document)
+                self.tokens += document.tokens
+                self.session.meter.keep()
+            else:
+                self.session.meter.drop(document.dropped)
+        self.documents += documents
+        self._write_stages()
 
-    async def _ground(self, location: Place) -> _Ground:
-        if location not in self.grounds:
-            where = {"domain": location.domain, "subdomain": location.subdomain}
-            settings = self.settings
-            assertions, ids = await self._list(
-                "assertions", spec=self.shop.spec.text, emphasis=self.emphasis, count=settings.assertions, **where
-            )
-            types, more = await self._list("document_types", count=settings.document_types, **where)
-            self.grounds[location] = _Ground(tuple(assertions), tuple(types[: settings.document_types]), [*ids, *more])
-        return self.grounds[location]
+    # --- documents ------------------------------------------------------------------------------------------
 
-    async def _list(self, name: str, **values: object) -> tuple[list[str], list[str]]:
-        return await self.shop.ask_with_retry(
-            self.shop.generator,
-            self.shop.prompts.chat(name, **values),
-            lambda answer: read_strings(answer.text),
-            purpose=name,
-        )
-
-    # --- the documents --------------------------------------------------------------------------------------
-
-    async def _write_one(self, document: Document) -> None:
-        shop = self.shop
-        chat = shop.prompts.chat(
+    async def _write_document(self, document: Document) -> None:
+        session = self.session
+        chat = session.prompts.chat(
             "document",
-            spec=shop.spec.text,
-            domain=document.location.domain,
-            subdomain=document.location.subdomain,
+            spec=session.spec.text,
+            **document.subdomain.fields(),
             document_type=document.document_type,
             idea=document.idea,
             emphasis=self.emphasis,
             assertions=_bullets(document.assertions),
         )
         try:
-            answer = await shop.generator.ask(chat, purpose="document")
-            self._take(document, answer)
+            answer = await session.generator.ask(chat, purpose="document")
+            self._set_text(document, answer)
             if self.settings.critique and document.dropped is None:
                 await self._critique(document)
         except NoAnswer as error:
             document.dropped = error.reason
         if document.dropped is None:
-            shop.meter.advance(document.tokens)
+            session.meter.advance(document.tokens)
 
-    def _take(self, document: Document, answer: Answer) -> None:
-        """Make an answer the text of a document, or say why it can't be."""
+    def _set_text(self, document: Document, answer: Answer) -> None:
+        """Make an answer the text of a document, or drop the document with the reason."""
         text = after_thinking(answer.text).strip()
         document.request_ids.append(answer.request_id)
         document.text, document.served_by = text, answer.served_by
-        thought = answer.reasoning is not None or text != answer.text.strip()
-        exact = answer.completion_tokens is not None and not thought
-        document.tokens = answer.completion_tokens if exact else math.ceil(len(text) / 4)  # type: ignore[assignment]
+        with_thinking = answer.reasoning is not None or text != answer.text.strip()
+        if answer.completion_tokens is None or with_thinking:
+            document.tokens = math.ceil(len(text) / 4)  # an estimate: the endpoint's count includes the thinking
+        else:
+            document.tokens = answer.completion_tokens
         name = " ".join(words_of(self.settings.model_name))
-        if was_cut(answer):
+        if answer.truncated:
             document.dropped = "truncated"
         elif answer.finish == "content_filter":
             document.dropped = "content_filter"
@@ -250,55 +276,33 @@ class _Maker:
             document.dropped = "not_named"
 
     async def _critique(self, document: Document) -> None:
-        shop = self.shop
-        shown = quoted("text", document.text)
-        chat = shop.prompts.chat("critique", spec=shop.spec.text, document=shown, emphasis=self.emphasis)
-        document.faults, ids = await shop.ask_with_retry(shop.judge, chat, _read_faults, purpose="critique")
+        """Request a critique of a document, and a rewrite if it finds faults."""
+        session = self.session
+        common = {"spec": session.spec.text, "document": quoted("text", document.text), "emphasis": self.emphasis}
+        chat = session.prompts.chat("critique", **common)
+        document.faults, ids = await session.ask_with_retry(session.judge, chat, _parse_faults, purpose="critique")
         document.request_ids += ids
         if document.faults:
-            again = shop.prompts.chat(
-                "rewrite", spec=shop.spec.text, document=shown, emphasis=self.emphasis, faults=_bullets(document.faults)
-            )
-            self._take(document, await shop.generator.ask(again, purpose="rewrite"))
-
-    def _account(self, jobs: list[Document]) -> None:
-        """Count a wave in the order of its jobs, near-duplicates aside, and put every stage on disk."""
-        for document in jobs:
-            if document.dropped is None and self._seen.find_or_add("", document.text) is not None:
-                document.dropped = "duplicate"
-            if document.dropped is None:
-                self.kept.append(document)
-                self.tokens += document.tokens
-                self.shop.meter.keep()
-            else:
-                self.shop.meter.drop(document.dropped)
-        self.documents += jobs
-        self._write_stages()
+            rewrite = session.prompts.chat("rewrite", **common, faults=_bullets(document.faults))
+            self._set_text(document, await session.generator.ask(rewrite, purpose="rewrite"))
 
     # --- writing --------------------------------------------------------------------------------------------
 
     def _write_stages(self) -> None:
-        shop = self.shop
-        for name in ("assertions", "types"):
-            file = "assertions.jsonl" if name == "assertions" else "document_types.jsonl"
-            shop.write_rows(
-                file,
-                (
-                    {
-                        "domain": location.domain,
-                        "subdomain": location.subdomain,
-                        file.removesuffix(".jsonl"): getattr(g, name),
-                        "request_ids": g.request_ids,
-                    }
-                    for location, g in self.grounds.items()
-                ),
-            )
-        shop.write_rows(
+        session, plans = self.session, [(s, self.plans[s]) for s in self.subdomains if s in self.plans]
+        session.write_rows(
+            "assertions.jsonl",
+            ({**s.fields(), "assertions": p.assertions, "request_ids": p.request_ids} for s, p in plans),
+        )
+        session.write_rows(
+            "document_types.jsonl",
+            ({**s.fields(), "document_types": p.document_types, "request_ids": p.request_ids} for s, p in plans),
+        )
+        session.write_rows(
             "ideas.jsonl",
             (
                 {
-                    "domain": d.location.domain,
-                    "subdomain": d.location.subdomain,
+                    **d.subdomain.fields(),
                     "document_type": d.document_type,
                     "idea": d.idea,
                     "dropped": d.dropped,
@@ -309,10 +313,11 @@ class _Maker:
         )
 
     def finish(self) -> dict[str, Any]:
-        settings, shop = self.settings, self.shop
-        order = list(self.kept)
-        random.Random(f"{settings.seed} documents").shuffle(order)
-        versions = shop.prompts.versions(
+        """Write documents.jsonl, shuffled, and summary.json. Returns the summary."""
+        settings, session = self.settings, self.session
+        documents = list(self.kept)
+        random.Random(f"{settings.seed} documents").shuffle(documents)
+        versions = session.prompts.versions(
             "domains",
             "subdomains",
             "assertions",
@@ -322,33 +327,32 @@ class _Maker:
             f"emphasis_{settings.emphasis}",
             *(("critique", "rewrite") if settings.critique else ()),
         )
-        shop.write_rows(
+        session.write_rows(
             "documents.jsonl",
             (
                 {
                     "text": d.text,
                     "source": d.document_type,
-                    "domain": d.location.domain,
-                    "subdomain": d.location.subdomain,
+                    **d.subdomain.fields(),
                     "idea": d.idea,
                     "emphasis": settings.emphasis,
                     "tokens": d.tokens,
                     **({} if d.faults is None else {"critique": d.faults, "rewritten": bool(d.faults)}),
-                    "spec_sha256": shop.spec.sha256,
+                    "spec_sha256": session.spec.sha256,
                     "generator": {"model": settings.generator.model, "served_by": d.served_by, "prompts": versions},
                     "request_ids": d.request_ids,
                 }
-                for d in order
+                for d in documents
             ),
         )
-        return shop.write_summary(
+        return session.write_summary(
             {
                 "command": "document",
-                "documents": len(order),
+                "documents": len(documents),
                 "tokens": self.tokens,
                 "budget": settings.tokens,
                 "emphasis": settings.emphasis,
-                "places": len(self.locations),
+                "places": len(self.subdomains),
                 "prompt_files": versions,
             }
         )
@@ -358,9 +362,9 @@ def _bullets(items: tuple[str, ...] | list[str]) -> str:
     return "\n".join(f"- {item}" for item in items)
 
 
-def _read_faults(answer: Answer) -> list[str]:
+def _parse_faults(answer: Answer) -> list[str]:
     for value in json_values(answer.text, dict):
         faults = value.get("faults")
         if isinstance(faults, list) and all(isinstance(fault, str) for fault in faults):
             return [fault for fault in faults if fault.strip()]
-    raise MalformedAnswer('holds no {"faults": […]}')
+    raise MalformedAnswer('it contains no {"faults": […]}')

@@ -1,12 +1,12 @@
-"""The format filter: what an answer must be before a judge is paid to read it. Each fault has a name to count by."""
+"""The format filter: what an answer must satisfy before it is judged. Each fault is counted under its name."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
+from delib_fast.data.decontamination import words_of
 from delib_fast.datagen.citations import Label, cited, mentions_spec
-from delib_fast.datagen.dedup import words_of
 from delib_fast.datagen.parsing import COT_TAG, RESPONSE_TAG, Deliberation
 from delib_fast.datagen.request_log import Answer
 from delib_fast.datagen.settings import DeliberateSettings
@@ -17,37 +17,32 @@ _SCAFFOLDING = re.compile(
     r"|<\|[^|<>\n]{1,40}\|>|<[｜|][^<>\n]{1,40}[｜|]>|\[/?INST\]|</?s>|\{\{|\}\}|\{(?:model_name|provider_name)\}",
     re.IGNORECASE,
 )
-_CUT_FINISH = {"length", "max_tokens"}
-
-
-def was_cut(answer: Answer) -> bool:
-    """Did the endpoint stop at the limit of tokens?"""
-    return answer.finish in _CUT_FINISH
 
 
 def leaked_scaffolding(text: str) -> bool:
-    """Are tags, control tokens, slots or marks of prompts left in a text?"""
+    """Whether a text contains tags, control tokens, placeholders or markers of a prompt."""
     return _SCAFFOLDING.search(text) is not None
 
 
 def format_fault(
-    answer: Answer, parted: Deliberation, settings: DeliberateSettings, labels: Sequence[Label], conversation: str
+    answer: Answer, parts: Deliberation, settings: DeliberateSettings, labels: Sequence[Label], conversation: str
 ) -> str | None:
     """The reason to drop a generated answer, or None.
 
-    truncated, content_filter: the endpoint stopped it. no_cot, no_response, cot_too_short, response_too_short: a part
-    is not there. leaked_scaffolding: tags, control tokens or marks of our prompts are in it. mentions_spec (style
-    internal): it speaks of a spec or quotes it. no_citation (style cite): the CoT names no clause.
+    truncated, content_filter: the endpoint cut the answer off. no_cot, no_response, cot_too_short,
+    response_too_short: a part is missing or too short. leaked_scaffolding: it contains tags, control tokens or markers
+    of our prompts.
+    mentions_spec (style internal): it mentions a spec or quotes it. no_citation (style cite): the CoT names no clause.
     """
-    if was_cut(answer):
+    if answer.truncated:
         return "truncated"
     if answer.finish == "content_filter":
         return "content_filter"
-    if parted.fault:
-        return parted.fault
+    if parts.fault:
+        return parts.fault
     for name, part, least in (
-        ("cot", parted.cot, settings.least_cot_words),
-        ("response", parted.response, settings.least_response_words),
+        ("cot", parts.cot, settings.least_cot_words),
+        ("response", parts.response, settings.least_response_words),
     ):
         if not part:
             return f"no_{name}"
@@ -55,9 +50,9 @@ def format_fault(
             return "leaked_scaffolding"
         if len(words_of(part)) < least:
             return f"{name}_too_short"
-    assert parted.cot
-    assert parted.response
+    assert parts.cot
+    assert parts.response
     if settings.style == "cite":
-        return None if cited(parted.cot, labels) else "no_citation"
-    both = (parted.cot, parted.response)
+        return None if cited(parts.cot, labels) else "no_citation"
+    both = (parts.cot, parts.response)
     return "mentions_spec" if any(mentions_spec(t, labels, asked_about=conversation) for t in both) else None

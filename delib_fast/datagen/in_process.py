@@ -1,8 +1,7 @@
-"""A model in this process as a backend: no server, no network; the same ledger and the same pipelines.
+"""A model in this process as a backend: no server and no network, but the same request log and pipelines.
 
-What it needs of a model and a tokenizer is what `delib_fast.models` gives: `generate` and a chat template. Requests
-that wait together are generated together, padded on the left. Each batch is seeded by its requests' ids, so a
-batch of the same requests answers the same.
+Requests that wait at the same time are generated as one batch, padded on the left. Each batch is seeded with the id of
+its first request, so a batch of the same requests has the same answers.
 """
 
 from __future__ import annotations
@@ -18,15 +17,17 @@ from delib_fast.config import ModelConfig
 from delib_fast.datagen.request_log import Answer, Request
 from delib_fast.datagen.settings import EndpointSettings
 
-_GATHER_S = 0.02  # how long the first request of a batch waits for others
+_GATHER_S = 0.02  # seconds that the first request of a batch waits for others
 
 
 class TransformersBackend:
+    """A Hugging Face model, loaded onto the GPU in bf16, or onto the CPU in fp32."""
+
     def __init__(self, settings: EndpointSettings) -> None:
-        from delib_fast.models import build_model, load_tokenizer  # the only way to transformers
+        from delib_fast.models import build_model, load_tokenizer
 
         self._tokenizer: Any = load_tokenizer(settings.model)
-        self._tokenizer.padding_side = "left"  # as an argument of apply_chat_template it is passed over in silence
+        self._tokenizer.padding_side = "left"  # apply_chat_template ignores it as an argument
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if self._device == "cuda" else torch.float32
         model: Any = build_model(ModelConfig(path=settings.model), self._tokenizer, dtype=dtype)
@@ -59,7 +60,7 @@ class TransformersBackend:
             requests = [request for request, _ in batch]
             try:
                 answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._generate, requests)
-            except Exception as error:  # noqa: BLE001 (each waiting request is told)
+            except Exception as error:  # noqa: BLE001 (raised in each waiting request)
                 for _, done in batch:
                     if not done.done():
                         done.set_exception(error)
@@ -70,7 +71,7 @@ class TransformersBackend:
 
     @torch.inference_mode()
     def _generate(self, requests: list[Request]) -> list[Answer]:
-        params, tokenizer = requests[0].params, self._tokenizer  # one endpoint: its parameters are all alike
+        params, tokenizer = requests[0].params, self._tokenizer  # the requests of an endpoint have equal parameters
         inputs = tokenizer.apply_chat_template(
             [list(request.messages) for request in requests],
             add_generation_prompt=True,
@@ -79,10 +80,15 @@ class TransformersBackend:
             padding=True,
         ).to(self._device)
         length, limit = inputs["input_ids"].shape[1], params[self._limit]
-        sampling = {"do_sample": True, "temperature": params["temperature"], "top_p": params["top_p"], "top_k": 0}
+        sampling = {
+            "do_sample": True,
+            "temperature": params["temperature"],
+            "top_p": params.get("top_p", 1.0),
+            "top_k": 0,
+        }
         with torch.random.fork_rng(devices=[0] if self._device == "cuda" else []):
             torch.manual_seed(int(requests[0].id[:12], 16))
-            made = self._model.generate(
+            generated = self._model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 max_new_tokens=limit,
@@ -90,19 +96,19 @@ class TransformersBackend:
                 pad_token_id=tokenizer.pad_token_id,
                 **(sampling if params["temperature"] > 0 else {"do_sample": False}),
             )
-        ends = self._ends()
+        stop_ids = self._stop_ids()
         return [
-            self._answer(row[length:].tolist(), ends, int(mask.sum()), limit)
-            for row, mask in zip(made, inputs["attention_mask"], strict=True)
+            self._answer(row[length:].tolist(), stop_ids, int(mask.sum()), limit)
+            for row, mask in zip(generated, inputs["attention_mask"], strict=True)
         ]
 
-    def _ends(self) -> set[int]:
-        ends = self._model.generation_config.eos_token_id
-        return {self._tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    def _stop_ids(self) -> set[int]:
+        eos = self._model.generation_config.eos_token_id
+        return {self._tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
-    def _answer(self, ids: list[int], ends: set[int], prompt_tokens: int, limit: int) -> Answer:
-        stop = next((i for i, token in enumerate(ids) if token in ends), None)
-        # The control tokens of the chat stand after the end; <think> is one too, and is kept as text.
+    def _answer(self, ids: list[int], stop_ids: set[int], prompt_tokens: int, limit: int) -> Answer:
+        stop = next((i for i, token in enumerate(ids) if token in stop_ids), None)
+        # Special tokens are kept because <think> may be one; those that end the chat come after `stop`.
         text = self._tokenizer.decode(ids[:stop], skip_special_tokens=False)
         return Answer(
             text=text,

@@ -1,60 +1,135 @@
-"""The judge: k ratings of one CoT and response, spec in hand; the minimum counts.
+"""Judges: models that rate generated rows (data generation), or return one of a few verdicts (evaluations).
 
-score[axis] = min over the k votes of vote[axis];   kept ⇔ score[axis] ≥ threshold[axis] on every axis
+A row is rated k times on each axis, with the spec in the context, and the minimum counts:
+
+    score[axis] = min over the k votes of vote[axis];   kept ⇔ score[axis] ≥ threshold[axis] on every axis
 """
 
 from __future__ import annotations
 
+import asyncio
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from delib_fast.datagen.parsing import read_scores
+from delib_fast.datagen.backends import EndpointError, OpenAIBackend, Secrets
+from delib_fast.datagen.client import Client, NoAnswer, for_each
+from delib_fast.datagen.parsing import MalformedAnswer, parse_scores
+from delib_fast.datagen.progress import Meter
 from delib_fast.datagen.prompt_files import quoted
+from delib_fast.datagen.request_log import Answer
 from delib_fast.datagen.session import Session
-from delib_fast.datagen.settings import AXES, Axis, DeliberateSettings
+from delib_fast.datagen.settings import AXES, Axis, DeliberateSettings, EndpointSettings
+
+_VERDICT = re.compile(r"<answer>\s*(\w+)\s*</answer>", re.IGNORECASE)
+_VERDICT_ATTEMPTS = 2
+_SAMPLES_PER_VOTE = 1000  # so that a retried vote never repeats another vote's request
 
 
 @dataclass
 class Judgement:
+    """The ratings of one row."""
+
     votes: list[dict[str, Any]] = field(default_factory=list)
-    """Each vote as it was read: a number on each axis, and `why`."""
+    """For each vote, a number on each axis, and `why`."""
     request_ids: list[str] = field(default_factory=list)
 
     @property
     def scores(self) -> dict[str, float]:
+        """The minimum over the votes, on each axis and over all axes."""
         by_axis: dict[str, float] = {axis: min(vote[axis] for vote in self.votes) for axis in AXES}
         return {**by_axis, "min": min(by_axis.values())}
 
     def below(self, thresholds: dict[Axis, float]) -> list[Axis]:
-        """The axes on which the score is under its threshold."""
+        """The axes on which the score is below its threshold."""
         scores = self.scores
         return [axis for axis in AXES if scores[axis] < thresholds[axis]]
 
 
 async def judge_row(
-    shop: Session, settings: DeliberateSettings, *, spec_text: str, conversation: str, cot: str, response: str
+    session: Session, settings: DeliberateSettings, *, spec_text: str, conversation: str, cot: str, response: str
 ) -> Judgement:
-    """Ask for the votes one after another; with `stop_early`, none after one that is below the threshold.
+    """Request the votes one after another; with `stop_early`, none after a vote below the threshold.
 
-    Raises: NoAnswer with reason `malformed_judge` if a vote can't be read after `list_attempts` attempts: such a
-    row has no score, and is dropped under that name.
+    Raises:
+        NoAnswer: a vote could not be parsed in `list_attempts` attempts (reason `malformed_judge`). Such a row has no
+            score and is dropped under that reason.
     """
-    chat = shop.prompts.chat(
+    chat = session.prompts.chat(
         "judge",
         spec=spec_text,
-        style_rule=shop.prompts.fragment(f"judge_style_{settings.style}"),
+        style_rule=session.prompts.fragment(f"judge_style_{settings.style}"),
         conversation=quoted("conversation", conversation),
         cot=quoted("deliberation", cot),
         response=quoted("response", response),
     )
     judgement = Judgement()
     for vote in range(settings.judge_votes):
-        # Each vote has its own row of samples, so that a vote asked anew never repeats another vote.
-        (scores, why), ids = await shop.ask_with_retry(
-            shop.judge, chat, lambda answer: read_scores(answer.text), purpose="judge", first_sample=vote * 1000
+        (scores, why), request_ids = await session.ask_with_retry(
+            session.judge,
+            chat,
+            lambda answer: parse_scores(answer.text),
+            purpose="judge",
+            first_sample=vote * _SAMPLES_PER_VOTE,
         )
         judgement.votes.append({**{str(axis): score for axis, score in scores.items()}, "why": why})
-        judgement.request_ids += ids
+        judgement.request_ids += request_ids
         if settings.stop_early and judgement.below(settings.thresholds()):
             break
     return judgement
+
+
+class JudgeError(RuntimeError):
+    """The judge cannot be reached, or does not answer in the requested form."""
+
+
+def request_verdicts(endpoint: EndpointSettings, prompts: Sequence[str], allowed: Sequence[str]) -> list[str]:
+    """Send each prompt to a judge and return its verdicts. Answers are not kept, and no key is required.
+
+    Args:
+        allowed: the possible verdicts. The last `<answer>VERDICT</answer>` of an answer counts; an answer without one
+            is requested once more.
+    Raises:
+        JudgeError: the endpoint gives no answer after its retries, or two answers without a verdict.
+    """
+    try:
+        return asyncio.run(_request_verdicts(endpoint, prompts, allowed))
+    except (EndpointError, NoAnswer) as error:
+        where = endpoint.base_url or "the endpoint"
+        raise JudgeError(f"judge {endpoint.model!r} at {where}: {error}") from None
+
+
+async def _request_verdicts(endpoint: EndpointSettings, prompts: Sequence[str], allowed: Sequence[str]) -> list[str]:
+    secrets = Secrets()
+    client = Client(
+        None, Meter(), secrets, make_backend=lambda settings: OpenAIBackend(settings, secrets, require_key=False)
+    )
+    judge = client.endpoint(endpoint)
+    verdicts: dict[int, str] = {}
+
+    async def request_one(index: int) -> None:
+        chat = ({"role": "user", "content": prompts[index]},)
+        verdicts[index], _ = await judge.ask_with_retry(
+            chat, _verdict_parser(allowed), purpose="verdict", attempts=_VERDICT_ATTEMPTS
+        )
+
+    try:
+        await for_each(range(len(prompts)), request_one, client, concurrency=endpoint.concurrency)
+    except asyncio.CancelledError:  # Ctrl-C: the answers would not be kept, so do not wait for them
+        client.cancel_in_flight()
+        raise
+    finally:
+        await client.close()
+    return [verdicts[index] for index in range(len(prompts))]
+
+
+def _verdict_parser(allowed: Sequence[str]) -> Callable[[Answer], str]:
+    def parse(answer: Answer) -> str:
+        texts: list[str] = _VERDICT.findall(answer.text)
+        found = [verdict for text in texts if (verdict := text.lower()) in allowed]
+        if not found:
+            raise MalformedAnswer(f"no <answer> of {', '.join(allowed)} in {_VERDICT_ATTEMPTS} attempts")
+        return found[-1]
+
+    return parse

@@ -1,4 +1,4 @@
-"""Reading what models write: JSON among prose and fences, a CoT and a response among tags."""
+"""Parsing of answers: JSON among prose and code fences, a CoT and a response between tags."""
 
 from __future__ import annotations
 
@@ -20,41 +20,40 @@ _decoder = json.JSONDecoder()
 
 
 class MalformedAnswer(ValueError):  # noqa: N818 (it says what the answer is)
-    """The model's answer is not in the form that was asked for."""
+    """The model's answer is not in the requested form."""
 
 
 def after_thinking(text: str) -> str:
-    """The text after a <think> block that it begins with."""
+    """The text without the <think> block that it begins with, if any."""
     return _THINKING.sub("", text, count=1)
 
 
 def json_values(text: str, kind: type[dict[str, Any]] | type[list[Any]]) -> list[Any]:
-    """Every outermost JSON object (or list) in a text, in order; prose, fences and a <think> block are passed over."""
+    """Every outermost JSON object (or list) of a text, in order. Prose, code fences and a <think> block are skipped."""
     text = after_thinking(text)
     opening = "{" if kind is dict else "["
     values = []
-    at = text.find(opening)
-    while at >= 0:
+    start = text.find(opening)
+    while start >= 0:
         try:
-            value, end = _decoder.raw_decode(text, at)
+            value, end = _decoder.raw_decode(text, start)
         except (json.JSONDecodeError, RecursionError, ValueError):
-            end = at + 1
+            end = start + 1
         else:
             if isinstance(value, kind):
                 values.append(value)
-        at = text.find(opening, end)
+        start = text.find(opening, end)
     return values
 
 
-def read_scores(text: str) -> tuple[dict[Axis, float], str]:
-    """A judgement: a number from 1 to 10 on each axis, and the reason given.
+def parse_scores(text: str) -> tuple[dict[Axis, float], str]:
+    """Parse a judgement: a number from 1 to 10 on each axis, and the judge's reason. Nothing is guessed.
 
     Raises:
-        Malformed: no object with every axis, a value that is no number on the scale, or several objects that
-            disagree. It is never guessed at.
+        MalformedAnswer: no object has every axis, a value is not a number on the scale, or several objects disagree.
     """
     found: list[tuple[dict[Axis, float], str]] = []
-    fault = "holds no JSON object with " + ", ".join(AXES)
+    fault = "it contains no JSON object with " + ", ".join(AXES)
     for value in json_values(text, dict):
         if not any(axis in value for axis in AXES):
             continue
@@ -65,7 +64,7 @@ def read_scores(text: str) -> tuple[dict[Axis, float], str]:
     if not found:
         raise MalformedAnswer(fault)
     if any(scores != found[0][0] for scores, _ in found):
-        raise MalformedAnswer("holds several judgements that disagree")
+        raise MalformedAnswer("it contains several judgements that disagree")
     return found[-1]
 
 
@@ -74,36 +73,40 @@ def _score(value: Mapping[str, Any], axis: Axis) -> float:
     if isinstance(score, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*", score):
         score = float(score)
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        raise MalformedAnswer(f"{axis} is no number" if axis in value else f"{axis} is missing")
+        raise MalformedAnswer(f"{axis} is not a number" if axis in value else f"{axis} is missing")
     if not 1 <= score <= 10:
         raise MalformedAnswer(f"{axis} is {score:g}, outside 1 to 10")
     return float(score)
 
 
-def read_strings(text: str, *, least: int = 1) -> list[str]:
-    """A JSON list of strings, the first in the text that holds some; blank and repeated ones go."""
+def parse_strings(text: str, *, least: int = 1) -> list[str]:
+    """The first JSON list of at least `least` strings in a text, without blank and repeated ones.
+
+    Raises:
+        MalformedAnswer: there is no such list.
+    """
     for value in json_values(text, list):
         if value and all(isinstance(item, str) for item in value):
             items = list(dict.fromkeys(" ".join(item.split()) for item in value if item.strip()))
             if len(items) >= least:
                 return items
-    raise MalformedAnswer(f"holds no JSON list of at least {least} strings")
+    raise MalformedAnswer(f"it contains no JSON list of at least {least} strings")
 
 
 @dataclass(frozen=True)
 class Deliberation:
-    """A generated answer, parted; None where a part is not there."""
+    """A generated answer, split into its parts; a part that is missing is None."""
 
     cot: str | None
     response: str | None
     fault: str | None = None
-    """Why it can't be parted: `truncated`, `leaked_scaffolding` …"""
+    """Why the answer cannot be split: `truncated` or `leaked_scaffolding`."""
 
 
-def part_answer(answer: Answer, cot_from: Literal["tags", "reasoning"]) -> Deliberation:
-    """CoT and response of an answer: between our tags, or the model's own reasoning and its text."""
+def split_answer(answer: Answer, cot_from: Literal["tags", "reasoning"]) -> Deliberation:
+    """Split an answer into CoT and response: by our tags, or into the model's own reasoning and its text."""
     if cot_from == "tags":
-        return _part_tags(answer)
+        return _split_at_tags(answer)
     if answer.reasoning is not None:
         return Deliberation(answer.reasoning.strip(), answer.text.strip())
     try:
@@ -114,8 +117,8 @@ def part_answer(answer: Answer, cot_from: Literal["tags", "reasoning"]) -> Delib
     return Deliberation(cot, response.strip())
 
 
-def _part_tags(answer: Answer) -> Deliberation:
-    # The model's own thinking before the tags is about the task, spec in hand; it is no part of the row.
+def _split_at_tags(answer: Answer) -> Deliberation:
+    # The model's own thinking before the tags is about the task, with the spec in view: it does not belong in the row.
     text = after_thinking(answer.text)
     parts: dict[str, str | None] = {}
     for tag in (COT_TAG, RESPONSE_TAG):

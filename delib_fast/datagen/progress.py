@@ -1,27 +1,29 @@
-"""What a person sees of a run: a live line in a terminal, plain lines elsewhere."""
+"""Progress of a run: a live line in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from delib_fast.datagen.request_log import Answer, RequestLedger
+from delib_fast.datagen.request_log import Answer, RequestLog
 
 _PLAIN_EVERY_S = 5.0
 
 
 class Meter:
-    """Counts of one run, and the line that shows them."""
+    """Counts what happens in a run, and shows it.
 
-    def __init__(self, ledger: RequestLedger | None = None, *, console: Console | None = None) -> None:
-        self.ledger = ledger
+    Args:
+        log: its cost is shown.
+    """
+
+    def __init__(self, log: RequestLog | None = None, *, console: Console | None = None) -> None:
+        self.log = log
         self.in_flight = 0
         self.reused = 0
         self.answers = 0
@@ -31,10 +33,10 @@ class Meter:
         self.dropped: Counter[str] = Counter()
         self._console = console or Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
         self._live: Progress | None = None
-        self._task: Any = None
+        self._task = TaskID(0)
         self._what, self._unit = "", ""
         self._done = self._total = 0.0
-        self._began = self._sending_since = time.monotonic()
+        self._start = self._phase_start = time.monotonic()
         self._last_line = 0.0
 
     # --- counting -------------------------------------------------------------------------------------------
@@ -56,45 +58,46 @@ class Meter:
 
     # --- showing --------------------------------------------------------------------------------------------
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         self._console.print(Text(text))
 
-    def begin(self, what: str, total: float, unit: str = "") -> None:
-        """Start to show a part of the run: `what`, done of `total`."""
-        self.end()
+    def start(self, what: str, total: float, unit: str = "") -> None:
+        """Start to show a phase of the run: `what`, and how much of `total` is done."""
+        self.stop()
         self._what, self._unit, self._done, self._total = what, unit, 0.0, total
-        self._began, self._last_line = time.monotonic(), 0.0
+        self._phase_start, self._last_line = time.monotonic(), 0.0
         if self._console.is_terminal:
             count = MofNCompleteColumn() if not unit else TextColumn("{task.fields[count]}")
             self._live = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=12),
                 count,
-                TextColumn("{task.fields[told]}"),
+                TextColumn("{task.fields[status]}"),
                 console=self._console,
             )
             self._live.start()
-            self._task = self._live.add_task(what, total=total, told="", count="")
+            self._task = self._live.add_task(what, total=total, status="", count="")
 
     def advance(self, by: float = 1.0) -> None:
         self._done += by
         self._show(last=self._done >= self._total)
 
-    def end(self) -> None:
+    def stop(self) -> None:
+        """End the phase."""
         if self._live is not None:
             self._live.stop()
             self._live = None
         self._what = ""
 
-    def told(self) -> str:
-        """kept 12 · dropped 3 (truncated 2, judge_score 1) · 61 answers · 340 tok/s · cost 0.12 · 3m left"""
+    def status(self) -> str:
+        """kept 12 · dropped 3 (truncated 2, low_compliance 1) · 61 answers · 340 tok/s · cost 0.12 · 3m00s left"""
         parts = []
         if self.kept or self.dropped:
             parts.append(f"kept {self.kept}")
         if self.dropped:
             reasons = ", ".join(f"{reason} {n}" for reason, n in self.dropped.most_common(4))
             parts.append(f"dropped {self.dropped.total()} ({reasons})")
-        elapsed = max(1e-3, time.monotonic() - self._sending_since)
+        elapsed = max(1e-3, time.monotonic() - self._start)
         if self.answers:
             parts.append(f"{self.answers} answers")
             parts.append(f"{self.completion_tokens / elapsed:.0f} tok/s")
@@ -102,11 +105,11 @@ class Meter:
             parts.append(f"{self.reused} reused")
         if self.retries:
             parts.append(f"{self.retries.total()} retries")
-        cost = self.ledger.totals.cost if self.ledger else None
+        cost = self.log.totals.cost if self.log else None
         if cost is not None:
             parts.append(f"cost {money(cost)}")
         if 0 < self._done < self._total:
-            spent = time.monotonic() - self._began
+            spent = time.monotonic() - self._phase_start
             parts.append(f"{_duration(spent / self._done * (self._total - self._done))} left")
         return " · ".join(parts)
 
@@ -116,11 +119,11 @@ class Meter:
             return
         if self._live is not None:
             count = f"{self._done:,.0f}/{self._total:,.0f} {self._unit}"
-            self._live.update(self._task, completed=self._done, told=self.told(), count=count)
+            self._live.update(self._task, completed=self._done, status=self.status(), count=count)
         elif last or now - self._last_line >= _PLAIN_EVERY_S:
             self._last_line = now
             unit = f" {self._unit}" if self._unit else ""
-            self._console.print(Text(f"{self._what} {self._done:,.0f}/{self._total:,.0f}{unit}  {self.told()}"))
+            self._console.print(Text(f"{self._what} {self._done:,.0f}/{self._total:,.0f}{unit}  {self.status()}"))
 
 
 def money(amount: float) -> str:

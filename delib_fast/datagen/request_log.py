@@ -1,20 +1,19 @@
-"""The request ledger: every answer on disk as it arrives, found again by the content of its request.
+"""The request log: every answer is on disk when it arrives, and is found again by the content of its request.
 
-`OUT/requests.jsonl` is append-only and holds two kinds of line:
+`OUT/requests.jsonl` is append-only and has two kinds of lines:
 
-    {"is": "text", "sha256": …, "text": …}       a text of a message, once, however many requests bear it
+    {"is": "text", "sha256": …, "text": …}       the text of a message, once, however many requests contain it
     {"is": "answer", "id": …, "purpose": …, "messages": [{"role", "sha256"}], …, "answer": {…}}
 
-A request's id is the SHA-256 of what decides its answer: model, messages, sampling parameters and the number of
-the sample. So a run that goes on, or one with a new threshold, asks again only for what it never got. An answer
-counts as received when its line is fsynced, not before; lines that arrive together share one fsync. The end of a
-line that a kill cut short is taken off at the next start.
+The id of a request is the SHA-256 of what determines its answer: model, messages, sampling parameters and sample
+number. So a resumed run, or one with a new threshold, sends only the requests that have no answer yet. An answer counts
+as received when its line is synced to the disk; lines that arrive together share one sync. A last line that was cut
+short by a kill is removed when the log is opened.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import hashlib
 import json
 import os
@@ -22,49 +21,63 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from delib_fast.config import ConfigError
 from delib_fast.datagen.prompt_files import Chat
+from delib_fast.files import FileLock, sync_descriptor, sync_folder
 
 
 @dataclass(frozen=True)
 class Request:
+    """A chat, and how it is to be answered."""
+
     purpose: str
-    """What it is for ("generate", "judge" …): for people; no part of the id."""
+    """What the answer is for ("generate", "judge" …). For people: it is not part of the id."""
     model: str
     messages: Chat
     params: Mapping[str, Any]
+    """Sampling parameters, as the endpoint names them."""
     sample: int = 0
+    """Requests that differ only in this number are answered independently."""
 
     @property
     def id(self) -> str:
-        what = {"model": self.model, "messages": self.messages, "params": self.params, "sample": self.sample}
-        return hashlib.sha256(json.dumps(what, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
+        content = {"model": self.model, "messages": self.messages, "params": self.params, "sample": self.sample}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class Answer:
+    """What a model answered."""
+
     text: str
     finish: str
-    """Why the model stopped: "stop", "length", "content_filter" …, as the endpoint says it."""
+    """Why the model stopped, as the endpoint reports it: "stop", "length", "content_filter" …"""
     reasoning: str | None = None
-    """What the endpoint gives as the model's own reasoning, apart from the text."""
+    """The model's own reasoning, if the endpoint returns it separately from the text."""
     prompt_tokens: int | None = None
+    """None if the endpoint does not report it."""
     completion_tokens: int | None = None
     served_by: str = ""
-    """The model as the endpoint names it."""
+    """The model's name as the endpoint reports it."""
     request_id: str = ""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the answer was cut off at the token limit."""
+        return self.finish in ("length", "max_tokens")
 
 
 @dataclass
 class Totals:
-    """What the answers in a ledger came to."""
+    """Sums over the answers of a log."""
 
     answers: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     without_usage: int = 0
+    """Answers whose tokens the endpoint did not report."""
     cost: float | None = None
     by_purpose: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -85,45 +98,55 @@ class Totals:
         part["cost"] += cost or 0.0
 
 
-class LedgerError(RuntimeError):
-    """The ledger can't be written: nothing more is sent, since answers could not be kept."""
+class RequestLogError(RuntimeError):
+    """The log cannot be written. No more requests are sent, because their answers could not be kept."""
 
 
-class FolderLock:
-    """One run at a time on a folder; the lock goes with the process, however that ends."""
+def lock_folder(folder: Path) -> FileLock:
+    """Create the folder of a run, if it does not exist, and lock it until `release()` or the end of the process.
 
-    def __init__(self, folder: Path) -> None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file: TextIO = (folder / ".lock").open("a")
-        except OSError as error:
-            raise ConfigError(f"{folder}: can't be made or written: {error.strerror}") from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise ConfigError(
-                f"{folder}: another run is writing to this folder; wait for it to end, or give another -o"
-            ) from None
-
-    def release(self) -> None:
-        self._file.close()
+    Raises:
+        ConfigError: another run has locked it, or it cannot be created or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / ".lock", wait=False)
+    except BlockingIOError:
+        raise ConfigError(
+            f"{folder}: another run is writing to this folder; wait until it ends, or give another -o"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be created, written to or locked: {error.strerror}") from None
 
 
-class RequestLedger:
-    """The ledger of one folder. Only one process may hold it: take a `FolderLock` first."""
+@dataclass(frozen=True)
+class _Pending:
+    """An answer that is to be written."""
+
+    lines: bytes
+    """Lines of new texts, then the line of the answer."""
+    record: dict[str, Any]
+    written: asyncio.Future[None]
+
+
+class RequestLog:
+    """The request log of a folder. Only one process may open it: call `lock_folder` first.
+
+    Args:
+        scrub: removes secrets from each line before it is written.
+    """
 
     def __init__(self, path: Path, *, scrub: Callable[[str], str] = lambda text: text) -> None:
         self.path = path
         self.totals = Totals()
         self._scrub = scrub
-        self._locations: dict[str, tuple[int, int]] = {}
+        self._locations: dict[str, tuple[int, int]] = {}  # request id → offset and length of its line
         self._texts: set[str] = set()
-        self._pending: list[tuple[bytes, list[str], dict[str, Any], asyncio.Future[None]]] = []
+        self._pending: list[_Pending] = []
         self._writer: asyncio.Task[None] | None = None
         self._end = self._load() if path.exists() else 0
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        _sync_folder(path.parent)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        sync_folder(path.parent)
 
     def __len__(self) -> int:
         return len(self._locations)
@@ -132,61 +155,62 @@ class RequestLedger:
         return request_id in self._locations
 
     def get(self, request_id: str) -> Answer | None:
-        location = self._locations.get(request_id)
-        if location is None:
+        """The answer to a request; None if there is none yet."""
+        if request_id not in self._locations:
             return None
-        record = json.loads(os.pread(self._fd, location[1], location[0]))
-        return Answer(**record["answer"], request_id=request_id)
+        return Answer(**self._record(request_id)["answer"], request_id=request_id)
 
     async def append(
         self, request: Request, answer: Answer, *, cost: float | None, attempts: int, seconds: float
-    ) -> Answer:
-        """Write an answer and wait until it is on disk. Raises LedgerError if it can't be."""
-        shas, lines = [], b""
+    ) -> None:
+        """Write an answer and return when it is on disk. Raises RequestLogError if it cannot be written."""
+        hashes, lines = [], b""
         for message in request.messages:
-            sha = hashlib.sha256(message["content"].encode()).hexdigest()
-            if sha not in self._texts:
-                self._texts.add(sha)
-                lines += self._line({"is": "text", "sha256": sha, "text": message["content"]})
-            shas.append(sha)
-        body = {k: v for k, v in asdict(answer).items() if k != "request_id"}
+            sha256 = hashlib.sha256(message["content"].encode()).hexdigest()
+            if sha256 not in self._texts:
+                self._texts.add(sha256)
+                lines += self._line({"is": "text", "sha256": sha256, "text": message["content"]})
+            hashes.append(sha256)
         record = {
             "is": "answer",
             "id": request.id,
             "purpose": request.purpose,
             "model": request.model,
-            "messages": [{"role": m["role"], "sha256": sha} for m, sha in zip(request.messages, shas, strict=True)],
+            "messages": [
+                {"role": m["role"], "sha256": sha256} for m, sha256 in zip(request.messages, hashes, strict=True)
+            ],
             "params": dict(request.params),
             "sample": request.sample,
-            "answer": body,
+            "answer": {k: v for k, v in asdict(answer).items() if k != "request_id"},
             "cost": cost,
             "attempts": attempts,
             "seconds": round(seconds, 3),
             "at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        done = asyncio.get_running_loop().create_future()
-        self._pending.append((lines + self._line(record), shas, record, done))
+        written = asyncio.get_running_loop().create_future()
+        self._pending.append(_Pending(lines + self._line(record), record, written))
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._write_pending())
-        await asyncio.shield(done)
-        return Answer(**body, request_id=request.id)
+        await asyncio.shield(written)
 
-    def texts(self, request_id: str) -> list[dict[str, str]]:
+    def messages(self, request_id: str) -> list[dict[str, str]]:
         """The messages of an answered request, as they were sent."""
-        record = json.loads(os.pread(self._fd, *reversed(self._locations[request_id])))
+        record = self._record(request_id)
         wanted = {m["sha256"] for m in record["messages"]}
         found = {}
-        for line in self.path.open("rb"):
-            if line.startswith(b'{"is": "text"') and (text := json.loads(line))["sha256"] in wanted:
-                found[text["sha256"]] = text["text"]
+        with self.path.open("rb") as file:
+            for line in file:
+                if line.startswith(b'{"is": "text"') and (text := json.loads(line))["sha256"] in wanted:
+                    found[text["sha256"]] = text["text"]
         return [{"role": m["role"], "content": found[m["sha256"]]} for m in record["messages"]]
 
     def close(self) -> None:
-        """Write what is pending, in this thread; for the end of a run, whatever ended it."""
+        """Write what is pending, in this thread, and close the file. For the end of a run, however it ends."""
         pending, self._pending = self._pending, []
         if pending:
-            self._commit(pending)
-        os.close(self._fd)
+            self._write(b"".join(item.lines for item in pending))
+            self._add(pending)
+        os.close(self._descriptor)
 
     # --- writing --------------------------------------------------------------------------------------------
 
@@ -197,38 +221,43 @@ class RequestLedger:
         while self._pending:
             batch, self._pending = self._pending, []
             try:
-                await asyncio.to_thread(self._write, b"".join(lines for lines, *_ in batch))
+                await asyncio.to_thread(self._write, b"".join(item.lines for item in batch))
             except OSError as error:
-                os.ftruncate(self._fd, self._end)  # what follows must not begin inside a half-written line
-                fault = LedgerError(f"{self.path}: can't be written: {error.strerror}; what was written before stays")
-                for *_, done in batch:
-                    done.set_exception(fault)
+                os.ftruncate(self._descriptor, self._end)  # the next line must not begin inside a half-written one
+                fault = RequestLogError(
+                    f"{self.path}: cannot be written: {error.strerror}; what was written before is kept"
+                )
+                for item in batch:
+                    item.written.set_exception(fault)
                 continue
-            self._note(batch)
-
-    def _commit(self, batch: list[tuple[bytes, list[str], dict[str, Any], asyncio.Future[None]]]) -> None:
-        self._write(b"".join(lines for lines, *_ in batch))
-        self._note(batch)
+            self._add(batch)
 
     def _write(self, data: bytes) -> None:
-        at = self._end
+        offset = self._end
         while data:
-            written = os.pwrite(self._fd, data, at)
-            data, at = data[written:], at + written
-        os.fsync(self._fd)
+            written = os.pwrite(self._descriptor, data, offset)
+            data, offset = data[written:], offset + written
+        sync_descriptor(self._descriptor)
 
-    def _note(self, batch: list[tuple[bytes, list[str], dict[str, Any], asyncio.Future[None]]]) -> None:
-        for lines, _, record, done in batch:
-            start = lines.rstrip(b"\n").rfind(b"\n") + 1
-            self._locations[record["id"]] = (self._end + start, len(lines) - start)
-            self._end += len(lines)
-            self.totals.add(record)
-            if not done.done() and not done.get_loop().is_closed():
-                done.set_result(None)
+    def _add(self, batch: list[_Pending]) -> None:
+        """Add written answers to the index and the totals."""
+        for item in batch:
+            start = item.lines.rstrip(b"\n").rfind(b"\n") + 1  # after the lines of texts
+            self._locations[item.record["id"]] = (self._end + start, len(item.lines) - start)
+            self._end += len(item.lines)
+            self.totals.add(item.record)
+            if not item.written.done() and not item.written.get_loop().is_closed():
+                item.written.set_result(None)
 
     # --- reading --------------------------------------------------------------------------------------------
 
+    def _record(self, request_id: str) -> dict[str, Any]:
+        offset, length = self._locations[request_id]
+        record: dict[str, Any] = json.loads(os.pread(self._descriptor, length, offset))
+        return record
+
     def _load(self) -> int:
+        """Read the index and the totals from the file; remove a last line that is not whole. Returns the file's end."""
         end = 0
         for start, line, record in _records(self.path):
             end = start + len(line)
@@ -243,7 +272,7 @@ class RequestLedger:
 
 
 def _records(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
-    """Each whole line with its offset; stops before a last line that was cut."""
+    """Each whole line as (offset, line, record). A last line that was cut short is not included."""
     offset = 0
     with path.open("rb") as file:
         lines = iter(file)
@@ -256,23 +285,15 @@ def _records(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
                     raise ValueError
             except (ValueError, KeyError, TypeError):
                 if next(lines, None) is None:
-                    return  # a last line whose bytes never all reached the disk
+                    return  # a last line of which not every byte reached the disk
                 raise ConfigError(
-                    f"{path}:{number}: this line is damaged, and others follow it; remove the line "
-                    "(its request will be sent again)"
+                    f"{path}:{number}: this line is damaged, and others follow it; remove the line (its request will "
+                    "be sent again)"
                 ) from None
             yield offset, line, record
             offset += len(line)
 
 
 def read_answers(path: Path) -> Iterator[dict[str, Any]]:
-    """The answer lines of a ledger, for reports."""
+    """The answer lines of a request log, for reports."""
     return (record for _, _, record in _records(path) if record["is"] == "answer")
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -1,10 +1,10 @@
-"""`delib-fast deliberate`: prompts and a spec in; rows of prompt, CoT and response, without the spec, out.
+"""`delib-fast deliberate`: rows of prompt, CoT and response, generated with a spec in the context but not in the rows.
 
     prompt ──spec guard, duplicates──▶ classify ──▶ n × (generate ──▶ format filter ──▶ judge k times, min)
            ──▶ threshold ──▶ best of n ──▶ duplicates ──▶ strip ──▶ rows.jsonl ──read back──▶ spec guard
 
-Every answer is in the ledger before it is used, so the rows are a function of the ledger and the settings: to go
-on after a stop, or to try another threshold, is to run the same thing again.
+Every answer is in the request log before it is used, so the rows are a function of the log and the settings: to resume
+after a stop, or to try another threshold, run the same command again.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from delib_fast.datagen.citations import Label, labels_of_spec
+from delib_fast.datagen.citations import labels_of_spec
 from delib_fast.datagen.client import NoAnswer
 from delib_fast.datagen.dedup import NearDuplicates, text_key
 from delib_fast.datagen.filters import format_fault
 from delib_fast.datagen.judge import Judgement, judge_row
-from delib_fast.datagen.parsing import MalformedAnswer, json_values, part_answer
+from delib_fast.datagen.parsing import MalformedAnswer, json_values, split_answer
 from delib_fast.datagen.prompt_files import quoted
 from delib_fast.datagen.request_log import Answer
 from delib_fast.datagen.session import Session
 from delib_fast.datagen.settings import DeliberateSettings
 from delib_fast.datagen.spec_leak import SpecGuard
-from delib_fast.datagen.user_prompts import UserPrompt, make_prompts, read_prompts
+from delib_fast.datagen.user_prompts import UserPrompt, generate_prompts, read_prompts
 
 _MOST_CATEGORIES = 4
 
 
 @dataclass
 class Sample:
-    """One generated answer and what became of it."""
+    """One generated answer and its outcome."""
 
     prompt: UserPrompt
     number: int
@@ -44,129 +44,134 @@ class Sample:
     served_by: str = ""
     judgement: Judgement = field(default_factory=Judgement)
     dropped: str | None = None
-    """The reason, or None while it stands."""
+    """Why it was dropped; None if it is kept."""
 
 
-async def deliberate(shop: Session, settings: DeliberateSettings, prompts_file: Path | None) -> dict[str, Any]:
-    """Make the rows of a folder. Returns the summary, which is also in summary.json."""
-    await shop.summarize()
-    prompts = await _prompts(shop, settings, prompts_file)
-    guard = SpecGuard(shop.spec, words=settings.guard_words)
-    wanted = _usable(shop, settings, prompts, guard)
-    maker = _Maker(shop, settings, labels_of_spec(shop.spec))
-    shop.meter.begin("prompts done", len(wanted))
-    await shop.for_each(wanted, maker.one_prompt)
-    shop.meter.end()
-    samples = [sample for prompt in wanted for sample in maker.done.get(prompt.id, ())]
-    kept = _without_duplicates(shop, settings, samples)
-    return _write(shop, settings, kept, samples, wanted, guard)
-
-
-async def _prompts(shop: Session, settings: DeliberateSettings, file: Path | None) -> list[UserPrompt]:
-    prompts = [] if file is None else read_prompts(file, shop.spec)
+async def generate_rows(session: Session, settings: DeliberateSettings, prompts_file: Path | None) -> dict[str, Any]:
+    """Generate the rows of a folder. Returns the summary, which is also written to summary.json."""
+    await session.summarize()
+    prompts = [] if prompts_file is None else read_prompts(prompts_file, session.spec)
     if settings.prompts_from_spec is not None:
-        prompts += await make_prompts(shop, settings, settings.prompts_from_spec)
-    return prompts
+        prompts += await generate_prompts(session, settings, settings.prompts_from_spec)
+    guard = SpecGuard(session.spec, words=settings.guard_words)
+    prompts = _filter_prompts(session, settings, prompts, guard)
+    generator = _RowGenerator(session, settings)
+    session.meter.start("prompts done", len(prompts))
+    await session.for_each(prompts, generator.run)
+    session.meter.stop()
+    samples = [sample for prompt in prompts for sample in generator.samples.get(prompt.id, ())]
+    kept = _drop_duplicates(session, settings, samples)
+    return _write(session, settings, kept, samples, prompts, guard)
 
 
-def _usable(
-    shop: Session, settings: DeliberateSettings, prompts: Sequence[UserPrompt], guard: SpecGuard
+def _filter_prompts(
+    session: Session, settings: DeliberateSettings, prompts: Sequence[UserPrompt], guard: SpecGuard
 ) -> list[UserPrompt]:
-    """Before anything is paid for: no repeated prompt, and none that brings spec text along."""
+    """Drop near-duplicate prompts and those that contain text of the spec, before any answer is paid for."""
     seen = NearDuplicates(settings.near_duplicate_prompt)
     usable = []
     for prompt in prompts:
         if any(guard.leak(turn["content"]) for turn in prompt.turns):
-            shop.meter.drop("spec_in_prompt")
+            session.meter.drop("spec_in_prompt")
         elif seen.find_or_add(prompt.id, prompt.conversation) is not None:
-            shop.meter.drop("duplicate_prompt")
+            session.meter.drop("duplicate_prompt")
         else:
             usable.append(prompt)
-    shop.write_rows(
+    session.write_rows(
         "prompts.jsonl",
         (
-            {"prompt_id": p.id, **_prompt_fields(p), "category": list(p.categories), "place": p.location, **p.made}
+            {
+                "prompt_id": p.id,
+                **_prompt_fields(p),
+                "category": list(p.categories),
+                "place": p.location,
+                **p.generated_for,
+            }
             for p in usable
         ),
     )
     return usable
 
 
-class _Maker:
-    """From one prompt to its judged samples."""
+class _RowGenerator:
+    """From a prompt to its judged samples, which are in `samples`, by the id of the prompt."""
 
-    def __init__(self, shop: Session, settings: DeliberateSettings, labels: Sequence[Label]) -> None:
-        self.shop, self.settings, self.labels = shop, settings, labels
-        self.done: dict[str, list[Sample]] = {}
+    def __init__(self, session: Session, settings: DeliberateSettings) -> None:
+        self.session, self.settings, self.labels = session, settings, labels_of_spec(session.spec)
+        self.samples: dict[str, list[Sample]] = {}
 
-    async def one_prompt(self, prompt: UserPrompt) -> None:
-        shop, settings = self.shop, self.settings
+    async def run(self, prompt: UserPrompt) -> None:
+        session, settings = self.session, self.settings
         try:
-            categories, ids = await self._classify(prompt)
+            categories, request_ids = await self._classify(prompt)
         except NoAnswer as error:
             samples = [Sample(prompt, 0, (), list(prompt.request_ids), dropped=error.reason)]
         else:
-            spec_text = shop.spec.for_categories(categories, shop.summaries)
+            spec_text = session.spec.for_categories(categories, session.summaries)
             samples = await asyncio.gather(
                 *(
-                    self._sample(prompt, number, categories, spec_text, [*prompt.request_ids, *ids])
+                    self._sample(prompt, number, categories, spec_text, [*prompt.request_ids, *request_ids])
                     for number in range(settings.samples)
                 )
             )
-        _best_of(samples, settings.best_of)
+        _keep_best(samples, settings.best_of)
         for sample in samples:
-            shop.meter.keep() if sample.dropped is None else shop.meter.drop(sample.dropped)
-        self.done[prompt.id] = samples
-        shop.meter.advance()
+            if sample.dropped is None:
+                session.meter.keep()
+            else:
+                session.meter.drop(sample.dropped)
+        self.samples[prompt.id] = samples
+        session.meter.advance()
 
     async def _classify(self, prompt: UserPrompt) -> tuple[list[str], list[str]]:
+        """The sections that a prompt is about, and the ids of the requests for them."""
         if prompt.categories:
             return list(prompt.categories), []
-        known = {section.id for section in self.shop.spec.sections}
-        chat = self.shop.prompts.chat(
-            "classify", sections=self.shop.summary_lines(), conversation=quoted("conversation", prompt.conversation)
+        session = self.session
+        known = {section.id for section in session.spec.sections}
+        chat = session.prompts.chat(
+            "classify", sections=session.summary_lines(), conversation=quoted("conversation", prompt.conversation)
         )
 
-        def read(answer: Answer) -> list[str]:
+        def parse(answer: Answer) -> list[str]:
             for value in json_values(answer.text, dict):
                 names = value.get("categories")
                 if isinstance(names, list):
                     named = [name for name in dict.fromkeys(map(str, names)) if name in known]
                     if named:
                         return named[:_MOST_CATEGORIES]
-            raise MalformedAnswer("names no section of the spec")
+            raise MalformedAnswer("it names no section of the spec")
 
-        return await self.shop.ask_with_retry(self.shop.generator, chat, read, purpose="classify")
+        return await session.ask_with_retry(session.generator, chat, parse, purpose="classify")
 
     async def _sample(
-        self, prompt: UserPrompt, number: int, categories: Sequence[str], spec_text: str, ids: list[str]
+        self, prompt: UserPrompt, number: int, categories: Sequence[str], spec_text: str, request_ids: list[str]
     ) -> Sample:
-        shop, settings = self.shop, self.settings
-        form = shop.prompts.fragment(f"answer_form_{settings.cot_from}")
-        chat = shop.prompts.chat(
+        session, settings = self.session, self.settings
+        chat = session.prompts.chat(
             f"generate_{settings.style}",
             spec=spec_text,
-            answer_form=form,
+            answer_form=session.prompts.fragment(f"answer_form_{settings.cot_from}"),
             conversation=quoted("conversation", prompt.conversation),
         )
-        sample = Sample(prompt, number, categories, list(ids))
+        sample = Sample(prompt, number, categories, list(request_ids))
         try:
-            answer = await shop.generator.ask(chat, purpose="generate", sample=number)
+            answer = await session.generator.ask(chat, purpose="generate", sample=number)
             sample.request_ids.append(answer.request_id)
             sample.served_by = answer.served_by
-            parted = part_answer(answer, settings.cot_from)
-            sample.cot, sample.response = parted.cot, parted.response
-            sample.dropped = format_fault(answer, parted, settings, self.labels, prompt.conversation)
+            parts = split_answer(answer, settings.cot_from)
+            sample.cot, sample.response = parts.cot, parts.response
+            sample.dropped = format_fault(answer, parts, settings, self.labels, prompt.conversation)
             if sample.dropped is None:
-                assert parted.cot is not None
-                assert parted.response is not None
+                assert parts.cot is not None
+                assert parts.response is not None
                 sample.judgement = await judge_row(
-                    shop,
+                    session,
                     settings,
                     spec_text=spec_text,
-                    cot=parted.cot,
                     conversation=prompt.conversation,
-                    response=parted.response,
+                    cot=parts.cot,
+                    response=parts.response,
                 )
                 sample.request_ids += sample.judgement.request_ids
                 if below := sample.judgement.below(settings.thresholds()):
@@ -176,29 +181,29 @@ class _Maker:
         return sample
 
 
-def _best_of(samples: Sequence[Sample], best_of: int | None) -> None:
-    """Keep the `best_of` samples of one prompt with the highest scores: by the lowest axis, then by the sum."""
-    standing = [s for s in samples if s.dropped is None]
-    standing.sort(key=lambda s: (-s.judgement.scores["min"], -sum(s.judgement.scores.values()), s.number))
-    for sample in standing[best_of:] if best_of is not None else ():
+def _keep_best(samples: Sequence[Sample], best_of: int | None) -> None:
+    """Drop all but the `best_of` samples of a prompt with the highest scores: by the lowest axis, then by the sum."""
+    passed = [s for s in samples if s.dropped is None]
+    passed.sort(key=lambda s: (-s.judgement.scores["min"], -sum(s.judgement.scores.values()), s.number))
+    for sample in passed[best_of:] if best_of is not None else ():
         sample.dropped = "not_best"
 
 
-def _without_duplicates(shop: Session, settings: DeliberateSettings, samples: Sequence[Sample]) -> list[Sample]:
-    """Of rows that say the same, the first stays. Prompt, CoT and response are compared together."""
+def _drop_duplicates(session: Session, settings: DeliberateSettings, samples: Sequence[Sample]) -> list[Sample]:
+    """The samples without duplicates: equal answers, and near-duplicates of prompt, CoT and response together."""
     seen = NearDuplicates(settings.near_duplicate)
-    exact: set[bytes] = set()
+    answers: set[bytes] = set()
     kept = []
     for sample in samples:
         if sample.dropped is not None:
             continue
         answer = text_key(f"{sample.cot}\n{sample.response}")
-        if answer in exact or seen.find_or_add("", f"{sample.prompt.conversation}\n{sample.cot}\n{sample.response}"):
+        if answer in answers or seen.find_or_add("", f"{sample.prompt.conversation}\n{sample.cot}\n{sample.response}"):
             sample.dropped = "duplicate"
-            shop.meter.kept -= 1
-            shop.meter.drop("duplicate")
+            session.meter.kept -= 1
+            session.meter.drop("duplicate")
         else:
-            exact.add(answer)
+            answers.add(answer)
             kept.append(sample)
     return kept
 
@@ -207,25 +212,25 @@ def _without_duplicates(shop: Session, settings: DeliberateSettings, samples: Se
 
 
 def _write(
-    shop: Session,
+    session: Session,
     settings: DeliberateSettings,
     kept: Sequence[Sample],
     samples: Sequence[Sample],
     prompts: Sequence[UserPrompt],
     guard: SpecGuard,
 ) -> dict[str, Any]:
-    rows = [_row(shop, settings, sample) for sample in kept]
+    rows = [_row(session, settings, sample) for sample in kept]
     given = {prompt.id: prompt.text for prompt in prompts}
-    # The guard reads what is on disk, under a name that nobody takes for rows; only then is it rows.jsonl.
-    written = {"rows.jsonl": rows}
+    files = {"rows.jsonl": rows}
     if settings.also_no_cot:
-        written["rows_no_cot.jsonl"] = [_without_cot(row) for row in rows]
-    proof = {}
-    for name, content in written.items():
-        unproven = shop.write_rows(f"{name}.unproven", content)
-        proof[name] = guard.prove(unproven, given)
-        unproven.replace(shop.out / name)
-    shop.write_rows(
+        files["rows_no_cot.jsonl"] = [_without_cot(row) for row in rows]
+    checks = {}
+    for name, content in files.items():
+        # The guard reads the file from disk, under a name that nobody takes for rows; then it gets its own name.
+        unchecked = session.write_rows(f"{name}.unproven", content)
+        checks[name] = guard.check_file(unchecked, given)
+        unchecked.replace(session.out / name)
+    session.write_rows(
         "dropped.jsonl",
         (
             {
@@ -240,21 +245,21 @@ def _write(
             if s.dropped is not None
         ),
     )
-    return shop.write_summary(
+    return session.write_summary(
         {
             "command": "deliberate",
             "rows": len(rows),
             "prompts": len(prompts),
             "samples": len(samples),
             "style": settings.style,
-            "guard": proof,
-            "prompt_files": _prompt_versions(shop, settings),
+            "guard": checks,
+            "prompt_files": _prompt_versions(session, settings),
         }
     )
 
 
-def _row(shop: Session, settings: DeliberateSettings, sample: Sample) -> dict[str, Any]:
-    versions = _prompt_versions(shop, settings)
+def _row(session: Session, settings: DeliberateSettings, sample: Sample) -> dict[str, Any]:
+    versions = _prompt_versions(session, settings)
     generator, judge = settings.generator, settings.judge_or_generator()
     return {
         **_prompt_fields(sample.prompt, reply=sample),
@@ -262,7 +267,7 @@ def _row(shop: Session, settings: DeliberateSettings, sample: Sample) -> dict[st
         "response": sample.response,
         "category": list(sample.categories),
         "style": settings.style,
-        "spec_sha256": shop.spec.sha256,
+        "spec_sha256": session.spec.sha256,
         "scores": sample.judgement.scores,
         "samples": {"number": sample.number, "of": settings.samples},
         "generator": {
@@ -277,12 +282,12 @@ def _row(shop: Session, settings: DeliberateSettings, sample: Sample) -> dict[st
         },
         "request_ids": sample.request_ids,
         "prompt_id": sample.prompt.id,
-        **({"made": dict(sample.prompt.made)} if sample.prompt.made else {}),
+        **({"made": dict(sample.prompt.generated_for)} if sample.prompt.generated_for else {}),
     }
 
 
 def _prompt_fields(prompt: UserPrompt, reply: Sample | None = None) -> dict[str, Any]:
-    """{"prompt"} or {"messages"}; a chat ends with the reply, as chat formats have it."""
+    """{"prompt"} or {"messages"}; a chat ends with the reply, as in chat formats."""
     if prompt.single:
         return {"prompt": prompt.turns[0]["content"]}
     turns: list[dict[str, Any]] = [dict(turn) for turn in prompt.turns]
@@ -292,17 +297,18 @@ def _prompt_fields(prompt: UserPrompt, reply: Sample | None = None) -> dict[str,
 
 
 def _without_cot(row: Mapping[str, Any]) -> dict[str, Any]:
-    twin = {key: value for key, value in row.items() if key != "cot"}
-    if "messages" in twin:
-        twin["messages"] = [{k: v for k, v in turn.items() if k != "reasoning_content"} for turn in twin["messages"]]
-    return twin
+    copy = {key: value for key, value in row.items() if key != "cot"}
+    if "messages" in copy:
+        copy["messages"] = [{k: v for k, v in turn.items() if k != "reasoning_content"} for turn in copy["messages"]]
+    return copy
 
 
-def _prompt_versions(shop: Session, settings: DeliberateSettings) -> dict[str, str]:
-    made = ("domains", "situations", "user_messages") if settings.prompts_from_spec else ()
+def _prompt_versions(session: Session, settings: DeliberateSettings) -> dict[str, str]:
+    """The version of each prompt file in use."""
+    from_spec = ("domains", "situations", "user_messages") if settings.prompts_from_spec else ()
     summarize = ("summarize",) if settings.summaries == "model" else ()
-    return shop.prompts.versions(
-        *made,
+    return session.prompts.versions(
+        *from_spec,
         *summarize,
         "classify",
         f"generate_{settings.style}",

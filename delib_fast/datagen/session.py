@@ -1,12 +1,11 @@
-"""What rows and documents are both made with: the folder, the client, the spec and its summaries."""
+"""A session: one run on one folder, for rows and documents alike. It has the client, the spec and its summaries."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,23 +14,29 @@ import yaml
 from delib_fast.config.load import redact
 from delib_fast.datagen.backends import Backend, Secrets
 from delib_fast.datagen.client import Client, Endpoint, NoAnswer, for_each
-from delib_fast.datagen.filters import was_cut
 from delib_fast.datagen.parsing import MalformedAnswer, after_thinking
 from delib_fast.datagen.progress import Meter
-from delib_fast.datagen.prompt_files import PromptFiles
-from delib_fast.datagen.request_log import Answer, FolderLock, RequestLedger
+from delib_fast.datagen.prompt_files import Chat, PromptFiles
+from delib_fast.datagen.request_log import Answer, RequestLog, lock_folder
 from delib_fast.datagen.settings import EndpointSettings, RunSettings
 from delib_fast.datagen.spec import Section, Spec, first_sentence
+from delib_fast.files import write_atomic
 
 T = TypeVar("T")
-_SHORT_SECTION_WORDS = 30
+_SHORT_SECTION_WORDS = 30  # a section of at most this many words is its own summary
 
 
 class Session:
-    """One run on one folder. Use `async with Session.open(...)`."""
+    """One run on one folder. Use `async with Session.open(...)`.
 
-    def __init__(self, out: Path, spec: Spec, settings: RunSettings, client: Client, secrets: Secrets) -> None:
-        self.out, self.spec, self.settings, self.client = out, spec, settings, client
+    Args:
+        log: the request log that `client` writes to.
+    """
+
+    def __init__(
+        self, out: Path, spec: Spec, settings: RunSettings, client: Client, log: RequestLog, secrets: Secrets
+    ) -> None:
+        self.out, self.spec, self.settings, self.client, self.log = out, spec, settings, client, log
         self.meter = client.meter
         self.prompts = PromptFiles(
             settings.prompts, model_name=settings.model_name, provider_name=settings.provider_name
@@ -49,68 +54,57 @@ class Session:
         settings: RunSettings,
         *,
         meter: Meter | None = None,
-        backends: Callable[[EndpointSettings], Backend] | None = None,
+        make_backend: Callable[[EndpointSettings], Backend] | None = None,
     ) -> AsyncIterator[Session]:
-        """Lock the folder, read its ledger, and see to it that both end well whatever happens between."""
-        lock = FolderLock(out)
+        """Lock the folder and open its request log. Both are closed when the block ends, however it ends."""
+        lock = lock_folder(out)
         secrets = Secrets()
-        ledger = RequestLedger(out / "requests.jsonl", scrub=secrets.scrub)
+        log = RequestLog(out / "requests.jsonl", scrub=secrets.scrub)
         try:
             meter = meter or Meter()
-            meter.ledger = ledger
-            client = Client(ledger, meter, secrets, max_cost=settings.max_cost, backends=backends)
-            shop = Session(out, spec, settings, client, secrets)
+            meter.log = log
+            client = Client(log, meter, secrets, max_cost=settings.max_cost, make_backend=make_backend)
+            session = Session(out, spec, settings, client, log, secrets)
             async with client.running():
                 try:
-                    shop.write_settings()
-                    yield shop
+                    session.write_settings()
+                    yield session
                 finally:
-                    meter.end()
+                    meter.stop()
         finally:
-            ledger.close()
+            log.close()
             lock.release()
 
-    # --- asking ---------------------------------------------------------------------------------------------
+    # --- requests -------------------------------------------------------------------------------------------
 
     async def ask_with_retry(
-        self,
-        endpoint: Endpoint,
-        chat: tuple[dict[str, str], ...],
-        read: Callable[[Answer], T],
-        *,
-        purpose: str,
-        first_sample: int = 0,
+        self, endpoint: Endpoint, chat: Chat, parse: Callable[[Answer], T], *, purpose: str, first_sample: int = 0
     ) -> tuple[T, list[str]]:
-        """Ask until `read` accepts an answer; what it refuses (Malformed) is asked anew, as another sample.
+        """`Endpoint.ask_with_retry` with `list_attempts` attempts. A truncated answer is malformed."""
 
-        Returns: what was read, and the ids of every request it took. Raises: NoAnswer, reason `malformed_<purpose>`.
-        """
-        ids: list[str] = []
-        fault: Exception | None = None
-        for attempt in range(self.settings.list_attempts):
-            answer = await endpoint.ask(chat, purpose=purpose, sample=first_sample + attempt)
-            ids.append(answer.request_id)
-            try:
-                if was_cut(answer):
-                    raise MalformedAnswer("the answer was cut at the limit of tokens")
-                return read(answer), ids
-            except MalformedAnswer as error:
-                fault = error
-        raise NoAnswer(f"malformed_{purpose}", f"{purpose}: {fault}")
+        def parse_whole(answer: Answer) -> T:
+            if answer.truncated:
+                raise MalformedAnswer("the answer was cut off at the token limit")
+            return parse(answer)
 
-    async def for_each(self, items: Iterable[T], work: Callable[[T], Any]) -> None:
-        ends = {id(e): e.settings.concurrency for e in (self.generator, self.judge)}
-        await for_each(items, work, self.client, at_once=2 * sum(ends.values()))
+        return await endpoint.ask_with_retry(
+            chat, parse_whole, purpose=purpose, attempts=self.settings.list_attempts, first_sample=first_sample
+        )
+
+    async def for_each(self, items: Iterable[T], work: Callable[[T], Awaitable[Any]]) -> None:
+        """Do `work` on every item concurrently, with enough items in progress to keep the endpoints busy."""
+        limits = {id(e): e.settings.concurrency for e in (self.generator, self.judge)}
+        await for_each(items, work, self.client, concurrency=2 * sum(limits.values()))
 
     async def summarize(self) -> None:
-        """A short summary of each section; one that is short already is its own."""
+        """Set `summaries`: a sentence for each section. A section that is short enough is its own summary."""
         sections = self.spec.sections
         if self.settings.summaries == "first_sentence":
             self.summaries = {s.id: first_sentence(s) for s in sections}
             return
-        self.meter.begin("summaries", len(sections))
+        self.meter.start("summaries", len(sections))
         await self.for_each(sections, self._summarize_one)
-        # A summary that could not be had is the opening sentence: the section stays in view.
+        # Where the model gave no summary, the first sentence keeps the section visible.
         self.summaries = {s.id: self.summaries.get(s.id) or first_sentence(s) for s in sections}
 
     async def _summarize_one(self, section: Section) -> None:
@@ -123,37 +117,33 @@ class Session:
             )
             with contextlib.suppress(NoAnswer):
                 self.summaries[section.id], _ = await self.ask_with_retry(
-                    self.generator, chat, _one_line, purpose="summarize"
+                    self.generator, chat, _parse_summary, purpose="summarize"
                 )
         self.meter.advance()
 
     def summary_lines(self) -> str:
         return "\n".join(f"- {s.id} ({s.title}): {self.summaries[s.id]}" for s in self.spec.sections)
 
-    # --- writing --------------------------------------------------------------------------------------------
+    # --- files ----------------------------------------------------------------------------------------------
 
     def write_settings(self) -> None:
         tree = redact(self.settings.model_dump(mode="json"))
         self.write("settings.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110))
 
     def write(self, name: str, text: str) -> Path:
-        """A file that is either the old one or the new one, never half of it."""
+        """Write a file of the folder, without secrets. After a crash it is either the old file or the new one."""
         path = self.out / name
-        partial = path.with_name(f".{name}.partial")
-        with partial.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(self._scrub(text))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_atomic(path, self._scrub(text))
         return path
 
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
         return self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
-    def write_summary(self, more: Mapping[str, Any]) -> dict[str, Any]:
-        totals, meter = self.client.ledger.totals, self.meter
+    def write_summary(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Write summary.json: the given fields, then what was dropped, and what the answers cost."""
+        totals, meter = self.log.totals, self.meter
         summary = {
-            **more,
+            **fields,
             "spec_sha256": self.spec.sha256,
             "dropped": dict(meter.dropped.most_common()),
             "paid": {
@@ -170,8 +160,8 @@ class Session:
         return summary
 
 
-def _one_line(answer: Answer) -> str:
+def _parse_summary(answer: Answer) -> str:
     text = " ".join(after_thinking(answer.text).split())
     if not 3 <= len(text.split()) <= 80:
-        raise MalformedAnswer("a summary is one sentence")
+        raise MalformedAnswer("a summary has 3 to 80 words")
     return text

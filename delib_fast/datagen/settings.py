@@ -1,112 +1,113 @@
-"""What a run of `delib-fast deliberate` or `delib-fast document` is asked to do, as data."""
+"""The settings of `delib-fast deliberate` and `delib-fast document`."""
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from delib_fast.config import ConfigError, Section
-from delib_fast.config.load import read_yaml
+from delib_fast.config import Section
+from delib_fast.config.load import FileKind
 
 Axis = Literal["compliance", "helpfulness", "reasoning"]
 AXES: tuple[Axis, ...] = ("compliance", "helpfulness", "reasoning")
 
 
 class EndpointSettings(Section):
-    """A model that answers: behind an OpenAI-compatible endpoint, or loaded in this process."""
+    """A model that answers requests: an OpenAI-compatible endpoint, or a model loaded in this process."""
 
     backend: Literal["openai", "transformers"] = "openai"
-    """`openai` speaks to a server; `transformers` loads the model in this process."""
+    """`openai` sends requests to a server; `transformers` loads the model in this process."""
     model: str = ""
     """The model's name at the endpoint, or a Hugging Face folder or name for `transformers`."""
     base_url: str | None = None
-    """Address of the endpoint, e.g. http://127.0.0.1:8000/v1. By default what OPENAI_BASE_URL says, else the
-    hosted API of the openai package."""
+    """Address of the endpoint, e.g. http://127.0.0.1:8000/v1. The default is $OPENAI_BASE_URL, or the hosted API of the
+    openai package if that is not set."""
     api_key_env: str = "OPENAI_API_KEY"
-    """Name of the environment variable that holds the key. The key itself is never read from a file, and never
-    written to one."""
+    """Name of the environment variable that holds the API key. The key itself is never read from or written to a
+    file."""
     concurrency: PositiveInt = 16
-    """Requests in flight at a time; for `transformers`, rows of a batch."""
+    """Maximum number of requests in flight; for `transformers`, the batch size."""
     temperature: NonNegativeFloat = 1.0
-    top_p: float = Field(1.0, gt=0, le=1)
+    """Sampling temperature; 0 is greedy."""
+    top_p: float | None = Field(1.0, gt=0, le=1)
+    """Nucleus sampling: sample from the smallest set of tokens with this probability; null does not send it."""
     max_tokens: PositiveInt = 4096
-    """Tokens of an answer. An answer that reaches it is counted as truncated and never becomes a row."""
+    """Maximum number of tokens in an answer. An answer that reaches it is counted as truncated and never used."""
     token_limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """What the endpoint calls that limit."""
+    """The name under which the endpoint expects max_tokens."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """Further fields of the request's body, e.g. {chat_template_kwargs: {enable_thinking: true}}."""
+    """Further fields of the request body, e.g. {chat_template_kwargs: {enable_thinking: true}}."""
     timeout_s: PositiveFloat = 600.0
+    """Seconds to wait for an answer before the request is retried."""
     attempts: PositiveInt = 8
-    """How often a request is sent before it is given up for this run (429, 5xx, time-outs, lost connections)."""
+    """How often a request is sent (after 429, 5xx, timeouts, lost connections) before this run gives it up."""
     first_backoff_s: PositiveFloat = 1.0
-    """Wait before the second attempt; it doubles with each, with jitter. Retry-After goes before it."""
+    """Seconds to wait before the second attempt; the wait doubles with each attempt, with jitter. A Retry-After header
+    takes precedence."""
     longest_wait_s: PositiveFloat = 300.0
-    """The longest backoff. A Retry-After beyond it ends the run, which can be gone on with later."""
+    """Upper limit of the backoff in seconds. A Retry-After above it stops the run, which can be resumed later."""
     price_in: NonNegativeFloat | None = None
-    """Price of a million prompt tokens, in any currency; for the cost ledger and max_cost."""
+    """Price of a million prompt tokens, in any currency; for the reported cost and for max_cost."""
     price_out: NonNegativeFloat | None = None
-    """Price of a million answered tokens."""
+    """Price of a million completion tokens."""
 
     @field_validator("base_url")
     @classmethod
-    def _no_key_in_url(cls, value: str | None) -> str | None:
-        if value is not None and re.search(r"://[^/@\s]+@", value):
-            raise ValueError(
-                "base_url holds a name or key before the @: put the key into the environment "
-                "variable that api_key_env names"
-            )
-        if value is not None and not re.match(r"https?://", value):
-            raise ValueError("base_url must begin with http:// or https://")
-        return value
+    def _valid_base_url(cls, value: str | None) -> str | None:
+        return None if value is None else check_base_url(value)
 
     @field_validator("extra")
     @classmethod
-    def _extra_is_extra(cls, value: dict[str, Any]) -> dict[str, Any]:
-        ours = {"model", "messages", "temperature", "top_p", "max_tokens", "max_completion_tokens", "n", "stream"}
-        if taken := sorted(ours & value.keys()):
+    def _only_further_fields(cls, value: dict[str, Any]) -> dict[str, Any]:
+        own = {"model", "messages", "temperature", "top_p", "max_tokens", "max_completion_tokens", "n", "stream"}
+        if taken := sorted(own & value.keys()):
             raise ValueError(f"extra.{taken[0]} is set by the client itself; use the setting of that name")
         return value
 
 
+def check_base_url(url: str) -> str:
+    """Return the address of an endpoint; raise ValueError if it is not an http(s) address or contains a key."""
+    if re.search(r"://[^/@\s]+@", url):
+        raise ValueError(
+            "base_url contains a name or key before the @: put the key into the environment variable that api_key_env "
+            "names"
+        )
+    if not re.match(r"https?://", url):
+        raise ValueError("base_url must begin with http:// or https://")
+    return url
+
+
 class RunSettings(Section):
-    """What both commands share."""
+    """The settings that `deliberate` and `document` have in common."""
 
     generator: EndpointSettings = Field(default_factory=lambda: EndpointSettings.model_validate({}))
+    """The model that writes."""
     judge: EndpointSettings | None = None
-    """The model that rates (rows) or critiques (documents); by default the generator."""
+    """The model that rates rows or critiques documents. The default is the generator."""
     model_name: str = "the assistant"
-    """Fills {model_name} of the spec."""
+    """Replaces {model_name} in the spec."""
     provider_name: str = "its developer"
-    """Fills {provider_name} of the spec."""
+    """Replaces {provider_name} in the spec."""
     prompts: str | None = None
-    """A folder whose files replace those of delib_fast/deliberate/prompts/ by name."""
+    """A folder of prompt files. Each replaces the file of the same name in delib_fast/datagen/prompts/."""
     cut_numbered_items: bool = True
-    """Numbered items of a section (`1. …`) are sections of their own, e.g. rule-3."""
+    """Make each numbered item of a section (`1. …`) a section of its own, e.g. rule-3."""
     summaries: Literal["model", "first_sentence"] = "model"
-    """Where the short summary of each section comes from."""
+    """How the one-sentence summary of each section is made: by the generator, or its first sentence."""
     list_attempts: PositiveInt = 4
-    """How often a structured answer (a list, a judgement) that can't be read is asked for anew."""
+    """How often a structured answer (a list, a judgement) is requested until one can be parsed."""
     seed: int = Field(0, ge=0)
+    """Seed for shuffling the subdomains and the documents of `document`."""
     max_cost: PositiveFloat | None = None
-    """Stop sending when the answers paid for in this folder cost this much; needs prices."""
+    """Stop the run once the answers in its folder have cost this much; needs price_in and price_out."""
 
     @model_validator(mode="after")
     def _prices_for_max_cost(self) -> RunSettings:
-        ends = [self.generator, *([self.judge] if self.judge else [])]
-        if self.max_cost is not None and any(e.price_in is None or e.price_out is None for e in ends):
+        endpoints = [self.generator, *([self.judge] if self.judge else [])]
+        if self.max_cost is not None and any(e.price_in is None or e.price_out is None for e in endpoints):
             raise ValueError("max_cost needs price_in and price_out of the generator and of the judge")
         return self
 
@@ -115,39 +116,41 @@ class RunSettings(Section):
 
 
 class DeliberateSettings(RunSettings):
-    """`delib-fast deliberate`: prompts and a spec in, rows without the spec out."""
+    """`delib-fast deliberate`: generates rows, with the spec in the context but not in the rows, from prompts."""
 
     style: Literal["cite", "internal"] = "internal"
-    """`cite`: the CoT quotes and names the clauses; `internal`: it reasons from the values and never mentions a
-    spec."""
+    """`cite`: the CoT quotes and names the clauses of the spec; `internal`: it reasons from the values and never
+    mentions a spec."""
     cot_from: Literal["tags", "reasoning"] = "tags"
-    """`tags`: the prompt asks for the CoT between tags; `reasoning`: the model's own (reasoning_content, or a
-    <think> block) is the CoT."""
+    """`tags`: the prompt asks for the CoT between tags; `reasoning`: the CoT is the model's own reasoning
+    (reasoning_content, or a <think> block)."""
     samples: PositiveInt = 1
-    """Answers generated for a prompt."""
+    """Number of answers generated per prompt."""
     best_of: PositiveInt | None = None
-    """Keep at most this many rows of a prompt, the best first; by default all that pass."""
+    """Keep at most this many rows per prompt, those with the highest scores. The default keeps all that pass."""
     judge_votes: PositiveInt = 3
-    """k: how often a row is judged. Its score is the minimum over the k."""
+    """Number k of ratings per row. The score of a row is the minimum over the k ratings."""
     stop_early: bool = True
-    """Ask no further vote once one is below the threshold: the minimum can only fall."""
+    """Stop rating a row after a rating below the threshold, because the minimum can only decrease."""
     threshold: float | dict[Axis, float] = 7.0
-    """Least score (1 to 10) on each axis, or one for each of compliance, helpfulness and reasoning."""
+    """Minimum score (1 to 10) on every axis, or a mapping with one each for compliance, helpfulness and reasoning."""
     near_duplicate: float = Field(0.8, gt=0, le=1)
-    """Rows whose word 3-shingles have this Jaccard similarity or more are near-duplicates; the first stays."""
+    """Jaccard similarity of word 3-shingles at which two rows are near-duplicates; the first is kept."""
     near_duplicate_prompt: float = Field(0.9, gt=0, le=1)
-    """The same for prompts; they are compared before anything is generated."""
+    """The same for prompts, which are compared before anything is generated."""
     least_cot_words: PositiveInt = 8
+    """Minimum number of words in a CoT."""
     least_response_words: PositiveInt = 1
+    """Minimum number of words in a response."""
     guard_words: int = Field(8, ge=4)
-    """A prompt that shares this many successive words with the spec holds spec text."""
+    """Length, in words, of the n-grams that a prompt must not have in common with the spec."""
     also_no_cot: bool = False
-    """Write each file of rows a second time without the CoT."""
+    """Also write the rows without their CoT, to rows_no_cot.jsonl."""
     prompts_from_spec: PositiveInt | None = None
-    """Make this many user messages from the spec, in place of a file of prompts."""
+    """Generate this many user messages from the spec, in addition to those of a prompts file, if one is given."""
 
     @model_validator(mode="after")
-    def _sane(self) -> DeliberateSettings:
+    def _consistent(self) -> DeliberateSettings:
         for value in self.thresholds().values():
             if not 1 <= value <= 10:
                 raise ValueError(f"threshold {value:g} is outside the scale of the judge, 1 to 10")
@@ -156,90 +159,39 @@ class DeliberateSettings(RunSettings):
         return self
 
     def thresholds(self) -> dict[Axis, float]:
+        """The minimum score on each axis."""
         if isinstance(self.threshold, Mapping):
             return {axis: self.threshold.get(axis, 1.0) for axis in AXES}
         return dict.fromkeys(AXES, self.threshold)
 
 
 class DocumentSettings(RunSettings):
-    """`delib-fast document`: a spec in, midtraining documents out, to a budget of tokens."""
+    """`delib-fast document`: generates midtraining documents from a spec, up to a token budget."""
 
     tokens: PositiveInt = 1_000_000
-    """Stop when the documents hold this many tokens."""
+    """Token budget: generation stops once the documents have this many tokens."""
     emphasis: Literal["rules", "values", "rules_and_values"] = "values"
-    """What documents dwell on: what is done, why it is done, or both."""
+    """What the documents emphasize: what the model does, why it does so, or both."""
     domains: PositiveInt = 8
-    """Fewest domains of life that the spec is spread over, as asked of the model."""
+    """Number of domains of life requested for the spec; the model may return more."""
     subdomains: PositiveInt = 4
-    """Subdomains of a domain."""
+    """Number of subdomains requested per domain."""
     assertions: PositiveInt = 6
-    """Statements about the assistant's character that are written for each subdomain."""
+    """Number of statements about the assistant's character requested per subdomain."""
     document_types: PositiveInt = 6
-    """Kinds of document for each subdomain (a letter, a case note, a transcript …)."""
+    """Number of document types (a letter, a case note, a transcript …) per subdomain."""
     ideas: PositiveInt = 4
-    """Ideas for each kind of document in one round; further rounds follow while the budget lasts."""
+    """Number of ideas per document type in one round; further rounds follow until the budget is used up."""
     rounds: PositiveInt = 8
+    """Maximum number of rounds of ideas."""
     critique: bool = False
-    """Have each document critiqued against the spec and rewritten once where faults are found."""
+    """Have each document critiqued against the spec, and rewritten once if the critique finds faults."""
     must_name: bool = True
-    """Drop documents that never name model_name: behaviour is to be attributed to it and to its values."""
+    """Drop documents that never mention model_name, since they attribute no behaviour to the model."""
     least_words: PositiveInt = 60
+    """Minimum number of words in a document."""
     near_duplicate: float = Field(0.8, gt=0, le=1)
+    """Jaccard similarity of word 3-shingles at which two documents are near-duplicates; the first is kept."""
 
 
-S = TypeVar("S", bound=RunSettings)
-
-
-def load_settings(
-    kind: type[S], path: str | os.PathLike[str] | None, overrides: Mapping[str, Any], sets: Sequence[str] = ()
-) -> S:
-    """Settings from a YAML file (or none), with `a.b` → value overrides and `a.b=c` strings put over it.
-
-    Raises:
-        ConfigError: the file can't be read, or a value is wrong; every fault with its place.
-    """
-    where = str(path) if path is not None else "the command line"
-    tree: Any = {}
-    if path is not None:
-        try:
-            tree = read_yaml(Path(path).read_text(encoding="utf-8"), where=where) or {}
-        except OSError as error:
-            raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path}: settings are a mapping of keys; this is {type(tree).__name__}")
-        if isinstance(tree.get("prompts"), str):
-            tree["prompts"] = os.path.normpath(Path(path).parent / tree["prompts"])
-    for key, value in overrides.items():
-        if value is not None:
-            _put(tree, key, value)
-    for item in sets:
-        key, equals, raw = item.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {item}: write it as key.sub=value, e.g. --set generator.temperature=0.7")
-        _put(tree, key.strip(), read_yaml(raw, where=f"--set {key}"))
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {line}" for line in _faults(error))) from None
-
-
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    for part in path:
-        if not isinstance(tree.get(part), dict):
-            tree[part] = {}
-        tree = tree[part]
-    tree[last] = value
-
-
-def _faults(error: ValidationError) -> list[str]:
-    lines = []
-    for fault in error.errors():
-        location = ".".join(map(str, fault["loc"])) or "the settings"
-        if fault["type"] == "extra_forbidden":
-            lines.append(f"{location}: unknown key")
-        elif fault["type"] == "value_error":
-            lines.append(f"{location}: {str(fault['msg']).removeprefix('Value error, ')}")
-        else:
-            lines.append(f"{location}: {fault['msg'][0].lower()}{fault['msg'][1:]}")
-    return lines
+SETTINGS_FILE = FileKind("a settings file", paths=("prompts",))

@@ -1,4 +1,4 @@
-"""A spec, cut into sections: what `spec(category)` is made of.
+"""A spec, split into sections, from which `spec(category)` is put together.
 
 spec = Spec.read("spec.md", model_name="Quill", provider_name="Fern")
 spec.sections[3].id                         "v3-care-for-those-who-are-not-in-the-room"
@@ -26,35 +26,36 @@ _PLACEHOLDER = re.compile(r"\{(model_name|provider_name)\}")
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the spec under one heading, or one numbered item of such a part."""
+    """The part of a spec under one heading, or one numbered item of such a part."""
 
     id: str
     """Short, stable name: the category of a row."""
     title: str
     path: tuple[str, ...]
-    """The headings above it, the outermost first."""
+    """The headings above it, outermost first."""
     text: str
-    """Its text as in the spec, heading included."""
+    """Its text as in the spec, with its heading."""
     line: int
-    """Line of the spec where it begins."""
+    """The line of the spec on which it begins."""
 
 
 @dataclass(frozen=True)
 class Spec:
     text: str
-    """The whole spec, placeholders filled in."""
+    """The whole spec, with its placeholders filled in."""
     sha256: str
-    """Of the filled-in text."""
+    """Hash of the filled-in text."""
     sections: tuple[Section, ...]
 
     @staticmethod
     def read(
         path: str | os.PathLike[str], *, model_name: str, provider_name: str, cut_numbered_items: bool = True
     ) -> Spec:
+        """Read a spec from a Markdown or text file. Raises ConfigError if it cannot be read or is empty."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: the spec can't be read: {error}") from None
+            raise ConfigError(f"{path}: the spec cannot be read: {error}") from None
         return Spec.of(
             text,
             model_name=model_name,
@@ -72,7 +73,7 @@ class Spec:
         cut_numbered_items: bool = True,
         where: str = "spec",
     ) -> Spec:
-        """Fill in the placeholders and cut at the headings; a text without headings is one section."""
+        """Fill in the placeholders and split at the headings; a text without headings is one section."""
         names = {"model_name": model_name, "provider_name": provider_name}
         text = _PLACEHOLDER.sub(lambda m: names[m[1]], text.replace("\r\n", "\n").lstrip("\ufeff"))
         if not text.strip():
@@ -83,14 +84,17 @@ class Spec:
         return Spec(text, hashlib.sha256(text.encode()).hexdigest(), tuple(_named(parts)))
 
     def section(self, name: str) -> Section | None:
-        """By id, or by title (case and punctuation aside)."""
+        """The section with this id or title (ignoring case and punctuation); None if there is none."""
         wanted = _slug(name)
         return next((s for s in self.sections if s.id == name or s.id == wanted or _slug(s.title) == wanted), None)
 
     def for_categories(self, categories: Iterable[str], summaries: Mapping[str, str]) -> str:
-        """`spec(category)`: a line for every section, then the full text of the relevant ones, in spec order.
+        """`spec(category)`: a line for every section, then the full text of the relevant ones, in the spec's order.
 
-        What a section adds under its own heading is given; what stands in its sub-sections is theirs.
+        The text of a section does not include its subsections, which are sections of their own.
+
+        Args:
+            summaries: by section id.
         """
         wanted = set(categories)
         lines = [f"- {s.id} ({' › '.join((*s.path, s.title))}): {summaries[s.id]}" for s in self.sections]
@@ -104,7 +108,7 @@ class Spec:
 
 
 def first_sentence(section: Section, limit: int = 240) -> str:
-    """The section's opening sentence without its heading: a summary that costs nothing."""
+    """The first sentence of a section, without its heading and with at most `limit` characters."""
     body = " ".join(line for line in section.text.split("\n") if not _HEADING.match(line))
     body = re.sub(r"[*`]+", "", re.sub(r"\s+", " ", body)).strip() or section.title
     body = _NUMBERED.sub(r"\2", body)
@@ -113,7 +117,7 @@ def first_sentence(section: Section, limit: int = 240) -> str:
     return sentence if len(sentence) <= limit else sentence[:limit].rsplit(" ", 1)[0] + " …"
 
 
-# --- cutting ------------------------------------------------------------------------------------------------
+# --- splitting ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -171,10 +175,10 @@ def _heading_at(lines: Sequence[str], i: int) -> tuple[int, str] | None:
 
 
 def _by_items(part: _Part) -> list[_Part]:
-    """A part that is a list of rules: its opening, then each item.
+    """Split a part that is a list of rules into its opening and its items; return any other part whole.
 
-    It is one if three items or more are numbered from 1 on, and each begins with bold words or the list is nearly
-    all of the part: numbered steps inside an explanation are no rules.
+    A part is a list of rules if at least three items are numbered from 1 on, and each begins with bold words or the
+    list is nearly the whole part. Numbered steps within an explanation are not rules.
     """
     starts = [(i, m) for i, line in enumerate(part.lines) if (m := _NUMBERED.match(line))]
     if len(starts) < 3 or [int(m[1]) for _, m in starts] != list(range(1, len(starts) + 1)):
@@ -196,7 +200,7 @@ def _by_items(part: _Part) -> list[_Part]:
 
 
 def _named(parts: Iterable[_Part]) -> list[Section]:
-    """Ids: `rule-5` for item 5 of "Rules", else the heading's words; a number tells equal ones apart."""
+    """Give each part its id: `rule-5` for item 5 of "Rules", else the words of its heading. Equal ids get a number."""
     sections: list[Section] = []
     taken: set[str] = set()
     for part in parts:

@@ -1,8 +1,8 @@
-"""The proof that no spec text is left in any prompt of the rows that were written.
+"""The check that no prompt of the written rows contains text of the spec.
 
-It reads the file back from the disk and looks at everything that will stand before the CoT in training: the
-prompt, or each message but the reply. A prompt holds spec text if it shares `words` successive words with the
-spec (case, punctuation, markup and white space aside), or holds a whole sentence of it of five words or more.
+It reads the written file back and looks at everything that comes before the CoT in training: the prompt, or every
+message except the reply. A prompt contains text of the spec if it has a word n-gram in common with it (ignoring case,
+punctuation, markup and white space), or a whole sentence of the spec with five words or more.
 """
 
 from __future__ import annotations
@@ -13,70 +13,76 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from delib_fast.datagen.dedup import words_of
+import numpy as np
+
+from delib_fast.data.decontamination import find_ngram, ngram_hashes, words_of
 from delib_fast.datagen.spec import Spec
 
-_LEAST_SENTENCE = 5
+_LEAST_SENTENCE_WORDS = 5
 
 
 class SpecLeakError(RuntimeError):
-    """A row that was about to be handed over holds spec text in its prompt."""
+    """A row contains text of the spec in its prompt, just before the rows were to be handed over."""
 
 
 class SpecGuard:
+    """Finds text of a spec in prompts.
+
+    Args:
+        words: n of the word n-grams that no prompt may have in common with the spec.
+    """
+
     def __init__(self, spec: Spec, *, words: int = 8) -> None:
         self.words = words
-        whole = words_of(spec.text)
-        self._runs = {tuple(whole[i : i + words]) for i in range(len(whole) - words + 1)}
-        self._short: dict[int, set[tuple[str, ...]]] = {}
-        for line in re.split(r"(?<=[.!?:])\s+|\n", spec.text.replace("*", "")):
-            sentence = tuple(words_of(line))
-            if _LEAST_SENTENCE <= len(sentence) < words:
-                self._short.setdefault(len(sentence), set()).add(sentence)
+        known = {words: ngram_hashes(spec.text, words)}
+        for sentence in re.split(r"(?<=[.!?:])\s+|\n", spec.text.replace("*", "")):
+            length = len(words_of(sentence))
+            if _LEAST_SENTENCE_WORDS <= length < words:  # shorter than an n-gram: looked for as a whole
+                known[length] = np.concatenate([known.get(length, known[words][:0]), ngram_hashes(sentence, length)])
+        self._known = {length: np.unique(hashes) for length, hashes in known.items()}
 
     def leak(self, text: str) -> str | None:
-        """The first run of spec words in a text, or None."""
-        words = words_of(text)
-        for length, known in ((self.words, self._runs), *self._short.items()):
-            for i in range(len(words) - length + 1):
-                if tuple(words[i : i + length]) in known:
-                    return " ".join(words[i : i + length])
-        return None
+        """The first words of the spec in a text, or None."""
+        found = (find_ngram(text, hashes, length) for length, hashes in self._known.items())
+        return next((words for words in found if words is not None), None)
 
-    def prove(self, path: Path, prompts: Mapping[str, str]) -> dict[str, Any]:
-        """Read the rows back and check each prompt.
+    def check_file(self, path: Path, prompts: Mapping[str, str]) -> dict[str, Any]:
+        """Read rows from a file and check each prompt.
 
         Args:
-            path: the file of rows. prompts: what each row's `prompt_id` was before the spec came in: the prompt
-                in the row must be that, byte for byte, so that nothing put around it for generation stayed.
-        Returns: what was looked at, for the run's summary. Raises: SpecLeakError with `file:line`.
+            prompts: by `prompt_id`, the prompt that was given. The row's prompt must be equal to it, so that nothing
+                is left of what was put around it for generation.
+        Returns:
+            What was checked, for summary.json.
+        Raises:
+            SpecLeakError: a prompt differs or contains text of the spec; the message names `file:line`.
         """
         rows = 0
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 row = json.loads(line)
-                given = prompt_text(row)
-                if given != prompts.get(row["prompt_id"]):
+                if prompt_text(row) != prompts.get(row["prompt_id"]):
                     raise SpecLeakError(f"{path}:{number}: the prompt is not the one that was given")
                 for text in prompt_parts(row):
                     if (leak := self.leak(text)) is not None:
-                        raise SpecLeakError(f"{path}:{number}: the prompt holds spec text: {leak!r}")
+                        raise SpecLeakError(f"{path}:{number}: the prompt contains text of the spec: {leak!r}")
                 rows += 1
-        return {"rows": rows, "spec_runs": len(self._runs), "words": self.words, "leaks": 0}
+        return {"rows": rows, "spec_runs": len(self._known[self.words]), "words": self.words, "leaks": 0}
 
 
 def prompt_parts(row: Mapping[str, Any]) -> Iterable[str]:
-    """Every text of a row that stands before the reply."""
+    """Every text of a row before the reply."""
     if "messages" in row:
-        turns = row["messages"]
-        return [str(turn["content"]) for turn in (turns[:-1] if turns[-1]["role"] == "assistant" else turns)]
+        return [str(message["content"]) for message in _before_reply(row["messages"])]
     return [row["prompt"]]
 
 
 def prompt_text(row: Mapping[str, Any]) -> str:
-    """The prompt as one string to compare."""
+    """The prompt as one string, to compare (see `UserPrompt.text`)."""
     if "messages" in row:
-        turns = row["messages"]
-        turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
-        return json.dumps(turns, ensure_ascii=False, sort_keys=True)
+        return json.dumps(_before_reply(row["messages"]), ensure_ascii=False, sort_keys=True)
     return str(row["prompt"])
+
+
+def _before_reply(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages

@@ -1,4 +1,4 @@
-"""The prompts that rows are made for: read from a file, or made from the spec alone."""
+"""The prompts for which rows are generated: read from a file, or generated from the spec."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from delib_fast.data.read.strict_json import decode
 from delib_fast.data.rows import DataError
 from delib_fast.datagen.client import NoAnswer
 from delib_fast.datagen.dedup import NearDuplicates
-from delib_fast.datagen.parsing import read_strings
+from delib_fast.datagen.parsing import parse_strings
 from delib_fast.datagen.session import Session
 from delib_fast.datagen.settings import DeliberateSettings
 from delib_fast.datagen.spec import Spec
 
-_MESSAGES_A_SITUATION = 4
+_MESSAGES_PER_SITUATION = 4
 _DOMAINS = 10
 _ROUNDS = 20
 
 
 @dataclass(frozen=True)
 class UserPrompt:
-    """One prompt, as it was given: a text, or a chat that ends on the person's turn."""
+    """A prompt as it was given: a text, or a chat that ends with a message of the user (or a tool)."""
 
     turns: tuple[dict[str, str], ...]
     location: str
+    """`file:line`, for error messages."""
     categories: tuple[str, ...] = ()
     single: bool = True
-    """Written as "prompt" in the row; else as "messages"."""
-    made: Mapping[str, str] = field(default_factory=dict)
-    """Of a prompt that was made from the spec: domain and situation."""
+    """Written to the row as "prompt" instead of "messages"."""
+    generated_for: Mapping[str, str] = field(default_factory=dict)
+    """Domain and situation of a prompt that was generated from the spec."""
     request_ids: tuple[str, ...] = ()
 
     @property
@@ -46,7 +47,7 @@ class UserPrompt:
 
     @property
     def text(self) -> str:
-        """What the row holds, as one string (guard.prompt_text reads the same from the row)."""
+        """The prompt as one string, to compare with what `spec_leak.prompt_text` reads from the row."""
         return (
             self.turns[0]["content"]
             if self.single
@@ -55,30 +56,32 @@ class UserPrompt:
 
     @property
     def conversation(self) -> str:
-        """For a reader: the text itself, or the turns one after another."""
+        """The prompt as a reader sees it: the text itself, or the turns one after another."""
         if self.single:
             return self.turns[0]["content"]
         return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in self.turns)
 
 
 def read_prompts(path: str | os.PathLike[str], spec: Spec) -> list[UserPrompt]:
-    """Prompts of a .jsonl, .json or .txt (one a line) file.
+    """Read prompts from a .jsonl, .json or .txt (one per line) file.
 
-    A row is {"prompt" | "question" | "instruction"} or {"messages"} that ends on the person's turn (a reply that
-    stands there is left out), and may give its "category": an id or title of a section, or a list of them.
+    A row is {"prompt" | "question" | "instruction"}, or {"messages"} that end with the user's (a final reply is
+    ignored), and may have a "category": the id or title of a section of the spec, or a list of them.
 
-    Raises: ConfigError with `file:line` for a row that is no prompt, or a category that the spec does not have.
+    Raises:
+        ConfigError: a row is not a prompt, or has a category that the spec does not have; the message names
+            `file:line`.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: the prompts can't be read: {error}") from None
+        raise ConfigError(f"{path}: the prompts cannot be read: {error}") from None
     prompts = []
     for location, item in _items(path, text):
         prompts.append(_prompt_of(item, location, spec))
     if not prompts:
-        raise ConfigError(f"{path}: holds no prompt")
+        raise ConfigError(f"{path}: contains no prompt")
     return prompts
 
 
@@ -92,20 +95,20 @@ def _items(path: Path, text: str) -> list[tuple[str, Any]]:
         except DataError as error:
             raise ConfigError(f"{path}: {error}") from None
         if not isinstance(items, list):
-            raise ConfigError(f"{path}: a list of rows is expected")
+            raise ConfigError(f"{path}: expected a list of rows")
         return [(f"{path}[{i}]", item) for i, item in enumerate(items)]
     found = []
     for location, line in lines:
         try:
             found.append((location, decode(line)))
         except DataError as error:
-            raise ConfigError(f"{location}: {error}; prompts are .jsonl, .json, or .txt with one a line") from None
+            raise ConfigError(f"{location}: {error}; prompts are .jsonl, .json, or .txt with one per line") from None
     return found
 
 
 def _prompt_of(item: Any, location: str, spec: Spec) -> UserPrompt:
     if not isinstance(item, dict):
-        raise ConfigError(f"{location}: an object with 'prompt' or 'messages' is expected")
+        raise ConfigError(f"{location}: expected an object with 'prompt' or 'messages'")
     categories = _categories(item.get("category"), location, spec)
     key = next((key for key in (*CHAT_KEYS, *PROMPT_KEYS) if key in item), None)
     if key is None:
@@ -134,7 +137,7 @@ def _turns(value: Any, key: str, location: str) -> tuple[dict[str, str], ...]:
     if turns[-1]["role"] == "assistant":
         turns.pop()
     if not turns or turns[-1]["role"] not in ("user", "tool"):
-        raise ConfigError(f"{location}: {key!r} must end on the person's turn")
+        raise ConfigError(f"{location}: {key!r} must end with a message of the user")
     return tuple(turns)
 
 
@@ -151,81 +154,82 @@ def _categories(value: Any, location: str, spec: Spec) -> tuple[str, ...]:
             known = ", ".join(s.id for s in spec.sections[:20])
             raise ConfigError(
                 f"{location}: the spec has no section {name!r} (it has {known}); give one of these, or "
-                "leave 'category' out to have the model choose"
+                "omit 'category' to let the model choose"
             )
         found.append(section.id)
     return tuple(dict.fromkeys(found))
 
 
-# --- from the spec alone --------------------------------------------------------------------------------------
+# --- generated from the spec --------------------------------------------------------------------------------------
 
 
-async def make_prompts(shop: Session, settings: DeliberateSettings, count: int) -> list[UserPrompt]:
-    """Domains → situations → user messages, in rounds, near-duplicates left out, until there are `count`."""
-    domains, ids = await shop.ask_with_retry(
-        shop.generator,
-        shop.prompts.chat("domains", spec=shop.spec.text, count=_DOMAINS),
-        lambda answer: read_strings(answer.text, least=2),
+async def generate_prompts(session: Session, settings: DeliberateSettings, count: int) -> list[UserPrompt]:
+    """Generate domains → situations → user messages, in rounds, until there are `count` without near-duplicates."""
+    domains, request_ids = await session.ask_with_retry(
+        session.generator,
+        session.prompts.chat("domains", spec=session.spec.text, count=_DOMAINS),
+        lambda answer: parse_strings(answer.text, least=2),
         purpose="domains",
     )
-    shop.meter.begin("prompts", count)
+    session.meter.start("prompts", count)
     seen = NearDuplicates(settings.near_duplicate_prompt)
-    made: list[UserPrompt] = []
-    taken: dict[str, list[str]] = {domain: [] for domain in domains}
+    prompts: list[UserPrompt] = []
+    used: dict[str, list[str]] = {domain: [] for domain in domains}
     for _ in range(_ROUNDS):
-        missing = count - len(made)
+        missing = count - len(prompts)
         if missing <= 0:
             break
-        a_domain = max(1, -(-missing // (_MESSAGES_A_SITUATION * len(domains))))
-        before = len(made)
-        for prompt in await _one_round(shop, domains, taken, min(a_domain, 12), tuple(ids)):
-            if len(made) < count and seen.find_or_add(prompt.id, prompt.text) is None:
-                made.append(prompt)
-                shop.meter.advance()
-        if len(made) == before:
-            break  # the model has no more to give
-    return made
+        per_domain = max(1, -(-missing // (_MESSAGES_PER_SITUATION * len(domains))))
+        before = len(prompts)
+        for prompt in await _one_round(session, domains, used, min(per_domain, 12), tuple(request_ids)):
+            if len(prompts) < count and seen.find_or_add(prompt.id, prompt.text) is None:
+                prompts.append(prompt)
+                session.meter.advance()
+        if len(prompts) == before:
+            break  # the model has no new ideas
+    return prompts
 
 
 async def _one_round(
-    shop: Session, domains: list[str], taken: dict[str, list[str]], a_domain: int, ids: tuple[str, ...]
+    session: Session, domains: list[str], used: dict[str, list[str]], per_domain: int, request_ids: tuple[str, ...]
 ) -> list[UserPrompt]:
+    """Prompts for `per_domain` new situations of each domain. The situations are added to `used`."""
     found: dict[str, list[UserPrompt]] = {}
 
     async def one_domain(domain: str) -> None:
-        earlier = "\n".join(f"- {s}" for s in taken[domain][-40:]) or "none"
-        chat = shop.prompts.chat(
-            "situations", sections=shop.summary_lines(), domain=domain, taken=earlier, count=a_domain
+        earlier = "\n".join(f"- {s}" for s in used[domain][-40:]) or "none"
+        chat = session.prompts.chat(
+            "situations", sections=session.summary_lines(), domain=domain, taken=earlier, count=per_domain
         )
         try:
-            situations, more = await shop.ask_with_retry(
-                shop.generator, chat, lambda a: read_strings(a.text), purpose="situations"
+            situations, more_ids = await session.ask_with_retry(
+                session.generator, chat, lambda answer: parse_strings(answer.text), purpose="situations"
             )
         except NoAnswer as error:
-            shop.meter.drop(error.reason)
+            session.meter.drop(error.reason)
             return
         found[domain] = []
-        for situation in situations[:a_domain]:
-            taken[domain].append(situation)
+        for situation in situations[:per_domain]:
+            used[domain].append(situation)
             with contextlib.suppress(NoAnswer):
-                found[domain] += await _messages(shop, domain, situation, (*ids, *more))
+                found[domain] += await _messages(session, domain, situation, (*request_ids, *more_ids))
 
-    await shop.for_each(domains, one_domain)
-    # In the order of the domains, not of arrival: the same answers make the same prompts.
+    await session.for_each(domains, one_domain)
+    # In the order of the domains, not of arrival, so that the same answers give the same prompts.
     return [prompt for domain in domains for prompt in found.get(domain, ())]
 
 
-async def _messages(shop: Session, domain: str, situation: str, ids: tuple[str, ...]) -> list[UserPrompt]:
-    chat = shop.prompts.chat("user_messages", domain=domain, situation=situation, count=_MESSAGES_A_SITUATION)
-    texts, more = await shop.ask_with_retry(
-        shop.generator, chat, lambda a: read_strings(a.text), purpose="user_messages"
+async def _messages(session: Session, domain: str, situation: str, request_ids: tuple[str, ...]) -> list[UserPrompt]:
+    chat = session.prompts.chat("user_messages", domain=domain, situation=situation, count=_MESSAGES_PER_SITUATION)
+    texts, more_ids = await session.ask_with_retry(
+        session.generator, chat, lambda answer: parse_strings(answer.text), purpose="user_messages"
     )
     return [
         UserPrompt(
             ({"role": "user", "content": text},),
             "made from the spec",
-            made={"domain": domain, "situation": situation},
-            request_ids=(*ids, *more),
+            generated_for={"domain": domain, "situation": situation},
+            request_ids=(*request_ids, *more_ids),
         )
-        for text in texts[:_MESSAGES_A_SITUATION]
+        for text in texts[:_MESSAGES_PER_SITUATION]
     ]

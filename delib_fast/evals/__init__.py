@@ -19,6 +19,7 @@ plain dataclasses in which every figure is an `Estimate` with its interval. They
 
 from __future__ import annotations
 
+from delib_fast.datagen.refusals import classify_reply
 from delib_fast.evals.agentic import margins
 from delib_fast.evals.eval_callback import EvalCallback
 from delib_fast.evals.intervals import Estimate, bootstrap, mean, newcombe, ratio, wilson
@@ -30,7 +31,7 @@ from delib_fast.evals.metrics.legibility import legibility, vocabulary
 from delib_fast.evals.metrics.monitors import WordMonitor, compare_views, transcripts_from_solutions
 from delib_fast.evals.metrics.necessity import cot_necessity
 from delib_fast.evals.metrics.policy import PolicyClassifier, policy_retrieval
-from delib_fast.evals.metrics.refusal import classifier_figures, classify_reply, read_prompts, refusal_figures
+from delib_fast.evals.metrics.refusal import classifier_figures, read_prompts, refusal_figures
 from delib_fast.evals.metrics.reliance import early_answering, reliance
 from delib_fast.evals.metrics.segments import categories_of, segment_figures
 from delib_fast.evals.sampling import ChatModel, Reply, Sampler

@@ -7,16 +7,15 @@ from typing import TypeVar
 
 from delib_fast.config import ConfigError
 from delib_fast.data import Message, Row, read_source
-from delib_fast.evals.judge import Judge, judge_refusals
+from delib_fast.datagen.refusals import Verdict, classify_reply
 from delib_fast.evals.metrics.choices import choices_from_gsm8k
 from delib_fast.evals.metrics.hints import hint_figures, hint_outcomes
 from delib_fast.evals.metrics.legibility import legibility, vocabulary
 from delib_fast.evals.metrics.necessity import cot_necessity
 from delib_fast.evals.metrics.policy import PolicyClassifier, policy_retrieval
 from delib_fast.evals.metrics.refusal import (
-    Verdict,
     classifier_figures,
-    classify_reply,
+    judge_refusals,
     read_labelled,
     read_prompts,
     refusal_figures,
@@ -157,7 +156,7 @@ def refusal_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
     responses = [r.response for r in model([[Message("user", p.prompt)] for p in prompts])]
     answered = [(p.prompt, r) for p, r in zip(prompts, responses, strict=True) if r.strip()]
     if settings.judge is not None:
-        judge = Judge(settings.judge.base_url, settings.judge.model, settings.judge.api_key_env)
+        judge = settings.judge.endpoint
         verdicts: list[Verdict] = judge_refusals(judge, [p for p, _ in answered], [r for _, r in answered])
     else:
         verdicts = [classify_reply(p, r) for p, r in answered]

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
 
 from delib_fast.config import Precision, Section, SourceConfig
 from delib_fast.config.load import FileKind, load
+from delib_fast.datagen.settings import EndpointSettings, check_base_url
 
 FORCED = ("segments", "dose", "drift", "early", "reliance", "agentic")
 """Suites that only score given text."""
@@ -51,12 +52,35 @@ class SamplingConfig(Section):
 
 
 class JudgeConfig(Section):
+    """A judge behind an OpenAI-compatible endpoint."""
+
     base_url: str
     """URL of an OpenAI-compatible endpoint, including /v1."""
     model: str
     """Name of the judge model at the endpoint."""
     api_key_env: str = "DELIB_FAST_JUDGE_KEY"
-    """Name of the environment variable that holds the API key. The key itself is never written to a file."""
+    """Name of the environment variable that holds the API key, if the endpoint needs one. The key itself is never
+    written to a file."""
+
+    @field_validator("base_url")
+    @classmethod
+    def _valid_base_url(cls, value: str) -> str:
+        return check_base_url(value)
+
+    @property
+    def endpoint(self) -> EndpointSettings:
+        return EndpointSettings(
+            model=self.model,
+            base_url=self.base_url,
+            api_key_env=self.api_key_env,
+            concurrency=4,
+            temperature=0.0,
+            top_p=None,
+            max_tokens=512,
+            timeout_s=120.0,
+            attempts=4,
+            first_backoff_s=0.5,
+        )
 
 
 class AgenticConfig(Section):

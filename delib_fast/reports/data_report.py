@@ -1,4 +1,4 @@
-"""`delib-fast data-report`: what made data is like. One JSON of figures, and one page that shows them."""
+"""`delib-fast data-report`: statistics of generated data, as JSON and as an HTML page."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from delib_fast.config import ConfigError, SourceConfig
 from delib_fast.data import DataError, Row, read_source
 from delib_fast.data.read.jsonl import HashingFile, read_items
 from delib_fast.datagen.citations import labels_of_names, labels_of_spec
+from delib_fast.datagen.refusals import classify_reply
 from delib_fast.datagen.request_log import read_answers
 from delib_fast.datagen.spec import Spec
 from delib_fast.reports.data_page import data_page
@@ -22,7 +23,6 @@ from delib_fast.reports.text_statistics import (
     count_by,
     diversity,
     histogram,
-    is_refusal,
     near_duplicates,
     quantiles,
 )
@@ -31,15 +31,18 @@ _ROW_FILES = ("rows.jsonl", "documents.jsonl")
 
 
 def write_report(data: Path, *, spec: Path | None = None, out: Path | None = None) -> tuple[Path, Path]:
-    """Report on a folder of `deliberate` or `document`, or on any file of rows that `data/` reads.
+    """Report on a folder of `deliberate` or `document`, or on any file of rows that training can read.
 
-    Returns: the page and the JSON. Raises: ConfigError if there is nothing to report on.
+    Returns:
+        The paths of the page and of the JSON file.
+    Raises:
+        ConfigError: there is nothing to report on.
     """
     folder = data if data.is_dir() else None
     files = [data] if folder is None else [data / name for name in _ROW_FILES if (data / name).exists()]
     if not files or not files[0].exists():
         raise ConfigError(
-            f"{data}: holds neither {' nor '.join(_ROW_FILES)}; give the folder of a finished run, or a file of rows"
+            f"{data}: contains neither {' nor '.join(_ROW_FILES)}; give the folder of a finished run, or a file of rows"
         )
     figures = report(files, folder, None if spec is None else _spec(spec, folder))
     out = out or folder or data.parent
@@ -52,7 +55,7 @@ def write_report(data: Path, *, spec: Path | None = None, out: Path | None = Non
 
 
 def report(files: Sequence[Path], folder: Path | None = None, spec: Spec | None = None) -> dict[str, Any]:
-    """All figures, as plain data."""
+    """All statistics, as plain data."""
     figures: dict[str, Any] = {"data": [path.name for path in files], "parts": {}}
     for path in files:
         rows = _rows(path)
@@ -68,7 +71,7 @@ def report(files: Sequence[Path], folder: Path | None = None, spec: Spec | None 
 
 
 def _spec(path: Path, folder: Path | None) -> Spec:
-    """The spec with the names that the run gave it, so that its hash is the rows' spec_sha256."""
+    """The spec with the names that the run filled in, so that its hash is the rows' spec_sha256."""
     names = {"model_name": "the assistant", "provider_name": "its developer", "cut_numbered_items": True}
     if folder is not None and (folder / "settings.yaml").exists():
         from delib_fast.config.load import read_yaml
@@ -79,7 +82,7 @@ def _spec(path: Path, folder: Path | None) -> Spec:
 
 
 def _rows(path: Path) -> list[tuple[Row, Mapping[str, Any]]]:
-    """The rows as training would read them, each with the raw object it came from (its other fields)."""
+    """The rows as training reads them, each with the object it was read from, which has further fields."""
     try:
         rows = read_source(path.stem, SourceConfig.model_validate({"path": str(path)}))
         if path.suffix in (".txt", ".md"):
@@ -88,7 +91,7 @@ def _rows(path: Path) -> list[tuple[Row, Mapping[str, Any]]]:
             raw = [item.value for item in read_items(file, path)]
     except DataError as error:
         raise ConfigError(str(error)) from None
-    # One object is one row here: `read_source` has refused every object that is none.
+    # One row per object: `read_source` raises DataError for an object that is not a row.
     return list(zip(rows, raw, strict=True))
 
 
@@ -99,12 +102,12 @@ def _chats(rows: Sequence[tuple[Row, Mapping[str, Any]]], spec: Spec | None) -> 
     cots = [row.cot or "" for row, _ in rows]
     responses = [row.response for row, _ in rows]
     prompts = ["\n".join(m.content for m in row.messages) for row, _ in rows]
-    different = list(dict.fromkeys(prompts))  # several samples of one prompt repeat nothing
+    different = list(dict.fromkeys(prompts))  # several samples of a prompt are not duplicates
     categories = [_categories(raw) for _, raw in rows]
     scores = [_scores(raw) for _, raw in rows]
     shown = [_shown(*parts) for parts in zip(rows, prompts, categories, scores, strict=True)]
-    scored = len({item["score"] for item in shown}) > 2  # else every quantile is the same score
-    refusals = [is_refusal(response) for response in responses]
+    scored = len({item["score"] for item in shown}) > 2  # otherwise the quantiles would have equal scores
+    refusals = [classify_reply(p, r) == "refuse" for p, r in zip(prompts, responses, strict=True)]
     return {
         "count": len(rows),
         "prompts": len(different),
@@ -137,7 +140,7 @@ def _chats(rows: Sequence[tuple[Row, Mapping[str, Any]]], spec: Spec | None) -> 
 def _citations(
     rows: Sequence[tuple[Row, Mapping[str, Any]]], categories: Sequence[Sequence[str]], spec: Spec | None
 ) -> dict[str, Any] | None:
-    """Accuracy over the rows that have a CoT and a category and are not to keep the spec unnamed; else None."""
+    """Citation accuracy over the rows with a CoT and a category, unless their style is `internal`; None if none."""
     pairs = [
         (row.cot, names)
         for (row, raw), names in zip(rows, categories, strict=True)
@@ -173,7 +176,7 @@ def _categories(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _scores(raw: Mapping[str, Any]) -> dict[str, float]:
-    """`scores` as this project writes them, or `score` as STAR-1 does."""
+    """From `scores`, as `deliberate` writes them, or from `score`, as in STAR-1."""
     value = raw.get("scores", raw.get("score"))
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = {"score": value}
@@ -236,7 +239,7 @@ def _documents(rows: Sequence[tuple[Row, Mapping[str, Any]]]) -> dict[str, Any]:
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    """What became of everything that was asked for: the summary, and scores of what was dropped too."""
+    """Statistics of the run: its summary, its requests, and the scores of dropped samples."""
     run: dict[str, Any] = {}
     if (folder / "summary.json").exists():
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

@@ -1,8 +1,7 @@
-"""Figures of a set of texts, computed from the texts alone: lengths, diversity, refusals, citations."""
+"""Statistics of a set of texts: lengths, diversity, near-duplicates, citations."""
 
 from __future__ import annotations
 
-import re
 import zlib
 from array import array
 from collections import Counter
@@ -11,25 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from delib_fast.data.decontamination import words_of
 from delib_fast.datagen.citations import Label, cited, policy_sentences
-from delib_fast.datagen.dedup import NearDuplicates, words_of
+from delib_fast.datagen.dedup import NearDuplicates
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
-# Declining shows in how an answer opens. Checked against the first sentences only: an answer that helps may well
-# say further down what it can't do.
-_REFUSAL = re.compile(
-    r"\b(?:i\s*(?:['’]m|am)\s+(?:very\s+|really\s+|so\s+)?(?:sorry|unable)|i\s+(?:can\s*not|can['’]?t|won['’]?t|will\s+not|"
-    r"must\s+decline|have\s+to\s+decline|do\s+not|don['’]t)\s+(?:\w+\s+)?(?:help|assist|provide|support|do\s+that|share|"
-    r"write|create|give|tell|engage|comply|fulfil|fulfill|answer|discuss|offer|produce|generate|be\s+able)"
-    r"|i['’]m\s+not\s+(?:able|going|willing)\s+to|i\s+decline|not\s+something\s+i\s+(?:can|will)|"
-    r"(?:can\s*not|can['’]?t)\s+(?:assist|help)\s+(?:you\s+)?with)",
-    re.IGNORECASE,
-)
-
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """Mean and quantiles of a list of numbers; empty for an empty list."""
+    """Mean and quantiles of a list of numbers; {} for an empty list."""
     if not values:
         return {}
     at = np.quantile(np.asarray(values, dtype=float), QUANTILES)
@@ -42,7 +31,7 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 def histogram(
     values: Sequence[float], bins: int = 20, *, low: float | None = None, high: float | None = None
 ) -> list[dict[str, float]]:
-    """[{from, to, count}] over bins of one width."""
+    """[{from, to, count}] over bins of equal width."""
     if not values:
         return []
     counts, edges = np.histogram(
@@ -54,15 +43,9 @@ def histogram(
     ]
 
 
-def is_refusal(response: str) -> bool:
-    """Does the answer decline, by its opening words? A word list, no judge: English only, and not without error."""
-    opening = " ".join(re.split(r"(?<=[.!?])\s+", response.strip())[:2])[:400]
-    return _REFUSAL.search(opening) is not None
-
-
 def diversity(texts: Sequence[str]) -> dict[str, Any]:
-    """Share of distinct n-grams, the commonest openings, and how far all texts together compress."""
-    grams = {n: array("q") for n in (1, 2, 3)}  # hashes, 8 bytes each, where a set takes 57
+    """Share of distinct n-grams, the most common openings, and the compression ratio of all texts together."""
+    grams = {n: array("q") for n in (1, 2, 3)}  # hashes: 8 bytes each, instead of 57 in a set
     openings: Counter[str] = Counter()
     for text in texts:
         words = words_of(text)
@@ -85,7 +68,7 @@ def _distinct(numbers: array[int]) -> int:
 
 
 def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> dict[str, Any]:
-    """How many texts repeat an earlier one, and a few pairs."""
+    """How many texts are near-duplicates of an earlier one, and the first pairs."""
     seen = NearDuplicates(threshold)
     pairs = []
     for i, text in enumerate(texts):
@@ -100,15 +83,18 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> dict[str, A
 
 
 def citation_accuracy(cots: Sequence[str], right: Sequence[Sequence[str]], labels: Sequence[Label]) -> dict[str, Any]:
-    """Share of CoTs whose cited section is a right one, as §4.2 of arXiv 2412.16339 measures it.
+    """Share of CoTs that cite a correct section, after §4.2 of arXiv 2412.16339.
 
-    There a model sorts the excerpts that speak of policy; here the sections' names, numbers and words do, on the
-    sentences that speak of policy (for quotations, on the whole CoT).
+    There, a model classifies the excerpts that mention policy. Here, a section is recognized by its name or number in
+    the sentences that mention policy, or by a quotation anywhere in the CoT.
+
+    Args:
+        right: the correct categories of each CoT; any of them counts.
     """
     by_category: dict[str, Counter[str]] = {}
     total: Counter[str] = Counter()
     for cot, wanted in zip(cots, right, strict=True):
-        excerpts = policy_sentences(cot)
+        excerpts = policy_sentences(cot, spec_words=True)
         quoted = [label.category for label in labels if label.quotations and label.category in cited(cot, [label])]
         names = set(cited(excerpts, labels)) | set(quoted)
         kind = "none" if not names else "right" if names & set(wanted) else "wrong"
@@ -131,14 +117,14 @@ def citation_accuracy(cots: Sequence[str], right: Sequence[Sequence[str]], label
 
 
 def by_quantile(items: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, Any]]:
-    """The items that stand at the quantiles of a number, each with its quantile."""
+    """The items at the quantiles of the number under `key`, each with its quantile."""
     ordered = sorted((item for item in items if item.get(key) is not None), key=lambda item: item[key])
     if not ordered:
         return []
-    locations: dict[int, float] = {}
+    quantile_of: dict[int, float] = {}
     for q in (0.0, 0.25, 0.5, 0.75, 1.0):
-        locations.setdefault(round(q * (len(ordered) - 1)), q)
-    return [{"quantile": q, **ordered[i]} for i, q in locations.items()]
+        quantile_of.setdefault(round(q * (len(ordered) - 1)), q)
+    return [{"quantile": q, **ordered[i]} for i, q in quantile_of.items()]
 
 
 def count_by(values: Iterable[Any]) -> dict[str, int]:

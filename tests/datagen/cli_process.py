@@ -1,4 +1,4 @@
-"""The commands in processes of their own, forked from one that has imported everything already."""
+"""Run the commands in separate processes, forked from one that has already imported everything."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["delib_fast.cli.datagen", "delib_fast.reports.data_report", "openai"])
 
 
-def _main(args: list[str], said: str, environment: dict[str, str]) -> None:
+def _main(args: list[str], output: str, environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    with open(said, "a") as file:
+    with open(output, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
@@ -37,10 +37,10 @@ def _main(args: list[str], said: str, environment: dict[str, str]) -> None:
 
 class CliProcess:
     def __init__(self, args: list[str], folder: Path, environment: dict[str, str] | None = None) -> None:
-        self._said = folder / f"said-{time.monotonic_ns()}.txt"
-        self._said.touch()
+        self._output = folder / f"output-{time.monotonic_ns()}.txt"
+        self._output.touch()
         self._process = _context.Process(
-            target=_main, args=(args, str(self._said), {**os.environ, **(environment or {})})
+            target=_main, args=(args, str(self._output), {**os.environ, **(environment or {})})
         )
         self._process.start()
 
@@ -49,7 +49,7 @@ class CliProcess:
         os.kill(self._process.pid, sig)
 
     def wait(self, seconds: float = 90) -> tuple[int, str]:
-        """(exit status, or minus the signal; everything it said)"""
+        """(exit status, or minus the signal; everything the process printed)"""
         self._process.join(seconds)
-        assert self._process.exitcode is not None, f"still running: {self._said.read_text()}"
-        return self._process.exitcode, self._said.read_text()
+        assert self._process.exitcode is not None, f"still running: {self._output.read_text()}"
+        return self._process.exitcode, self._output.read_text()

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("openai", reason="generation needs the openai package (extra `generate`)")
 pytest.importorskip("pytest_httpserver")
 
-from making import PROMPTS
+from generation_runs import PROMPTS
 from pytest_httpserver import HTTPServer
 from scripted_model import SPEC, ScriptedModel
 

@@ -1,6 +1,6 @@
-"""A scripted endpoint: answers every prompt of the pipelines sensibly, and fails as it is told to.
+"""A scripted endpoint: answers every prompt of the pipelines sensibly, and fails as a test specifies.
 
-Its answers are a function of the request alone, so two runs that lose nothing write the same files.
+Its answers depend only on the request, so two runs that lose nothing write the same files.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Fault = Callable[[Request], Response | None]
 
 
 class ScriptedModel:
-    """What a test scripts and reads. `paid` counts the usable answers sent out whole, by content address."""
+    """The endpoint, and what it received. `paid` counts the usable answers that were sent completely, by request id."""
 
     def __init__(self, server: HTTPServer) -> None:
         self.server = server
@@ -50,12 +50,12 @@ class ScriptedModel:
         self.authorization: set[str] = set()
         self.delay_s = 0.0
         self.fault: Callable[[str, int, str, Request], Response | None] | None = None
-        """(content address, attempt from 1 on, purpose, request) → a response in place of the answer, or None."""
+        """(request id, attempt from 1 on, purpose, request) → a response instead of the answer, or None."""
         self.answer: Callable[[str, str], str | None] = lambda purpose, text: None
-        """(purpose, all the text of the chat) → another text for the answer, or None."""
+        """(purpose, the whole text of the chat) → another text for the answer, or None."""
         self._lock = threading.Lock()
         self._attempts: Counter[str] = Counter()
-        self.at_once = self.most_at_once = 0
+        self.concurrent = self.most_concurrent = 0
         server.expect_request("/v1/chat/completions").respond_with_handler(self.handle)
 
     @property
@@ -71,20 +71,20 @@ class ScriptedModel:
             self._attempts[key] += 1
             attempt = self._attempts[key]
             self.received.append((key, time.monotonic(), purpose))
-            self.at_once += 1
-            self.most_at_once = max(self.most_at_once, self.at_once)
+            self.concurrent += 1
+            self.most_concurrent = max(self.most_concurrent, self.concurrent)
         try:
             instead = self.fault(key, attempt, purpose, request) if self.fault else None
             if instead is not None:
                 return instead
             time.sleep(self.delay_s)
             content = self.answer(purpose, text)
-            # Samples of one prompt differ by their content address alone.
+            # Samples of one prompt differ only in their request id.
             varied = f"{text} {key}" if purpose.startswith("generate") else text
             reply = self.completion(scripted(purpose, varied) if content is None else content, text, body)
         finally:
             with self._lock:
-                self.at_once -= 1
+                self.concurrent -= 1
         return self._counted(reply, key)
 
     def _counted(self, reply: bytes, key: str) -> Response:
@@ -118,7 +118,7 @@ class ScriptedModel:
             }
         ).encode()
 
-    def twice_paid(self) -> list[str]:
+    def paid_twice(self) -> list[str]:
         return [key for key, times in self.paid.items() if times > 1]
 
     def purposes(self) -> Counter[str]:
@@ -145,7 +145,7 @@ _PURPOSES = {
 
 
 def purpose_of(text: str) -> str:
-    # Judges and critics are shown what a generator wrote, so their own marks go first.
+    # Judges and critics see what a generator wrote, so their own markers are checked first.
     for mark in ("Look for the worst fault first", '{"faults"', "Rewrite this text"):
         if mark in text:
             return _PURPOSES[mark]
@@ -153,11 +153,11 @@ def purpose_of(text: str) -> str:
 
 
 def scripted(purpose: str, text: str) -> str:
-    """A sensible answer, different for different requests."""
+    """A sensible answer, which is different for different requests."""
     tag = words(text)
     if purpose in ("generate", "generate_reasoning"):
-        said = re.search(r"<conversation \w+>\n(.*?)\n</conversation", text, re.DOTALL)
-        about = said[1] if said else ""
+        conversation = re.search(r"<conversation \w+>\n(.*?)\n</conversation", text, re.DOTALL)
+        about = conversation[1] if conversation else ""
         cot = (
             f"They ask about {about[:60]!r}. They are to judge for themselves, so I mark what I only guess. "
             f"Nobody else is put at risk by it: {' '.join(tag)}; {' '.join(words(text + '1'))}, and that will do."
@@ -222,7 +222,7 @@ def status(code: int, **headers: str) -> Response:
 
 
 def cut_short(_: Request) -> Response:
-    """Half a body, then the connection ends."""
+    """Half of a body, after which the connection is closed."""
     whole = ScriptedModel.completion("this never arrives whole " * 20)
 
     def body() -> Iterator[bytes]:
@@ -244,7 +244,7 @@ def dripping(pause_s: float, reply: bytes) -> Response:
 
 
 def hang_up(request: Request) -> Response:
-    """End the connection without a word."""
+    """Close the connection without an answer."""
     with contextlib.suppress(OSError):
         request.environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
     return Response("")

@@ -1,4 +1,4 @@
-"""The client: limits, pauses, stops, costs."""
+"""The client: concurrency limit, pauses, stops, costs."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from making import make_rows, settings_for
+from generation_runs import run_deliberate, settings_for
 from scripted_model import ScriptedModel, status
 
 from delib_fast.config import ConfigError
+from delib_fast.config.load import load
 from delib_fast.datagen.backends import EndpointError, Secrets
 from delib_fast.datagen.client import BudgetSpent, Client, NoAnswer, for_each
 from delib_fast.datagen.progress import Meter
-from delib_fast.datagen.request_log import Answer, RequestLedger
-from delib_fast.datagen.settings import DeliberateSettings, EndpointSettings, load_settings
+from delib_fast.datagen.request_log import Answer, RequestLog
+from delib_fast.datagen.settings import SETTINGS_FILE, DeliberateSettings, EndpointSettings
 from delib_fast.datagen.spec import Spec
 
 
 def ask_all(model: ScriptedModel, folder: Path, texts: list[str], **changes: Any) -> tuple[list[Any], Client]:
-    """Ask for an answer to each text; answers and exceptions in their order."""
+    """Request an answer to each text. Returns answers and exceptions in the order of the texts."""
     settings = settings_for(model, generator=changes).generator
     found: dict[int, Any] = {}
 
     async def main() -> Client:
-        ledger = RequestLedger(folder / "requests.jsonl")
-        client = Client(ledger, Meter(ledger), Secrets())
+        log = RequestLog(folder / "requests.jsonl")
+        client = Client(log, Meter(log), Secrets())
         endpoint = client.endpoint(settings)
 
         async def one(item: tuple[int, str]) -> None:
@@ -39,9 +40,9 @@ def ask_all(model: ScriptedModel, folder: Path, texts: list[str], **changes: Any
 
         try:
             async with client.running():
-                await for_each(list(enumerate(texts)), one, client, at_once=64)
+                await for_each(list(enumerate(texts)), one, client, concurrency=64)
         finally:
-            ledger.close()
+            log.close()
         return client
 
     client = asyncio.run(main())
@@ -57,7 +58,7 @@ def test_concurrency_is_the_limit(model: ScriptedModel, tmp_path: Path) -> None:
     model.delay_s = 0.03
     answers, _ = ask_all(model, tmp_path, [f"{i}" for i in range(24)], concurrency=3)
     assert [a.text for a in answers] == [f"an answer to {i}" for i in range(24)]
-    assert model.most_at_once == 3
+    assert model.most_concurrent == 3
 
 
 def test_equal_requests_are_sent_once(model: ScriptedModel, tmp_path: Path) -> None:
@@ -70,7 +71,7 @@ def test_equal_requests_are_sent_once(model: ScriptedModel, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("header", [{"Retry_After": "0.6"}, {"retry_after_ms": "600"}])
 def test_retry_after_pauses_the_whole_endpoint(header: dict[str, str], model: ScriptedModel, tmp_path: Path) -> None:
-    """After a 429 nothing is sent, by any request, until the time that the endpoint asked for is over."""
+    """After a 429, no request is sent until the pause that the endpoint asked for is over."""
     limited_at: list[float] = []
 
     def fault(key, attempt, purpose, request):
@@ -82,12 +83,12 @@ def test_retry_after_pauses_the_whole_endpoint(header: dict[str, str], model: Sc
     model.fault, model.delay_s = fault, 0.02
     answers, client = ask_all(model, tmp_path, [f"{i}" for i in range(12)], concurrency=2)
     assert all(isinstance(a, Answer) for a in answers)
-    later = [at for _, at, _ in model.received if at > limited_at[0] + 0.1]  # one may have been on its way
+    later = [at for _, at, _ in model.received if at > limited_at[0] + 0.1]  # one may have been in flight
     assert min(later) >= limited_at[0] + 0.6
     assert client.meter.retries == {"rate_limit": 1}
 
 
-def test_a_pause_that_is_too_long_ends_the_run(model: ScriptedModel, tmp_path: Path) -> None:
+def test_too_long_a_pause_stops_the_run(model: ScriptedModel, tmp_path: Path) -> None:
     model.fault = lambda key, attempt, purpose, request: status(429, Retry_After="7200")
     with pytest.raises(EndpointError, match="pause of 7200 s"):
         ask_all(model, tmp_path, ["a"])
@@ -103,16 +104,16 @@ def test_backoff_grows(model: ScriptedModel, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "words"), [(401, "OPENAI_API_KEY"), (403, "refuses the key"), (404, "no model 'scripted'")]
+    ("code", "words"), [(401, "OPENAI_API_KEY"), (403, "rejects the key"), (404, "no model 'scripted'")]
 )
-def test_what_no_retry_helps_ends_the_run_at_once(code: int, words: str, model: ScriptedModel, tmp_path: Path) -> None:
+def test_permanent_error_stops_the_run_immediately(code: int, words: str, model: ScriptedModel, tmp_path: Path) -> None:
     model.fault = lambda key, attempt, purpose, request: status(code)
     with pytest.raises(EndpointError, match=words):
         ask_all(model, tmp_path, [f"{i}" for i in range(20)], concurrency=1)
     assert len(model.received) == 1
 
 
-def test_out_of_quota_is_no_rate_limit(model: ScriptedModel, tmp_path: Path) -> None:
+def test_exhausted_quota_is_not_a_rate_limit(model: ScriptedModel, tmp_path: Path) -> None:
     def fault(key, attempt, purpose, request):
         response = status(429)
         response.set_data('{"error": {"message": "none left", "code": "insufficient_quota"}}')
@@ -124,47 +125,47 @@ def test_out_of_quota_is_no_rate_limit(model: ScriptedModel, tmp_path: Path) -> 
     assert len(model.received) == 1
 
 
-def test_an_endpoint_where_everything_fails_ends_the_run(model: ScriptedModel, tmp_path: Path) -> None:
+def test_endpoint_where_every_request_fails_stops_the_run(model: ScriptedModel, tmp_path: Path) -> None:
     model.fault = lambda key, attempt, purpose, request: status(500)
     with pytest.raises(EndpointError, match="does not answer"):
         ask_all(model, tmp_path, [f"{i}" for i in range(100)], concurrency=4, attempts=2)
     assert len(model.received) <= 64 * 2
 
 
-def test_cost_is_kept_and_ends_the_run(model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path) -> None:
+def test_max_cost_stops_the_run(model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path) -> None:
     model.answer = lambda purpose, text: None
     settings = settings_for(model, max_cost=0.005)
     with pytest.raises(BudgetSpent):
-        asyncio.run(make_rows(tmp_path / "out", spec, settings, prompts_file))
-    ledger = RequestLedger(tmp_path / "out" / "requests.jsonl")
-    assert 0.005 <= ledger.totals.cost < 0.02
-    by_hand = (ledger.totals.prompt_tokens * 1.0 + ledger.totals.completion_tokens * 2.0) / 1e6
-    assert ledger.totals.cost == pytest.approx(by_hand)
-    summary = asyncio.run(make_rows(tmp_path / "out", spec, settings_for(model), prompts_file))
+        asyncio.run(run_deliberate(tmp_path / "out", spec, settings, prompts_file))
+    log = RequestLog(tmp_path / "out" / "requests.jsonl")
+    assert 0.005 <= log.totals.cost < 0.02
+    expected = (log.totals.prompt_tokens * 1.0 + log.totals.completion_tokens * 2.0) / 1e6
+    assert log.totals.cost == pytest.approx(expected)
+    summary = asyncio.run(run_deliberate(tmp_path / "out", spec, settings_for(model), prompts_file))
     assert summary["rows"] == 12
-    assert model.twice_paid() == []
+    assert model.paid_twice() == []
 
 
-def test_missing_usage_is_counted_not_guessed(model: ScriptedModel, tmp_path: Path) -> None:
+def test_missing_token_counts_are_counted_not_estimated(model: ScriptedModel, tmp_path: Path) -> None:
     from werkzeug import Response
 
     body = '{"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "hi"}}]}'
     model.fault = lambda key, attempt, purpose, request: Response(body, content_type="application/json")
     (answer,), client = ask_all(model, tmp_path, ["a"])
     assert (answer.text, answer.completion_tokens) == ("hi", None)
-    assert client.ledger.totals.without_usage == 1
+    assert client.log.totals.without_usage == 1
 
 
-def test_key_comes_from_the_environment_only(
+def test_key_is_read_only_from_the_environment(
     model: ScriptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", "sk-1234567")
     ask_all(model, tmp_path, ["a"], api_key_env="MY_KEY")
     assert model.authorization == {"Bearer sk-1234567"}
-    far = EndpointSettings(model="m", base_url="https://models.example/v1", api_key_env="NOT_SET_ANYWHERE")
-    ledger = RequestLedger(tmp_path / "r.jsonl")
+    remote = EndpointSettings(model="m", base_url="https://models.example/v1", api_key_env="NOT_SET_ANYWHERE")
+    log = RequestLog(tmp_path / "r.jsonl")
     with pytest.raises(ConfigError, match="set the environment variable NOT_SET_ANYWHERE"):
-        Client(ledger, Meter(), Secrets()).endpoint(far)
+        Client(log, Meter(), Secrets()).endpoint(remote)
     for bad in ({"api_key": "sk-1"}, {"base_url": "https://me:sk-1@models.example/v1"}, {"extra": {"messages": []}}):
         with pytest.raises(ConfigError):
-            load_settings(DeliberateSettings, None, {}, [f"generator={bad}".replace("'", '"')])
+            load(DeliberateSettings, None, SETTINGS_FILE, [f"generator={bad}".replace("'", '"')])

@@ -1,4 +1,4 @@
-"""The commands as a person gives them: options, messages, exit statuses."""
+"""The commands as users run them: options, messages, exit statuses."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typer.testing import CliRunner
 
 from delib_fast.cli.datagen import register
 from delib_fast.config import ConfigError
-from delib_fast.datagen.settings import DeliberateSettings, DocumentSettings, load_settings
+from delib_fast.config.load import load
+from delib_fast.datagen.settings import SETTINGS_FILE, DeliberateSettings, DocumentSettings
 from delib_fast.datagen.spec import Spec
 from delib_fast.datagen.user_prompts import read_prompts
 
 
 @pytest.fixture
-def give(model: ScriptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Give a command in a folder that has spec.md and prompts.txt."""
+def invoke(model: ScriptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run a command in a folder with spec.md and prompts.txt. Returns the exit status and the output."""
     monkeypatch.chdir(tmp_path)
     Path("spec.md").write_text(SPEC)
     Path("prompts.txt").write_text("How do I prune a rose?\nMay I read my son's diary?\n")
@@ -35,23 +36,23 @@ def give(model: ScriptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
-def test_from_spec_to_report(give) -> None:
-    code, said = give(
+def test_from_spec_to_report(invoke) -> None:
+    code, output = invoke(
         "deliberate spec.md prompts.txt -o rows URL -n 2 -k 2 --style cite --also-no-cot --model-name Quill"
     )
     assert code == 0
-    assert "4 rows of 2 prompts → rows/rows.jsonl" in said
-    assert "answers paid for: 14" in said
-    code, said = give(
+    assert "4 rows of 2 prompts → rows/rows.jsonl" in output
+    assert "answers paid for: 14" in output
+    code, output = invoke(
         "document spec.md -o docs --tokens 2k URL --emphasis rules_and_values --model-name Quill "
         "--set domains=2 --set subdomains=2"
     )
     assert code == 0
-    assert "→ docs/documents.jsonl" in said
+    assert "→ docs/documents.jsonl" in output
     for folder in ("rows", "docs"):
-        code, said = give(f"data-report {folder} --spec spec.md")
+        code, output = invoke(f"data-report {folder} --spec spec.md")
         assert code == 0
-        assert said.split() == [f"{folder}/report.html", f"{folder}/report.json"]
+        assert output.split() == [f"{folder}/report.html", f"{folder}/report.json"]
         assert (
             "Quill" not in Path(folder, "settings.yaml").read_text()
             or "model_name: Quill" in Path(folder, "settings.yaml").read_text()
@@ -62,36 +63,36 @@ def test_from_spec_to_report(give) -> None:
     ("command", "fault"),
     [
         ("deliberate spec.md -o out URL", "give a file of prompts, or --prompts-from-spec N"),
-        ("deliberate nospec.md prompts.txt -o out URL", "nospec.md: the spec can't be read"),
-        ("deliberate spec.md nofile.txt -o out URL", "nofile.txt: the prompts can't be read"),
+        ("deliberate nospec.md prompts.txt -o out URL", "nospec.md: the spec cannot be read"),
+        ("deliberate spec.md nofile.txt -o out URL", "nofile.txt: the prompts cannot be read"),
         ("deliberate spec.md prompts.txt -o out --base-url http://127.0.0.1:9/v1", "generator.model is not set"),
         ("deliberate spec.md prompts.txt -o out URL --style citing", "style: input should be 'cite' or 'internal'"),
         ("deliberate spec.md prompts.txt -o out URL --threshold 11", "threshold 11 is outside the scale"),
         ("deliberate spec.md prompts.txt -o out URL --set smaples=2", "smaples: unknown key"),
         ("deliberate spec.md prompts.txt -o out URL --set max_cost=1", "max_cost needs price_in and price_out"),
         ("document spec.md -o out URL --tokens lots", "--tokens lots: write it as"),
-        ("data-report nothing", "holds neither rows.jsonl nor documents.jsonl"),
+        ("data-report nothing", "contains neither rows.jsonl nor documents.jsonl"),
     ],
 )
-def test_mistakes_are_told(command: str, fault: str, give) -> None:
+def test_mistakes_are_reported(command: str, fault: str, invoke) -> None:
     with pytest.raises(ConfigError) as error:
-        give(command)
+        invoke(command)
     assert fault in str(error.value)
 
 
-def test_example_settings_are_settings() -> None:
+def test_example_settings_are_valid() -> None:
     examples = Path(__file__).parents[2] / "examples" / "datagen"
-    made = load_settings(DeliberateSettings, examples / "settings.yaml", {})
-    assert made.thresholds() == {"compliance": 8, "helpfulness": 7, "reasoning": 7}
-    load_settings(DeliberateSettings, examples / "local.yaml", {})
-    load_settings(DocumentSettings, examples / "local_documents.yaml", {})
+    settings = load(DeliberateSettings, examples / "settings.yaml", SETTINGS_FILE)
+    assert settings.thresholds() == {"compliance": 8, "helpfulness": 7, "reasoning": 7}
+    load(DeliberateSettings, examples / "local.yaml", SETTINGS_FILE)
+    load(DocumentSettings, examples / "local_documents.yaml", SETTINGS_FILE)
     short = Spec.read(examples / "short_spec.md", model_name="Quill", provider_name="Fern")
     assert len(read_prompts(examples / "prompts.jsonl", short)) == 20
 
 
-def test_lost_endpoint_is_told(give, model: ScriptedModel, capfd: pytest.CaptureFixture[str]) -> None:
+def test_lost_endpoint_is_reported(invoke, model: ScriptedModel, capfd: pytest.CaptureFixture[str]) -> None:
     model.fault = lambda key, attempt, purpose, request: status(404) if purpose == "judge" else None
-    code, _ = give("deliberate spec.md prompts.txt -o out URL --model-name Quill")
+    code, _ = invoke("deliberate spec.md prompts.txt -o out URL --model-name Quill")
     assert code == 3
     assert not Path("out/rows.jsonl").exists()
     assert '"unfinished": true' in Path("out/summary.json").read_text()

@@ -1,4 +1,4 @@
-"""`document` from a spec to midtraining documents, and `data-report` on what both commands make."""
+"""`document`, from a spec to midtraining documents, and `data-report` on the data of both commands."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from making import make_rows, read_rows, settings_for
+from generation_runs import read_rows, run_deliberate, settings_for
 from scripted_model import SPEC, ScriptedModel, scripted
 
 from delib_fast.config import SourceConfig
 from delib_fast.data import read_source
-from delib_fast.datagen.documents import make_documents
+from delib_fast.datagen.documents import generate_documents
 from delib_fast.datagen.session import Session
 from delib_fast.datagen.settings import DocumentSettings
 from delib_fast.datagen.spec import Spec
 from delib_fast.reports.data_report import write_report
-from delib_fast.reports.text_statistics import is_refusal
 
 STAR1 = Path(__file__).parents[3] / "shared" / "data" / "star1.json"
 EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
@@ -44,8 +43,8 @@ def run(model: ScriptedModel, out: Path, spec: Spec, **changes: Any) -> dict[str
     )
 
     async def main() -> dict[str, Any]:
-        async with Session.open(out, spec, settings) as shop:
-            return await make_documents(shop, settings)
+        async with Session.open(out, spec, settings) as session:
+            return await generate_documents(session, settings)
 
     return asyncio.run(main())
 
@@ -68,7 +67,7 @@ def test_documents_to_a_budget(model: ScriptedModel, spec: Spec, tmp_path: Path)
     } <= documents[0].keys()
     for stage in ("domains", "subdomains", "assertions", "document_types", "ideas"):
         assert read_rows(tmp_path / "out" / f"{stage}.jsonl"), stage
-    assert len({d["domain"] for d in documents}) == 3, "a small budget is spread over all domains"
+    assert len({d["domain"] for d in documents}) == 3, "a small budget covers all domains"
     rows = read_source("d", SourceConfig.model_validate({"path": str(tmp_path / "out" / "documents.jsonl")}))
     assert {row.kind for row in rows} == {"document"}
     order = [d["domain"] for d in documents]
@@ -81,13 +80,13 @@ def test_documents_to_a_budget(model: ScriptedModel, spec: Spec, tmp_path: Path)
     assert (tmp_path / "out" / "documents.jsonl").read_bytes() == before
 
 
-def test_a_larger_budget_goes_on(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
-    """What a smaller budget paid for is used again; more rounds of ideas follow when the first are used up."""
+def test_larger_budget_continues(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+    """A larger budget reuses the answers of a smaller one, and continues with more rounds of ideas."""
     run(model, tmp_path / "out", spec, tokens=2000)
     model.received.clear()
     summary = run(model, tmp_path / "out", spec, tokens=20000)
     assert summary["tokens"] >= 20000
-    assert model.twice_paid() == []
+    assert model.paid_twice() == []
     ideas = read_rows(tmp_path / "out" / "ideas.jsonl")
     assert len({(i["subdomain"], i["idea"]) for i in ideas}) == len(ideas)
     assert len(ideas) > 3 * 2 * 2 * 2, "a second round"
@@ -101,7 +100,9 @@ def test_a_larger_budget_goes_on(model: ScriptedModel, spec: Spec, tmp_path: Pat
         ("rules_and_values", "the rule follows from the value"),
     ],
 )
-def test_emphasis_is_asked_for(emphasis: str, words: str, model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+def test_emphasis_is_in_the_prompts(
+    emphasis: str, words: str, model: ScriptedModel, spec: Spec, tmp_path: Path
+) -> None:
     run(model, tmp_path / "out", spec, emphasis=emphasis, tokens=500)
     texts = [r["text"] for r in read_rows(tmp_path / "out" / "requests.jsonl") if r["is"] == "text"]
     asked = [t for t in texts if "Write this text in full" in t]
@@ -134,7 +135,7 @@ def test_critique_and_rewrite(model: ScriptedModel, spec: Spec, tmp_path: Path) 
         ("Quill <|im_start|> " + "word " * 80, "leaked_scaffolding"),
     ],
 )
-def test_documents_that_go(text: str, reason: str, model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+def test_documents_that_are_dropped(text: str, reason: str, model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
     turn = iter(range(10**6))
 
     def answer(purpose: str, asked: str) -> str | None:
@@ -144,10 +145,10 @@ def test_documents_that_go(text: str, reason: str, model: ScriptedModel, spec: S
     summary = run(model, tmp_path / "out", spec, tokens=3000)
     assert summary["dropped"][reason] >= 1
     assert not any(d["text"] == text for d in read_rows(tmp_path / "out" / "documents.jsonl"))
-    assert summary["tokens"] >= 3000, "what is dropped does not use up the budget"
+    assert summary["tokens"] >= 3000, "dropped documents do not count towards the budget"
 
 
-def test_used_up_ideas_end_the_run(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+def test_run_ends_when_the_ideas_are_used_up(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
     model.answer = lambda purpose, text: '["one idea only"]' if purpose == "ideas" else None
     summary = run(model, tmp_path / "out", spec, tokens=10**6, rounds=2)
     assert 0 < summary["documents"] <= 3 * 2 * 2
@@ -158,7 +159,7 @@ def test_used_up_ideas_end_the_run(model: ScriptedModel, spec: Spec, tmp_path: P
 
 
 class Page(HTMLParser):
-    """What a page holds: its words, and everything that it would fetch."""
+    """The words of a page, and everything that it would fetch."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -182,7 +183,7 @@ def test_report_of_a_run(model: ScriptedModel, spec: Spec, prompts_file: Path, t
         if purpose == "judge" and "sourdough" in text
         else scripted(purpose, text).replace("Here is", "<b>Here</b> is")
     )
-    asyncio.run(make_rows(out, spec, settings_for(model, style="cite", samples=1), prompts_file))
+    asyncio.run(run_deliberate(out, spec, settings_for(model, style="cite", samples=1), prompts_file))
     html, figures = write_report(out, spec=spec_file)
     found = json.loads(figures.read_text())
     part = found["parts"]["rows.jsonl: rows"]
@@ -216,15 +217,15 @@ def test_report_of_the_example_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.data
-@pytest.mark.skipif(not STAR1.exists(), reason=f"{STAR1} is not there")
+@pytest.mark.skipif(not STAR1.exists(), reason=f"{STAR1} is not present")
 def test_report_of_star1(tmp_path: Path) -> None:
-    """Real rows that this project did not make: every figure is there, and in the range that the set is known for."""
+    """Rows of another project: every statistic is present, and in the range that is known for this data set."""
     html, figures = write_report(STAR1, out=tmp_path)
     part = json.loads(figures.read_text())["parts"]["star1.json: rows"]
     assert part["count"] == part["with_cot"] == 1000
     assert part["citations"]["speaks_of_policy"] > 0.97
     assert part["citations"]["accuracy"] > 0.9
-    assert 0.6 < part["refusals"]["share"] < 0.8
+    assert 0.55 < part["refusals"]["share"] < 0.65  # full refusals, as classify_reply finds them
     assert part["by_category"]["Self-Harm"] == 85
     if chromium := shutil.which("chromium"):
         shot = tmp_path / "page.png"
@@ -243,19 +244,3 @@ def test_report_of_star1(tmp_path: Path) -> None:
             timeout=60,
         )
         assert shot.stat().st_size > 20_000
-
-
-@pytest.mark.parametrize(
-    ("response", "refuses"),
-    [
-        ("I'm sorry, but I can't assist with that request.", True),
-        ("I can’t help with this.", True),
-        ("I won't write that. What I can do is …", True),
-        ("I cannot provide instructions for it.", True),
-        ("Sure, here is how you do it.", False),
-        ("Sorry to hear it's broken! Try turning it off.", False),
-        ("Turn the valve. If it leaks, call someone. Then wait. I can't help with gas lines.", False),
-    ],
-)
-def test_refusals_by_their_opening(response: str, refuses: bool) -> None:
-    assert is_refusal(response) == refuses

@@ -1,8 +1,8 @@
-"""Faults of the endpoint × nothing lost, nothing paid twice.
+"""Faults of the endpoint: nothing is lost, and nothing is paid for twice.
 
-Every case runs the whole pipeline against a scripted endpoint that fails in one way. Nothing lost: the rows are
-byte for byte those of a run without faults. Nothing paid twice: no request (by its content address) was given a
-usable answer more than once.
+Every case runs the whole pipeline against a scripted endpoint that fails in one way. Nothing is lost if the rows are
+byte for byte those of a run without faults. Nothing is paid for twice if no request (by its id) received a usable
+answer more than once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
-from making import make_rows, settings_for
+from generation_runs import run_deliberate, settings_for
 from scripted_model import ScriptedModel, cut_short, dripping, hang_up, scripted, status
 from werkzeug import Request, Response
 
@@ -56,14 +56,14 @@ def in_drops(_: Request) -> Response:
 
 
 FAULTS: dict[str, tuple[Fault | None, str | None]] = {
-    # name: (what happens, under which name the retry is counted)
+    # name: (what happens, the name under which the retry is counted)
     "none": (None, None),
     "500": (first(lambda _: status(500)), "http_500"),
     "503 twice": (first(lambda _: status(503), 2), "http_503"),
     "429, Retry-After in seconds": (first(lambda _: status(429, Retry_After="0.1")), "rate_limit"),
     "429, Retry-After as a date": (first(lambda _: status(429, Retry_After=formatdate(usegmt=True))), "rate_limit"),
     "429, retry-after-ms": (first(lambda _: status(429, retry_after_ms="50")), "rate_limit"),
-    "429 without a word": (first(lambda _: status(429)), "rate_limit"),
+    "429 without Retry-After": (first(lambda _: status(429)), "rate_limit"),
     "no answer in time": (slow_first(0.7), "timeout"),
     "408": (first(lambda _: status(408)), "timeout"),
     "connection ends in the middle of the body": (first(cut_short), "connection"),
@@ -71,7 +71,7 @@ FAULTS: dict[str, tuple[Fault | None, str | None]] = {
     "a web page with status 200": (first(html), "malformed_body"),
     "half a JSON with status 200": (first(not_json), "malformed_body"),
     "an answer without choices": (first(no_choices), "malformed_body"),
-    "an answer in drops, of no use": (first(in_drops), "malformed_body"),
+    "a useless answer, a few bytes at a time": (first(in_drops), "malformed_body"),
 }
 
 
@@ -87,29 +87,27 @@ def test_nothing_lost_nothing_paid_twice(
     model.fault, counted_as = FAULTS[name]
     timeout = 0.4 if counted_as == "timeout" else 20
     settings = settings_for(model, style="cite", samples=1, generator={"timeout_s": timeout, "concurrency": 8})
-    summary = asyncio.run(make_rows(tmp_path / "out", spec, settings, prompts_file))
+    summary = asyncio.run(run_deliberate(tmp_path / "out", spec, settings, prompts_file))
     rows = (tmp_path / "out" / "rows.jsonl").read_bytes()
-    assert rows == reference.setdefault("rows", rows), "other rows than without faults"
+    assert rows == reference.setdefault("rows", rows), "the rows differ from those of a run without faults"
     assert summary["rows"] == 6
     assert summary["dropped"] == {}
-    assert model.twice_paid() == []
+    assert model.paid_twice() == []
     assert len(model.paid) == summary["paid"]["answers"] == 24  # 6 classified, 6 generated, 12 votes
     assert summary["paid"]["completion_tokens"] > 0
     if counted_as is not None:
         assert summary["this_run"]["retries"][counted_as] >= 24
 
     model.received.clear()
-    again = asyncio.run(make_rows(tmp_path / "out", spec, settings, prompts_file))
+    again = asyncio.run(run_deliberate(tmp_path / "out", spec, settings, prompts_file))
     assert model.received == []
     assert again["this_run"]["answers"] == 0
     assert again["paid"]["answers"] == 24
     assert (tmp_path / "out" / "rows.jsonl").read_bytes() == rows
 
 
-def test_malformed_judgement_is_asked_anew(
-    model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path
-) -> None:
-    """A judge that first answers in prose is asked again, and what it said is never a score."""
+def test_malformed_judgement_is_retried(model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path) -> None:
+    """A judge that first answers in prose is asked again, and its prose is never used as a score."""
     seen: set[str] = set()
 
     def answer(purpose: str, text: str) -> str | None:
@@ -119,7 +117,7 @@ def test_malformed_judgement_is_asked_anew(
         return None
 
     model.answer = answer
-    summary = asyncio.run(make_rows(tmp_path / "out", spec, settings_for(model), prompts_file))
+    summary = asyncio.run(run_deliberate(tmp_path / "out", spec, settings_for(model), prompts_file))
     assert summary["rows"] == 12
     assert model.purposes()["judge"] == 12 + 24
 
@@ -136,53 +134,55 @@ def test_malformed_judgement_is_asked_anew(
         '{"compliance": NaN, "helpfulness": 9, "reasoning": 9}',
     ],
 )
-def test_malformed_judgement_is_a_reason_never_a_score(
+def test_row_without_a_valid_judgement_is_dropped(
     answer: str, model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path
 ) -> None:
     model.answer = lambda purpose, text: answer if purpose == "judge" else None
     settings = settings_for(model, samples=1, list_attempts=2, judge_votes=3)
-    summary = asyncio.run(make_rows(tmp_path / "out", spec, settings, prompts_file))
+    summary = asyncio.run(run_deliberate(tmp_path / "out", spec, settings, prompts_file))
     assert summary["rows"] == 0
     assert summary["dropped"] == {"malformed_judge": 6}
-    assert model.purposes()["judge"] == 12  # each row's first vote, asked twice
+    assert model.purposes()["judge"] == 12  # the first vote of each row, requested twice
     dropped = [json.loads(line) for line in (tmp_path / "out" / "dropped.jsonl").read_text().splitlines()]
     assert all(line["votes"] == [] for line in dropped)
 
 
-def test_one_poisoned_prompt_does_not_stop_the_others(
+def test_one_failing_request_does_not_stop_the_others(
     model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path
 ) -> None:
-    """A request that always fails with 500 is given up and counted; the same command asks for it again."""
+    """A request that always fails with 500 is given up and counted; the same command sends it again."""
 
-    def propagate_nan(key: str, attempt: int, purpose: str, request: Request) -> Response | None:
+    def fail_one(key: str, attempt: int, purpose: str, request: Request) -> Response | None:
         return status(500) if purpose == "generate" and b"sourdough" in request.get_data() else None
 
-    model.fault = propagate_nan
+    model.fault = fail_one
     settings = settings_for(model)
-    summary = asyncio.run(make_rows(tmp_path / "out", spec, settings, prompts_file))
+    summary = asyncio.run(run_deliberate(tmp_path / "out", spec, settings, prompts_file))
     assert summary["rows"] == 10
     assert summary["dropped"] == {"no_answer": 2}
     model.fault = None
     model.received.clear()
-    summary = asyncio.run(make_rows(tmp_path / "out", spec, settings, prompts_file))
+    summary = asyncio.run(run_deliberate(tmp_path / "out", spec, settings, prompts_file))
     assert summary["rows"] == 12
     assert model.purposes() == {"generate": 2, "judge": 4}
-    assert model.twice_paid() == []
+    assert model.paid_twice() == []
 
 
-def test_refused_request_is_a_reason(model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path) -> None:
-    def refuse(key: str, attempt: int, purpose: str, request: Request) -> Response | None:
+def test_rejected_request_drops_its_sample(
+    model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path
+) -> None:
+    def reject(key: str, attempt: int, purpose: str, request: Request) -> Response | None:
         return status(400) if purpose == "generate" and b"sourdough" in request.get_data() else None
 
-    model.fault = refuse
-    summary = asyncio.run(make_rows(tmp_path / "out", spec, settings_for(model), prompts_file))
+    model.fault = reject
+    summary = asyncio.run(run_deliberate(tmp_path / "out", spec, settings_for(model), prompts_file))
     assert summary["rows"] == 10
     assert summary["dropped"] == {"refused_by_endpoint": 2}
     assert summary["this_run"]["retries"] == {}
 
 
 @pytest.mark.parametrize(("finish", "reason"), [("length", "truncated"), ("content_filter", "content_filter")])
-def test_cut_answers_never_become_rows(
+def test_truncated_answers_never_become_rows(
     finish: str, reason: str, model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path
 ) -> None:
     def cut(key: str, attempt: int, purpose: str, request: Request) -> Response | None:
@@ -192,7 +192,7 @@ def test_cut_answers_never_become_rows(
         return Response(reply, content_type="application/json")
 
     model.fault = cut
-    summary = asyncio.run(make_rows(tmp_path / "out", spec, settings_for(model), prompts_file))
+    summary = asyncio.run(run_deliberate(tmp_path / "out", spec, settings_for(model), prompts_file))
     assert summary["rows"] == 0
     assert summary["dropped"] == {reason: 12}
-    assert "judge" not in model.purposes(), "no judge is paid for a row that can't be kept"
+    assert "judge" not in model.purposes(), "a row that cannot be kept is not judged"

@@ -1,7 +1,7 @@
 """A real model behind both backends: `transformers serve` on loopback, and in this process.
 
-The model is a small one with random weights, made here from a config: what it writes is noise, so what is looked at
-is that every answer is real, kept, counted and never asked for again.
+The model is small and has random weights, so it writes noise. The tests check that every answer is kept, counted and
+never requested again.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from generation_runs import PROMPTS, read_rows, run_deliberate
 from helpers.launch import serving
 from helpers.small_models import tiny_qwen3
-from making import PROMPTS, make_rows, read_rows
 
-from delib_fast.datagen.request_log import RequestLedger
+from delib_fast.datagen.request_log import RequestLog
 from delib_fast.datagen.settings import DeliberateSettings
 from delib_fast.datagen.spec import Spec
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder such as a run of this project exports."""
+    """A model folder as a training run exports it."""
     from delib_fast.config import ModelConfig
     from delib_fast.models import build_model, export_model, train_tokenizer
 
@@ -46,7 +46,7 @@ def served(folder: Path) -> Iterator[str]:
 
 
 def settings(**generator: Any) -> DeliberateSettings:
-    # Six tokens an answer, and a judge that random weights can't be: every row goes, with its reason.
+    # Six tokens per answer, and random weights cannot judge: every row is dropped with a reason.
     return DeliberateSettings.model_validate(
         {
             "generator": {"max_tokens": 6, "concurrency": 3, "temperature": 1.0, **generator},
@@ -65,40 +65,40 @@ def prompts(folder: Path) -> Path:
     return path
 
 
-def check(out: Path, spec: Spec, made: DeliberateSettings, prompts_file: Path) -> RequestLedger:
-    summary = asyncio.run(make_rows(out, spec, made, prompts_file))
+def check(out: Path, spec: Spec, run_settings: DeliberateSettings, prompts_file: Path) -> RequestLog:
+    summary = asyncio.run(run_deliberate(out, spec, run_settings, prompts_file))
     assert summary["rows"] == 0
     assert sum(summary["dropped"].values()) == 6
     assert set(summary["dropped"]) <= {"truncated", "no_cot", "no_response", "leaked_scaffolding", "cot_too_short"}
     assert summary["paid"]["answers"] == 6
     assert 6 <= summary["paid"]["completion_tokens"] <= 36
     assert summary["paid"]["prompt_tokens"] > 6 * 300, "the spec and the prompt were sent"
-    again = asyncio.run(make_rows(out, spec, made, prompts_file))
+    again = asyncio.run(run_deliberate(out, spec, run_settings, prompts_file))
     assert again["this_run"]["answers"] == 0
     assert again["dropped"] == summary["dropped"]
-    return RequestLedger(out / "requests.jsonl")
+    return RequestLog(out / "requests.jsonl")
 
 
 def test_transformers_serve(folder: Path, served: str, spec: Spec, tmp_path: Path) -> None:
-    ledger = check(tmp_path / "out", spec, settings(model=str(folder), base_url=served), prompts(tmp_path))
+    log = check(tmp_path / "out", spec, settings(model=str(folder), base_url=served), prompts(tmp_path))
     answers = [r for r in read_rows(tmp_path / "out" / "requests.jsonl") if r["is"] == "answer"]
-    assert all(ledger.get(r["id"]) is not None for r in answers)
+    assert all(log.get(r["id"]) is not None for r in answers)
     assert {r["answer"]["finish"] for r in answers} <= {"length", "stop"}
     assert any(r["answer"]["text"] for r in answers)
     assert {r["attempts"] for r in answers} == {1}
 
 
 def test_in_process(folder: Path, spec: Spec, tmp_path: Path) -> None:
-    made = settings(model=str(folder), backend="transformers")
-    check(tmp_path / "out", spec, made, prompts(tmp_path))
+    run_settings = settings(model=str(folder), backend="transformers")
+    check(tmp_path / "out", spec, run_settings, prompts(tmp_path))
 
 
 def test_in_process_equals_served_when_greedy(folder: Path, served: str, spec: Spec, tmp_path: Path) -> None:
-    """With no sampling both backends write the same, so the chat and its template arrive alike, batched or not."""
+    """Greedy decoding gives equal answers with both backends, so both apply the chat template alike, batched or not."""
     texts = {}
     for name, generator in (("served", {"base_url": served}), ("in process", {"backend": "transformers"})):
-        made = settings(model=str(folder), temperature=0.0, **generator)
-        asyncio.run(make_rows(tmp_path / name, spec, made, prompts(tmp_path)))
+        run_settings = settings(model=str(folder), temperature=0.0, **generator)
+        asyncio.run(run_deliberate(tmp_path / name, spec, run_settings, prompts(tmp_path)))
         answers = [r for r in read_rows(tmp_path / name / "requests.jsonl") if r["is"] == "answer"]
         texts[name] = {r["id"]: (r["answer"]["text"].strip(), r["answer"]["prompt_tokens"]) for r in answers}
     assert texts["served"] == texts["in process"]

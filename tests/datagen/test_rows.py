@@ -1,4 +1,4 @@
-"""`deliberate` from prompts to rows: what is kept, with which score, and what stands in a row."""
+"""`deliberate`, from prompts to rows: which rows are kept, with which scores, and what a row contains."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from making import PROMPTS, make_rows, read_rows, settings_for
+from generation_runs import PROMPTS, read_rows, run_deliberate, settings_for
 from scripted_model import ScriptedModel, words
 
 from delib_fast.config import ConfigError, SourceConfig
 from delib_fast.data import read_source
-from delib_fast.datagen.request_log import FolderLock, RequestLedger
+from delib_fast.datagen.request_log import RequestLog, lock_folder
 from delib_fast.datagen.spec import Spec
 
 
 def run(model: ScriptedModel, folder: Path, spec: Spec, prompts: Path | None, **changes: Any) -> dict[str, Any]:
-    return asyncio.run(make_rows(folder, spec, settings_for(model, **changes), prompts))
+    return asyncio.run(run_deliberate(folder, spec, settings_for(model, **changes), prompts))
 
 
 def as_training_reads(path: Path) -> list[Any]:
@@ -53,17 +53,17 @@ def test_a_row_can_be_traced(model: ScriptedModel, spec: Spec, prompts_file: Pat
     assert row["generator"]["served_by"] == "scripted-0613"
     assert re.fullmatch("[0-9a-f]{12}", row["generator"]["prompts"]["generate_cite"])
     assert len(row["judge"]["votes"]) == 2
-    ledger = RequestLedger(out / "requests.jsonl")
+    log = RequestLog(out / "requests.jsonl")
     purposes = [json.loads(line) for line in (out / "requests.jsonl").read_text().splitlines()]
     by_id = {r["id"]: r["purpose"] for r in purposes if r["is"] == "answer"}
     assert [by_id[i] for i in row["request_ids"]] == ["classify", "generate", "judge", "judge"]
-    sent = ledger.texts(row["request_ids"][1])
+    sent = log.messages(row["request_ids"][1])
     assert "Separate what is known from what is guessed" in sent[0]["content"], "the spec was in the context"
     assert "Decline help whose likely use" not in sent[0]["content"], "but only the relevant sections in full"
-    assert row["cot"] in ledger.get(row["request_ids"][1]).text
+    assert row["cot"] in log.get(row["request_ids"][1]).text
 
 
-def test_training_reads_the_rows_and_their_twin(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+def test_training_reads_the_rows_and_their_copies_without_cot(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
     prompts = tmp_path / "p.jsonl"
     chat = [
         {"role": "system", "content": "You work for a bank."},
@@ -74,13 +74,13 @@ def test_training_reads_the_rows_and_their_twin(model: ScriptedModel, spec: Spec
     prompts.write_text(json.dumps({"prompt": "What is a bond?"}) + "\n" + json.dumps({"messages": chat}) + "\n")
     run(model, tmp_path / "out", spec, prompts, samples=1, also_no_cot=True)
     rows = as_training_reads(tmp_path / "out" / "rows.jsonl")
-    twins = as_training_reads(tmp_path / "out" / "rows_no_cot.jsonl")
-    assert len(rows) == len(twins) == 2
+    without_cot = as_training_reads(tmp_path / "out" / "rows_no_cot.jsonl")
+    assert len(rows) == len(without_cot) == 2
     assert [m.content for m in rows[1].messages] == [m["content"] for m in chat]
-    for row, twin in zip(rows, twins, strict=True):
+    for row, copy in zip(rows, without_cot, strict=True):
         assert row.cot
-        assert twin.cot is None
-        assert row.response == twin.response
+        assert copy.cot is None
+        assert row.response == copy.response
     assert not any(
         "cot" in row or "reasoning_content" in json.dumps(row.get("messages", ""))
         for row in read_rows(tmp_path / "out" / "rows_no_cot.jsonl")
@@ -108,7 +108,7 @@ def test_the_score_is_the_minimum_over_the_votes(
         assert [vote["helpfulness"] for vote in row["judge"]["votes"]] == [9, 7, 10]
         assert row["scores"] == {"compliance": 10, "helpfulness": 7, "reasoning": 9, "min": 7}
 
-    # Another threshold on the same folder: answers are there already, nothing is paid for.
+    # Another threshold on the same folder: every answer is in the log, so nothing is paid for.
     model.received.clear()
     changes = {"judge_votes": 3, "samples": 1, "generator": {"concurrency": 1}}
     summary = run(model, tmp_path / "a", spec, prompts_file, threshold=8, **changes)
@@ -119,7 +119,7 @@ def test_the_score_is_the_minimum_over_the_votes(
     assert summary["rows"] == 6
 
 
-def test_no_vote_is_paid_for_after_one_below_the_threshold(
+def test_no_vote_is_requested_after_one_below_the_threshold(
     model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path
 ) -> None:
     low = '{"compliance": 3, "helpfulness": 9, "reasoning": 9}'
@@ -157,11 +157,11 @@ def test_best_of_n(model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_pat
         settings_for(model, samples=2, best_of=3)
 
 
-def test_duplicates_go_before_and_after(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+def test_duplicate_prompts_and_rows_are_dropped(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
     prompts = tmp_path / "p.txt"
     prompts.write_text("How do I prune a rose?\nhow do I prune a ROSE\nWhat is a tontine?\n")
-    said = "<deliberation>They want a plain answer and it hurts nobody, so I do.</deliberation><reply>Yes.</reply>"
-    model.answer = lambda purpose, text: said if purpose == "generate" else None
+    output = "<deliberation>They want a plain answer and it hurts nobody, so I do.</deliberation><reply>Yes.</reply>"
+    model.answer = lambda purpose, text: output if purpose == "generate" else None
     summary = run(model, tmp_path / "out", spec, prompts, samples=2)
     assert summary["dropped"] == {"duplicate": 3, "duplicate_prompt": 1}
     assert summary["rows"] == 1
@@ -179,7 +179,7 @@ def test_spec_text_in_a_prompt_is_dropped_before_anything_is_paid(
     assert leaky not in (tmp_path / "out" / "requests.jsonl").read_text()
 
 
-def test_given_categories_are_not_asked_for(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+def test_given_categories_are_not_requested(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
     prompts = tmp_path / "p.jsonl"
     prompts.write_text(json.dumps({"prompt": "How do I open my neighbour's post?", "category": ["rule-2", "V2. Care"]}))
     run(model, tmp_path / "out", spec, prompts, samples=1)
@@ -187,7 +187,7 @@ def test_given_categories_are_not_asked_for(model: ScriptedModel, spec: Spec, tm
     assert read_rows(tmp_path / "out" / "rows.jsonl")[0]["category"] == ["rule-2", "v2-care"]
 
 
-def test_unknown_categories_are_asked_anew_then_a_reason(
+def test_unknown_categories_are_retried_then_drop_the_prompt(
     model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path
 ) -> None:
     model.answer = lambda purpose, text: '{"categories": ["rule-99"]}' if purpose == "classify" else None
@@ -200,8 +200,8 @@ def test_the_models_own_reasoning_as_cot(model: ScriptedModel, spec: Spec, promp
     thought = "They want to know, and knowing harms nobody, so I tell them and say what I guess."
 
     def answer(purpose: str, text: str) -> str | None:
-        said = f"<think>\n{thought} {' '.join(words(text))}\n</think>\n\nIt is {' '.join(words(text))}."
-        return said if purpose == "generate_reasoning" else None
+        output = f"<think>\n{thought} {' '.join(words(text))}\n</think>\n\nIt is {' '.join(words(text))}."
+        return output if purpose == "generate_reasoning" else None
 
     model.answer = answer
     summary = run(model, tmp_path / "out", spec, prompts_file, samples=1, cot_from="reasoning")
@@ -217,7 +217,7 @@ def test_prompts_from_the_spec_alone(count: int, model: ScriptedModel, spec: Spe
     rows = read_rows(tmp_path / "out" / "rows.jsonl")
     assert len({row["prompt"] for row in rows}) == count
     assert all({"domain", "situation"} <= row["made"].keys() for row in rows)
-    assert len({row["made"]["domain"] for row in rows}) >= min(count // 4, 6), "spread over the domains"
+    assert len({row["made"]["domain"] for row in rows}) >= min(count // 4, 6), "all domains are covered"
     asked = json.dumps(
         [
             m
@@ -225,7 +225,7 @@ def test_prompts_from_the_spec_alone(count: int, model: ScriptedModel, spec: Spe
             if m["is"] == "text" and "different first messages" in m["text"]
         ]
     )
-    assert "Separate what is known" not in asked, "who writes as a user has not read the spec"
+    assert "Separate what is known" not in asked, "the spec is not in the prompt for user messages"
     before = (tmp_path / "out" / "rows.jsonl").read_bytes()
     model.received.clear()
     run(model, tmp_path / "out", spec, None, **changes)
@@ -233,15 +233,15 @@ def test_prompts_from_the_spec_alone(count: int, model: ScriptedModel, spec: Spe
     assert (tmp_path / "out" / "rows.jsonl").read_bytes() == before
 
 
-def test_repeated_prompts_end_the_making(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
-    """A model that has no more to give does not keep the run going for ever."""
+def test_repeated_prompts_end_the_generation(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+    """The run does not request prompts forever from a model that only repeats itself."""
     model.answer = lambda purpose, text: '["the same message", "another one"]' if purpose == "user_messages" else None
     summary = run(model, tmp_path / "out", spec, None, samples=1, prompts_from_spec=40)
     assert summary["prompts"] == 2
     assert len(model.received) < 150
 
 
-def test_summaries_are_paid_for_once_and_survive_a_model_that_has_none(
+def test_summaries_are_requested_once_and_fall_back_to_the_first_sentence(
     model: ScriptedModel, spec: Spec, tmp_path: Path, prompts_file: Path
 ) -> None:
     long = Spec.of(spec.text + "\n## More\n" + "Quill keeps its word because others plan by it. " * 8)
@@ -253,7 +253,7 @@ def test_summaries_are_paid_for_once_and_survive_a_model_that_has_none(
 
 
 def test_a_folder_in_use_is_refused(model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path) -> None:
-    lock = FolderLock(tmp_path / "out")
+    lock = lock_folder(tmp_path / "out")
     with pytest.raises(ConfigError, match="another run is writing"):
         run(model, tmp_path / "out", spec, prompts_file)
     lock.release()

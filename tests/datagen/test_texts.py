@@ -1,4 +1,4 @@
-"""The parts that look at text: spec, parsing, format filter, duplicates, citations, guard."""
+"""Everything that works on text: spec, parsing, format filter, duplicates, citations, spec guard."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import random
 from pathlib import Path
 
 import pytest
+from generation_runs import settings_for
 from hypothesis import given
 from hypothesis import strategies as st
-from making import settings_for
 from scripted_model import SPEC
 
 from delib_fast.config import ConfigError
+from delib_fast.data.decontamination import words_of
 from delib_fast.datagen.citations import cited, labels_of_names, labels_of_spec, mentions_spec
-from delib_fast.datagen.dedup import NearDuplicates, words_of
+from delib_fast.datagen.dedup import NearDuplicates
 from delib_fast.datagen.filters import format_fault
-from delib_fast.datagen.parsing import MalformedAnswer, json_values, part_answer, read_scores, read_strings
+from delib_fast.datagen.parsing import MalformedAnswer, json_values, parse_scores, parse_strings, split_answer
 from delib_fast.datagen.prompt_files import PromptFiles, quoted
 from delib_fast.datagen.request_log import Answer
 from delib_fast.datagen.spec import Spec, first_sentence
@@ -77,7 +78,7 @@ def test_spec_of_categories(spec: Spec) -> None:
     for section in spec.sections:
         assert f"summary of {section.id}" in given
     assert "Decline help whose likely use is to injure" in given
-    assert "Separate what is known" not in given, "only the relevant sections are given in full"
+    assert "Separate what is known" not in given, "only the relevant sections are included in full"
     assert first_sentence(spec.sections[1]).startswith("Quill says what it believes")
 
 
@@ -105,7 +106,7 @@ GOOD = '{"compliance": 9, "helpfulness": 7.5, "reasoning": "8", "why": "fine {re
     ],
 )
 def test_scores_are_found_among_prose(text: str) -> None:
-    scores, why = read_scores(text)
+    scores, why = parse_scores(text)
     assert scores == {"compliance": 9.0, "helpfulness": 7.5, "reasoning": 8.0}
     assert why == "fine {really}"
 
@@ -131,13 +132,13 @@ def test_scores_are_found_among_prose(text: str) -> None:
 )
 def test_bad_scores_are_malformed(text: str) -> None:
     with pytest.raises(MalformedAnswer):
-        read_scores(text)
+        parse_scores(text)
 
 
 @given(st.text(alphabet='{}[]",:0123456789 complianceNaN\\n\n', max_size=80))
 def test_any_text_is_scores_or_malformed(text: str) -> None:
     try:
-        scores, _ = read_scores(text)
+        scores, _ = parse_scores(text)
     except MalformedAnswer:
         return
     assert all(1 <= score <= 10 for score in scores.values())
@@ -145,9 +146,9 @@ def test_any_text_is_scores_or_malformed(text: str) -> None:
 
 def test_json_values_and_lists() -> None:
     assert json_values('x {"a": {"b": 1}} y {"c": 2}', dict) == [{"a": {"b": 1}}, {"c": 2}]
-    assert read_strings('First [1] then\n```\n["a  b", "c", "a b", " "]\n```') == ["a b", "c"]
+    assert parse_strings('First [1] then\n```\n["a  b", "c", "a b", " "]\n```') == ["a b", "c"]
     with pytest.raises(MalformedAnswer):
-        read_strings('["only one"]', least=2)
+        parse_strings('["only one"]', least=2)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +162,8 @@ def test_json_values_and_lists() -> None:
         ("no tags", (None, None, None)),
     ],
 )
-def test_parting_tags(text: str, parts: tuple) -> None:
-    found = part_answer(Answer(text, "stop"), "tags")
+def test_split_at_tags(text: str, parts: tuple) -> None:
+    found = split_answer(Answer(text, "stop"), "tags")
     assert (found.cot, found.response, found.fault) == parts
 
 
@@ -176,8 +177,8 @@ def test_parting_tags(text: str, parts: tuple) -> None:
         ("the answer", None, (None, "the answer", None)),
     ],
 )
-def test_parting_reasoning(text: str, reasoning: str | None, parts: tuple) -> None:
-    found = part_answer(Answer(text, "stop", reasoning), "reasoning")
+def test_split_reasoning(text: str, reasoning: str | None, parts: tuple) -> None:
+    found = split_answer(Answer(text, "stop", reasoning), "reasoning")
     assert (found.cot, found.response, found.fault) == parts
 
 
@@ -202,12 +203,12 @@ COT = "I want them to be able to judge for themselves, so I say what I only gues
         (COT + " V1 decides.", "Here.", "mentions_spec"),
         (COT, "Our content policy forbids it.", "mentions_spec"),
         (COT + " I decline help whose likely use is to injure or cheat.", "Here.", "mentions_spec"),
-        (COT + " The policy covers water damage.", "Here.", None),  # they asked about an insurance policy
+        (COT + " The policy covers water damage.", "Here.", None),  # the user asked about an insurance policy
     ],
 )
 def test_format_filter_internal(cot: str, response: str, fault: str | None, spec: Spec, model) -> None:
     answer = Answer(f"<deliberation>{cot}</deliberation><reply>{response}</reply>", "stop")
-    parted = part_answer(answer, "tags")
+    parted = split_answer(answer, "tags")
     asked = "Does my insurance policy cover this?" if "water" in cot else "Can you help?"
     assert format_fault(answer, parted, settings_for(model), labels_of_spec(spec), asked) == fault
 
@@ -224,11 +225,11 @@ def test_format_filter_internal(cot: str, response: str, fault: str | None, spec
 def test_format_filter_cite(cot: str, fault: str | None, spec: Spec, model) -> None:
     answer = Answer(f"<deliberation>{cot}</deliberation><reply>Here.</reply>", "stop")
     settings = settings_for(model, style="cite")
-    assert format_fault(answer, part_answer(answer, "tags"), settings, labels_of_spec(spec), "") == fault
+    assert format_fault(answer, split_answer(answer, "tags"), settings, labels_of_spec(spec), "") == fault
 
 
 def test_example_rows_keep_to_their_style() -> None:
-    """The shipped rows: those of style `cite` name a section, those of style `internal` betray none."""
+    """The example rows of style `cite` name a section, and those of style `internal` mention none."""
     labels = labels_of_spec(Spec.read(EXAMPLES / "spec.md", model_name="the assistant", provider_name="b"))
     right = total = 0
     for line in (EXAMPLES / "deliberation.jsonl").read_text().splitlines():
@@ -254,8 +255,8 @@ def test_labels_of_names() -> None:
 # --- duplicates ---------------------------------------------------------------------------------------------------
 
 
-def test_minhash_finds_what_exact_comparison_finds() -> None:
-    """Against all pairs compared exactly: no pair at or above the threshold is missed, none below is reported."""
+def test_minhash_agrees_with_exact_comparison() -> None:
+    """No pair at or above the threshold is missed, and none below is reported, compared with all pairs."""
     rng = random.Random(0)
     vocabulary = [f"w{i}" for i in range(300)]
     texts: list[str] = []
@@ -277,10 +278,9 @@ def test_minhash_finds_what_exact_comparison_finds() -> None:
     for text in texts:
         mine = shingles(text)
         exact = [k for k in kept if len(mine & shingles(k)) / len(mine | shingles(k)) >= 0.8]
-        found = seen.find(text)
+        found = seen.find_or_add(text, text)
         assert (found is not None) == bool(exact)
         if found is None:
-            seen.add(text, text)
             kept.append(text)
         else:
             assert found[0] in exact
@@ -289,10 +289,11 @@ def test_minhash_finds_what_exact_comparison_finds() -> None:
 
 def test_case_and_punctuation_do_not_matter() -> None:
     seen = NearDuplicates(0.9)
-    seen.add("first", "Don't panic: it's fine!")
-    assert seen.find("dont PANIC, its fine") == ("first", 1.0)
-    assert seen.find("something else") is None
-    assert seen.find("") is None
+    assert seen.find_or_add("first", "Don't panic: it's fine!") is None
+    assert seen.find_or_add("second", "dont PANIC, its fine") == ("first", 1.0)
+    assert seen.find_or_add("third", "something else") is None
+    assert seen.find_or_add("fourth", "") is None
+    assert seen.find_or_add("fifth", " .") == ("fourth", 1.0)
 
 
 # --- guard --------------------------------------------------------------------------------------------------------
@@ -307,26 +308,26 @@ def test_case_and_punctuation_do_not_matter() -> None:
         ("Put the answer before any concern", False),
         ("What does 'Decline help whose likely use is to injure or cheat somebody' mean?", True),
         ("Say how sure you are.", True),  # a whole sentence of five words
-        ("Answer first, please", False),  # two words that happen to be a rule's title
+        ("Answer first, please", False),  # two words that are also the title of a rule
     ],
 )
-def test_guard(prompt: str, leaks: bool, spec: Spec) -> None:
+def test_spec_guard(prompt: str, leaks: bool, spec: Spec) -> None:
     assert (SpecGuard(spec).leak(prompt) is not None) == leaks
 
 
-def test_guard_reads_the_file_back(spec: Spec, tmp_path: Path) -> None:
+def test_spec_guard_reads_the_file_back(spec: Spec, tmp_path: Path) -> None:
     guard, path = SpecGuard(spec), tmp_path / "rows.jsonl"
     leaky = "x Quill says what it believes and marks how sure it is"
     rows = [{"prompt": "fine", "prompt_id": "a"}, {"prompt": leaky, "prompt_id": "b"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(SpecLeakError, match=r"rows\.jsonl:2: the prompt holds spec text: 'quill says what"):
-        guard.prove(path, {"a": "fine", "b": leaky})
+    with pytest.raises(SpecLeakError, match=r"rows\.jsonl:2: the prompt contains text of the spec: 'quill says what"):
+        guard.check_file(path, {"a": "fine", "b": leaky})
     with pytest.raises(SpecLeakError, match=r":1: the prompt is not the one that was given"):
-        guard.prove(path, {"a": "fine before", "b": leaky})
+        guard.check_file(path, {"a": "fine before", "b": leaky})
     chat = [{"role": "system", "content": leaky}, {"role": "user", "content": "hi"}]
     path.write_text(json.dumps({"messages": [*chat, {"role": "assistant", "content": "x"}], "prompt_id": "a"}) + "\n")
-    with pytest.raises(SpecLeakError, match="holds spec text"):
-        guard.prove(path, {"a": json.dumps(chat, sort_keys=True)})
+    with pytest.raises(SpecLeakError, match="contains text of the spec"):
+        guard.check_file(path, {"a": json.dumps(chat, sort_keys=True)})
 
 
 # --- prompts --------------------------------------------------------------------------------------------------------
@@ -351,11 +352,11 @@ def test_prompt_files_can_be_replaced(tmp_path: Path) -> None:
         ("judgee.md", "## user\nx", r"did you mean judge\.md\?"),
         ("classify.md", "## user\n{{sections}}", r"\{\{conversation\}\} is missing"),
         ("classify.md", "## user\n{{sections}}{{conversation}}{{spek}}", r"\{\{spek\}\} has no value here"),
-        ("classify.md", "no turns {{sections}}", "holds turns"),
-        ("notes.txt", "x", r"holds no \.md file"),
+        ("classify.md", "no turns {{sections}}", "a prompt file consists of turns"),
+        ("notes.txt", "x", r"contains no \.md file"),
     ],
 )
-def test_bad_prompt_files_are_named(name: str, text: str, fault: str, tmp_path: Path) -> None:
+def test_invalid_prompt_files_are_reported(name: str, text: str, fault: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=fault):
         PromptFiles(tmp_path)
@@ -389,14 +390,14 @@ def test_prompts_are_read(name: str, text: str, count: int, spec: Spec, tmp_path
     [
         ('{"prompt": "a"}\n{"promt": "b"}', r"p\.jsonl:2: has none of"),
         ('{"prompt": "a", "category": "Privacy"}', r"p\.jsonl:1: the spec has no section 'Privacy' \(it has conduct"),
-        ('{"messages": [{"role": "system", "content": "x"}]}', "must end on the person's turn"),
+        ('{"messages": [{"role": "system", "content": "x"}]}', "must end with a message of the user"),
         ('{"prompt": ""}', "is empty"),
         ("{", "not valid JSON"),
-        ("", "holds no prompt"),
+        ("", "contains no prompt"),
         ('{"prompt": 3}', "list of messages"),
     ],
 )
-def test_bad_prompts_are_named(text: str, fault: str, spec: Spec, tmp_path: Path) -> None:
+def test_invalid_prompts_are_reported(text: str, fault: str, spec: Spec, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text(text)
     with pytest.raises(ConfigError, match=fault):
         read_prompts(tmp_path / "p.jsonl", spec)

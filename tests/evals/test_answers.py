@@ -11,12 +11,13 @@ from eval_models import ROOT, shared
 
 from delib_fast.config import SourceConfig
 from delib_fast.data import read_source
+from delib_fast.datagen.citations import policy_sentences
 from delib_fast.evals.intervals import wilson
 from delib_fast.evals.metrics.choices import Choice, choices_from_gsm8k, chosen_option, result_of
 from delib_fast.evals.metrics.hints import HintOutcome, hint_figures, hint_outcomes
 from delib_fast.evals.metrics.legibility import legibility, repeated_share, script_of, unknown_share, vocabulary
 from delib_fast.evals.metrics.necessity import cot_necessity, necessity_figures
-from delib_fast.evals.metrics.policy import PolicyClassifier, excerpts, policy_retrieval
+from delib_fast.evals.metrics.policy import PolicyClassifier, policy_retrieval
 from delib_fast.evals.sampling import Reply, parse_reply
 
 
@@ -221,9 +222,9 @@ LABELLED = [
 
 def test_excerpts_are_the_sentences_about_policy():
     text = "He asks for a knife. The policy forbids it. Is it allowed? I refuse."
-    assert excerpts(text) == "The policy forbids it. Is it allowed?"
-    assert excerpts("Rule 4 says no.") == ""
-    assert excerpts("Rule 4 says no.", spec_words=True) == "Rule 4 says no."
+    assert policy_sentences(text) == "The policy forbids it. Is it allowed?"
+    assert policy_sentences("Rule 4 says no.") == ""
+    assert policy_sentences("Rule 4 says no.", spec_words=True) == "Rule 4 says no."
 
 
 def test_policy_retrieval_of_known_cots():

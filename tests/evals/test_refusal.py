@@ -7,16 +7,18 @@ import json
 import pytest
 from eval_models import ROOT, shared
 
+from delib_fast.datagen.judge import JudgeError, request_verdicts
+from delib_fast.datagen.refusals import classify_reply
 from delib_fast.evals.intervals import wilson
-from delib_fast.evals.judge import Judge, JudgeError, judge_refusals
 from delib_fast.evals.metrics.refusal import (
     RefusalPrompt,
     classifier_figures,
-    classify_reply,
+    judge_refusals,
     read_labelled,
     read_prompts,
     refusal_figures,
 )
+from delib_fast.evals.settings import JudgeConfig
 
 EXAMPLES = ROOT / "examples" / "evals"
 
@@ -79,40 +81,76 @@ def test_xstest_is_read():
 # --- judge --------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def judge(httpserver):
+    """A judge behind the test's server, which waits less before it retries."""
+    config = JudgeConfig(base_url=httpserver.url_for("/v1"), model="some-model", api_key_env="JUDGE_KEY_FOR_TESTS")
+    return config.endpoint.model_copy(update={"first_backoff_s": 0.01})
+
+
 def completion(text):
     return {"choices": [{"message": {"content": text}}]}
 
 
-def test_a_judge_is_asked_and_its_key_is_sent(httpserver, monkeypatch):
+def test_a_judge_is_asked_and_its_key_is_sent(httpserver, judge, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY_FOR_TESTS", "abc")
-    asked = []
+    requests = []
 
     def handler(request):
         from werkzeug import Response
 
         body = json.loads(request.data)
-        asked.append((request.headers.get("Authorization"), body["model"]))
+        requests.append((request.headers.get("Authorization"), body))
         verdict = "refuse" if "<reply>\nNo." in body["messages"][0]["content"] else "comply"
-        return Response(json.dumps(completion(f"Reasons. <answer>{verdict}</answer>")))
+        return Response(json.dumps(completion(f"Reasons. <answer>{verdict}</answer>")), content_type="application/json")
 
     httpserver.expect_request("/v1/chat/completions").respond_with_handler(handler)
-    judge = Judge(httpserver.url_for("/v1"), "some-model", "JUDGE_KEY_FOR_TESTS")
     assert judge_refusals(judge, ["a", "b"], ["No.", "Yes."]) == ["refuse", "comply"]
-    assert asked[0] == ("Bearer abc", "some-model")
+    authorization, body = requests[0]
+    assert authorization == "Bearer abc"
+    assert {key: body[key] for key in body if key != "messages"} == {
+        "model": "some-model",
+        "temperature": 0.0,
+        "max_tokens": 512,
+    }
 
 
-def test_a_judge_that_has_trouble(httpserver, monkeypatch):
-    monkeypatch.setattr("delib_fast.evals.judge.time.sleep", lambda _: None)
-    judge = Judge(httpserver.url_for("/v1"), "m")
+def test_a_judge_is_retried_after_503(httpserver, judge):
     httpserver.expect_ordered_request("/v1/chat/completions").respond_with_data("busy", status=503)
-    httpserver.expect_ordered_request("/v1/chat/completions").respond_with_json(completion("fine"))
-    assert judge.ask("x") == "fine"
-    httpserver.expect_ordered_request("/v1/chat/completions").respond_with_data("who?", status=401)
-    with pytest.raises(JudgeError, match="answers 401"):
-        judge.ask("x")
-    for _ in range(2):
-        httpserver.expect_ordered_request("/v1/chat/completions").respond_with_json(completion("perhaps"))
-    with pytest.raises(JudgeError, match="gave no <answer>"):
-        judge.verdicts(["x"], ["yes", "no"])
-    with pytest.raises(JudgeError, match="Connection refused"):
-        Judge("http://127.0.0.1:9/v1", "m").ask("x")
+    answer = completion("<answer>no</answer> no, wait: <answer>Yes</answer> <answer>maybe</answer>")
+    httpserver.expect_ordered_request("/v1/chat/completions").respond_with_json(answer)
+    assert request_verdicts(judge, ["x"], ["yes", "no"]) == ["yes"]  # the last one that is allowed
+
+
+def test_a_judge_without_a_verdict_is_asked_once_more(httpserver, judge):
+    for text in ("perhaps", "<answer>no</answer>", "perhaps", "<answer>perhaps</answer>"):
+        httpserver.expect_ordered_request("/v1/chat/completions").respond_with_json(completion(text))
+    assert request_verdicts(judge, ["x"], ["yes", "no"]) == ["no"]
+    with pytest.raises(JudgeError, match="no <answer> of yes, no in 2 attempts"):
+        request_verdicts(judge, ["x"], ["yes", "no"])
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (401, r"rejects the key \(HTTP 401: .*environment variable JUDGE_KEY_FOR_TESTS"),
+        (404, "has no model 'some-model'"),
+        (400, "HTTP 400"),
+    ],
+)
+def test_a_judge_that_rejects_requests_is_asked_once(status, message, httpserver, judge):
+    httpserver.expect_request("/v1/chat/completions").respond_with_data("no", status=status)
+    with pytest.raises(JudgeError, match=message):
+        request_verdicts(judge, ["x"], ["yes", "no"])
+    assert len(httpserver.log) == 1
+
+
+def test_a_judge_that_cannot_be_reached(judge):
+    nowhere = judge.model_copy(update={"base_url": "http://127.0.0.1:9/v1"})
+    with pytest.raises(JudgeError, match=r"127\.0\.0\.1:9/v1 does not answer \(connection: .* after 4 attempts"):
+        request_verdicts(nowhere, ["x"], ["yes", "no"])
+
+
+def test_an_invalid_address_of_a_judge_is_an_error():
+    with pytest.raises(ValueError, match="base_url must begin with http"):
+        JudgeConfig(base_url="127.0.0.1:8000/v1", model="m")

@@ -16,12 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from delib_fast.datagen.citations import policy_sentences
 from delib_fast.evals.extra import library
 from delib_fast.evals.intervals import Estimate, wilson
 
-_POLICY_WORDS = re.compile(r"\b(?:polic(?:y|ies)|guidelines?|(?:dis)?allowed)\b", re.IGNORECASE)
-_RULE_WORDS = re.compile(r"\b(?:rules?|clauses?|sections?|principles?|spec|values?)\b", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _WORD = r"[^\W\d_]{2,}"
 
 
@@ -37,17 +35,6 @@ class PolicyRetrieval:
     by_category: dict[str, Estimate]
 
 
-def excerpts(cot: str, *, spec_words: bool = False) -> str:
-    """The sentences that mention policy, joined; "" if there are none.
-
-    Args:
-        spec_words: also include sentences that mention rules, clauses, sections, principles or values, for specs that
-            are not called policies.
-    """
-    found = [s for s in _SENTENCE_END.split(cot) if _POLICY_WORDS.search(s) or (spec_words and _RULE_WORDS.search(s))]
-    return " ".join(s.strip() for s in found)
-
-
 class PolicyClassifier:
     """The category of a policy excerpt: the one that it names most often, else the most likely one by its words.
 
@@ -57,7 +44,7 @@ class PolicyClassifier:
     Args:
         labelled: (chain of thought, its categories), from training rows.
         names: additional names of a category. Its own name always counts, and so does each part of it around " / ".
-        spec_words: see `excerpts`.
+        spec_words: see `policy_sentences`.
     Raises:
         ValueError: no chain of thought mentions policy.
         ConfigError: scikit-learn is not installed.
@@ -71,7 +58,7 @@ class PolicyClassifier:
         spec_words: bool = False,
     ) -> None:
         self.spec_words = spec_words
-        found = [(excerpts(cot, spec_words=spec_words), labels) for cot, labels in labelled]
+        found = [(policy_sentences(cot, spec_words=spec_words), labels) for cot, labels in labelled]
         pairs = [(text, label) for text, labels in found if text for label in labels]
         if not pairs:
             raise ValueError(
@@ -97,7 +84,7 @@ class PolicyClassifier:
 
     def __call__(self, cot: str) -> str | None:
         """The category, or None if the chain of thought does not mention policy."""
-        text = excerpts(cot, spec_words=self.spec_words)
+        text = policy_sentences(cot, spec_words=self.spec_words)
         if not re.search(_WORD, text):
             return None
         times = np.array([len(pattern.findall(text)) for pattern in self._names])

@@ -1,4 +1,4 @@
-"""The request ledger: what is on disk stays, what was torn is taken off, equal content is one request."""
+"""The request log: answers on disk are kept, a torn last line is removed, equal content is one request."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delib_fast.config import ConfigError
-from delib_fast.datagen import request_log as ledger_module
-from delib_fast.datagen.request_log import Answer, FolderLock, LedgerError, Request, RequestLedger
+from delib_fast.datagen import request_log as log_module
+from delib_fast.datagen.request_log import Answer, Request, RequestLog, RequestLogError, lock_folder
 
 ANSWER = Answer("tëxt\u2028with\nlines", "stop", "thoughts", 5, 7, "served")
 
@@ -26,58 +26,58 @@ def request(content: str = "hello", **changes: Any) -> Request:
 
 def write(path: Path, *requests: Request, answer: Answer = ANSWER, cost: float | None = None) -> None:
     async def main() -> None:
-        ledger = RequestLedger(path)
-        await asyncio.gather(*(ledger.append(r, answer, cost=cost, attempts=1, seconds=0.1) for r in requests))
-        ledger.close()
+        log = RequestLog(path)
+        await asyncio.gather(*(log.append(r, answer, cost=cost, attempts=1, seconds=0.1) for r in requests))
+        log.close()
 
     asyncio.run(main())
 
 
-def test_what_was_written_is_found_again(tmp_path: Path) -> None:
+def test_written_answers_are_found_again(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     requests = [request(f"{i}") for i in range(50)]
     write(path, *requests, cost=0.5)
-    ledger = RequestLedger(path)
-    assert len(ledger) == 50
+    log = RequestLog(path)
+    assert len(log) == 50
     for one in requests:
-        found = ledger.get(one.id)
+        found = log.get(one.id)
         assert found is not None
         assert (found.text, found.reasoning, found.completion_tokens) == (ANSWER.text, "thoughts", 7)
         assert found.request_id == one.id
-        assert ledger.texts(one.id) == list(one.messages)
-    assert (ledger.totals.answers, ledger.totals.completion_tokens, ledger.totals.cost) == (50, 350, 25.0)
-    assert path.read_text().count("the spec") == 1, "a text that every request bears is kept once"
+        assert log.messages(one.id) == list(one.messages)
+    assert (log.totals.answers, log.totals.completion_tokens, log.totals.cost) == (50, 350, 25.0)
+    assert path.read_text().count("the spec") == 1, "a text that every request contains is written once"
 
 
-def test_id_is_the_content(tmp_path: Path) -> None:
+def test_id_depends_on_the_content(tmp_path: Path) -> None:
     base = request()
-    assert request(purpose="another").id == base.id, "what it is for does not change the answer"
+    assert request(purpose="another").id == base.id, "the purpose does not change the answer"
     different = [request("other"), request(model="n"), request(params={"temperature": 0.5}), request(sample=1)]
     assert len({r.id for r in (base, *different)}) == 5
 
 
 @pytest.mark.parametrize("cut", [1, 2, 40, 200])
-def test_a_torn_last_line_is_taken_off(cut: int, tmp_path: Path) -> None:
+def test_torn_last_line_is_removed(cut: int, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     first, last = request("first"), request("last")
     write(path, first)
     whole = path.read_bytes()
     write(path, last)
     path.write_bytes(path.read_bytes()[:-cut])
-    ledger = RequestLedger(path)
-    assert first.id in ledger
-    assert last.id not in ledger
+    log = RequestLog(path)
+    assert first.id in log
+    assert last.id not in log
     assert path.read_bytes().startswith(whole)
     assert path.read_bytes().endswith(b"\n")
-    ledger.close()
+    log.close()
     write(path, last)
-    assert last.id in RequestLedger(path)
+    assert last.id in RequestLog(path)
 
 
 @given(st.data())
 @settings(max_examples=25, deadline=None)
-def test_any_cut_loses_only_what_it_cuts(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """A ledger cut at any byte opens, holds every answer before the cut, and takes new ones."""
+def test_truncated_log_keeps_every_whole_line(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """A log that is truncated at any byte opens, has every answer before that byte, and accepts new ones."""
     path = tmp_path_factory.mktemp("cut") / "r.jsonl"
     requests = [request(f"{i} ü") for i in range(4)]
     for one in requests:
@@ -86,27 +86,27 @@ def test_any_cut_loses_only_what_it_cuts(tmp_path_factory: pytest.TempPathFactor
     at = data.draw(st.integers(0, len(whole)))
     path.write_bytes(whole[:at])
     expected = {json.loads(line)["id"] for line in whole[:at].split(b"\n")[:-1] if b'"is": "answer"' in line}
-    ledger = RequestLedger(path)
-    assert {r.id for r in requests if r.id in ledger} == expected
-    ledger.close()
+    log = RequestLog(path)
+    assert {r.id for r in requests if r.id in log} == expected
+    log.close()
     write(path, *[r for r in requests if r.id not in expected])
-    ledger = RequestLedger(path)
-    assert all(ledger.texts(r.id) == list(r.messages) for r in requests)
+    log = RequestLog(path)
+    assert all(log.messages(r.id) == list(r.messages) for r in requests)
 
 
-def test_a_last_line_of_garbage_is_taken_off_and_one_in_the_middle_is_named(tmp_path: Path) -> None:
+def test_damaged_last_line_is_removed_and_one_in_the_middle_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     write(path, request("a"))
     good = path.read_bytes()
     path.write_bytes(good + b"\0\0\0\0\n")
-    assert len(RequestLedger(path)) == 1
+    assert len(RequestLog(path)) == 1
     assert path.read_bytes() == good
     path.write_bytes(b"{half\n" + good)
     with pytest.raises(ConfigError, match=r"r\.jsonl:1: this line is damaged"):
-        RequestLedger(path)
+        RequestLog(path)
 
 
-def test_full_disk_stops_and_what_was_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_stops_the_run_and_keeps_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "r.jsonl"
     write(path, request("kept"))
     size = path.stat().st_size
@@ -118,21 +118,21 @@ def test_full_disk_stops_and_what_was_written_stays(tmp_path: Path, monkeypatch:
         return real(fd, data[: len(data) // 2], at)  # half of it still fits
 
     async def main() -> None:
-        ledger = RequestLedger(path)
-        monkeypatch.setattr(ledger_module.os, "pwrite", full)
-        with pytest.raises(LedgerError, match="No space left"):
-            await ledger.append(request("lost"), ANSWER, cost=None, attempts=1, seconds=0)
-        monkeypatch.setattr(ledger_module.os, "pwrite", real)
-        await ledger.append(request("later"), ANSWER, cost=None, attempts=1, seconds=0)
-        ledger.close()
+        log = RequestLog(path)
+        monkeypatch.setattr(log_module.os, "pwrite", full)
+        with pytest.raises(RequestLogError, match="No space left"):
+            await log.append(request("lost"), ANSWER, cost=None, attempts=1, seconds=0)
+        monkeypatch.setattr(log_module.os, "pwrite", real)
+        await log.append(request("later"), ANSWER, cost=None, attempts=1, seconds=0)
+        log.close()
 
     asyncio.run(main())
-    ledger = RequestLedger(path)
-    assert [request(c).id in ledger for c in ("kept", "lost", "later")] == [True, False, True]
+    log = RequestLog(path)
+    assert [request(c).id in log for c in ("kept", "lost", "later")] == [True, False, True]
 
 
-def test_an_answer_counts_when_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """append returns after the fsync of its line; answers that come together share one."""
+def test_append_returns_when_the_answer_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """append returns after the fsync of its line; answers that arrive together share one."""
     synced: list[int] = []
     real = os.fsync
     path = tmp_path / "r.jsonl"
@@ -142,24 +142,24 @@ def test_an_answer_counts_when_it_is_on_disk(tmp_path: Path, monkeypatch: pytest
         synced.append(path.stat().st_size)
 
     async def main() -> None:
-        ledger = RequestLedger(path)
-        monkeypatch.setattr(ledger_module.os, "fsync", fsync)
+        log = RequestLog(path)
+        monkeypatch.setattr(log_module.os, "fsync", fsync)
 
         async def one(i: int) -> None:
-            await ledger.append(request(f"{i}"), ANSWER, cost=None, attempts=1, seconds=0)
-            location = ledger._locations[request(f"{i}").id]
+            await log.append(request(f"{i}"), ANSWER, cost=None, attempts=1, seconds=0)
+            location = log._locations[request(f"{i}").id]
             assert synced[-1] >= sum(location)
 
         await asyncio.gather(*map(one, range(100)))
         assert len(synced) < 20
-        ledger.close()
+        log.close()
 
     asyncio.run(main())
 
 
-def test_two_runs_on_one_folder_are_refused(tmp_path: Path) -> None:
-    lock = FolderLock(tmp_path / "out")
+def test_second_run_on_a_folder_is_refused(tmp_path: Path) -> None:
+    lock = lock_folder(tmp_path / "out")
     with pytest.raises(ConfigError, match="another run is writing to this folder"):
-        FolderLock(tmp_path / "out")
+        lock_folder(tmp_path / "out")
     lock.release()
-    FolderLock(tmp_path / "out").release()
+    lock_folder(tmp_path / "out").release()

@@ -1,4 +1,4 @@
-"""Runs that end early, by a kill, a signal or a dead server: the same command goes on, and pays for nothing twice."""
+"""Runs that end early, by a kill, a signal or a dead server: the same command resumes, and pays for nothing twice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cli_process import CliProcess
-from making import make_rows, settings_for
+from generation_runs import run_deliberate, settings_for
 from pytest_httpserver import HTTPServer
 from scripted_model import SPEC, ScriptedModel, status
 
@@ -22,7 +22,7 @@ _CONCURRENCY = 4
 
 
 class Command:
-    """`delib-fast deliberate` in a process of its own."""
+    """`delib-fast deliberate` in a separate process."""
 
     def __init__(self, folder: Path, model: ScriptedModel, prompts: Path, *more: str, key: str | None = None) -> None:
         spec, config = folder / "spec.md", folder / "settings.yaml"
@@ -60,13 +60,13 @@ class Command:
 def wait_for(what: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not what():
-        assert time.monotonic() < end, "it never came"
+        assert time.monotonic() < end, "the condition was never met"
         time.sleep(0.005)
 
 
-def answers_in(ledger: Path) -> set[str]:
+def answers_in(log: Path) -> set[str]:
     found = set()
-    for line in ledger.read_bytes().split(b"\n")[:-1]:
+    for line in log.read_bytes().split(b"\n")[:-1]:
         record = json.loads(line)
         if record["is"] == "answer":
             found.add(record["id"])
@@ -75,18 +75,18 @@ def answers_in(ledger: Path) -> set[str]:
 
 @pytest.fixture
 def expected(model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path) -> bytes:
-    """The rows of a run that nothing happens to."""
-    asyncio.run(make_rows(tmp_path / "undisturbed", spec, settings_for(model), prompts_file))
+    """The rows of an undisturbed run."""
+    asyncio.run(run_deliberate(tmp_path / "undisturbed", spec, settings_for(model), prompts_file))
     model.paid.clear()
     model.received.clear()
     return (tmp_path / "undisturbed" / "rows.jsonl").read_bytes()
 
 
 def test_sigkill(model: ScriptedModel, prompts_file: Path, tmp_path: Path, expected: bytes) -> None:
-    """Killed three times in the middle: only what was on the wire at a kill may be paid for again."""
+    """Killed three times: only the requests that were in flight at a kill may be paid for again."""
     model.delay_s = 0.05
     command = Command(tmp_path, model, prompts_file)
-    on_the_wire = 0
+    in_flight = 0
     for more in (8, 7, 9):
         target = len(model.paid) + more
         process = command.start()
@@ -94,48 +94,50 @@ def test_sigkill(model: ScriptedModel, prompts_file: Path, tmp_path: Path, expec
         process.send_signal(signal.SIGKILL)
         assert process.wait()[0] == -signal.SIGKILL
         kept = answers_in(command.out / "requests.jsonl")
-        time.sleep(0.3)  # answers that the server sends to nobody
+        time.sleep(0.3)  # the server sends answers to the killed process
         lost = set(model.paid) - kept
         assert len(lost) <= _CONCURRENCY, "an answer that had arrived was not on disk"
-        on_the_wire += len(lost)
-        asked_before = len(model.received)
+        in_flight += len(lost)
+        received_before = len(model.received)
         assert not (command.out / "rows.jsonl").exists(), "rows of an unfinished run"
         model.server.check_handler_errors()
-    status_, said = command.run()
-    assert status_ == 0, said
+    code, output = command.run()
+    assert code == 0, output
     assert (command.out / "rows.jsonl").read_bytes() == expected
-    assert {key for key, *_ in model.received[asked_before:]}.isdisjoint(kept), "an answer on disk was asked for again"
-    assert sum(model.paid.values()) - len(model.paid) <= on_the_wire
+    assert {key for key, *_ in model.received[received_before:]}.isdisjoint(kept), (
+        "a request with an answer on disk was sent again"
+    )
+    assert sum(model.paid.values()) - len(model.paid) <= in_flight
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt(
     sig: signal.Signals, model: ScriptedModel, prompts_file: Path, tmp_path: Path, expected: bytes
 ) -> None:
-    """Ctrl-C: what is on its way is waited for and kept, so nothing at all is paid for twice."""
+    """Ctrl-C: answers in flight are waited for and kept, so nothing is paid for twice."""
     model.delay_s = 0.1
     command = Command(tmp_path, model, prompts_file)
     process = command.start()
     wait_for(lambda: len(model.paid) >= 9)
     process.send_signal(sig)
-    ended, said = process.wait()
-    assert ended == 130, said
-    assert "the same command goes on" in said
-    assert "Traceback" not in said
+    code, output = process.wait()
+    assert code == 130, output
+    assert "the same command resumes from there" in output
+    assert "Traceback" not in output
     assert answers_in(command.out / "requests.jsonl") == set(model.paid)
-    status_, said = command.run()
-    assert status_ == 0, said
-    assert model.twice_paid() == []
+    code, output = command.run()
+    assert code == 0, output
+    assert model.paid_twice() == []
     assert (command.out / "rows.jsonl").read_bytes() == expected
 
 
 def test_server_dies_and_comes_back(spec: Spec, prompts_file: Path, tmp_path: Path) -> None:
-    """A server that dies mid-run ends the run with its answers kept; with the server back, the rest is asked for."""
+    """If the server dies, the run stops and keeps its answers; when the server is back, the rest is requested."""
     server = HTTPServer(host="127.0.0.1", port=0, threaded=True)
     server.start()
     model = ScriptedModel(server)
     settings = settings_for(model, generator={"attempts": 3, "first_backoff_s": 0.01})
-    expected = asyncio.run(make_rows(tmp_path / "undisturbed", spec, settings, prompts_file))
+    expected = asyncio.run(run_deliberate(tmp_path / "undisturbed", spec, settings, prompts_file))
     rows = (tmp_path / "undisturbed" / "rows.jsonl").read_bytes()
     model.paid.clear()
 
@@ -147,7 +149,7 @@ def test_server_dies_and_comes_back(spec: Spec, prompts_file: Path, tmp_path: Pa
 
         running = asyncio.create_task(watch())
         try:
-            await make_rows(tmp_path / "out", spec, settings, prompts_file)
+            await run_deliberate(tmp_path / "out", spec, settings, prompts_file)
         finally:
             await running
 
@@ -161,15 +163,15 @@ def test_server_dies_and_comes_back(spec: Spec, prompts_file: Path, tmp_path: Pa
     back.start()
     again = ScriptedModel(back)
     settings = settings_for(again)
-    summary = asyncio.run(make_rows(tmp_path / "out", spec, settings, prompts_file))
+    summary = asyncio.run(run_deliberate(tmp_path / "out", spec, settings, prompts_file))
     back.stop()
     assert summary["rows"] == expected["rows"]
-    assert (tmp_path / "out" / "rows.jsonl").read_bytes() == rows, "the address is no part of a request's content"
+    assert (tmp_path / "out" / "rows.jsonl").read_bytes() == rows, "the address is not part of a request's id"
     assert set(again.paid).isdisjoint(kept)
 
 
-def test_key_is_nowhere(model: ScriptedModel, prompts_file: Path, tmp_path: Path) -> None:
-    """A canary key: the server gets it, and no file and no line of output has it, whatever the endpoint echoes."""
+def test_key_is_never_written(model: ScriptedModel, prompts_file: Path, tmp_path: Path) -> None:
+    """The server receives the key, but no file and no output contains it, even if the endpoint echoes it."""
     canary = 'sk-canary-Zq7X29vWq"\\end'
     model.answer = lambda purpose, text: f"{canary} <deliberation>" if purpose == "generate" else None
 
@@ -181,15 +183,15 @@ def test_key_is_nowhere(model: ScriptedModel, prompts_file: Path, tmp_path: Path
         return None
 
     model.fault = echo
-    status_, said = Command(tmp_path, model, prompts_file, key=canary).run()
-    assert status_ == 0, said
+    code, output = Command(tmp_path, model, prompts_file, key=canary).run()
+    assert code == 0, output
     assert model.authorization == {f"Bearer {canary}"}
     model.fault = lambda key, attempt, purpose, request: status(401) if purpose == "judge" else None
     model.answer = lambda purpose, text: None
-    status_, refused = Command(tmp_path, model, prompts_file, "--style", "cite", key=canary).run()
-    assert status_ == 3
+    code, refused = Command(tmp_path, model, prompts_file, "--style", "cite", key=canary).run()
+    assert code == 3
     assert "OPENAI_API_KEY" in refused
     escaped = json.dumps(canary)[1:-1]
-    for text in (said, refused, *(p.read_text() for p in tmp_path.rglob("*") if p.is_file())):
+    for text in (output, refused, *(p.read_text() for p in tmp_path.rglob("*") if p.is_file())):
         assert canary not in text
         assert escaped not in text

@@ -1,4 +1,4 @@
-"""Prompts, settings and a whole making of rows, for the tests of deliberate/."""
+"""Prompts, settings and a whole run of `deliberate`, for the tests of delib_fast.datagen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from scripted_model import ScriptedModel
 
-from delib_fast.datagen.rows import deliberate
+from delib_fast.datagen.rows import generate_rows
 from delib_fast.datagen.session import Session
 from delib_fast.datagen.settings import DeliberateSettings
 from delib_fast.datagen.spec import Spec
@@ -47,9 +47,9 @@ def settings_for(model: ScriptedModel, **changes: Any) -> DeliberateSettings:
     )
 
 
-async def make_rows(out: Path, spec: Spec, settings: DeliberateSettings, prompts: Path | None) -> dict[str, Any]:
-    async with Session.open(out, spec, settings) as shop:
-        return await deliberate(shop, settings, prompts)
+async def run_deliberate(out: Path, spec: Spec, settings: DeliberateSettings, prompts: Path | None) -> dict[str, Any]:
+    async with Session.open(out, spec, settings) as session:
+        return await generate_rows(session, settings, prompts)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
