@@ -60,6 +60,6 @@ def _version(name: str) -> str:
 
 def _device(torch: Any) -> str:
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name(0)
+        return str(torch.cuda.get_device_name(0))
     capability = torch.backends.cpu.get_cpu_capability()
     return f"CPU ({capability}, {os.cpu_count()} cores)"

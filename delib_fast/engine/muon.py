@@ -65,7 +65,7 @@ def muon_direction(momentum: Tensor) -> Tensor:
     matrices = [nn.Parameter(matrix) for matrix in negative.view(-1, *rows_columns)]  # they share its memory
     for matrix, gradient in zip(matrices, momentum.view(-1, *rows_columns), strict=True):
         matrix.grad = gradient
-    torch.optim.Muon(matrices, lr=1.0, weight_decay=0.0, momentum=0.0, adjust_lr_fn="match_rms_adamw").step()  # type: ignore[no-untyped-call]
+    torch.optim.Muon(matrices, lr=1.0, weight_decay=0.0, momentum=0.0, adjust_lr_fn="match_rms_adamw").step()
     return negative.neg_()
 
 

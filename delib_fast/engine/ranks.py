@@ -60,7 +60,7 @@ class Ranks:
         # Neighbouring ranks, which launchers put on one machine: every layer makes an all-to-all in this group.
         self.sequence_group: dist.ProcessGroup | None = None
         if sequence_parallel > 1:
-            self.sequence_group, _ = dist.new_subgroups(sequence_parallel)  # type: ignore[no-untyped-call]
+            self.sequence_group, _ = dist.new_subgroups(sequence_parallel)
 
     @property
     def memory_gib(self) -> float | None:

@@ -20,7 +20,7 @@ from delib_fast.evals.scoring import Scorer
 from delib_fast.evals.settings import EvalConfig
 from delib_fast.files import hash_files, hash_weights
 from delib_fast.models import TrainableLM, adapter_settings, add_adapter, build_model, load_adapter, load_tokenizer
-from delib_fast.training.dataset import held_out_rows, source_of
+from delib_fast.training.sources import held_out_rows, source_of
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -26,7 +25,6 @@ from delib_fast.data import (
     encode_stream,
     encoding_options,
     evaluation_batches,
-    load_source,
     mix_datasets,
     refuse_overlap,
     refuse_spec_in_prompts,
@@ -38,6 +36,7 @@ from delib_fast.data.encode.encoder import Cot
 from delib_fast.data.progress import log_progress
 from delib_fast.files import sync_file, write_atomic
 from delib_fast.models import ModelShape, build_tokenizer, model_shape
+from delib_fast.training.sources import held_out_rows, reraise_as_data_error, source_of
 
 if TYPE_CHECKING:
     from delib_fast.checkpoint.format import SingleProcess
@@ -45,34 +44,6 @@ if TYPE_CHECKING:
 
 # Evaluation reports the nll of every segment, whichever of them the stages train on.
 EVALUATION_WEIGHTS = tuple(0.0 if segment == Segment.PROMPT else 1.0 for segment in Segment)
-
-
-@contextlib.contextmanager
-def reraise_as_data_error(where: str) -> Iterator[None]:
-    """Turn a ValueError about the user's rows into a DataError that begins with the part of the configuration."""
-    try:
-        yield
-    except (DataError, ConfigError):
-        raise
-    except ValueError as error:
-        raise DataError(f"{where}: {error}", reason="data") from error
-
-
-def source_of(config: Config, name: str) -> Source:
-    """Load the source of that name. Raises DataError or ConfigError."""
-    with reraise_as_data_error(f"data.{name}"), cache_folder(config.cache_dir) as folder:
-        return load_source(name, config.data[name], folder)
-
-
-def held_out_rows(config: Config, source: Callable[[str], Source]) -> list[Row]:
-    """The rows that no stage trains on: those that sources hold out, and those of the stages' `eval` sources."""
-    rows: dict[str, list[Row]] = {}
-    for stage in config.stages:
-        for name in stage.train:
-            rows.setdefault(name, source(name).held_out)
-        for name in stage.eval:
-            rows[name] = [*source(name).train_rows(), *source(name).held_out]
-    return [row for part in rows.values() for row in part]
 
 
 class RunDataset:
