@@ -232,13 +232,12 @@ def test_frozen_head_makes_no_weight_gradient(monkeypatch):
     """One of the head's three matrix products is only for its weight's gradient; a frozen head skips it."""
     op = sys.modules["delib_fast.ops.linear_cross_entropy"]  # the package's attribute of that name is the function
     wanted = []
-    monkeypatch.setattr(
-        op,
-        "choose",
-        lambda *_: op.Backend(
-            "spy", lambda *args: (wanted.append(args[7:9]), op._run_reference(*args))[1], op._no_reason
-        ),
-    )
+
+    def spy(call):
+        wanted.append((call.need_grad_hidden, call.need_grad_weight))
+        return op._run_reference(call)
+
+    monkeypatch.setattr(op, "choose", lambda *_: op.Backend("spy", spy, op._always_available))
     adapted = model()
     add_adapter(adapted, LoraConfig(r=2), base=None, seed=0)
     trainable = TrainableLM(adapted).train()
