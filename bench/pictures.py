@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from delib_fast.reports.plots import pyplot
+from delib_fast.reports.plots import pyplot, save
 
 _MARKERS = "osD^vP*X<>h8"
 _WHAT = "the pictures of bench/report.py are drawn"
@@ -53,9 +53,9 @@ def roofline(cases: dict[str, dict[str, dict[str, Any]]], device: str, path: Pat
                     zorder=3 if first else 2,
                 )
         axis.set(xscale="log", yscale="log", xlabel="FLOP per byte that must move", ylabel="TFLOP/s", title=dtype)
-    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(f"Loss with both gradients, {device}")
-    _save(plt, figure, path)
+    save(figure, path)
 
 
 def _intensity(info: dict[str, Any]) -> float:
@@ -89,10 +89,4 @@ def history(lines: list[dict[str, Any]], device: str, path: Path) -> None:
         axis.set(ylabel="share of the roof", title=suite, ylim=(0, None))
         axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(device)
-    _save(plt, figure, path)
-
-
-def _save(plt: Any, figure: Any, path: Path) -> None:
-    with plt.rc_context({"svg.hashsalt": "delib_fast"}):  # with no date either: equal figures give an equal file
-        figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    save(figure, path)

@@ -23,7 +23,7 @@ from delib_fast.evals.run import evaluate
 from delib_fast.evals.settings import SUITES, load_eval_config
 from delib_fast.evals.target import EvalTarget
 from delib_fast.models import export_model
-from delib_fast.reports.eval_page import WIDTH, _rich, cell_text, print_tables, write_page
+from delib_fast.reports.eval_page import WIDTH, cell_text, print_tables, rich_table, write_page
 
 EXAMPLES = ROOT / "examples"
 SOLUTIONS = [
@@ -174,7 +174,7 @@ def test_tables_fit_80_columns(done):
     console = Console(width=WIDTH)
     for result in done.results:
         for table in result.tables:
-            needed = console.measure(_rich(table), options=console.options.update(width=500)).maximum
+            needed = console.measure(rich_table(table), options=console.options.update(width=500)).maximum
             assert needed <= WIDTH, (table.title, needed)
     with console.capture() as captured:
         print_tables(done, console)
