@@ -206,7 +206,7 @@ def test_report_of_documents(model: ScriptedModel, spec: Spec, tmp_path: Path) -
     part = json.loads(figures.read_text())["parts"]["documents.jsonl: documents"]
     assert part["tokens"] >= 1500
     assert part["near_duplicates"]["documents"]["count"] == 0
-    assert "By domain" in Page(html.read_text()).words
+    assert "Documents, by domain" in Page(html.read_text()).words
 
 
 def test_report_of_the_example_rows(tmp_path: Path) -> None:
