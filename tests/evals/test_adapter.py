@@ -83,7 +83,7 @@ def test_an_adapter_that_cannot_be_evaluated_is_refused(folder, tmp_path):
     for changes, message in (
         ({"base_model_name_or_path": None}, "give --base FOLDER"),
         ({"use_dora": True}, "use_dora is True"),
-        ({"r": None}, "saved a LoRA adapter in"),
+        ({"r": None}, "in which peft saved a LoRA adapter"),
     ):
         file.write_text(json.dumps(theirs | changes))
         with pytest.raises(ConfigError, match=message):
