@@ -10,6 +10,14 @@ import torch
 from helpers.tiny_run import metrics, tiny, weights
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, fork_server):
+    """The folder of an undisturbed run with the fork server's number of threads, on which the weights depend."""
+    path = tiny(tmp_path_factory.mktemp("undisturbed"))
+    fork_server.run("helpers.tiny_run:run", [path])
+    return path.parent / "run"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "code", "says", "saved"),
@@ -21,7 +29,7 @@ from helpers.tiny_run import metrics, tiny, weights
         ("twice", 130, "interrupted; the same command resumes", None),
     ],
 )
-def test_signal(tmp_path, finished, fork_server, monkeypatch, moment, code, says, saved):
+def test_signal(tmp_path, undisturbed, fork_server, moment, code, says, saved):
     path = tiny(tmp_path)
     cache = {"DELIB_FAST_CACHE": str(tmp_path / "cache")}  # an empty one, so that the run encodes the data
     output = fork_server.run("stop_worker:main", [path, moment], code=code, **cache)[0]
@@ -33,9 +41,9 @@ def test_signal(tmp_path, finished, fork_server, monkeypatch, moment, code, says
         stages = json.loads((tmp_path / "run" / "ledger.json").read_text())["stages"]
         assert [s["status"] for s in stages] == ["finished"], "an export that has begun is completed"
     fork_server.run("helpers.tiny_run:run", [path], **cache)
-    for name, weight in weights(finished).items():
+    for name, weight in weights(undisturbed).items():
         assert torch.equal(weights(tmp_path / "run")[name], weight), name
     assert [(m["stage"], m["step"], m["loss"]) for m in metrics(tmp_path / "run")] == [
-        (m["stage"], m["step"], m["loss"]) for m in metrics(finished)
+        (m["stage"], m["step"], m["loss"]) for m in metrics(undisturbed)
     ]
     shutil.rmtree(tmp_path / "run")
