@@ -1,6 +1,6 @@
 """Files that survive a crash: atomic writes, folder replacement, fsync, locks, and hashes of weights.
 
-This is the only module of the project that calls `fsync`, `flock` and `rename` for files that must be whole.
+This is the only module of the project that calls `fsync` and `flock`.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def hash_weights(files: Mapping[str, str]) -> str:
 
 
 def hash_tree(path: str) -> str:
-    """The hash of an input: of a file's bytes, or of all files of a folder and its subfolders, in order of their paths.
+    """The 128-bit blake2b hash, in hexadecimal, of a file's bytes or of all files below a folder, in order of their paths.
 
-    Names do not count, so that a moved or renamed input keeps its hash. What is neither a file nor a folder, such as a
-    hub name, is represented by the string itself.
+    Names are not hashed, so a moved or renamed file keeps its hash. If nothing exists at `path` (a hub name, for
+    example), the string itself is hashed.
     """
     found = Path(path)
     files = [found] if found.is_file() else sorted(found.rglob("*")) if found.is_dir() else []
@@ -65,20 +65,22 @@ def hash_tree(path: str) -> str:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a whole file. After a crash the file holds either the old bytes or the new ones, never a mixture.
+    """Write a whole file atomically. After a crash it has either the old content or the new one, never a mixture.
 
-    Processes that write the same file take turns; the last one wins.
+    Concurrent writers of the same file wait for each other; the last one wins.
 
     Args:
         path: its folder must exist.
         data: text is written as UTF-8; a lone surrogate becomes `?`.
     """
-    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that a killed write leaves one file, which is reused
+    temporary = path.with_name(
+        f".{path.name}.tmp"
+    )  # a fixed name: the next write reuses the file that a killed write leaves
     while True:
         with open(temporary, "ab", opener=_open_regular) as file:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_at(file.fileno(), temporary):  # another process has renamed it meanwhile
+            if not _is_at(file.fileno(), temporary):  # another writer has renamed the file that we waited for
                 continue
             file.truncate(0)
             file.write(data.encode("utf-8", errors="replace") if isinstance(data, str) else data)
@@ -90,11 +92,12 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def _open_regular(path: str, flags: int) -> int:
-    """Open a file, but never through a symbolic link that someone else put there."""
+    """An opener that refuses a symbolic link, which someone else may have put there."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether `path` still names the file that is open as `descriptor`."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
@@ -102,7 +105,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Delete what killed `write_atomic` calls left in a folder. No other process may be writing to it."""
+    """Delete the temporary files of killed `write_atomic` calls. No other process may be writing to the folder."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
@@ -112,7 +115,7 @@ def replace_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]
 
     Args:
         folder: where the result goes. An existing folder is replaced; a missing parent folder is created.
-        write: fills the folder that it is given, which does not exist yet. Its files are synced afterwards.
+        write: creates the folder at the path that it receives, and fills it. The files are then flushed to disk.
     Returns:
         The folder.
     """
@@ -144,18 +147,18 @@ def rename_folder(source: Path, folder: Path) -> None:
 
 
 def sync_descriptor(descriptor: int) -> None:
-    """Return when all that was written to an open file is on the disk."""
+    """Flush an open file to disk, given its descriptor."""
     os.fsync(descriptor)
 
 
 def sync_file(path: Path) -> None:
-    """Return when a file's contents are on the disk."""
+    """Flush the contents of a file to disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Return when a folder's entries (new files, renames) are on the disk."""
+    """Flush the entries of a folder (new files, renames) to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -170,10 +173,10 @@ class FileLock:
     """An exclusive lock between processes. The kernel releases it when the process ends, however it ends.
 
     Args:
-        path: the lock file; it is created and stays.
-        wait: wait until the lock is free.
+        path: the lock file. It is created if it does not exist, and never deleted.
+        wait: whether to wait until the lock is free.
     Raises:
-        BlockingIOError: the lock is taken by another process and `wait` is false.
+        BlockingIOError: another process holds the lock, and `wait` is false.
         OSError: the file cannot be created, or the file system has no locks.
     """
 
@@ -191,7 +194,7 @@ class FileLock:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file while the block runs; wait for it first."""
+    """Wait for the lock of a file, and hold it while the block runs."""
     lock = FileLock(path, wait=True)
     try:
         yield

@@ -12,8 +12,7 @@
     )
     result = run(recipe)
 
-A recipe describes the same run as a YAML file: `recipe.yaml()` writes that file, and `recipe.config()` is the
-configuration that both become.
+A recipe is equivalent to a YAML configuration: `recipe.config()` is that configuration, and `recipe.yaml()` is its text.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from delib_fast.training.run import run as run_config
 if TYPE_CHECKING:
     from delib_fast.training.callbacks import Callback
 
-# A source: a path, or a SourceConfig where rows are held out, a document is cut at its headings, and so on.
 Source = str | os.PathLike[str] | SourceConfig
+"""A path; or a SourceConfig, to hold out rows, cut documents at headings, and so on."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage before its sources have names; made by `MSM` and `AFT`."""
+    """A stage of a recipe; create it with `MSM` or `AFT`. `Recipe.config` gives its sources names."""
 
     kind: Literal["msm", "aft"]
     train: tuple[Source, ...]
@@ -56,8 +55,8 @@ def MSM(  # noqa: N802 (a stage is written like the class it configures)
     """Model spec midtraining: next-token loss on every token of documents about a spec (arXiv 2605.02087).
 
     Args:
-        train, eval: files of documents; `SourceConfig(path=..., holdout=0.1)` for more than a path.
-        settings: any other key of a stage in the configuration (`delib_fast.config.MSMConfig`).
+        train, eval: paths of documents, or `SourceConfig(path=..., holdout=0.1)` to set other keys of a source.
+        settings: any other key of `delib_fast.config.MSMConfig`.
     """
     return Stage("msm", _sources(train), _sources(eval), settings)
 
@@ -74,10 +73,10 @@ def AFT(  # noqa: N802
     """Alignment fine-tuning on (prompt, chain of thought, response); with the CoT, deliberative alignment.
 
     Args:
-        train, eval: files of rows; `SourceConfig(path=..., holdout=0.1)` for more than a path.
-        cot: "train" supervises the CoT, "context" keeps it but does not, "strip" removes it.
-        cot_weight, response_weight: weight of each CoT and each response token in the loss.
-        settings: any other key of a stage in the configuration (`delib_fast.config.AFTConfig`).
+        train, eval: paths of rows, or `SourceConfig(path=..., holdout=0.1)` to set other keys of a source.
+        cot: "train" supervises the CoT, "context" keeps it in the input unsupervised, "strip" removes it.
+        cot_weight, response_weight: loss weight of each CoT token and of each response token.
+        settings: any other key of `delib_fast.config.AFTConfig`.
     """
     chosen = {"cot": cot, "cot_weight": cot_weight, "response_weight": response_weight}
     return Stage("aft", _sources(train), _sources(eval), {**chosen, **settings})
@@ -88,11 +87,11 @@ class Recipe:
     """One model through one or more stages.
 
     Args:
-        run_dir: where everything the run writes goes.
+        run_dir: folder for everything that the run writes.
         model: a Hugging Face folder or hub name, or a mapping as under `model:` in the configuration.
-        stages: in order; each starts from the weights of the one before.
-        tokenizer: a folder or hub name, or a mapping as under `tokenizer:`. A tokenizer trained on the run's
-            text (`{"vocab_size": 4096}`) is trained on every training source.
+        stages: the stages, in order. Each starts from the weights of the previous one.
+        tokenizer: a folder or hub name, or a mapping as under `tokenizer:`; by default the model's tokenizer.
+            `{"vocab_size": 4096}` trains one on all training sources.
         settings: any other key of the configuration: `seed`, `engine`, `checkpoint`, `log`, `deepspeed`.
     """
 
@@ -103,7 +102,7 @@ class Recipe:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self) -> Config:
-        """The configuration this recipe stands for. Raises ConfigError as `load_config` does."""
+        """The configuration that this recipe describes. Raises ConfigError if it is not valid."""
         names = _Names()
         stages = [
             {
@@ -137,33 +136,37 @@ class Recipe:
 
 
 def run(recipe: Recipe | Config, callbacks: Sequence[Callback] = ()) -> RunResult:
-    """Run a recipe or a configuration. A run that has begun resumes from where it stopped.
+    """Run a recipe or a configuration. If its run directory has an unfinished run, that run is resumed.
 
     Args:
-        callbacks: as in `delib_fast.training.run.run`, e.g. `[delib_fast.evals.EvalCallback(("early",))]`.
+        callbacks: see `delib_fast.training.run.run`; e.g. `[delib_fast.evals.EvalCallback(("early",))]`.
+    Returns:
+        The run directory, the exported model and the ledger.
+    Raises:
+        ConfigError, DataError, TrainingError, …: see `delib_fast.training.run.run`.
     """
     return run_config(recipe.config() if isinstance(recipe, Recipe) else recipe, callbacks)
 
 
 class _Names:
-    """Gives each distinct source a name, from its file's."""
+    """Names each distinct source after its file."""
 
     def __init__(self) -> None:
         self.sources: dict[str, Any] = {}
 
     def of(self, source: Source) -> str:
-        wanted = (
+        settings = (
             source.model_dump()
             if isinstance(source, SourceConfig)
             else SourceConfig(path=os.fspath(source)).model_dump()
         )
-        stem = re.sub(r"[^A-Za-z0-9_]+", "_", Path(wanted["path"]).stem).strip("_") or "source"
+        stem = re.sub(r"[^A-Za-z0-9_]+", "_", Path(settings["path"]).stem).strip("_") or "source"
         number = 1
         while (name := stem if number == 1 else f"{stem}_{number}") in self.sources:
-            if self.sources[name] == wanted:
+            if self.sources[name] == settings:
                 return name
             number += 1
-        self.sources[name] = wanted
+        self.sources[name] = settings
         return name
 
 
@@ -171,5 +174,5 @@ def _sources(given: Source | Sequence[Source]) -> tuple[Source, ...]:
     if isinstance(given, str | os.PathLike | SourceConfig):
         return (given,)
     if not all(isinstance(item, str | os.PathLike | SourceConfig) for item in given):
-        raise ConfigError(f"a source is a path or a SourceConfig, not {given!r}")
+        raise ConfigError(f"a source must be a path or a SourceConfig, not {given!r}")
     return tuple(given)

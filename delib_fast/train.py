@@ -15,9 +15,9 @@ if __name__ == "__main__" and sys.path and os.path.basename(sys.path[0]) == "del
     # would shadow other packages of those names.
     sys.path[0] = os.path.dirname(os.path.abspath(sys.path[0]))
 
-# Threads of libgomp spin for milliseconds at the end of each parallel loop. On a machine with other work they
-# occupy the cores that the slowest thread waits for: 3 to 5 times fewer tokens/s were measured. The variable is read
-# once, when torch loads the library.
+# At the end of each parallel loop, libgomp's threads spin for milliseconds. On a busy machine they occupy the cores that
+# the slowest thread needs: 3 to 5 times fewer tokens/s were measured. libgomp reads the variable once, when torch loads
+# it.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] = ()) -> int:
     """Run the stages of a configuration file.
 
+    Args:
+        arguments: the command-line arguments; by default those of the process.
+        callbacks: see `training.run.run`.
     Returns:
         The exit code: 0 finished, or stopped on request; 1 failed while training; 2 the configuration, the rows or
         the model cannot be used; 130 interrupted twice.
@@ -67,23 +70,23 @@ def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] =
         if is_main:
             print(f"{stopped}; the same command resumes from there", flush=True)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command resumes from the last checkpoint", is_main, 130)
+        return _fail("interrupted; the same command resumes from the last checkpoint", 130, prints=is_main)
     except ConfigError as error:
-        return _fail(str(error), is_main, 2)
+        return _fail(str(error), 2, prints=is_main)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         return _fail(
             f"{error}. Everything that was saved before is intact: free some space or grant write access, and the same "
             "command resumes from the last checkpoint",
-            True,
             1,
+            prints=True,  # the disk of only one rank may be full
         )
     except Exception as error:
         if not _has_user_message(error):
             raise
-        reports = error.reports if isinstance(error, LostRankError) else is_main
-        return _fail(str(error), reports, 2 if isinstance(error, ValueError) else 1)
+        prints = error.reports if isinstance(error, LostRankError) else is_main
+        return _fail(str(error), 2 if isinstance(error, ValueError) else 1, prints=prints)
     return 0
 
 
@@ -99,8 +102,9 @@ def _has_user_message(error: Exception) -> bool:
     )
 
 
-def _fail(message: str, reports: bool, code: int) -> int:
-    if reports:
+def _fail(message: str, code: int, *, prints: bool) -> int:
+    """Print the message, if this is the rank that prints it, and return the exit code."""
+    if prints:
         print(f"error: {redact_text(message)}", file=sys.stderr, flush=True)
     return code
 

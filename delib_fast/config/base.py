@@ -17,7 +17,7 @@ class Section(BaseModel):
     """A section of a configuration. Unknown keys are errors; attribute docstrings are the help text of the keys."""
 
     removed_keys: ClassVar[Mapping[str, str]] = {}
-    """Keys of earlier versions, with what to do instead."""
+    """Keys that earlier versions had, each with the message that says what to do instead."""
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
@@ -25,9 +25,9 @@ _MAX_LISTED = 40
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint to append to an error: ` (did you mean 'x'?)` if a known word is close, else the known words.
+    """A hint to append to an error: ` (did you mean 'x'?)` if a known word is similar, else the list of known words.
 
-    More than 40 known words are not listed; the hint is then empty.
+    The hint is empty if there are more than 40 known words and none is similar.
     """
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)

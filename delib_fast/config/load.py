@@ -1,7 +1,7 @@
-"""Configuration files: read YAML as plain data, override values, explain faults, and write without secrets.
+"""Configuration files: read YAML as plain data, override values, explain errors, and write without secrets.
 
-Every command that reads YAML (runs, evaluations, studies, data generation) reads it with `load`. An unknown key is
-refused with the nearest known one. YAML runs no code: no tags, no imports.
+Every command that reads YAML (runs, evaluations, studies, data generation) uses `load`. An unknown key is an error that
+suggests the most similar known key. YAML cannot run code: Python tags are refused.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -29,12 +29,12 @@ class FileKind:
     """What a kind of YAML file is called in messages, and which of its keys are paths.
 
     Args:
-        name: with its article, e.g. "a configuration".
+        name: the name in messages, with its article, e.g. "a configuration".
         paths: dotted keys, with `*` for any name or index, e.g. "data.*.path". A relative path there is relative to
             the folder of the file.
-        names_or_paths: the same, for keys that may also hold a hub name such as Qwen/Qwen3-8B: the value is a path
-            if a file of that name exists.
-        placeholders: texts that are replaced later; a value that contains one is left as it is.
+        names_or_paths: dotted keys whose value may also be a hub name such as Qwen/Qwen3-8B. The value is a path if a
+            file or folder exists there.
+        placeholders: strings that are replaced later; a path that contains one is not resolved.
     """
 
     name: str
@@ -66,14 +66,14 @@ def load(
 
     Args:
         kind: the section that the whole file describes.
-        path: the YAML file; None for an empty one. Relative paths in it are relative to its folder; those in an
+        path: the YAML file; None to start from an empty configuration. Relative paths in it are relative to its folder; those in an
             override are relative to the working directory.
         overrides: strings `key.sub=value`; the value is read as YAML. List items are given by position
             (`stages.1.optimizer.lr=1e-5`), stages also by their name (`stages.aft.cot=strip`).
-        values: dotted keys and their values, as from command-line options; None leaves a key as it is.
+        values: dotted keys and their values, e.g. from command-line options; None leaves a key unchanged.
     Raises:
-        ConfigError: the file cannot be read, is not valid YAML, or does not fit `kind`. Every fault is listed with
-            its location, unknown keys with the nearest known one.
+        ConfigError: the file cannot be read, is not valid YAML, or is not a valid `kind`. The message lists every
+            error with its location.
     """
     where = "the command line" if path is None else str(path)
     tree: dict[str, Any] = {}
@@ -83,26 +83,26 @@ def load(
             _resolve_paths(tree, pattern, Path(path).parent, file_kind)
     for key, value in (values or {}).items():
         if value is not None:
-            _put(tree, key, lambda value=value: value, key)  # type: ignore[misc]
+            _put(tree, key, value, key)
     for override in overrides:
         key, equals, raw = override.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set {override}: write it as key.sub=value, e.g. --set stages.0.epochs=2")
-        _put(tree, key.strip(), lambda key=key, raw=raw: read_yaml(raw, where=f"--set {key}"), f"--set {override}")  # type: ignore[misc]
+        _put(tree, key.strip(), read_yaml(raw, where=f"--set {key}"), f"--set {override}")
     return parse(kind, tree, where=where)
 
 
 def parse_config(tree: Mapping[str, Any], *, where: str = "config") -> Config:
-    """Check a mapping and make a `Config` of it. Raises ConfigError with every fault and its location."""
+    """Parse and validate the configuration of a run. Raises ConfigError, which lists every error with its location."""
     return parse(Config, tree, where=where)
 
 
 def parse(kind: type[S], tree: Mapping[str, Any], *, where: str) -> S:
-    """Check a mapping and make a section of it. Raises ConfigError with every fault and its location."""
+    """Parse and validate a section. Raises ConfigError, which lists every error with its location after `where`."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        lines = [f"{where}: {_explain(kind, fault)}" for fault in error.errors()]
+        lines = [f"{where}: {_explain(kind, details)}" for details in error.errors()]
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -110,7 +110,7 @@ def parse(kind: type[S], tree: Mapping[str, Any], *, where: str) -> S:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML as plain data; a repeated key is an error instead of replacing the first one."""
+    """Loads YAML as plain data. A repeated key is an error; PyYAML would silently keep its last value."""
 
 
 def _mapping_without_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -118,13 +118,13 @@ def _mapping_without_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode)
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
         if isinstance(key, str) and key in seen:
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key!r} is given twice")
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
         seen.add(key if isinstance(key, str) else repr(key))
     return loader.construct_mapping(node)
 
 
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
-# YAML 1.1 reads 1e-4 as a string (it requires 1.0e-4), but everybody writes 1e-4 for a learning rate.
+# YAML 1.1 requires 1.0e-4 and reads 1e-4 as a string, but everybody writes 1e-4 for a learning rate.
 _UniqueKeyLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)$"),
@@ -141,15 +141,13 @@ def read_yaml(text: str, *, where: str) -> Any:
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"{where}{line}: not valid YAML: {problem}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
 
 
 def read_yaml_file(path: Path, name: str) -> dict[str, Any]:
     """Read a YAML file that holds a mapping.
 
     Args:
-        name: what the file is, with its article, for messages.
+        name: what the file is, for messages, with its article.
     Raises:
         ConfigError: the file cannot be read, is not valid YAML, or is not a mapping.
     """
@@ -161,7 +159,8 @@ def read_yaml_file(path: Path, name: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     tree = read_yaml(text, where=str(path))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: {name} is a mapping of keys; this is {type(tree).__name__}")
+        holds = "it is empty" if tree is None else f"it holds a YAML {type(tree).__name__}"
+        raise ConfigError(f"{path}: {name} must be a mapping of keys, but {holds}")
     return tree
 
 
@@ -181,7 +180,7 @@ def _resolve_paths(tree: Any, pattern: str, folder: Path, file_kind: FileKind) -
 
 
 def _children(tree: Any, parts: Sequence[str]) -> Iterator[Any]:
-    """The mappings and lists at a dotted key with `*`."""
+    """The mappings and lists at a path of keys; `*` stands for every key or index."""
     if not parts:
         yield tree
         return
@@ -198,8 +197,8 @@ def _keys(holder: Any, part: str) -> Sequence[Any]:
 # --- overriding ---------------------------------------------------------------------------------------------
 
 
-def _put(tree: dict[str, Any], key: str, read: Callable[[], Any], where: str) -> None:
-    """Set the value at a dotted key; missing mappings on the way are created."""
+def _put(tree: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set the value at a dotted key; missing parent mappings are created. `where` begins an error message."""
     *parents, last = key.split(".")
     holder: Any = tree
     for depth, part in enumerate(parents):
@@ -210,16 +209,17 @@ def _put(tree: dict[str, Any], key: str, read: Callable[[], Any], where: str) ->
                 holder[part] = {"path": holder[part]}  # `data: {rows: rows.jsonl}` is a short form
             holder = holder.setdefault(part, {})
         else:
-            raise ConfigError(f"{where}: {'.'.join(parents[:depth])} is a value, it has no {part!r}")
+            raise ConfigError(f"{where}: {'.'.join(parents[:depth])} is a value and has no key {part!r}")
     if isinstance(holder, list):
-        holder[_index(holder, last, key, where)] = read()
+        holder[_index(holder, last, key, where)] = value
     elif isinstance(holder, dict):
-        holder[last] = read()
+        holder[last] = value
     else:
-        raise ConfigError(f"{where}: {'.'.join(parents)} is a value, it has no {last!r}")
+        raise ConfigError(f"{where}: {'.'.join(parents)} is a value and has no key {last!r}")
 
 
 def _index(items: list[Any], part: str, key: str, where: str) -> int:
+    """The index of a list item that a dotted key gives by its name, its kind or its number."""
     names = [item.get("name", item.get("kind")) if isinstance(item, dict) else None for item in items]
     if part in names:
         return names.index(part)
@@ -232,12 +232,12 @@ def _index(items: list[Any], part: str, key: str, where: str) -> int:
 # --- explaining ---------------------------------------------------------------------------------------------
 
 
-def _explain(root: type[Section], fault: Any) -> str:
-    """One line for a pydantic fault: its location as a dotted key, and what is wrong there."""
-    location, options = _locate(root, fault["loc"])
+def _explain(root: type[Section], details: Any) -> str:
+    """One line for a pydantic error: its location as a dotted key, and what is wrong there."""
+    location, options = _locate(root, details["loc"])
     at = ".".join(map(str, location)) + ": " if location else ""  # "" for the whole file
-    if fault["type"] == "extra_forbidden":
-        _, parents = _locate(root, fault["loc"][:-1])
+    if details["type"] == "extra_forbidden":
+        _, parents = _locate(root, details["loc"][:-1])
         section = next(iter(_sections(parents)), None)
         if section is None:
             return f"{at}unknown key"
@@ -245,21 +245,21 @@ def _explain(root: type[Section], fault: Any) -> str:
         if name in section.removed_keys:
             return f"{at}{section.removed_keys[name]}"
         return f"{at}unknown key{nearest(name, section.model_fields)}"
-    if fault["type"] == "missing":
+    if details["type"] == "missing":
         return f"{at}missing; it has no default"
-    if fault["type"] == "union_tag_not_found":
+    if details["type"] == "union_tag_not_found":
         return f"{at}needs " + " or ".join(f"kind: {tag}" for tag in _tags(options))
-    if fault["type"] == "value_error":
-        return f"{at}{str(fault['msg']).removeprefix('Value error, ')}"
-    given = "" if isinstance(fault["input"], dict | list) else f", not {fault['input']!r}"
-    return f"{at}{fault['msg'][0].lower()}{fault['msg'][1:]}{given}"
+    if details["type"] == "value_error":
+        return f"{at}{str(details['msg']).removeprefix('Value error, ')}"
+    given = "" if isinstance(details["input"], dict | list) else f", not {details['input']!r}"
+    return f"{at}{details['msg'][0].lower()}{details['msg'][1:]}{given}"
 
 
 def _locate(root: Any, location: Sequence[str | int]) -> tuple[list[str | int], list[Any]]:
     """Follow a pydantic location through the annotations.
 
-    Returns the location without the tags of unions, which no file contains, and the annotations that are possible
-    there.
+    Returns:
+        The location without the tags of unions, which do not appear in files; and the annotations possible there.
     """
     shown: list[str | int] = []
     options = _alternatives(root)
@@ -300,13 +300,13 @@ def _tags(options: Sequence[Any]) -> dict[str, type[Section]]:
 
 _SECRET_KEY = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_?key|credential)s?$", re.IGNORECASE)
 _SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL)S?$", re.IGNORECASE)
-# Keys of services that people train with, by how they begin: Hugging Face, OpenAI and the like, GitHub, AWS.
+# API keys, recognized by their prefixes: Hugging Face, OpenAI and similar services, GitHub, AWS.
 _SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})")
 _URL_USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 def redact(tree: Any, key: str = "") -> Any:
-    """The tree with everything that looks like a secret replaced by `***`. References `${ENV}` stay."""
+    """The tree with everything that looks like a secret replaced by `***`. References such as `${ENV}` are kept."""
     if isinstance(tree, Mapping):
         return {k: redact(v, str(k)) for k, v in tree.items()}
     if isinstance(tree, list | tuple):
@@ -319,8 +319,11 @@ def redact(tree: Any, key: str = "") -> Any:
 
 
 def redact_text(text: str) -> str:
-    """The text with `***` for what looks like a key of a service, for a name and password in an address, and for the
-    value of any variable of the environment whose name says that it is one."""
+    """The text with secrets replaced by `***`.
+
+    These are API keys, user names and passwords in URLs, and the values of environment variables whose names end like
+    those of secrets (TOKEN, PASSWORD, …).
+    """
     text = _URL_USERINFO.sub("***@", _SECRET_VALUE.sub("***", text))
     for name, value in os.environ.items():
         if len(value) >= 8 and _SECRET_NAME.search(name):
@@ -329,7 +332,7 @@ def redact_text(text: str) -> str:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, secrets redacted; `load_config` reads it back."""
+    """The resolved configuration as YAML, with secrets redacted. `load_config` can read it."""
     tree = redact(config.model_dump(mode="json"))
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
 

@@ -1,7 +1,7 @@
 """The configuration of a run as data: what is trained, on which rows, how, and where the results go.
 
-One pydantic tree, in which every default is written once. `config.load` reads it from YAML, explains what is wrong
-with a file, and writes it back.
+This is one tree of pydantic models, which holds the only copy of every default. `config.load` reads it from YAML,
+explains errors in a file, and writes it.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class OptimizerConfig(Section):
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     """Learning rate at the end of the schedule, as a share of lr."""
     grad_clip: NonNegativeFloat = 1.0
-    """Gradients are scaled down to this norm if theirs is larger; 0 turns clipping off."""
+    """Largest norm of the gradient of all parameters; a larger gradient is scaled down to it. 0 turns clipping off."""
 
 
 class StageBase(Section):
-    """What both kinds of stages have."""
+    """The keys that both kinds of stages have."""
 
     name: StageName
     """Name of the stage in the run directory, the ledger and the metrics."""
@@ -75,7 +75,7 @@ class StageBase(Section):
     max_steps: PositiveInt | None = None
     """Stop the stage after this many steps. The learning-rate schedule ends there."""
     min_steps: int = Field(1, ge=1)
-    """Refuse to start if the data makes fewer steps than this: a few very large steps teach nothing."""
+    """Refuse to start if the data gives fewer steps than this: a model learns little from a few very large steps."""
     mix: dict[str, Annotated[float, Field(gt=0)]] = Field({})
     """Share of an epoch's tokens from each source, relative to the others (3 and 1: three quarters and one quarter).
     The epoch is as long as the scarcest source allows, given its `repeat` and `max_tokens`. By default every source
@@ -116,6 +116,7 @@ class StageBase(Section):
 
     @property
     def packs_per_step(self) -> int:
+        """Packs of a step over all ranks."""
         return self.tokens_per_step // self.pack_capacity
 
 
@@ -309,6 +310,10 @@ class Config(Section):
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
             raise ValueError(f"two stages are called {twice[0]!r}: give each its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _options_fit_together(self) -> Config:
         if self.model.layers == "compile" and self.engine.zero_stage == 3:
             raise ValueError(
                 "model.layers is compile, but ZeRO stage 3 gathers weights by hooks inside a block; set "
@@ -332,7 +337,7 @@ class Config(Section):
 
 
 def rank_groups(world_size: int, sequence_parallel: int) -> int:
-    """The number of sequence-parallel groups. Raises ConfigError if the ranks cannot be divided into groups."""
+    """The number of sequence-parallel groups. Raises ConfigError if `sequence_parallel` does not divide the ranks."""
     if world_size % sequence_parallel:
         raise ConfigError(
             f"engine.sequence_parallel is {sequence_parallel}, which does not divide the number of ranks "
@@ -349,11 +354,11 @@ def packs_per_rank(stage: StageBase, world_size: int, sequence_parallel: int = 1
     groups = rank_groups(world_size, sequence_parallel)
     if stage.packs_per_step % groups:
         step = stage.pack_capacity * groups
-        fits = max(1, round(stage.tokens_per_step / step)) * step
-        who = f"{groups} ranks" if sequence_parallel == 1 else f"{groups} groups of {sequence_parallel} ranks"
+        nearest_valid = max(1, round(stage.tokens_per_step / step)) * step
+        groups_text = f"{groups} ranks" if sequence_parallel == 1 else f"{groups} groups of {sequence_parallel} ranks"
         raise ConfigError(
             f"stage {stage.name!r}: tokens_per_step {stage.tokens_per_step} makes {stage.packs_per_step} packs of "
-            f"{stage.pack_capacity} tokens, which cannot be divided evenly among {who}; "
-            f"the nearest tokens_per_step that can is {fits}"
+            f"{stage.pack_capacity} tokens, which cannot be divided evenly among {groups_text}; "
+            f"the nearest valid tokens_per_step is {nearest_valid}"
         )
     return stage.packs_per_step // groups

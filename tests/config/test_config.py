@@ -124,9 +124,9 @@ def test_every_fault_is_listed():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\na: 2\n", "run.yaml: line 2: the key 'a' is given twice"),
+        ("a: 1\na: 2\n", "run.yaml:2: not valid YAML: the key 'a' is given twice"),
         ("a: [1\n", "run.yaml:2: not valid YAML"),
-        ("- 1\n", "a configuration is a mapping of keys; this is list"),
+        ("- 1\n", "run.yaml: a configuration must be a mapping of keys, but it holds a YAML list"),
         ("a: !!python/object/apply:os.system [echo]\n", "not valid YAML: could not determine a constructor"),
     ],
 )
@@ -230,10 +230,10 @@ def test_deepspeed_json():
         (
             {"gradient_clipping": 5},
             "deepspeed.gradient_clipping: 5 conflicts with what this configuration decides "
-            "(here 1.0); set it by stages.N.optimizer.grad_clip",
+            "(here 1.0); set stages.N.optimizer.grad_clip instead",
         ),
         ({"zero_optimization": {"stage": 2}}, "deepspeed.zero_optimization.stage: 2 conflicts"),
-        ({"optimizer": {"type": "Adam"}}, "set it by stages.N.optimizer"),
+        ({"optimizer": {"type": "Adam"}}, "; set stages.N.optimizer instead"),
     ],
 )
 def test_deepspeed_conflicts(block, message):
@@ -249,5 +249,5 @@ def test_impossible_batch_arithmetic():
         deepspeed_json(config, config.stages[0], 3)
     assert str(error.value) == (
         "stage 'aft': tokens_per_step 2048 makes 4 packs of 512 tokens, which cannot be "
-        "divided evenly among 3 ranks; the nearest tokens_per_step that can is 1536"
+        "divided evenly among 3 ranks; the nearest valid tokens_per_step is 1536"
     )

@@ -101,7 +101,7 @@ def test_json_of_nvme():
             {"zero_stage": 3, "precision": "fp32"},
             "offload_param.device is nvme, with which DeepSpeed 0.19 trains wrongly in fp32; set engine.precision to",
         ),
-        ({"offload_param": {"device": "cpu"}}, {"zero_stage": 3}, "set it by engine.offload_parameters"),
+        ({"offload_param": {"device": "cpu"}}, {"zero_stage": 3}, "set engine.offload_parameters instead"),
     ],
 )
 def test_refuses_in_the_deepspeed_block(offload, engine, message):

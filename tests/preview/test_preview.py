@@ -138,7 +138,7 @@ def test_sequence_parallelism(dataset):
         (
             14,
             2,
-            "which cannot be divided evenly among 7 groups of 2 ranks; the nearest tokens_per_step that can is 7168",
+            "which cannot be divided evenly among 7 groups of 2 ranks; the nearest valid tokens_per_step is 7168",
         ),
     ):
         config = load_config(CONFIG, [f"engine.sequence_parallel={parallel}"])
