@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,14 +106,9 @@ def ledger(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run di
     from rich.console import Console
 
     from delib_fast.training.console import heldout_table, stage_table
+    from delib_fast.training.run_directory import read_ledger
 
-    file = run_dir / "ledger.json"
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file; is {run_dir} a run directory?") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
+    content = read_ledger(run_dir)
     console = Console(highlight=False)
     console.print(heldout_table(content["evaluations"]))
     console.print(stage_table([stage for stage in content["stages"] if stage["status"] == "finished"]))

@@ -66,10 +66,9 @@ class ModelConfig(Section):
 
     @field_validator("layers", mode="before")
     @classmethod
-    def _auto_is_removed(cls, value: Any) -> Any:
-        if value == "auto":
-            raise ValueError("auto was removed; write eager (the default) or compile")
-        return value
+    def _auto_was_eager(cls, value: Any) -> Any:
+        """Version 0.1 wrote `auto`, which always chose `eager`, into every config.yaml. Accepted for one version."""
+        return "eager" if value == "auto" else value
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:

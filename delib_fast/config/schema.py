@@ -206,6 +206,15 @@ class EngineConfig(Section):
             )
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_old_defaults(cls, values: Any) -> Any:
+        """Version 0.1 wrote the defaults of the removed keys into every config.yaml. Accepted for one version."""
+        if not isinstance(values, dict):
+            return values
+        old = {"cpu_adam": "torch", "nvme_path": None}
+        return {key: value for key, value in values.items() if key not in old or value != old[key]}
+
     @model_validator(mode="after")
     def _offload_fits(self) -> EngineConfig:
         if self.offload_parameters != "none" and self.zero_stage != 3:

@@ -79,7 +79,7 @@ def _stage_cells(run: RunRecord, stage: dict[str, Any]) -> list[str]:
     return [
         stage["name"],
         stage["status"],
-        f"{last.get('step', 0):,} of {stage['updates']:,}",
+        f"{last.get('step', 0):,} of {stage['steps']:,}",
         count_text(sum(record["tokens"] for record in records)),
         count_text(sum(record["supervised_tokens"] for record in records)),
         *(_mean_rate(records, name) for name in ("tokens", "supervised_tokens")),
@@ -141,7 +141,7 @@ def chain(run: RunRecord) -> list[dict[str, str]]:
             {
                 "name": stage["name"],
                 **_weights(stage.get("adapter") or stage.get("model"), stage["status"]),
-                "training": f"{stage['kind']} on {data}, {stage['updates']:,} steps",
+                "training": f"{stage['kind']} on {data}, {stage['steps']:,} steps",
             }
         )
     return boxes

@@ -13,6 +13,7 @@ import yaml
 
 from delib_fast.config import ConfigError
 from delib_fast.config.load import flatten
+from delib_fast.training.run_directory import read_ledger
 
 MetricsRecord = Mapping[str, Any]
 
@@ -71,11 +72,11 @@ class RunRecord:
 def read_run(path: Path) -> RunRecord:
     """Read a run directory. Raises ConfigError if it is not one, or if a file in it cannot be read."""
     try:
-        ledger = json.loads((path / "ledger.json").read_text(encoding="utf-8"))
+        ledger = read_ledger(path)
         config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"{error.filename}: no such file; is {path} the run_dir of a run that has started?") from None
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{error.filename}: no such file; is {path} a run directory?") from None
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path}: a file of the run cannot be read: {error}") from None
     metrics = path / "metrics.jsonl"
     records = _parse_records(metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else [])

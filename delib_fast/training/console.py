@@ -98,7 +98,7 @@ def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
     for stage in stages:
         table.add_row(
             stage["name"],
-            str(stage["updates"]),
+            str(stage["steps"]),
             count_text(stage["tokens"]),
             count_text(sum(stage["supervised_tokens"].values())),
             count_text(stage["tokens_per_s"]),

@@ -106,7 +106,7 @@ def run_stages(run: RunContext, callbacks: Sequence[Callback] = ()) -> None:
         check_stages(run, [stage for stage in stages if stage.name not in finished])
     for index, stage in enumerate(stages):
         if stage.name in finished:
-            run.console.print(f"{stage.name}: already finished ({finished[stage.name]['updates']} steps)")
+            run.console.print(f"{stage.name}: already finished ({finished[stage.name]['steps']} steps)")
             continue
         if any(run.ranks.sum(run.stop.requested)):
             raise Stopped(f"stopped before stage {stage.name!r}")
@@ -140,7 +140,7 @@ def run_stage(run: RunContext, index: int, callbacks: Sequence[Callback] = ()) -
     entry = stage_entry(run, config, stage, inputs, engine)
     run.directory.record_stage(entry)
     before = [run.directory.stage(other.name) or {} for other in config.stages[:index]]
-    run.loggers.begin_stage(sum(other["updates"] for other in before), engine.step)
+    run.loggers.begin_stage(sum(other["steps"] for other in before), engine.step)
     began = time.perf_counter()
     figures, checkpointer = train_stage(
         run, engine, stage, callbacks, checkpoint.trainer["log"] if checkpoint else None
@@ -210,7 +210,7 @@ def stage_entry(
         "status": "running",
         **inputs.describe(),
         **run.dataset.ledger(stage),
-        "updates": run.dataset.batches(stage).num_steps,
+        "steps": run.dataset.batches(stage).num_steps,
         "ranks": run.ranks.world_size,
         "sequence_parallel": run.ranks.sequence_parallel,
         "zero_stage": config.engine.zero_stage,

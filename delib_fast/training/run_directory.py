@@ -101,7 +101,7 @@ class RunDirectory:
             remove_temporary_files(self.path)
         saved, ledger = self.path / "config.yaml", self.path / "ledger.json"
         if ledger.exists():
-            self.ledger = _read_whole(ledger, json.loads, "stages", "evaluations")
+            self.ledger = read_ledger(self.path)
         if ledger.exists() or (self.path / "checkpoints").exists():
             if not saved.exists():
                 raise ConfigError(
@@ -216,6 +216,18 @@ class RunDirectory:
         """Return when all records so far are on the disk."""
         if self._metrics is not None:
             sync_descriptor(self._metrics.fileno())
+
+
+def read_ledger(run_dir: Path) -> dict[str, Any]:
+    """The ledger of a run. Raises ConfigError if there is none, or if it is damaged."""
+    path = run_dir / "ledger.json"
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file; is {run_dir} a run directory?")
+    ledger = _read_whole(path, json.loads, "stages", "evaluations")
+    for entry in ledger["stages"]:
+        if "updates" in entry:  # the name of version 0.1
+            entry["steps"] = entry.pop("updates")
+    return ledger
 
 
 def _read_whole(file: Path, parse: Callable[[str], Any], *keys: str) -> dict[str, Any]:

@@ -62,10 +62,6 @@ def test_relative_paths_start_at_the_file(tmp_path):
     [
         ({"stagse": []}, "config: stagse: unknown key (did you mean 'stages'?)"),
         (
-            {"model": {"path": "m", "layers": "auto"}},
-            "config: model.layers: auto was removed; write eager (the default) or compile",
-        ),
-        (
             {"stages": [{"kind": "aft", "train": ["rows"], "cto": "train"}]},
             "config: stages.0.cto: unknown key (did you mean 'cot'?)",
         ),
@@ -139,6 +135,14 @@ def test_refuses_files(tmp_path, text, message):
 def test_missing_file(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_a_configuration_that_version_0_1_saved_is_read():
+    """Every config.yaml of that version has the defaults of keys and values that were removed since."""
+    old = tree(
+        model={"path": "some/model", "layers": "auto"}, engine={"cpu_adam": "torch", "nvme_path": None, "zero_stage": 2}
+    )
+    assert parse_config(old) == parse_config(tree(engine={"zero_stage": 2}))
 
 
 def test_overrides(tmp_path):

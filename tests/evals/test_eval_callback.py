@@ -21,7 +21,7 @@ def test_a_run_with_the_callback_trains_the_same_weights(finished, tmp_path):
     ledger = json.loads((tmp_path / "run/ledger.json").read_text())
     for stage in ledger["stages"]:
         steps = [line["step"] for line in lines if line["stage"] == stage["name"]]
-        assert steps == sorted({*range(5, stage["updates"] + 1, 5), stage["updates"]})
+        assert steps == sorted({*range(5, stage["steps"] + 1, 5), stage["steps"]})
     drift = [line["figures"]["cot drift"]["value"] for line in lines]
     assert 0 < drift[0] < drift[-1], "measured from the weights at the start"
     assert all(line["figures"]["response nll"]["low"] is not None for line in lines)

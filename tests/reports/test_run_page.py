@@ -64,7 +64,7 @@ def test_page_of_two_runs(finished, tmp_path, monkeypatch):
 
 def test_refuses_a_folder_that_is_not_a_run(tmp_path, monkeypatch, capsys):
     assert report(monkeypatch, tmp_path) == 2
-    assert f"is {tmp_path} the run_dir of a run that has started?" in capsys.readouterr().err
+    assert f"is {tmp_path} a run directory?" in capsys.readouterr().err
 
 
 def test_smoothing_keeps_straight_lines_and_constants():

@@ -40,7 +40,7 @@ def test_ledger(finished):
     lines = metrics(finished)
     for stage in (msm, aft):
         mine = [line for line in lines if line["stage"] == stage["name"]]
-        assert [line["step"] for line in mine] == list(range(1, stage["updates"] + 1))
+        assert [line["step"] for line in mine] == list(range(1, stage["steps"] + 1))
         assert sum(line["tokens"] for line in mine) == stage["tokens"]
         assert sum(line["supervised_tokens"] for line in mine) == sum(stage["supervised_tokens"].values())
     assert len(msm["data"][0]["sha256"]) == 64
