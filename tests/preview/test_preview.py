@@ -144,7 +144,7 @@ def test_sequence_parallelism(dataset):
     assert plans[1].packs_per_rank == 2 * plans[0].packs_per_rank
     for ranks, parallel, message in (
         (3, 2, "does not divide the number of ranks (3)"),
-        (6, 3, "query heads and 2 kv heads can't be shared out over 3 ranks; set"),
+        (6, 3, "query heads and 2 kv heads cannot be split across 3 ranks; set"),
         (
             14,
             2,
