@@ -84,8 +84,8 @@ def plan(
         list[str],
         typer.Option(
             metavar="[STAGE=]LENGTHS",
-            help="instead of the data: a file with the length of one example in tokens per line, or "
-            "lognormal:examples=N,median=TOKENS,sigma=S (repeatable)",
+            help="instead of the data: a file with the tokens of one example per line, or a lognormal distribution, as "
+            "in docs/data.md (repeatable)",
         ),
     ] = [],  # noqa: B006
     tflops: Annotated[
@@ -117,7 +117,7 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="FOLDER", help="folder of the report [default: RUN/report, or report for several]"
+            "--out", metavar="FOLDER", help="folder of the report (default: RUN/report, or report for several runs)"
         ),
     ] = None,
 ) -> None:

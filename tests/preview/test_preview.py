@@ -13,16 +13,14 @@ from delib_fast.cli.preview import register
 from delib_fast.config import ConfigError
 from delib_fast.config.load import load_config
 from delib_fast.data import Segment
-from delib_fast.preview.dry_run import dry_run
-from delib_fast.preview.plan import plan_stage, read_stage
-from delib_fast.preview.tokens import make_visible, view_example
-from delib_fast.training.memory import memory_parts
 
 CONFIG = ROOT / "examples" / "quickstart.yaml"
 
 
 @pytest.fixture(scope="module")
 def dataset():
+    from delib_fast.preview.dry_run import dry_run
+
     with dry_run(load_config(CONFIG, ["stages.aft.cot_weight=0.5", "tokenizer.train.vocab_size=1024"])) as made:
         yield made
 
@@ -34,6 +32,8 @@ def command(*arguments):
 
 
 def test_inspect_shows_what_is_trained(dataset):
+    from delib_fast.preview.tokens import view_example
+
     config = load_config(CONFIG, ["stages.aft.cot_weight=0.5", "tokenizer.train.vocab_size=1024"])
     stage = config.stages[1]
     batches = dataset.batches(stage)
@@ -49,6 +49,8 @@ def test_inspect_shows_what_is_trained(dataset):
 
 
 def test_spans_contain_the_whole_text(dataset):
+    from delib_fast.preview.tokens import view_example
+
     stage = load_config(CONFIG).stages[1]
     spans = view_example(dataset, stage.model_copy(update={"name": "aft"}), 3).spans
     text = "".join(piece.text for span in spans for piece in span.pieces)
@@ -59,6 +61,8 @@ def test_spans_contain_the_whole_text(dataset):
 
 
 def test_white_space_and_escapes_are_visible():
+    from delib_fast.preview.tokens import make_visible
+
     assert make_visible("a\tb\r\n\x1b[31m") == "a→\tb␍↵\n\\u001b[31m"
 
 
@@ -86,6 +90,8 @@ def test_user_errors_exit_with_code_2(tmp_path):
 
 
 def test_plan_is_what_training_does(dataset):
+    from delib_fast.preview.plan import plan_stage, read_stage
+
     config = load_config(CONFIG, ["stages.aft.cot_weight=0.5", "tokenizer.train.vocab_size=1024"])
     stage = config.stages[1]
     plan = plan_stage(read_stage(dataset, stage), dataset.shape, config, stage, ranks=2, precision="bf16")
@@ -107,6 +113,8 @@ def test_plan_fits_80_columns():
 
 def test_memory_by_zero_stage(dataset):
     """Exact parts of the memory: 16 bytes per parameter with AdamW, sharded by ZeRO stage."""
+    from delib_fast.training.memory import memory_parts
+
     shape, ranks = dataset.shape, 4
     P = shape.parameters
     for zero, expected in ((0, 16), (1, 2 + 2 + 12 / 4), (2, 2 + 2 / 4 + 12 / 4), (3, 2 / 4 + 2 / 4 + 12 / 4)):
@@ -121,6 +129,8 @@ def test_memory_by_zero_stage(dataset):
 
 def test_sequence_parallelism(dataset):
     """Each rank holds half the activations of a pack; groups that cannot split the packs evenly are refused."""
+    from delib_fast.preview.plan import plan_stage, read_stage
+
     whole, half = (
         load_config(CONFIG, [f"engine.sequence_parallel={n}", "tokenizer.train.vocab_size=1024"]) for n in (1, 2)
     )
@@ -134,7 +144,7 @@ def test_sequence_parallelism(dataset):
     assert plans[1].packs_per_rank == 2 * plans[0].packs_per_rank
     for ranks, parallel, message in (
         (3, 2, "does not divide the number of ranks (3)"),
-        (6, 3, "query heads and 2 kv heads can't be shared out over 3 ranks; set"),
+        (6, 3, "query heads and 2 kv heads cannot be split across 3 ranks; set"),
         (
             14,
             2,

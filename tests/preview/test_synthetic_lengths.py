@@ -11,11 +11,6 @@ from helpers.launch import ROOT
 from delib_fast.config import ConfigError
 from delib_fast.config.load import load_config
 from delib_fast.data import DataError
-from delib_fast.models import model_shape
-from delib_fast.preview.dry_run import dry_run
-from delib_fast.preview.plan import longest_pack, plan_run, plan_stage, read_stage
-from delib_fast.preview.synthetic_lengths import parse_lengths, synthetic_examples
-from delib_fast.training.memory import GIB, memory_parts
 
 CONFIG = ROOT / "examples" / "configs" / "llama70b_128k.yaml"
 
@@ -26,6 +21,9 @@ def config(*overrides):
 
 def test_lengths_of_the_data_give_the_plan_of_the_data(tmp_path):
     """The lengths of the quickstart's rows, from a file, give the same packs, steps and balance as the rows."""
+    from delib_fast.preview.dry_run import dry_run
+    from delib_fast.preview.plan import plan_run, plan_stage, read_stage
+
     quick = load_config(ROOT / "examples" / "quickstart.yaml", ["tokenizer.train.vocab_size=1024"])
     stage = quick.stages[1].model_copy(update={"share_prompts": "never"})
     file = tmp_path / "lengths.txt"
@@ -43,12 +41,16 @@ def test_lengths_of_the_data_give_the_plan_of_the_data(tmp_path):
 
 
 def test_the_vocabulary_is_required_without_a_tokenizer():
+    from delib_fast.preview.plan import plan_run
+
     run = load_config(ROOT / "examples" / "quickstart.yaml")
     with pytest.raises(ConfigError, match=re.escape("vocab_size: required, since no tokenizer is read")):
         plan_run(run, ["lognormal:examples=10,median=100"], ranks=1, precision="bf16", card_gib=80)
 
 
 def test_drawn_lengths():
+    from delib_fast.preview.synthetic_lengths import parse_lengths
+
     sizes = parse_lengths(["lognormal:examples=20000,median=9000,sigma=0.5,supervised=0.8"], config())["aft"]
     assert len(sizes.tokens) == 20_000
     assert np.median(sizes.tokens) == pytest.approx(9000, rel=0.02)
@@ -59,6 +61,8 @@ def test_drawn_lengths():
 
 
 def test_over_long(tmp_path):
+    from delib_fast.preview.synthetic_lengths import parse_lengths, synthetic_examples
+
     file = tmp_path / "lengths"
     file.write_text("10\n25 5\n\n7\n")
     sizes = parse_lengths([str(file)], config())["aft"]
@@ -81,11 +85,15 @@ def test_over_long(tmp_path):
     ],
 )
 def test_refuses(option, message):
+    from delib_fast.preview.synthetic_lengths import parse_lengths
+
     with pytest.raises(ConfigError, match=re.escape(message)):
         parse_lengths([option], config())
 
 
 def test_refuses_a_line(tmp_path):
+    from delib_fast.preview.synthetic_lengths import parse_lengths
+
     file = tmp_path / "lengths"
     file.write_text("10\n12 13\n")
     with pytest.raises(ConfigError, match=re.escape(f"{file}:2: '12 13': give the number of tokens of an example")):
@@ -93,6 +101,10 @@ def test_refuses_a_line(tmp_path):
 
 
 def test_the_longest_pack_fits_and_a_longer_one_does_not():
+    from delib_fast.models import model_shape
+    from delib_fast.preview.plan import longest_pack
+    from delib_fast.training.memory import GIB, memory_parts
+
     run = config()
     shape = model_shape(run.model, None)
     longest = longest_pack(run, run.stages[0], shape, 64, "bf16", 80)

@@ -7,12 +7,6 @@ import math
 import numpy as np
 import pytest
 
-from delib_fast.evals.intervals import Estimate
-from delib_fast.reports.published import read_published
-from delib_fast.study.efficiency import multiples, rows_to_reach
-from delib_fast.study.settings import ChoicesMetric
-from delib_fast.study.summary import over_seeds, student
-
 
 @pytest.mark.parametrize(
     ("level", "rows", "bound"),
@@ -25,6 +19,8 @@ from delib_fast.study.summary import over_seeds, student
     ],
 )
 def test_rows_to_reach(level, rows, bound):
+    from delib_fast.study.efficiency import rows_to_reach
+
     found, found_bound = rows_to_reach(level, [100, 1000, 10_000], [0.4, 0.6, 0.5], higher=True)
     assert found == pytest.approx(rows)
     assert found_bound == bound
@@ -34,12 +30,16 @@ def test_rows_to_reach(level, rows, bound):
 
 
 def test_rows_to_reach_refuses_unsorted_sizes():
+    from delib_fast.study.efficiency import rows_to_reach
+
     with pytest.raises(ValueError, match="2 sizes and 2 values: sizes must be ascending"):
         rows_to_reach(0.5, [1000, 100], [0.1, 0.2], higher=True)
 
 
 def test_multiples_mark_levels_that_are_not_reached():
     """MSM + AFT at 10 rows equals AFT alone at 100; AFT alone does not reach its level at 1000 rows."""
+    from delib_fast.study.efficiency import multiples
+
     sizes = [10, 100, 1000]
     alone = np.array([[0.1, 0.3, 0.5]] * 3)
     first, second, third = multiples(sizes, np.array([[0.3, 0.4, 0.9]] * 3), alone, higher=True)
@@ -53,6 +53,10 @@ def test_multiples_mark_levels_that_are_not_reached():
 
 
 def test_intervals_over_seeds():
+    from delib_fast.evals.intervals import Estimate
+    from delib_fast.study.settings import ChoicesMetric
+    from delib_fast.study.summary import over_seeds, student
+
     found = student([1.0, 2.0, 3.0])
     assert (found.value, found.n) == (2.0, 3)
     assert found.high - found.value == pytest.approx(4.303 / math.sqrt(3), rel=1e-3), "from a table of Student's t"
@@ -65,6 +69,8 @@ def test_intervals_over_seeds():
 
 
 def test_every_published_figure_is_cited():
+    from delib_fast.reports.published import read_published
+
     found = read_published()
     cells = {figure.citation: figure.value for figure in found.figures}
     # the trap: 5 % and 7 % are the cells with CoT

@@ -14,14 +14,13 @@ import pytest
 from tiny_study import tiny_study
 
 from delib_fast.config import ConfigError
-from delib_fast.study import load_study, run_study
-from delib_fast.study.plan import plan_study
-from delib_fast.study.run import describe_plan, plan_tasks, prepare_data
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """A finished study of 2 MSM variants, 2 sizes and 2 seeds."""
+    from delib_fast.study import load_study, run_study
+
     folder = tmp_path_factory.mktemp("study")
     path = tiny_study(
         folder,
@@ -80,6 +79,9 @@ def test_each_stage_is_trained_once(done):
 
 @pytest.mark.slow
 def test_a_finished_study_trains_only_new_arms(done, monkeypatch):
+    from delib_fast.study import load_study, run_study
+    from delib_fast.study.run import describe_plan
+
     path, result = done
     messages: list[str] = []
     again = run_study(load_study(path), messages.append)
@@ -108,6 +110,9 @@ def test_the_page_loads_nothing(done):
 
 def test_keys_depend_on_what_weights_depend_on(tmp_path):
     """Another seed, other bytes, another setting or parent give another key. Another location or log does not."""
+    from delib_fast.study import load_study
+    from delib_fast.study.plan import plan_study
+    from delib_fast.study.run import prepare_data
 
     def keys(**changes):
         study = load_study(tiny_study(tmp_path, **changes))
@@ -127,6 +132,10 @@ def test_keys_depend_on_what_weights_depend_on(tmp_path):
 
 def test_an_arm_is_measured_before_another_is_trained(tmp_path):
     """A worker takes the first task whose needs are done, so a model is measured as soon as it is trained."""
+    from delib_fast.study import load_study
+    from delib_fast.study.plan import plan_study
+    from delib_fast.study.run import plan_tasks, prepare_data
+
     study = load_study(tiny_study(tmp_path))
     prepared = prepare_data(study, 1, print)
     tasks, files = plan_tasks(study, plan_study(study, prepared), prepared)
@@ -163,6 +172,8 @@ def test_an_arm_is_measured_before_another_is_trained(tmp_path):
     ],
 )
 def test_refuses_before_anything_is_trained(tmp_path, changes, message):
+    from delib_fast.study import load_study, run_study
+
     with pytest.raises(ConfigError, match=message):
         run_study(load_study(tiny_study(tmp_path, **changes)))
     assert not (tmp_path / "out/stages").exists()
