@@ -47,7 +47,7 @@ def hash_weights(files: Mapping[str, str]) -> str:
 
 
 def hash_tree(path: str) -> str:
-    """The 128-bit blake2b hash, in hexadecimal, of a file's bytes or of all files below a folder, in order of their paths.
+    """Hash a file, or all files below a folder in the order of their paths: 128-bit blake2b, in hexadecimal.
 
     Names are not hashed, so a moved or renamed file keeps its hash. If nothing exists at `path` (a hub name, for
     example), the string itself is hashed.

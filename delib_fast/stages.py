@@ -12,7 +12,8 @@
     )
     result = run(recipe)
 
-A recipe is equivalent to a YAML configuration: `recipe.config()` is that configuration, and `recipe.yaml()` is its text.
+A recipe is equivalent to a YAML file: `recipe.yaml()` is the text of that file, and `recipe.config()` the configuration
+that it describes.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ if __name__ == "__main__" and sys.path and os.path.basename(sys.path[0]) == "del
     # would shadow other packages of those names.
     sys.path[0] = os.path.dirname(os.path.abspath(sys.path[0]))
 
-# At the end of each parallel loop, libgomp's threads spin for milliseconds. On a busy machine they occupy the cores that
-# the slowest thread needs: 3 to 5 times fewer tokens/s were measured. libgomp reads the variable once, when torch loads
-# it.
+# At the end of each parallel loop, libgomp's threads spin for milliseconds. On a busy machine they occupy the cores
+# that the slowest thread needs: 3 to 5 times fewer tokens/s were measured. libgomp reads the variable once, when torch
+# loads it.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse

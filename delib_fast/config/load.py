@@ -66,8 +66,8 @@ def load(
 
     Args:
         kind: the section that the whole file describes.
-        path: the YAML file; None to start from an empty configuration. Relative paths in it are relative to its folder; those in an
-            override are relative to the working directory.
+        path: the YAML file; None to start from an empty configuration. Relative paths in it are relative to its
+            folder; those in an override are relative to the working directory.
         overrides: strings `key.sub=value`; the value is read as YAML. List items are given by position
             (`stages.1.optimizer.lr=1e-5`), stages also by their name (`stages.aft.cot=strip`).
         values: dotted keys and their values, e.g. from command-line options; None leaves a key unchanged.

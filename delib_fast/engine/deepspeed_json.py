@@ -9,10 +9,10 @@ import torch
 
 from delib_fast.config import Config, ConfigError, StageBase, packs_per_rank
 
-# What the user's `deepspeed:` block may not set, and where to set it instead.
+# What the user's `deepspeed:` block may not set, and which key of ours to set instead, if there is one.
 _RESERVED = {
     "train_batch_size": "stages.N.tokens_per_step and stages.N.pack_capacity",
-    "train_micro_batch_size_per_gpu": "nothing: a micro-batch is one pack",
+    "train_micro_batch_size_per_gpu": None,  # a micro-batch is always one pack
     "gradient_accumulation_steps": "stages.N.tokens_per_step and stages.N.pack_capacity",
     "gradient_clipping": "stages.N.optimizer.grad_clip",
     "optimizer": "stages.N.optimizer",
@@ -35,18 +35,18 @@ def effective_zero_stage(config: Config) -> int:
 
 
 def deepspeed_json(config: Config, stage: StageBase, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for one stage, with the user's `deepspeed:` block merged over it.
+    """DeepSpeed's configuration for one stage, with the user's `deepspeed:` block merged into it.
 
     Raises:
-        ConfigError: the ranks cannot split a step's packs evenly; or the block sets a reserved key, or an offload to
-            NVMe that would train wrongly.
+        ConfigError: a step's packs cannot be divided evenly among the ranks; or the block sets a reserved key, or
+            an offload to NVMe with which DeepSpeed trains wrongly.
     """
     engine, zero_stage = config.engine, effective_zero_stage(config)
     accumulation = packs_per_rank(stage, world_size, engine.sequence_parallel)
     pin_memory = torch.cuda.is_available()
     offload = {"offload_optimizer": engine.offload_optimizer, "offload_param": engine.offload_parameters}
     generated: dict[str, Any] = {
-        # For DeepSpeed each shard of a pack is a micro-batch of its rank: it averages over all ranks.
+        # DeepSpeed averages over all ranks, so it counts each shard of a pack as a micro-batch.
         "train_batch_size": stage.packs_per_step * engine.sequence_parallel,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
@@ -70,15 +70,16 @@ def deepspeed_json(config: Config, stage: StageBase, world_size: int) -> dict[st
 
 
 def _merge(ours: dict[str, Any], theirs: Mapping[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-    """`ours` with the user's values over it. Raises ConfigError for a reserved key that has another value."""
+    """`theirs` merged into `ours`. Raises ConfigError if a reserved key has another value."""
     merged = dict(ours)
     for key, value in theirs.items():
         name = ".".join((*path, key))
         if name in _RESERVED and ours.get(key) != value and not _is_nvme(value):
             decided = f" (here {ours[key]!r})" if key in ours else ""
+            ours_key = _RESERVED[name]
             raise ConfigError(
                 f"deepspeed.{name}: {value!r} conflicts with what this configuration decides{decided}; "
-                f"set it by {_RESERVED[name]}"
+                f"{f'set {ours_key} instead' if ours_key else 'remove it'}"
             )
         if isinstance(value, Mapping) and isinstance(ours.get(key), dict):
             merged[key] = _merge(ours[key], value, (*path, key))
@@ -88,15 +89,15 @@ def _merge(ours: dict[str, Any], theirs: Mapping[str, Any], path: tuple[str, ...
 
 
 def _is_nvme(value: Any) -> bool:
-    """Whether a value of the `deepspeed:` block is an offload to NVMe, which no key of ours can set."""
+    """Whether a value of the `deepspeed:` block is an offload to NVMe, for which this project has no key."""
     return isinstance(value, Mapping) and value.get("device") == "nvme"
 
 
 def _refuse_wrong_nvme(zero: Mapping[str, Any], precision: str, optimizer: str) -> None:
     """Raise ConfigError for an offload to NVMe with which DeepSpeed 0.19 trains wrongly.
 
-    Parameters on NVMe in fp32 were 0.16 off after three steps on one rank, where bf16 was exact.
-    `refuse_misaligned_swap` checks what depends on the model.
+    With fp32 parameters on NVMe, weights were wrong by 0.16 after three steps on one rank; in bf16 they were exact.
+    `engine.sharding.refuse_misaligned_swap` checks what depends on the model.
     """
     for key in ("offload_optimizer", "offload_param"):
         if not _is_nvme(zero.get(key)):
