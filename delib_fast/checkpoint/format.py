@@ -16,10 +16,10 @@ used. If none is intact, reading raises CheckpointError; training never restarts
         .writing-step-00000016/                a checkpoint that is being written
         damaged-step-00000020/                 a damaged checkpoint; deleted after the next one is written
 
-torch.distributed.checkpoint is not used: it saves the shards of DTensors, which ZeRO does not have, pickles its
-metadata, and neither hashes what it writes nor publishes a checkpoint with one rename.
+torch.distributed.checkpoint is not used: it saves shards of DTensors, which ZeRO does not have; it pickles its
+metadata; and it neither hashes what it writes nor publishes a checkpoint with one rename.
 
-`writer` writes checkpoints; this module names, verifies and reads them.
+This module names, publishes, verifies and reads checkpoints; `writer` writes the tensors.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ _NAME = re.compile(r"^step-(\d{8})$")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used or written. The message has the reason and what to do."""
+    """A checkpoint cannot be read or written. The message says why, and what to do."""
 
 
 class Group(Protocol):
-    """What this package needs of a process group. `engine.Ranks` provides it."""
+    """The part of a process group that this package needs. `engine.Ranks` and `SingleProcess` implement it."""
 
     @property
     def rank(self) -> int: ...
@@ -73,7 +73,7 @@ class SingleProcess:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: its folder, its step, the contents of trainer.json, and the names of its files."""
+    """A verified checkpoint: its folder, its step, the content of trainer.json, and the names of its files."""
 
     folder: Path
     step: int
@@ -81,7 +81,7 @@ class Checkpoint:
     files: tuple[str, ...] = ()
 
     def reader(self) -> Callable[[str], Tensor]:
-        """Return a function that reads the full tensor of a key from whichever file holds it.
+        """Return a function that maps a key to its full tensor, read from whichever file holds it.
 
         Raises:
             CheckpointError (the returned function): no file has a tensor of that key.
@@ -108,12 +108,12 @@ class Checkpoint:
 
 
 def step_folder(root: Path, step: int) -> Path:
-    """Where the finished checkpoint of a step is stored."""
+    """The folder of the finished checkpoint of a step."""
     return root / f"step-{step:08d}"
 
 
 def temporary_folder(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step is written before it is published."""
+    """The folder in which the checkpoint of a step is written before it is published."""
     return root / f".writing-step-{step:08d}"
 
 
@@ -130,7 +130,8 @@ def publish(root: Path, step: int, trainer: dict[str, Any], shards: dict[str, di
 
     Args:
         trainer: JSON-serializable trainer state; `step` is added to it.
-        shards: `{"bytes": …, "sha256": …}` of each rank's file in the temporary folder, by file name.
+        shards: the size and hash of each rank's shard in the temporary folder: `{"bytes": …, "sha256": …}` by file
+            name.
     Returns:
         The checkpoint's folder.
     Raises:
@@ -160,6 +161,7 @@ def prune(root: Path, keep_last: int, keep_every: int | None) -> None:
     final name.
 
     Args:
+        root: the folder of a stage's checkpoints.
         keep_last: the number of newest checkpoints to keep.
         keep_every: also keep the checkpoints at multiples of this many steps.
     """
@@ -172,7 +174,7 @@ def prune(root: Path, keep_last: int, keep_every: int | None) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Delete what a killed save or pruning left. No other process may be writing checkpoints to `root`."""
+    """Delete the unfinished folders of a killed save or `prune`. No other process may be writing to `root`."""
     if root.is_dir():
         for pattern in (".writing-step-*", ".deleting-step-*"):
             for path in root.glob(pattern):
@@ -187,7 +189,7 @@ def verify(folder: Path, group: Group | None = None) -> Checkpoint:
     """Check every file of a checkpoint against its manifest. A collective: the hashing is split across the ranks.
 
     Raises:
-        CheckpointError: a file is missing or differs; raised on every rank.
+        CheckpointError: on every rank, if a file is missing or differs from the manifest.
     """
     group = group or SingleProcess()
     checkpoint: Checkpoint | None = None

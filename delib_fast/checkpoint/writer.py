@@ -1,8 +1,8 @@
 """Writes checkpoints in the background while training continues.
 
 The calling thread gathers the state on the host: that is a collective, and the next step changes the state. Writing,
-hashing and syncing, which take most of the time, run in a thread. Rank 0 publishes a checkpoint when every rank's part
-is on the disk; the ranks learn that from the sum that the training loop takes at every step anyway. After a kill at
+hashing and syncing, which take most of the time, run in a thread. Rank 0 publishes a checkpoint when every rank's shard
+is on disk; the ranks learn that from the all-reduce that the training loop does at every step anyway. After a kill at
 any moment, the unfinished folder is ignored.
 """
 
@@ -31,12 +31,12 @@ from delib_fast.checkpoint.format import (
 from delib_fast.files import hash_file, sync_file
 
 Tensors = Iterable[tuple[str, Callable[[], Tensor]]]
-"""Pairs of a key and a function that assembles the full tensor. The functions are collectives: every rank calls all of
-them in the same order."""
+"""Pairs of a key and a function that gathers the full tensor. The functions are collectives: every rank must call all
+of them, in the same order."""
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one stage. Every rank has a writer.
+    """Writes the checkpoints of one stage. Every rank has a writer, which writes one shard of each checkpoint.
 
     Args:
         root: the folder of the stage's checkpoints.
@@ -58,19 +58,19 @@ class CheckpointWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether this rank is still writing its part."""
+        """Whether this rank is still writing its shard."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def failed(self) -> bool:
-        """Whether this rank could not write its part."""
+        """Whether this rank failed to write its shard."""
         return self._error is not None and not self.busy
 
     def start(self, step: int, tensors: Tensors, trainer: dict[str, Any]) -> None:
-        """Gather the state of a step and begin to write it. A collective; waits for a previous write first.
+        """Gather the state of a step and begin to write it. A collective, which first waits for a previous write.
 
         Args:
-            tensors: every tensor to save; the ranks take turns in writing them.
+            tensors: every tensor to save; they are distributed over the ranks' shards in turn.
             trainer: the content of trainer.json.
         Raises:
             CheckpointError: this write or the previous one failed; earlier checkpoints are untouched.
@@ -83,17 +83,17 @@ class CheckpointWriter:
             self._attempt(lambda: _make_empty(folder))
         self.raise_failure()
         mine: dict[str, Tensor] = {}
-        for index, (key, assemble) in enumerate(tensors):
-            tensor = assemble()
+        for index, (key, gather) in enumerate(tensors):
+            tensor = gather()
             if index % self._group.world_size == self._group.rank:
                 mine[key] = tensor.to("cpu", copy=True).contiguous()
         self._in_background(lambda: self._write_shard(folder, mine))
         self.stall_s = time.perf_counter() - began
 
     def advance(self) -> None:
-        """Publish the checkpoint whose parts are all written. A collective that does not wait for the disk.
+        """Publish the checkpoint whose shards are all written. A collective that does not wait for the disk.
 
-        Call it on every rank when, summed over the ranks, `busy` and `failed` are both 0.
+        Call it on every rank, and only when neither `busy` nor `failed` is true on any rank.
         """
         if not self._writing_shards:
             return
@@ -109,11 +109,11 @@ class CheckpointWriter:
         """Wait until the checkpoint that was started is published. A collective.
 
         Raises:
-            CheckpointError: on every rank, if one could not write; it names that rank and the reason.
+            CheckpointError: on every rank, if one failed to write; it names that rank and the reason.
         """
         if self._thread is None:
             return
-        for _ in range(2):  # first the ranks' parts, then rank 0's publishing
+        for _ in range(2):  # first for the shards, then for rank 0 to publish
             if self._thread is not None:
                 self._thread.join()
             self.raise_failure()
@@ -121,15 +121,15 @@ class CheckpointWriter:
         self._thread = None
 
     def raise_failure(self) -> None:
-        """Raise CheckpointError on every rank if one of them could not write. A collective."""
+        """Raise CheckpointError on every rank if one of them failed to write. A collective."""
         texts = self._group.gather_texts(_error_text(self._error))
-        faults = [(rank, text) for rank, text in enumerate(texts) if text]
-        if not faults:
+        errors = [(rank, text) for rank, text in enumerate(texts) if text]
+        if not errors:
             return
         if self._thread is not None:
             self._thread.join()
         self._group.barrier()
-        if self._group.rank == 0:  # frees the space of the unfinished checkpoint, which may be what is missing
+        if self._group.rank == 0:  # the unfinished checkpoint may be what fills the disk
             shutil.rmtree(temporary_folder(self._root, self._step), ignore_errors=True)
         steps = list_steps(self._root)
         last = (
@@ -137,13 +137,13 @@ class CheckpointWriter:
             if steps
             else "there is no earlier checkpoint"
         )
-        rank, text = faults[0]
+        rank, text = errors[0]
         raise CheckpointError(
             f"the checkpoint of step {self._step} cannot be written (rank {rank}: {text}); {last}. Free disk space or "
             "make the folder writable, and run the same command again"
         )
 
-    # --- what runs in the thread ----------------------------------------------------------------------------
+    # --- run in the background thread ----------------------------------------------------------------------------
 
     def _write_shard(self, folder: Path, mine: dict[str, Tensor]) -> None:
         name = f"state-{self._group.rank:05d}-of-{self._group.world_size:05d}.safetensors"

@@ -1,7 +1,7 @@
 """Training on DeepSpeed ZeRO: the only package that imports deepspeed.
 
-The names below are imported when they are first used. The launch script can therefore set variables that deepspeed
-reads when it is imported, and `engine.slurm` and `engine.deepspeed_json` load without it.
+The names below are imported when they are first used. The launch script can therefore set environment variables that
+deepspeed reads on import, and `engine.slurm` and `engine.deepspeed_json` can be imported without deepspeed.
 """
 
 from importlib import import_module

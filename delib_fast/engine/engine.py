@@ -39,7 +39,8 @@ class Engine:
 
     Args:
         module: maps a `PackedBatch` to a `LossOutput`. DeepSpeed takes over its parameters.
-        config, stage: the run and the stage to train.
+        config: the configuration of the run, with `engine.precision` resolved.
+        stage: the stage to train.
         num_steps: the stage's number of steps, for the learning-rate schedule.
         ranks: the process group.
     Raises:
@@ -58,7 +59,7 @@ class Engine:
         self._seed = config.seed
         self._zero_stage = effective_zero_stage(config)
         self._fp16 = config.engine.precision == "fp16"
-        self._plain_norm: Tensor | None = None
+        self._unsharded_norm: Tensor | None = None
         settings = deepspeed_json(config, stage, ranks.world_size)
         shard_parameters(module, self.device, DTYPES[config.engine.precision], settings, self._zero_stage)
         self._optimizer = build_optimizer(module, stage.optimizer)
@@ -133,7 +134,7 @@ class Engine:
         self._engine.backward(loss_sum * (self.dp_size / normalizer), scale_wrt_gas=False)
         if self._zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            self._plain_norm = torch.nn.utils.get_total_norm(gradients)  # DeepSpeed computes it at stages 1 to 3
+            self._unsharded_norm = torch.nn.utils.get_total_norm(gradients)  # DeepSpeed computes it at stages 1 to 3
         self._engine.step()
 
     def end_step(self) -> None:
@@ -141,18 +142,18 @@ class Engine:
         due_to_loss_scale = self._scaler is not None and self._scaler.update()
         applied = self._engine.was_step_applied()
         if not applied and self._zero_stage in (1, 2) and hasattr(self._zero, "averaged_gradients"):
-            # With an offloaded optimizer, DeepSpeed 0.19 keeps the gradients of a skipped step and adds the next
-            # step's gradients to the NaN in them.
+            # With an offloaded optimizer, DeepSpeed 0.19 keeps the gradients of a skipped step, and would add those of
+            # the next step to the NaN in them.
             self._zero.averaged_gradients = dict.fromkeys(self._zero.averaged_gradients)
         self.guard.end_step(self.step, applied, due_to_loss_scale)
         self.step += 1
 
     def _norm_before_clipping(self) -> Tensor | float | None:
-        return self._plain_norm if self._zero_stage == 0 else self._zero._global_grad_norm
+        return self._unsharded_norm if self._zero_stage == 0 else self._zero._global_grad_norm
 
     @property
     def trained_parameters(self) -> int:
-        """How many numbers are trained, counted once over all ranks."""
+        """Number of trained parameters (scalars), each counted once over all ranks."""
         return sum(getattr(p, "ds_numel", p.numel()) for _, p in self.state.named_parameters())
 
     @property
@@ -195,7 +196,7 @@ class Engine:
     # --- checkpoints ----------------------------------------------------------------------------------------
 
     def save(self, writer: CheckpointWriter, extra: dict[str, Any]) -> None:
-        """Begin to write a checkpoint of the current step; the writer continues in the background. A collective.
+        """Begin to write a checkpoint of the current step; the writer finishes it in the background. A collective.
 
         Args:
             extra: JSON-serializable values to add to trainer.json.
@@ -228,7 +229,7 @@ class Engine:
         if found is not None:
             self.state.restore(found.reader(), found.trainer["optimizer_steps"])
             self.guard.restore(found.trainer["guard"])
-            if self._scaler is not None and found.trainer.get("loss_scale"):  # a run in another precision saved none
+            if self._scaler is not None and found.trainer.get("loss_scale"):  # runs in another precision do not save it
                 self._scaler.restore(found.trainer["loss_scale"])
             self.step = found.step
         return found
@@ -240,12 +241,12 @@ class Engine:
 
 @contextlib.contextmanager
 def _reraise_as_config_error() -> Iterator[None]:
-    """Raise ConfigError for what DeepSpeed finds wrong with the `deepspeed:` block.
+    """Raise ConfigError if DeepSpeed rejects the `deepspeed:` block.
 
-    The message has the key and the reason, but not the value, which DeepSpeed would print and which may be a secret.
+    The message has the key and the reason, but not the value, which may be a secret and which DeepSpeed would print.
     """
     try:
         yield
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        raise ConfigError(f"deepspeed: {faults}") from None
+        reasons = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise ConfigError(f"deepspeed: {reasons}") from None

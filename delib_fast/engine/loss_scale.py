@@ -18,11 +18,11 @@ class DeferredLossScaler(DynamicLossScaler):  # type: ignore[misc]  # deepspeed 
     """DeepSpeed's dynamic loss scaler, with a scale that changes only between steps.
 
     DeepSpeed 0.19 changes the scale during a step, before it divides the gradients by it. A step that doubles the scale
-    is then made with half of its gradient, and half of its norm is compared with the clipping threshold. At the
-    smallest scale DeepSpeed raises a bare Exception; here the step guard counts the bad step and names its rows.
+    then uses half of its gradient, and compares half of its norm with the clipping threshold. At the smallest scale
+    DeepSpeed raises a bare Exception; here the step guard counts the bad step and logs its rows.
 
     Args:
-        original: the scaler to replace; its settings and state are taken over.
+        original: the scaler to replace; its settings and state are copied.
     """
 
     def __init__(self, original: DynamicLossScaler) -> None:

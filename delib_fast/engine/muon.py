@@ -9,13 +9,13 @@ This is `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, which computes the N
 factor. The factor gives a Muon step the size of an AdamW step, so that both share one learning rate and one weight
 decay (arXiv 2502.16982); the algorithm is K. Jordan's (kellerjordan.github.io/posts/muon).
 
-What is left for this module is ZeRO. Momentum and decay are elementwise, but Newton–Schulz needs whole matrices. A
+This module adds ZeRO. Momentum and decay are elementwise, but Newton–Schulz needs whole matrices. A
 matrix that is whole on one rank (most are at ZeRO 1 and 2) is orthogonalized there. The others (all of them at ZeRO 3)
 are processed in rounds of one matrix per rank: an all-to-all brings each matrix to one rank, and a second one returns
-the pieces of the result. No matrix is orthogonalized twice, and a rank holds one at a time.
+the pieces of the result. Each matrix is orthogonalized once, and a rank holds one whole matrix at a time.
 
-DeepSpeed 0.19.8 has its own Muon. It is not used, because it clips the orthogonalized step instead of the gradient and
-reports that step's norm as the gradient norm, so that the step guard would see no spike; and it lacks the factor.
+DeepSpeed 0.19.8 has its own Muon. It is not used, because it lacks the factor, clips the orthogonalized step instead of
+the gradient, and reports the norm of that step as the gradient norm, in which the step guard would never see a spike.
 """
 
 from __future__ import annotations
@@ -98,13 +98,13 @@ class Matrix(NamedTuple):
 class Muon(torch.optim.Optimizer):
     """Muon for some parameters and AdamW for the others, in one optimizer that DeepSpeed can wrap.
 
-    A verdict of the step guard (`found_inf`) leaves weights and moments unchanged without a wait for the device.
+    If the step guard sets `found_inf`, a step leaves weights and moments unchanged, without waiting for the device.
 
     Args:
         matrices: the parameters that Muon trains; see `hidden_matrices`.
-        rest: AdamW's parameter groups.
+        rest: the parameter groups that AdamW trains.
         momentum, weight_decay: Muon's β and λ.
-        adamw: makes AdamW (fused) from its groups.
+        adamw: creates a fused AdamW from parameter groups.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The process group: who this rank is, where it computes, and reductions over all ranks.
+    """The process group: this rank, its device, and reductions over all ranks.
 
     It works under `deepspeed`, `torchrun` and `srun` (which set RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR; see
     slurm.py for `srun`), and in a single process without a launcher. Reductions of host numbers use gloo, so they
@@ -34,7 +34,7 @@ class Ranks:
 
     def __init__(self, device: str = "auto", sequence_parallel: int = 1) -> None:
         self.heartbeat: Callable[[str], None] = lambda activity: None
-        """Called with this rank's activity before anything that can take long. The watchdog replaces it."""
+        """Called with what this rank does next, before anything that may block. `training.run` sets it."""
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("engine.device is cuda, but torch sees no CUDA device; set engine.device to auto or cpu")
         on_gpu = device != "cpu" and torch.cuda.is_available()
@@ -51,7 +51,7 @@ class Ranks:
             store = dist.HashStore()  # type: ignore[attr-defined]  # documented, but not in torch's __all__
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
-        atexit.unregister(_release_gloo_tensors)  # registered once, however many `Ranks` a process creates
+        atexit.unregister(_release_gloo_tensors)  # so that it is registered once, even if a process creates two `Ranks`
         atexit.register(_release_gloo_tensors)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._host_group = dist.new_group(backend="gloo") if on_gpu else dist.group.WORLD
@@ -72,7 +72,7 @@ class Ranks:
     # --- collectives: every rank must call them, in the same order ------------------------------------------
 
     def sum(self, *values: float) -> list[float]:
-        """Sum each number over all ranks, in float64. The result is the same on every rank."""
+        """Sum each number over all ranks, in float64. Every rank gets the same result."""
         totals = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(totals, group=self._host_group)
         return list(totals.tolist())
@@ -90,7 +90,7 @@ class Ranks:
         return total
 
     def gather_texts(self, text: str) -> list[str]:
-        """A short text of each rank, in rank order, on every rank."""
+        """Gather a short text from each rank. Every rank gets all of them, in rank order."""
         data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
         longest = torch.tensor(len(data))
         dist.all_reduce(longest, dist.ReduceOp.MAX, group=self._host_group)
@@ -101,14 +101,16 @@ class Ranks:
         return [bytes(part.tolist()).rstrip(b"\0").decode() for part in parts]
 
     def raise_together(self, make: Callable[[], T]) -> T:
-        """Return what `make` returns on this rank, unless it raised an error that a user can fix on any rank.
+        """Call `make`, and raise on every rank if it raised a user's error on one of them. A collective.
 
-        If only one rank raised, the others would wait for it in their next collective.
+        If only that rank raised, the others would wait for it in their next collective.
 
+        Returns:
+            What `make` returned on this rank.
         Raises:
             ConfigError: on every rank, if `make` raised ConfigError or UnsupportedModelError on one of them.
         """
-        from delib_fast.models import UnsupportedModelError
+        from delib_fast.models import UnsupportedModelError  # here, because it imports transformers
 
         results: list[T] = []
         fault = ""
@@ -125,12 +127,13 @@ class Ranks:
         self.sum(0.0)
 
     def close(self) -> None:
+        """Leave the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def _has_launcher(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher started this process. RANK alone proves nothing: accelerate leaves it in a process."""
+    """Whether a launcher started this process. RANK alone is not enough: accelerate leaves it set in a single process."""
     complete = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys()
     return complete or ("RANK" in environment and environment.get("WORLD_SIZE", "1") != "1")
 
@@ -138,7 +141,7 @@ def _has_launcher(environment: Mapping[str, str]) -> bool:
 def _release_gloo_tensors() -> None:
     """At exit, give gloo's threads the GIL for a moment, so that they can release the tensors of the last operations.
 
-    A gloo thread that requests the GIL while the interpreter shuts down is ended inside a noexcept destructor. The
+    A gloo thread that requests the GIL during interpreter shutdown is terminated inside a noexcept destructor. The
     process then aborts with "terminate called without an active exception" and exit code 134 although the run
     succeeded (observed in 3 of about 40 runs of a test with ZeRO 3).
     """
@@ -146,7 +149,7 @@ def _release_gloo_tensors() -> None:
 
 
 def _gpu_index(local_rank: int, gpus: int) -> int:
-    """Which of the GPUs that this process sees it uses. With `srun --gpus-per-task=1` it sees only its own."""
+    """The index of this rank's GPU among the visible ones. With `srun --gpus-per-task=1` only one is visible."""
     if gpus == 1:
         return 0
     if local_rank >= gpus:

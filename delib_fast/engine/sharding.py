@@ -24,7 +24,7 @@ def shard_parameters(
     each parameter when its turn comes. A collective.
 
     Args:
-        dtype: of floating-point parameters; others keep theirs.
+        dtype: the dtype of floating-point parameters and buffers; others keep theirs.
         settings: DeepSpeed's configuration; see `deepspeed_json`.
         stage: the ZeRO stage.
     """
@@ -35,7 +35,7 @@ def shard_parameters(
     for parameter in module.parameters():
         parameter_dtype = dtype if parameter.is_floating_point() else parameter.dtype
         parameter.data = _materialize(parameter, parameter_dtype, device)
-        zero._convert_to_zero_parameters([parameter])  # what Init does with the parameters of a module it is given
+        zero._convert_to_zero_parameters([parameter])  # as Init does with the parameters of a module that it receives
     module.to(dtype=dtype)  # ZeRO shards only parameters; this casts the buffers
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):
@@ -51,7 +51,7 @@ def _materialize(parameter: Any, dtype: torch.dtype, device: torch.device) -> Te
     del parameter.deferred
     if read is None or dist.get_rank() > 0:
         return torch.empty(parameter.shape, dtype=dtype, device=device)
-    weight = read().to(device, dtype, copy=True)  # the file that it was read from is memory-mapped
+    weight = read().to(device, dtype, copy=True)  # a copy, because the tensor that was read is a memory-mapped file
     return weight
 
 

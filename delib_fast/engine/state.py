@@ -1,7 +1,7 @@
 """The training state in full: fp32 weights and optimizer moments by parameter name, independent of the ZeRO stage.
 
-ZeRO keeps fragments of flat buffers, which are meaningful only at one stage and one number of ranks. This module
-assembles each parameter in full (a collective), so that a checkpoint can be read at any stage and number of ranks.
+ZeRO keeps fragments of flat buffers, whose layout depends on the stage and the number of ranks. This module gathers
+each parameter in full (a collective), so that a checkpoint can be read at any stage and number of ranks.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class TrainingState:
         return [(name, p) for name, p in self._module.named_parameters() if p.requires_grad]
 
     def tensors(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-        """Every key with a function that assembles its tensor. Every rank must call the functions in this order.
+        """Every key with a function that gathers its tensor. Every rank must call the functions in this order.
 
         The keys are `weight/NAME` and, for each moment, `MOMENT/NAME`. Tensors are fp32.
         """
@@ -69,20 +69,24 @@ class TrainingState:
 
         Args:
             read: returns the full tensor of a key; see `tensors`.
+            optimizer_steps: the optimizer steps that were made; skipped steps do not count.
+        Raises:
+            ValueError: a tensor has another shape than the model's parameter; the message has its key.
         """
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                for key in (None, *self._moments[id(parameter)]):
-                    self._set(parameter, read(f"{key or 'weight'}/{name}"), key)
+                for moment in (None, *self._moments[id(parameter)]):
+                    key = f"{moment or 'weight'}/{name}"
+                    self._set(key, parameter, read(key), moment)
         self._set_optimizer_steps(optimizer_steps)
         self._refresh_gathered()
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Set the fp32 weights of some trained parameters, which the module holds only rounded. A collective."""
+        """Set the fp32 weights of some trained parameters, of which the module holds rounded copies. A collective."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if name in weights:
-                    self._set(parameter, weights[name], None)
+                    self._set(f"weight/{name}", parameter, weights[name], None)
         self._refresh_gathered()
 
     def _refresh_gathered(self) -> None:
@@ -110,10 +114,11 @@ class TrainingState:
             full = safe_get_full_optimizer_state(parameter, moment)
         return full.detach().view(_full_shape(parameter))
 
-    def _set(self, parameter: Any, value: Tensor, moment: str | None) -> None:
+    def _set(self, key: str, parameter: Any, value: Tensor, moment: str | None) -> None:
         if tuple(value.shape) != _full_shape(parameter):
             raise ValueError(
-                f"a saved tensor has the shape {tuple(value.shape)}; the model's has {_full_shape(parameter)}"
+                f"the saved tensor {key!r} has the shape {tuple(value.shape)}, but the model's has "
+                f"{_full_shape(parameter)}: another model wrote it"
             )
         value = value.to(torch.float32)
         replica = self._replica(parameter, moment)
@@ -135,8 +140,8 @@ class TrainingState:
         size = parameter.partition_numel()
         rank = parameter._z3_optimizer._get_param_partition_rank(parameter)
         shard = torch.zeros(size, dtype=value.dtype)
-        mine = value.flatten()[size * rank : size * (rank + 1)]
-        shard[: mine.numel()] = mine
+        own = value.flatten()[size * rank : size * (rank + 1)]
+        shard[: own.numel()] = own
         return shard.to(parameter.ds_tensor.device)
 
     def _replica(self, parameter: nn.Parameter, moment: str | None) -> Tensor | None:
@@ -187,7 +192,7 @@ class TrainingState:
             yield from ((p, self._moments[id(p)]) for group in self._optimizer.param_groups for p in group["params"])
             return
         holders = [holder for group in self._optimizer.param_groups for holder in group["params"]]
-        if self._stage == 3:  # there the optimizer is given one of these at a time
+        if self._stage == 3:  # stage 3 passes one of these at a time to the optimizer
             holders = list(self._zero.fp32_partitioned_groups_flat)
         for holder, parameters in zip(holders, grouped_parameters(self._zero, self._stage), strict=True):
             yield holder, self._moments[id(parameters[0])]

@@ -1,17 +1,17 @@
 """Skips bad steps. They are found on the device, skipped on the device, and reported when metrics are read.
 
 A step is bad if its loss or its gradient norm is not finite or, with `spike_factor`, if the norm is that many times the
-running mean of earlier norms. One bad step would ruin the weights and every optimizer moment permanently, so it must
-be skipped before the optimizer step, and finding out must not make the host wait for the device:
+running mean of earlier norms. One such step would ruin the weights and every optimizer moment permanently, so it must
+be detected before the optimizer changes them, and the check must not make the host wait for the device:
 
 - A non-finite loss multiplies its gradient by NaN, and the reduction carries the NaN to every rank. (The gradient of an
   infinite loss can be finite, and then only one rank would know.)
 - The norm of the reduced gradient is the same tensor on every rank, so all ranks reach the same verdict.
 - torch's fused optimizers accept the verdict as a tensor (`found_inf`, intended for loss scaling) and skip weights,
-  moments and step count inside the kernel. Other optimizers are not called for a bad step, which costs them one wait.
+  moments and step count inside the kernel. For other optimizers the host waits for the verdict and does not call them.
 
-At ZeRO 1 to 3, DeepSpeed 0.19 silently skips non-finite steps; at stage 0 it makes them. Here both cases end in the
-same verdict, which `read` fetches in one transfer when a metrics record is due.
+DeepSpeed 0.19 silently skips non-finite steps at ZeRO 1 to 3, and applies them at stage 0. Here every stage has the
+same verdicts, which `read` fetches in one transfer when a metrics record is due.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class StepVerdict:
 
 
 class StepGuard:
-    """Watches one optimizer.
+    """Decides for each step of an optimizer whether it is skipped.
 
     Args:
         optimizer: a torch optimizer; its `step` method is wrapped.
