@@ -133,7 +133,7 @@ class Ranks:
 
 
 def _has_launcher(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher started this process. RANK alone is not enough: accelerate leaves it set in a single process."""
+    """Whether a launcher started this process. RANK alone is not enough: accelerate leaves it set."""
     complete = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys()
     return complete or ("RANK" in environment and environment.get("WORLD_SIZE", "1") != "1")
 

@@ -1,5 +1,7 @@
 """What a stage starts from and what it exports: weights, or an adapter with its base, each identified by its hash.
 
+`model` is `model.path`; each arrow is a training stage or the folder that it exports.
+
 full fine-tuning        model ─▶ msm ─▶ stages/msm/model ─▶ aft ─▶ model/
 LoRA, adapter: continue model ─▶ msm ─▶ stages/msm/adapter ─▶ aft (the same model, that adapter) ─▶ adapter/, model/
 LoRA, adapter: merge    model ─▶ msm ─▶ stages/msm/model, merged ─▶ aft (a new adapter) ─▶ adapter/, model/
@@ -28,12 +30,15 @@ _PREFIX = "model."  # what TrainableLM puts before the parameter names of the mo
 
 @dataclass(frozen=True)
 class Weights:
-    """A folder of weights and their hash, as the ledger records a stage's parent and its result."""
+    """Weights, as the ledger records the parent and the result of a stage."""
 
     path: str | None
+    """A folder or hub name; None for a new model."""
     sha256: str | None
+    """`files.hash_weights` of the folder; None for a hub name or a new model."""
 
     def describe(self) -> dict[str, Any]:
+        """For the ledger."""
         return {"path": self.path, "sha256": self.sha256}
 
 
@@ -45,7 +50,7 @@ class StageInputs:
     adapter: Weights | None = None
 
     def describe(self) -> dict[str, Any]:
-        """For the ledger: the parent is what was trained before; an adapter also has a base."""
+        """For the ledger: the parent is what this stage trains further, and an adapter also has a base model."""
         if self.adapter is None:
             return {"parent": self.model.describe()}
         return {"parent": self.adapter.describe(), "base": self.model.describe()}
@@ -54,18 +59,18 @@ class StageInputs:
 def stage_inputs(run: RunContext, index: int) -> StageInputs:
     """What stage `index` starts from: the run's model, or the export of the previous stage, which is verified.
 
-    Raises TrainingError if the weights are no longer those that the ledger records.
+    A collective. Raises TrainingError if the weights are no longer those that the ledger records.
     """
     config = run.config
     lora = config.model.lora
     if index == 0:
-        adapter = None if lora is None or lora.path is None else _given(run, lora.path)
-        return StageInputs(_given(run, config.model.path), adapter)
+        adapter = None if lora is None or lora.path is None else _user_weights(run, lora.path)
+        return StageInputs(_user_weights(run, config.model.path), adapter)
     if lora is None or config.stages[index].adapter == "merge":
         return StageInputs(exported_by(run, index - 1, "model"))
     entry = run.directory.stage(config.stages[index - 1].name) or {}
     recorded = entry.get("base") or entry["parent"]
-    base = _given(run, recorded["path"])
+    base = _user_weights(run, recorded["path"])
     if base.sha256 != recorded["sha256"]:
         raise TrainingError(
             f"{base.path} is no longer the model whose adapter stage {entry['name']!r} trained: its "
@@ -74,32 +79,32 @@ def stage_inputs(run: RunContext, index: int) -> StageInputs:
     return StageInputs(base, exported_by(run, index - 1, "adapter"))
 
 
-def _given(run: RunContext, path: str | None) -> Weights:
-    """The user's weights: a folder, or a hub name, which is not hashed."""
+def _user_weights(run: RunContext, path: str | None) -> Weights:
+    """The weights that the user configured. A hub name is not hashed. A collective."""
     if path is None or not Path(path).is_dir():
         return Weights(path, None)
     return Weights(path, hash_weights(_hashes(run, Path(path))))
 
 
 def _hashes(run: RunContext, folder: Path) -> dict[str, str]:
-    """The hashes of a folder's files on every rank; only rank 0 reads them, since they may be large."""
-    mine = hash_files(folder) if run.ranks.rank == 0 else {}
-    found: dict[str, str] = json.loads(run.ranks.gather_texts(json.dumps(mine))[0])
-    return found
+    """The hashes of a folder's files, on every rank. Only rank 0 reads the files, which may be large. A collective."""
+    hashes = hash_files(folder) if run.ranks.rank == 0 else {}
+    of_rank_0: dict[str, str] = json.loads(run.ranks.gather_texts(json.dumps(hashes))[0])
+    return of_rank_0
 
 
 def exported_by(run: RunContext, index: int, what: Literal["model", "adapter"]) -> Weights:
-    """What a finished stage exported. Raises TrainingError if a file has changed since it was written."""
+    """What a finished stage exported. Raises TrainingError if a file is missing or was changed. A collective."""
     stage = run.config.stages[index]
     folder = _folder(run, index, what)
     recorded = (run.directory.stage(stage.name) or {})[f"{what}_files"]
     actual = _hashes(run, folder)
     for name, sha256 in recorded.items():
         if actual.get(name) != sha256:
-            fault = "is missing" if name not in actual else "was changed after it was written"
+            reason = "is missing" if name not in actual else "was changed after it was written"
             raise TrainingError(
-                f"{folder / name} {fault}: the {what} is not what stage {stage.name!r} exported. Restore it, or delete "
-                "run_dir to start again"
+                f"{folder / name} {reason}: the {what} is not what stage {stage.name!r} exported. Restore it, or "
+                "delete run_dir to start again"
             )
     return Weights(str(folder), hash_weights(recorded))
 
@@ -115,15 +120,16 @@ def build_stage_model(run: RunContext, inputs: StageInputs, config: Config) -> t
     Args:
         config: the run's configuration with `activation_checkpointing: auto` resolved for the stage.
     Returns:
-        The model, and the exact (fp32) weights of its adapter if the stage continues one, else an empty dict.
+        The model, and the fp32 weights of its adapter by parameter name if the stage continues one, else an empty dict.
     """
     from delib_fast.models import add_adapter, build_deferred, build_model, load_adapter, recompute
 
     lora = config.model.lora
-    # Trained weights start exact and are rounded by ZeRO; frozen ones are only ever used in the run's precision.
+    # ZeRO keeps the fp32 values of trained weights as master weights. Frozen weights have none: they are loaded in the
+    # run's precision.
     precision = "fp32" if lora is None else config.engine.precision
     source, tokenizer = _source(config, inputs), run.dataset.tokenizer
-    if config.engine.zero_stage == 3:  # shards one weight after another, so none has to be in memory before its turn
+    if config.engine.zero_stage == 3:  # weights are loaded and sharded one by one, so that no rank holds all of them
         model, note = run.ranks.raise_together(
             lambda: build_deferred(source, tokenizer, dtype=precision, seed=config.seed, first=run.ranks.rank == 0)
         )
@@ -156,15 +162,15 @@ def _source(config: Config, inputs: StageInputs) -> ModelConfig:
 
 
 def export(run: RunContext, engine: Engine, index: int, inputs: StageInputs) -> dict[str, Any]:
-    """Export what a stage trained. Rank 0 writes; every rank takes part in gathering the weights.
+    """Export what a stage trained. A collective: the weights are gathered from all ranks, and rank 0 writes them.
 
     A stage exports a Hugging Face model folder; with LoRA a peft adapter folder, and the merged model if the stage
     is the last one or the next stage starts from it.
 
     Returns:
-        What the ledger records of it.
+        The ledger's record of the exported folders.
     Raises:
-        TrainingError: on every rank, if it cannot be written.
+        TrainingError: on every rank, if a folder cannot be written.
     """
     from safetensors import SafetensorError
 
@@ -172,7 +178,9 @@ def export(run: RunContext, engine: Engine, index: int, inputs: StageInputs) -> 
     kinds: list[Literal["model", "adapter"]] = ["model"] if lora is None else ["adapter"]
     if lora is not None and (index == len(stages) - 1 or stages[index + 1].adapter == "merge"):
         kinds.append("model")
-    exact = lora is None or lora.quantize == "none"  # else the weights to merge into are read again
+    exact = (
+        lora is None or lora.quantize == "none"
+    )  # else `_write` re-reads the weights that the adapter is merged into
     weights = engine.full_weights(frozen="model" in kinds and exact)
     entry: dict[str, Any] = {}
     fault = ""

@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Hooks of the training loop. Override those that are needed; each does nothing by default.
+    """Hooks of the training loop. By default each does nothing; override those that are needed.
 
-    Every hook is called on every rank, in the same order, so a hook may use collectives. A hook must leave weights
-    and random numbers unchanged.
+    Every hook is called on every rank, in the same order, so a hook may use collectives. A hook must not change weights
+    or the state of random number generators.
     """
 
     def micro_batch(self, batch: PackedBatch, output: LossOutput) -> None:
-        """Called after the backward pass of a micro-batch. Both arguments are on the device; do not synchronise."""
+        """Called after the backward pass of a micro-batch. Both arguments are on the device; do not synchronize."""
 
     def step_end(self, run: RunContext, engine: Engine, stage: StageConfig) -> None:
-        """Called after each step; `engine.step` is the number of steps done."""
+        """Called after each step. `engine.step` is the number of steps made so far."""
 
 
 class CallbackList:
-    """The callbacks of one stage: the loop's own log first, then those of the user, in order."""
+    """Calls the step log and then the user's callbacks, in order, for one stage."""
 
     def __init__(
         self, run: RunContext, engine: Engine, stage: StageConfig, log: Callback, callbacks: Sequence[Callback]

@@ -1,4 +1,4 @@
-"""When a checkpoint is due, what it holds, and how a run stops between two steps."""
+"""When a checkpoint is due, what it contains, and how a run stops between two steps."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepPoll:
-    """What the ranks agree on before a step; each figure is a sum over the ranks, the same on all of them."""
+    """What the ranks agree on before a step. Each number is a sum over the ranks, and the same on all of them."""
 
     normalizer: float
     """Σ loss weights of the step, by which its loss is divided."""
     stop_requested: float
+    """How many ranks received a signal to stop."""
     save_due: float
+    """1 if a checkpoint is due (only rank 0 decides), else 0."""
     writer_busy: float
-    """Above 0 while a rank still writes its part of the last checkpoint."""
+    """How many ranks are still writing their shard of the last checkpoint."""
     writer_failed: float
+    """How many ranks failed to write their shard."""
 
 
 class Checkpointer:
-    """Decides when a checkpoint is due and has it written. The clock of rank 0 decides for all ranks."""
+    """Decides when a checkpoint is due and starts writing it. The clock of rank 0 decides for all ranks."""
 
     def __init__(self, run: RunContext, engine: Engine, stage: StageConfig, log: StepLog) -> None:
         self._run, self._engine, self._stage, self._log = run, engine, stage, log
@@ -44,7 +47,11 @@ class Checkpointer:
         )
 
     def poll(self, normalizer: float) -> StepPoll:
-        """Sum this rank's part of the normalizer, and what it has to report, over all ranks. A collective."""
+        """Sum the loss normalizer and the requests of this rank over all ranks. A collective.
+
+        Args:
+            normalizer: Σ loss weights of this rank's micro-batches.
+        """
         run, writer = self._run, self._writer
         run.ranks.heartbeat(f"{self._stage.name} step {self._engine.step + 1}: waiting for the other ranks")
         poll = StepPoll(*run.ranks.sum(normalizer, run.stop.requested, self._due(), writer.busy, writer.failed))
@@ -52,11 +59,11 @@ class Checkpointer:
         return poll
 
     def apply(self, poll: StepPoll) -> None:
-        """Publish a checkpoint whose parts are all written, begin one that is due, or stop. A collective.
+        """Publish a checkpoint whose shards are all written, begin one that is due, or stop. A collective.
 
         Raises:
             Stopped: a stop was requested on any rank; a checkpoint has been saved.
-            CheckpointError: a rank could not write its part.
+            CheckpointError: a rank failed to write its shard.
         """
         if poll.writer_failed:
             self._writer.raise_failure()
@@ -80,18 +87,19 @@ class Checkpointer:
         self._saved_at, self._saved_step = time.monotonic(), self._engine.step
 
     def stop(self) -> NoReturn:
-        """Save the steps that are not saved yet, and raise Stopped. A collective."""
+        """Save a checkpoint, unless the current step is already saved, and raise Stopped. A collective."""
         if self._engine.step != self._saved_step:
             self.save()
         self.finish()
         raise Stopped(f"stopped after step {self._engine.step} of stage {self._stage.name!r}")
 
     def finish(self) -> None:
-        """Wait until the checkpoint that is being written is on the disk. A collective."""
-        with self._run.watchdog.suspended("waiting for a checkpoint to be on the disk"):
+        """Wait until the checkpoint that is being written is on disk. A collective."""
+        with self._run.watchdog.suspended("waiting for a checkpoint to be written"):
             self._writer.wait()
 
     def _due(self) -> bool:
+        """Whether rank 0 wants a checkpoint of the current step; False on other ranks."""
         settings, step = self._run.config.checkpoint, self._engine.step
         if step == self._saved_step or self._run.ranks.rank != 0:
             return False

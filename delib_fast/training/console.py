@@ -1,4 +1,4 @@
-"""Console output of a run: a live line in a terminal, plain lines elsewhere, and tables at the end."""
+"""Console output of a run: a progress bar in a terminal, plain lines elsewhere, and tables at the end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ _PLAIN_EVERY_S = 5.0  # without a terminal, at most one line in this many second
 
 
 class ConsoleLogger:
-    """Logs the progress of a run. Only rank 0 is enabled."""
+    """Prints the progress of a run.
+
+    Args:
+        enabled: whether this rank prints; only rank 0 does.
+    """
 
     def __init__(self, *, enabled: bool) -> None:
         self._enabled = enabled
@@ -27,10 +31,16 @@ class ConsoleLogger:
         self._first_step = 0
 
     def print(self, text: str) -> None:
+        """Print a line of plain text, above the progress bar if there is one."""
         if self._enabled:
             self._console.print(Text(text))
 
     def begin_stage(self, name: str, first_step: int, num_steps: int) -> None:
+        """Show the progress of a stage.
+
+        Args:
+            first_step: steps of the stage that are already done.
+        """
         self._name, self._num_steps, self._first_step = name, num_steps, first_step
         self._started, self._last_line = time.perf_counter(), 0.0
         if self._enabled and self._console.is_terminal:
@@ -45,7 +55,7 @@ class ConsoleLogger:
             self._task = self._live.add_task(name, total=num_steps, completed=first_step, status="")
 
     def log(self, step: int, record: Mapping[str, Any]) -> None:
-        """Show a metrics record."""
+        """Show a metrics record. Without a terminal, at most one line is printed every 5 s."""
         if not self._enabled:
             return
         losses = " ".join(f"{name} {part['nll']:.3f}" for name, part in record["segments"].items())
@@ -59,12 +69,13 @@ class ConsoleLogger:
             self._console.print(f"{self._name} step {step}/{self._num_steps}  {status}")
 
     def end_stage(self) -> None:
+        """Stop updating the progress bar."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     def print_tables(self, ledger: Mapping[str, Any], paths: Sequence[tuple[str, str]]) -> None:
-        """Print the end of a run: held-out nll by segment at each moment, and each stage's figures.
+        """Print the tables at the end of a run: held-out nll by segment at each moment, and the figures of each stage.
 
         Args:
             paths: names and paths to print below the tables.
@@ -78,6 +89,7 @@ class ConsoleLogger:
 
 
 def heldout_table(evaluations: Sequence[Mapping[str, Any]]) -> Table:
+    """The held-out nll of each segment (rows) at each evaluation of a ledger (columns)."""
     table = Table(title="Held-out nll (nats a token)", title_justify="left")
     table.add_column("segment")
     table.add_column("tokens", justify="right")
@@ -92,6 +104,7 @@ def heldout_table(evaluations: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
+    """Steps, tokens, throughput and time of finished stages, from their ledger entries."""
     table = Table(title="Stages", title_justify="left")
     for name in ("stage", "steps", "tokens", "supervised", "tok/s", "sup. tok/s", "fill", "time"):
         table.add_column(name, justify="left" if name == "stage" else "right")
@@ -110,14 +123,15 @@ def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def count_text(number: float) -> str:
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if number >= limit:
-            scale = {"G": 1e9, "M": 1e6, "k": 1e3}[unit]
+    """A count in at most six characters: 9999, 10.0k, 1.2M, 3.4G."""
+    for smallest, scale, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if number >= smallest:
             return f"{number / scale:.1f}{unit}"
     return f"{number:.0f}"
 
 
 def duration_text(seconds: float) -> str:
+    """A duration: 7s, 3m07s or 2h05m."""
     minutes, secs = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{secs:02d}s" if minutes else f"{secs}s"

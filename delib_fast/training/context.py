@@ -1,4 +1,4 @@
-"""What every stage of a run shares."""
+"""The objects that all stages of a run share."""
 
 from __future__ import annotations
 

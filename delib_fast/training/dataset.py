@@ -47,11 +47,11 @@ EVALUATION_WEIGHTS = tuple(0.0 if segment == Segment.PROMPT else 1.0 for segment
 
 
 class RunDataset:
-    """The data of a run. Sources are read, encoded and packed when they are needed, and only once.
+    """The data of a run. Sources are read, encoded and packed on first use, and kept.
 
     Args:
         config: the run's configuration.
-        tokenizer_folder: where a tokenizer that the run trains is stored.
+        tokenizer_folder: where the tokenizer is stored if the run trains one.
         ranks: the process group; rank 0 trains the tokenizer, and each rank gets its own packs.
     """
 
@@ -67,7 +67,7 @@ class RunDataset:
     # --- rows and tokenizer ---------------------------------------------------------------------------------
 
     def source(self, name: str) -> Source:
-        """The source of that name, read once."""
+        """The source with that name under `data:`. Raises DataError or ConfigError if it cannot be read."""
         if name not in self._sources:
             self._sources[name] = source_of(self._config, name)
         return self._sources[name]
@@ -84,7 +84,7 @@ class RunDataset:
     def tokenizer(self) -> Any:
         """The run's tokenizer.
 
-        If the run trains one, rank 0 trains and stores it, and all ranks load it from there; so does a resumed run.
+        If the run trains one, rank 0 trains and stores it, and all ranks load it from there. So does a resumed run.
         """
         train = self._config.tokenizer.train
         if train is None:
@@ -107,7 +107,7 @@ class RunDataset:
             self._build_tokenizer(train=train, texts=lambda: texts).save_pretrained(folder)
             for file in folder.iterdir():
                 sync_file(file)
-            write_atomic(marker, trained_on)  # last: without it the tokenizer is trained again
+            write_atomic(marker, trained_on)  # written last: without it, the tokenizer is trained again
         self._ranks.barrier()
         return self._build_tokenizer(path=str(folder))
 
@@ -128,7 +128,7 @@ class RunDataset:
     # --- encoding -------------------------------------------------------------------------------------------
 
     def encoded(self, stage: StageConfig) -> TokenizedDataset:
-        """All examples of the stage's sources, each once, one source after another."""
+        """All examples of the stage's sources, each once, one source after another, without mixing."""
         if stage.name not in self._encoded:
             self._encoded[stage.name] = TokenizedDataset.join([self._encoded_source(stage, n) for n in stage.train])
         return self._encoded[stage.name]
@@ -153,7 +153,7 @@ class RunDataset:
         return tokenizer_fingerprint(self.tokenizer)
 
     def mixed(self, stage: StageConfig) -> tuple[TokenizedDataset, list[SourceShare]]:
-        """Return (the examples of an epoch with their repeats, the share of each source)."""
+        """The examples of an epoch, with repeats; and the share of each source."""
         if stage.name not in self._mixed:
             settings = self._config.data
             with reraise_as_data_error(f"stage {stage.name!r}"):
@@ -195,7 +195,7 @@ class RunDataset:
         return [[self.source(n).sha256, self._config.data[n].model_dump(mode="json")] for n in names]
 
     def _check_once(self, inputs: dict[str, Any], check: Callable[[], None]) -> None:
-        """Run a check of all rows, unless the cache records that it has passed for the same inputs."""
+        """Run a check of all rows, unless the cache records that it passed with the same inputs."""
 
         def passed() -> dict[str, Any]:
             check()
@@ -207,7 +207,10 @@ class RunDataset:
     # --- packed batches -------------------------------------------------------------------------------------
 
     def batches(self, stage: StageConfig) -> PackedDataLoader:
-        """The stage's packed batches. Raises DataError if there are fewer steps than the stage's `min_steps`."""
+        """This rank's packed batches of the stage.
+
+        Raises DataError as `refuse_leaks` and `pack_stage` do.
+        """
         if stage.name not in self._batches:
             self.refuse_leaks(stage)
             examples = self.mixed(stage)[0]
@@ -217,7 +220,7 @@ class RunDataset:
         return self._batches[stage.name]
 
     def fingerprint(self, stage: StageConfig) -> str:
-        """A hash of the stage's examples and their order. If it differs, the steps of a checkpoint are other steps."""
+        """A hash of the stage's examples and their order. A checkpoint can be resumed only if it is the same."""
         encoded = self.mixed(stage)[0]
         digest = hashlib.sha256(encoded.digest().encode())
         digest.update(
@@ -236,7 +239,7 @@ class RunDataset:
         return digest.hexdigest()
 
     def evaluation(self) -> Iterator[tuple[str, list[PackedBatch]]]:
-        """Yield (prefix for the names of the segments, this rank's packs) of each evaluation set of the run.
+        """Yield (prefix of the segment names, this rank's packs) for each evaluation set of the run.
 
         Rows are evaluated as they are, with their CoT. If a stage strips the CoT, chats are evaluated without it as
         well, under the prefix "no CoT: ".
@@ -292,7 +295,7 @@ class RunDataset:
         return sum((self.source(name).bad_rows for name in stage.train), Counter())
 
     def left_out(self, stage: StageConfig) -> dict[str, int]:
-        """Number of rows that are not trained on, by reason."""
+        """How many rows of the stage's sources are not trained on, by reason."""
         over_long = self.encoded(stage).counts.dropped_over_long
         return {
             **{reason.replace("_", " "): n for reason, n in self._bad_rows(stage).items()},
@@ -300,7 +303,7 @@ class RunDataset:
         }
 
     def ledger(self, stage: StageConfig) -> dict[str, Any]:
-        """The ledger's record of a stage's data: files with their hashes, and tokens over all steps."""
+        """The part of a stage's ledger entry that describes its data: files with hashes, and tokens over all steps."""
         batches, (encoded, shares) = self.batches(stage), self.mixed(stage)
         weights, counts = segment_weights(stage), self.encoded(stage).counts
         totals, left_out = batches.totals(), self.left_out(stage)
@@ -366,7 +369,7 @@ def pack_stage(
 
 
 def refuse_few_steps(stage: StageConfig, batches: PackedDataLoader) -> None:
-    """Raise ValueError if a stage has fewer steps than its `min_steps`."""
+    """Raise ValueError, with a tokens_per_step that works, if a stage has fewer steps than its `min_steps`."""
     if batches.num_steps < stage.min_steps:
         tokens = batches.tokens_per_epoch * stage.epochs
         fits = max(1, tokens // (stage.min_steps * stage.pack_capacity)) * stage.pack_capacity

@@ -1,4 +1,4 @@
-"""How a training run ends before it is finished."""
+"""The exceptions that end a training run early."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ class Stopped(Exception):  # noqa: N818 (a requested stop is not an error)
 
 
 class TrainingError(RuntimeError):
-    """The run cannot continue. The message says at which step and why."""
+    """The run cannot continue. The message says in which stage, why, and what to do."""
 
 
 class LostRankError(TrainingError):

@@ -1,8 +1,8 @@
-"""Where metrics go besides metrics.jsonl: TensorBoard, and the services that `accelerate.tracking` speaks to.
+"""Where metrics go besides metrics.jsonl: TensorBoard, and the services that `accelerate.tracking` supports.
 
-A service receives the metrics records and the resolved configuration with secrets redacted; it never receives the
-text of a row, or the environment. Keys for a service come from its own settings (WANDB_API_KEY and the like), never
-from the configuration. A service that fails does not abort the run: the failure is logged once, and metrics.jsonl
+A service receives the metrics records, and the resolved configuration with secrets redacted. It never receives the text
+of a row or the environment. API keys come from the service's own settings (such as WANDB_API_KEY), never from the
+configuration. A service that fails does not abort the run: the failure is logged once, and metrics.jsonl
 has every record.
 """
 
@@ -33,7 +33,7 @@ def refuse_missing_loggers(config: Config) -> None:
 
 
 def flatten_metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    """A metrics record with flat names: nll/cot, accuracy/cot, tokens_per_s, …"""
+    """The numbers of a metrics record by flat name: nll/cot, accuracy/cot, tokens_per_s, … (without `step`)."""
     flat = {name: float(value) for name, value in record.items() if isinstance(value, int | float) and name != "step"}
     for segment, part in record["segments"].items():
         flat |= {f"nll/{segment}": part["nll"], f"accuracy/{segment}": part["accuracy"]}
@@ -41,12 +41,12 @@ def flatten_metrics(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Loggers:
-    """All loggers of a run. The steps of a stage continue those of the stages before it.
+    """All loggers of a run. They count steps across stages: a stage continues the numbers of the previous one.
 
     Args:
-        run_dir: where TensorBoard's files go, and the ids under which services know this run.
+        run_dir: the folder for TensorBoard's files and for trackers.json, which has the run's id at each service.
         enabled: whether this rank logs; only rank 0 does.
-        warn: called with a message for each service that failed.
+        warn: called with a message when a service fails.
     """
 
     def __init__(self, config: Config, run_dir: Path, *, enabled: bool, warn: Callable[[str], None]) -> None:
@@ -72,17 +72,19 @@ class Loggers:
                     self._open[name] = tracker
 
     def log(self, record: Mapping[str, Any]) -> None:
+        """Send a metrics record to every service that has not failed."""
         metrics, step = flatten_metrics(record), self._steps_before + record["step"]
         for name, tracker in list((self._open or {}).items()):
             self._try(name, partial(tracker.log, metrics, step=step))
 
     def close(self) -> None:
+        """Flush and close every service."""
         for name, tracker in list((self._open or {}).items()):
             self._try(name, tracker.finish)
         self._open = None
 
     def _start(self, name: str, steps_done: int) -> Any:
-        """Start a service's tracker; a resumed run continues under the id that the service knows it by."""
+        """Start a service's tracker. A resumed run keeps its id at the service."""
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         ids_path = self._run_dir / "trackers.json"
@@ -113,12 +115,13 @@ class Loggers:
         return options
 
     def _try(self, name: str, act: Callable[[], Any]) -> Any:
+        """Return what `act` returns. If it raises, warn, drop the service and return None."""
         try:
             return act()
         except Exception as error:  # noqa: BLE001 (whatever a service raises, training continues)
             (self._open or {}).pop(name, None)
             self._warn(
-                f"{name}: {type(error).__name__}: {error}; nothing more of this run is sent to it (metrics.jsonl has "
+                f"{name}: {type(error).__name__}: {error}; no more metrics are sent to it (metrics.jsonl has "
                 "every record)"
             )
             return None

@@ -28,10 +28,10 @@ def train_stage(
     """Train from the engine's step to the last step of the stage.
 
     Args:
-        callbacks: the user's; they are called after the loop's own.
-        log_state: `StepLog.state` as the checkpoint stores it that the stage resumes from.
+        callbacks: the user's callbacks, which are called after the step log.
+        log_state: what `StepLog.state` returned, from the checkpoint that the stage resumes from; None if it starts.
     Returns:
-        The stage's figures for the ledger, and the checkpointer, for a stop after the last step.
+        The stage's figures for the ledger; and the checkpointer, with which `evaluate` can stop after the last step.
     Raises:
         Stopped: a stop was requested; a checkpoint has been saved.
         TrainingError, CheckpointError: a step cannot be made, or a checkpoint cannot be written.
@@ -50,10 +50,13 @@ def train_stage(
 
 
 def evaluate(run: RunContext, engine: Engine, moment: str, checkpointer: Checkpointer | None = None) -> None:
-    """Record the held-out nll by segment of every evaluation set in the ledger, under `moment`.
+    """Record the held-out nll by segment of every evaluation set in the ledger, unless `moment` is already recorded.
 
+    Args:
+        moment: the key in the ledger, e.g. "start" or "after msm".
+        checkpointer: saves the last step if a stop is requested; None before the first step.
     Raises:
-        Stopped: a stop was requested; the checkpointer, if given, has saved the last step.
+        Stopped: a stop was requested.
     """
     if run.directory.evaluation(moment) is not None:
         return

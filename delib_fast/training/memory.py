@@ -1,4 +1,4 @@
-"""An estimate of a rank's memory, by part, from the sizes of the model; and the settings that follow from it.
+"""An estimate of the memory that a rank needs, by part; and the settings that are derived from it.
 
     P parameters, of which t are trained (all, or those of an adapter); R ranks; T tokens of a pack that a rank holds
     (its shard, under sequence parallelism); H hidden, F intermediate, A attention width, V vocabulary; b bytes of the
@@ -37,15 +37,22 @@ Mode = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True, slots=True)
 class MemoryPart:
+    """One part of a rank's memory: its name, its size in bytes, and what it consists of."""
+
     name: str
     bytes: float
     why: str
 
 
 def memory_parts(config: Config, stage: StageConfig, shape: ModelShape, ranks: int, precision: str) -> list[MemoryPart]:
-    """The parts of a rank's memory, in bytes. `precision` is the resolved `engine.precision`: fp32, bf16 or fp16."""
+    """Estimate the parts of a rank's memory.
+
+    Args:
+        ranks: the number of ranks.
+        precision: the resolved `engine.precision`: fp32, bf16 or fp16.
+    """
     half = precision != "fp32"
-    # As the engine does: half precision at stage 0 runs as stage 1.
+    # As in the engine, half precision at stage 0 runs as stage 1.
     zero = max(config.engine.zero_stage, 1 if half else 0)
     b, lora = (2 if half else 4), config.model.lora
     trained = shape.parameters if lora is None else shape.adapter_parameters
@@ -57,47 +64,52 @@ def memory_parts(config: Config, stage: StageConfig, shape: ModelShape, ranks: i
     if lora is not None:
         weights += b * trained - (shape.adapted_parameters * (b - _NF4_BYTES) if lora.quantize != "none" else 0)
     gathered = b * (2 * shape.largest_layer + shape.embedding_parameters) if zero == 3 and ranks > 1 else 0
-    ends = min(shape.embedding_parameters, trained)
-    moments = {"sgd": 0, "adamw": 8 * trained, "muon": 4 * (trained + ends)}[stage.optimizer.name]
+    adamw_under_muon = min(shape.embedding_parameters, trained)
+    moments = {"sgd": 0, "adamw": 8 * trained, "muon": 4 * (trained + adamw_under_muon)}[stage.optimizer.name]
     T = tokens_of_a_rank(config, stage)
-    host = config.engine.offload_optimizer != "none"
-    kept = "" if lora is None else f", adapter of {trained:,}"
+    offloaded = config.engine.offload_optimizer != "none"
+    adapter = "" if lora is None else f", adapter of {trained:,}"
     return [
         MemoryPart(
             "weights",
             gathered if config.engine.offload_parameters != "none" else shard(weights, 3) + gathered,
-            f"{precision}{_over(ranks, zero >= 3)}{kept}",
+            f"{precision}{_over(ranks, zero >= 3)}{adapter}",
         ),
         MemoryPart(
             "gradients",
-            shard(b * trained, 2) + (shard(4 * trained, 1) if half and not host else 0),
+            shard(b * trained, 2) + (shard(4 * trained, 1) if half and not offloaded else 0),
             f"{precision}{' and fp32 sums' if half else ''}{_over(ranks, zero >= 2)}",
         ),
         MemoryPart(
             "optimizer",
-            0 if host else shard(moments + (4 if half else 0) * trained, 1),
+            0 if offloaded else shard(moments + (4 if half else 0) * trained, 1),
             "on the host"
-            if host
+            if offloaded
             else f"{stage.optimizer.name}{', fp32 master weights' if half else ''}{_over(ranks, zero >= 1)}",
         ),
         _activations(config, stage, shape, b),
-        _loss(T, shape, b, head=lora is None, kept=precision == "bf16"),
+        _loss(T, shape, b, head_is_trained=lora is None, may_keep_logits=precision == "bf16"),
     ]
 
 
-def _loss(T: int, shape: ModelShape, b: int, *, head: bool, kept: bool) -> MemoryPart:
-    """head: whether the head is trained. kept: whether the gradient of the logits may be kept instead of the head's."""
+def _loss(T: int, shape: ModelShape, b: int, *, head_is_trained: bool, may_keep_logits: bool) -> MemoryPart:
+    """The memory of the loss.
+
+    Args:
+        may_keep_logits: whether the op may keep the gradient of all logits instead of summing the head's in float32.
+    """
     V, H = shape.vocabulary, shape.hidden
     hidden = 2.0 * b * T * H
-    if head and kept and T <= 2 * H:
+    if head_is_trained and may_keep_logits and T <= 2 * H:
         return MemoryPart("loss", b * (T * V + V * H) + hidden, "the logits' gradient, and the head's made from it")
-    trained = (4 + b) * V * H if head else 0
-    why = f"chunks of {GPU_CHUNK_TOKENS:,} tokens{' and the gradient of the head' if head else ''}, never T × V"
-    return MemoryPart("loss", b * min(GPU_CHUNK_TOKENS, T) * V + trained + hidden, why)
+    head = (4 + b) * V * H if head_is_trained else 0
+    and_head = " and the gradient of the head" if head_is_trained else ""
+    why = f"chunks of {GPU_CHUNK_TOKENS:,} tokens{and_head}, never T × V"
+    return MemoryPart("loss", b * min(GPU_CHUNK_TOKENS, T) * V + head + hidden, why)
 
 
 def tokens_of_a_rank(config: Config, stage: StageConfig) -> int:
-    """Tokens of a full pack that one rank computes on: under sequence parallelism, its shard."""
+    """Tokens of a full pack that one rank holds: under sequence parallelism, those of its shard."""
     return -(-stage.pack_capacity // config.engine.sequence_parallel)
 
 
@@ -105,7 +117,7 @@ def _activations(config: Config, stage: StageConfig, shape: ModelShape, b: int) 
     T, model = tokens_of_a_rank(config, stage), config.model
     layer = T * b * (10 * shape.hidden + 4 * shape.attention_width + 3 * shape.intermediate / model.mlp_tiles)
     mode = model.activation_checkpointing
-    if mode in ("none", "auto"):  # auto stays unresolved where there is no limit
+    if mode in ("none", "auto"):  # auto is not resolved if the memory has no limit
         return MemoryPart("activations", layer * shape.layers, f"{shape.layers} layers of {T:,} tokens")
     kept = 0 if model.activation_offload else shape.hidden
     if mode == "selective":
@@ -122,13 +134,17 @@ def _over(ranks: int, sharded: bool) -> str:
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """The memory that a run has. limit_gib: memory of each rank's device; None if it is not checked."""
+    """What the estimate of a stage is compared with."""
 
     ranks: int
+    """The number of ranks."""
     precision: str
+    """The resolved `engine.precision`."""
     limit_gib: float | None
+    """Memory of each rank's device; None if it is not checked."""
 
     def needs_gib(self, config: Config, stage: StageConfig, shape: ModelShape) -> float:
+        """The estimated memory of a rank in GiB."""
         return sum(part.bytes for part in memory_parts(config, stage, shape, self.ranks, self.precision)) / GIB
 
 
@@ -140,59 +156,56 @@ def resolve_activation_checkpointing(
         return config
     mode: Mode = "none"
     if budget.limit_gib is not None:
-        whole = config.model.layers == "compile" or config.model.activation_offload
-        modes: Sequence[Mode] = (
-            ("full",)
-            if config.model.activation_offload
-            else ("none", "full")
-            if whole
-            else ("none", "selective", "full")
-        )
-        enough = _SHARE_FOR_AUTO * budget.limit_gib
+        modes: Sequence[Mode] = ("none", "selective", "full")
+        if config.model.activation_offload:
+            modes = ("full",)
+        elif config.model.layers == "compile":  # a compiled block cannot be checkpointed inside
+            modes = ("none", "full")
+        limit_gib = _SHARE_FOR_AUTO * budget.limit_gib
         mode = next(
             (
                 m
                 for m in modes
-                if enough >= budget.needs_gib(_changed(config, "model.activation_checkpointing", m), stage, shape)
+                if budget.needs_gib(_with_key(config, "model.activation_checkpointing", m), stage, shape) <= limit_gib
             ),
             "full",
         )
     elif config.model.activation_offload:
         mode = "full"
-    return _changed(config, "model.activation_checkpointing", mode)
+    return _with_key(config, "model.activation_checkpointing", mode)
 
 
 def check_fits(config: Config, stage: StageConfig, shape: ModelShape, budget: MemoryBudget) -> None:
-    """Raise ConfigError, naming a setting that fits, if a stage is estimated to need more memory than there is."""
+    """Raise ConfigError, with settings that fit, if a stage is estimated to need more memory than a rank has."""
     config = resolve_activation_checkpointing(config, stage, shape, budget)
     needs = budget.needs_gib(config, stage, shape)
     if budget.limit_gib is None or needs <= budget.limit_gib:
         return
     raise ConfigError(
-        f"stage {stage.name!r} is estimated to need {needs:.1f} GiB of a rank's {budget.limit_gib:.1f} GiB "
-        f"(`delib-fast plan` shows of what); {_remedy(config, stage, shape, budget)}, or engine.memory_gib=0 to "
-        "skip this check"
+        f"stage {stage.name!r} is estimated to need {needs:.1f} GiB per rank, but a rank has "
+        f"{budget.limit_gib:.1f} GiB (`delib-fast plan` lists the parts); {_remedy(config, stage, shape, budget)}; "
+        "or set engine.memory_gib=0 to skip this check"
     )
 
 
 def _remedy(config: Config, stage: StageConfig, shape: ModelShape, budget: MemoryBudget) -> str:
     """Settings that fit: one change if one is enough, else several, the cheapest first."""
-    changes = list(_changes(config, stage, budget))
+    changes = list(_possible_changes(config, stage, budget))
     for key, value in changes:
-        if budget.needs_gib(*_with(config, stage, key, value), shape) <= budget.limit_gib:  # type: ignore[operator]
-            alone = key == "engine.offload_optimizer" and config.engine.zero_stage == 0
-            needed = "engine.zero_stage=1 " if alone else ""
-            return f"it would fit with {needed}{key}={value}"
+        if budget.needs_gib(*_with_change(config, stage, key, value), shape) <= budget.limit_gib:  # type: ignore[operator]
+            needs_zero_1 = key == "engine.offload_optimizer" and config.engine.zero_stage == 0
+            return f"it would fit with {'engine.zero_stage=1 ' if needs_zero_1 else ''}{key}={value}"
     changed: list[str] = []
     for key, value in changes:
-        config, stage = _with(config, stage, key, value)
+        config, stage = _with_change(config, stage, key, value)
         changed = [s for s in changed if not s.startswith(f"{key}=")] + [f"{key}={value}"]
         if budget.needs_gib(config, stage, shape) <= budget.limit_gib:  # type: ignore[operator]
             return f"it would fit with {' '.join(changed)}"
     return "no setting of this model would fit on this many ranks: use more ranks, or model.lora"
 
 
-def _changes(config: Config, stage: StageConfig, budget: MemoryBudget) -> Iterator[tuple[str, Any]]:
+def _possible_changes(config: Config, stage: StageConfig, budget: MemoryBudget) -> Iterator[tuple[str, Any]]:
+    """Keys and values that save memory, the cheapest in time first."""
     if config.model.activation_checkpointing in ("none", "selective"):
         if config.model.activation_checkpointing == "none" and config.model.layers != "compile":
             yield "model.activation_checkpointing", "selective"
@@ -209,17 +222,18 @@ def _changes(config: Config, stage: StageConfig, budget: MemoryBudget) -> Iterat
         yield f"stages.{stage.name}.pack_capacity", capacity
 
 
-def _with(config: Config, stage: StageConfig, key: str, value: Any) -> tuple[Config, StageConfig]:
+def _with_change(config: Config, stage: StageConfig, key: str, value: Any) -> tuple[Config, StageConfig]:
+    """The configuration and the stage with one of `_possible_changes`, and with what that change requires."""
     if key.startswith("stages."):
         return config, stage.model_copy(update={"pack_capacity": value})
     if key == "engine.offload_optimizer" and config.engine.zero_stage == 0:
-        config = _changed(config, "engine.zero_stage", 1)
+        config = _with_key(config, "engine.zero_stage", 1)
     if key == "model.activation_offload":
-        config, value = _changed(config, "model.activation_checkpointing", "full"), True
-    return _changed(config, key, value), stage
+        config, value = _with_key(config, "model.activation_checkpointing", "full"), True
+    return _with_key(config, key, value), stage
 
 
-def _changed(config: Config, key: str, value: Any) -> Config:
+def _with_key(config: Config, key: str, value: Any) -> Config:
     section, _, name = key.partition(".")
     part = getattr(config, section).model_copy(update={name: value})
     return config.model_copy(update={section: part})

@@ -15,8 +15,8 @@ class Meter:
     """Per-segment sums over micro-batches, on the device, without a host sync.
 
     Each segment has Σ nll, Σ weight·nll, the number of supervised tokens, the number of those that were predicted
-    correctly, and Σ weight. A token whose nll is not finite is excluded, since one of them would hide the loss of all
-    others; the guard reports it.
+    correctly, and Σ weight. A token whose nll is not finite is excluded, since it would make the sum of all others
+    non-finite; the step guard reports it.
     """
 
     _COLUMNS = ("nll", "weighted_nll", "tokens", "correct", "weight")
@@ -26,22 +26,23 @@ class Meter:
 
     def add(self, batch: PackedBatch, output: LossOutput) -> None:
         """Add a micro-batch; both arguments are on the meter's device."""
-        at = batch.loss_positions
-        nll, weight = output.nll[at].double(), batch.loss_weights[at].double()
+        supervised = batch.loss_positions
+        nll, weight = output.nll[supervised].double(), batch.loss_weights[supervised].double()
         finite = nll.isfinite()
         nll = nll.where(finite, 0.0)
         weight = weight.where(finite, 0.0)
         columns = torch.stack(
-            [nll, nll * weight, finite.double(), (output.correct[at] & finite).double(), weight], dim=1
+            [nll, nll * weight, finite.double(), (output.correct[supervised] & finite).double(), weight], dim=1
         )
-        self._sums.index_add_(0, batch.segment_ids[at].long(), columns)
+        self._sums.index_add_(0, batch.segment_ids[supervised].long(), columns)
 
     @property
     def sums(self) -> Tensor:
-        """(segments, 5) float64 sums, on the device."""
+        """The sums: (segments, 5) float64, on the device. The columns are those of the class docstring, in order."""
         return self._sums
 
     def reset(self) -> None:
+        """Set all sums to 0."""
         self._sums.zero_()
 
     def restore(self, sums: list[list[float]]) -> None:
@@ -59,11 +60,11 @@ def segment_report(sums: Tensor) -> dict[str, dict[str, float]]:
 
 
 def weighted_loss(sums: Tensor) -> float | None:
-    """The loss that was minimised: Σ weight·nll / Σ weight; None if no token had weight."""
+    """The loss that is minimized: Σ weight·nll / Σ weight over `Meter.sums`; None if the total weight is 0."""
     weight = float(sums[:, 4].sum())
     return float(sums[:, 1].sum()) / weight if weight else None
 
 
-def tokens_of(report: Mapping[str, Mapping[str, float]]) -> int:
-    """The supervised tokens of all segments of a report."""
+def count_tokens(report: Mapping[str, Mapping[str, float]]) -> int:
+    """Number of supervised tokens of all segments of a `segment_report`."""
     return int(sum(part["tokens"] for part in report.values()))

@@ -1,4 +1,8 @@
-"""A run: every stage of a configuration, one after another."""
+"""A run: every stage of a configuration, one after another.
+
+Modules that import torch, transformers or DeepSpeed are imported inside functions, because `run` sets a variable that
+DeepSpeed reads on import, and because `delib_fast.stages` needs this module only to describe a run.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +19,24 @@ from typing import TYPE_CHECKING, Any
 
 from delib_fast.config import Config, ConfigError, StageConfig
 from delib_fast.training.artifacts import StageInputs, build_stage_model, export, exported_by, stage_inputs
+from delib_fast.training.console import ConsoleLogger
 from delib_fast.training.context import RunContext
 from delib_fast.training.errors import LostRankError, Stopped
+from delib_fast.training.loggers import Loggers, refuse_missing_loggers
 from delib_fast.training.memory import MemoryBudget, check_fits, resolve_activation_checkpointing
+from delib_fast.training.run_directory import RunDirectory
 from delib_fast.training.signals import StopRequest
+from delib_fast.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from delib_fast.checkpoint.format import Checkpoint
     from delib_fast.engine import Engine, Ranks
     from delib_fast.training.callbacks import Callback
-    from delib_fast.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run made: its folder, its exported model, and the ledger as in ledger.json."""
+    """The result of a run: its folder, the exported model, and the content of ledger.json."""
 
     run_dir: Path
     model: Path
@@ -37,7 +44,7 @@ class RunResult:
 
 
 def run(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
-    """Run every stage of a configuration that is not finished yet, and print the table of the whole run.
+    """Run every stage of a configuration that is not finished yet, and print the tables of the whole run.
 
     Args:
         callbacks: called on every rank after each micro-batch and each step; see `training.callbacks.Callback`.
@@ -50,11 +57,7 @@ def run(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
     if config.engine.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
     from delib_fast.engine import Ranks
-    from delib_fast.training.console import ConsoleLogger
     from delib_fast.training.dataset import RunDataset
-    from delib_fast.training.loggers import Loggers, refuse_missing_loggers
-    from delib_fast.training.run_directory import RunDirectory
-    from delib_fast.training.watchdog import Watchdog
 
     refuse_missing_loggers(config)
     ranks = Ranks(config.engine.device, config.engine.sequence_parallel)
@@ -63,14 +66,14 @@ def run(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
     directory, console = RunDirectory(config.run_dir, writes=is_main), ConsoleLogger(enabled=is_main)
     loggers = Loggers(config, directory.path, enabled=is_main, warn=console.print)
     try:
-        for mine in (is_main, not is_main):  # rank 0 creates what the other ranks find
-            ranks.raise_together(partial(directory.open, config) if mine else lambda: None)
+        for opens_now in (is_main, not is_main):  # rank 0 creates the files that the other ranks read
+            ranks.raise_together(partial(directory.open, config) if opens_now else lambda: None)
         stop = StopRequest()
-        watchdog = Watchdog(directory.ranks, ranks.rank, ranks.world_size, config.guard.hang_timeout_s)
+        watchdog = Watchdog(directory.heartbeats, ranks.rank, ranks.world_size, config.guard.hang_timeout_s)
         ranks.heartbeat = watchdog.at
         dataset = RunDataset(config, directory.tokenizer, ranks)
         context = RunContext(config, ranks, directory, console, dataset, stop, loggers, watchdog)
-        with stop.listening(), watchdog.running(), naming_lost_ranks(watchdog):
+        with stop.listening(), watchdog.running(), raise_lost_ranks(watchdog):
             run_stages(context, callbacks)
         model = directory.exported(config.stages[-1].name, last=True)
         console.print_tables(directory.ledger, [("run directory", str(directory.path)), ("model", str(model))])
@@ -81,14 +84,14 @@ def run(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
 
 
 @contextlib.contextmanager
-def naming_lost_ranks(watchdog: Watchdog) -> Iterator[None]:
-    """Raise LostRankError, with the rank and where it was, for a collective that failed because a rank has ended."""
+def raise_lost_ranks(watchdog: Watchdog) -> Iterator[None]:
+    """Raise LostRankError, with the lost rank and its position, if a collective fails because a rank has ended."""
     try:
         yield
     except RuntimeError as error:
         if type(error).__module__.startswith("delib_fast"):
             raise
-        lost, reports = watchdog.lost()
+        lost, reports = watchdog.lost_ranks()
         if not lost:
             raise
         raise LostRankError(
@@ -116,7 +119,7 @@ def run_stages(run: RunContext, callbacks: Sequence[Callback] = ()) -> None:
 
 
 def check_stages(run: RunContext, stages: Sequence[StageConfig]) -> None:
-    """Read, encode and plan every stage before the first one trains, so that a fault in the last is reported now."""
+    """Read, encode and pack every stage before the first one trains, so that errors in later stages are found now."""
     from delib_fast.engine.deepspeed_json import deepspeed_json
 
     for stage in stages:
@@ -154,7 +157,7 @@ def run_stage(run: RunContext, index: int, callbacks: Sequence[Callback] = ()) -
 
 
 def build_engine(run: RunContext, config: Config, stage: StageConfig, inputs: StageInputs) -> Engine:
-    """The stage's model under DeepSpeed, checked for leaks between packed documents in the precision it trains in."""
+    """The stage's model under DeepSpeed, checked for leaks between packed documents in the precision of the run."""
     from delib_fast.engine import Engine
     from delib_fast.models import TrainableLM, check_isolation, check_layers
 
@@ -180,11 +183,11 @@ def build_engine(run: RunContext, config: Config, stage: StageConfig, inputs: St
 
 
 def resume(run: RunContext, engine: Engine, stage: StageConfig) -> Checkpoint | None:
-    """Load the stage's newest checkpoint, if there is one, and drop the metrics records after it.
+    """Load the stage's newest checkpoint, if there is one, and delete the metrics records of later steps.
 
     Raises:
-        ConfigError: the stage's data changed since the checkpoint was written.
-        CheckpointError: there are checkpoints, but none can be used.
+        ConfigError: the stage's data has changed since the checkpoint was written.
+        CheckpointError: there are checkpoints, but none is intact.
     """
     with run.watchdog.suspended("reading a checkpoint"):
         checkpoint = engine.resume(run.directory.checkpoints(stage.name), run.console.print)
@@ -222,13 +225,13 @@ def stage_entry(
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that decide a run's numbers."""
+    """The versions of Python and of the packages that affect a run's numbers."""
     names = ("delib-fast", "torch", "deepspeed", "transformers", "peft")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def memory_budget(run: RunContext) -> MemoryBudget:
-    """What the memory estimate of a stage is compared with: `engine.memory_gib`, else the GPU's memory."""
+    """The memory budget of a rank: `engine.memory_gib`, else the memory of its GPU."""
     engine, ranks = run.config.engine, run.ranks
     limit = ranks.memory_gib if engine.memory_gib is None else engine.memory_gib or None
     return MemoryBudget(ranks.world_size, engine.precision, limit)

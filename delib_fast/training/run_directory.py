@@ -1,14 +1,16 @@
-"""The folder of a run. A later run never mistakes a half-written file for a whole one.
+"""The folder of a run. Files are written atomically, so a resumed run never reads a half-written one.
 
 run_dir/
     config.yaml      the resolved configuration, secrets redacted
-    ledger.json      per stage: parent, data, steps, tokens, evaluations, wall time
+    ledger.json      for each stage: parent, data, steps, tokens, wall time; and the evaluations
     metrics.jsonl    one record per logged step
-    tokenizer/       the tokenizer, if the run trained one
+    tokenizer/       the tokenizer, if the run trains one
     checkpoints/STAGE/step-N/
-    stages/STAGE/    the export of each stage except the last: model/, with LoRA adapter/
+    stages/STAGE/    the export of each stage except the last: model/, and with LoRA adapter/
     model/           the export of the last stage
-    adapter/         with LoRA, its adapter as a peft folder
+    adapter/         with LoRA, the adapter of the last stage as a peft folder
+    tensorboard/, trackers.json    see `training.loggers`
+    .lock, .ranks/   the lock of the running process, and the heartbeats of its ranks
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from delib_fast.config import Config, ConfigError
 from delib_fast.config.load import dump_config, flatten, parse_config
 from delib_fast.files import FileLock, remove_temporary_files, sync_descriptor, write_atomic
 
-# Keys that may differ when a run resumes: where and how fast it computes and what it logs, not what it learns.
+# Prefixes of the keys that may differ when a run resumes. They affect where and how fast it computes and what it logs,
+# not what it learns.
 _MAY_CHANGE = (
     "run_dir",
     "log",
@@ -48,7 +51,7 @@ _MAY_CHANGE = (
     "deepspeed",
 )
 
-# What a run leaves that was killed before it wrote its configuration.
+# The files of a run that was killed before it wrote its configuration.
 _LEFT_BY_A_KILL = (".lock", ".config.yaml.tmp")
 
 
@@ -66,30 +69,34 @@ class RunDirectory:
 
     @property
     def tokenizer(self) -> Path:
+        """The folder of the tokenizer that the run trains."""
         return self.path / "tokenizer"
 
     def checkpoints(self, stage: str) -> Path:
+        """The folder of a stage's checkpoints."""
         return self.path / "checkpoints" / stage
 
     def exported(self, stage: str, *, last: bool) -> Path:
+        """The folder of the model that a stage exports. `last`: whether it is the run's last stage."""
         return self.path / "model" if last else self.path / "stages" / stage / "model"
 
     def adapter(self, stage: str, *, last: bool) -> Path:
+        """The folder of the adapter that a stage exports with LoRA."""
         return self.exported(stage, last=last).with_name("adapter")
 
     @property
-    def ranks(self) -> Path:
-        """Where the ranks of a running run write signs of life."""
+    def heartbeats(self) -> Path:
+        """The folder in which the ranks of a running process write heartbeats."""
         return self.path / ".ranks"
 
     # --- opening --------------------------------------------------------------------------------------------
 
     def open(self, config: Config) -> None:
-        """Open the folder for this configuration: a new folder, or one with a run of the same configuration.
+        """Open the folder for this configuration. It must be new, or have a run of the same configuration.
 
         Raises:
-            ConfigError: the folder holds a run with another configuration (every difference is listed), another
-                process is using it, or it cannot be written.
+            ConfigError: the folder holds a run with another configuration (the message lists the differences),
+                another process is using it, or it cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -97,7 +104,7 @@ class RunDirectory:
             raise ConfigError(f"run_dir {self.path} cannot be created: {error}") from None
         if self._writes:
             self._take_lock()
-            shutil.rmtree(self.ranks, ignore_errors=True)
+            shutil.rmtree(self.heartbeats, ignore_errors=True)
             remove_temporary_files(self.path)
         saved, ledger = self.path / "config.yaml", self.path / "ledger.json"
         if ledger.exists():
@@ -105,11 +112,11 @@ class RunDirectory:
         if ledger.exists() or (self.path / "checkpoints").exists():
             if not saved.exists():
                 raise ConfigError(
-                    f"run_dir {self.path} holds a run, but config.yaml is missing, so it is unknown whether it is this "
-                    "one; restore the file, or give another run_dir"
+                    f"run_dir {self.path} holds a run, but config.yaml is missing, so its configuration cannot be "
+                    "compared with this one; restore the file, or give another run_dir"
                 )
             self._refuse_other_config(_read_whole(saved, yaml.safe_load, "run_dir"), config)
-        elif self._writes:  # nothing was trained yet: a corrected configuration replaces one that failed
+        elif self._writes:  # nothing has been trained, so a corrected configuration may replace one that failed
             unexpected = sorted(p.name for p in self.path.iterdir() if p.name not in _LEFT_BY_A_KILL)
             if unexpected and not saved.exists():
                 raise ConfigError(
@@ -128,7 +135,7 @@ class RunDirectory:
             raise ConfigError(f"run_dir {self.path} cannot be locked: {error}; give another run_dir") from None
 
     def _refuse_other_config(self, saved: Any, config: Config) -> None:
-        with contextlib.suppress(ConfigError):  # adds the defaults of keys that are newer than the file
+        with contextlib.suppress(ConfigError):  # adds the defaults of keys that did not exist when the file was written
             saved = yaml.safe_load(dump_config(parse_config(saved)))
         theirs, ours = flatten(saved), flatten(yaml.safe_load(dump_config(config)))
         differ = [
@@ -151,6 +158,7 @@ class RunDirectory:
             )
 
     def close(self) -> None:
+        """Close the open files and release the lock."""
         if self._metrics is not None:
             self._metrics.close()
         if self._lock is not None:
@@ -159,11 +167,11 @@ class RunDirectory:
     # --- ledger ---------------------------------------------------------------------------------------------
 
     def stage(self, name: str) -> dict[str, Any] | None:
-        """The ledger entry of a stage, if it has begun."""
+        """The ledger entry of a stage; None if the stage has not begun."""
         return next((entry for entry in self.ledger["stages"] if entry["name"] == name), None)
 
     def record_stage(self, entry: Mapping[str, Any]) -> None:
-        """Write a stage's entry to the ledger; it replaces the entry of that name."""
+        """Write a stage's entry to the ledger, instead of any earlier entry of that stage."""
         rest = [e for e in self.ledger["stages"] if e["name"] != entry["name"]]
         self.ledger["stages"] = [*rest, dict(entry)]
         self._write_ledger()
@@ -185,7 +193,7 @@ class RunDirectory:
     # --- metrics --------------------------------------------------------------------------------------------
 
     def rewind_metrics(self, stage: str, step: int) -> None:
-        """Drop the records of steps that a resumed run repeats: those of `stage` after `step`."""
+        """Delete the records of the steps that a resumed run repeats: those of `stage` after `step`."""
         path = self.path / "metrics.jsonl"
         if not self._writes or not path.exists():
             return
@@ -193,7 +201,9 @@ class RunDirectory:
         text = path.read_text()
         lines = text.splitlines()
         for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):  # a record that a crash cut is written again
+            with contextlib.suppress(
+                json.JSONDecodeError
+            ):  # a crash may have cut the last record, which is then written again
                 record = json.loads(line)
                 if record["stage"] != stage or record["step"] <= step:
                     kept.append(line)
@@ -213,7 +223,7 @@ class RunDirectory:
         self._metrics.flush()
 
     def sync_metrics(self) -> None:
-        """Return when all records so far are on the disk."""
+        """Flush all records to disk."""
         if self._metrics is not None:
             sync_descriptor(self._metrics.fileno())
 
@@ -231,7 +241,14 @@ def read_ledger(run_dir: Path) -> dict[str, Any]:
 
 
 def _read_whole(file: Path, parse: Callable[[str], Any], *keys: str) -> dict[str, Any]:
-    """Read a file that is only ever written atomically, so that any damage happened afterwards."""
+    """Read a file that is always written atomically.
+
+    Args:
+        parse: turns the text into a mapping.
+        keys: the keys that the mapping must have.
+    Raises:
+        ConfigError: the file was damaged after it was written.
+    """
     try:
         content = parse(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or not content.keys() >= set(keys):

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: a run saves and ends between two steps."""
+"""SIGINT and SIGTERM: the run saves its state and ends between two steps."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from delib_fast.training.errors import Stopped
 
 
 class StopRequest:
-    """Remembers SIGINT and SIGTERM, so that the run can save and end between two steps.
+    """Records SIGINT and SIGTERM, so that the run can save its state and end between two steps.
 
-    A second SIGINT raises KeyboardInterrupt. Inside `raise_immediately`, where nothing has to be saved, the first
-    signal raises Stopped.
+    A second signal, if it is SIGINT, raises KeyboardInterrupt. Inside `raise_immediately`, where nothing has to be
+    saved, the first signal raises Stopped.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle both signals while the block runs; the previous handlers are restored after it."""
+        """Handle both signals while the block runs, and then restore the previous handlers."""
         try:
             before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:  # not the main thread, for example in a notebook: signals cannot be handled here
@@ -37,18 +37,18 @@ class StopRequest:
 
     @contextlib.contextmanager
     def raise_immediately(self, activity: str) -> Iterator[None]:
-        """While the block runs, a signal raises Stopped("stopped while {activity}") wherever the program is."""
+        """While the block runs, a signal raises Stopped at whatever line is executing.
+
+        Args:
+            activity: what the block does, for the message "stopped while {activity}".
+        """
         self._immediate = activity
         try:
-            self.check(activity)
+            if self.requested:
+                raise Stopped(f"stopped while {activity}")
             yield
         finally:
             self._immediate = None
-
-    def check(self, activity: str) -> None:
-        """Raise Stopped if a stop was requested."""
-        if self.requested:
-            raise Stopped(f"stopped while {activity}")
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.requested and number == signal.SIGINT:

@@ -12,7 +12,7 @@ from delib_fast.data.disk_cache import cache_folder
 
 @contextlib.contextmanager
 def reraise_as_data_error(where: str) -> Iterator[None]:
-    """Turn a ValueError about the user's rows into a DataError that begins with the part of the configuration."""
+    """Turn a ValueError about the user's rows into a DataError whose message begins with `where`."""
     try:
         yield
     except (DataError, ConfigError):

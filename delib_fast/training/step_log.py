@@ -1,4 +1,4 @@
-"""Counts tokens and time on the host, and logs a metrics record every few steps."""
+"""The metrics of a stage: counts tokens and time on the host, and logs a record every few steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from delib_fast.training.bad_steps import BadSteps
 from delib_fast.training.callbacks import Callback
-from delib_fast.training.meter import Meter, segment_report, tokens_of, weighted_loss
+from delib_fast.training.meter import Meter, count_tokens, segment_report, weighted_loss
 from delib_fast.training.throughput import Throughput
 
 if TYPE_CHECKING:
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 
 class StepLog(Callback):
-    """Metrics of one stage: a record for metrics.jsonl, the loggers and the console every `log.every_steps` steps.
+    """Writes a metrics record to metrics.jsonl, the loggers and the console every `log.every_steps` steps of a stage.
 
     Args:
-        state: what `state` returned when the checkpoint was written that the stage resumes from; None at its start.
+        batches: the stage's batches, for the number of steps and the locations of rows.
+        state: what `state` returned, from the checkpoint that the stage resumes from; None if it starts.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class StepLog(Callback):
         self._totals["resumed_at_steps"] = [*state["resumed_at_steps"], step]
         self._bad_steps.restore(state["bad"])
         self._throughput.restore(state["throughput"])
-        if self._run.ranks.rank == 0:  # the sums over all ranks of the steps that no record has reported yet
+        if self._run.ranks.rank == 0:  # the checkpoint has sums over all ranks, and only rank 0 may add them
             self._meter.restore(state["meter"])
 
     def timed(self, steps: Iterable[list[PackedBatch]]) -> Iterator[list[PackedBatch]]:
@@ -80,7 +81,7 @@ class StepLog(Callback):
         record = self._record(engine)
         run.directory.write_metrics(record)
         run.loggers.log(record)
-        self._bad_steps.logged()
+        self._bad_steps.mark_logged()
         run.console.log(engine.step, record)
         self._bad_steps.refuse_too_many()
         self._totals["all_tokens"] += record["tokens"]
@@ -96,7 +97,7 @@ class StepLog(Callback):
         (tokens,) = ranks.sum(self._tokens)
         skipped = self._bad_steps.read(engine)
         report = segment_report(sums)
-        supervised = tokens_of(report)
+        supervised = count_tokens(report)
         seconds = time.perf_counter() - self._since
         return {
             "stage": self._stage.name,
@@ -117,7 +118,10 @@ class StepLog(Callback):
         }
 
     def state(self, engine: Engine) -> dict[str, Any]:
-        """What a checkpoint has to keep so that later records and the ledger are as without a stop. A collective."""
+        """The state to save in a checkpoint, as JSON values. A collective.
+
+        With it, a resumed run writes the same records and ledger as one that was not stopped.
+        """
         ranks = self._run.ranks
         self._bad_steps.read(engine)
         self._bad_steps.refuse_too_many()

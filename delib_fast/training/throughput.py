@@ -22,9 +22,9 @@ MIB = 1 << 20
 # Dense rate in TFLOP/s for bf16, and for fp16 summed in fp32, by words of the device's name; the first match counts.
 # These are half of what NVIDIA's data sheets give "with sparsity": HGX B300 and B200 4.5 PFLOPS, GB300 and GB200 NVL72
 # 5 PFLOPS per GPU; H100 and H200 SXM and GH200 1,979, H100 NVL 1,671, H100 PCIe 1,513; A100 624; L40S 733, L40 362,
-# L4 242; A40 299, A30 330, A10 250; GeForce from the Ada and GA102 white papers. They were checked in tables that quote
-# them. Devices for which that was not possible (H800, H20, A800, RTX A6000), a slice of a GPU, and laptop GPUs are
-# measured instead.
+# L4 242; A40 299, A30 330, A10 250; GeForce from the Ada and GA102 white papers. All were checked against tables that
+# quote the data sheets. Devices for which that was not possible (H800, H20, A800, RTX A6000), slices of a GPU, and
+# laptop GPUs are measured instead.
 _TFLOPS = (
     ("GB300", 2500),
     ("B300", 2250),
@@ -46,7 +46,7 @@ _TFLOPS = (
     ("RTX 3090", 71),
 )
 _OTHER_RATE = re.compile(r"\b(MIG|Laptop|Max-Q|H200 NVL|RTX 4090 D|RTX 3090 Ti)\b")
-_MEASURE = 1024  # rows and columns of the matrix product that measures the rate of an unknown device
+_MEASURED_SIZE = 1024  # rows and columns of the matrix product that measures the rate of a CPU; 8 times more on a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,8 @@ def device_peak(device: torch.device, dtype: torch.dtype) -> Peak:
         tflops = known_tflops(name)
         if tflops is not None:
             return Peak(tflops * 1e12, f"data sheet of {name}")
-    best = _measured(device, dtype)
-    return Peak(best, f"measured: {str(dtype).removeprefix('torch.')} product of {_MEASURE} × {_MEASURE} × {_MEASURE}")
+    n = _MEASURED_SIZE * (8 if device.type == "cuda" else 1)
+    return Peak(_measure(device, dtype, n), f"measured: {str(dtype).removeprefix('torch.')} product of {n} × {n} × {n}")
 
 
 def known_tflops(name: str) -> float | None:
@@ -82,8 +82,8 @@ def known_tflops(name: str) -> float | None:
     return next((tflops for words, tflops in _TFLOPS if re.search(rf"\b{words}\b", name)), None)
 
 
-def _measured(device: torch.device, dtype: torch.dtype) -> float:
-    n = _MEASURE * (8 if device.type == "cuda" else 1)
+def _measure(device: torch.device, dtype: torch.dtype, n: int) -> float:
+    """FLOP/s of the fastest of up to eight products of (n, n) matrices."""
     draw = torch.Generator().manual_seed(0)
     a = torch.randn(n, n, generator=draw).to(device, dtype)
     out = torch.empty_like(a)
@@ -100,12 +100,12 @@ def _measured(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class Throughput:
-    """Sums up the cost of steps on the host.
+    """Counts the FLOPs and the waiting time of steps, on the host.
 
     Args:
-        cost: FLOPs of the model as a function of the micro-batches.
-        peak: rate of one device.
-        tokens_per_step: capacity of a step's packs over all ranks.
+        cost: the FLOPs of the model as a function of the micro-batches.
+        peak: the rate of one device.
+        tokens_per_step: the capacity of a step's packs over all ranks.
     """
 
     def __init__(self, ranks: Ranks, cost: StepCost, peak: Peak, tokens_per_step: int) -> None:
@@ -116,7 +116,8 @@ class Throughput:
 
     @staticmethod
     def of(engine: Engine, stage: StageConfig) -> Throughput:
-        from delib_fast.models import StepCost, TrainableLM
+        """The counter of a stage. Resets torch's peak-memory statistics of the GPU."""
+        from delib_fast.models import StepCost, TrainableLM  # here, because it imports transformers
 
         module: Any = engine.module
         assert isinstance(module, TrainableLM)
@@ -126,7 +127,7 @@ class Throughput:
         return Throughput(engine.ranks, StepCost.of(module), device_peak(engine.device, dtype), stage.tokens_per_step)
 
     def timed(self, steps: Iterable[list[PackedBatch]]) -> Iterator[list[PackedBatch]]:
-        """Yield the steps, and count the time spent waiting for the next one."""
+        """Yield the micro-batches of each step, and count the time spent waiting for them."""
         waiting = iter(steps)
         while True:
             began = time.perf_counter()
@@ -137,26 +138,27 @@ class Throughput:
             yield micro_batches
 
     def count(self, micro_batches: Sequence[PackedBatch]) -> None:
-        """Count a step that was made from these micro-batches of this rank."""
+        """Count a step, from the micro-batches of this rank."""
         self._flops += self._cost.flops(micro_batches)
         self._steps += 1
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint between two metrics records stores, summed over the ranks. A collective."""
+        """The state to save in a checkpoint, as JSON values summed over the ranks. A collective."""
         flops, wait_s = self._ranks.sum(self._flops, self._wait_s)
         return {"flops": flops, "wait_s": wait_s, "steps": self._steps, "all_flops": self._all_flops}
 
     def restore(self, state: Mapping[str, float]) -> None:
-        first = self._ranks.rank == 0  # only rank 0 keeps the sums, since they are summed over the ranks again
-        self._flops, self._wait_s = (state["flops"], state["wait_s"]) if first else (0.0, 0.0)
+        """Set the state that `state` returned."""
+        is_main = self._ranks.rank == 0  # the saved numbers are sums over all ranks, so only one rank may add them
+        self._flops, self._wait_s = (state["flops"], state["wait_s"]) if is_main else (0.0, 0.0)
         self._steps, self._all_flops = int(state["steps"]), state["all_flops"]
 
     def read(self, tokens: float, seconds: float) -> dict[str, float]:
-        """Figures of the steps since the last record, for a metrics record. A collective.
+        """The figures of a metrics record: those of the steps since the last call. A collective.
 
         Args:
-            tokens: tokens of those steps over all ranks.
-            seconds: wall time of those steps.
+            tokens: tokens of these steps over all ranks.
+            seconds: wall time of these steps.
         """
         ranks = self._ranks
         flops, wait_s = ranks.sum(self._flops, self._wait_s)
@@ -174,7 +176,11 @@ class Throughput:
         return figures
 
     def totals(self, seconds: float) -> dict[str, Any]:
-        """The figures of the whole stage, for the ledger."""
+        """The figures of the whole stage, for the ledger.
+
+        Args:
+            seconds: wall time of all steps.
+        """
         return {
             "mfu": self._all_flops / seconds / (self.peak.flops_per_s * self._ranks.world_size),
             "peak_tflops_per_s": self.peak.flops_per_s / 1e12,

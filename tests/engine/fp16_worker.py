@@ -128,7 +128,7 @@ def whole(folder: str, *overrides: str) -> int:
     """Run both stages of the tiny run through the command. FP16_STOP_AFTER, if set, is the step to stop after."""
     let_cpus_compute_fp16()
     run_module.resolve_precision = lambda config, ranks: config
-    throughput._MEASURE = 64  # rows of the product that measures the device's peak; 1,024 take a CPU 17 seconds
+    throughput._MEASURED_SIZE = 64  # rows of the product that measures the device's peak; 1,024 take a CPU 17 seconds
     stop_after = os.environ.pop("FP16_STOP_AFTER", None)
     path = Path(folder) / "run.yaml"
     config = path if path.exists() else tiny(path.parent)

@@ -32,7 +32,7 @@ def run_with_fault(fork_server, folder, kind, world_size):
             ],
         ),
         ("keeps_the_lock", ["aft step 3: forward of micro-batch 1", "in keeps_the_lock"]),
-        ("is_stopped", ["has given no sign of life", "aft step 3: forward of micro-batch 1"]),
+        ("is_stopped", ["has sent no heartbeat", "aft step 3: forward of micro-batch 1"]),
         (
             "is_killed",
             ["rank 1 (process ", " ended at: aft step 3: forward of micro-batch 1", "the same command resumes"],

@@ -80,10 +80,10 @@ def test_an_explicit_choice_is_kept():
 @pytest.mark.parametrize(
     ("overrides", "ranks", "limit_gib", "remedy"),
     [
-        (["model.activation_checkpointing=none"], 1, 50, "model.activation_checkpointing=selective, or"),
-        (["model.lora=null"], 8, 40, "engine.zero_stage=2, or"),
+        (["model.activation_checkpointing=none"], 1, 50, "model.activation_checkpointing=selective; or"),
+        (["model.lora=null"], 8, 40, "engine.zero_stage=2; or"),
         (["model.lora=null"], 1, 48, "engine.zero_stage=1 engine.offload_optimizer=cpu"),
-        (["model.lora.quantize=nf4"], 1, 10, "engine.offload_optimizer=cpu model.activation_offload=true, or"),
+        (["model.lora.quantize=nf4"], 1, 10, "engine.offload_optimizer=cpu model.activation_offload=true; or"),
         ([], 1, 4, "no setting of this model would fit on this many ranks"),
     ],
 )
@@ -91,7 +91,7 @@ def test_error_names_a_setting_that_fits(overrides, ranks, limit_gib, remedy):
     config, stage = paper(*overrides)
     with pytest.raises(ConfigError) as error:
         check_fits(config, stage, QWEN3_8B, MemoryBudget(ranks, "bf16", limit_gib))
-    assert f"of a rank's {limit_gib:.1f} GiB" in str(error.value)
+    assert f" GiB per rank, but a rank has {limit_gib:.1f} GiB" in str(error.value)
     assert remedy in str(error.value)
     check_fits(config, stage, QWEN3_8B, MemoryBudget(ranks, "bf16", None))
 
