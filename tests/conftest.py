@@ -6,7 +6,7 @@ import os
 
 # As in delib_fast/train.py; it must be set before any test imports torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# One thread: sums then have one order, so that runs of this process equal those of forked ranks bit for bit.
+# One thread: sums then have one order, so that runs of this process are bitwise identical to those of forked ranks.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -27,7 +27,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """The run directory of a small run without interruption; other runs are compared with it."""
+    """The run directory of a small run that was not interrupted. Other runs are compared with it."""
     from helpers.tiny_run import run, tiny
 
     folder = tmp_path_factory.mktemp("finished")
@@ -37,7 +37,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def fork_server():
-    """Starts ranks without the time for imports (`helpers.forking`)."""
+    """Starts ranks in processes that have already imported everything; see `helpers.forking`."""
     from helpers.forking import ForkServer
 
     with ForkServer() as server:

@@ -1,4 +1,4 @@
-"""The stored bench results, the history records, the pictures, and when the regression gate fails."""
+"""The stored bench results, the history, the pictures, and the regression gate."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_record_replaces_results_and_appends_to_the_history(results) -> None:
         (["331", "", ""], min, ["331", "", ""]),
     ],
 )
-def test_bold_marks_the_best_of_a_row_whoever_it_is(cells, best, bold) -> None:
+def test_the_best_of_a_row_is_bold_even_if_it_is_a_peer(cells, best, bold) -> None:
     assert report.with_best_in_bold(cells, best) == bold
 
 
@@ -108,7 +108,7 @@ def test_gate_compares_nothing_on_another_processor(results, monkeypatch, capsys
     assert "nothing was compared" in capsys.readouterr().out
 
 
-def test_pictures(results) -> None:
+def test_pictures_have_a_mark_for_each_contender(results) -> None:
     recording.record([entry("ours-cpu", 0.8), entry("compile-compact", 0.4)])
     report.draw_rooflines()
     assert "<!-- torch.compile -->" in (results / "cpu-x" / "roofline.svg").read_text()

@@ -1,4 +1,4 @@
-"""The documentation points at files that exist, and its figures are those that their sources give."""
+"""The links of the documentation resolve, and its figures match their sources."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_every_page_is_in_the_index() -> None:
 
 
 @pytest.mark.parametrize("theme", draw_figures.THEMES)
-def test_the_effect_plot_is_that_of_the_study(theme) -> None:
+def test_the_effect_plot_matches_the_study(theme) -> None:
     study = json.loads((ROOT / "docs/small_world.json").read_text())
     plot = draw_figures.draw_effect(study, draw_figures.THEMES[theme])
     assert (draw_figures.IMAGES / f"small_world_effect-{theme}.svg").read_text() == plot, (
@@ -66,7 +66,7 @@ def test_the_effect_plot_is_that_of_the_study(theme) -> None:
 
 
 @pytest.mark.slow
-def test_the_row_is_what_the_encoder_makes() -> None:
+def test_the_row_figure_matches_the_encoder() -> None:
     seen = draw_figures.encoded_row()
     for theme, colours in draw_figures.THEMES.items():
         assert (draw_figures.IMAGES / f"row-{theme}.svg").read_text() == draw_figures.draw_row(seen, colours), (

@@ -1,4 +1,4 @@
-"""Which package may import which. Read from the source, so that imports inside functions and for types count too."""
+"""Which package may import which. The source is parsed, so imports inside functions and for types count too."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "delib_fast"
 
-# Every module and package at the top, and what it may import besides itself: all that ARCHITECTURE.md draws to its
-# left. A new one has to be added here.
+# Every module and package directly in delib_fast, and what it may import besides itself: all that ARCHITECTURE.md draws
+# to its left. A new one must be added here.
 BASE = {"files", "config", "ops"}
 DATA = BASE | {"data", "checkpoint"}
 MODELS = DATA | {"models"}
@@ -98,7 +98,7 @@ def test_no_package_is_in_a_cycle():
 
 
 def test_no_module_is_in_a_cycle():
-    """Cycles between modules, imports for types included. A package's __init__ that re-exports is left out."""
+    """Imports for types count. The __init__ of a package, which re-exports its modules, does not."""
     names = {dotted(path): path for path in modules()}
     graph: dict[str, set[str]] = {}
     for name, path in names.items():
@@ -108,7 +108,7 @@ def test_no_module_is_in_a_cycle():
 
 
 def test_data_is_read_then_encoded_then_packed():
-    """Of the packages of `data`, an earlier one does not import a later one."""
+    """In `data`, an earlier package does not import a later one."""
     order = ["read", "encode", "pack"]
     for path in modules():
         parts = path.relative_to(PACKAGE).parts
@@ -143,7 +143,7 @@ def test_import_is_light(module, absent):
 
 
 def test_no_module_shadows_a_package():
-    """train.py runs as a script: a module here named like an installed package would be imported instead of it."""
+    """train.py runs as a script, so a module with the name of an installed package would be imported instead of it."""
     names = {p.name.removesuffix(".py") for p in PACKAGE.iterdir() if p.suffix == ".py" or p.is_dir()}
     assert not names & {
         "datasets",
@@ -164,8 +164,8 @@ def test_no_module_shadows_a_package():
     }
 
 
-def test_files_are_of_a_size_to_read():
-    """400 lines a file. A longer file says why in its docstring, with the words 'longer than'."""
+def test_files_have_at_most_400_lines():
+    """A longer file must say why in its docstring, with the words "longer than"."""
     for path in [*modules(), *sorted((PACKAGE.parent / "bench").rglob("*.py"))]:
         text = path.read_text()
         if text.count("\n") > 400:
@@ -173,12 +173,11 @@ def test_files_are_of_a_size_to_read():
             assert "longer than" in (ast.get_docstring(ast.parse(text)) or ""), f"{path} has {lines} lines"
 
 
-def test_train_is_a_launch_script():
+def test_train_py_is_short():
     assert (PACKAGE / "train.py").read_text().count("\n") <= 130
 
 
-def test_only_files_syncs():
-    """`files.py` is the only module that makes files durable."""
+def test_only_files_py_calls_fsync_and_flock():
     for path in modules():
         if path.name != "files.py":
             text = path.read_text()

@@ -35,12 +35,18 @@ WIDTH, LEFT, RIGHT, ROW_HEIGHT = 800, 250, 40, 26
 
 @dataclass(frozen=True)
 class Theme:
+    """The colours of a figure."""
+
     ink: str
+    """Text."""
     quiet: str
+    """Labels."""
     line: str
+    """Grid lines."""
     segments: dict[str, tuple[str, str]]
-    """the two alternating backgrounds of a segment's tokens"""
+    """Two backgrounds for each segment, which alternate from token to token."""
     groups: dict[str, str]
+    """One colour for each of GROUPS."""
 
 
 THEMES = {
@@ -62,14 +68,16 @@ THEMES = {
 
 
 def svg(width: float, height: float, title: str, body: list[str]) -> str:
+    """An SVG document. Sizes and positions in this file are in pixels."""
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" role="img">'
     return "\n".join([head, f"<title>{escape(title)}</title>", *body, "</svg>", ""])
 
 
-def text(x: float, y: float, content: str, colour: str, *, size: int = 13, more: str = "") -> str:
+def text(x: float, y: float, content: str, colour: str, *, size: int = 13, attributes: str = "") -> str:
+    """A text element. `attributes`: further attributes, with a leading space."""
     family = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
     return (
-        f'<text x="{x:g}" y="{y:g}" fill="{colour}" font-family="{family}" font-size="{size}"{more}>'
+        f'<text x="{x:g}" y="{y:g}" fill="{colour}" font-family="{family}" font-size="{size}"{attributes}>'
         f"{escape(content)}</text>"
     )
 
@@ -89,7 +97,8 @@ def encoded_row() -> Any:
 
 
 def tokens_as_lines(pieces: Any) -> Iterator[list[tuple[int, int, str, bool]]]:
-    """Wrap tokens at COLUMNS and at newlines: lists of (column, parity of the token, text, control token?)."""
+    """Wrap tokens at COLUMNS and at newlines. Yields lists of (column, index of the token modulo 2, text,
+    whether it is a control token)."""
     line: list[tuple[int, int, str, bool]] = []
     column = 0
     for k, piece in enumerate(pieces):
@@ -107,6 +116,7 @@ def tokens_as_lines(pieces: Any) -> Iterator[list[tuple[int, int, str, bool]]]:
 
 
 def draw_row(example: Any, theme: Theme) -> str:
+    """The tokens of an example, coloured by segment."""
     left, top = 10.0, 6.0
     labels, tokens = [], []
     mono = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
@@ -156,11 +166,11 @@ def draw_effect(study: Any, theme: Theme) -> str:
     rows: list[str] = []
     for group, label in GROUPS.items():
         colour = theme.groups[group]
-        rows.append(text(10, y + 16, label, colour, size=14, more=' font-weight="600"'))
+        rows.append(text(10, y + 16, label, colour, size=14, attributes=' font-weight="600"'))
         y += ROW_HEIGHT
         for aft, name in ARMS.items():
             estimate, seeds = arms[group, aft]["over seeds"], arms[group, aft]["by seed"]
-            rows.append(text(LEFT - 16, y + 17, name, theme.ink, more=' text-anchor="end"'))
+            rows.append(text(LEFT - 16, y + 17, name, theme.ink, attributes=' text-anchor="end"'))
             rows.append(
                 f'<line x1="{at(estimate["low"]):.1f}" x2="{at(estimate["high"]):.1f}" y1="{y + 13:g}" y2="{y + 13:g}" '
                 f'stroke="{colour}" stroke-width="2.5"/>'
@@ -177,13 +187,14 @@ def draw_effect(study: Any, theme: Theme) -> str:
         body.append(
             f'<line x1="{at(tick):g}" x2="{at(tick):g}" y1="{ROW_HEIGHT:g}" y2="{y:g}" stroke="{theme.line}"{dash}/>'
         )
-        body.append(text(at(tick), y + 18, f"{tick:g}", theme.quiet, more=' text-anchor="middle"'))
+        body.append(text(at(tick), y + 18, f"{tick:g}", theme.quiet, attributes=' text-anchor="middle"'))
     axis = "probability of the cheap choice, after a thought (0.5 is chance)"
-    body.append(text(at(0.5), y + 40, axis, theme.ink, more=' text-anchor="middle"'))
+    body.append(text(at(0.5), y + 40, axis, theme.ink, attributes=' text-anchor="middle"'))
     return svg(WIDTH, y + 50, "The small world: the documents' reason decides the choice after a thought", body + rows)
 
 
 def figures() -> dict[Path, str]:
+    """The SVG text of each figure, by its path."""
     example, study = encoded_row(), json.loads((ROOT / "docs" / "small_world.json").read_text())
     return {
         IMAGES / f"{name}-{theme}.svg": picture

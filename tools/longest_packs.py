@@ -1,4 +1,4 @@
-"""Print the planner's estimate of the longest pack that fits in memory, for several models and settings.
+"""Print the planner's estimate of the longest pack that fits into memory, for several models and settings.
 
     python tools/longest_packs.py
 
@@ -52,10 +52,11 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 # ranks, sequence_parallel, activation checkpointing
 SETTINGS = [(1, 1, True), (8, 1, False), (8, 1, True), (8, 2, True), (8, 8, True), (64, 8, True)]
-CARD_GIB = 80.0
+GPU_GIB = 80.0
 
 
-def longest(architecture: dict[str, Any], ranks: int, parallel: int, checkpointing: bool) -> str:
+def longest(architecture: dict[str, Any], ranks: int, sequence_parallel: int, checkpointing: bool) -> str:
+    """The tokens of the longest pack, or "no" if not even a short one fits."""
     config = parse_config(
         {
             "run_dir": "-",
@@ -63,21 +64,21 @@ def longest(architecture: dict[str, Any], ranks: int, parallel: int, checkpointi
             "tokenizer": {"path": "-"},
             "data": {"rows": "-"},
             "stages": [{"kind": "aft", "train": ["rows"], "pack_capacity": 1024, "tokens_per_step": 1024 * ranks}],
-            "engine": {"zero_stage": 3, "sequence_parallel": parallel, "precision": "bf16"},
+            "engine": {"zero_stage": 3, "sequence_parallel": sequence_parallel, "precision": "bf16"},
         }
     )
     shape = model_shape(config.model, None)
-    tokens = longest_pack(config, config.stages[0], shape, ranks, "bf16", CARD_GIB)
+    tokens = longest_pack(config, config.stages[0], shape, ranks, "bf16", GPU_GIB)
     return f"{tokens:,}" if tokens else "no"
 
 
 def main() -> None:
-    print(f"tokens of the longest pack, estimated: full fine-tuning, bf16, AdamW, ZeRO 3, cards of {CARD_GIB:g} GiB")
-    print(f"{'cards':>5} {'share a pack':>12} {'checkpointing':>13}  " + "  ".join(f"{name:>11}" for name in MODELS))
-    for ranks, parallel, checkpointing in SETTINGS:
-        row = [longest(architecture, ranks, parallel, checkpointing) for architecture in MODELS.values()]
+    print(f"tokens of the longest pack, estimated: full fine-tuning, bf16, AdamW, ZeRO 3, GPUs of {GPU_GIB:g} GiB")
+    print(f"{'GPUs':>5} {'share a pack':>12} {'checkpointing':>13}  " + "  ".join(f"{name:>11}" for name in MODELS))
+    for ranks, sequence_parallel, checkpointing in SETTINGS:
+        row = [longest(architecture, ranks, sequence_parallel, checkpointing) for architecture in MODELS.values()]
         print(
-            f"{ranks:>5} {parallel:>12} {'yes' if checkpointing else 'no':>13}  "
+            f"{ranks:>5} {sequence_parallel:>12} {'yes' if checkpointing else 'no':>13}  "
             + "  ".join(f"{value:>11}" for value in row)
         )
 

@@ -1,6 +1,7 @@
-"""Keep what a page says a command prints: `python tools/printed.py [--check] PAGE...`
+"""Update the command output that pages quote: `python tools/printed.py [--check] PAGE...`
 
-In a page, a block looks like this; the command is `delib-fast ...` or `python FILE ...`, run in the repository:
+A quoted output looks like this in a page. The command is `delib-fast ...` or `python FILE ...`, and runs in the root of
+the repository:
 
     <!-- printed by: delib-fast plan examples/quickstart.yaml -->
     ```text
@@ -21,10 +22,11 @@ ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"<!-- printed by: (?P<command>.+?) -->\n```text\n(?P<printed>.*?)```\n", re.DOTALL)
 
 
-def printed(command: str) -> str:
+def output_of(command: str) -> str:
+    """What a command prints to stdout, without trailing spaces. Exits with an error if the command fails."""
     words = shlex.split(command)
     if words[0] not in ("delib-fast", "python"):
-        raise SystemExit(f"{command!r} is not a command of this project")
+        raise SystemExit(f"{command!r} cannot be run: it must begin with delib-fast or python")
     program = ["-c", "from delib_fast.cli.main import main; main()"] if words[0] == "delib-fast" else []
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -40,12 +42,14 @@ def printed(command: str) -> str:
     return "".join(line.rstrip() + "\n" for line in done.stdout.strip("\n").splitlines())
 
 
-def renewed(page: str) -> str:
-    def block(found: re.Match[str]) -> str:
-        command = " ".join(found["command"].split())
-        return f"<!-- printed by: {found['command']} -->\n```text\n{printed(command)}```\n"
+def update(page: str) -> str:
+    """The text of a page with the output of each of its commands replaced by what the command prints now."""
 
-    return BLOCK.sub(block, page)
+    def new_block(old: re.Match[str]) -> str:
+        command = " ".join(old["command"].split())
+        return f"<!-- printed by: {old['command']} -->\n```text\n{output_of(command)}```\n"
+
+    return BLOCK.sub(new_block, page)
 
 
 def main(arguments: list[str]) -> int:
@@ -53,14 +57,14 @@ def main(arguments: list[str]) -> int:
     for name in (a for a in arguments if a != "--check"):
         path = Path(name)
         before = path.read_text(encoding="utf-8")
-        after = renewed(before)
+        after = update(before)
         if before == after:
             continue
         stale.append(name)
         if "--check" not in arguments:
             path.write_text(after, encoding="utf-8")
     if stale and "--check" in arguments:
-        print(f"not what the commands print now; run: python tools/printed.py {' '.join(stale)}")
+        print(f"the quoted output is out of date; run: python tools/printed.py {' '.join(stale)}")
         return 1
     return 0
 

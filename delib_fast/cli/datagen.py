@@ -1,4 +1,4 @@
-"""The commands `delib-fast deliberate`, `document` and `data-report`; delib_fast/cli/main.py loads them."""
+"""The commands `delib-fast deliberate`, `document` and `data-report`; `cli/main.py` registers them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class RunOptions:
 
 
 def _with_run_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of RunOptions; it receives them as its argument `options`."""
+    """Add the options of RunOptions to a command, which receives them as its argument `options`."""
 
     def run(**values: Any) -> None:
         options = RunOptions(**{option.name: values.pop(option.name) for option in fields(RunOptions)})
@@ -174,7 +174,9 @@ def data_report(
     spec: Annotated[Path | None, typer.Option(help="the spec, to recognize the sections that are cited")] = None,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", metavar="DIR", help="folder of report.html and report.json; default: the data's"),
+        typer.Option(
+            "-o", "--out", metavar="DIR", help="folder of report.html and report.json; default: the folder of the data"
+        ),
     ] = None,
 ) -> None:
     """Report on the quality of generated data, as HTML and JSON."""
@@ -188,6 +190,7 @@ def data_report(
 
 
 def _tokens(text: str) -> int:
+    """The number of tokens in a text such as 250000, 250k or 1.5M."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgG]?)\s*", text)
     if not match or float(match[1]) <= 0:
         raise ConfigError(f"--tokens {text}: write it as 250000, 250k or 1.5M")
@@ -197,10 +200,10 @@ def _tokens(text: str) -> int:
 def _run(
     spec_file: Path, out: Path, settings: RunSettings, work: Callable[[Session], Awaitable[dict[str, Any]]]
 ) -> dict[str, Any]:
-    """Do the work and return its summary, or exit with a message.
+    """Open a session, do the work in it and return its summary; or exit with a message.
 
-    Exit status: 2 the user's mistake, 3 the endpoint or the disk failed, 4 max_cost reached, 130 interrupted. After 3,
-    4 and 130 the same command resumes the run.
+    Exit codes: 2 invalid input, 3 the endpoint or the disk failed, 4 max_cost was reached, 130 interrupted. After 3, 4
+    and 130 the same command resumes the run.
     """
     spec = Spec.read(
         spec_file,
@@ -230,12 +233,14 @@ def _run(
         _exit(f"error: {error}\nThis is a bug; no rows were written.", 3)
 
 
-def _exit(text: str, status: int) -> NoReturn:
-    print(text, file=sys.stderr)
-    raise typer.Exit(status)
+def _exit(message: str, code: int) -> NoReturn:
+    """Print the message to stderr and exit with the code."""
+    print(message, file=sys.stderr)
+    raise typer.Exit(code)
 
 
 def _print_summary(out: Path, summary: Mapping[str, Any], result: str, file: str) -> None:
+    """Print what a run generated, dropped and paid for. `result`: the numbers of what is in `file`, as text."""
     paid = summary["paid"]
     cost = f", cost {money(paid['cost'])}" if paid["cost"] is not None else ""
     typer.echo(f"{result} → {out / file}")

@@ -1,4 +1,4 @@
-"""The versions on this machine, its device, and which backends of the fused ops can run on it."""
+"""What `delib-fast env` prints: versions, the device, and which backends of the fused ops can run on it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PACKAGES = ("delib-fast", "torch", "triton", "deepspeed", "transformers", "flash
 
 
 def describe() -> str:
-    """Several lines: versions, the device, and each op's backends, with the reason if one cannot run."""
+    """Several lines: versions, the device, and the backends of each op, with the reason if one cannot run."""
     import torch
 
     lines = [f"python        {platform.python_version()}"]
@@ -29,16 +29,14 @@ def one_line() -> str:
 
     from delib_fast.ops._library import WHY_NO_COMPILED
 
-    slower = (
-        ""
-        if WHY_NO_COMPILED is None
-        else ("; without the C++ extension (install g++ and rebuild): the loss and the packing are slower on a CPU")
-    )
+    slower = ""
+    if WHY_NO_COMPILED is not None:
+        slower = "; without the C++ extension (install g++ and rebuild): the loss and the packing are slower on a CPU"
     return f"delib_fast {_version('delib-fast')} on torch {torch.__version__}, {_device(torch)}{slower}"
 
 
 def _backends(torch: Any) -> dict[str, dict[str, str | None]]:
-    """For each op, why each backend cannot run bf16 tensors on this machine's device (None: it can)."""
+    """For each op and backend, why it cannot run bf16 tensors on this machine's device; None if it can."""
     from delib_fast.ops.linear_cross_entropy import BACKENDS as LOSS
     from delib_fast.ops.varlen_attention import BACKENDS as ATTENTION
 

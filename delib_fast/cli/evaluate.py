@@ -52,12 +52,12 @@ def eval_command(
     try:
         evaluation = evaluate(EvalTarget(Path(settings.model), settings), log=lambda text: typer.echo(text, err=True))
     except (DataError, UnsupportedModelError, JudgeError) as error:
-        raise ConfigError(str(error)) from None  # printed without a traceback, like every fault of the user's input
+        raise ConfigError(str(error)) from None  # `main` prints it without a traceback
     print_tables(evaluation)
     page = write_page(evaluation)
     typer.echo(f"results       {evaluation.folder / 'report.json'}\npage          {page}")
 
 
 def register(app: typer.Typer) -> None:
-    """Add `eval` to a command line."""
+    """Add `eval` to an app."""
     app.command("eval")(eval_command)

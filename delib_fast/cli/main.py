@@ -28,7 +28,10 @@ _LAZY_COMMANDS = {
 
 
 class _LazyGroup(TyperGroup):
-    """A group that imports a command of `_LAZY_COMMANDS` only when it runs."""
+    """A group of commands, of which those in `_LAZY_COMMANDS` are imported only when they run.
+
+    The help of the group needs only their names and help texts, so it shows stubs.
+    """
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [*super().list_commands(ctx), *_LAZY_COMMANDS]
@@ -45,7 +48,7 @@ class _LazyGroup(TyperGroup):
         if name in _LAZY_COMMANDS:
             found = typer.Typer()
             importlib.import_module(_LAZY_COMMANDS[name][0]).register(found)
-            found.callback()(lambda: None)  # makes it a group even if it has a single command
+            found.callback()(lambda: None)  # makes typer build a group, even from a single command
             group: Any = typer.main.get_command(found)
             command = group.commands[name]
         return name, command, rest

@@ -13,9 +13,8 @@ from rich.console import Console
 
 from delib_fast.config import ConfigError
 from delib_fast.config.load import load_config
-from delib_fast.data import DataError
 
-WIDTH = 80
+WIDTH = 80  # of the tables, in columns
 _SET = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a value (repeatable)")]
 
 
@@ -24,7 +23,7 @@ def _user_errors() -> Iterator[None]:
     """Print an error in the user's input without a traceback, and exit with code 2."""
     try:
         yield
-    except (ConfigError, DataError, ValueError) as error:
+    except ValueError as error:  # includes ConfigError and DataError
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 
@@ -128,7 +127,7 @@ def report(
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands to a command line."""
+    """Add the three commands to an app."""
     app.command("inspect")(inspect)
     app.command("plan")(plan)
     app.command("report")(report)

@@ -49,7 +49,7 @@ def study_command(
 
 
 def print_arms(summary: dict[str, Any]) -> None:
-    """Print the arms, in tables of at most 80 columns with two metrics each, and the differences."""
+    """Print the arms, in tables of two metrics and at most 80 columns each; and the contrasts."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -79,5 +79,5 @@ def _numbers(text: str) -> list[int]:
 
 
 def register(app: typer.Typer) -> None:
-    """Add `study` to a command line."""
+    """Add `study` to an app."""
     app.command("study")(study_command)

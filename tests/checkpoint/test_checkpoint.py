@@ -55,7 +55,7 @@ def test_newest_is_by_number_not_by_name(tmp_path):
     assert load_newest(tmp_path, pytest.fail).step == 1000
 
 
-def test_never_overwritten(tmp_path):
+def test_a_checkpoint_is_never_overwritten(tmp_path):
     before = {p: p.read_bytes() for p in save(tmp_path, 3).iterdir()}
     with pytest.raises(CheckpointError, match="step-00000003 already exists; a checkpoint is never overwritten"):
         save(tmp_path, 3)
@@ -87,12 +87,12 @@ def test_damage_is_detected_and_the_previous_one_is_used(tmp_path, file, damage)
     assert len(warnings) == 1
     assert "step-00000002" in warnings[0]
     assert warnings[0].endswith("; resuming from the previous checkpoint")
-    assert load_newest(tmp_path, pytest.fail).step == 1, "it was set aside, so it is reported only once"
+    assert load_newest(tmp_path, pytest.fail).step == 1, "it was renamed, so it is reported only once"
     save(tmp_path, 2)
     assert names(tmp_path) == ["latest", "step-00000001", "step-00000002"]
 
 
-def test_every_byte_counts(tmp_path):
+def test_a_change_of_any_byte_is_detected(tmp_path):
     folder = save(tmp_path, 2)
     for file in FILES:
         whole = (folder / file).read_bytes()
@@ -130,7 +130,7 @@ def test_deleted_checkpoints_are_noticed(tmp_path):
         load_newest(tmp_path, pytest.fail)
 
 
-def test_killed_save_is_ignored(tmp_path):
+def test_a_killed_save_is_ignored_and_cleaned_up(tmp_path):
     save(tmp_path, 1)
     (tmp_path / ".writing-step-00000002").mkdir()
     (tmp_path / ".writing-step-00000002" / "state-00000-of-00001.safetensors").write_bytes(b"half")
@@ -140,7 +140,7 @@ def test_killed_save_is_ignored(tmp_path):
 
 
 def test_training_continues_during_a_write(tmp_path, monkeypatch):
-    """The state is that of the moment of the call, though training changes it later; it counts once it is written."""
+    """The state is saved as it was at the call, and the checkpoint exists only when it is written."""
     may_write = threading.Event()
     plain = checkpoint_writer.save_file
     monkeypatch.setattr(checkpoint_writer, "save_file", lambda *a: (may_write.wait(10), plain(*a)))

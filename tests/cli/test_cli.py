@@ -33,23 +33,23 @@ def test_lazy_commands_have_help(name):
     assert "Usage" in done.stdout
 
 
-def test_schema():
+def test_config_prints_the_json_schema():
     assert json.loads(runner.invoke(app, ["config", "--schema"]).stdout)["title"] == "Config"
 
 
-def test_config_resolves():
+def test_config_prints_overrides_and_defaults():
     done = runner.invoke(app, ["config", "examples/quickstart.yaml", "--set", "stages.aft.cot=strip"])
     assert "cot: strip" in done.stdout
     assert "weight_decay: 0.01" in done.stdout
 
 
-def test_mistakes_are_config_errors():
+def test_ledger_of_a_missing_folder_is_a_config_error():
     done = runner.invoke(app, ["ledger", "nowhere"])
     assert isinstance(done.exception, ConfigError)
     assert "is nowhere a run directory?" in str(done.exception)
 
 
-def test_env_lists_backends():
+def test_env_lists_the_backends_of_the_ops():
     output = runner.invoke(app, ["env"]).stdout
     assert "linear_cross_entropy" in output
     assert "reference" in output

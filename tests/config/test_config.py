@@ -105,13 +105,13 @@ def test_relative_paths_start_at_the_file(tmp_path):
         ),
     ],
 )
-def test_refuses(change, message):
+def test_refuses_invalid_configurations(change, message):
     with pytest.raises(ConfigError) as error:
         parse_config(tree(**change))
     assert message in str(error.value)
 
 
-def test_every_fault_is_listed():
+def test_every_error_is_listed():
     with pytest.raises(ConfigError) as error:
         parse_config(tree(seed=-1, runs_dir="x", stages=[{"kind": "msm", "train": ["rows"], "epochs": 0}]))
     assert len(str(error.value).splitlines()) == 3
@@ -126,13 +126,13 @@ def test_every_fault_is_listed():
         ("a: !!python/object/apply:os.system [echo]\n", "not valid YAML: could not determine a constructor"),
     ],
 )
-def test_refuses_files(tmp_path, text, message):
+def test_refuses_invalid_yaml(tmp_path, text, message):
     with pytest.raises(ConfigError) as error:
         load_config(write(tmp_path, text))
     assert message in str(error.value)
 
 
-def test_missing_file(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         load_config(tmp_path / "none.yaml")
 
@@ -145,7 +145,7 @@ def test_a_configuration_that_version_0_1_saved_is_read():
     assert parse_config(old) == parse_config(tree(engine={"zero_stage": 2}))
 
 
-def test_overrides(tmp_path):
+def test_overrides_are_applied_or_refused(tmp_path):
     path = write(tmp_path, YAML)
     config = load_config(
         path, ["stages.aft.cot=strip", "stages.0.epochs=3", "engine.zero_stage=2", "data.rows.holdout=0.25"]
@@ -191,7 +191,7 @@ def sections_under(section: type[Section]) -> set[type[Section]]:
     return found
 
 
-def test_schema_is_json():
+def test_json_schema_forbids_unknown_keys():
     assert json.loads(json_schema())["additionalProperties"] is False
 
 
@@ -214,7 +214,7 @@ def test_examples_are_valid(path):
     load_config(path)
 
 
-def test_deepspeed_json():
+def test_deepspeed_json_has_the_batch_arithmetic_and_the_users_keys():
     config = parse_config(
         tree(
             engine={"precision": "fp32"},
@@ -238,16 +238,20 @@ def test_deepspeed_json():
         ),
         ({"zero_optimization": {"stage": 2}}, "deepspeed.zero_optimization.stage: 2 conflicts"),
         ({"optimizer": {"type": "Adam"}}, "; set stages.N.optimizer instead"),
+        (
+            {"train_micro_batch_size_per_gpu": 2},
+            "train_micro_batch_size_per_gpu: 2 conflicts with what this configuration decides (here 1); remove it",
+        ),
     ],
 )
-def test_deepspeed_conflicts(block, message):
+def test_refuses_reserved_deepspeed_keys(block, message):
     config = parse_config(tree(deepspeed=block))
     with pytest.raises(ConfigError) as error:
         deepspeed_json(config, config.stages[0], 1)
     assert message in str(error.value)
 
 
-def test_impossible_batch_arithmetic():
+def test_refuses_packs_that_the_ranks_cannot_divide():
     config = parse_config(tree())
     with pytest.raises(ConfigError) as error:
         deepspeed_json(config, config.stages[0], 3)

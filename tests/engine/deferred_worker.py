@@ -1,4 +1,4 @@
-"""Run by test_deferred.py on each rank: weights, buffers and peak memory of a model at ZeRO 3, by both ways."""
+"""Run by test_deferred.py on each rank: weights, buffers and peak memory of a model at ZeRO 3, loaded either way."""
 
 from __future__ import annotations
 
@@ -47,7 +47,11 @@ class Peak:
 
 
 def main(folder: str | Path, precision: str, way: str) -> int:
-    """way: `deferred`, or `whole`: every rank loads the whole model."""
+    """Load the model in a folder.
+
+    Args:
+        way: `deferred`, or `whole`: every rank loads the whole model.
+    """
     ranks, dtype = Ranks("cpu"), DTYPES[precision]
     source, tokenizer = ModelConfig(path=str(folder)), train_tokenizer(TEXTS, 300)
     with Peak() as peak:

@@ -1,4 +1,4 @@
-"""Run by test_fp16.py on each rank: fp16 on a CPU. Users cannot choose it, because it is slow there; it is as exact."""
+"""Run by test_fp16.py on each rank: fp16 on a CPU, which users cannot choose, because it is slow there."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from delib_fast.training import run as run_module
 from delib_fast.training import throughput
 
 STEPS = 8
-STEADY = {"initial_scale_power": 8, "loss_scale_window": 1000}  # as good as no scaling: nothing under- or overflows
+STEADY = {"initial_scale_power": 8, "loss_scale_window": 1000}  # equivalent to no scaling: nothing under- or overflows
 GROWING = {"initial_scale_power": 4, "loss_scale_window": 2}
 HIGH = {"initial_scale_power": 21, "hysteresis": 1, "loss_scale_window": 3}
 
 
 def let_cpus_compute_fp16() -> None:
-    """DeepSpeed refuses fp16 on processors without units for it (AVX-512 FP16)."""
+    """Let DeepSpeed run fp16 on processors without AVX-512 FP16, which it refuses."""
     get_accelerator().is_fp16_supported = lambda: True
 
 

@@ -1,4 +1,4 @@
-"""Run by test_invariance.py on each rank: three SGD steps in every way that must not matter, against one big batch."""
+"""Run by test_invariance.py on each rank: three SGD steps, split in several ways, against one big batch."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def trained(
     steps: int = STEPS,
     root: Path | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The weights after `steps`. With `root`, it resumes from the newest checkpoint there and writes another."""
+    """The weights after `steps`. With `root`, resume from the newest checkpoint there, and write another."""
     config = stage_config(zero_stage, capacity, sequence_parallel=ranks.sequence_parallel)
     stage = config.stages[0]
     batches = PackedDataLoader(

@@ -1,12 +1,12 @@
-"""Kill a run at every write, sync, rename and deletion that it makes, and at random moments; resume it each time by the
-same command. The result must equal that of an undisturbed run: bitwise the same weights, every example once, every
-metrics record once, the same ledger.
+"""Kill a run at every write, sync, rename and deletion that it makes, and at random moments; each time, resume it with
+the same command. The result must equal that of an uninterrupted run: bitwise the same weights, every example once,
+every metrics record once, the same ledger.
 
     python tests/engine/kill_matrix.py --minutes 6    # every operation, then random moments; prints the table
 
-An *operation* is what `faults.label` calls one: a kind of call on a kind of file. The run is killed at its first
-occurrence, started again in the same folder and killed at the next operation, and so on until it finishes; then a new
-folder begins. One run therefore survives many kills, also of the process that was just recovering.
+An *operation* is a kind of call on a kind of file, as labelled by `helpers.faults.label`. The run is killed at its
+first occurrence, started again in the same folder and killed at the next operation, and so on until it finishes. Then
+a new folder begins. One run therefore survives many kills, including kills during recovery.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def short_run(folder: Path, zero_stage: int = 0) -> Path:
 
 @dataclass
 class Matrix:
-    """Runs on `world_size` ranks at a ZeRO stage, compared with an undisturbed run."""
+    """Runs on `world_size` ranks at a ZeRO stage, compared with an uninterrupted run."""
 
     server: ForkServer
     folder: Path
@@ -88,7 +88,7 @@ class Matrix:
             else:
                 other = self._new_folder()
                 self._end(self._start(other, FAULT_TRACE=str(trace), FAULT_RANK=str(rank)))
-                assert facts(other / "run") == self._facts, "two undisturbed runs differ"
+                assert facts(other / "run") == self._facts, "two uninterrupted runs differ"
         self.operations = [
             (rank, operation)
             for rank, trace in enumerate(traces)
@@ -99,10 +99,10 @@ class Matrix:
     def kill_at_operations(self, operations: list[tuple[int, str]]) -> None:
         """Kill once at each (rank, operation), in as few folders as possible."""
         for rank, operation in operations:
-            if not self._dies_at(rank, operation):  # this run was past it and has finished: a new one begins
+            if not self._dies_at(rank, operation):  # the run had passed it and has finished: begin a new one
                 self._next()
                 assert self._dies_at(rank, operation), (
-                    f"a new run of {self.world_size} ranks never makes the operation {operation!r}"
+                    f"a new run of {self.world_size} ranks does not reach the operation {operation!r}"
                 )
         self._end(self._start(self._current))
         self._next()
@@ -157,7 +157,7 @@ class Matrix:
         """The run in the current folder has finished: compare it with the reference, and begin a new folder."""
         ours = facts(self._current / "run")
         for name, fact in self._facts.items():
-            assert ours[name] == fact, f"{name} differs from the undisturbed run's after {self.killed_at}"
+            assert ours[name] == fact, f"{name} differs from that of the uninterrupted run after {self.killed_at}"
         self._check_examples(self._current)
         left = [
             str(p.relative_to(self._current / "run"))
@@ -194,7 +194,7 @@ class Matrix:
 
 
 def facts(run_dir: Path) -> dict[str, Any]:
-    """Everything that must not depend on whether and when a run was killed."""
+    """Everything about a run that must not depend on whether and when it was killed."""
     models = {
         f.relative_to(run_dir).as_posix(): {k: bits(v) for k, v in load_file(f).items()}
         for f in sorted(run_dir.rglob("model.safetensors"))

@@ -1,4 +1,4 @@
-"""At ZeRO 3 weights are read one by one: bitwise the same as in a model loaded whole, and no rank holds all of them."""
+"""At ZeRO 3, weights are read one by one. They equal those of a model loaded whole, and no rank holds all of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KINDS = (
 
 
 def architecture(kind, **sizes):
-    """The configuration of a small model; sizes: of another than the usual one."""
+    """The configuration of a small model. `sizes` replace those of SIZES."""
     from transformers import LlamaConfig, MixtralConfig, Qwen3Config
 
     sizes = SIZES | sizes
@@ -58,8 +58,11 @@ def saved(config, folder, dtype=torch.bfloat16, **options):
 
 
 def rewritten(folder, kind):
-    """Rewrite a checkpoint as others write them: the trunk's names without transformers' prefix; in torch's own format;
-    in a file that the config names, next to one of the usual name."""
+    """Rewrite a checkpoint in a form that other programs write.
+
+    These forms are names without transformers' prefix; torch's own format; and a file that the config names, next to
+    one with the usual name.
+    """
     file = folder / "model.safetensors"
     weights = load_file(file) if file.exists() else {}
     if kind == "renamed":
@@ -79,7 +82,7 @@ def facts(fork_server, folder, precision, way):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_a_model_loaded_whole(fork_server, tmp_path, kind):
+def test_deferred_weights_equal_a_model_loaded_whole(fork_server, tmp_path, kind):
     folder = saved(architecture(kind), tmp_path, max_shard_size="50KB" if "parts" in kind else "5GB")
     rewritten(folder, kind)
     deferred, whole = (facts(fork_server, folder, "bf16", way) for way in ("deferred", "whole"))
@@ -96,7 +99,7 @@ def test_equals_a_model_loaded_whole(fork_server, tmp_path, kind):
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["in the cache", "downloaded, in parts"])
-def test_hub_name(fork_server, tmp_path, offline):
+def test_a_hub_model_is_downloaded_once_and_equals_a_local_one(fork_server, tmp_path, offline):
     folder = saved(architecture("untied, in parts"), tmp_path / "model", max_shard_size="5GB" if offline else "50KB")
     (folder / "consolidated.safetensors").write_bytes(b"the same weights in the format of another library")
     home, worker = tmp_path / "home", str(Path(__file__).with_name("deferred_worker.py"))
@@ -134,7 +137,7 @@ LARGE = {"vocab_size": 16384, "hidden_size": 512, "intermediate_size": 2048, "nu
     ids=["as stored", "experts merged"],
 )
 def test_no_rank_holds_the_whole_model(fork_server, tmp_path, kind, sizes, largest):
-    """A rank holds its shard, and the largest tensor twice: as it was read, in fp32, and in the run's precision. While
+    """A rank holds its shard, and the largest tensor twice: in fp32, as it was read, and in the run's precision. While
     a tensor is merged, it also holds the parts."""
     options = {"num_experts_per_tok": 2} if kind == "experts merged" else {}
     folder = saved(architecture(kind, **LARGE | sizes | options), tmp_path, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""A successful run exits with code 0, whatever gloo's threads still hold."""
+"""A successful run exits with code 0, even if gloo's threads still hold tensors."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def last_operation():
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_last_reference_in_a_gloo_thread(world_size):
+def test_exit_code_is_0_if_a_gloo_thread_has_the_last_reference(world_size):
     run_ranks(["-c", LAST_OPERATION], world_size)

@@ -1,5 +1,6 @@
 """fp16 with dynamic loss scaling: the scale does not change the weights, steps that overflow are skipped and counted,
-and a resume continues with the same scale. On a CPU, which computes fp16 as exactly as a GPU, only slowly."""
+and a resumed run continues with the same scale. The tests run on a CPU, which computes fp16 slowly but as exactly as a
+GPU."""
 
 from __future__ import annotations
 
@@ -67,7 +68,7 @@ def test_an_overflow_at_any_scale_is_a_bad_step(found, stage):
 
 
 @pytest.mark.parametrize("case", [f"{what} z{stage}" for what in ("muon", "offload") for stage in (1, 2, 3)])
-def test_other_optimizers(found, case):
+def test_muon_and_offload_skip_overflows_and_resume_exactly(found, case):
     """Catches gradients of a skipped step that are added to those of the next one (DeepSpeed at ZeRO 1 and 2 with an
     offloaded optimizer never made a step again)."""
     exact, made = found[case]["losses"]
@@ -79,7 +80,7 @@ def test_other_optimizers(found, case):
 
 
 @pytest.mark.parametrize(("world_size", "stage"), [(1, 0), (2, 3)])
-def test_a_whole_run(tmp_path, fork_server, world_size, stage):
+def test_a_whole_run_resumes_with_the_same_scale(tmp_path, fork_server, world_size, stage):
     """The model, its attention and the fused loss in fp16; stopped and resumed."""
     keys = [
         f"engine.zero_stage={stage}",
@@ -96,7 +97,7 @@ def test_a_whole_run(tmp_path, fork_server, world_size, stage):
             output = fork_server.run(
                 "fp16_worker:whole", [tmp_path / name, *keys], world_size=world_size, timeout=300, **stop
             )[0]
-            assert ": skipped, because" not in output, "the scale is too high, and no row is to blame"
+            assert ": skipped, because" not in output, "the scale is too high; no row is at fault"
     whole, stopped = tmp_path / "whole" / "run", tmp_path / "stopped" / "run"
     assert all(torch.equal(w, weights(stopped)[name]) for name, w in weights(whole).items())
     records, resumed = metrics(whole), metrics(stopped)

@@ -25,8 +25,8 @@ def found(fork_server):
 @pytest.mark.parametrize("kind", ["NaN in a row", "infinite loss, finite gradient"])
 @pytest.mark.parametrize(("precision", "stage", "offload"), CASES)
 def test_bad_step_is_skipped(found, world_size, kind, precision, stage, offload):
-    """DeepSpeed alone ruins the weights at stage 0 and skips silently at the others. Where only the loss is infinite,
-    it makes the step on the ranks that have finite losses. In bf16 with an offloaded optimizer (ZeRO 1 and 2) it never
+    """DeepSpeed alone ruins the weights at stage 0, and skips silently at the others. If only the loss is infinite, it
+    makes the step on the ranks whose losses are finite. In bf16 with an offloaded optimizer (ZeRO 1 and 2) it never
     makes a step again, because its buffers keep the NaN."""
     case = found[world_size][f"{precision} z{stage} offload {offload} {kind}"]
     assert case["deviation"] == 0.0, "as if the step had not been made"

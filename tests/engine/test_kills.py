@@ -1,5 +1,5 @@
-"""A sample of the kill matrix: SIGKILL at disk operations and at random moments, on 1 and 2 ranks, always resumed by
-the same command. `kill_matrix.py` runs the complete matrix."""
+"""A sample of the kill matrix: SIGKILL at disk operations and at random moments, on 1 and 2 ranks. Runs are resumed
+with the same command. `kill_matrix.py` runs the complete matrix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def sample(matrix: Matrix, *, most: int, seed: int, must: str) -> list[tuple[int
     return [operation for operation in matrix.operations if operation in kept or operation in drawn]
 
 
-def test_one_rank(tmp_path, fork_server):
+def test_one_rank_survives_every_kill(tmp_path, fork_server):
     from kill_matrix import Matrix
 
     matrix = Matrix(fork_server, tmp_path, world_size=1)
@@ -31,7 +31,7 @@ def test_one_rank(tmp_path, fork_server):
     assert matrix.killed_at.total() >= 36
 
 
-def test_two_ranks_under_zero_3(tmp_path, fork_server):
+def test_two_ranks_under_zero_3_survive_every_kill(tmp_path, fork_server):
     from kill_matrix import Matrix
 
     matrix = Matrix(fork_server, tmp_path, world_size=2, zero_stage=3)

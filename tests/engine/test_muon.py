@@ -27,7 +27,7 @@ def test_matches_torch(found, world_size, stage):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_exact_where_it_must_be(found, world_size, stage):
+def test_resume_offload_and_a_skipped_step_are_exact(found, world_size, stage):
     assert found[world_size][f"z{stage} resumed"] == 0.0
     assert found[world_size][f"z{stage} bad step skipped"] == 0.0
     assert found[world_size].get(f"z{stage} offloaded", 0.0) == 0.0
@@ -46,7 +46,7 @@ def test_resume_at_another_stage_and_number_of_ranks(found, world_size):
 
 
 @pytest.mark.parametrize("shape", [(5, 17), (17, 5), (8, 8), (3, 5, 17)])
-def test_direction(shape):
+def test_direction_has_the_singular_vectors_of_the_momentum(shape):
     """The singular vectors of the momentum, with singular values near 1, times the factor; each matrix of a stack by
     itself. Catches a step of torch.optim.Muon that adds its own momentum, decay or another factor."""
     from delib_fast.engine.muon import muon_direction
@@ -81,7 +81,7 @@ def config(**tree):
     )
 
 
-def test_refuses_lora():
+def test_muon_refuses_lora():
     from delib_fast.config import ConfigError
 
     with pytest.raises(ConfigError) as error:
@@ -90,7 +90,7 @@ def test_refuses_lora():
     assert "set adamw" in str(error.value)
 
 
-def test_refuses_nvme():
+def test_muon_refuses_nvme():
     from delib_fast.config import ConfigError
     from delib_fast.engine.deepspeed_json import deepspeed_json
 

@@ -63,7 +63,7 @@ def config(zero_optimization=None, **engine):
         ),
     ],
 )
-def test_refuses(keys, message):
+def test_refuses_invalid_and_removed_keys(keys, message):
     from delib_fast.config import ConfigError
 
     with pytest.raises(ConfigError) as error:
@@ -82,7 +82,7 @@ def settings(made):
     return deepspeed_json(made, made.stages[0], 1)["zero_optimization"]
 
 
-def test_json_of_nvme():
+def test_nvme_of_the_deepspeed_block_is_kept():
     made = config({"offload_optimizer": NVME}, zero_stage=3, precision="bf16", offload_parameters="cpu")
     assert settings(made)["offload_optimizer"] == NVME
     assert settings(made)["offload_param"] == {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -104,7 +104,7 @@ def test_json_of_nvme():
         ({"offload_param": {"device": "cpu"}}, {"zero_stage": 3}, "set engine.offload_parameters instead"),
     ],
 )
-def test_refuses_in_the_deepspeed_block(offload, engine, message):
+def test_refuses_nvme_with_which_deepspeed_trains_wrongly(offload, engine, message):
     from delib_fast.config import ConfigError
 
     with pytest.raises(ConfigError) as error:
@@ -137,7 +137,7 @@ def test_refuses_misaligned_gradients(offset, refused):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_on_a_disk(tmp_path, world_size):
+def test_nvme_trains_like_host_memory(tmp_path, world_size):
     """Bitwise the same weights as with offload to host memory, and across a resume. Catches moments of size 0, which is
     the size of a swapped-out group (a segmentation fault), and gradients that are never read."""
     from deepspeed.ops.op_builder import AsyncIOBuilder

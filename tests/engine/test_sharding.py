@@ -1,4 +1,4 @@
-"""At ZeRO 3 no device ever holds the whole model: it is sharded before DeepSpeed moves anything."""
+"""At ZeRO 3 no device holds the whole model: it is sharded before DeepSpeed moves anything."""
 
 from __future__ import annotations
 

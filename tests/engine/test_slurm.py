@@ -25,7 +25,7 @@ STEP = {
 }
 
 
-def test_a_step_of_several_tasks(init_from_slurm):
+def test_a_step_of_several_tasks_sets_all_variables(init_from_slurm):
     found = dict(STEP)
     init_from_slurm(found)
     assert {key: found[key] for key in found.keys() - STEP.keys()} == {
@@ -50,7 +50,7 @@ def test_a_step_of_several_tasks(init_from_slurm):
     ],
     ids=["elsewhere", "batch script", "one task", "torchrun inside"],
 )
-def test_nothing_is_set(init_from_slurm, environment):
+def test_nothing_is_set_outside_a_step_or_under_a_launcher(init_from_slurm, environment):
     before = dict(environment)
     init_from_slurm(environment)
     assert environment == before
@@ -89,7 +89,7 @@ def test_a_task_that_sees_one_gpu_uses_it():
         _gpu_index(8, 8)
 
 
-def test_two_tasks_meet():
+def test_two_tasks_form_a_process_group():
     """Two processes that have only Slurm's variables agree on a host and a port."""
     code = (
         "import os\nrank = os.environ.pop('RANK')\n"

@@ -20,7 +20,7 @@ def undisturbed(tmp_path_factory, fork_server):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("moment", "code", "says", "saved"),
+    ("moment", "code", "message", "saved"),
     [
         ("encoding", 0, "stopped while reading the data", None),
         ("training", 0, "stopped after step 1 of stage 'aft'", "aft/step-00000001"),
@@ -29,11 +29,11 @@ def undisturbed(tmp_path_factory, fork_server):
         ("twice", 130, "interrupted; the same command resumes", None),
     ],
 )
-def test_signal(tmp_path, undisturbed, fork_server, moment, code, says, saved):
+def test_a_signal_saves_and_the_run_resumes_bitwise(tmp_path, undisturbed, fork_server, moment, code, message, saved):
     path = tiny(tmp_path)
     cache = {"DELIB_FAST_CACHE": str(tmp_path / "cache")}  # an empty one, so that the run encodes the data
     output = fork_server.run("stop_worker:main", [path, moment], code=code, **cache)[0]
-    assert says in output
+    assert message in output
     assert "Traceback" not in output
     if saved is not None:
         assert (tmp_path / "run" / "checkpoints" / saved / "manifest.json").exists()

@@ -1,11 +1,11 @@
 """Kills a rank at a chosen disk operation, for tests that kill a run at every write, sync and rename.
 
 Every operation in the run directory has a label: the operation and its file, without the numbers of steps and ranks,
-e.g. `fsync checkpoints/msm/.writing-step-N/state-N-of-N.safetensors`. A rank that `forking` starts reads the settings
-from its environment; without these variables nothing is changed.
+e.g. `fsync checkpoints/msm/.writing-step-N/state-N-of-N.safetensors`. A rank that `helpers.forking` starts reads these
+settings from its environment; without them, nothing is patched.
 
     FAULT_DIR    the run directory; without it, no operation is watched
-    FAULT        the label at whose first occurrence the process gets SIGKILL (of a write, half is made)
+    FAULT        the label at whose first occurrence the process gets SIGKILL (in a write, after half of it)
     FAULT_RANK   the rank to watch (default 0)
     FAULT_TRACE  a file to which every label is written, in order
     FAULT_SEEN   a file to which each step's [data digest, epoch, step, example ids] is written
@@ -38,7 +38,7 @@ def label(operation: str, path: str | os.PathLike[str], root: str) -> str | None
 
 
 def install() -> None:
-    """Install what this rank's environment requests."""
+    """Install what the environment of this rank requests."""
     if os.environ.get("RANK", "0") == os.environ.get("FAULT_RANK", "0") and "FAULT_DIR" in os.environ:
         Faults(os.path.abspath(os.environ["FAULT_DIR"]), os.environ.get("FAULT"), os.environ.get("FAULT_TRACE"))
     if "FAULT_SEEN" in os.environ:
@@ -109,7 +109,7 @@ class Faults:
 
 
 class _WatchedFile:
-    """A file whose writes are operations. A kill in one leaves half of it."""
+    """A file whose writes are recorded as operations. A kill during a write leaves half of it."""
 
     def __init__(self, faults: Faults, file: Any, path: Any) -> None:
         self._faults, self._file, self._path = faults, file, path

@@ -5,7 +5,7 @@
         codes = server.wait(job, timeout=60)      # negative: the signal that ended it
         server.output(job)
 
-This is safe because the server only imports: it makes no tensor operation, starts no thread and joins no process group,
+This is safe because the server only imports: it runs no tensor operation, starts no thread and joins no process group,
 so a forked process is like a new one. With OMP_NUM_THREADS=1 there is no thread pool that a fork would lose.
 """
 

@@ -1,4 +1,4 @@
-"""Start ranks on the CPU as a launcher does: one process each, connected by gloo. And serve a model over HTTP."""
+"""Start ranks on the CPU as a launcher does (one process each, connected by gloo), and serve a model over HTTP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def free_port() -> int:
-    """A free port below those that the system assigns to outgoing connections, which may be taken before we use it."""
+    """A free port, below those that the system assigns to outgoing connections and might take before it is used."""
     while True:
         port = random.SystemRandom().randrange(15000, 32000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -105,7 +105,7 @@ def start_ranks(command: Sequence[str], world_size: int, **extra: str) -> list[R
 def run_ranks(
     command: Sequence[str], world_size: int, *, timeout: float = 300, exit_code: int = 0, **extra: str
 ) -> list[str]:
-    """Run to the end and return each rank's output. Fails, with the output, if a rank has another exit code."""
+    """Run all ranks to the end and return their outputs. Fails, with the output, if a rank has another exit code."""
     ranks = start_ranks(command, world_size, **extra)
     try:
         for rank in ranks:

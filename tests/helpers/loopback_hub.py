@@ -1,4 +1,4 @@
-"""A Hugging Face hub with one model on loopback, and the cache of a machine that has downloaded it."""
+"""A Hugging Face hub with one model on loopback, and a cache as after a download from the hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def cached(folder: Path, name: str, home: Path) -> None:
-    """Copy the files of a folder to where HF_HOME=home keeps a hub model."""
+    """Copy the files of a folder to where `HF_HOME=home` stores a downloaded hub model."""
     repository = home / "hub" / f"models--{name.replace('/', '--')}"
     shutil.copytree(folder, repository / "snapshots" / COMMIT)
     (repository / "refs").mkdir()

@@ -17,7 +17,11 @@ DATA = ROOT / "examples" / "data"
 
 
 def tiny(folder: Path, **changes) -> Path:
-    """Write the configuration and the rows of a two-stage run; returns the YAML file."""
+    """Write the configuration and the rows of a two-stage run, and return the YAML file.
+
+    Args:
+        changes: sections of the configuration that replace the default ones.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("documents", 8), ("documents_heldout", 2), ("deliberation", 24), ("deliberation_heldout", 4)):
         lines = (DATA / f"{name}.jsonl").read_text().splitlines(keepends=True)

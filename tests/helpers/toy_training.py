@@ -1,4 +1,4 @@
-"""Train a toy model for a few steps under the engine, save and resume it: what the workers of tests/engine share."""
+"""Train a toy model for a few steps with the engine, save and resume it. The workers of tests/engine share this."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS, MICRO_BATCHES = 64, 4  # of a step, over all ranks
 
 @dataclass(frozen=True)
 class ToyBatch:
-    """A micro-batch of a classification. `scale` and `offset` change the loss, to spoil a step."""
+    """A micro-batch of a classification task. `scale` and `offset` change the loss, to make a step bad."""
 
     x: Tensor
     y: Tensor
@@ -119,7 +119,7 @@ def train_toy(
     Args:
         model: the module to train; by default a `Toy`.
         micro_batches: this rank's micro-batches of a step; by default its share of `toy_rows`.
-        omit: steps that are not made at all, though the schedule counts them.
+        omit: steps that are not made, although the learning-rate schedule counts them.
         save: a folder, and the step at which to write a checkpoint into it.
         resume: a folder with a checkpoint to resume from.
     """
@@ -161,5 +161,5 @@ def write_checkpoint(engine: Engine, folder: Path, ranks: Ranks) -> None:
 
 
 def deviation(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """The largest difference of two weights; 0 on ranks that have none."""
+    """The largest difference between two sets of weights; 0 on ranks that have none."""
     return max((float((a[name].float() - b[name].float()).abs().max()) for name in a), default=0.0)

@@ -21,7 +21,7 @@ def run_with_fault(fork_server, folder, kind, world_size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "says"),
+    ("kind", "messages"),
     [
         (
             "sleeps_in_python",
@@ -39,18 +39,18 @@ def run_with_fault(fork_server, folder, kind, world_size):
         ),
     ],
 )
-def test_one_of_two_ranks(tmp_path, fork_server, kind, says):
+def test_the_rank_at_fault_is_reported_and_both_end(tmp_path, fork_server, kind, messages):
     codes, output = run_with_fault(fork_server, tmp_path, kind, 2)
     assert all(codes), f"{codes}: every rank must end with an error\n{output}"
     assert "rank 1 (process " in output
-    for part in says:
-        assert part in output, output
+    for message in messages:
+        assert message in output, output
     assert output.count("error: ") == 1, "one rank reports it"
     assert "rank 0 (process" not in output, "the rank that only waits is not blamed"
 
 
 @pytest.mark.slow
-def test_single_rank(tmp_path, fork_server):
+def test_a_single_rank_that_hangs_ends_with_its_stack(tmp_path, fork_server):
     codes, output = run_with_fault(fork_server, tmp_path, "sleeps_in_python", 1)
     assert codes == [3], output
     assert "in sleeps_in_python" in output

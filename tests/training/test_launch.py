@@ -122,7 +122,7 @@ def test_launchers_give_the_same_model(tmp_path, finished, name):
         ("torchrun", 2, signal.SIGTERM, False),
     ],
 )
-def test_signal_to_a_launcher(tmp_path, name, ranks, number, to_all):
+def test_ranks_save_and_end_after_a_signal_to_the_launcher(tmp_path, name, ranks, number, to_all):
     """The ranks save within a step and end; no process is left. The launcher's exit code is not ours."""
     path = tiny(tmp_path)
     start = [str(ranks) if word == "1" else word.format(port=free_port()) for word in LAUNCHERS[name]]
@@ -148,7 +148,7 @@ def test_signal_to_a_launcher(tmp_path, name, ranks, number, to_all):
         (os.killpg if to_all else os.kill)(process.pid, number)
         process.wait(120)
         _, alive = psutil.wait_procs(children, timeout=60)
-    assert not alive, "orphans"
+    assert not alive, "orphaned processes"
     output = (tmp_path / "output").read_text()
     assert output.count("the same command resumes from there") == 1, output
     last = metrics(tmp_path / "run")[-1]["step"]
@@ -156,7 +156,7 @@ def test_signal_to_a_launcher(tmp_path, name, ranks, number, to_all):
 
 
 @pytest.mark.slow
-def test_two_ranks_under_zero_3(tmp_path, finished):
+def test_two_ranks_under_zero_3_have_the_loss_of_one(tmp_path, finished):
     launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", "{port}", "delib_fast/train.py"]
     done = launch(launcher, tiny(tmp_path), "--set", "engine.zero_stage=3")
     assert done.returncode == 0, done.stdout
@@ -225,7 +225,7 @@ def test_two_nodes_shard_each_pack(tmp_path, finished):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["aft_no_cot", "aft_cot", "msm_aft_no_cot", "msm_aft_cot"])
-def test_arms_run(tmp_path, arm):
+def test_each_example_arm_trains_the_right_segments(tmp_path, arm):
     path = ROOT / "examples" / "configs" / f"{arm}.yaml"
     shrink = [f"run_dir={tmp_path / 'run'}", "model.architecture.num_hidden_layers=1", "stages.aft.max_steps=2"]
     if arm.startswith("msm"):
@@ -240,7 +240,7 @@ def test_arms_run(tmp_path, arm):
 
 @pytest.mark.slow
 def test_teacher_of_the_end_to_end_example_starts(tmp_path):
-    """A script makes its lessons: if training refused one, the example would end before its first step."""
+    """Training must accept the rows that the script generates, or the example would end before its first step."""
     lessons = tmp_path / "lessons.jsonl"
     subprocess.run([sys.executable, "examples/datagen/make_lessons.py", str(lessons)], cwd=ROOT, check=True)
     assert (

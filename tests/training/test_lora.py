@@ -98,7 +98,7 @@ def test_aft_continues_the_adapter(paper):
 
 
 def test_adapter_and_merged_model_agree(paper):
-    """Loaded by peft and by plain transformers."""
+    """The adapter is loaded with peft, the merged model with plain transformers."""
     from peft import PeftModel
 
     base = AutoModelForCausalLM.from_pretrained(paper / "base")
@@ -144,7 +144,7 @@ def test_a_given_adapter_is_continued(paper, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_bits(tmp_path, monkeypatch):
+def test_qlora_merges_into_the_exact_weights(tmp_path, monkeypatch):
     """QLoRA: frozen matrices are in nf4 during training; the adapter is merged into the exact weights at the end."""
     pytest.importorskip("bitsandbytes")
     from peft import PeftModel
@@ -185,7 +185,7 @@ def model() -> torch.nn.Module:
         ("self_attn", "'self_attn' is not an nn.Linear"),
     ],
 )
-def test_refuses_targets(target, message):
+def test_refuses_targets_that_are_not_linear_layers_of_the_trunk(target, message):
     with pytest.raises(ConfigError) as error:
         add_adapter(model(), LoraConfig(targets=["v_proj", target]), base=None, seed=0)
     assert message in str(error.value)
@@ -222,14 +222,14 @@ def test_refuses_another_adapter(paper, change, message):
         ),
     ],
 )
-def test_refuses_settings(overrides, message):
+def test_refuses_settings_that_conflict(overrides, message):
     with pytest.raises(ConfigError) as error:
         load_config(ROOT / "examples" / "msm_paper.yaml", overrides)
     assert message in str(error.value)
 
 
 def test_frozen_head_makes_no_weight_gradient(monkeypatch):
-    """One of the head's three matrix products is only for its weight's gradient; a frozen head skips it."""
+    """One of the head's three matrix products computes the gradient of its weight; a frozen head skips it."""
     op = sys.modules["delib_fast.ops.linear_cross_entropy"]  # the package's attribute of that name is the function
     wanted = []
 

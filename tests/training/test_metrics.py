@@ -1,4 +1,4 @@
-"""What a run tells of itself: FLOPs counted, lines of metrics, and the services that get them."""
+"""The figures of a run: counted FLOPs, the rate of known GPUs, metrics records, and the services that receive them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIZES = dict(
 
 
 def packs(lengths: list[int], prompt: int) -> list:
-    """One pack of runs whose first `prompt` tokens are no targets."""
+    """One pack of sequences whose first `prompt` tokens are not targets."""
     import numpy as np
 
     examples = [
@@ -52,10 +52,10 @@ def packs(lengths: list[int], prompt: int) -> list:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_flops_match_torch_counter(tied, frozen):
-    """Against torch's own counter on the eager model: the same products, and attention's twice over, since it
-    computes the half that the mask hides."""
+    """Against torch's own counter on the eager model, which has the same products, but twice as many in attention,
+    since it also computes the half that the mask hides."""
     model = Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=tied, attn_implementation="eager"))
-    if frozen:  # the gradient of its weight is not made, the one of its input is
+    if frozen:  # only the gradient of its input is computed
         model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
     n = 24
     with FlopCounterMode(display=False) as counter:
@@ -77,7 +77,7 @@ def test_flops_of_a_pack_follow_its_sequences():
     )
 
 
-def test_metrics_records(finished):
+def test_metrics_records_agree_with_the_ledger_and_tensorboard(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     lines = metrics(finished)
@@ -126,11 +126,11 @@ class Wandb:
 def test_a_tracker_gets_metrics_but_no_secret_and_may_fail(tmp_path, monkeypatch):
     from delib_fast.config.load import load_config
 
-    fake, said = Wandb(), []
+    fake, warnings = Wandb(), []
     monkeypatch.setitem(sys.modules, "wandb", fake)
     path = tiny(tmp_path, deepspeed={"comet": {"api_key": "canary-1"}}, log={"trackers": ["wandb"]})
     monkeypatch.setenv("WANDB_API_KEY", "canary-2")
-    trackers = Loggers(load_config(path), tmp_path, enabled=True, warn=said.append)
+    trackers = Loggers(load_config(path), tmp_path, enabled=True, warn=warnings.append)
     trackers.begin_stage(10, 4)
     record = {
         "stage": "aft",
@@ -143,12 +143,12 @@ def test_a_tracker_gets_metrics_but_no_secret_and_may_fail(tmp_path, monkeypatch
         trackers.log(record)
     trackers.close()
     assert fake.lines == [(15, {"loss": 1.5, "nll/cot": 2.0, "accuracy/cot": 0.5})] * 2
-    assert len(said) == 1
-    assert "no route" in said[0]
+    assert len(warnings) == 1
+    assert "no route" in warnings[0]
     assert fake.given["id"] is None
     assert "canary" not in json.dumps(fake.given, default=str)
     assert json.loads((tmp_path / "trackers.json").read_text()) == {"wandb": "abc"}
-    again = Loggers(load_config(path), tmp_path, enabled=True, warn=said.append)
+    again = Loggers(load_config(path), tmp_path, enabled=True, warn=warnings.append)
     again.begin_stage(10, 5)
     assert fake.given["id"] == "abc", "a resumed run continues under its id"
 
@@ -176,5 +176,5 @@ def test_a_tracker_gets_metrics_but_no_secret_and_may_fail(tmp_path, monkeypatch
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
     ],
 )
-def test_known_tflops(name, tflops):
+def test_rates_of_known_gpus(name, tflops):
     assert known_tflops(name) == tflops

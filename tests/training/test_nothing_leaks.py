@@ -1,5 +1,5 @@
-"""Secrets of the environment, the command line and the configuration stay out of all that a run writes and prints; and
-nothing that it writes is code or pickle."""
+"""A run does not write or print secrets from its environment, command line or configuration; and no file that it writes
+is code or a pickle."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def files(folder):
 
 @pytest.fixture(scope="module")
 def with_secrets(tmp_path_factory, fork_server):
-    """A run that is given secrets everywhere; what its ranks printed, and its folder."""
+    """What the ranks of a run with secrets in every place print; and the folder of the run."""
     folder = tmp_path_factory.mktemp("secrets")
     output = fork_server.run(
         "test_nothing_leaks:go", [tiny(folder)], LAUNCHED="yes", **{name: f"{name}.{CANARY}" for name in NAMES}
@@ -77,8 +77,8 @@ def test_no_secret_in_an_error(tmp_path, capsys, monkeypatch, override):
     monkeypatch.setenv("MY_PASSWORD", f"0.{CANARY}")
     for secret in (TOKEN, f"0.{CANARY}"):
         assert run(tiny(tmp_path), override.format(secret)) == 2
-    said = capsys.readouterr()
-    assert CANARY not in said.out + said.err
+    captured = capsys.readouterr()
+    assert CANARY not in captured.out + captured.err
 
 
 def test_nothing_is_pickle_or_code(with_secrets):
@@ -86,7 +86,7 @@ def test_nothing_is_pickle_or_code(with_secrets):
         if path.parent.name == "tensorboard":
             continue  # its own format: numbers and names
         assert path.suffix in (".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".sha256", ".lock", ""), path
-        assert not zipfile.is_zipfile(path), f"{path}: torch.save writes such"
+        assert not zipfile.is_zipfile(path), f"{path}: torch.save writes zip files"
         data = path.read_bytes()
         if data[:1] == b"\x80":
             with pytest.raises(ValueError, match=r"."):

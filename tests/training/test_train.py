@@ -1,4 +1,4 @@
-"""A small run from rows of text to an exported model, its ledger and metrics; and bad input."""
+"""A small run from rows of text to an exported model, ledger and metrics; and runs that are refused."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from delib_fast.config.load import load_config
 from delib_fast.stages import AFT, MSM, Recipe
 
 
-def test_run_directory(finished):
+def test_run_directory_has_every_file_and_no_pickle(finished):
     assert {p.name for p in finished.iterdir()} >= {"config.yaml", "ledger.json", "metrics.jsonl", "model", "tokenizer"}
     names = {p.name for p in (finished / "model").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
     assert not [p for p in finished.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".pth")]
 
 
-def test_it_learned(finished):
+def test_held_out_nll_falls(finished):
     before, between, after = (e["segments"] for e in json.loads((finished / "ledger.json").read_text())["evaluations"])
     assert set(before) == {"cot", "response", "document"}
     assert between["document"]["nll"] < before["document"]["nll"] - 0.5
@@ -29,7 +29,7 @@ def test_it_learned(finished):
     assert after["response"]["nll"] < between["response"]["nll"]
 
 
-def test_ledger(finished):
+def test_ledger_has_the_lineage_and_the_sums_of_the_metrics(finished):
     msm, aft = json.loads((finished / "ledger.json").read_text())["stages"]
     assert aft["parent"] == msm["model"], "the AFT stage starts from what MSM exported; the hashes agree"
     assert msm["parent"] == {"path": None, "sha256": None}
@@ -132,7 +132,7 @@ def strip_cots(path: Path) -> None:
         (None, ["deepspeed={gradient_clipping: 3}"], "conflicts with what this configuration decides"),
     ],
 )
-def test_bad_input(tmp_path, capsys, break_it, overrides, message):
+def test_bad_input_exits_with_2_and_a_message(tmp_path, capsys, break_it, overrides, message):
     if "engine.device=cuda" in overrides and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     path = tiny(tmp_path)
@@ -155,7 +155,7 @@ def test_other_configuration_is_refused(finished, capsys):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_run_without_its_configuration_is_refused_by_all_ranks(tmp_path, fork_server, world_size):
-    """Catches a traceback, and ranks that wait for rank 0, which checks for all."""
+    """Catches a traceback, and ranks that wait forever for rank 0, which is the only one that checks."""
     path = tiny(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "ledger.json").write_text('{"format": 1, "stages": [], "evaluations": []}')
@@ -201,7 +201,7 @@ def test_an_export_that_fails_aborts_all_ranks(tmp_path, capsys, monkeypatch):
 
 
 def test_a_corrected_configuration_reuses_the_folder(tmp_path, capsys):
-    """A mistake found before anything was trained costs another command, but no deleted folder."""
+    """A mistake that is found before anything is trained does not require deleting the folder."""
     path = tiny(tmp_path)
     assert run(path, "stages.aft.min_steps=1000") == 2
     capsys.readouterr()
