@@ -31,7 +31,7 @@ class OptimizerConfig(Section):
     """The optimizer of a stage and its learning-rate schedule."""
 
     name: Literal["adamw", "sgd", "muon"] = "adamw"
-    """`muon` orthogonalises the updates of hidden matrices; embeddings, head, norms and biases are updated by AdamW
+    """`muon` orthogonalizes the updates of hidden matrices; embeddings, head, norms and biases are updated by AdamW
     with the same lr and weight_decay."""
     lr: float = Field(1e-4, gt=0)
     """Learning rate at the peak of the schedule."""
@@ -334,7 +334,7 @@ class Config(Section):
         for i, stage in enumerate(self.stages):
             if stage.optimizer.name == "muon" and lora is not None:
                 raise ValueError(
-                    f"stages.{i}.optimizer.name: muon cannot be used: it orthogonalises whole matrices, and model.lora "
+                    f"stages.{i}.optimizer.name: muon cannot be used: it orthogonalizes whole matrices, and model.lora "
                     "trains low-rank factors; set adamw"
                 )
             if stage.adapter == "merge" and (i == 0 or lora is None):

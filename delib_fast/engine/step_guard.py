@@ -32,6 +32,7 @@ class StepVerdict:
     """Whether one step was skipped, and why."""
 
     step: int
+    """The step's index in its stage, from 0."""
     skipped: bool
     norm: float | None
     """The gradient norm before clipping; None if it is not finite."""

@@ -126,6 +126,7 @@ def _activations(config: Config, stage: StageConfig, shape: ModelShape, b: int) 
 
 
 def _over(ranks: int, sharded: bool) -> str:
+    """The end of a part's description, if the part is sharded over several ranks."""
     return f", over {ranks} ranks" if sharded and ranks > 1 else ""
 
 
@@ -234,6 +235,7 @@ def _with_change(config: Config, stage: StageConfig, key: str, value: Any) -> tu
 
 
 def _with_key(config: Config, key: str, value: Any) -> Config:
+    """The configuration with another value of a key `section.name`."""
     section, _, name = key.partition(".")
     part = getattr(config, section).model_copy(update={name: value})
     return config.model_copy(update={section: part})

@@ -55,6 +55,7 @@ class Peak:
 
     flops_per_s: float
     source: str
+    """Where the rate comes from, for the ledger."""
 
 
 @cache

@@ -11,9 +11,9 @@ from helpers.tiny_run import metrics, tiny, weights
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, fork_server):
-    """The folder of an undisturbed run with the fork server's number of threads, on which the weights depend."""
-    path = tiny(tmp_path_factory.mktemp("undisturbed"))
+def uninterrupted(tmp_path_factory, fork_server):
+    """The folder of an uninterrupted run with the fork server's number of threads, on which the weights depend."""
+    path = tiny(tmp_path_factory.mktemp("uninterrupted"))
     fork_server.run("helpers.tiny_run:run", [path])
     return path.parent / "run"
 
@@ -29,7 +29,7 @@ def undisturbed(tmp_path_factory, fork_server):
         ("twice", 130, "interrupted; the same command resumes", None),
     ],
 )
-def test_a_signal_saves_and_the_run_resumes_bitwise(tmp_path, undisturbed, fork_server, moment, code, message, saved):
+def test_a_signal_saves_and_the_run_resumes_bitwise(tmp_path, uninterrupted, fork_server, moment, code, message, saved):
     path = tiny(tmp_path)
     cache = {"DELIB_FAST_CACHE": str(tmp_path / "cache")}  # an empty one, so that the run encodes the data
     output = fork_server.run("stop_worker:main", [path, moment], code=code, **cache)[0]
@@ -41,9 +41,9 @@ def test_a_signal_saves_and_the_run_resumes_bitwise(tmp_path, undisturbed, fork_
         stages = json.loads((tmp_path / "run" / "ledger.json").read_text())["stages"]
         assert [s["status"] for s in stages] == ["finished"], "an export that has begun is completed"
     fork_server.run("helpers.tiny_run:run", [path], **cache)
-    for name, weight in weights(undisturbed).items():
+    for name, weight in weights(uninterrupted).items():
         assert torch.equal(weights(tmp_path / "run")[name], weight), name
     assert [(m["stage"], m["step"], m["loss"]) for m in metrics(tmp_path / "run")] == [
-        (m["stage"], m["step"], m["loss"]) for m in metrics(undisturbed)
+        (m["stage"], m["step"], m["loss"]) for m in metrics(uninterrupted)
     ]
     shutil.rmtree(tmp_path / "run")
