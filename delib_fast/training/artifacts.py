@@ -1,6 +1,6 @@
 """What a stage starts from and what it exports: weights, or an adapter with its base, each identified by its hash.
 
-`model` is `model.path`; each arrow is a training stage or the folder that it exports.
+In each line, weights and stages alternate; the first `model` is `model.path`.
 
 full fine-tuning        model ─▶ msm ─▶ stages/msm/model ─▶ aft ─▶ model/
 LoRA, adapter: continue model ─▶ msm ─▶ stages/msm/adapter ─▶ aft (the same model, that adapter) ─▶ adapter/, model/
@@ -178,9 +178,8 @@ def export(run: RunContext, engine: Engine, index: int, inputs: StageInputs) -> 
     kinds: list[Literal["model", "adapter"]] = ["model"] if lora is None else ["adapter"]
     if lora is not None and (index == len(stages) - 1 or stages[index + 1].adapter == "merge"):
         kinds.append("model")
-    exact = (
-        lora is None or lora.quantize == "none"
-    )  # else `_write` re-reads the weights that the adapter is merged into
+    # A 4-bit base is not gathered: `_write` re-reads the exact weights and merges the adapter into those.
+    exact = lora is None or lora.quantize == "none"
     weights = engine.full_weights(frozen="model" in kinds and exact)
     entry: dict[str, Any] = {}
     fault = ""
