@@ -196,9 +196,8 @@ class Watchdog:
             }
         )
         with contextlib.suppress(OSError):  # a full disk must not abort training
-            os.pwrite(
-                self._heartbeat, record.encode().ljust(1024), 0
-            )  # one write of constant size, which readers see whole
+            # One write of constant size, so that readers never see a part of a record.
+            os.pwrite(self._heartbeat, record.encode().ljust(1024), 0)
 
     def _read(self) -> list[dict[str, Any]]:
         """The last record of every rank that has written one."""
