@@ -143,7 +143,7 @@ class CheckpointWriter:
             "make the folder writable, and run the same command again"
         )
 
-    # --- run in the background thread ----------------------------------------------------------------------------
+    # --- run in the background thread -----------------------------------------------------------------------
 
     def _write_shard(self, folder: Path, mine: dict[str, Tensor]) -> None:
         name = f"state-{self._group.rank:05d}-of-{self._group.world_size:05d}.safetensors"

@@ -9,10 +9,10 @@ This is `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`, which computes the N
 factor. The factor gives a Muon step the size of an AdamW step, so that both share one learning rate and one weight
 decay (arXiv 2502.16982); the algorithm is K. Jordan's (kellerjordan.github.io/posts/muon).
 
-This module adds ZeRO. Momentum and decay are elementwise, but Newton–Schulz needs whole matrices. A
-matrix that is whole on one rank (most are at ZeRO 1 and 2) is orthogonalized there. The others (all of them at ZeRO 3)
-are processed in rounds of one matrix per rank: an all-to-all brings each matrix to one rank, and a second one returns
-the pieces of the result. Each matrix is orthogonalized once, and a rank holds one whole matrix at a time.
+This module adds ZeRO. Momentum and decay are elementwise, but Newton–Schulz needs whole matrices. A matrix that is
+whole on one rank (most are at ZeRO 1 and 2) is orthogonalized there. The others (all of them at ZeRO 3) are processed
+in rounds of one matrix per rank: an all-to-all brings each matrix to one rank, and a second one returns the pieces of
+the result. Each matrix is orthogonalized once, and a rank holds one whole matrix at a time.
 
 DeepSpeed 0.19.8 has its own Muon. It is not used, because it lacks the factor, clips the orthogonalized step instead of
 the gradient, and reports the norm of that step as the gradient norm, in which the step guard would never see a spike.

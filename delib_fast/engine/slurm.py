@@ -14,8 +14,8 @@ def init_from_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the variables of a Slurm step.
 
     Nothing is set if a launcher has set RANK (`torchrun`, `deepspeed`), or outside a step of several tasks: the shell
-    of a batch script has a SLURM_PROCID too, but is not a step. MASTER_ADDR defaults to the first host of
-    the step, where Slurm runs task 0, and MASTER_PORT to a number derived from the ids of the job and the step.
+    of a batch script has a SLURM_PROCID too, but is not a step. MASTER_ADDR defaults to the first host of the step,
+    where Slurm runs task 0, and MASTER_PORT to a number derived from the ids of the job and the step.
     """
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if "RANK" in environment or "SLURM_PROCID" not in environment or tasks == "1":
