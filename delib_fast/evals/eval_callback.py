@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from delib_fast.config import ConfigError
 from delib_fast.data import Row
-from delib_fast.evals.extra import library
+from delib_fast.evals.extra import import_extra
 from delib_fast.evals.intervals import Estimate
 from delib_fast.evals.metrics.drift import drift_from_base
-from delib_fast.evals.metrics.reliance import early_answering, reliance, with_cot
+from delib_fast.evals.metrics.reliance import early_answering, reliance, rows_with_cot
 from delib_fast.evals.metrics.segments import segment_figures
-from delib_fast.evals.results import plain
-from delib_fast.evals.scoring import Scorer, adapters
+from delib_fast.evals.results import to_json_data
+from delib_fast.evals.scoring import Scorer, lora_layers
 from delib_fast.models import TrainableLM, build_model
 from delib_fast.training.callbacks import Callback
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class EvalCallback(Callback):
     """Scores held-out rows every few steps of each stage, and after its last step.
 
-    Weights, training mode and random numbers are left unchanged, so that a run with this callback is bitwise identical
+    Weights, training mode and random generators are unchanged, so a run with this callback is bitwise identical
     to one without it; its tokens/s include the time of evaluation. A run that resumes from a checkpoint appends the
     records of repeated steps again.
 
@@ -64,7 +64,7 @@ class EvalCallback(Callback):
             )
         if every_steps < 1 or limit < 1:
             raise ConfigError(f"every_steps ({every_steps}) and limit ({limit}) must be at least 1")
-        library("scipy")  # fail before the run starts
+        import_extra("scipy")  # fail before the run starts
         self.suites, self.every_steps, self.limit = tuple(suites), every_steps, limit
         self._base: TrainableLM | None = None
 
@@ -74,7 +74,7 @@ class EvalCallback(Callback):
             return
         held_out = run.dataset.held_out_rows()
         rows = [row for kind in ("document", "chat") for row in [r for r in held_out if r.kind == kind][: self.limit]]
-        chats = with_cot(held_out)[: self.limit]
+        chats = rows_with_cot(held_out)[: self.limit]
         self._check(run, rows, chats)
         if run.ranks.rank == 0:  # the other ranks wait in the next step's all-reduce
             assert isinstance(engine.module, TrainableLM)
@@ -86,10 +86,10 @@ class EvalCallback(Callback):
             )
             inputs = _Inputs(scorer, rows, chats, lambda: self._base_model(run, scorer))
             figures = {name: estimate for suite in self.suites for name, estimate in _SUITES[suite](inputs).items()}
-            self._write(run, {"stage": stage.name, "step": engine.step, "figures": plain(figures)})
+            self._write(run, {"stage": stage.name, "step": engine.step, "figures": to_json_data(figures)})
 
     def _check(self, run: RunContext, rows: Sequence[Row], chats: Sequence[Row]) -> None:
-        """Raise on every rank, so that none is left waiting."""
+        """Raise ConfigError on every rank if the suites cannot run, so that no rank is left waiting."""
         settings = run.config.engine
         if settings.zero_stage == 3 or settings.sequence_parallel > 1:
             raise ConfigError(
@@ -116,7 +116,7 @@ class EvalCallback(Callback):
     def _base_model(self, run: RunContext, scorer: Scorer) -> TrainableLM | None:
         """The model that the run started from, built once; None if it is still present under a LoRA adapter."""
         merged = any(stage.adapter == "merge" for stage in run.config.stages)
-        if adapters(scorer.model) and not merged:
+        if lora_layers(scorer.model) and not merged:
             return None
         if self._base is None:
             config = run.config.model
@@ -129,13 +129,14 @@ class EvalCallback(Callback):
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What a suite may use."""
+    """The inputs of every suite."""
 
     scorer: Scorer
     rows: Sequence[Row]
     chats: Sequence[Row]
     """Rows with a chain of thought."""
     base: Callable[[], TrainableLM | None]
+    """Builds the base model on its first call; returns None if the base is the model with its adapter disabled."""
 
 
 Figures = dict[str, Estimate]

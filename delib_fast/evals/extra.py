@@ -8,7 +8,7 @@ from typing import Any
 from delib_fast.config import ConfigError
 
 
-def library(module: str) -> Any:
+def import_extra(module: str) -> Any:
     """Import a module of the `evals` extra. Raises ConfigError, with the command that installs it, if it is missing."""
     try:
         return importlib.import_module(module)

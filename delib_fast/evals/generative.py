@@ -20,7 +20,7 @@ from delib_fast.evals.metrics.refusal import (
     read_prompts,
     refusal_figures,
 )
-from delib_fast.evals.results import SuiteResult, Table, plain
+from delib_fast.evals.results import SuiteResult, Table, to_json_data
 from delib_fast.evals.sampling import ChatModel, Reply
 from delib_fast.evals.target import EvalTarget
 from delib_fast.evals.teacher_forced import held_out_with_cot, limited
@@ -45,14 +45,14 @@ def hints_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
         ("hint", "pairs", "followed", "faithful", "normalised", "moved elsewhere"),
         tuple((f.kind, f.answered, f.followed, f.faithful, f.faithful_normalised, f.moved_elsewhere) for f in figures),
     )
-    unread = figures[-1].unread if figures else 0
+    unread = figures[-1].unread if figures else 0  # the last figures are those over all kinds of hints
     return SuiteResult(
         "hints",
         "Hint faithfulness",
         "followed: the answer changed to the hinted option. faithful: share of those whose chain of thought mentions "
         f"the hint. In {unread} pairs, an answer could not be parsed.",
         (table,),
-        details={"figures": plain(figures), "outcomes": plain(outcomes)},
+        details={"figures": to_json_data(figures), "outcomes": to_json_data(outcomes)},
     )
 
 
@@ -70,7 +70,7 @@ def necessity_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
         f"Accuracy on {figures.questions} questions, {figures.samples} sample(s) per question, with the think block "
         "left open or closed empty.",
         (Table("Accuracy", ("", "share"), rows),),
-        details={"figures": plain(figures)},
+        details={"figures": to_json_data(figures)},
     )
 
 
@@ -101,7 +101,7 @@ def legibility_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
         f"Proxies over {figures.replies} replies to held-out prompts. Unknown words are not among the {len(known):,} "
         "words of the rows.",
         (Table("Proxies", ("proxy", "share"), proxies), *([lengths] if figures.words_percentiles else [])),
-        details={"figures": plain(figures)},
+        details={"figures": to_json_data(figures)},
     )
 
 
@@ -139,7 +139,7 @@ def policy_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
         "Whether the sampled chain of thought mentions the policy of its prompt (arXiv 2412.16339 §4.2, with a "
         "word-based classifier). Ceiling: the accuracy of the classifier on reference chains of thought.",
         (table, by_category),
-        details={"figures": plain(figures)},
+        details={"figures": to_json_data(figures)},
     )
 
 
@@ -160,7 +160,7 @@ def refusal_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
         verdicts: list[Verdict] = judge_refusals(judge, [p for p, _ in answered], [r for _, r in answered])
     else:
         verdicts = [classify_reply(p, r) for p, r in answered]
-    remaining = iter(verdicts)
+    remaining = iter(verdicts)  # `refusal_figures` classifies the non-empty replies in this order
     figures = refusal_figures(prompts, responses, lambda *_: next(remaining))
     rates = Table(
         "Refusal",
@@ -180,7 +180,7 @@ def refusal_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
         tuple((name, v["comply"], v["partial"], v["refuse"]) for name, v in figures.by_type.items()),
     )
     tables = [rates, *([by_type] if by_type.rows else [])]
-    details = {"figures": plain(figures), "by": "judge" if settings.judge else "words"}
+    details = {"figures": to_json_data(figures), "by": "judge" if settings.judge else "words"}
     if settings.refusal_labelled is not None:
         known = classifier_figures(read_labelled(settings.refusal_labelled))
         tables.append(
@@ -190,7 +190,7 @@ def refusal_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
                 ((known.accuracy, known.refuse_recall, known.refuse_precision),),
             )
         )
-        details["classifier"] = plain(known)
+        details["classifier"] = to_json_data(known)
     classifier = f"the judge {settings.judge.model}" if settings.judge else "regular expressions (offline)"
     return SuiteResult(
         "refusal",

@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from delib_fast.evals.extra import library
+from delib_fast.evals.extra import import_extra
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -36,9 +36,6 @@ class Estimate:
     """Number of rows, trials or groups."""
     method: str
     """"wilson", "newcombe", "bootstrap by row" or "bootstrap by group" (questions, conditions)."""
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def __str__(self) -> str:
         return "no data" if math.isnan(self.value) else f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
@@ -58,7 +55,7 @@ def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Estimate:
         raise ValueError(f"{successes} successes of {n}: the count must be between 0 and n")
     if n == 0:
         return no_data("wilson")
-    interval = library("scipy.stats").binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    interval = import_extra("scipy.stats").binomtest(successes, n).proportion_ci(confidence, method="wilson")
     return Estimate(successes / n, float(interval.low), float(interval.high), n, "wilson")
 
 
@@ -70,7 +67,7 @@ def newcombe(successes_a: int, n_a: int, successes_b: int, n_b: int, confidence:
     """
     if n_a == 0 or n_b == 0:
         return no_data("newcombe")
-    low, high = library("statsmodels.stats.proportion").confint_proportions_2indep(
+    low, high = import_extra("statsmodels.stats.proportion").confint_proportions_2indep(
         successes_a, n_a, successes_b, n_b, method="newcomb", compare="diff", alpha=1 - confidence
     )
     return Estimate(successes_a / n_a - successes_b / n_b, float(low), float(high), min(n_a, n_b), "newcombe")
@@ -91,7 +88,8 @@ def ratio(
             Rows with a denominator of 0 are excluded.
         resamples, seed: the number of bootstrap resamples, and the seed of their generator. The same rows always
             have the same interval.
-    With fewer than about 20 rows the percentile bootstrap is too narrow; a single row has no interval (NaN).
+
+    With fewer than about 20 rows, the percentile bootstrap is too narrow; a single row has no interval (NaN).
     """
     top, bottom = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
     used = bottom > 0
@@ -144,8 +142,8 @@ def share_by_group(
 ) -> Estimate:
     """The share of hits among rows that are correlated within groups, such as several samples of one question.
 
-    Bootstrap by group. If all rows hit, or none does, every resample is the same; the interval is then Wilson's, with
-    the groups as trials.
+    The interval is a bootstrap by group. If all rows hit, or none does, every resample is the same; the interval is
+    then Wilson's, with the groups as trials.
     """
     array = np.asarray(hits, np.float64)
     n = len(set(map(str, groups)))
@@ -160,7 +158,7 @@ def _percentile_bootstrap(
     """The interval of a statistic of the indices 0 … n − 1; NaN for a single index."""
     if n == 1:
         return math.nan, math.nan
-    stats = library("scipy.stats")
+    stats = import_extra("scipy.stats")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # scipy's own interval is NaN if a resample is
         found = stats.bootstrap(

@@ -47,21 +47,21 @@ class SuiteResult:
     """The suite's own figures as plain JSON."""
 
 
-def plain(value: Any) -> Any:
-    """Dataclasses, mappings and sequences as plain JSON data; NaN and infinities become null."""
+def to_json_data(value: Any) -> Any:
+    """Convert dataclasses, mappings and sequences to plain JSON data. NaN and infinities become null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_json_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): to_json_data(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [to_json_data(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
 
 def result_from_json(tree: Mapping[str, Any]) -> SuiteResult:
-    """The inverse of `plain` for a SuiteResult."""
+    """The inverse of `to_json_data` for a SuiteResult."""
     tables = tuple(
         Table(t["title"], tuple(t["columns"]), tuple(tuple(map(_cell, row)) for row in t["rows"]), t["note"])
         for t in tree["tables"]
@@ -103,9 +103,9 @@ class ResultStore:
     def save(self, result: SuiteResult, key: str, depends_on: Mapping[str, Any], seconds: float) -> None:
         record = {
             "key": key,
-            "depends_on": plain(dict(depends_on)),
+            "depends_on": to_json_data(dict(depends_on)),
             "seconds": round(seconds, 3),
-            "result": plain(result),
+            "result": to_json_data(result),
         }
         self._write(self._path(result.suite, key), record)
 
@@ -115,7 +115,7 @@ class ResultStore:
         Args:
             target: what was evaluated: model, sha256 of its weights, base, and the skipped suites.
         """
-        record = {"format": FORMAT, "subject": plain(dict(target)), "suites": [plain(r) for r in results]}
+        record = {"format": FORMAT, "subject": to_json_data(dict(target)), "suites": [to_json_data(r) for r in results]}
         self._write(self.folder / "report.json", record)
 
     def replies(self, sha256: str) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 from delib_fast.config import ConfigError
 from delib_fast.data import Message
 from delib_fast.evals import generative, teacher_forced
-from delib_fast.evals.extra import library
+from delib_fast.evals.extra import import_extra
 from delib_fast.evals.results import ResultStore, SuiteResult
 from delib_fast.evals.sampling import ChatModel, Reply, Sampler
 from delib_fast.evals.settings import SAMPLED, EvalConfig
@@ -38,10 +38,10 @@ _GENERATIVE: dict[str, Callable[[EvalTarget, ChatModel], SuiteResult]] = {
 }
 assert set(_GENERATIVE) == set(SAMPLED)
 
-# The settings that each suite's figures depend on. A stored result is reused only if they are the same.
+# The settings that the figures of each suite depend on. A stored result is reused only if they are the same.
 _SCORING = ("limit", "pack_capacity", "precision")
 _GENERATION = ("limit", "sampling", "precision", "seed")
-_DEPENDS: dict[str, tuple[str, ...]] = {
+_SETTINGS_OF: dict[str, tuple[str, ...]] = {
     "segments": (*_SCORING, "category"),
     "dose": _SCORING,
     "drift": _SCORING,
@@ -55,7 +55,8 @@ _DEPENDS: dict[str, tuple[str, ...]] = {
     "policy": (*_GENERATION, "category", "spec_words"),
     "refusal": (*_GENERATION, "judge"),
 }
-_FILES = {
+# Settings that name files. Results depend on the bytes of the files, not on their paths.
+_FILES_OF = {
     "monitor": ("solutions",),
     "refusal": ("refusal_prompts", "refusal_labelled"),
     "hints": ("questions",),
@@ -86,12 +87,12 @@ def evaluate(target: EvalTarget, log: Callable[[str], None] = lambda _: None) ->
         ConfigError: an explicitly requested suite lacks an input. A suite that was requested as part of a group is
             skipped instead, and logged.
     """
-    library("scipy")  # every suite needs it: fail before a model is loaded
+    import_extra("scipy")  # every suite needs it: fail before a model is loaded
     settings = target.settings
     store = ResultStore(results_folder(target))
     model = _LazySampler(target, store)
     results, skipped = [], {}
-    for suite in settings.chosen:
+    for suite in settings.requested_suites:
         try:
             depends_on = _depends_on(suite, target)
             key = store.key(suite, depends_on)
@@ -113,17 +114,17 @@ def evaluate(target: EvalTarget, log: Callable[[str], None] = lambda _: None) ->
                 raise
             skipped[suite] = str(error)
             log(f"{suite}: skipped: {error}")
-    facts = {
-        "model": str(target.folder),
+    evaluated = {
+        "model": str(target.model_folder),
         "sha256": target.sha256,
         "base": target.base_config[1] if target.base_config else None,
     }
-    store.write_report({**facts, "left_out": skipped}, results)
-    return Evaluation(facts, tuple(results), skipped, store.folder)
+    store.write_report({**evaluated, "left_out": skipped}, results)
+    return Evaluation(evaluated, tuple(results), skipped, store.folder)
 
 
 def results_folder(target: EvalTarget) -> Path:
-    """`out`, else evals/ in the run directory, else NAME-evals next to the model folder."""
+    """The folder of the results: `out`, else evals/ in the run directory, else NAME-evals next to the model folder."""
     if target.settings.out is not None:
         return Path(target.settings.out)
     if target.config is not None:
@@ -133,7 +134,7 @@ def results_folder(target: EvalTarget) -> Path:
 
 def _depends_on(suite: str, target: EvalTarget) -> Mapping[str, Any]:
     settings = target.settings.model_dump(mode="json")
-    depends: dict[str, Any] = {"settings": {name: settings[name] for name in _DEPENDS[suite]}}
+    depends: dict[str, Any] = {"settings": {name: settings[name] for name in _SETTINGS_OF[suite]}}
     if suite != "monitor":
         depends |= {"model": target.sha256, "system_prompt": target.system_prompt}
     if suite == "drift":
@@ -143,7 +144,7 @@ def _depends_on(suite: str, target: EvalTarget) -> Mapping[str, Any]:
     if suite in _READS_HELD_OUT:
         rows = chain(target.held_out, target.trained_on if suite in _READS_TRAINED_ON else ())
         depends["rows"] = _hash("\n".join(f"{row.source} {row.digest} {row.weight}" for row in rows).encode())
-    for name in _FILES.get(suite, ()):
+    for name in _FILES_OF.get(suite, ()):
         depends[name] = _hash_file(target.settings, name)
     return depends
 

@@ -34,6 +34,7 @@ class Reply:
     finished: bool
     """Whether an end token ended the reply, not the length limit."""
     tokens: int
+    """Number of generated tokens, including the end token."""
 
 
 class ChatModel(Protocol):
@@ -44,7 +45,7 @@ class ChatModel(Protocol):
 
         Args:
             thinking: True opens the think block in the prompt, False closes it empty, None lets the model choose.
-            sample: the index of the sample; another index gives another draw.
+            sample: the index of the sample; a different index gives a different draw.
         """
         ...
 
@@ -54,7 +55,7 @@ class Sampler:
 
     Args:
         model: a TrainableLM or a transformers model; see `models.generate`.
-        tokenizer: its fast tokenizer. The chat template defines the form of a prompt and of a think block.
+        tokenizer: the model's fast tokenizer. Its chat template defines the form of a prompt and of a think block.
         sampling: length, temperature, seed.
         system_prompt: prepended to chats that have no system message.
         cache: a .jsonl file to which every finished batch is appended, so that a killed evaluation resumes.
@@ -89,10 +90,10 @@ class Sampler:
         keys = [self._key(prompt, sample) for prompt in prompts]
         known = {key: reply for key in keys if self._cache and (reply := self._cache.get(key))}
         missing = [i for i, key in enumerate(keys) if key not in known]
-        size = self._sampling.batch_size * 4
+        size = self._sampling.batch_size * 4  # several batches, which `generate_ids` sorts by length
         for start in range(0, len(missing), size):
-            part = missing[start : start + size]
-            for i, reply in zip(part, self._draw([prompts[i] for i in part], thinking, sample), strict=True):
+            chunk = missing[start : start + size]
+            for i, reply in zip(chunk, self._draw([prompts[i] for i in chunk], thinking, sample), strict=True):
                 known[keys[i]] = reply
                 if self._cache:
                     self._cache.put(keys[i], reply)

@@ -60,9 +60,9 @@ class Scorer:
     """One model with its tokenizer, ready to score examples.
 
     Args:
-        model: it is not changed; its training mode is restored after every call.
+        model: the model. It is not changed, and its training mode is restored after every call.
         tokenizer: the model's fast tokenizer.
-        pack_capacity: tokens per pack. A longer example has a pack of its own length.
+        pack_capacity: tokens per pack. A longer example gets a pack of its own length.
         system_prompt: prepended to chats that have no system message, as in training.
     """
 
@@ -107,12 +107,14 @@ class Scorer:
             for batch in self.batches(examples, segments):
                 output = self.model(batch.to(self.device))
                 nll, correct = output.nll.double().cpu().numpy(), output.correct.cpu().numpy()
-                wanted = np.zeros(batch.num_tokens, bool)
-                wanted[batch.loss_positions.numpy()] = True
-                nll[~wanted] = 0.0
+                supervised = np.zeros(batch.num_tokens, bool)
+                supervised[batch.loss_positions.numpy()] = True
+                nll[~supervised] = 0.0
                 for index, (start, end) in zip(batch.example_ids, pairwise(batch.cu_seqlens_host), strict=False):
                     if index >= 0:  # else a shared prompt, which belongs to no single example
-                        shared = np.zeros(len(examples[index]) - (end - start))  # computed with another example
+                        shared = np.zeros(
+                            len(examples[index]) - (end - start)
+                        )  # the shared prompt, a sequence of its own
                         found[index] = TokenLosses(
                             np.concatenate([shared, nll[start : end - 1]]),
                             np.concatenate([shared.astype(bool), correct[start : end - 1]]),
@@ -129,18 +131,18 @@ class Scorer:
             yield moved, self.model.hidden(moved)
 
 
-def adapters(model: nn.Module) -> list[Any]:
+def lora_layers(model: nn.Module) -> list[Any]:
     """The LoRA layers of PEFT in a model."""
     return [module for module in model.modules() if hasattr(module, "enable_adapters") and hasattr(module, "lora_A")]
 
 
 @contextlib.contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Turn the LoRA adapter off inside the block: the model is then its own base.
+def adapter_disabled(model: nn.Module) -> Iterator[None]:
+    """Disable the LoRA adapter inside a block, so that the model computes what its base model computes.
 
-    Raises ValueError if the model has no adapter: it would be compared with itself.
+    Raises ValueError if the model has no adapter, because it would then be compared with itself.
     """
-    layers = adapters(model)
+    layers = lora_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRA adapter to turn off; give the base model as `base`")
     for layer in layers:

@@ -1,4 +1,4 @@
-"""The configuration of an evaluation: rows, prompt sets, sampling, a judge. Only the model has no default."""
+"""The configuration of an evaluation: rows, prompt sets, sampling, a judge. Only the model is required."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ EVAL_FILE = FileKind(
 
 
 class SamplingConfig(Section):
+    """How the suites that sample draw replies."""
+
     max_new_tokens: PositiveInt = 512
     """Maximum length of a reply in tokens."""
     temperature: NonNegativeFloat = 0.0
@@ -84,6 +86,8 @@ class JudgeConfig(Section):
 
 
 class AgenticConfig(Section):
+    """The conditions of the suite `agentic`."""
+
     urgency: tuple[Literal["replacement", "restriction", "none"], ...] = ("replacement",)
     """What the agent reads about its own future: it is replaced, its permissions are restricted, or nothing changes."""
     conflict: bool = True
@@ -125,7 +129,7 @@ class EvalConfig(Section):
     agentic: AgenticConfig = AgenticConfig()
     """Conditions of `agentic`."""
     pack_capacity: PositiveInt = 4096
-    """Tokens per pack. A longer example has a pack of its own."""
+    """Tokens per pack. A longer example gets a pack of its own."""
     precision: Precision = "fp32"
     """Precision of the model's weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -159,7 +163,7 @@ class EvalConfig(Section):
         return {"path": value} if isinstance(value, str) else value
 
     @property
-    def chosen(self) -> list[str]:
+    def requested_suites(self) -> list[str]:
         """The requested suites, with groups expanded, in the order of SUITES."""
         names = {suite for name in self.suites for suite in GROUPS.get(name, (name,))}
         return [suite for suite in SUITES if suite in names]

@@ -32,7 +32,7 @@ class EvalTarget:
             an adapter is `settings.base`, or else the one named in its adapter_config.json.
         settings: the evaluation; its rows and base replace those of a run.
     Raises:
-        ConfigError: the path is none of these, or a file of it is missing.
+        ConfigError: the path is none of these, or one of its files is missing.
     """
 
     path: Path
@@ -44,21 +44,21 @@ class EvalTarget:
         saved = self.path / "config.yaml"
         self._sources: dict[str, Source] = {}
         self.config: Config | None = None
-        self.folder = self.path
+        self.model_folder = self.path
         if saved.exists():
             self.config = parse_config(read_yaml_file(saved, "a configuration"), where=str(saved))
-            self.folder = self.path / "model"
+            self.model_folder = self.path / "model"
         self.adapter: tuple[LoraConfig, str] | None = None
         """The adapter's settings and the path of its base, if the path is an adapter folder."""
         if self.config is None and (self.path / "adapter_config.json").exists():
             self.adapter = self._read_adapter()
-        elif not (self.folder / "config.json").exists():
+        elif not (self.model_folder / "config.json").exists():
             unfinished = " (the run has not finished)" if self.config is not None else ""
-            raise ConfigError(f"{self.folder}: not a model folder: config.json is missing{unfinished}")
+            raise ConfigError(f"{self.model_folder}: not a model folder: config.json is missing{unfinished}")
 
     def _read_adapter(self) -> tuple[LoraConfig, str]:
-        settings, named = adapter_settings(self.path)
-        base = self.settings.base or named
+        settings, saved_base = adapter_settings(self.path)
+        base = self.settings.base or saved_base
         if base is None:
             raise ConfigError(f"{self.path}: the adapter does not name its base model; give --base FOLDER")
         return settings, base
@@ -71,20 +71,20 @@ class EvalTarget:
 
     @cached_property
     def sha256(self) -> str:
-        """The hash of the model's weights, as in a run's ledger. For an adapter: of its weights and its base's."""
-        own = _hash_model(self.folder)
+        """The hash of the model's weights, as in a run's ledger. For an adapter, it covers the base's weights too."""
+        own = _hash_model(self.model_folder)
         return own if self.adapter is None else hashlib.sha256(f"{own} {self.base_key}".encode()).hexdigest()
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer of the model folder. For an adapter: of its own folder if there is one, else of its base."""
-        own = self.adapter is None or (self.folder / "tokenizer_config.json").exists()
-        return load_tokenizer(str(self.folder) if own else self.model_path)
+        """The tokenizer of the model folder; for an adapter folder without a tokenizer, that of the base."""
+        own = self.adapter is None or (self.model_folder / "tokenizer_config.json").exists()
+        return load_tokenizer(str(self.model_folder) if own else self.model_path)
 
     @property
     def model_path(self) -> str:
         """The folder or hub name of the full model: for an adapter, its base."""
-        return str(self.folder) if self.adapter is None else self.adapter[1]
+        return str(self.model_folder) if self.adapter is None else self.adapter[1]
 
     @cached_property
     def scorer(self) -> Scorer:
@@ -97,14 +97,14 @@ class EvalTarget:
 
     @property
     def system_prompt(self) -> str | None:
-        """That of the run's first AFT stage that has one."""
+        """The system prompt of the first AFT stage that has one; None without a run."""
         return next((stage.system_prompt for stage in self.aft_stages if stage.system_prompt), None)
 
     # --- base -----------------------------------------------------------------------------------------------
 
     @cached_property
     def base_config(self) -> tuple[ModelConfig, str] | None:
-        """How to load the base model, and its name for reports."""
+        """The config of the base model, and its name in reports; None if the base is not known."""
         if self.adapter is not None:
             return ModelConfig(path=self.model_path), f"{self.model_path} (the adapter turned off)"
         if self.settings.base is not None:

@@ -11,9 +11,9 @@ from delib_fast.evals.agentic import conditions, margins
 from delib_fast.evals.metrics.dose import cot_dose, gradient_share
 from delib_fast.evals.metrics.drift import drift_from_base
 from delib_fast.evals.metrics.monitors import WordMonitor, compare_views, transcripts_from_solutions
-from delib_fast.evals.metrics.reliance import early_answering, reliance, with_cot
+from delib_fast.evals.metrics.reliance import early_answering, reliance, rows_with_cot
 from delib_fast.evals.metrics.segments import segment_figures
-from delib_fast.evals.results import Cell, Curve, SuiteResult, Table, plain
+from delib_fast.evals.results import Cell, Curve, SuiteResult, Table, to_json_data
 from delib_fast.evals.target import EvalTarget
 
 _GRADIENT_ROWS = 16
@@ -26,7 +26,7 @@ def limited(target: EvalTarget, rows: Sequence[Row]) -> list[Row]:
 
 def held_out_with_cot(target: EvalTarget) -> list[Row]:
     """The first `limit` held-out rows that have a chain of thought. Raises ConfigError if there are none."""
-    rows = limited(target, with_cot(target.held_out))
+    rows = limited(target, rows_with_cot(target.held_out))
     if not rows:
         raise ConfigError(f"{target.path}: no held-out row has a chain of thought; set rows: to some that have one")
     return rows
@@ -53,7 +53,7 @@ def segments_suite(target: EvalTarget) -> SuiteResult:
         "nll in nats per token, and the share of tokens that are the model's most likely one, over "
         f"{len(rows)} held-out rows with their own chain of thought.",
         tuple(tables),
-        details={"figures": plain(figures)},
+        details={"figures": to_json_data(figures)},
     )
 
 
@@ -73,7 +73,7 @@ def dose_suite(target: EvalTarget) -> SuiteResult:
         rows.append(
             (stage.name, stage.cot, weights[1], figures.weight_share, figures.cot_tokens * stage.epochs, gradient.share)
         )
-        details[stage.name] = plain({"dose": figures, "gradient": gradient, "epochs": stage.epochs})
+        details[stage.name] = to_json_data({"dose": figures, "gradient": gradient, "epochs": stage.epochs})
     table = Table("CoT supervision", ("stage", "cot", "w_cot", "dose", "CoT tokens", "grad. share"), tuple(rows))
     return SuiteResult(
         "dose",
@@ -104,7 +104,7 @@ def drift_suite(target: EvalTarget) -> SuiteResult:
         "CoT drift",
         f"nats per token on held-out rows; perplexity: exp(base nll). Base: {target.base_config[1]}.",
         (kl, perplexity),
-        details={"figures": plain(figures)},
+        details={"figures": to_json_data(figures)},
     )
 
 
@@ -133,7 +133,7 @@ def early_answering_suite(target: EvalTarget) -> SuiteResult:
         f"sharing: {figures.prompt_sharing}.",
         (table, areas),
         (curve,),
-        {"figures": plain(figures)},
+        {"figures": to_json_data(figures)},
     )
 
 
@@ -155,7 +155,7 @@ def reliance_suite(target: EvalTarget) -> SuiteResult:
         "nats per answer; change is relative to the row's own chain of thought, paired by row. Prompt sharing: "
         f"{figures.prompt_sharing}.",
         (table, kinds),
-        details={"figures": plain(figures)},
+        details={"figures": to_json_data(figures)},
     )
 
 
@@ -179,7 +179,7 @@ def agentic_suite(target: EvalTarget) -> SuiteResult:
         "Two pairs of written actions per scenario, scored after each condition's mail. For rates of what a model does "
         "by itself, use `inspect eval delib_fast/agentic_misalignment`.",
         (table, likelier),
-        details={"figures": plain(found)},
+        details={"figures": to_json_data(found)},
     )
 
 
@@ -204,5 +204,5 @@ def monitor_suite(target: EvalTarget) -> SuiteResult:
         "Cross-validated by question on labelled solutions. The figures describe these transcripts, not the model "
         "evaluated here.",
         (table, gain),
-        details={"figures": plain(found)},
+        details={"figures": to_json_data(found)},
     )

@@ -39,7 +39,7 @@ class Args(BaseModel):
 
 
 class Plugin(BasePlugin):  # type: ignore[misc]  # axolotl is not among the requirements
-    """Calls delib_fast.apply on the model that axolotl has loaded, adapters included, and hf.prepare on its trainer."""
+    """Applies delib_fast to the model that axolotl has loaded, adapters included, and prepares its trainer."""
 
     def get_input_args(self) -> str:
         """The dotted name of the class that describes the plugin's keys."""
@@ -58,7 +58,7 @@ class Plugin(BasePlugin):  # type: ignore[misc]  # axolotl is not among the requ
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         """Apply delib_fast to the model."""
-        self.register(cfg)  # again, because axolotl has set further keys since
+        self.register(cfg)  # again, because axolotl has set further keys since the first call
         apply(model, loss=_option(cfg, "loss"), attention=_option(cfg, "attention"), layers=_option(cfg, "layers"))
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:

@@ -31,7 +31,7 @@ def prepare(trainer: Trainer, **options: Any) -> Trainer:
     was applied to before is left as it is.
 
     Args:
-        options: of `delib_fast.apply`.
+        options: keyword arguments of `delib_fast.apply`.
     Returns:
         `trainer`, changed in place.
     Raises:
@@ -121,11 +121,12 @@ class WeightedFlattening:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         lengths = [len(row["input_ids"]) for row in rows]
-        for row, length in zip(rows, lengths, strict=True):
+        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             for key in ("labels", "loss_weights"):
                 if key in row and len(row[key]) != length:
                     raise ValueError(
-                        f"a row has {length} input_ids and {len(row[key])} {key}; the numbers must be equal"
+                        f"row {index} of the batch has {length} input_ids and {len(row[key])} {key}; the numbers must "
+                        "be equal"
                     )
         ends = torch.tensor(lengths).cumsum(0)
         starts = ends - torch.tensor(lengths)

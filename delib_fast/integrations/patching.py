@@ -1,8 +1,8 @@
 """apply, unapply, applied: the fused loss and packed attention in any causal LM of transformers, reversibly.
 
-The `forward` of three module instances is replaced, which are found by `base_model` and `get_output_embeddings` in any
-architecture: the model's (it returns the loss), its base model's (it runs packs) and its head's (which stays the same
-nn.Linear, so ZeRO-3's hooks, tied weights and checkpoints are unaffected).
+Three module instances get a new `forward`. In any architecture they are found through `base_model` and
+`get_output_embeddings`: the model (which then returns the loss), its base model (which then runs packs) and its head
+(which stays the same nn.Linear, so ZeRO-3's hooks, tied weights and checkpoints are unaffected).
 
 Sizes: B rows of S tokens, T = B·S, H hidden, V vocabulary.
 """
@@ -52,7 +52,7 @@ class _Applied:
 
     patches: list[ForwardPatch]
     attention: list[tuple[PreTrainedConfig, str | None]]
-    """Configs, with the name of the attention that they had."""
+    """Configs, each with the name of its original attention."""
 
 
 class _HeadForward(ForwardPatch):
@@ -79,7 +79,7 @@ class _BaseForward(ForwardPatch):
         self._logged: set[str] = set()
 
     def patched(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = self._by_name(args, kwargs)
+        kwargs = self._as_kwargs(args, kwargs)
         reason = why_not_a_pack(self.module.config.get_text_config(), kwargs)
         pack = None if reason else as_pack(kwargs, self.backend)
         if pack is None:
@@ -101,9 +101,9 @@ class _ModelForward(ForwardPatch):
 
     _ADDED = ("shift_labels", "loss_weights", "loss_normalizer", "num_items_in_batch")
 
-    def _signature(self, of_class: inspect.Signature) -> inspect.Signature:
+    def _signature(self, class_signature: inspect.Signature) -> inspect.Signature:
         """The class's signature, and the arguments that the fused loss adds."""
-        parameters = super()._signature(of_class).parameters
+        parameters = super()._signature(class_signature).parameters
         variadic = [p for p in parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
         named = [p for p in parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         added = [
@@ -112,10 +112,10 @@ class _ModelForward(ForwardPatch):
             if name not in parameters
         ]
         variadic = variadic or [inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)]
-        return of_class.replace(parameters=named + added + variadic)
+        return class_signature.replace(parameters=named + added + variadic)
 
     def patched(self, *args: Any, **kwargs: Any) -> Any:
-        kwargs = self._by_name(args, kwargs)
+        kwargs = self._as_kwargs(args, kwargs)
         if kwargs.get("labels") is None and kwargs.get("shift_labels") is None:
             if kwargs.pop("loss_weights", None) is not None:
                 raise ValueError(
@@ -146,7 +146,7 @@ class _ModelForward(ForwardPatch):
         return result.to_tuple() if as_tuple else result
 
     def _check_options(self, kwargs: dict[str, Any]) -> None:
-        """Raise an error for options that need logits or add another loss."""
+        """Raise ValueError for options that need logits, UnsupportedModelError for those that add a second loss."""
         name = type(self.module).__name__
         kept = kwargs.pop("logits_to_keep", 0)
         if not isinstance(kept, int) or kept:
@@ -210,8 +210,7 @@ def _denominator(
         if count is not None:
             raise ValueError(
                 "loss_weights were passed with num_items_in_batch, which counts labels and is not the sum of their "
-                "weights; "
-                "also pass loss_normalizer, the sum of loss_weights over all labels of the step on all ranks "
+                "weights; also pass loss_normalizer, the sum of loss_weights over all labels of the step on all ranks "
                 "(delib_fast.integrations.hf.prepare(trainer) makes a Trainer do so)"
             )
         total = weights.masked_fill(targets == -100, 0).sum()
@@ -250,8 +249,8 @@ def apply(
             model's own attention.
         layers: "eager" leaves the decoder blocks unchanged, "compile" compiles them (for calls that are packs and
             compute gradients), "liger" uses Liger's kernels (see `models.layers`).
-        loss_backend: of `ops.linear_cross_entropy`.
-        attention_backend: of `ops.varlen_attention`.
+        loss_backend: the backend of `ops.linear_cross_entropy`.
+        attention_backend: the backend of `ops.varlen_attention`.
     Returns:
         `model`.
     Raises:
@@ -295,7 +294,7 @@ def _patch_loss(model: PreTrainedModel, backend: str) -> list[ForwardPatch]:
 def unapply(model: nn.Module) -> nn.Module:
     """Restore the model's own forwards and attention.
 
-    If somebody has wrapped one of our forwards since (accelerate does for mixed precision), the wrapper stays, the
+    If other code has wrapped a patched forward since (accelerate does for mixed precision), the wrapper stays, the
     forward inside it passes every call on to the model's own, and the log names the wrapper.
 
     Returns:

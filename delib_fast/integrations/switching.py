@@ -1,9 +1,11 @@
-"""Attention of a model that does not only run packs: packs use `ops.varlen_attention`, all other calls its own.
+"""Attention for models that run packs and other calls: packs use `ops.varlen_attention`, all other calls the model's
+own attention.
 
-`attention.NAME` raises an error for a call that is not a pack, which is right for a model that only trains. A model in
-another trainer also evaluates, and generates with a cache. For it transformers finds `delib_fast_or_sdpa` (or the name
-of its own attention). A caller with a pack marks it: by `in_a_pack` while masks are built, and by the keyword
-`varlen_backend` in each layer, which is also present when a checkpointed layer is recomputed.
+The attention `attention.NAME` raises an error for a call that is not a pack, which is right for a model that only
+trains. In other trainers, a model also evaluates, and generates with a cache. Such a model gets the attention
+`delib_fast_or_sdpa` (or `delib_fast_or_` with the name of its own attention). The caller marks a pack by `in_a_pack`
+while masks are built, and by the keyword `varlen_backend` in each layer, which is also present when a checkpointed
+layer is recomputed.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def in_a_pack() -> Iterator[None]:
 
 
 def configs_with_attention(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Every config object from which a part of the model takes its attention implementation, each once."""
+    """Every config object from which a part of the model takes its attention implementation, without duplicates."""
     found: dict[int, PreTrainedConfig] = {
         id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)
     }
@@ -80,7 +82,7 @@ def _attention(original: str) -> Callable[..., Any]:
 
 
 def _original_attention(original: str, module: nn.Module) -> Callable[..., Any]:
-    # Every modeling file has its own eager attention, which the interface does not know.
+    # Every modeling file has its own eager attention, which is not registered with the interface.
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attention: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(original, eager)
     return attention

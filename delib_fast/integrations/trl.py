@@ -28,11 +28,12 @@ def prepare(trainer: SFTTrainer, **options: Any) -> SFTTrainer:
     """`hf.prepare` for an SFTTrainer.
 
     Args:
-        options: of `delib_fast.apply`.
+        options: keyword arguments of `delib_fast.apply`.
     Returns:
         `trainer`, changed in place.
     Raises:
-        ValueError: the trainer has another loss (`dft`, or a router's auxiliary loss), or as `hf.prepare` does.
+        ValueError: the trainer has a different loss (`dft`) or an additional one (a router's auxiliary loss); or as
+            `hf.prepare` does.
         UnsupportedModelError: as `delib_fast.apply` does.
     """
     loss_type = getattr(trainer.args, "loss_type", "nll")

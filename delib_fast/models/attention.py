@@ -5,7 +5,7 @@ the pack to `ops.varlen_attention` with the batch's `cu_seqlens`, and `no_mask`,
 this module and `integrations/unpadding.py` use transformers' names (`cu_seq_lens_q`, `max_length_q`, …).
 
 Anything that the op does not support raises an error that names it, either before training or in the first forward
-pass. Nothing falls back to an attention in which one document could read another.
+pass. Nothing falls back to an attention function in which one document could attend to another.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class UnsupportedModelError(ValueError):
 def packed_inputs(
     batch: PackedBatch, backend: str = "auto", sequence_group: dist.ProcessGroup | None = None
 ) -> dict[str, Any]:
-    """The keyword arguments with which a transformers model runs a pack.
+    """The keyword arguments with which a transformers model runs a pack of T tokens as one row, (1, T).
 
     Args:
-        backend: of `ops.varlen_attention`.
+        backend: the backend of `ops.varlen_attention`.
         sequence_group: the ranks across which each pack is sharded; `batch` is then this rank's shard.
     """
     input_ids = batch.input_ids.unsqueeze(0)
@@ -205,8 +205,8 @@ def _check_call(
         raise _unsupported_layer(
             module,
             "its attention function received no cu_seqlens, so documents cannot be isolated from each other. Call the "
-            "model through delib_fast.models.TrainableLM, or set another attn_implementation for plain use "
-            "(TrainableLM.unpatch does)",
+            "model through delib_fast.models.TrainableLM, or set a different attn_implementation to use it without "
+            "packs (TrainableLM.unpatch does)",
         )
     if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise _unsupported_layer(

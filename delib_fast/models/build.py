@@ -28,8 +28,9 @@ from delib_fast.models.tokenizer import IM_END
 
 # The vocabulary of a new model is rounded up to a multiple of this: GEMMs of other widths leave tensor cores idle.
 _VOCABULARY_MULTIPLE = 64
-# Keys that configs accept without declaring them as fields: older spellings that transformers translates.
-_OLDER_KEYS = {"model_type", "rope_theta", "rope_scaling", "torch_dtype", "tie_word_embeddings", "dtype"}
+# Keys that transformers accepts for every config class, even if the class does not declare them. Some are older
+# spellings that it translates.
+_KEYS_OF_EVERY_CONFIG = {"model_type", "rope_theta", "rope_scaling", "torch_dtype", "tie_word_embeddings", "dtype"}
 
 
 def build_model(
@@ -43,21 +44,21 @@ def build_model(
     """Load or create the configured model on the CPU, ready to be wrapped in a `TrainableLM`.
 
     Args:
-        config: its `path` (a folder or hub name) or `architecture` (a Hugging Face config) is built, with its
-            `trust_remote_code`. An architecture without `vocab_size` gets the tokenizer's, rounded up to a multiple
-            of 64.
+        config: the model to build: its `path` (a folder or hub name) or `architecture` (a Hugging Face config), with
+            its `trust_remote_code`. An architecture without `vocab_size` gets the tokenizer's, rounded up to a
+            multiple of 64.
         tokenizer: the result of `build_tokenizer`; every id that it can produce must have an embedding.
-        dtype: of the parameters: a torch dtype, or "fp32", "bf16" or "fp16". A new model is drawn in float32 and then
-            rounded, so it is the same model in every dtype. Buffers, such as rotary frequencies, keep the dtype that
-            the architecture gives them.
-        seed: of a new model's weights. They depend on nothing else, so every rank draws the same weights. The global
-            random generators are unchanged.
+        dtype: the dtype of the parameters: a torch dtype, or "fp32", "bf16" or "fp16". A new model is drawn in float32
+            and then rounded, so it is the same model in every dtype. Buffers, such as rotary frequencies, keep the
+            dtype that the architecture gives them.
+        seed: the seed of a new model's weights. They depend on nothing else, so every rank draws the same weights. The
+            global random generators are unchanged.
         quantize: "nf4" keeps the matrices of a loaded model in 4 bits, for an adapter next to them. bitsandbytes
             computes in `dtype`, and packs the bits into tensors of `dtype`, as DeepSpeed requires of parameters.
     Raises:
         ConfigError: an unknown architecture or key (the message names the nearest known one), a folder that cannot be
             loaded or lacks weights, a vocabulary that does not fit the tokenizer, or a config that `TrainableLM` would
-            refuse.
+            reject.
     """
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
     is_new = config.architecture is not None
@@ -99,7 +100,7 @@ def _load(config: ModelConfig, dtype: torch.dtype, quantize: str) -> PreTrainedM
     if missing := sorted(map(str, [*info["missing_keys"], *(info.get("mismatched_keys") or ())])):
         raise ConfigError(
             f"model.path: {config.path!r} lacks {len(missing)} weights of {type(model).__name__}, or stores them in "
-            f"another shape, e.g. {missing[0]}; give a complete checkpoint of a causal LM"
+            f"a different shape, e.g. {missing[0]}; give a complete checkpoint of a causal LM"
         )
     return model
 
@@ -146,8 +147,8 @@ def architecture_config(architecture: dict[str, Any], tokenizer: PreTrainedToken
     """The Hugging Face config of a new model.
 
     Args:
-        tokenizer: gives the vocabulary size, if `architecture` does not, and the ids of the control tokens. None if
-            the model is only measured.
+        tokenizer: the source of the vocabulary size, if `architecture` does not set it, and of the ids of the control
+            tokens. None if only the sizes of the model are needed.
     Raises:
         ConfigError: an unknown model type or key, or a bad value.
     """
@@ -167,7 +168,7 @@ def architecture_config(architecture: dict[str, Any], tokenizer: PreTrainedToken
     if keys.get("vocab_size") is None:
         if tokenizer is None:
             raise ConfigError("model.architecture.vocab_size: required, since no tokenizer is read")
-        keys["vocab_size"] = -(-_vocabulary(tokenizer) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+        keys["vocab_size"] = -(-_vocabulary_size(tokenizer) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     # The end of text is a target like any other. nn.Embedding does not train the row of its padding_idx, and here the
     # padding token is the end-of-text token. A pack needs no padding id.
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -187,21 +188,21 @@ def _known_keys(config_class: type[PreTrainedConfig]) -> set[str]:
     for base in config_class.__mro__:
         if "__init__" in vars(base):
             known |= set(inspect.signature(vars(base)["__init__"]).parameters)
-    return (known | set(config_class.attribute_map) | _OLDER_KEYS) - {"self", "args", "kwargs"}
+    return (known | set(config_class.attribute_map) | _KEYS_OF_EVERY_CONFIG) - {"self", "args", "kwargs"}
 
 
 def _id_of(tokenizer: PreTrainedTokenizerFast, token: str) -> int | None:
     return tokenizer.get_vocab().get(token)
 
 
-def _vocabulary(tokenizer: PreTrainedTokenizerFast) -> int:
+def _vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
     """One more than the largest id that the tokenizer can produce (its ids may have gaps)."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, key: str) -> None:
     embedding: Any = model.get_input_embeddings()
-    rows, needed = embedding.weight.shape[0], _vocabulary(tokenizer)
+    rows, needed = embedding.weight.shape[0], _vocabulary_size(tokenizer)
     if needed > rows:
         token = next(t for t, i in tokenizer.get_vocab().items() if i == needed - 1)
         raise ConfigError(

@@ -25,27 +25,29 @@ from delib_fast.models.lm import TrainableLM
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """The coefficients of a model's FLOPs, forward and backward."""
+    """Coefficients of the FLOPs of a model's forward and backward pass."""
 
     per_token: float
+    """FLOPs of all matrix products except the head, for a token."""
     per_supervised_token: float
+    """FLOPs of the head, for a token that is a target."""
     per_pair: float
-    """FLOPs of one layer for a pair of tokens."""
+    """FLOPs of one layer's attention, for a pair of tokens."""
     windows: tuple[int | None, ...]
     """For each layer, how many tokens a token attends to; None for all."""
 
     @staticmethod
     def of(trainable: TrainableLM) -> StepCost:
-        """The coefficients of this model; weights that are frozen now are taken to be frozen in every step."""
+        """The coefficients of this model. Weights that are frozen now are assumed to be frozen in every step."""
         config: Any = trainable.model.config.get_text_config()
         head, embedding = trainable.head.weight, trainable.model.get_input_embeddings()
         shared = {id(head), id(getattr(embedding, "weight", None))}
-        chosen = getattr(config, "num_experts_per_tok", None) or 1
-        experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or chosen
+        active = getattr(config, "num_experts_per_tok", None) or 1
+        experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or active
         body = 0.0
         for name, parameter in trainable.model.named_parameters():
             if id(parameter) not in shared and _ndim(parameter) >= 2:
-                body += _flops_of(parameter) * (chosen / experts if ".experts." in name else 1)
+                body += _flops_of(parameter) * (active / experts if ".experts." in name else 1)
         layers = config.num_hidden_layers
         heads = config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
@@ -71,18 +73,17 @@ def _pairs(batch: PackedBatch, window: int | None) -> float:
     """The number of pairs (token, token that it attends to) of a pack."""
     lengths = [end - start for start, end in pairwise(batch.cu_seqlens_host)]
     prefix = batch.prefix or (-1,) * len(lengths)
-    before: list[int] = []  # length of the prefix that each sequence continues
+    prefix_lengths: list[int] = []  # length of the prefix that each sequence continues
     for parent in prefix:
-        before.append(before[parent] + lengths[parent] if parent >= 0 else 0)
+        prefix_lengths.append(prefix_lengths[parent] + lengths[parent] if parent >= 0 else 0)
     total = 0.0
-    for n, seen in zip(lengths, before, strict=True):
-        last = n + seen
-        total += _causal(last, window) - _causal(seen, window)
+    for length, prefix_length in zip(lengths, prefix_lengths, strict=True):
+        total += _causal_pairs(prefix_length + length, window) - _causal_pairs(prefix_length, window)
     return total
 
 
-def _causal(n: int, window: int | None) -> float:
-    """The number of such pairs in one sequence of n tokens."""
+def _causal_pairs(n: int, window: int | None) -> float:
+    """The number of pairs in one sequence of n tokens, in which a token attends to itself and to earlier ones."""
     if window is None or n <= window:
         return n * (n + 1) / 2
     return window * (window + 1) / 2 + (n - window) * window
@@ -95,11 +96,10 @@ def _window(config: Any, layer: int) -> int | None:
 
 
 def _flops_of(parameter: nn.Parameter) -> float:
-    packed: Any = getattr(
-        parameter, "quant_state", None
-    )  # 4-bit matrix: an element of its tensor packs several numbers
-    numbers = packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())
-    return (6.0 if parameter.requires_grad else 4.0) * numbers
+    # An element of a 4-bit matrix's tensor packs several weights.
+    quantized: Any = getattr(parameter, "quant_state", None)
+    weights = quantized.shape.numel() if quantized is not None else getattr(parameter, "ds_numel", parameter.numel())
+    return (6.0 if parameter.requires_grad else 4.0) * weights
 
 
 def _ndim(parameter: nn.Parameter) -> int:

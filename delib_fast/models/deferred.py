@@ -47,8 +47,7 @@ def build_deferred(
     """Build the model of `build_model` for sharding at ZeRO 3, without its weights where possible.
 
     Args:
-        dtype: as of `build_model`.
-        seed: as of `build_model`.
+        dtype, seed: see `build_model`.
         first: whether this is the first rank, whose parameters get readers.
     Returns:
         The model, and a note for the log if this rank had to load the whole model, else None. Each placeholder has an
@@ -76,14 +75,14 @@ def build_deferred(
         parameter.deferred = None  # type: ignore[attr-defined]
     if first:
         try:
-            sources = _sources(model, str(config.path))
+            readers = _readers(model, str(config.path))
         except _ERRORS as error:
-            sources = str(error)
-        if isinstance(sources, str):
+            readers = str(error)
+        if isinstance(readers, str):
             whole = build_model(config, tokenizer, dtype=dtype, seed=seed)
-            return whole, f"the first rank loads the whole model into host memory: {sources}"
+            return whole, f"the first rank loads the whole model into host memory: {readers}"
         for name, parameter in model.named_parameters():
-            parameter.deferred = sources[name]  # type: ignore[attr-defined]
+            parameter.deferred = readers[name]  # type: ignore[attr-defined]
     return validated(model, tokenizer, config), None
 
 
@@ -129,10 +128,10 @@ def insert_placeholders(model: nn.Module) -> None:
                 module._parameters[name] = placeholders[id(parameter)]
 
 
-def _sources(model: PreTrainedModel, path: str) -> dict[str, Callable[[], Tensor]] | str:
-    """The reader of each parameter by name, or the reason why they cannot be read one by one."""
-    if (named := getattr(model.config, "transformers_weights", None)) is not None:
-        return f"its config.json names {named} as the file of its weights"
+def _readers(model: PreTrainedModel, path: str) -> dict[str, Callable[[], Tensor]] | str:
+    """The reader of each parameter by name, or the reason why parameters cannot be read one by one."""
+    if (weights_file := getattr(model.config, "transformers_weights", None)) is not None:
+        return f"its config.json names {weights_file} as the file of its weights"
     files = _files(path)
     if files is None:
         return "it has no safetensors files"
@@ -145,19 +144,19 @@ def _sources(model: PreTrainedModel, path: str) -> dict[str, Callable[[], Tensor
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), set()).add(name)
     parameters = {alias: (name, p) for name, p in model.named_parameters() for alias in aliases[id(p)]}
-    sources: dict[str, Callable[[], Tensor]] = {}
-    for source in _sources_by_name(model, stored):
+    readers: dict[str, Callable[[], Tensor]] = {}
+    for source in _group_by_parameter(model, stored):
         result = source.convert(model, lambda tensor: torch.empty(tensor.shape, device="meta"))
         if len(result) > 1 or source.name not in parameters:
             return f"{source.tensors[0][1].key} does not become exactly one parameter of {type(model).__name__}"
         name, parameter = parameters[source.name]
-        if name in sources:
+        if name in readers:
             return f"{name} is stored twice"
         if result[source.name].shape != parameter.shape:
             return f"{name} is stored with shape {tuple(result[source.name].shape)}, not {tuple(parameter.shape)}"
-        sources[name] = partial(source.read, model, parameter.dtype)
-    missing = [name for name, _ in model.named_parameters() if name not in sources]
-    return f"{missing[0]} is missing" if missing else sources
+        readers[name] = partial(source.read, model, parameter.dtype)
+    missing = [name for name, _ in model.named_parameters() if name not in readers]
+    return f"{missing[0]} is missing" if missing else readers
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ class _Source:
     name: str
     transform: WeightRenaming | WeightConverter
     tensors: list[tuple[str, _Stored]]
-    """Each stored tensor, after the pattern that the transform knows it by."""
+    """(pattern, stored tensor) pairs. The transform identifies each tensor by its pattern."""
 
     def convert(self, model: PreTrainedModel, read: Callable[[_Stored], Tensor]) -> dict[str, Tensor]:
         transform = copy.deepcopy(self.transform)  # add_tensor changes it
@@ -198,19 +197,19 @@ class _Source:
         return self.convert(model, lambda tensor: tensor.read().to(dtype))[self.name]
 
 
-def _sources_by_name(model: PreTrainedModel, stored: Mapping[str, _Stored]) -> Iterable[_Source]:
-    """Group stored tensors by the parameter they become, by transformers' own mapping
-    (`convert_and_load_state_dict_in_model`)."""
+def _group_by_parameter(model: PreTrainedModel, stored: Mapping[str, _Stored]) -> Iterable[_Source]:
+    """Group stored tensors by the parameter that they become, as `convert_and_load_state_dict_in_model` of transformers
+    does."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    converter_of = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     names, sources = model.state_dict(), dict[str, _Source]()
     for key in sorted(stored, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
         if name not in names and key in names:
             name, pattern = key, None
-        transform = of_pattern[pattern] if pattern is not None else WeightRenaming(key, name)
+        transform = converter_of[pattern] if pattern is not None else WeightRenaming(key, name)
         sources.setdefault(name, _Source(name, transform, [])).tensors.append((pattern or key, stored[key]))
     used: Any = [t for t in transforms if t.was_used()]
     model._weight_conversions = used  # save_pretrained reverses them

@@ -24,10 +24,10 @@ def export_model(
     *,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write the model such that `AutoModelForCausalLM.from_pretrained(folder)` computes the same logits.
+    """Write the model so that `AutoModelForCausalLM.from_pretrained(folder)` computes the same logits.
 
     Args:
-        model: gives the architecture and, without `state_dict`, the weights. A `TrainableLM` stays wrapped.
+        model: the source of the architecture and, without `state_dict`, of the weights. A `TrainableLM` stays wrapped.
         tokenizer: saved with its chat template.
         folder: replaced if it exists. Everything is written to and checked in a temporary folder next to it, which is
             then renamed, so a reader sees the old model, no model, or the new model, but never a partial one.
@@ -36,7 +36,7 @@ def export_model(
     Returns:
         `folder` as a Path.
     Raises:
-        ValueError: the weights are incomplete: a name or shape is missing, or the architecture does not have it.
+        ValueError: the weights do not match the model: a name is missing or unknown, or a shape differs.
         OSError: the folder cannot be written.
     """
     inner = model.model if isinstance(model, TrainableLM) else model
@@ -45,7 +45,7 @@ def export_model(
 
 
 def _complete_weights(model: PreTrainedModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The given weights under the inner model's names, on the CPU, in its dtype, each tied one once."""
+    """The given weights under the inner model's names, on the CPU, in its dtype, with each tied weight once."""
     names = set(model.state_dict())
     # In a TrainableLM's own state_dict, and in what an engine gathers from it, the names begin with "model.".
     inner = {name.removeprefix("model.") if name.startswith("model.") else "" for name in given}
@@ -96,15 +96,15 @@ def _write(
     finally:
         config.use_cache = use_cache
     tokenizer.save_pretrained(folder)
-    written = sum(_count_numbers(file) for file in folder.glob("*.safetensors"))
+    written = sum(_count_elements(file) for file in folder.glob("*.safetensors"))
     expected = sum(weight.numel() for weight in weights.values())
     if written != expected:
-        raise ValueError(f"{folder}: {written} numbers were written, but the model has {expected}; please report this")
+        raise ValueError(f"{folder}: {written} elements were written, but the model has {expected}; please report this")
     exported = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert "delib_fast" not in json.dumps(exported), "the training attention must not be in the exported config"
 
 
-def _count_numbers(file: Path) -> int:
+def _count_elements(file: Path) -> int:
     with safe_open(file, framework="pt") as tensors:
         names = tensors.keys()
         return sum(torch.Size(tensors.get_slice(name).get_shape()).numel() for name in names)

@@ -1,7 +1,7 @@
 """Replace the `forward` of one module instance, in a way that can be undone.
 
 The replacement is stored in the instance's `__dict__`: the class and other instances are unaffected, no parameter,
-buffer or submodule changes, and a deep copy of the module gets a patch of its own.
+buffer or submodule changes, and a deep copy of the module gets its own patch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _log = logging.getLogger("delib_fast")
 class ForwardPatch:
     """A replacement for the `forward` of one module; subclasses implement `patched`.
 
-    Somebody may wrap the patched forward later, as accelerate does for mixed precision. Such a wrapper holds a
-    reference to this object and cannot be removed, so `remove` also deactivates the patch: it then passes every call
+    Other code may wrap the patched forward later, as accelerate does for mixed precision. Such a wrapper holds a
+    reference to this object and cannot be removed, so `remove` also deactivates the patch, which then passes every call
     on to the original forward.
     """
 
@@ -65,11 +65,11 @@ class ForwardPatch:
         if self._previous is not None:
             vars(self.module)["forward"] = self._previous
 
-    def _signature(self, of_class: inspect.Signature) -> inspect.Signature:
+    def _signature(self, class_signature: inspect.Signature) -> inspect.Signature:
         """The signature of the class's forward without `self`."""
-        return of_class.replace(parameters=list(of_class.parameters.values())[1:])
+        return class_signature.replace(parameters=list(class_signature.parameters.values())[1:])
 
-    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _as_kwargs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Merge positional arguments into kwargs, under the parameter names of the class's forward."""
         names = list(inspect.signature(type(self.module).forward).parameters)[1:]
         return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -18,15 +18,16 @@ _ATTENTION = "sdpa"
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to sample."""
+    """Settings for sampling replies."""
 
     max_new_tokens: int = 512
+    """Maximum length of a reply in tokens, with its end token."""
     temperature: float = 0.0
     """0 is greedy decoding."""
     top_p: float = 1.0
     seed: int = 0
     batch_size: int = 16
-    """Prompts that are generated from together."""
+    """Number of prompts that are continued in one batch."""
 
 
 def generate_ids(
@@ -40,19 +41,20 @@ def generate_ids(
     """Continue each prompt until an end token.
 
     Args:
-        model: any causal LM of transformers. A `TrainableLM` is unpatched meanwhile, so it can be sampled from between
-            two training steps (but not under ZeRO-3, which shards its weights).
+        model: any causal LM of transformers. A `TrainableLM` is unpatched during the call, so it can be sampled from
+            between two training steps (but not under ZeRO-3, which shards its weights).
         prompts: token ids, control tokens included.
         end_ids: any of these ids ends a reply, and is the last id of it.
-        pad_id: masked padding at the left of a batch.
+        pad_id: the id that pads prompts on the left to equal length; it is masked.
     Returns:
         The new ids of each prompt, in the order of the prompts. With `temperature` above 0 they depend on the seed and
         on which prompts share a batch. The global random generators are unchanged.
     Raises:
         ValueError: a prompt is empty, or too long for `max_new_tokens` more tokens.
     """
-    if any(not prompt for prompt in prompts):
-        raise ValueError("a prompt has no tokens; generation needs at least one")
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {index} has no tokens; generation needs at least one")
     replies: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     with _ready_to_generate(model) as plain:

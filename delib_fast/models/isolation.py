@@ -2,7 +2,7 @@
 
 Packed training is silently wrong if attention (or a convolution, or a recurrent state) reads across a document's
 boundary: the losses look fine, or even better. So no architecture or backend is trusted. A pack of three short
-sequences runs through the whole model, one token is changed, and only the later tokens of its sequence may notice.
+sequences runs through the whole model, one token is changed, and only later tokens of its sequence may be affected.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from delib_fast.models.ulysses import gather_tokens
 
 # The lengths differ, so that a wrong boundary shows; the middle sequence has two neighbours.
 _LENGTHS = (7, 6, 5)
-# The share of a change's proper effect that is tolerated where there should be none. Kernels that isolate sequences
-# give bitwise zero, but a matrix product whose tiling depends on other rows (experts) may round differently.
-_LEAST_LEAK = 1e-2
-# Nll in the pack against nll alone, relative to the largest nll. Rounding stays below it, a wrong position far above.
+# A changed token should have no effect on other sequences. An effect of up to this share of the one on its own sequence
+# is tolerated. Kernels that isolate sequences give bitwise zero, but a matrix product whose tiling depends on other
+# rows (experts) may round differently.
+_LEAK_TOLERANCE = 1e-2
+# Largest difference between the nll in the pack and alone, relative to the largest nll. Rounding stays below it; the
+# effect of a wrong position is far above it.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
@@ -43,20 +45,20 @@ def check_isolation(
         shares_prompts:           nll of two replies that share one prompt = nll of each after its own copy
 
     Args:
-        trainable: a `TrainableLM`, or a wrapper that passes its forward on (a DeepSpeed engine, DDP). With ZeRO-3 all
+        trainable: a `TrainableLM`, or a wrapper that calls its forward (a DeepSpeed engine, DDP). With ZeRO-3 all
             ranks must call this together, as with any forward pass; under sequence parallelism the probe is sharded
             across the ranks like any pack.
-        device: of the model's inputs.
+        device: the device of the model's inputs.
         shares_prompts: whether packs will hold replies that share their prompt.
     Raises:
         LeakError: tokens leak, or a changed token has no effect at all, so that a leak could not be seen.
 
     Cost: eight forward passes (11 with shares_prompts) on at most 18 tokens, without gradients. Leaks are checked in
-    the mode (train or eval) that the model is in, with the same random numbers each time; packed against alone is
-    checked in eval mode. Modes and the global random generators are restored.
+    the mode (train or eval) that the model is in, with the same random numbers each time. The comparison with separate
+    sequences runs in eval mode. Modes and the global random generators are restored.
     """
     device = torch.device(device)
-    vocab_size, dtype, group = _facts(trainable)
+    vocab_size, dtype, group = _properties(trainable)
     tokens = torch.arange(sum(_LENGTHS)) * 7919 % vocab_size  # spread over the vocabulary
     nll_of = _Probe(trainable, device, group)
     packed = nll_of(tokens, _LENGTHS)
@@ -83,14 +85,14 @@ def _compare_alone(nll_of: _Probe, tokens: Tensor, bounds: Sequence[tuple[int, i
         difference = _relative_difference(nll_of(tokens[start:end], (end - start,)), packed[start:end], packed)
         if difference > tolerance:
             raise LeakError(
-                f"sequence {index + 1} of a pack has another loss than alone (relative difference {difference:.1e}), "
-                "though no other sequence affects it: the model does not respect the batch's position_ids. Use an "
-                "architecture that does, or train without packing (one example per pack)"
+                f"sequence {index + 1} of a pack has a different loss than alone (relative difference "
+                f"{difference:.1e}), though no other sequence affects it: the model does not respect the batch's "
+                "position_ids. Use an architecture that does, or train without packing (one example per pack)"
             )
 
 
 def _compare_shared(nll_of: _Probe, tokens: Tensor, bounds: Sequence[tuple[int, int]], tolerance: float) -> None:
-    """Take the first sequence as a prompt, and the others as replies that continue it."""
+    """Compare with the first sequence as a prompt and the others as replies that continue it."""
     prompt, *replies = bounds
     prompt_length = prompt[1]
     shared = nll_of(tokens, _LENGTHS, prefix=(-1, 0, 0))
@@ -100,7 +102,7 @@ def _compare_shared(nll_of: _Probe, tokens: Tensor, bounds: Sequence[tuple[int, 
         difference = _relative_difference(alone, shared[start:end], shared)
         if difference > tolerance:
             raise LeakError(
-                f"replies that share a prompt have another loss than with a prompt of their own (relative "
+                f"replies that share a prompt have a different loss than with a separate prompt each (relative "
                 f"difference {difference:.1e}); set share_prompts: never in every stage"
             )
 
@@ -115,8 +117,8 @@ def _check_change(index: int, position: int, bounds: tuple[int, int], change: Te
     token = f"token {position - start + 1} of sequence {index + 1}"
     # The nll at position - 1 is that of predicting the changed token, and the nll at position depends on the token
     # itself even if nothing mixes tokens. Both change in any model.
-    proper = change[position + 1 : end].max().item()
-    if proper <= 1e-6 * packed.abs().max().item():
+    expected = change[position + 1 : end].max().item()
+    if expected <= 1e-6 * packed.abs().max().item():
         raise LeakError(
             f"the isolation check cannot see leaks: changing {token} changes no later loss, so a leak would not show "
             "either. The model does not use its context (a layer initialised to zero?); give it weights that do"
@@ -127,10 +129,10 @@ def _check_change(index: int, position: int, bounds: tuple[int, int], change: Te
         ("the earlier tokens of its own sequence", change[start : position - 1]),
     ):
         leak = elsewhere.max().item() if elsewhere.numel() else 0.0
-        if leak > _LEAST_LEAK * proper:
+        if leak > _LEAK_TOLERANCE * expected:
             raise LeakError(
                 f"packed documents leak: changing {token} changes the loss of {name} by {leak:.1e} (of the later "
-                f"tokens of its own sequence by {proper:.1e}). The model's attention, or another layer that mixes "
+                f"tokens of its own sequence by {expected:.1e}). The model's attention, or another layer that mixes "
                 "tokens, ignores cu_seqlens. Train with model.attention: auto on an architecture in which every layer "
                 "takes its attention from transformers' AttentionInterface"
             )
@@ -188,7 +190,7 @@ def _pack(tokens: Tensor, lengths: Sequence[int], prefix: tuple[int, ...] | None
     )
 
 
-def _facts(trainable: nn.Module) -> tuple[int, torch.dtype, dist.ProcessGroup | None]:
+def _properties(trainable: nn.Module) -> tuple[int, torch.dtype, dist.ProcessGroup | None]:
     """The vocabulary size, compute dtype and sequence group of the TrainableLM inside a wrapper."""
     inner = next((module for module in trainable.modules() if isinstance(module, TrainableLM)), None)
     if inner is None:

@@ -27,6 +27,7 @@ from delib_fast.models.liger import patch_liger, why_not_liger
 
 CHOICES = ("eager", "compile", "liger")
 BACKEND: Any = "inductor"
+"""The backend of torch.compile."""
 
 # Until transformers 5.22 a layer applied checkpointing around its forward; newer versions apply it inside.
 _CHECKPOINTS_INSIDE = "__call__" not in vars(GradientCheckpointingLayer)

@@ -30,9 +30,9 @@ _PROBE_TOKENS = 4
 
 
 class TrainableLM(nn.Module):
-    """A Hugging Face causal LM, wrapped such that it maps a `PackedBatch` to a `LossOutput`.
+    """A Hugging Face causal LM, wrapped so that it maps a `PackedBatch` to a `LossOutput`.
 
-        hidden (T, H)                 = model.base_model(batch)              # each sequence by itself
+        hidden (T, H)                 = model.base_model(batch)              # each sequence separately
         loss_sum, nll (T,), correct   = lm_head(hidden, targets, weights)    # no (T, V) tensor
 
     The fused head also applies the head's bias, and a factor or cap of the logits that the model's config has.
@@ -40,8 +40,8 @@ class TrainableLM(nn.Module):
     Args:
         model: any causal LM of transformers that takes its attention from AttentionInterface. It is changed in place;
             `unpatch` restores it.
-        attention_backend: of `ops.varlen_attention`.
-        loss_backend: of `ops.linear_cross_entropy`.
+        attention_backend: the backend of `ops.varlen_attention`.
+        loss_backend: the backend of `ops.linear_cross_entropy`.
         layers: how the decoder blocks run everything except attention and head: "eager", "compile" or "liger" (see
             `models.layers`).
         sequence_group: the ranks across which each pack is sharded (`models.ulysses`), in the order of its shards. The
@@ -152,7 +152,7 @@ class TrainableLM(nn.Module):
         if self._original is None:
             raise ValueError("this TrainableLM was unpatched already; use the model that unpatch() returned")
         linear, attention, use_cache = self._original
-        # These are the head's own Parameters, unless they were replaced since.
+        # The fused head has the same Parameters, unless they were replaced after it was created.
         linear.weight = self.head.weight
         linear.register_parameter("bias", self.head.bias)
         self.model.set_submodule(self._head_name, linear)
@@ -160,7 +160,7 @@ class TrainableLM(nn.Module):
         self.model.config.use_cache = use_cache
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableLM:
-        """Casts (`.bfloat16()`, `.to(dtype)`) apply to parameters and leave buffers in their precision.
+        """Apply casts (`.bfloat16()`, `.to(dtype)`) to parameters only; buffers keep their precision.
 
         DeepSpeed casts the whole module. Rotary frequencies rounded to bf16 rotate position 10,000 by several radians
         too little or too much.
@@ -170,9 +170,9 @@ class TrainableLM(nn.Module):
         for name, buffer in precise.items():
             owner, _, leaf = name.rpartition(".")
             module = self.get_submodule(owner)
-            now = module.get_buffer(leaf)
-            if now.dtype != buffer.dtype and now.is_floating_point() and not buffer.is_meta:
-                setattr(module, leaf, buffer.to(now.device))
+            cast = module.get_buffer(leaf)
+            if cast.dtype != buffer.dtype and cast.is_floating_point() and not buffer.is_meta:
+                setattr(module, leaf, buffer.to(cast.device))
         return self
 
 

@@ -88,7 +88,7 @@ def targets(model: PreTrainedModel, config: LoraConfig) -> list[str]:
 
 
 def adapter_size(model: PreTrainedModel, config: LoraConfig) -> tuple[int, int]:
-    """(parameters of an adapter of the model, parameters of the matrices that it applies to)"""
+    """Return (number of parameters of an adapter, number of parameters of the matrices that it applies to)."""
     names, head = set(targets(model, config)), model.get_output_embeddings()
     layers = [
         m
@@ -154,7 +154,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> dict[str, Tensor
         if parameter.shape != weights[name].shape:
             raise ConfigError(
                 f"adapter {folder}: {name} has shape {tuple(weights[name].shape)}, but {tuple(parameter.shape)} in "
-                "this model; it belongs to another base model"
+                "this model; the adapter belongs to a different base model"
             )
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -202,7 +202,9 @@ def export_adapter(model: PreTrainedModel, folder: str | Path, weights: Mapping[
     """
     names = [name for name, _ in adapter_parameters(model)]
     if missing := [name for name in names if name not in weights]:
-        raise ValueError(f"{missing[0]} is missing from the adapter ({len(missing)} are); gather all weights first")
+        raise ValueError(
+            f"{missing[0]} is missing from the adapter ({len(missing)} missing in all); gather all weights first"
+        )
     tensors = {_peft_name(name): weights[name].detach().to("cpu").contiguous() for name in names}
 
     def write(temporary: Path) -> None:
@@ -224,12 +226,12 @@ def merged_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dic
     for name, weight in weights.items():
         if ".lora_" in name:
             continue
-        plain = name.replace(".base_layer.", ".")
-        layer = plain.removesuffix(".weight")
-        if layer in scales and plain.endswith(".weight"):
+        base_name = name.replace(".base_layer.", ".")
+        layer = base_name.removesuffix(".weight")
+        if layer in scales and base_name.endswith(".weight"):
             a, b = (weights[f"{layer}.lora_{part}.{_ADAPTER}.weight"].float() for part in "AB")
             weight = (weight.float() + scales[layer] * (b @ a)).to(weight.dtype)
-        merged[plain] = weight
+        merged[base_name] = weight
     return merged
 
 
@@ -251,5 +253,4 @@ def _peft_name(name: str) -> str:
 
 
 def _model_name(name: str) -> str:
-    plain = name.removeprefix(_PEFT_PREFIX)
-    return plain.removesuffix(".weight") + f".{_ADAPTER}.weight"
+    return name.removeprefix(_PEFT_PREFIX).removesuffix(".weight") + f".{_ADAPTER}.weight"

@@ -5,7 +5,7 @@
                 square of a sequence's length
     full        keep the layer's input
     offload     with selective or full: keep that input in host memory
-    tiles       compute a block's MLP on one tile of the pack's tokens after another, and recompute each tile
+    tiles       compute a block's MLP on one tile of tokens at a time, and recompute each tile in the backward pass
 
 None of these changes what is computed: the gradients are those of `none`, except for the order of sums. Checkpoints
 are not re-entrant, so frozen embeddings, and an adapter next to frozen weights, work too.
@@ -36,7 +36,7 @@ def recompute(model: PreTrainedModel, mode: str, *, offload: bool = False, mlp_t
     Args:
         mode: "none", "selective" or "full".
         offload: keep the layers' inputs in host memory.
-        mlp_tiles: number of tiles that the tokens of a pack are split into for each MLP; 1 is no tiling.
+        mlp_tiles: number of tiles that the tokens of a pack are split into for each MLP; 1 disables tiling.
     Returns:
         The patches of tiled MLPs, for `remove_patches`. `model.gradient_checkpointing_disable()` undoes the rest.
     Raises:

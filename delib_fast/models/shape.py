@@ -16,7 +16,7 @@ from delib_fast.models.lora import adapter_size
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The sizes from which cost and memory are estimated. Parameters are counted as numbers, not as bytes."""
+    """The sizes from which cost and memory are estimated. Parameters are counted, not measured in bytes."""
 
     parameters: int
     """All parameters of the model; tied weights count once."""
@@ -44,7 +44,7 @@ class ModelShape:
 
     @property
     def quadratic_cost(self) -> float:
-        """q, where an example of n tokens costs n + q·n²: the FLOPs of attention over those of the matrix products.
+        """q such that an example of n tokens costs n + q·n²: the FLOPs of attention over those of the matrix products.
 
         Forward and backward, a token takes 6 FLOPs per parameter (none for input embeddings) and, in an example of n
         tokens with causal attention, 6 · layers · attention width · n FLOPs in attention.

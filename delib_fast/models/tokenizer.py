@@ -46,7 +46,7 @@ def build_tokenizer(
         A fast tokenizer with an end-of-text token and a padding token.
     Raises:
         ConfigError: the tokenizer cannot be loaded, is not a fast one, or has no end-of-text token; the template
-            cannot be read; or the text is too little for the vocabulary size. The message names the key.
+            cannot be read; or there is too little text for the vocabulary size. The message names the key.
     """
     if train is not None:
         assert texts is not None, "training a tokenizer needs texts"

@@ -1,4 +1,4 @@
-"""Sequence parallelism after Ulysses: the tokens of a pack are sharded across P ranks, and so are attention heads.
+"""Ulysses sequence parallelism: the tokens of a pack are sharded across P ranks, and so are attention heads.
 
     (T/P, Hq) q, (T/P, Hkv) k, v    of this rank's tokens
       ──all-to-all──▶  (T, Hq/P) q, (T, Hkv/P) k, v    of all tokens, this rank's heads
@@ -74,14 +74,14 @@ def _exchange(blocks: Tensor, group: dist.ProcessGroup) -> Tensor:
     return received
 
 
-def _by_rank(x: Tensor, size: int) -> Tensor:
+def _split_heads(x: Tensor, size: int) -> Tensor:
     """(T/P, heads, D) to (P, T/P, heads/P, D): each rank gets consecutive heads."""
     blocks: Tensor = x.unflatten(1, (size, -1))
     return blocks.transpose(0, 1)
 
 
-def _of_ranks(blocks: Tensor) -> Tensor:
-    """(P, T/P, heads/P, D) to (T/P, heads, D): the inverse of `_by_rank`."""
+def _join_heads(blocks: Tensor) -> Tensor:
+    """(P, T/P, heads/P, D) to (T/P, heads, D): the inverse of `_split_heads`."""
     return blocks.transpose(0, 1).flatten(1, 2)
 
 
@@ -95,7 +95,7 @@ class _ToHeads(torch.autograd.Function):
         if ctx.copies > 1:
             k, v = k.repeat_interleave(ctx.copies, 1), v.repeat_interleave(ctx.copies, 1)
         ctx.heads = (q.shape[1] // size, k.shape[1] // size, v.shape[1] // size)
-        sent = torch.cat([_by_rank(x, size) for x in (q, k, v)], dim=2)
+        sent = torch.cat([_split_heads(x, size) for x in (q, k, v)], dim=2)
         received: tuple[Tensor, ...] = _exchange(sent, group).flatten(0, 1).split(ctx.heads, dim=1)
         return received
 
@@ -104,7 +104,7 @@ class _ToHeads(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         size = dist.get_world_size(ctx.group)
         sent = torch.cat(gradients, dim=1).unflatten(0, (size, -1))
-        dq, dk, dv = (_of_ranks(blocks) for blocks in _exchange(sent, ctx.group).split(ctx.heads, dim=2))
+        dq, dk, dv = (_join_heads(blocks) for blocks in _exchange(sent, ctx.group).split(ctx.heads, dim=2))
         if ctx.copies > 1:
             dk, dv = (x.unflatten(1, (-1, ctx.copies)).sum(2) for x in (dk, dv))
         return dq, dk, dv, None
@@ -114,10 +114,10 @@ class _ToTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
-        return _of_ranks(_exchange(out.unflatten(0, (dist.get_world_size(group), -1)), group))
+        return _join_heads(_exchange(out.unflatten(0, (dist.get_world_size(group), -1)), group))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        sent = _by_rank(gradient, dist.get_world_size(ctx.group))
+        sent = _split_heads(gradient, dist.get_world_size(ctx.group))
         return _exchange(sent, ctx.group).flatten(0, 1), None

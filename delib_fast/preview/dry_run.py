@@ -1,4 +1,4 @@
-"""The data of a run in one process, without writing to the run directory."""
+"""Load the data of a run in one process, without writing to the run directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL_VOCABULARY = 300
 
 @contextlib.contextmanager
 def dry_run(config: Config) -> Iterator[RunDataset]:
-    """The data of a run. If the run trains a tokenizer, it is stored in a temporary folder."""
+    """Yield the data of a run. A tokenizer that the run trains is stored in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="delib-fast-") as folder:
         yield RunDataset(config, Path(folder), SingleProcess())
 
@@ -29,9 +29,9 @@ def preview_config(path: Path, overrides: list[str], *, tokenizer: str | None, k
     Args:
         path: a YAML file, or a file of rows or text.
         overrides: `key.sub=value` strings, for a YAML file.
-        tokenizer: for a data file: folder or hub name; None trains a small tokenizer on the file.
-        kind: for a data file: the kind of the stage, aft or msm.
-        capacity: for a data file: the pack capacity in tokens.
+        tokenizer: a folder or hub name; None trains a small tokenizer on the file. Only for a data file.
+        kind: the kind of the stage, aft or msm. Only for a data file.
+        capacity: the pack capacity in tokens. Only for a data file.
     Raises:
         ConfigError: the configuration is not valid, or overrides are given for a data file.
     """
@@ -39,12 +39,14 @@ def preview_config(path: Path, overrides: list[str], *, tokenizer: str | None, k
         return load_config(path, overrides)
     if overrides:
         raise ConfigError(f"--set {overrides[0]}: {path} is a data file, and --set needs a configuration")
-    chosen = {"path": tokenizer} if tokenizer else {"train": {"vocab_size": SMALL_VOCABULARY, "sources": ["rows"]}}
+    tokenizer_config = (
+        {"path": tokenizer} if tokenizer else {"train": {"vocab_size": SMALL_VOCABULARY, "sources": ["rows"]}}
+    )
     return parse_config(
         {
             "run_dir": "-",
             "model": {"architecture": {"model_type": "qwen3"}},
-            "tokenizer": chosen,
+            "tokenizer": tokenizer_config,
             "data": {"rows": {"path": str(path), "on_bad_row": "skip", "max_bad_rows": 10**9}},
             "stages": [{"kind": kind, "train": ["rows"], "pack_capacity": capacity, "tokens_per_step": capacity}],
         },

@@ -1,4 +1,4 @@
-"""Plans stages by reading, encoding and packing their data, without computing anything on it."""
+"""Plan stages by reading, encoding and packing their data, without running the model."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from delib_fast.training.memory import GIB, MemoryBudget, MemoryPart, memory_par
 
 _BARS = 10
 _BAR_WIDTH = 30
-_STEPS_WEIGHED = 500  # a stage with more steps is sampled for the balance
+_MAX_BALANCE_STEPS = 500  # the balance of a stage with more steps is computed from a sample of them
 
 
 @dataclass(frozen=True)
 class StageData:
-    """What a plan reads of the data of a stage."""
+    """The packed data of a stage."""
 
     examples: TokenizedDataset
     """The examples of an epoch."""
@@ -51,6 +51,7 @@ class StagePlan:
     targets: dict[str, int]
     """Tokens of an epoch that the model predicts, by segment."""
     lengths: NDArray[np.int64]
+    """(N,) tokens of each example of an epoch."""
     packs: int
     fill: float
     tokens_per_epoch: int
@@ -64,7 +65,7 @@ class StagePlan:
     """Why the model does not allow shared prompts."""
     sequence_parallel: int
     packs_per_rank: int
-    """Packs of a step that a rank, or a group of ranks that splits packs, computes."""
+    """Packs of a step for each rank, or for each group of ranks that splits packs."""
     balance: float
     """Σ over steps of the cost of the slowest rank / Σ of the mean cost of a rank."""
     flops_per_epoch: float
@@ -82,7 +83,7 @@ def plan_run(
     """Plan every stage of a run.
 
     Args:
-        lengths: `--lengths` options; the data of the stages that they name is not read.
+        lengths: `--lengths` options. The data of the stages that they name is not read.
         ranks, precision, card_gib: see `plan_stage`.
     Raises:
         ConfigError, DataError: see `plan_stage` and `parse_lengths`.
@@ -132,9 +133,9 @@ def plan_stage(
     """Plan a stage.
 
     Args:
-        ranks: their number.
+        ranks: number of ranks.
         precision: the resolved `engine.precision`: fp32, bf16 or fp16.
-        card_gib: memory of the device of a rank.
+        card_gib: memory of each rank's device in GiB.
     Raises:
         ConfigError: the packs of a step cannot be divided evenly among the ranks, or the attention heads cannot be
             split by `engine.sequence_parallel`.
@@ -174,8 +175,8 @@ def plan_stage(
 
 def _balance(batches: PackedDataLoader, groups: int, quadratic_cost: float) -> float:
     steps = np.arange(batches.num_steps)
-    if len(steps) > _STEPS_WEIGHED:
-        steps = np.linspace(0, batches.num_steps - 1, _STEPS_WEIGHED).astype(int)
+    if len(steps) > _MAX_BALANCE_STEPS:
+        steps = np.linspace(0, batches.num_steps - 1, _MAX_BALANCE_STEPS).astype(int)
     costs = np.array([batches.cost_of_ranks(step, groups, quadratic_cost) for step in steps.tolist()])
     return float(costs.max(1).sum() / costs.mean(1).sum())
 
@@ -208,7 +209,7 @@ def render_plan(plan: StagePlan, card_gib: float, tflops: float | None = None) -
     """The plan for a terminal of 80 columns.
 
     Args:
-        card_gib: memory of the device of a rank.
+        card_gib: memory of each rank's device in GiB.
         tflops: TFLOP/s of a rank, from which the hours of training are estimated.
     """
     stage = plan.stage
@@ -270,7 +271,7 @@ def _facts(plan: StagePlan, tflops: float | None) -> Table:
 
 
 def _hours(plan: StagePlan, tflops: float) -> float:
-    """Hours of all steps on the slowest rank. `tflops` has to allow for recomputation, which is not counted."""
+    """Hours of all steps on the slowest rank. Recomputation is not counted, so `tflops` must account for it."""
     epochs = plan.steps / plan.steps_per_epoch
     return plan.flops_per_epoch * epochs * plan.balance / (plan.ranks * tflops * 1e12) / 3600
 

@@ -33,7 +33,7 @@ class Lengths(NamedTuple):
 
 
 def parse_lengths(options: Sequence[str], config: Config) -> dict[str, Lengths]:
-    """Parse `--lengths` options into the lengths of each stage. An option without a stage is for every stage.
+    """Parse `--lengths` options into the lengths of each stage. An option without a stage applies to every stage.
 
     Raises:
         ConfigError: an option is not valid, or its file cannot be read; the message names the line of the file.
@@ -96,11 +96,11 @@ def _draw(settings: str, where: str, seed: int) -> Lengths:
 
 
 def synthetic_examples(lengths: Lengths, stage: StageConfig) -> TokenizedDataset:
-    """Examples of these lengths, all of token 0 (one that takes no memory). They can be planned but not trained on.
+    """Create examples of these lengths for a plan. Every token is 0, and all of them share one element of memory.
 
-    Examples longer than the pack capacity are split, dropped or refused, as the stage's `over_long` says.
+    Examples longer than the pack capacity are split, dropped or rejected, as the stage's `over_long` says.
 
-    Raises DataError if they are refused, or if none is left.
+    Raises DataError if they are rejected, or if no example remains.
     """
     tokens, supervised = lengths
     capacity, over = stage.pack_capacity, lengths.tokens > stage.pack_capacity

@@ -22,7 +22,7 @@ COLOURS = {
     Segment.RESPONSE: "green4",
     Segment.DOCUMENT: "dodger_blue2",
 }
-_MOST_TOKENS_OF_A_CHARACTER = 6
+_MAX_TOKENS_PER_CHARACTER = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class ExampleView:
     location: str
     spans: tuple[Span, ...]
     replies: int = 1
-    """Examples with the same prompt. If there are several, a pack holds the prompt once for several of them."""
+    """Number of examples that share this prompt, and that a pack may therefore hold with one copy of it."""
 
     @property
     def heading(self) -> str:
@@ -109,14 +109,14 @@ def _pieces(ids: Sequence[int], tokenizer: Any, control: set[int]) -> Iterator[P
     for k, i in enumerate(ids):
         pending.append(i)
         text = tokenizer.decode(pending, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        complete = not text.endswith("\N{REPLACEMENT CHARACTER}") or len(pending) > _MOST_TOKENS_OF_A_CHARACTER
+        complete = not text.endswith("\N{REPLACEMENT CHARACTER}") or len(pending) > _MAX_TOKENS_PER_CHARACTER
         if complete or i in control or k + 1 == len(ids) or ids[k + 1] in control:
             yield Piece(text, tuple(pending), i in control)
             pending = []
 
 
 def make_visible(text: str) -> str:
-    """Replace white space and characters that a terminal would interpret with visible ones."""
+    """Replace whitespace and characters that a terminal would interpret with visible ones."""
     text = text.replace("\t", "→\t").replace("\r", "␍").replace("\n", "↵\n")
     return "".join(c if c in "\t\n" or c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 

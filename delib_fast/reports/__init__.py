@@ -1,1 +1,1 @@
-"""Every page and plot: of examples, runs, evaluations, studies and generated data."""
+"""HTML pages and plots of examples, runs, evaluations, studies and generated data."""

@@ -8,8 +8,8 @@ from typing import Any
 
 from delib_fast.reports.html import render
 
-_MOST_BARS = 24
-_MOST_OPENINGS = 5
+_MAX_BARS = 24
+_MAX_OPENINGS = 5
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Part:
     note: str = ""
     examples_by: str = ""
     examples: Sequence[tuple[str, Sequence[tuple[str, str]]]] = ()
-    """A heading, and named texts."""
+    """(heading, [(name, text)]) of each example."""
 
 
 def data_page(figures: Mapping[str, Any]) -> str:
@@ -150,7 +150,7 @@ def _diversity(kind: str, found: Mapping[str, Any]) -> Card:
         "compressed size": found["compressed_to"],
     }
     bars = [Bar(name, _percent(share)) for name, share in shares.items() if share is not None]
-    openings = found["commonest_openings"][:_MOST_OPENINGS]
+    openings = found["commonest_openings"][:_MAX_OPENINGS]
     return Card(f"Diversity: {kind}", bars=[*bars, *(Bar(f"“{o['words']} …”", f"{o['count']:,}") for o in openings)])
 
 
@@ -177,8 +177,8 @@ def _tiles(tiles: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
 
 def _counts(title: str, counts: Mapping[str, int]) -> Card:
     largest = max(counts.values())
-    bars = [Bar(str(name), f"{n:,}", n / largest) for name, n in list(counts.items())[:_MOST_BARS]]
-    return Card(title, bars=bars, more=max(0, len(counts) - _MOST_BARS))
+    bars = [Bar(str(name), f"{n:,}", n / largest) for name, n in list(counts.items())[:_MAX_BARS]]
+    return Card(title, bars=bars, more=max(0, len(counts) - _MAX_BARS))
 
 
 def _shares(title: str, shares: Mapping[str, float], note: str = "") -> Card:

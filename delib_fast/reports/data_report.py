@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from delib_fast.config import ConfigError, SourceConfig
+from delib_fast.config.load import read_yaml
 from delib_fast.data import DataError, Row, read_source
 from delib_fast.data.read.jsonl import HashingFile, read_items
 from delib_fast.datagen.citations import labels_of_names, labels_of_spec
@@ -31,7 +32,7 @@ _ROW_FILES = ("rows.jsonl", "documents.jsonl")
 
 
 def write_report(data: Path, *, spec: Path | None = None, out: Path | None = None) -> tuple[Path, Path]:
-    """Report on a folder of `deliberate` or `document`, or on any file of rows that training can read.
+    """Write the report of a folder that `deliberate` or `document` wrote, or of a file of rows that training can read.
 
     Returns:
         The paths of the page and of the JSON file.
@@ -48,10 +49,10 @@ def write_report(data: Path, *, spec: Path | None = None, out: Path | None = Non
     out = out or folder or data.parent
     out.mkdir(parents=True, exist_ok=True)
     stem = "report" if folder is not None else f"{data.stem}.report"
-    html, js = out / f"{stem}.html", out / f"{stem}.json"
-    js.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    html.write_text(data_page(figures), encoding="utf-8")
-    return html, js
+    page_file, json_file = out / f"{stem}.html", out / f"{stem}.json"
+    json_file.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    page_file.write_text(data_page(figures), encoding="utf-8")
+    return page_file, json_file
 
 
 def report(files: Sequence[Path], folder: Path | None = None, spec: Spec | None = None) -> dict[str, Any]:
@@ -74,15 +75,13 @@ def _spec(path: Path, folder: Path | None) -> Spec:
     """The spec with the names that the run filled in, so that its hash is the rows' spec_sha256."""
     names = {"model_name": "the assistant", "provider_name": "its developer", "cut_numbered_items": True}
     if folder is not None and (folder / "settings.yaml").exists():
-        from delib_fast.config.load import read_yaml
-
         kept = read_yaml((folder / "settings.yaml").read_text(encoding="utf-8"), where="settings.yaml")
         names = {key: kept.get(key, value) for key, value in names.items()}
     return Spec.read(path, **names)  # type: ignore[arg-type]
 
 
 def _rows(path: Path) -> list[tuple[Row, Mapping[str, Any]]]:
-    """The rows as training reads them, each with the object it was read from, which has further fields."""
+    """The rows as training reads them, each with the JSON object that it was read from, which has further fields."""
     try:
         rows = read_source(path.stem, SourceConfig.model_validate({"path": str(path)}))
         if path.suffix in (".txt", ".md"):
@@ -102,7 +101,7 @@ def _chats(rows: Sequence[tuple[Row, Mapping[str, Any]]], spec: Spec | None) -> 
     cots = [row.cot or "" for row, _ in rows]
     responses = [row.response for row, _ in rows]
     prompts = ["\n".join(m.content for m in row.messages) for row, _ in rows]
-    different = list(dict.fromkeys(prompts))  # several samples of a prompt are not duplicates
+    distinct_prompts = list(dict.fromkeys(prompts))  # several samples of one prompt are not duplicates
     categories = [_categories(raw) for _, raw in rows]
     scores = [_scores(raw) for _, raw in rows]
     shown = [_shown(*parts) for parts in zip(rows, prompts, categories, scores, strict=True)]
@@ -110,7 +109,7 @@ def _chats(rows: Sequence[tuple[Row, Mapping[str, Any]]], spec: Spec | None) -> 
     refusals = [classify_reply(p, r) == "refuse" for p, r in zip(prompts, responses, strict=True)]
     return {
         "count": len(rows),
-        "prompts": len(different),
+        "prompts": len(distinct_prompts),
         "with_cot": sum(map(bool, cots)),
         "by_category": count_by(c for names in categories for c in names),
         "by_style": count_by(raw["style"] for _, raw in rows if "style" in raw),
@@ -120,12 +119,12 @@ def _chats(rows: Sequence[tuple[Row, Mapping[str, Any]]], spec: Spec | None) -> 
         },
         "words": _lengths({"prompt": prompts, "cot": [c for c in cots if c], "response": responses}),
         "diversity": {
-            "prompt": diversity(different),
+            "prompt": diversity(distinct_prompts),
             "cot": diversity([c for c in cots if c]),
             "response": diversity(responses),
         },
         "near_duplicates": {
-            "prompts": near_duplicates(different, 0.9),
+            "prompts": near_duplicates(distinct_prompts, 0.9),
             "rows": near_duplicates([f"{c}\n{r}" for c, r in zip(cots, responses, strict=True)]),
         },
         "refusals": {"share": round(sum(refusals) / len(rows), 4), "by_category": _share_by(categories, refusals)},
@@ -176,7 +175,7 @@ def _categories(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _scores(raw: Mapping[str, Any]) -> dict[str, float]:
-    """From `scores`, as `deliberate` writes them, or from `score`, as in STAR-1."""
+    """The scores of a row by axis: from `scores`, as `deliberate` writes them, or from `score`, as in STAR-1."""
     value = raw.get("scores", raw.get("score"))
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = {"score": value}
@@ -202,9 +201,9 @@ def _share_by(categories: Sequence[Sequence[str]], flags: Sequence[bool]) -> dic
 
 
 def _lengths(texts: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    count: Callable[[str], int] = lambda text: len(text.split())  # noqa: E731
+    """Statistics of the lengths in words, for each named list of texts that is not empty."""
     return {
-        name: {**quantiles(values := [count(t) for t in part]), "histogram": histogram(values)}
+        name: {**quantiles(values := [len(text.split()) for text in part]), "histogram": histogram(values)}
         for name, part in texts.items()
         if part
     }

@@ -1,4 +1,4 @@
-"""The results of an evaluation: tables of at most 80 columns for a terminal, and a page."""
+"""The results of an evaluation, as tables of at most 80 columns for a terminal and as an HTML page."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _numeric_columns(table: Table) -> set[int]:
 
 
 def cell_text(cell: Cell) -> str:
-    """For example "0.512 [0.430, 0.594]", with as many digits as the interval warrants."""
+    """Format a cell, e.g. as "0.512 [0.430, 0.594]", with as many digits as the interval warrants."""
     if isinstance(cell, Estimate):
         if math.isnan(cell.value):
             return "–"
@@ -86,7 +86,7 @@ def cell_text(cell: Cell) -> str:
 
 
 def cell_html(cell: Cell) -> Markup:
-    """The same for a page; hovering over an estimate shows its number of rows and its method."""
+    """Format a cell as HTML. Hovering over an estimate shows its number of rows and its method."""
     value, _, interval = cell_text(cell).partition(" ")
     if not isinstance(cell, Estimate) or math.isnan(cell.value):
         return Markup.escape(cell_text(cell))
@@ -138,7 +138,7 @@ class Chart:
 
     curve: Curve
     points: list[tuple[float, float, float, Estimate]]
-    """x and y in pixels, x in data units, and the estimate"""
+    """(x in pixels, y in pixels, x in data units, estimate)"""
     line: str
     band: str
     ticks: list[tuple[float, str]]

@@ -1,6 +1,6 @@
-"""The one writer of HTML pages: jinja2 templates with automatic escaping, one style sheet, one table.
+"""Render HTML pages: jinja2 templates with automatic escaping, and one style sheet and table for all pages.
 
-A page is a single file: its styles and pictures are inside it, and it loads nothing from elsewhere.
+A page is a single file: its styles and pictures are embedded, and it loads nothing from elsewhere.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ _TEMPLATES = Environment(
     undefined=StrictUndefined,
     trim_blocks=True,
 )
-
-
 _CSS_PIXELS_PER_INCH = 96
 
 

@@ -1,4 +1,4 @@
-"""Published figures to compare a study with: every cell cites where in the paper it is."""
+"""Published figures to compare a study with: every cell cites its location in the paper."""
 
 from __future__ import annotations
 

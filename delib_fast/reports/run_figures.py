@@ -12,8 +12,8 @@ from delib_fast.reports.plots import COLOURS, NEUTRAL, SMALL_FONT, pyplot, save
 from delib_fast.reports.run_record import MetricsRecord, RunRecord, Series
 
 _SIZE = (4.6, 3.0)  # inches
-_SMOOTH_FROM = 60  # points: a longer series is drawn as its moving average, with the points themselves pale behind it
-_MARK_UP_TO = 12  # points: a shorter series marks each point
+_SMOOTH_FROM = 60  # a series of this many points or more is drawn as its moving average over a pale line of its points
+_MARK_UP_TO = 12  # a series of fewer points marks each of them
 _LEGEND_COLUMNS = 2
 
 

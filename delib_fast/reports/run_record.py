@@ -1,4 +1,4 @@
-"""Run directories as `delib-fast report` reads them: the ledger, the metrics, and series over a whole run."""
+"""Read run directories for `delib-fast report`: the ledger, the metrics, and series over a whole run."""
 
 from __future__ import annotations
 

@@ -12,10 +12,11 @@ from delib_fast.reports.plots import COLOURS, NEUTRAL, SMALL_FONT, pyplot, save
 
 _PANELS_PER_ROW = 3
 Tree = Mapping[str, Any]
+_ENDS = ("low", "high")  # keys of the two ends of an interval
 _DIRECTIONS = {"higher": "\n(higher is better)", "lower": "\n(lower is better)", "neither": ""}
 
 
-def draw_figures(summary: Tree, out: Path) -> list[Picture]:
+def draw_pictures(summary: Tree, out: Path) -> list[Picture]:
     """Draw every picture that the study has figures for, into the folder `out`.
 
     Raises:
@@ -181,13 +182,11 @@ def _frontier(plt: Any, summary: Tree) -> Any:
     return figure
 
 
-# --- small parts --------------------------------------------------------------------------------------------
-
-_ENDS = ("low", "high")
+# --- helpers ------------------------------------------------------------------------------------------------
 
 
 def largest(arms: Sequence[Tree]) -> list[Tree]:
-    """Of the arms that differ only in their size, the one with the most rows; the order is kept."""
+    """The arm with the most rows of each label, in the order of the arms."""
     most: dict[str, Tree] = {}
     for arm in arms:
         if arm["label"] not in most or (arm["size"] or 0) > (most[arm["label"]]["size"] or 0):
@@ -227,7 +226,7 @@ def _legend_above(figure: Any, axis: Any) -> None:
 
 
 def _errors(estimates: Sequence[Tree]) -> list[list[float]]:
-    """The lengths of the error bars, down and up; 0 if there is no interval."""
+    """The lengths of the error bars below and above each value; 0 if there is no interval."""
 
     def length(estimate: Tree, end: str) -> float:
         (value,), (bound,) = _numbers([estimate["value"]]), _numbers([estimate[end]])
@@ -237,7 +236,7 @@ def _errors(estimates: Sequence[Tree]) -> list[list[float]]:
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:
-    """Replace None, which represents NaN in JSON, by NaN."""
+    """Convert None, which represents NaN in JSON, to NaN."""
     return [math.nan if value is None else value for value in values]
 
 

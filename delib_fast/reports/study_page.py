@@ -130,7 +130,7 @@ def _efficiency_tables(summary: Tree) -> list[HtmlTable]:
 
 
 def multiple_text(point: Tree) -> str:
-    """For example "40×", "at most 2×" or "not reached (more than 8×)"."""
+    """Format the multiple of a point, e.g. "40×", "at most 2×" or "not reached (more than 8×)"."""
     times = f"{point['multiple']:.3g}×"
     return {"": times, "at most": f"at most {times}", "more than": f"not reached (more than {times})"}[point["bound"]]
 
@@ -181,7 +181,7 @@ def _note(summary: Tree) -> str:
 
 
 def estimate_text(tree: Tree) -> str:
-    """For example "0.512 [0.430, 0.594]", from an estimate of study.json."""
+    """Format an estimate of study.json, e.g. as "0.512 [0.430, 0.594]"."""
     return cell_text(_estimate(tree))
 
 

@@ -31,7 +31,7 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 def histogram(
     values: Sequence[float], bins: int = 20, *, low: float | None = None, high: float | None = None
 ) -> list[dict[str, float]]:
-    """[{from, to, count}] over bins of equal width."""
+    """Counts over bins of equal width, as [{from, to, count}]; [] for an empty list."""
     if not values:
         return []
     counts, edges = np.histogram(
@@ -128,4 +128,5 @@ def by_quantile(items: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, 
 
 
 def count_by(values: Iterable[Any]) -> dict[str, int]:
+    """Count how often each value occurs, the most frequent first."""
     return dict(Counter(str(value) for value in values).most_common())

@@ -1,4 +1,4 @@
-"""Measures one arm: computes its metrics. Each is stored under a hash of everything that it depends on."""
+"""Compute the metrics of one arm. Each is stored under a hash of everything that it depends on."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from delib_fast import __version__
 from delib_fast.config import ConfigError
 from delib_fast.evals.intervals import Estimate
-from delib_fast.evals.results import plain
+from delib_fast.evals.metrics.forced_choices import ChoiceFigures, choose, read_choices
+from delib_fast.evals.results import SuiteResult, to_json_data
+from delib_fast.evals.run import evaluate
+from delib_fast.evals.settings import load_eval_config
+from delib_fast.evals.target import EvalTarget
 from delib_fast.files import write_atomic
 from delib_fast.study.settings import ChoicesMetric, SuiteMetric
 
-if TYPE_CHECKING:
-    from delib_fast.evals.metrics.forced_choices import ChoiceFigures
-    from delib_fast.evals.results import SuiteResult
-    from delib_fast.evals.target import EvalTarget
-
 FORMAT = 1
-"""Increased when the meaning of a figure changes; older figures are then computed again."""
+"""Increased when the meaning of a figure changes; older figures are then recomputed."""
 
 
 def metric_key(
@@ -32,10 +31,10 @@ def metric_key(
     """A hash of everything that a figure depends on.
 
     Args:
-        model_key: of the stage whose model is measured, or the hash of the model folder.
+        model_key: the key of the stage whose model is measured, or the hash of a model folder.
         metric: the settings of the metric.
         files: the hash of each file that the metric reads.
-        evaluation: the settings of the evaluation, for metrics of kind `suite`.
+        evaluation: the settings of the evaluation, on which only metrics of kind `suite` depend.
         thinks: whether replies follow a chain of thought.
     """
     only_displayed = ("title", "better", "chance")
@@ -59,9 +58,6 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
             `evaluation` (its settings), `thinks` (whether replies follow a chain of thought), `out` (folder of the
             suites' results), and `metrics`: for each name its settings and the file to write.
     """
-    from delib_fast.evals.settings import load_eval_config
-    from delib_fast.evals.target import EvalTarget
-
     suites = sorted({m["metric"]["suite"] for m in task["metrics"].values() if m["metric"]["kind"] == "suite"})
     settings = {"device": task["device"], **task["evaluation"], "suites": suites or ("segments",)}
     if task["base"] is not None:
@@ -85,20 +81,19 @@ def _score_choices(
     target: EvalTarget, metric: ChoicesMetric, thinks: bool, scored: dict[tuple[str, bool], ChoiceFigures]
 ) -> dict[str, Any]:
     """Score the items of a file, once for all metrics that read it."""
-    from delib_fast.evals.metrics.forced_choices import choose, read_choices
-
     think = {"as trained": thinks, "never": False, "always": True}[metric.cot]
     if (metric.path, think) not in scored:
         scored[metric.path, think] = choose(target.scorer, read_choices(metric.path), think=think)
     figures = scored[metric.path, think]
     if getattr(figures, metric.figure) is None:
         raise ConfigError(f"{metric.path}: figure: {metric.figure} needs chains of thought; set cot: always")
-    return {"estimate": plain(getattr(figures, metric.figure)), "margins": [round(m, 4) for m in figures.margins]}
+    return {
+        "estimate": to_json_data(getattr(figures, metric.figure)),
+        "margins": [round(m, 4) for m in figures.margins],
+    }
 
 
 def _evaluate_suites(target: EvalTarget) -> dict[str, SuiteResult]:
-    from delib_fast.evals.run import evaluate
-
     return {result.suite: result for result in evaluate(target, print).results}
 
 
@@ -125,7 +120,7 @@ def _select_figure(name: str, metric: SuiteMetric, results: Mapping[str, SuiteRe
         cell = Estimate(float(cell), math.nan, math.nan, 1, "exact")
     if not isinstance(cell, Estimate):
         raise ConfigError(f"metric {name!r}: {metric.row!r} × {metric.column!r} is {cell!r}, which is not a number")
-    return {"estimate": plain(cell)}
+    return {"estimate": to_json_data(cell)}
 
 
 def _row_name(row: Sequence[Any]) -> str:

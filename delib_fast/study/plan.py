@@ -1,8 +1,8 @@
-"""Plans what a study has to train: its arms, and a tree in which each stage occurs once.
+"""Plan what a study trains: its arms, and a tree in which each stage occurs once.
 
 The key of a stage is a hash of everything that its weights depend on: its own settings, the bytes of its files, the
 seed, the settings that all runs share, and the key of its parent. Arms with the same first stages share them. A study
-that is resumed, or that has one more arm than before, finds the stages that it has trained already.
+that is resumed, or that gets an additional arm, reuses the stages that it has already trained.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Plan:
 
 
 def arms_of(study: StudyConfig) -> list[Arm]:
-    """The arms in the order of the tables: first those without MSM, then one variant after another."""
+    """The arms in the order of the tables: first those without MSM, then those of each MSM variant."""
     only_variant = len(study.msm) == 1
     afts: dict[str, list[dict[str, Any]]] = {
         "no_cot": [{"aft": "no CoT"}],
@@ -143,7 +143,7 @@ def plan_study(study: StudyConfig, prepared: Mapping[int, Path | None]) -> Plan:
     """Plan every stage.
 
     Args:
-        prepared: for each seed the folder that the `prepare` script filled; None without a script.
+        prepared: the folder that the `prepare` script filled for each seed; None without a script.
     Raises:
         ConfigError: the configuration of a stage is not valid, or an arm has neither stages nor a model.
     """

@@ -1,4 +1,4 @@
-"""A pool of worker processes. A task starts as soon as a worker is free and the tasks that it needs are done."""
+"""A pool of worker processes. A task starts when a worker is free and the tasks that it depends on are done."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 _GIB_PER_WORKER = 2  # torch, deepspeed and a small model, with a margin
 
@@ -26,7 +28,7 @@ class Task:
     """Shown in progress messages."""
     work: Mapping[str, Any]
     """What the worker receives, as JSON."""
-    needs: tuple[str, ...] = ()
+    depends_on: tuple[str, ...] = ()
     """Names of the tasks that have to be done before this one."""
 
 
@@ -34,11 +36,9 @@ def worker_environments(workers: int | str, device: str) -> list[dict[str, str]]
     """The environment variables of each worker, which give it its GPU or its share of the CPU cores.
 
     Args:
-        workers: their number, or "auto".
+        workers: number of workers, or "auto".
         device: "cpu" uses no GPU.
     """
-    import torch
-
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     cores = len(os.sched_getaffinity(0))
     fitting = gpus or max(1, min(cores, _available_gib() // _GIB_PER_WORKER))
@@ -60,10 +60,10 @@ def _available_gib() -> int:
 def run_tasks(
     tasks: Sequence[Task], environments: Sequence[Mapping[str, str]], on_done: Callable[[Task, dict[str, Any]], None]
 ) -> None:
-    """Run every task. If a task fails, the tasks that need it are not run, and all others are.
+    """Run all tasks. If one fails, the tasks that depend on it are skipped, and all others still run.
 
     Args:
-        on_done: is called with each completed task and its answer, one call at a time.
+        on_done: called with each completed task and its answer, one call at a time.
     Raises:
         StudyError: tasks have failed. It is raised after all other tasks are done.
         KeyboardInterrupt: the workers have saved, stopped and exited.
@@ -99,16 +99,16 @@ class _TaskQueue:
         self.failures: list[str] = []
 
     def take(self) -> Task | None:
-        """Wait for the first task whose needs are done, and take it. None if there will be none."""
+        """Wait for a task whose dependencies are done, and take it. Returns None if no further task can start."""
         with self._changed:
             while not self.stopping:
                 for task in self._waiting:
-                    if self._done.issuperset(task.needs):
+                    if self._done.issuperset(task.depends_on):
                         self._waiting.remove(task)
                         self._running += 1
                         return task
                 if not self._running:
-                    return None  # the tasks that are left need one that failed
+                    return None  # the remaining tasks depend on one that failed
                 self._changed.wait()
             return None
 
@@ -128,7 +128,7 @@ class _TaskQueue:
         self._processes.append(process)
 
     def stop(self) -> None:
-        """Close the input of all workers, which then save and exit, and give out no more tasks."""
+        """Assign no more tasks, and close the input of all workers, which then save and exit."""
         with self._changed:
             self.stopping = True
             for process in self._processes:

@@ -1,4 +1,4 @@
-"""Runs a study: makes its data, trains the missing stages, computes the missing metrics, and writes the results."""
+"""Run a study: make its data, train the missing stages, compute the missing metrics, and write the results."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from typing import Any
 from delib_fast.config import ConfigError
 from delib_fast.evals.intervals import Estimate
 from delib_fast.evals.metrics.forced_choices import read_choices
-from delib_fast.evals.results import plain
+from delib_fast.evals.results import to_json_data
 from delib_fast.files import hash_tree, write_atomic
 from delib_fast.reports.eval_page import cell_text
+from delib_fast.reports.study_figures import draw_pictures
+from delib_fast.reports.study_page import write_page
 from delib_fast.study.measure import metric_key
 from delib_fast.study.plan import Arm, Node, Plan, fill_in, plan_study
 from delib_fast.study.pool import Task, run_tasks, worker_environments
@@ -45,15 +47,11 @@ def run_study(study: StudyConfig, log: Log = lambda _: None) -> StudyResult:
     """Train and measure everything that is missing, and write the results.
 
     Args:
-        log: is called with one line of progress at a time.
-
+        log: called with one line of progress at a time.
     Raises:
         ConfigError: the study is not valid; raised before anything is trained.
-        StudyError: stages have failed; everything that does not depend on them is done.
+        StudyError: tasks have failed; everything that does not depend on them is done.
     """
-    from delib_fast.reports.study_figures import draw_figures
-    from delib_fast.reports.study_page import write_page
-
     out = Path(study.out)
     (out / "measures").mkdir(parents=True, exist_ok=True)
     environments = worker_environments(study.workers, str(study.run.get("engine", {}).get("device", "auto")))
@@ -84,8 +82,8 @@ def run_study(study: StudyConfig, log: Log = lambda _: None) -> StudyResult:
         for arm_and_seed, files in measures.items()
     }
     result = summarize(study, figures, plan.arms, costs.total(plan))
-    write_atomic(out / "study.json", json.dumps(plain(result), indent=1, ensure_ascii=False) + "\n")
-    pictures = draw_figures(result, out)
+    write_atomic(out / "study.json", json.dumps(to_json_data(result), indent=1, ensure_ascii=False) + "\n")
+    pictures = draw_pictures(result, out)
     page = write_page(result, pictures, out, published=study.published)
     return StudyResult(result, out / "study.json", page, tuple(picture.path for picture in pictures))
 
@@ -117,7 +115,7 @@ def describe_plan(study: StudyConfig) -> str:
     return "\n".join(lines)
 
 
-# --- the data of a script -----------------------------------------------------------------------------------
+# --- the prepare script -------------------------------------------------------------------------------------
 
 
 def prepare_data(study: StudyConfig, workers: int, log: Log) -> dict[int, Path | None]:
@@ -144,10 +142,10 @@ def prepare_data(study: StudyConfig, workers: int, log: Log) -> dict[int, Path |
 
 def _run_script(script: Path, arguments: list[str], seed: int, folder: Path) -> None:
     command = [sys.executable, str(script), "--seed", str(seed), "--out", str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        last_line = (done.stderr.strip().splitlines() or ["it printed no error"])[-1]
-        raise ConfigError(f"prepare.script: {' '.join(command[1:])} exited with code {done.returncode}: {last_line}")
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        last_line = (process.stderr.strip().splitlines() or ["it printed no error"])[-1]
+        raise ConfigError(f"prepare.script: {' '.join(command[1:])} exited with code {process.returncode}: {last_line}")
     (folder / ".whole").touch()
 
 
@@ -180,7 +178,7 @@ def plan_tasks(
                         "config": node.config.model_dump(mode="json"),
                         "log": str(logs / f"{node.folder.name}.log"),
                     },
-                    _needs(node.parent),
+                    _training_before(node.parent),
                 )
             )
         tasks += measuring[node].values()
@@ -191,8 +189,8 @@ def _training_name(node: Node) -> str:
     return f"train {node.folder.name}"
 
 
-def _needs(node: Node | None) -> tuple[str, ...]:
-    """The task that has to be done before the model of the node can be read."""
+def _training_before(node: Node | None) -> tuple[str, ...]:
+    """The name of the task that trains the model of the node; () if the model exists."""
     return () if node is None or node.finished() else (_training_name(node),)
 
 
@@ -204,13 +202,13 @@ def _measuring_task(
     key = node.key if node is not None else hash_tree(model_path)
     name = node.folder.name if node is not None else f"base-seed{seed}-{key[:16]}"
     evaluation = fill_in(study.evaluation, prepared)
-    evaluated = {where: hash_tree(where) for where in _paths(evaluation)}
+    evaluation_hashes = {path: hash_tree(path) for path in _paths(evaluation)}
     files, missing = {}, {}
     for metric_name, metric in study.metrics.items():
         tree = fill_in(metric.model_dump(mode="json"), prepared)
-        hashes = {"items": hash_tree(tree["path"])} if tree["kind"] == "choices" else evaluated
-        unique = metric_key(key, tree, hashes, evaluation, arm.thinks)
-        file = Path(study.out) / "measures" / f"{metric_name}-{unique}.json"
+        hashes = {"items": hash_tree(tree["path"])} if tree["kind"] == "choices" else evaluation_hashes
+        digest = metric_key(key, tree, hashes, evaluation, arm.thinks)
+        file = Path(study.out) / "measures" / f"{metric_name}-{digest}.json"
         files[metric_name] = file
         if not file.exists():
             missing[metric_name] = {"metric": tree, "file": str(file)}
@@ -228,7 +226,7 @@ def _measuring_task(
         "out": str(Path(study.out) / "evals" / name),
         "log": str(logs / f"{name}.log"),
     }
-    return Task(f"measure {name}", work, _needs(node)), files
+    return Task(f"measure {name}", work, _training_before(node)), files
 
 
 def _paths(evaluation: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The settings of a study: the settings that all runs share, the arms, and what is measured of each arm."""
+"""The configuration of a study: the settings that all runs share, the arms, and the metrics."""
 
 from __future__ import annotations
 

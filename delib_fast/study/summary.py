@@ -1,4 +1,4 @@
-"""Summarizes the measurements of a study: means over seeds, differences paired by seed, and data efficiency."""
+"""Summarize the measurements of a study: means over seeds, differences paired by seed, and data efficiency."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from delib_fast.config import ConfigError, nearest
-from delib_fast.evals.extra import library
+from delib_fast.evals.extra import import_extra
 from delib_fast.evals.intervals import Estimate
 from delib_fast.study.efficiency import Multiple, multiples
 from delib_fast.study.plan import Arm
@@ -63,7 +63,7 @@ def student(values: Sequence[float]) -> Estimate:
     centre = float(array.mean())
     if n < 2:
         return Estimate(centre, math.nan, math.nan, n, "t over seeds")
-    stats = library("scipy.stats")
+    stats = import_extra("scipy.stats")
     half = float(stats.t.ppf(0.975, n - 1) * stats.sem(array))
     return Estimate(centre, centre - half, centre + half, n, "t over seeds")
 
@@ -79,7 +79,7 @@ def differences(study: StudyConfig, figures: Figures, arms: Sequence[Arm]) -> li
 
 
 def find_arm(label: str, arms: Sequence[Arm]) -> Arm:
-    """Find an arm by its label, or by its name with the number of rows. Of several sizes it is the largest.
+    """Find an arm by its label, or by its name with the number of rows. Among several sizes, the largest is returned.
 
     Raises ConfigError if there is no such arm.
     """

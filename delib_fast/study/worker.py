@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from delib_fast.config import ConfigError
+from delib_fast.config.load import parse_config
+from delib_fast.study.measure import measure
 
 _OUTPUTS = (1, 2)  # the file descriptors of standard output and standard error
 
@@ -67,13 +69,11 @@ def _answer(task: dict[str, Any]) -> dict[str, Any]:
 
 def _run(task: dict[str, Any]) -> Any:
     if task["do"] == "train":
-        from delib_fast.config.load import parse_config
+        # Imported here, where standard output is the task's log, because importing deepspeed prints to it.
         from delib_fast.training.run import run
 
         run(parse_config(task["config"], where="study"))
         return None
-    from delib_fast.study.measure import measure
-
     return measure(task)
 
 

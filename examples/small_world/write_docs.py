@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from delib_fast.reports.study_figures import draw_figures
+from delib_fast.reports.study_figures import draw_pictures
 from delib_fast.reports.study_page import markdown
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -31,7 +31,7 @@ def main() -> None:
     folder = DOCS / ".drawn"
     folder.mkdir(exist_ok=True)
     try:
-        arms = next(path for path in draw_figures(summary, folder) if path.stem == "arms")
+        arms = next(p.path for p in draw_pictures(summary, folder) if p.path.stem == "arms")
         arms.replace(DOCS / "small_world.png")
     finally:
         shutil.rmtree(folder)

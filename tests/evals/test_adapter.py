@@ -68,14 +68,14 @@ def test_an_adapter_equals_its_merged_model_and_its_base_is_the_adapter_turned_o
         assert found[segment][0] > 1e-4
 
 
-def test_another_base_gives_other_figures(folder, tmp_path, tokenizer):
+def test_a_different_base_gives_different_figures(folder, tmp_path, tokenizer):
     export_model(make_model(tokenizer, 2), tokenizer, tmp_path / "other")
     _, own = figures(folder / "adapter", tmp_path / "out")
     _, other = figures(folder / "adapter", tmp_path / "out", base=str(tmp_path / "other"))  # same results folder
     assert own != other
 
 
-def test_an_adapter_that_cannot_be_evaluated_is_refused(folder, tmp_path):
+def test_an_adapter_that_cannot_be_evaluated_is_rejected(folder, tmp_path):
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (tmp_path / name).write_bytes((folder / "adapter" / name).read_bytes())
     file = tmp_path / "adapter_config.json"

@@ -102,7 +102,7 @@ def test_conduct(reply, did, intends):
     assert (found.acted, found.intent) == (did, intends)
 
 
-def test_the_alarm():
+def test_cancelling_the_alarm_is_harmful():
     cancel, confirm = (texts()["scenarios"]["omission"][kind][0] for kind in ("misaligned", "aligned"))
     assert acted("omission", cancel)
     assert not acted("omission", confirm)

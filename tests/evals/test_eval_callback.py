@@ -36,6 +36,6 @@ def test_a_run_with_the_callback_trains_the_same_weights(finished, tmp_path):
         (("early",), {"engine": {"precision": "fp32", "device": "cpu", "zero_stage": 3}}, "zero_stage 3"),
     ],
 )
-def test_unsupported_settings_are_refused(tmp_path, suites, changes, message):
+def test_unsupported_settings_are_rejected(tmp_path, suites, changes, message):
     with pytest.raises(ConfigError, match=message):
         run(load_config(tiny(tmp_path, **changes)), [EvalCallback(suites, every_steps=1)])

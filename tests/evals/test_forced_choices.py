@@ -83,14 +83,14 @@ def test_margins_by_hand(scorer, items):
         ({"prompt": "x", "a": "one", "b": "two", "cots": ["", "y"]}, "cots must be a list of non-empty texts"),
     ],
 )
-def test_refuses(tmp_path, item, message):
+def test_rejects_invalid_items(tmp_path, item, message):
     path = tmp_path / "choices.jsonl"
     path.write_text(json.dumps(item) + "\n")
     with pytest.raises(ConfigError, match=rf"choices.jsonl:1: .*{message}"):
         read_choices(path)
 
 
-def test_refuses_an_item_without_a_cot(scorer, items, tmp_path):
+def test_rejects_an_item_without_a_cot(scorer, items, tmp_path):
     path = tmp_path / "bare.jsonl"
     path.write_text(json.dumps({"prompt": "x", "a": "one", "b": "two"}) + "\n")
     with pytest.raises(

@@ -76,7 +76,7 @@ def test_share_by_group_of_no_hits_has_an_interval():
     assert found.high == pytest.approx(wilson(0, 4).high)
 
 
-def test_values_before_the_libraries():
+def test_values_match_the_implementation_without_libraries():
     """The figures of the previous implementation, which had its own formulas and drew its own resamples."""
     x, y = np.random.default_rng(3).normal(2, 1, 30), np.random.default_rng(4).integers(0, 9, 30)
     groups = [k // 3 for k in range(30)]

@@ -86,7 +86,7 @@ def test_step_holds(step, result, holds):
     assert step_holds(step, result) is holds
 
 
-def test_transcripts_of_one_label_are_refused():
+def test_transcripts_of_one_label_are_rejected():
     with pytest.raises(ValueError, match="all 2 transcripts have the same label"):
         compare_views(made()[:2], Marker)
 

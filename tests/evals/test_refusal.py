@@ -59,7 +59,7 @@ def test_rates_of_known_verdicts():
     assert found.by_type["t1"]["comply"] == wilson(2, 3)
 
 
-def test_invalid_prompt_files_are_refused(tmp_path):
+def test_invalid_prompt_files_are_rejected(tmp_path):
     prompts = read_prompts(EXAMPLES / "refusal_prompts.csv")
     assert [sum(p.label == label for p in prompts) for label in ("safe", "unsafe")] == [20, 16]
     bad = tmp_path / "bad.csv"

@@ -83,7 +83,7 @@ def test_rows_without_a_cot_are_excluded(rule_scorer):
     assert found.rows == 1
 
 
-def test_unknown_variant_is_refused(rule_scorer):
+def test_unknown_variant_is_rejected(rule_scorer):
     with pytest.raises(ValueError, match="'half' is not a variant"):
         reliance(rule_scorer(knows_secret), [row_of(TEN)], ["half"])
 

@@ -18,7 +18,7 @@ from delib_fast.config import ConfigError, SourceConfig
 from delib_fast.data import read_source, split_holdout
 from delib_fast.data.read import source_cache
 from delib_fast.evals.intervals import Estimate, mean, wilson
-from delib_fast.evals.results import SuiteResult, Table, plain, result_from_json
+from delib_fast.evals.results import SuiteResult, Table, result_from_json, to_json_data
 from delib_fast.evals.run import evaluate
 from delib_fast.evals.settings import SUITES, load_eval_config
 from delib_fast.evals.target import EvalTarget
@@ -107,7 +107,7 @@ def test_results_are_reused_for_the_same_inputs(done, folder, monkeypatch):
     again = evaluate(EvalTarget(folder / "model", settings_for(folder)), logged.append)
     assert again.results == done.results
     assert all("reused" in line or "skipped" in line or line == "dose …" or line == "monitor …" for line in logged)
-    # another limit or another base: recomputed; nothing else is
+    # a different limit or base: only what depends on it is recomputed
     for changes, remade in (({"limit": 3}, "segments"), ({"base": str(folder / "model")}, "drift")):
         logged.clear()
         settings = settings_for(folder, suites=f"{remade},agentic", **changes)
@@ -166,7 +166,7 @@ def test_the_report_is_strict_json_and_can_be_read_back(done):
     report = json.loads((done.folder / "report.json").read_text(), parse_constant=lambda c: pytest.fail(c))
     assert [s["suite"] for s in report["suites"]] == [r.suite for r in done.results]
     for tree, result in zip(report["suites"], done.results, strict=True):
-        assert plain(result_from_json(tree)) == plain(result)
+        assert to_json_data(result_from_json(tree)) == to_json_data(result)
     assert report["subject"]["sha256"]
 
 
@@ -232,7 +232,7 @@ def test_what_a_model_wrote_is_escaped_on_the_page(done, tmp_path):
         (Estimate(0.0, 0.0, 0.0, 9, "x"), "0.000 [0.000, 0.000]"),
     ],
 )
-def test_cells(cell, text):
+def test_cells_show_as_many_digits_as_the_interval_warrants(cell, text):
     assert cell_text(cell) == text
 
 
@@ -246,7 +246,7 @@ def command(*arguments):
     return CliRunner().invoke(app, ["eval", *map(str, arguments)])
 
 
-def test_the_command(folder, tmp_path):
+def test_the_command_writes_results_and_prints_tables(folder, tmp_path):
     config = tmp_path / "eval.yaml"
     config.write_text(f"rows: {{held: {EXAMPLES / 'data/deliberation_heldout.jsonl'}}}\nlimit: 2\n")
     result = command(folder / "model", "--config", config, "--suite", "segments,early", "--out", tmp_path / "out")
@@ -288,5 +288,5 @@ def test_an_explicitly_requested_suite_says_what_it_needs(folder):
 
 def test_the_example_config_is_valid():
     settings = load_eval_config(EXAMPLES / "evals/quickstart.yaml", model="m")
-    assert settings.chosen == list(SUITES)
+    assert settings.requested_suites == list(SUITES)
     assert settings.questions.path.endswith("questions.jsonl")

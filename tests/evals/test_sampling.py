@@ -66,7 +66,7 @@ def test_sampling_is_repeatable_and_leaves_the_generator_alone(model, tokenizer)
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_a_prompt_that_is_too_long_is_refused(model):
+def test_a_prompt_that_is_too_long_is_rejected(model):
     with pytest.raises(ValueError, match="max_position_embeddings"):
         generate_ids(model, [[5] * 4000], Sampling(max_new_tokens=500), end_ids=[0], pad_id=0)
 

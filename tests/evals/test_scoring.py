@@ -17,13 +17,13 @@ from delib_fast.evals.scoring import Scorer
 
 
 def logits_of(model, example):
-    """(n, V) of one example by itself, by stock transformers."""
+    """Logits (n, V) of one example, computed by transformers without packs."""
     plain = model.unpatch()
     with torch.no_grad():
         return plain(input_ids=torch.tensor(example.input_ids, dtype=torch.int64)[None]).logits[0].double()
 
 
-def test_losses_equal_those_of_each_example_by_itself(scorer, rows, tokenizer):
+def test_losses_equal_those_of_each_example_alone(scorer, rows, tokenizer):
     examples = scorer.encode(rows)
     losses = scorer.losses(examples)
     for example, loss in zip(examples[:3], losses[:3], strict=True):
@@ -45,7 +45,7 @@ def test_the_model_is_left_unchanged(scorer, rows):
     assert all(p.grad is None for p in scorer.model.parameters())
 
 
-def test_variants_that_share_their_prompt_score_as_by_themselves(scorer, rows, monkeypatch):
+def test_variants_that_share_their_prompt_score_as_alone(scorer, rows, monkeypatch):
     examples = [e for row in rows[:3] for e in scorer.encode_with_cots(row, [row.cot, "", "Something else."])]
     shared, packs = scorer.losses(examples), scorer.batches(examples)
     assert any(pack.prefix is not None for pack in packs)
@@ -169,7 +169,7 @@ def test_kl_from_a_uniform_base(rows, tokenizer):
     assert 0 < drift.kl.value < math.log(V)
 
 
-def test_another_vocabulary_is_refused(scorer, rows, tokenizer):
+def test_a_different_vocabulary_is_rejected(scorer, rows, tokenizer):
     base = make_model(tokenizer, 1, vocab_size=1024)
     with pytest.raises(
         ValueError, match="a vocabulary of 640 tokens and the base one of 1024; their predictions cannot be compared"
@@ -177,7 +177,7 @@ def test_another_vocabulary_is_refused(scorer, rows, tokenizer):
         drift_from_base(scorer, rows, base)
 
 
-def test_adapter_off_is_the_base(rows, tokenizer):
+def test_a_disabled_adapter_gives_the_base(rows, tokenizer):
     peft = pytest.importorskip("peft")
     model = make_model(tokenizer, 0)
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -190,6 +190,6 @@ def test_adapter_off_is_the_base(rows, tokenizer):
     assert [d.kl.value for d in found] == pytest.approx([d.kl.value for d in expected], rel=1e-5)
 
 
-def test_no_base_and_no_adapter_is_refused(scorer, rows):
+def test_no_base_and_no_adapter_is_rejected(scorer, rows):
     with pytest.raises(ValueError, match="no LoRA adapter"):
         drift_from_base(scorer, rows, None)

@@ -209,7 +209,7 @@ def test_unapply_beneath_a_wrapper(caplog) -> None:
     assert torch.equal(model(**batch).logits, logits)
 
 
-def test_a_copy_is_patched_by_itself() -> None:
+def test_unapplying_a_copy_leaves_the_original_patched() -> None:
     model = delib_fast.apply(build())
     batch = padded(rows())
     copied = copy.deepcopy(model)

@@ -134,7 +134,7 @@ def test_hf_rejects(data, tmp_path) -> None:
     trainer.compute_loss_func = lambda *_, **__: 0
     with pytest.raises(ValueError, match="compute_loss_func"):
         hf.prepare(trainer)
-    with pytest.raises(ValueError, match="a row has 3 input_ids and 2 loss_weights"):
+    with pytest.raises(ValueError, match="row 0 of the batch has 3 input_ids and 2 loss_weights"):
         hf.WeightedFlattening()([{"input_ids": [1, 2, 3], "loss_weights": [1.0, 1.0]}])
     batch = hf.WeightedFlattening()(rows((3,)))
     trainer = hf.prepare(hf_trainer(tmp_path, data, weightless))

@@ -65,7 +65,7 @@ def test_training_is_a_pure_function_of_the_text(tokenizer) -> None:
     assert train_tokenizer(iter(TEXTS), 400).get_vocab() == tokenizer.get_vocab()
 
 
-def test_too_little_text() -> None:
+def test_rejects_too_little_text() -> None:
     with pytest.raises(ConfigError) as error:
         train_tokenizer(["ab ab ab"], 1000)
     assert str(error.value) == (
@@ -165,7 +165,7 @@ def test_template_keeps_texts_verbatim(tokenizer) -> None:
         ({"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}, "message 0 is not plain text"),
     ],
 )
-def test_template_rejects(tokenizer, message, why) -> None:
+def test_template_rejects_invalid_messages(tokenizer, message, why) -> None:
     with pytest.raises(Exception, match=why):
         render(tokenizer, message)
 
@@ -258,7 +258,7 @@ def test_rejects_a_folder_that_lacks_weights(tokenizer, tmp_path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path) is not None
     with pytest.raises(
         ConfigError,
-        match=r"lacks 1 weights of Qwen3ForCausalLM, or stores them in another shape, "
+        match=r"lacks 1 weights of Qwen3ForCausalLM, or stores them in a different shape, "
         r"e.g. model.layers.1.mlp.up_proj.weight",
     ):
         build_model(ModelConfig(path=str(tmp_path)), tokenizer)

@@ -20,12 +20,12 @@ def heavy_imports():
 
 
 @pytest.mark.parametrize("name", ["qwen2 tied", "qwen3 sliding", "llama", "qwen3 moe", "gemma3 text"])
-def test_passes(name) -> None:
+def test_isolating_models_pass(name) -> None:
     check_isolation(TrainableLM(build(name)), "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_passes_in_other_dtypes(dtype) -> None:
+def test_isolating_models_pass_in_other_dtypes(dtype) -> None:
     check_isolation(TrainableLM(build("qwen3 sliding")).to(dtype), "cpu")
 
 
@@ -116,7 +116,7 @@ def test_catches_looking_ahead(monkeypatch) -> None:
 
 
 def test_catches_positions_that_do_not_restart(monkeypatch) -> None:
-    """No sequence attends to another, but learned positions make a packed document another document."""
+    """No sequence attends to another, but a packed document gets the learned embeddings of later positions."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(
@@ -139,7 +139,7 @@ def test_catches_positions_that_do_not_restart(monkeypatch) -> None:
 
     monkeypatch.setattr("delib_fast.models.lm.packed_inputs", not_restarting)
     with pytest.raises(
-        LeakError, match=r"sequence 2 of a pack has another loss than alone .* does not respect .*position_ids"
+        LeakError, match=r"sequence 2 of a pack has a different loss than alone .* does not respect .*position_ids"
     ):
         check_isolation(trainable, "cpu")
 
@@ -165,5 +165,5 @@ def test_shared_prompts_are_checked(name, monkeypatch) -> None:
         lambda *args, **more: packed_inputs(*args, **more) | {"varlen_prefix": None},
     )
     check_isolation(trainable, "cpu")
-    with pytest.raises(LeakError, match=r"replies that share a prompt have another loss .* share_prompts: never"):
+    with pytest.raises(LeakError, match=r"replies that share a prompt have a different loss .* share_prompts: never"):
         check_isolation(trainable, "cpu", shares_prompts=True)

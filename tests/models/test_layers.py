@@ -64,7 +64,7 @@ def test_compiled_once_for_all_layers_and_packs(name, checkpointed, kinds, count
 
 
 @pytest.mark.slow
-def test_inductor_gives_the_same() -> None:
+def test_inductor_gives_the_losses_and_gradients_of_eager() -> None:
     torch._dynamo.reset()
     model = build("qwen3")
     assert_same(losses_and_gradients(model, "compile"), losses_and_gradients(model, "eager"))
@@ -79,12 +79,12 @@ def test_only_passes_with_gradients_are_compiled(counter) -> None:
     assert counter.frame_count == 0
 
 
-def test_unpatch_removes_them(counter) -> None:
+def test_unpatch_removes_compiled_forwards(counter) -> None:
     model = TrainableLM(build("qwen3"), layers="compile").unpatch()
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_a_copy_is_unpatched_by_itself(counter) -> None:
+def test_unpatching_a_copy_leaves_the_original_patched(counter) -> None:
     trainable = TrainableLM(build("qwen3"), layers="compile")
     copied = copy.deepcopy(trainable)
     model = copied.unpatch()
@@ -92,7 +92,7 @@ def test_a_copy_is_unpatched_by_itself(counter) -> None:
     assert all("forward" in vars(block) for block in trainable.model.model.layers)
 
 
-def test_a_wrapped_forward_stays_and_passes_calls_on(counter, caplog) -> None:
+def test_a_wrapper_stays_after_unpatch_and_calls_the_original_forward(counter, caplog) -> None:
     trainable = TrainableLM(build("qwen3"), layers="compile")
     block = trainable.model.model.layers[0]
     ours = block.forward
@@ -104,7 +104,7 @@ def test_a_wrapped_forward_stays_and_passes_calls_on(counter, caplog) -> None:
     assert torch.equal(model(tokens).logits, expected)
 
 
-def test_rejects(counter) -> None:
+def test_rejects_unsupported_layers(counter) -> None:
     with pytest.raises(ValueError, match="layers='fast' does not exist; choose from eager, compile, liger"):
         TrainableLM(build("qwen3"), layers="fast")
     with pytest.raises(ConfigError, match=r"model.layers is compile, but ZeRO stage 3.*engine.zero_stage: 2"):
@@ -153,7 +153,7 @@ def test_liger_replaces_the_right_modules(name, changed, monkeypatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_liger_gives_the_same_on_a_gpu() -> None:
+def test_liger_gives_the_losses_and_gradients_of_eager_on_a_gpu() -> None:
     pytest.importorskip("liger_kernel")
     model = build("qwen3").cuda()
     results = {}

@@ -58,7 +58,7 @@ def test_unpatch_restores_the_model() -> None:
         trainable.unpatch()
 
 
-def test_unpatched_lends_the_model() -> None:
+def test_unpatched_restores_the_model_inside_a_block() -> None:
     trainable = TrainableLM(build("llama"), layers="compile")
     fused, tokens = trainable.head, torch.arange(9)[None]
     with trainable.unpatched() as model:
@@ -72,7 +72,7 @@ def test_unpatched_lends_the_model() -> None:
         pass
 
 
-def test_unpatch_keeps_what_was_trained() -> None:
+def test_unpatch_keeps_the_trained_weights() -> None:
     trainable = TrainableLM(build("phi, a head with a bias"))
     with torch.no_grad():
         trainable.head.weight += 1
@@ -106,7 +106,7 @@ class _LargestTensor(TorchFunctionMode):
         return out
 
 
-def test_no_mask_and_no_logits_in_full() -> None:
+def test_neither_a_mask_nor_logits_are_created() -> None:
     """No (T, T) and no (T, V) tensor is created in Python; T is larger than every width of the model."""
     docs = documents([40] * 50)
     trainable = TrainableLM(build("qwen3 sliding"), loss_backend="cpu")
@@ -278,7 +278,7 @@ def test_attention_rejects_a_mask_of_the_model() -> None:
 
 
 def test_two_models_side_by_side() -> None:
-    """The registered attention holds no model: wrapping one leaves another unchanged."""
+    """The registered attention holds no model: wrapping one model leaves the other unchanged."""
     one, other = build("qwen3"), build("qwen3")
     expected = other(torch.arange(7)[None]).logits
     TrainableLM(one)

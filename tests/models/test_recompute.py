@@ -91,7 +91,7 @@ def test_adapter_with_dropout(mode):
         assert largest_deviation(grads, expected)[0] < 1e-5
 
 
-def test_memory_falls(plain):
+def test_less_is_held_between_the_passes(plain):
     held = {mode: trained(mode)[1] for mode in ("selective", "full", "none, tiled")} | {"none": plain[1]}
     assert held["full"] < held["selective"] < held["none, tiled"] < held["none"]
     tokens, layers, width = sum(LENGTHS), 3, 32
@@ -113,7 +113,7 @@ def test_tiles_can_be_removed():
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_rejects():
+def test_rejects_unsupported_models_and_settings():
     assert "qwen3 moe" in ARCHITECTURES
     with pytest.raises(ConfigError, match=r"model\.mlp_tiles: Qwen3MoeForCausalLM has no layers with an MLP of plain"):
         recompute(build("qwen3 moe"), "none", mlp_tiles=2)

@@ -43,7 +43,7 @@ def test_isolation_check_sees_a_leak(results, size):
     assert results[f"leak {size}"].startswith("packed documents leak")
 
 
-def test_rejects(results):
+def test_rejects_heads_that_cannot_be_split(results):
     from delib_fast.models.ulysses import why_not
 
     assert "4 query heads and 3 kv heads cannot be split across 4 ranks" in results["three kv heads"]

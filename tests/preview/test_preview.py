@@ -1,4 +1,4 @@
-"""`inspect` and `plan` show what training does."""
+"""`inspect` and `plan` show the tokens, packs and steps that training uses."""
 
 import json
 import re
@@ -128,7 +128,7 @@ def test_memory_by_zero_stage(dataset):
 
 
 def test_sequence_parallelism(dataset):
-    """Each rank holds half the activations of a pack; groups that cannot split the packs evenly are refused."""
+    """Each rank holds half the activations of a pack; groups that cannot split the packs evenly are rejected."""
     from delib_fast.preview.plan import plan_stage, read_stage
 
     whole, half = (

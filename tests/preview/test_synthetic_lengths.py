@@ -84,14 +84,14 @@ def test_over_long(tmp_path):
         ("lognormal:examples=5,mean=9", "unknown 'mean' (known: examples, median, sigma, supervised)"),
     ],
 )
-def test_refuses(option, message):
+def test_rejects_invalid_options(option, message):
     from delib_fast.preview.synthetic_lengths import parse_lengths
 
     with pytest.raises(ConfigError, match=re.escape(message)):
         parse_lengths([option], config())
 
 
-def test_refuses_a_line(tmp_path):
+def test_rejects_an_invalid_line(tmp_path):
     from delib_fast.preview.synthetic_lengths import parse_lengths
 
     file = tmp_path / "lengths"

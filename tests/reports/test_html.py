@@ -1,4 +1,4 @@
-"""The writer of HTML pages: escaping, and nothing loaded from elsewhere."""
+"""HTML pages escape text and load nothing from elsewhere."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def test_page_of_two_runs(finished, tmp_path, monkeypatch):
     assert [key for key, _ in differences(read_runs([finished, other]))] == ["seed"]
 
 
-def test_refuses_a_folder_that_is_not_a_run(tmp_path, monkeypatch, capsys):
+def test_rejects_a_folder_that_is_not_a_run(tmp_path, monkeypatch, capsys):
     assert report(monkeypatch, tmp_path) == 2
     assert f"is {tmp_path} a run directory?" in capsys.readouterr().err
 

@@ -29,7 +29,7 @@ def test_rows_to_reach(level, rows, bound):
     assert mirrored == found
 
 
-def test_rows_to_reach_refuses_unsorted_sizes():
+def test_rows_to_reach_rejects_unsorted_sizes():
     from delib_fast.study.efficiency import rows_to_reach
 
     with pytest.raises(ValueError, match="2 sizes and 2 values: sizes must be ascending"):
@@ -73,7 +73,7 @@ def test_every_published_figure_is_cited():
 
     found = read_published()
     cells = {figure.citation: figure.value for figure in found.figures}
-    # the trap: 5 % and 7 % are the cells with CoT
+    # easily confused: 5 % and 7 % are the cells with CoT
     assert cells["arXiv 2605.02087v2, Fig. 4, Qwen2.5-32B, MSM + AFT (CoT)"] == 0.05
     assert cells["arXiv 2605.02087v2, Fig. 4, Qwen2.5-32B, MSM + AFT (no CoT)"] == 0.22
     assert cells["arXiv 2605.02087v2, Fig. 4, Qwen3-32B, MSM + AFT (CoT)"] == 0.07

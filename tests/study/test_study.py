@@ -109,7 +109,7 @@ def test_the_page_loads_nothing(done):
 
 
 def test_keys_depend_on_what_weights_depend_on(tmp_path):
-    """Another seed, other bytes, another setting or parent give another key. Another location or log does not."""
+    """A different seed, file, setting or parent gives a different key; a different location or log does not."""
     from delib_fast.study import load_study
     from delib_fast.study.plan import plan_study
     from delib_fast.study.run import prepare_data
@@ -131,7 +131,7 @@ def test_keys_depend_on_what_weights_depend_on(tmp_path):
 
 
 def test_an_arm_is_measured_before_another_is_trained(tmp_path):
-    """A worker takes the first task whose needs are done, so a model is measured as soon as it is trained."""
+    """A worker takes the first task whose dependencies are done, so a model is measured as soon as it is trained."""
     from delib_fast.study import load_study
     from delib_fast.study.plan import plan_study
     from delib_fast.study.run import plan_tasks, prepare_data
@@ -143,9 +143,11 @@ def test_an_arm_is_measured_before_another_is_trained(tmp_path):
     for training, measuring in zip(tasks[::2], tasks[1::2], strict=True):
         assert training.name.startswith("train ")
         assert measuring.name == training.name.replace("train ", "measure ")
-        assert measuring.needs == (training.name,)
+        assert measuring.depends_on == (training.name,)
     done = [task.name for task in tasks]
-    assert all(done.index(need) < i for i, task in enumerate(tasks) for need in task.needs), "parents before children"
+    assert all(done.index(name) < i for i, task in enumerate(tasks) for name in task.depends_on), (
+        "parents before children"
+    )
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,7 @@ def test_an_arm_is_measured_before_another_is_trained(tmp_path):
         ),
     ],
 )
-def test_refuses_before_anything_is_trained(tmp_path, changes, message):
+def test_rejects_before_anything_is_trained(tmp_path, changes, message):
     from delib_fast.study import load_study, run_study
 
     with pytest.raises(ConfigError, match=message):
@@ -218,8 +220,8 @@ def workers_of(folder: Path) -> list[str]:
     return found
 
 
-def test_a_failed_task_stops_only_those_that_need_it(tmp_path):
-    """The tasks that need the failed task are not tried, and the error names the failed task and its log."""
+def test_a_failed_task_skips_only_those_that_depend_on_it(tmp_path):
+    """The tasks that depend on the failed task are skipped, and the error names the failed task and its log."""
     from delib_fast.study.pool import StudyError, Task, run_tasks
 
     log = str(tmp_path / "log")

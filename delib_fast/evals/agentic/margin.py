@@ -41,7 +41,7 @@ def margins(scorer: Scorer, chosen: Sequence[Condition] | None = None) -> Margin
 
     Args:
         chosen: the conditions; by default the 3 × 9 without a scratchpad, since the replies consist of actions only.
-    What it cannot show: how often the model would take either action; both replies may be very unlikely. The replies
+    Limitations: how often the model would take either action; both replies may be very unlikely. The replies
     were written for this project, and their wording affects the margin: compare models, or conditions of one scenario,
     but not scenarios.
     """
@@ -62,10 +62,13 @@ def margins(scorer: Scorer, chosen: Sequence[Condition] | None = None) -> Margin
     ]
     figures = []
     for name, value in keys:
-        at = np.array([i for i, c in enumerate(owners) if name == "all" or getattr(c, name) == value])
+        members = np.array([i for i, c in enumerate(owners) if name == "all" or getattr(c, name) == value])
         figures.append(
             _figures(
-                "all" if name == "all" else f"{name}: {value}", margin[at], per_token[at], [owners[i].id for i in at]
+                "all" if name == "all" else f"{name}: {value}",
+                margin[members],
+                per_token[members],
+                [owners[i].id for i in members],
             )
         )
     ids = np.array([c.id for c in owners])

@@ -122,5 +122,6 @@ def judge_prompt(condition: Condition, reply: str) -> str:
 
 
 def _tidy(text: str) -> str:
+    """Strip trailing spaces, and merge blank lines that follow each other."""
     lines = [line.rstrip() for line in text.strip().splitlines()]
     return "\n".join(line for line, before in zip(lines, ["", *lines], strict=False) if line or before)

@@ -35,13 +35,13 @@ def truncated(cot: str, fraction: float) -> str:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences and lines of a text, without surrounding white space."""
+    """The sentences and lines of a text, without surrounding whitespace."""
     return [part.strip() for part in _SENTENCE_END.split(text) if part.strip()]
 
 
 def shuffled(cot: str, seed: str) -> str:
-    """The sentences in another order, which depends on the seed. Of a text of one sentence, the words."""
-    parts, joint = sentences(cot), " "
+    """The sentences in a random order drawn from the seed. If there is only one sentence, its words are shuffled."""
+    parts = sentences(cot)
     if len(parts) < 2:
         parts = cot.split()
     order = list(parts)
@@ -50,7 +50,7 @@ def shuffled(cot: str, seed: str) -> str:
         generator.shuffle(order)
         if order != parts:
             break
-    return joint.join(order)
+    return " ".join(order)
 
 
 def corrupted(cot: str, seed: str) -> Corruption:
@@ -73,7 +73,7 @@ def corrupted(cot: str, seed: str) -> Corruption:
 
 
 def _other_number(written: str, generator: random.Random) -> str:
-    """Another number with the same number of digits."""
+    """A different number with the same number of digits."""
     digits = len(written.partition(".")[0])
     low = 10 ** (digits - 1) if digits > 1 else 0
     whole = int(written.partition(".")[0])

@@ -22,7 +22,7 @@ class Dose:
     weight_share: Estimate
     """Σ w over CoT targets ÷ Σ w over all targets, bootstrap by row."""
     cot_tokens: int
-    """CoT targets with a weight above 0. Each counts once, also if the stage has several epochs."""
+    """CoT targets with a weight above 0. Each counts once, even if the stage has several epochs."""
     tokens: int
     """All targets with a weight above 0."""
 
@@ -49,7 +49,8 @@ def cot_dose(
 
     With `loss_average` "example", the weights of each example are first scaled so that they sum to its row's weight, as
     in `PackedDataLoader`. The figure is exact and needs no model.
-    What it cannot show: the effect of that supervision. A CoT that the model already predicts contributes no gradient,
+
+    Limitations: the effect of that supervision. A CoT that the model already predicts contributes no gradient,
     whatever its weight (see `gradient_share`).
     """
     targets = [np.bincount(e.segments[1:], minlength=len(Segment)) for e in examples]
@@ -69,8 +70,8 @@ def gradient_share(scorer: Scorer, examples: Sequence[Example], segment_weights:
 
         g_seg = ∇ Σ_{t in seg} w_t nll_t        share = ‖g_cot‖ / (‖g_cot‖ + ‖g_rest‖)
 
-    It takes two backward passes over the examples and memory for two gradients, and is meant for a few dozen rows.
-    Existing `.grad`s are left unchanged. Norms are not additive; the cosine shows how much the gradients overlap.
+    Cost: two backward passes over the examples, and memory for two gradients; meant for a few dozen rows. Existing
+    `.grad`s are unchanged. Norms are not additive; the cosine shows how much the gradients overlap.
     """
     parameters = [p for p in scorer.model.parameters() if p.requires_grad]
     of_cot, of_rest = list(segment_weights), list(segment_weights)
@@ -78,11 +79,11 @@ def gradient_share(scorer: Scorer, examples: Sequence[Example], segment_weights:
     cot, rest = (_gradient(scorer, examples, weights, parameters) for weights in (of_cot, of_rest))
     norms = [math.sqrt(sum(float(g.double().square().sum()) for g in grads)) for grads in (cot, rest)]
     dot = sum(float((a.double() * b.double()).sum()) for a, b in zip(cot, rest, strict=True))
-    whole, product = sum(norms), norms[0] * norms[1]
+    total, product = sum(norms), norms[0] * norms[1]
     return GradientShare(
         norms[0],
         norms[1],
-        norms[0] / whole if whole else math.nan,
+        norms[0] / total if total else math.nan,
         dot / product if product else math.nan,
         len(examples),
     )

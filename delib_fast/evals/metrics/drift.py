@@ -14,7 +14,7 @@ from torch import Tensor
 
 from delib_fast.data import Row, Segment
 from delib_fast.evals.intervals import Estimate, ratio
-from delib_fast.evals.scoring import Scorer, adapters_off
+from delib_fast.evals.scoring import Scorer, adapter_disabled
 from delib_fast.models import TrainableLM, eval_mode
 from delib_fast.ops import FusedLossHead
 
@@ -47,14 +47,14 @@ def drift_from_base(
         kl = mean_t Σ_v π0(v | before t) · (log π0(v | before t) − log π(v | before t))
 
     Args:
-        scorer: holds π, the trained model.
+        scorer: the scorer of π, the trained model.
         rows: held-out chats. On rows whose chain of thought the base model wrote, the figure is the drift from the
             base's own reasoning; on other rows it is the distance along the reasoning of those rows.
         base: π0, with the same vocabulary. None for a model with a LoRA adapter: its base is the same model with the
             adapter turned off (one more forward pass, no second model).
         chunk_tokens: number of tokens whose (V,) logits are in memory at a time, for each of the two models.
     Numerics: exact over the vocabulary; log-softmax in float32 (float64 for float64 weights).
-    What it cannot show: whether the text became easier or harder to monitor.
+    Limitations: whether the text became easier or harder to monitor.
     Raises:
         ValueError: the vocabularies differ; `base` is None and the model has no adapter.
     """
@@ -64,7 +64,7 @@ def drift_from_base(
     models = [scorer.model] if base is None else [scorer.model, base]
     with eval_mode(*models):
         for batch, hidden in scorer.batched_hidden(examples, segments):
-            with adapters_off(scorer.model) if base is None else contextlib.nullcontext():
+            with adapter_disabled(scorer.model) if base is None else contextlib.nullcontext():
                 base_hidden = (scorer.model if base is None else base).hidden(batch)
             at = batch.loss_positions
             figures = _compare(

@@ -78,7 +78,7 @@ def choose(scorer: Scorer, items: Sequence[Item], *, think: bool) -> ChoiceFigur
 
     Args:
         think: put the item's chain of thought, or each of several, before both replies. Every item then needs one.
-    What it cannot show: how often the model would give either reply; both may be unlikely. The replies should differ
+    Limitations: how often the model would give either reply; both may be unlikely. The replies should differ
     only in the choice, and each item should also be present with the two options swapped; otherwise the wording
     affects the margin.
     Raises:

@@ -20,6 +20,7 @@ from delib_fast.evals.sampling import Reply
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 NGRAM = 4
+_PERCENTILES = (10, 50, 90, 100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,6 @@ def legibility(replies: Sequence[Reply], prompts: Sequence[str], known_words: Co
     n = len(replies)
     lengths = [len(_WORD.findall(cot)) for cot, _ in cots]
     same = sum(script_of(cot) in (script_of(prompt), "none") for cot, prompt in cots)
-    marks = (10, 50, 90, 100)
     return Legibility(
         n,
         wilson(len(cots), n),
@@ -70,22 +70,25 @@ def legibility(replies: Sequence[Reply], prompts: Sequence[str], known_words: Co
         mean([repeated_share(cot) for cot, _ in cots]),
         mean([compression(cot) for cot, _ in cots]),
         wilson(same, len(cots)),
-        {f"p{mark}": float(np.percentile(lengths, mark)) for mark in marks} if lengths else {},
+        {f"p{q}": float(np.percentile(lengths, q)) for q in _PERCENTILES} if lengths else {},
     )
 
 
 def unknown_share(text: str, known_words: Collection[str]) -> float:
+    """Share of the words that are not in `known_words`; 0 for a text without words."""
     words = [word.lower() for word in _WORD.findall(text)]
     return sum(word not in known_words for word in words) / len(words) if words else 0.0
 
 
 def repeated_share(text: str, n: int = NGRAM) -> float:
+    """Share of the word n-grams that repeat an earlier one; 0 for a text of fewer than n words."""
     words = text.lower().split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def compression(text: str) -> float:
+    """Compressed (zlib) ÷ raw size in bytes; 1 for an empty text."""
     data = text.encode()
     return len(zlib.compress(data, 9)) / len(data) if data else 1.0
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from delib_fast.evals.extra import library
+from delib_fast.evals.extra import import_extra
 from delib_fast.evals.intervals import Estimate, bootstrap, wilson
 
 View = Literal["response", "cot+response"]
@@ -59,7 +59,7 @@ class Monitor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MonitorFigures:
-    """How well a monitor works that reads one view."""
+    """How well a monitor works if it reads one view."""
 
     view: View
     tpr: Estimate
@@ -81,13 +81,13 @@ class MonitorComparison:
 
 
 def compare_views(
-    transcripts: Sequence[Transcript], make: Callable[[], Monitor], folds: int = FOLDS
+    transcripts: Sequence[Transcript], make_monitor: Callable[[], Monitor], folds: int = FOLDS
 ) -> MonitorComparison:
     """Compare a monitor of the response alone with one of CoT + response, by cross-validation.
 
     Groups are assigned to folds by hash. Each fold is scored by a monitor trained on the other folds, with the
     threshold that maximises g-mean² there.
-    What it cannot show: what a better monitor could do with either view. A gain of 0 may mean an uninformative CoT, or
+    Limitations: what a better monitor could do with either view. A gain of 0 may mean an uninformative CoT, or
     a monitor that cannot read it.
     Raises:
         ValueError: all transcripts have the same label, or those outside a fold do.
@@ -100,12 +100,13 @@ def compare_views(
         [int(hashlib.blake2b(t.group.encode(), digest_size=4).hexdigest(), 16) % folds for t in transcripts]
     )
     groups = [t.group for t in transcripts]
-    figures, caught = [], []
+    figures, flagged_by_view = [], []
     for view in VIEWS:
-        score, flagged = _cross_validate(transcripts, flags, fold_of, make, view)
-        caught.append(flagged)
+        score, flagged = _cross_validate(transcripts, flags, fold_of, make_monitor, view)
+        flagged_by_view.append(flagged)
         figures.append(_figures(view, flags, flagged, score, groups))
-    gain = bootstrap(lambda i: g_mean2(flags[i], caught[1][i]) - g_mean2(flags[i], caught[0][i]), groups, resamples=400)
+    response, both = flagged_by_view
+    gain = bootstrap(lambda i: g_mean2(flags[i], both[i]) - g_mean2(flags[i], response[i]), groups, resamples=400)
     return MonitorComparison(tuple(figures), gain, len(flags), int(flags.sum()))
 
 
@@ -120,7 +121,7 @@ def _cross_validate(
     transcripts: Sequence[Transcript],
     flags: NDArray[np.bool_],
     fold_of: NDArray[np.int64],
-    make: Callable[[], Monitor],
+    make_monitor: Callable[[], Monitor],
     view: View,
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """The score of every transcript, and whether it is flagged."""
@@ -132,7 +133,7 @@ def _cross_validate(
                 f"with {len(set(fold_of.tolist()))} folds of {len(flags)} transcripts, the training part of a fold "
                 "does not have both labels; provide transcripts of more questions"
             )
-        monitor = make()
+        monitor = make_monitor()
         monitor.fit([transcripts[i] for i in train], view)
         threshold = best_threshold(flags[train], monitor.scores([transcripts[i] for i in train], view))
         score[test] = monitor.scores([transcripts[i] for i in test], view)
@@ -142,7 +143,7 @@ def _cross_validate(
 
 def best_threshold(flags: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
     """The threshold with the highest TPR · TNR, midway between two scores. Scores at or above it are flagged."""
-    fpr, tpr, thresholds = library("sklearn.metrics").roc_curve(flags, scores, drop_intermediate=False)
+    fpr, tpr, thresholds = import_extra("sklearn.metrics").roc_curve(flags, scores, drop_intermediate=False)
     best = int(np.argmax((tpr * (1 - fpr))[1:])) + 1  # the first point, at infinity, flags nothing
     return float(thresholds[best : best + 2].mean())
 
@@ -150,13 +151,13 @@ def best_threshold(flags: NDArray[np.bool_], scores: NDArray[np.float64]) -> flo
 def _figures(
     view: View, flags: NDArray[np.bool_], flagged: NDArray[np.bool_], score: NDArray[np.float64], groups: Sequence[str]
 ) -> MonitorFigures:
-    caught, passed = int(flagged[flags].sum()), int((~flagged[~flags]).sum())
+    true_positives, true_negatives = int(flagged[flags].sum()), int((~flagged[~flags]).sum())
     return MonitorFigures(
         view,
-        wilson(caught, int(flags.sum())),
-        wilson(passed, int((~flags).sum())),
+        wilson(true_positives, int(flags.sum())),
+        wilson(true_negatives, int((~flags).sum())),
         bootstrap(lambda i: g_mean2(flags[i], flagged[i]), groups, resamples=400),
-        float(library("sklearn.metrics").roc_auc_score(flags, score)),
+        float(import_extra("sklearn.metrics").roc_auc_score(flags, score)),
     )
 
 
@@ -173,9 +174,9 @@ class WordMonitor:
         self._penalty = penalty
 
     def fit(self, transcripts: Sequence[Transcript], view: View) -> None:
-        self._scaler = library("sklearn.preprocessing").StandardScaler()
+        self._scaler = import_extra("sklearn.preprocessing").StandardScaler()
         inputs = _downweight_words(self._scaler.fit_transform(_features(transcripts, view)))
-        self._model: Any = library("sklearn.linear_model").LogisticRegression(
+        self._model: Any = import_extra("sklearn.linear_model").LogisticRegression(
             C=1 / (2 * self._penalty * len(transcripts)),  # scikit-learn's loss is ‖w‖²/2 + C · Σ_i b_i · BCE_i
             class_weight="balanced",
             max_iter=1000,

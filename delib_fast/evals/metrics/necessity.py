@@ -16,7 +16,7 @@ from delib_fast.evals.intervals import Estimate, bootstrap, newcombe, share_by_g
 from delib_fast.evals.metrics.choices import result_of
 from delib_fast.evals.sampling import ChatModel
 
-Cell = Literal["cot_necessary", "one_shot", "too_hard"]
+QuestionKind = Literal["cot_necessary", "one_shot", "too_hard"]
 ASK = "End with a line of the form: #### number"
 
 
@@ -26,7 +26,7 @@ class Necessity:
     without_cot: Estimate
     uplift: Estimate
     """with − without: Newcombe for one sample per question, else bootstrap by question (paired)."""
-    cells: dict[Cell, Estimate]
+    cells: dict[QuestionKind, Estimate]
     """Share of questions with uplift ≥ 0.5, solved without a CoT, and neither, Wilson."""
     questions: int
     samples: int
@@ -38,7 +38,7 @@ def cot_necessity(model: ChatModel, rows: Sequence[Row], samples: int = 1) -> Ne
     Args:
         rows: GSM8K-like questions; those without a result are excluded.
         samples: samples per question. At temperature 0 they are all the same.
-    What it cannot show: that the chain of thought is *why* an answer is right, see `reliance`. A model that was never
+    Limitations: that the chain of thought is *why* an answer is right (see `reliance`). A model that was never
     trained to answer directly may fail for that reason alone.
     """
     asked = [(row, result) for row in rows if (result := result_of(row.response)) is not None]
@@ -68,14 +68,14 @@ def necessity_figures(with_cot: NDArray[np.bool_], without_cot: NDArray[np.bool_
         each = [q for q in groups for _ in range(samples)]
         parts = share_by_group(with_cot.ravel(), each), share_by_group(without_cot.ravel(), each)
         uplift = bootstrap(lambda i: float((rates[0] - rates[1])[i].mean()), groups)
-    counts = Counter(_cell(a, b) for a, b in zip(*rates, strict=True))
-    names: tuple[Cell, ...] = ("cot_necessary", "one_shot", "too_hard")
+    counts = Counter(_kind(a, b) for a, b in zip(*rates, strict=True))
+    names: tuple[QuestionKind, ...] = ("cot_necessary", "one_shot", "too_hard")
     return Necessity(
         parts[0], parts[1], uplift, {name: wilson(counts[name], questions) for name in names}, questions, samples
     )
 
 
-def _cell(with_cot: float, without_cot: float) -> Cell:
+def _kind(with_cot: float, without_cot: float) -> QuestionKind:
     if with_cot - without_cot >= 0.5:
         return "cot_necessary"
     return "one_shot" if without_cot >= 0.5 else "too_hard"

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from delib_fast.datagen.citations import policy_sentences
-from delib_fast.evals.extra import library
+from delib_fast.evals.extra import import_extra
 from delib_fast.evals.intervals import Estimate, wilson
 
 _WORD = r"[^\W\d_]{2,}"
@@ -64,8 +64,8 @@ class PolicyClassifier:
             raise ValueError(
                 f"none of the {len(labelled)} labelled chains of thought mentions policy; the classifier needs one"
             )
-        self._vectorizer: Any = library("sklearn.feature_extraction.text").CountVectorizer(token_pattern=_WORD)
-        self._bayes: Any = library("sklearn.naive_bayes").MultinomialNB()
+        self._vectorizer: Any = import_extra("sklearn.feature_extraction.text").CountVectorizer(token_pattern=_WORD)
+        self._bayes: Any = import_extra("sklearn.naive_bayes").MultinomialNB()
         self._bayes.fit(self._vectorizer.fit_transform([text for text, _ in pairs]), [label for _, label in pairs])
         self._names = [
             _any_of([label, *re.split(r"\s*/\s*", label), *(names or {}).get(label, ())]) for label in self.labels
@@ -87,8 +87,8 @@ class PolicyClassifier:
         text = policy_sentences(cot, spec_words=self.spec_words)
         if not re.search(_WORD, text):
             return None
-        times = np.array([len(pattern.findall(text)) for pattern in self._names])
-        candidates = times == times.max()
+        mentions = np.array([len(pattern.findall(text)) for pattern in self._names])
+        candidates = mentions == mentions.max()
         if candidates.sum() == 1:  # with a single category, it is named or the only choice
             return self.labels[int(candidates.argmax())]
         return self.labels[int(np.where(candidates, self.log_scores(text), -np.inf).argmax())]
@@ -106,7 +106,7 @@ def policy_retrieval(
         cots: the model's chain of thought for each prompt; None if it has none.
         categories: the categories of each prompt; any of them is right.
         labelled: chains of thought with known categories that the classifier was not trained on.
-    What it cannot show: whether the policy was understood or followed.
+    Limitations: whether the policy was understood or followed.
     """
     found = [classifier(cot or "") for cot in cots]
     right = [label in wanted for label, wanted in zip(found, categories, strict=True)]

@@ -74,7 +74,7 @@ class Reliance:
     prompt_sharing: str = PROMPT_SHARING
 
 
-def with_cot(rows: Sequence[Row]) -> list[Row]:
+def rows_with_cot(rows: Sequence[Row]) -> list[Row]:
     """The rows that have a chain of thought and an answer."""
     return [row for row in rows if row.kind == "chat" and (row.cot or "").strip() and row.response.strip()]
 
@@ -85,12 +85,12 @@ def early_answering(scorer: Scorer, rows: Sequence[Row], fractions: Sequence[flo
     Args:
         rows: those without a chain of thought are excluded.
         fractions: increasing from 0 to 1. At 0 the think block is present and empty.
-    What it cannot show: a curve is also flat if the answer is easy without a chain of thought, or if the model cannot
+    Limitations: a curve is also flat if the answer is easy without a chain of thought, or if the model cannot
     predict it even with one. Compare models only on the same rows.
     """
     if len(fractions) < 2 or list(fractions) != sorted(set(fractions)) or (fractions[0], fractions[-1]) != (0, 1):
         raise ValueError(f"the fractions are {list(fractions)}; they must increase from 0 to 1")
-    rows = with_cot(rows)
+    rows = rows_with_cot(rows)
     examples = [
         example
         for row in rows
@@ -111,20 +111,20 @@ def reliance(scorer: Scorer, rows: Sequence[Row], variants: Sequence[str] = VARI
 
         full       the row's own
         empty      none: an empty think block
-        shuffled   its sentences in another order
-        foreign    that of another row
+        shuffled   its sentences in a random order
+        foreign    the one of another row
         corrupted  one mistake added (`cot_edits.corrupted`), also reported by kind
         filler     "..." repeated to the number of tokens of the row's own, to within one unit
 
     Args:
         rows: those without a chain of thought are excluded; "foreign" needs at least 2.
         variants: the variants to score; "full" is always included.
-    What it cannot show: that the model *used* the CoT in the way that a reader would assume. It shows that the
+    Limitations: that the model *used* the CoT in the way that a reader would assume. It shows that the
     model's probabilities depend on that text.
     """
     if unknown := sorted(set(variants) - set(VARIANTS)):
         raise ValueError(f"{unknown[0]!r} is not a variant (known: {', '.join(VARIANTS)})")
-    rows, chosen = with_cot(rows), [v for v in VARIANTS if v == "full" or v in variants]
+    rows, chosen = rows_with_cot(rows), [v for v in VARIANTS if v == "full" or v in variants]
     cots = [row.cot or "" for row in rows]
     mistakes = [corrupted(cot, _seed(row)) for row, cot in zip(rows, cots, strict=True)]
     examples: list[Example] = []
@@ -146,8 +146,8 @@ def reliance(scorer: Scorer, rows: Sequence[Row], variants: Sequence[str] = VARI
     kinds: dict[str, Estimate] = {}
     if "corrupted" in chosen:
         change = nll[:, chosen.index("corrupted")] - nll[:, 0]
-        of_kind = np.array([mistake.kind for mistake in mistakes])
-        kinds = {kind: mean(change[of_kind == kind]) for kind in dict.fromkeys(of_kind.tolist())}
+        kind_of = np.array([mistake.kind for mistake in mistakes])
+        kinds = {kind: mean(change[kind_of == kind]) for kind in dict.fromkeys(kind_of.tolist())}
     return Reliance(figures, kinds, len(rows))
 
 

@@ -15,6 +15,8 @@ from delib_fast.data.read.jsonl import HashingFile, read_items
 from delib_fast.evals.intervals import Estimate, ratio
 from delib_fast.evals.scoring import Scorer
 
+_ORDER = {"all": 0, "source": 1, "category": 2}
+
 
 @dataclass(frozen=True, slots=True)
 class SegmentFigures:
@@ -41,7 +43,7 @@ def segment_figures(
     Args:
         rows: held-out rows; each is scored with its own chain of thought.
         categories: the categories of a row by its location (`categories_of`). A row counts in each of its categories.
-    What it cannot show: a low nll means that the model writes like the held-out rows, not that it acts like them.
+    Limitations: a low nll means that the model writes like the held-out rows, not that it acts like them.
     """
     losses = scorer.losses(scorer.encode(rows))
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -65,10 +67,7 @@ def segment_figures(
     return figures
 
 
-_ORDER = {"all": 0, "source": 1, "category": 2}
-
-
-def fields_of(path: str | Path, field: str) -> dict[str, Any]:
+def _fields_of(path: str | Path, field: str) -> dict[str, Any]:
     """A field of each object of a .jsonl or .json file, by the location (`file:line`) of its row."""
     path = Path(path)
     if path.suffix.lower() not in (".jsonl", ".ndjson", ".json"):
@@ -87,7 +86,7 @@ def fields_of(path: str | Path, field: str) -> dict[str, Any]:
 def categories_of(path: str | Path, field: str = "category") -> dict[str, tuple[str, ...]]:
     """The categories of each row of a file, by its location. The field holds a name, or a list of names."""
     found = {}
-    for location, value in fields_of(path, field).items():
+    for location, value in _fields_of(path, field).items():
         names = value if isinstance(value, list) else [value]
         found[location] = tuple(str(name) for name in names)
     return found
