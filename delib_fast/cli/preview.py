@@ -84,8 +84,8 @@ def plan(
         list[str],
         typer.Option(
             metavar="[STAGE=]LENGTHS",
-            help="instead of the data: a file with the tokens of one example per line, or a lognormal distribution, as "
-            "in docs/data.md (repeatable)",
+            help="instead of the data: a file with the number of tokens of one example per line, or a lognormal "
+            "distribution, as in docs/data.md (repeatable)",
         ),
     ] = [],  # noqa: B006
     tflops: Annotated[
