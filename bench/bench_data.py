@@ -3,10 +3,10 @@
     pytest bench/bench_data.py --quick
 
 The rows of `bench_masks` are adversarial: control tokens typed by a user, `</think>` inside a chain of thought, texts
-whose BPE merges would cross a segment boundary, empty texts, a prompt of 40,000 characters. They are judged by
-chat_oracle.py of the tests, which tokenizes the template's output character by character and shares no code with either
-contender. TRL runs if it is installed (extra `peers`), with its own preprocessing of prompt and completion and the loss
-on the completion.
+whose BPE merges would cross a segment boundary, empty texts, a prompt of 40,000 characters. They are compared with
+tests/helpers/chat_oracle.py, which tokenizes the template's output character by character and shares no code with
+either contender. TRL runs if it is installed (extra `peers`), with its own preprocessing of prompt and completion and
+the loss on the completion.
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ WEIGHTS = (0.0, 1.0, 1.0, 1.0)
 
 
 def trl_prepared(rows: Any, tok: Any, *, max_length: int | None, packing: bool) -> Callable[[], Any]:
-    """A function that returns the data set that SFTTrainer makes of `rows`: a data set, or the path of a JSONL file."""
+    """Return a function that returns the dataset that SFTTrainer makes of `rows`.
+
+    Args:
+        rows: a `datasets.Dataset`, or the path of a JSONL file.
+    """
     trl = pytest.importorskip("trl", reason="trl is not installed (extra: peers)")
     transformers = pytest.importorskip("transformers")
     datasets = pytest.importorskip("datasets")
@@ -87,7 +91,7 @@ def trl_prepared(rows: Any, tok: Any, *, max_length: int | None, packing: bool) 
 
 
 def adversarial(n: int) -> list[tuple[str, Row]]:
-    """(kind, row): n rows with every difficulty combined, then one row per kind of difficulty."""
+    """Return (kind, row) pairs: n rows that combine every difficulty, then one row per kind of difficulty."""
     draw = random.Random(0)
     texts = [nasty_text(draw) for _ in range(3 * n)]
     mixed = [
@@ -109,15 +113,15 @@ def adversarial(n: int) -> list[tuple[str, Row]]:
     ]
 
 
-def judged(ids: list[int], supervised: list[bool], row: Row) -> tuple[int, int]:
-    """Compare a row's tokens and supervision with the oracle's; return (number of tokens, number that are right).
+def compare_with_oracle(ids: list[int], supervised: list[bool], row: Row) -> tuple[int, int]:
+    """Compare a row's tokens and supervision with the oracle's; return (number of tokens, number that are correct).
 
-    The two token sequences are aligned as in a diff. A token is right if the oracle has it too and supervises it
-    equally. An additional control token thus counts as one error, and the tokens after it do not.
+    The two token sequences are aligned as in a diff. A token is correct if the oracle has it too, with the same
+    supervision. An additional control token thus counts as one error, and the tokens after it do not.
     """
     want, segments = oracle("qwen3", row)
     trained_on = [segment != Segment.PROMPT for segment in segments]
-    newline = len(want) - 1  # after the end of the turn: both choices are right
+    newline = len(want) - 1  # after the end of the turn: supervised or not, both are correct
     blocks = (
         difflib.SequenceMatcher(None, ids, want, autojunk=False).get_matching_blocks()
         if list(ids) != want
@@ -129,11 +133,11 @@ def judged(ids: list[int], supervised: list[bool], row: Row) -> tuple[int, int]:
     return max(len(want), len(ids)), right
 
 
-@pytest.mark.parametrize("who", ["delib_fast", "trl"])
-def bench_masks(benchmark: BenchmarkFixture, who: str, quick: bool) -> None:
+@pytest.mark.parametrize("contender", ["delib_fast", "trl"])
+def bench_masks(benchmark: BenchmarkFixture, contender: str, quick: bool) -> None:
     kinds, rows = zip(*adversarial(20 if quick else 200), strict=True)
     tok = tokenizer("qwen3")
-    if who == "delib_fast":
+    if contender == "delib_fast":
         encoded = benchmark.pedantic(encode_rows, (rows, tok), {"pack_capacity": 65536}, rounds=1)
         results = [(e.input_ids.tolist(), (e.segments != Segment.PROMPT).tolist()) for e in encoded]
         exact = sum(
@@ -144,7 +148,7 @@ def bench_masks(benchmark: BenchmarkFixture, who: str, quick: bool) -> None:
         results = benchmark.pedantic(trl_masks, (rows, tok), rounds=1)
         assert len(results) == len(rows), f"TRL kept {len(results)} of {len(rows)} rows"
         exact = sum(ids == oracle("qwen3", row)[0] for (ids, _), row in zip(results, rows, strict=True))
-    figures = [judged(ids, mask, row) for (ids, mask), row in zip(results, rows, strict=True)]
+    figures = [compare_with_oracle(ids, mask, row) for (ids, mask), row in zip(results, rows, strict=True)]
     tokens, right = map(sum, zip(*figures, strict=True))
     by_kind = {
         kind: sum(r for k, (_, r) in zip(kinds, figures, strict=True) if k == kind)
@@ -160,13 +164,13 @@ def bench_masks(benchmark: BenchmarkFixture, who: str, quick: bool) -> None:
         rows_all_right=sum(t == r for t, r in figures) / len(rows),
         rows_ids_exact=exact / len(rows),
     )
-    if who == "delib_fast":
+    if contender == "delib_fast":
         assert exact == len(rows)
         assert right == tokens
 
 
 def trl_masks(rows: tuple[Row, ...], tok: Any) -> list[tuple[list[int], list[bool]]]:
-    """(token ids, whether each token is trained on) of each row that SFTTrainer keeps."""
+    """Return (token ids, whether each token is trained on) for each row that SFTTrainer keeps."""
     import datasets
 
     data = datasets.Dataset.from_list(
@@ -215,8 +219,8 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return path
 
 
-@pytest.mark.parametrize("who", ["delib_fast", "delib_fast-from-cache", "trl"])
-def bench_file_to_packs(benchmark: BenchmarkFixture, who: str, file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("contender", ["delib_fast", "delib_fast-from-cache", "trl"])
+def bench_file_to_packs(benchmark: BenchmarkFixture, contender: str, file: Path, tmp_path: Path) -> None:
     """From a JSONL file to all packed batches of an epoch as tensors (TRL: to its packed dataset)."""
     tok = tokenizer("qwen3")
 
@@ -241,12 +245,12 @@ def bench_file_to_packs(benchmark: BenchmarkFixture, who: str, file: Path, tmp_p
         )
         return batches.fill, sum(pack.num_tokens for step in range(len(batches)) for pack in batches.step(step))
 
-    if who == "trl":
+    if contender == "trl":
         prepared = benchmark.pedantic(trl_prepared(file, tok, max_length=CAPACITY, packing=True), rounds=1)
         tokens = sum(map(len, prepared["input_ids"]))
         fill = tokens / (len(prepared) * CAPACITY)
     else:
-        dataset = encoded if who == "delib_fast" else from_cache
+        dataset = encoded if contender == "delib_fast" else from_cache
         dataset()  # this call also fills the cache
         fill, tokens = benchmark.pedantic(lambda: packs(dataset()), rounds=3)
     benchmark.extra_info.update(

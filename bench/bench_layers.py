@@ -27,6 +27,7 @@ pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
+from delib_fast.models.attention import NAME as ATTENTION_NAME
 from delib_fast.models.layers import patch_layers, why_not_liger
 
 # {name: (hidden size, intermediate size, heads, key-value heads, head size)}: the quickstart's model, Qwen3 0.6B and 8B
@@ -39,8 +40,6 @@ class Block:
     """One decoder layer with a pack as its input, and its parts with inputs of the right shape."""
 
     def __init__(self, shape: str, dtype: torch.dtype) -> None:
-        from delib_fast.models.attention import NAME
-
         hidden, intermediate, heads, kv_heads, head_dim = SHAPES[shape]
         torch.manual_seed(0)
         config = AutoConfig.for_model(
@@ -54,7 +53,7 @@ class Block:
             vocab_size=64,
         )
         self.model = AutoModelForCausalLM.from_config(config).to(DEVICE)
-        self.model.set_attn_implementation(NAME)
+        self.model.set_attn_implementation(ATTENTION_NAME)
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(dtype)
         self.layer = self.model.model.layers[0]
@@ -83,7 +82,7 @@ class Block:
             leaf.requires_grad_()
 
     def parts(self) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...], tuple[Tensor, ...], tuple[Tensor, ...]]]:
-        """{name: (function, arguments, tensors to differentiate, upstream gradients)}."""
+        """Return {name: (function, arguments, tensors to differentiate, upstream gradients)}."""
         norm, attention, act = self.layer.input_layernorm, self.layer.self_attn, self.layer.mlp.act_fn
 
         def norm_and_residual(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from delib_fast.ops import linear_cross_entropy
 from delib_fast.ops.linear_cross_entropy import BACKENDS
 
-UPSTREAM = 0.5  # the factor that a training step applies to the summed loss, for every contender
+UPSTREAM = 0.5  # every contender scales the summed loss by this, as a training step does
 SAMPLE = 48  # rows of hidden, and rows of the weight, whose gradients are compared with float64
 
 QUICK = [(512, 256, 8192)]
@@ -200,7 +200,7 @@ def skip_unless_it_runs(name: str, inputs: Inputs) -> None:
 
 @functools.lru_cache(maxsize=1)
 def exact_sample(inputs_key: InputsKey) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed loss and SAMPLE rows of each gradient in float64, computed in chunks since (L, V) logits are large."""
+    """Return the summed loss and SAMPLE rows of each gradient in float64; in chunks, since (L, V) logits are large."""
     hidden, weight, targets, positions = make_inputs(*inputs_key)
     wide_weight = weight.detach().double()
     rows = hidden.detach().double()[positions]
@@ -238,7 +238,7 @@ def assert_correct(outputs: tuple[Tensor, ...], key: InputsKey) -> dict[str, flo
 
 @functools.lru_cache(maxsize=1)
 def make_roof(key: InputsKey) -> Callable[[], None]:
-    """A function that runs the three GEMMs, each with the candidate that is fastest on this machine."""
+    """Return a function that runs the three GEMMs, each in the form that is fastest on this machine."""
     hidden, weight, _, positions = make_inputs(*key)
     rows, weight = hidden.detach()[positions], weight.detach()
     if DEVICE == "cuda":
@@ -261,8 +261,8 @@ def make_roof(key: InputsKey) -> Callable[[], None]:
 
 
 def _gemm_candidates(rows: Tensor, weight: Tensor) -> list[list[Callable[[], Tensor]]]:
-    """Candidates for each of the three GEMMs: logits stored (L, V) or (V, L) and, on a CPU, in the inputs' dtype or in
-    float32. All write into existing buffers."""
+    """Return the candidates for each of the three GEMMs: with logits stored as (L, V) or (V, L) and, on a CPU, in the
+    inputs' dtype or in float32. All write into existing buffers."""
     found: list[list[Callable[[], Tensor]]] = [[], [], []]
     for dtype in {rows.dtype, torch.float32} if DEVICE == "cpu" else {rows.dtype}:
         x, w = rows.to(dtype), weight.to(dtype)

@@ -4,8 +4,8 @@
 
 Lengths are modeled on long chains of thought: lognormal, median 6,000 tokens, sigma 0.9, clipped to 64 … 32,768, for
 packs of 32,768 tokens. TRL runs if it is installed (extra `peers`): its packing as `SFTTrainer` calls it, on batches of
-1,000 rows, and on the whole data set in one call. TRL moves tokens while it packs; ours only plans and moves tokens in
-`bench_collate_pack`, so add the two to compare.
+1,000 rows, and on the whole dataset in one call. TRL moves tokens while it packs. Ours plans first and moves tokens in
+`bench_collate_pack`, so add the two times to compare.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def long_cot_lengths(N: int) -> np.ndarray:
     return np.clip(np.exp(rng.normal(np.log(6000), 0.9, N)), 64, CAPACITY).astype(np.int64)
 
 
-def note(benchmark: BenchmarkFixture, **more: Any) -> None:
-    """Store figures of a bench with the processor they were measured on."""
+def store_figures(benchmark: BenchmarkFixture, **more: Any) -> None:
+    """Store figures of a bench with the processor that they were measured on."""
     benchmark.extra_info.update(machine=platform.processor() or platform.machine(), cores=os.cpu_count(), **more)
 
 
@@ -83,7 +83,7 @@ def bench_plan_packs(benchmark: BenchmarkFixture, backend: Literal["cpp", "pytho
         rounds=5 if backend == "cpp" else 1,
         warmup_rounds=1 if backend == "cpp" else 0,
     )
-    note(
+    store_figures(
         benchmark,
         fill=plan.fill,
         packs=plan.num_packs,
@@ -107,7 +107,7 @@ def bench_plan_packs_trl(benchmark: BenchmarkFixture, batch: int | None) -> None
 
     packed = benchmark.pedantic(pack, rounds=1)
     tokens = sum(map(len, packed["input_ids"]))
-    note(
+    store_figures(
         benchmark,
         fill=tokens / (len(packed) * capacity),
         packs=len(packed),
@@ -117,7 +117,7 @@ def bench_plan_packs_trl(benchmark: BenchmarkFixture, batch: int | None) -> None
 
 @pytest.mark.parametrize("N", [100_000, 1_000_000])
 def bench_plan_packs_numba(benchmark: BenchmarkFixture, N: int) -> None:
-    """A plain best fit in numba. It only returns the pack of each length; ours also lists the examples of each pack."""
+    """Plain best fit in numba. It returns only the pack of each length; ours also lists the examples of each pack."""
     pytest.importorskip("numba", reason="numba is not installed (extra: peers)")
     from experiments.numba_best_fit import best_fit_decreasing
 
@@ -125,7 +125,7 @@ def bench_plan_packs_numba(benchmark: BenchmarkFixture, N: int) -> None:
     packs, opened = best_fit_decreasing(lengths, CAPACITY)  # this call also compiles
     assert np.bincount(packs, lengths).max() <= CAPACITY
     benchmark.pedantic(best_fit_decreasing, (lengths, CAPACITY), rounds=5)
-    note(
+    store_figures(
         benchmark,
         fill=lengths.sum() / (opened * CAPACITY),
         packs=opened,
@@ -159,7 +159,7 @@ def bench_cost_balance(benchmark: BenchmarkFixture, model: str, ranks: int) -> N
         return float((costs.max(1) / costs.mean(1)).mean())
 
     balanced = benchmark.pedantic(slowest_over_mean, (quadratic_cost,), rounds=3)
-    note(benchmark, random_order=slowest_over_mean(0.0), balanced=balanced)
+    store_figures(benchmark, random_order=slowest_over_mean(0.0), balanced=balanced)
     assert balanced < 1.005
 
 
@@ -183,7 +183,7 @@ def bench_bundle_prompts(benchmark: BenchmarkFixture, quick: bool) -> None:
 
     found, alone = benchmark.pedantic(plan, rounds=3), plan_packs(examples.lengths, CAPACITY)
     assert np.array_equal(np.sort(found.examples), np.arange(N))
-    note(
+    store_figures(
         benchmark,
         fill=found.fill,
         packs=found.num_packs,
@@ -231,7 +231,7 @@ def bench_math_cot(benchmark: BenchmarkFixture, quick: bool) -> None:
     shared, plain = benchmark.pedantic(batches, (True,), rounds=3), batches(False)
     supervised = [sum(p.num_supervised for s in range(len(b)) for p in b.step(s)) for b in (shared, plain)]
     assert supervised[0] == supervised[1]
-    note(
+    store_figures(
         benchmark,
         tokens_computed=shared.tokens_per_epoch,
         tokens_plain=plain.tokens_per_epoch,
@@ -272,7 +272,7 @@ def bench_collate_pack(benchmark: BenchmarkFixture, median: int) -> None:
 
     assert epoch() == lengths.sum()
     benchmark.pedantic(epoch, rounds=5)
-    note(benchmark, tokens_per_s=lengths.sum() / min(round_seconds(benchmark)), fill=batches.fill)
+    store_figures(benchmark, tokens_per_s=lengths.sum() / min(round_seconds(benchmark)), fill=batches.fill)
 
 
 # --- encoding -------------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def bench_encode(benchmark: BenchmarkFixture) -> None:
     user = {"role": "user", "content": rows[0].messages[0].content}
     assert encoded[0].input_ids.tolist() == tokenizer.apply_chat_template([user, message], return_dict=False)
     benchmark.pedantic(encode_rows, (rows, tokenizer), {"pack_capacity": 8192}, rounds=3)
-    note(
+    store_figures(
         benchmark,
         tokens_per_s=encoded.counts.tokens / min(round_seconds(benchmark)),
         rows_per_s=len(rows) / min(round_seconds(benchmark)),

@@ -15,7 +15,8 @@ AdamW, in the precision that the device multiplies natively.
                liger if it is installed
 
 Before anything is timed, the losses of the first steps must agree. Our steps alternate with those of the baseline, so
-that another process on the machine slows both; on a GPU the two run one after the other, since two models may not fit.
+that another process on the machine slows down both. On a GPU the two run one after the other, since two models may not
+fit in its memory.
 `ratio` compares within one run; a time on its own says nothing about another machine. A CPU figure of TRL says nothing
 about GPUs, since TRL runs fallback code on a CPU.
 
@@ -56,7 +57,7 @@ from delib_fast.models import StepCost, TrainableLM
 from delib_fast.training.throughput import device_peak
 
 Contender = tuple[Callable[[], float], Callable[[], None]]
-"""(a function that runs one training step and returns its loss, a function that releases what it holds)"""
+"""(a function that runs one training step and returns its loss, a function that frees its resources)"""
 
 LR, DECAY, BETAS = 1e-4, 0.01, (0.9, 0.95)
 PEER_ATTENTION = "flash_attention_2" if DEVICE == "cuda" and is_installed("flash_attn") else "sdpa"

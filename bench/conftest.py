@@ -38,9 +38,9 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def against_roof(benchmark: BenchmarkFixture, quick: bool) -> Callable[..., None]:
-    """A function that times `call`, and its roof before each round, and stores the share of the roof.
+    """Return a function that times `call`, and its roof before each round, and stores the share of the roof.
 
-    The roof is the time of the bare matrix products (or other work) that `call` cannot do without. `share_of_roof` in
+    The roof is the time of the bare matrix products (or other work) that `call` cannot avoid. `share_of_roof` in
     `extra_info` is the median over the rounds of roof time ÷ call time.
     """
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build, GPU tests and benches in under 9 minutes, on a GPU machine without a network.
+# Run the build, the GPU tests and the benches in under 9 minutes, on a GPU machine without network access.
 #
 #     bash bench/gpu.sh [OUTDIR]          OUTDIR: bench/results/gpu
 #
@@ -74,7 +74,7 @@ fi
 part install 20 bash -c install_missing
 if [ "${BUILD:-1}" = 1 ]; then part build 110 bash -c build; else say "skipped   build (BUILD=0)"; fi
 part environment 15 bash -c environment && sed 's/^/          /' "$out/environment.log" | tee -a "$summary"
-# without the slow cases of inductor and of Triton's interpreter, which do not depend on the GPU
+# Not the slow cases (inductor, Triton's interpreter), which do not depend on the GPU.
 part tests 100 "$python" -m pytest tests/ops -q -p no:cacheprovider -m "not slow" ${tests[@]+"${tests[@]}"}
 if [ ${#quick[@]} -gt 0 ]; then
   part bench_loss 70 bash -c 'bench linear_cross_entropy quick --quick'

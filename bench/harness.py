@@ -21,7 +21,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
-"""Optional larger data sets next to the checkout. Without them a case is skipped, or uses the repository's examples."""
+"""Optional larger datasets next to the checkout. Without them a case is skipped, or uses the repository's examples."""
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # parameters of glibc's mallopt
 

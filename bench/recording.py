@@ -37,7 +37,7 @@ _PACKAGES = (
 
 def device_name() -> str:
     """The class of machines whose shares of the roof are comparable, e.g. `cpu-avx512bf16-2-cores`; a folder name."""
-    import torch
+    import torch  # takes seconds, and bench/report.py does not need it
 
     if torch.cuda.is_available():
         return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")

@@ -6,8 +6,8 @@
 A share of the roof is the ratio of two times of one round, so a slow or busy machine slows both. Shares are only
 compared on the class of device and the processor that the stored figures (bench/results/<device>/quick.json) come from;
 on any other machine the gate prints that nothing was compared, and passes. A share that dropped is measured again after
-a pause, at most twice, and the best one counts: another process on one of two cores halves the share of an operation
-that uses both.
+a pause, at most twice, and the best measurement counts: another process on one of two cores halves the share of an
+operation that uses both.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run(tests: list[str]) -> list[dict[str, Any]]:
 
 
 def shares(entries: list[dict[str, Any]]) -> dict[str, float]:
-    """{test name: share of the roof} of our backends, except the reference, which is written to be read."""
+    """Return {test name: share of the roof} of our backends, except the reference, which is not optimized."""
     return {
         entry["name"]: entry["extra_info"]["share_of_roof"]
         for entry in entries
@@ -50,7 +50,7 @@ def shares(entries: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def dropped(now: dict[str, float], stored_shares: dict[str, float]) -> dict[str, str]:
-    """{test name: message} of the shares that are below the allowed part of the stored ones."""
+    """Return {test name: message} for each share that is below MIN_RELATIVE_SHARE of the stored one."""
     return {
         name: f"{name}: {now[name]:.3f} of its roof, {before:.3f} stored (at least {MIN_RELATIVE_SHARE * before:.3f} "
         "required)"

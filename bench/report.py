@@ -6,7 +6,7 @@
     python bench/report.py --history              # plot bench/results/<device>/history.jsonl
 
 Input: bench/results/<device>/*.json (see recording.py), and quickstart.txt in the same folder (the last lines that
-`make quickstart` printed). The plots need matplotlib (extra: study).
+`make quickstart` printed). The plots need matplotlib (extra: report).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ PEER_NAMES = {
     "sdpa_dense": "sdpa, dense mask",
     "sdpa_loop": "sdpa, one document at a time",
 }
-# The README's four lines: the label, the stored case, and the unit of the figures. They show wins and a loss.
+# The four rows of the README's table: the label, and the stored case. They include a case in which a peer is faster.
 HEADLINE_DEVICE = "cpu-avx512bf16-2-cores"
 HEADLINE_STEPS = {
     "Training step, vocabulary of 8,192 (supervised tokens/s)": ("hidden256-vocab8k", "short: STAR-1", "bf16"),
@@ -97,7 +97,7 @@ def steps_of(device: str) -> Steps:
 
 
 def step_speeds(by: dict[str, dict[str, Any]], names: Iterable[str]) -> list[str]:
-    """Supervised tokens/s of each contender; the baseline's figure is that of its run paired with ours."""
+    """Supervised tokens/s of each contender; the baseline's is from the run in which it alternated with ours."""
     paired = min(by.items(), key=lambda item: item[0] == "trl")[1]
     speeds = {name: info["supervised_tokens_per_s"] for name, info in by.items()}
     speeds["by hand"] = paired["by_hand_supervised_tokens_per_s"]
@@ -105,7 +105,7 @@ def step_speeds(by: dict[str, dict[str, Any]], names: Iterable[str]) -> list[str
 
 
 def step_tables(device: str) -> str:
-    """The speed of every contender, then its ratio to the baseline timed in the same run, and its MFU."""
+    """Two tables: the speed of every contender; its ratio to the baseline in the same run, and its MFU."""
     steps = steps_of(device)
     names = [name for name in STEP_NAMES if name == "by hand" or any(name in by for by in steps.values())]
     speeds = [
@@ -167,7 +167,7 @@ def gain_sentence() -> str:
 
 
 def headline_table() -> str:
-    """The README's lines: one case each, with the best of the row in bold, whoever's it is."""
+    """The README's table: one case per row, with the best of the row in bold."""
     rows = []
     steps = steps_of(HEADLINE_DEVICE)
     for label, case in HEADLINE_STEPS.items():
@@ -230,7 +230,7 @@ def figures_block() -> str:
         parts += [
             f"## A whole training step, {device}",
             "Command: `pytest bench/bench_step.py`. Every trainer runs the same model, rows and optimizer step; the "
-            "speeds are supervised tokens per second, medians. Each trainer is timed in turns with the "
+            "speeds are supervised tokens per second, medians. Each trainer is timed together with the "
             f"{BASELINE} in the same process, and the ratios are taken within that run.",
             step_tables(device),
         ]
@@ -239,7 +239,7 @@ def figures_block() -> str:
         parts += [
             f"## The loss and both of its gradients, {device}",
             "Command: `pytest bench/bench_linear_cross_entropy.py`. The figures are the time divided by that of the "
-            "three bare matrix products on the supervised rows, the floor, measured in the same run.",
+            "three bare matrix products on the supervised rows (the roof), measured in the same run.",
             peer_table(loss, device),
             memory_and_error_table(loss, device),
             f"![Roofline of the loss on {device}](../bench/results/{device}/roofline.svg)",
@@ -248,7 +248,7 @@ def figures_block() -> str:
         parts += [
             f"## Attention in packs, {device}",
             "Command: `pytest bench/bench_varlen_attention.py`. The figures are the time divided by that of one square "
-            "matrix product of as many FLOPs, measured in the same run.",
+            "matrix product of as many FLOPs (the roof), measured in the same run.",
             peer_table(attention, device),
         ]
     if completions := completions_table():
@@ -262,14 +262,14 @@ def figures_block() -> str:
 
 
 def replaced(text: str, name: str, block: str) -> str:
-    """Return `text` with what is between the markers of `name` replaced by `block`."""
+    """Return `text` with the block between the markers of `name` replaced by `block`."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     before, rest = text.split(begin)
     return f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
 
 
 def generated_pages() -> dict[Path, str]:
-    """Return the text of each page with its generated blocks renewed."""
+    """Return the text of each page with its generated blocks regenerated."""
     readme = README.read_text()
     for name, block in (
         ("gain", gain_sentence()),
@@ -284,11 +284,11 @@ def generated_pages() -> dict[Path, str]:
 
 
 def draw_rooflines() -> None:
+    import plots  # needs delib_fast and matplotlib, which --record and --check do not
+
     cases = cases_of("linear_cross_entropy")
     for device in sorted({device for device, _ in cases}):
-        import pictures
-
-        pictures.roofline(
+        plots.roofline(
             {case: by for (where, case), by in cases.items() if where == device},
             device,
             RESULTS / device / "roofline.svg",
@@ -297,10 +297,10 @@ def draw_rooflines() -> None:
 
 
 def draw_histories() -> None:
-    import pictures
+    import plots
 
     for path in sorted(RESULTS.glob(f"*/{HISTORY}")):
-        pictures.history(
+        plots.history(
             [json.loads(line) for line in path.read_text().splitlines()], path.parent.name, path.with_suffix(".svg")
         )
         print(path.with_suffix(".svg").relative_to(ROOT))

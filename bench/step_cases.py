@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from harness import DEVICE, GIB, SHARED_DATA
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from delib_fast.config import Config, LoraConfig, ModelConfig, SourceConfig
 from delib_fast.config.load import parse_config
@@ -166,8 +167,6 @@ class Workload:
         """Build a new model, with the same initial weights on every call."""
         if self.ranks.device.type == "cpu":
             return build_model(ModelConfig(architecture=self.shape.architecture()), self.tokenizer, seed=0)
-        from transformers import AutoConfig, AutoModelForCausalLM
-
         torch.manual_seed(0)
         with self.ranks.device:  # initialized on the GPU: on the host, 32 billion weights take minutes
             model = AutoModelForCausalLM.from_config(
@@ -182,7 +181,7 @@ class Workload:
 
 
 def _file(data: str) -> tuple[Path, str]:
-    """(path of the rows, their name in the results)"""
+    """Return the path of the rows, and their name in the results."""
     file_name, label = {"short": ("star1.json", "STAR-1"), "long": ("model_spec.md", "Model Spec")}[data]
     if (SHARED_DATA / file_name).is_file():
         return SHARED_DATA / file_name, label
@@ -191,7 +190,7 @@ def _file(data: str) -> tuple[Path, str]:
 
 
 def padded_batches(work: Workload) -> list[tuple[torch.Tensor, ...]]:
-    """The rows of the step, sorted by length and padded: (input ids, attention mask, targets, loss weights) per batch.
+    """Sort the rows of the step by length and pad them: (input ids, attention mask, targets, loss weights) per batch.
 
     Each tensor has shape (B, longest), with B · longest ≤ pack_capacity; weights are float32, the others int64.
     """

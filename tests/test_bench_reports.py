@@ -1,4 +1,4 @@
-"""The stored bench results, the history, the pictures, and the regression gate."""
+"""The stored bench results, the history records, the plots, and when the regression gate fails."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
-import pictures
+import plots
 import recording
 import regression_gate
 import report
@@ -108,11 +108,11 @@ def test_gate_compares_nothing_on_another_processor(results, monkeypatch, capsys
     assert "nothing was compared" in capsys.readouterr().out
 
 
-def test_pictures_have_a_mark_for_each_contender(results) -> None:
+def test_roofline_and_history_mark_every_contender(results) -> None:
     recording.record([entry("ours-cpu", 0.8), entry("compile-compact", 0.4)])
     report.draw_rooflines()
     assert "<!-- torch.compile -->" in (results / "cpu-x" / "roofline.svg").read_text()
-    pictures.history(
+    plots.history(
         [json.loads(x) for x in (results / "cpu-x" / "history.jsonl").read_text().splitlines()],
         "cpu-x",
         results / "history.svg",

@@ -1,9 +1,9 @@
-"""How long a checkpoint blocks the training loop, and how long it takes in total.
+"""Measure how long a checkpoint blocks the training loop, and how long it takes in total.
 
     python bench/experiments/checkpoint_stall.py [--mib 384]
 
-One rank saves a state of `--mib` MiB that is already on the host, like AdamW's, to a temporary folder ($TMPDIR selects
-the disk). Prints medians of five.
+One rank saves a state of `--mib` MiB that is already in host memory to a temporary folder ($TMPDIR selects the disk).
+The script prints medians of five saves.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python bench/experiments/killed_saves.py    # needs trl (pip install 'delib-fast[peers]'); some minutes on a CPU
 
 A tiny run saves at every step. SIGKILL ends it during its second save (ours: the first save of a stage), when a file is
-half written. Then the same command runs again, at most twice, as a scheduler would do it. TRL resumes from
+half written. Then the same command runs again, at most twice, as a scheduler would restart it. TRL resumes from
 `get_last_checkpoint(folder)`. In a further case, the optimizer state of a complete checkpoint is deleted. The script
 prints a table.
 """

@@ -43,10 +43,12 @@ class RunOptions:
 
     out: Annotated[
         Path,
-        typer.Option("-o", "--out", metavar="OUT", help="folder of the run; the same command again resumes the run"),
+        typer.Option("-o", "--out", metavar="OUT", help="folder of the run; the same command resumes it"),
     ]
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="settings as YAML")] = None
-    model: Annotated[str | None, typer.Option(help="the generator's name at its endpoint, or its folder")] = None
+    model: Annotated[
+        str | None, typer.Option(help="name of the generator at its endpoint, or the folder of its model")
+    ] = None
     base_url: Annotated[
         str | None,
         typer.Option(
@@ -54,8 +56,8 @@ class RunOptions:
         ),
     ] = None
     backend: Annotated[str | None, typer.Option(help="openai (an endpoint) or transformers (in this process)")] = None
-    judge_model: Annotated[str | None, typer.Option(help="the judge's name; by default the generator judges")] = None
-    judge_base_url: Annotated[str | None, typer.Option(help="the judge's address")] = None
+    judge_model: Annotated[str | None, typer.Option(help="name of the judge (default: the generator)")] = None
+    judge_base_url: Annotated[str | None, typer.Option(help="address of the judge's endpoint")] = None
     concurrency: Annotated[int | None, typer.Option(help="maximum number of requests in flight")] = None
     prompt_files: Annotated[
         Path | None,
@@ -119,7 +121,9 @@ _SPEC = Annotated[Path, typer.Argument(metavar="SPEC", help="the spec, Markdown 
 
 def deliberate(
     spec: _SPEC,
-    prompts: Annotated[Path | None, typer.Argument(metavar="[PROMPTS]", help="prompts: .jsonl, .json or .txt")] = None,
+    prompts: Annotated[
+        Path | None, typer.Argument(metavar="PROMPTS", help="the prompts: .jsonl, .json or .txt")
+    ] = None,
     *,
     options: RunOptions,
     style: Annotated[str | None, typer.Option(help="cite or internal")] = None,
@@ -130,7 +134,9 @@ def deliberate(
     threshold: Annotated[float | None, typer.Option(help="minimum score, 1 to 10")] = None,
     best_of: Annotated[int | None, typer.Option(help="keep at most this many rows per prompt")] = None,
     also_no_cot: Annotated[bool | None, typer.Option("--also-no-cot", help="also write rows_no_cot.jsonl")] = None,
-    prompts_from_spec: Annotated[int | None, typer.Option(metavar="N", help="generate N prompts from the spec")] = None,
+    prompts_from_spec: Annotated[
+        int | None, typer.Option(metavar="N", help="generate N prompts from the spec, in addition to PROMPTS")
+    ] = None,
 ) -> None:
     """Generate rows of prompt, chain of thought and response from a spec and prompts; the spec is not in the rows."""
     settings = options.settings(
@@ -170,12 +176,14 @@ def document(
 
 
 def data_report(
-    data: Annotated[Path, typer.Argument(metavar="OUT", help="a folder of deliberate or document, or a file of rows")],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="a folder that deliberate or document wrote, or a file of rows")
+    ],
     spec: Annotated[Path | None, typer.Option(help="the spec, to recognize the sections that are cited")] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--out", metavar="DIR", help="folder of report.html and report.json; default: the folder of the data"
+            "-o", "--out", metavar="DIR", help="folder of report.html and report.json (default: that of the data)"
         ),
     ] = None,
 ) -> None:

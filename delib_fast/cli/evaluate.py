@@ -13,7 +13,10 @@ from delib_fast.config import ConfigError
 def eval_command(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN|MODEL]", help="a run directory, a model folder or a peft adapter folder"),
+        typer.Argument(
+            metavar="RUN|MODEL",
+            help="a run directory, a model folder or a peft adapter folder (default: model of --config)",
+        ),
     ] = None,
     suite: Annotated[
         list[str] | None,
@@ -30,9 +33,14 @@ def eval_command(
     config: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="YAML configuration of the evaluation")
     ] = None,
-    base: Annotated[str | None, typer.Option("--base", metavar="MODEL", help="base model, for drift")] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="folder for the results")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", metavar="N", help="maximum number of rows per suite")] = None,
+    base: Annotated[str | None, typer.Option("--base", metavar="MODEL", help="base model, for the suite drift")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FOLDER", help="folder of the results (default: RUN/evals or MODEL-evals)"),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", help="maximum number of rows per suite (default: 200)")
+    ] = None,
 ) -> None:
     """Evaluate a model and write JSON, tables and an HTML page. The same command resumes an interrupted evaluation."""
     from delib_fast.data import DataError

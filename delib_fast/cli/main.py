@@ -21,8 +21,8 @@ _LAZY_COMMANDS = {
     "deliberate": ("delib_fast.cli.datagen", "Generate rows of prompt, chain of thought and response from a spec."),
     "document": ("delib_fast.cli.datagen", "Generate midtraining documents about a spec, up to a token budget."),
     "data-report": ("delib_fast.cli.datagen", "Report on the quality of generated data, as HTML and JSON."),
-    "report": ("delib_fast.cli.preview", "Plot one or several runs: losses, throughput, memory, ledger."),
-    "eval": ("delib_fast.cli.evaluate", "Evaluate a model: JSON, a table, and a page."),
+    "report": ("delib_fast.cli.preview", "Write a page about one or several runs: losses, throughput, memory, ledger."),
+    "eval": ("delib_fast.cli.evaluate", "Evaluate a model; writes JSON, tables and an HTML page."),
     "study": ("delib_fast.cli.study", "Train the arms of a study and compare them."),
 }
 
@@ -64,7 +64,7 @@ _SET = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="ove
 
 @app.command()
 def config(
-    path: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="the run to check")] = None,
+    path: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="the run to check, as YAML")] = None,
     overrides: _SET = [],  # noqa: B006 (typer reads the default)
     schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema, for editors")] = False,
 ) -> None:
@@ -86,10 +86,12 @@ def train(
         typer.Option(
             "--watch",
             metavar="SUITES",
-            help="evaluate during training: segments, early, reliance, drift (comma-separated)",
+            help="evaluate during training: segments, early, reliance, drift (comma-separated; needs the extra evals)",
         ),
     ] = None,
-    every: Annotated[int, typer.Option("--every", metavar="N", help="steps between two evaluations")] = 50,
+    every: Annotated[
+        int, typer.Option("--every", metavar="N", help="with --watch: steps between two evaluations")
+    ] = 50,
 ) -> None:
     """Train in this process, like `python -m delib_fast.train`. For several ranks use `deepspeed`."""
     from delib_fast.train import main as train_main
@@ -105,7 +107,7 @@ def train(
 
 @app.command()
 def ledger(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]) -> None:
-    """Print the tables of a run from its ledger."""
+    """Print the held-out losses and the stages of a run, from its ledger."""
     from rich.console import Console
 
     from delib_fast.training.console import heldout_table, stage_table

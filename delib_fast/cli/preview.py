@@ -75,16 +75,16 @@ def inspect(
 def plan(
     path: Annotated[Path, typer.Argument(metavar="CONFIG", help="the run, as YAML")],
     gpus: Annotated[int, typer.Option(min=1, help="number of ranks")] = 1,
-    memory_gib: Annotated[float, typer.Option(min=0.1, help="memory of each rank's device")] = 80.0,
+    memory_gib: Annotated[float, typer.Option(min=0.1, help="memory of each rank's device in GiB")] = 80.0,
     precision: Annotated[
-        str, typer.Option(help="what `engine.precision: auto` resolves to: bf16, fp16, fp32")
+        str, typer.Option(help="what `engine.precision: auto` resolves to: bf16, fp16 or fp32")
     ] = "bf16",
     lengths: Annotated[
         list[str],
         typer.Option(
             metavar="[STAGE=]LENGTHS",
-            help="instead of the data: a file with the tokens of one example per line, or a lognormal distribution, as "
-            "in docs/data.md (repeatable)",
+            help="instead of the data: a file with the number of tokens of one example per line, or a lognormal "
+            "distribution, as in docs/data.md (repeatable)",
         ),
     ] = [],  # noqa: B006
     tflops: Annotated[
@@ -112,7 +112,7 @@ def plan(
 
 @_user_errors()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN…]", help="run directories to compare")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="one or several run directories")],
     out: Annotated[
         Path | None,
         typer.Option(

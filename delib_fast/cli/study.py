@@ -15,10 +15,14 @@ _METRICS_PER_TABLE = 2
 
 def study_command(
     path: Annotated[Path, typer.Argument(metavar="STUDY", help="the study, as YAML")],
-    out: Annotated[str | None, typer.Option("--out", metavar="FOLDER", help="folder of the results")] = None,
-    seeds: Annotated[str | None, typer.Option("--seeds", metavar="1,2,3", help="seeds, comma-separated")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="FOLDER", help="folder of the results (default: out of STUDY)")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", metavar="1,2,3", help="seeds, comma-separated (default: seeds of STUDY)")
+    ] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", metavar="N", help="number of arms that are trained concurrently")
+        int | None, typer.Option("--workers", metavar="N", help="worker processes; each trains one stage at a time")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--plan", help="list the arms and stages; train nothing")] = False,
 ) -> None:

@@ -5,7 +5,7 @@
 #   OPENAI_API_KEY=… BASE_URL=https://…/v1 MODEL=NAME SPEC=spec.md PROMPTS=prompts.jsonl \
 #     bash examples/datagen/end_to_end.sh                                 # a real endpoint
 #
-# After an interruption, run it again: every step resumes. BIN is the folder of the environment's commands.
+# After an interruption, run it again: every step resumes. BIN is the folder with the commands of the environment.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 BIN=${BIN:-.venv/bin}

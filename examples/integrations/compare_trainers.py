@@ -5,7 +5,8 @@
 
 Each case runs in its own process. The rows are random tokens with lengths like those of chains of thought (lognormal,
 median 120, at most 512 tokens). The first quarter of each row is not supervised, and a batch has 8 rows. The model is a
-small Qwen3 with a vocabulary of 32,768.
+small Qwen3 with a vocabulary of 32,768. The functions import torch and the trainers themselves, because the process
+that starts the cases needs neither.
 """
 
 import json
@@ -56,7 +57,7 @@ def measure(case: str, ours: bool) -> dict:
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tokens = sum(len(row["input_ids"]) for row in trainer.train_dataset)
-    seconds = sorted(b - a for a, b in pairwise(ends))  # leaves out the first step (warm-up)
+    seconds = sorted(b - a for a, b in pairwise(ends))  # without the first step (warm-up)
     return {
         "case": case,
         "whose": "ours" if ours else "stock",

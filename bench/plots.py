@@ -1,4 +1,4 @@
-"""The pictures of bench/report.py: a roofline, and the share of the roof over the recorded runs."""
+"""The plots of bench/report.py: a roofline, and the share of the roof over the recorded runs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 from delib_fast.reports.plots import pyplot, save
 
 _MARKERS = "osD^vP*X<>h8"
-_WHAT = "the pictures of bench/report.py are drawn"
+_WHAT = "bench/report.py draws its plots"
 
 
 def roofline(cases: dict[str, dict[str, dict[str, Any]]], device: str, path: Path, names: dict[str, str]) -> None:
-    """Draw FLOP/s over FLOP per byte that must move, one panel per dtype.
+    """Draw FLOP/s over FLOPs per byte that must be moved, one panel per dtype.
 
-    The slope is the bandwidth of a copy, the flat roof the fastest rate that a case's bare GEMMs reached. A short bar
-    above each case is the rate of its own GEMMs.
+    The slope is the bandwidth of a copy; the flat part is the highest rate that the bare GEMMs of any case reached. A
+    short bar above each case marks the rate of its own GEMMs.
 
     Args:
         cases: {case: {contender: extra_info}}; each case has the contender "ours".
-        device: the title.
+        device: the device, for the title.
         path: the SVG file to write.
         names: {contender: name in the legend}; only these and "ours" are drawn.
     """
@@ -29,17 +29,17 @@ def roofline(cases: dict[str, dict[str, dict[str, Any]]], device: str, path: Pat
     contenders = ["ours", *(name for name in names if any(name in by for by in cases.values()))]
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         mine = [by for by in cases.values() if by["ours"]["dtype"] == dtype]
-        floors = [(_intensity(by["ours"]), by["ours"]["flops"] / by["ours"]["roof_ms"] / 1e9) for by in mine]
-        top = max(rate for _, rate in floors)
+        roofs = [(_intensity(by["ours"]), by["ours"]["flops"] / by["ours"]["roof_ms"] / 1e9) for by in mine]
+        top = max(rate for _, rate in roofs)
         slope = max(by["ours"]["bandwidth_gb_per_s"] for by in mine) / 1e3
-        left = min(min(x for x, _ in floors), top / slope) / 2
-        right = max(x for x, _ in floors) * 2
+        left = min(min(x for x, _ in roofs), top / slope) / 2
+        right = max(x for x, _ in roofs) * 2
         axis.plot([left, top / slope, right], [left * slope, top, top], color="black", linewidth=1.2)
-        axis.scatter(*zip(*floors, strict=True), marker="_", s=160, color="black", label="its three bare GEMMs")
+        axis.scatter(*zip(*roofs, strict=True), marker="_", s=160, color="black", label="its three bare GEMMs")
         for k, name in enumerate(contenders):
             points = [
-                (_intensity(by[name]), by[name]["share_of_roof"] * floor)
-                for by, (_, floor) in zip(mine, floors, strict=True)
+                (_intensity(by[name]), by[name]["share_of_roof"] * roof)
+                for by, (_, roof) in zip(mine, roofs, strict=True)
                 if name in by
             ]
             if points:
@@ -67,7 +67,7 @@ def history(lines: list[dict[str, Any]], device: str, path: Path) -> None:
 
     Args:
         lines: the records of history.jsonl (recording.history_lines).
-        device: the title.
+        device: the device, for the title.
         path: the SVG file to write.
     """
     plt = pyplot(_WHAT, "report")
