@@ -174,7 +174,7 @@ def bench_bundle_prompts(benchmark: BenchmarkFixture, quick: bool) -> None:
     own = np.clip(rng.lognormal(np.log(2000), 0.9, N), 64, CAPACITY - 8000).astype(np.int64)
     examples = TokenizedDataset([Example(np.zeros(2, np.int32), np.full(2, 2, np.int8), "")])
     examples.lengths = prompts + own  # only lengths and hashes matter here
-    examples.prompts = np.stack([prompts, np.repeat(rng.integers(-(2**62), 2**62, N // 8), 8)], axis=1)
+    examples.prompt_keys = np.stack([prompts, np.repeat(rng.integers(-(2**62), 2**62, N // 8), 8)], axis=1)
 
     def plan() -> Any:
         bundles = bundle(examples, CAPACITY)

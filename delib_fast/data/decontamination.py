@@ -21,7 +21,7 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # any large odd number: the hash depend
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, case-folded, without punctuation, apostrophes and markup."""
+    """Split a text into case-folded words, without punctuation, apostrophes or markup."""
     return _WORD.findall(text.casefold().replace("’", "").replace("'", ""))
 
 
@@ -29,32 +29,32 @@ def ngram_hashes(text: str, n: int = NGRAM_WORDS) -> NDArray[np.uint64]:
     """Hash every word n-gram of a text, in order.
 
     Returns:
-        (max(words − n + 1, 1),) uint64; a text of fewer than n words has one hash, that of all its words, and a text
-        without words has none. Hashes are comparable within one process only.
+        (max(words − n + 1, 1),) uint64. A text of fewer than n words has one hash, that of all its words, and a text
+        without words has none. Hashes are only comparable within one process.
     """
     words = words_of(text)
     if not words:
         return np.zeros(0, np.uint64)
-    ids = np.array([hash(word) for word in words], np.int64).view(np.uint64)
+    word_hashes = np.array([hash(word) for word in words], np.int64).view(np.uint64)
     count = max(len(words) - n + 1, 1)
     hashes = np.zeros(count, np.uint64)
     for k in range(min(n, len(words))):
-        hashes = hashes * _FACTOR + ids[k : k + count]
+        hashes = hashes * _FACTOR + word_hashes[k : k + count]
     return hashes
 
 
 def find_ngram(text: str, known: NDArray[np.uint64], n: int = NGRAM_WORDS) -> str | None:
-    """The first word n-gram of a text that is among the known ones, as words; None if there is none.
+    """Find the first word n-gram of a text that is known. Returns its words, joined by spaces, or None.
 
     Args:
         known: sorted `ngram_hashes` of the same n.
     """
-    found = np.flatnonzero(_among(ngram_hashes(text, n), known))
+    found = np.flatnonzero(_is_known(ngram_hashes(text, n), known))
     return " ".join(words_of(text)[found[0] : found[0] + n]) if len(found) else None
 
 
-def _among(hashes: NDArray[np.uint64], known: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Which of the hashes are in `known`, which is sorted."""
+def _is_known(hashes: NDArray[np.uint64], known: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Whether each of the hashes is in `known`, which is sorted."""
     if not len(known):
         return np.zeros(len(hashes), bool)
     at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
@@ -66,36 +66,37 @@ class Overlap:
     """An evaluation row that is (nearly) contained in the training data."""
 
     location: str
+    """`file:line` of the evaluation row."""
     duplicate_of: str | None
-    """location of a training row that is equal to it"""
+    """Location of a training row with equal content; None if there is none."""
     share: float
-    """of its n-grams that occur in training rows"""
+    """Share of the row's n-grams that occur in training rows."""
 
 
 def find_overlap(train: Iterable[Row], evaluation: Sequence[Row], *, share: float = 0.5) -> list[Overlap]:
     """Find the evaluation rows that equal a training row, or at least `share` of whose 13-grams occur in training rows.
 
-    A clause of the spec that both quote is not an overlap, because most of the row has to be known. Training rows are
-    streamed once; memory grows with the evaluation rows only.
+    Two rows that merely quote the same clause of the spec do not overlap, because `share` of the whole row is required.
+    Training rows are streamed once; memory grows only with the evaluation rows.
     """
     if not evaluation:
         return []
     ngrams = [ngram_hashes("\n".join(row.texts)) for row in evaluation]
     wanted = np.unique(np.concatenate(ngrams))
-    known = np.zeros(len(wanted), bool)
+    seen = np.zeros(len(wanted), bool)  # whether a training row contains the n-gram
     digests = {row.digest for row in evaluation}
     duplicates: dict[str, str] = {}
     for row in train:
         if row.digest in digests:
             duplicates[row.digest] = row.location
         hashes = ngram_hashes("\n".join(row.texts))
-        known[np.searchsorted(wanted, hashes[_among(hashes, wanted)])] = True
+        seen[np.searchsorted(wanted, hashes[_is_known(hashes, wanted)])] = True
     found = []
     for row, own in zip(evaluation, ngrams, strict=True):
-        known_share = float(known[np.searchsorted(wanted, own)].mean()) if len(own) else 0.0
+        seen_share = float(seen[np.searchsorted(wanted, own)].mean()) if len(own) else 0.0
         duplicate = duplicates.get(row.digest)
-        if duplicate is not None or known_share >= share:
-            found.append(Overlap(row.location, duplicate, 1.0 if duplicate is not None else known_share))
+        if duplicate is not None or seen_share >= share:
+            found.append(Overlap(row.location, duplicate, 1.0 if duplicate is not None else seen_share))
     return found
 
 
@@ -111,7 +112,7 @@ def refuse_overlap(train: Iterable[Row], evaluation: Sequence[Row], *, share: fl
         )
         raise DataError(
             f"this evaluation row {what}. In all, {len(found)} of {len(evaluation)} evaluation rows occur in the "
-            "training data: remove them from the one or the other",
+            "training data: remove them from one of the two",
             reason="overlap",
             location=worst.location,
         )
@@ -121,7 +122,7 @@ def refuse_spec_in_prompts(rows: Iterable[Row], spec_texts: Iterable[str], *, mi
     """Raise DataError if a prompt contains text of the spec: the model must know the spec, not read it.
 
     A prompt is refused if at least `min_share` of its own 13-grams occur in the spec, or if it contains at least
-    `min_share` of the spec's. So a user may quote a sentence in a long message.
+    `min_share` of those of the spec. A sentence quoted in a long message is therefore allowed.
     """
     spec = np.unique(np.concatenate([np.zeros(0, np.uint64), *map(ngram_hashes, spec_texts)]))
     if not len(spec):
@@ -131,7 +132,7 @@ def refuse_spec_in_prompts(rows: Iterable[Row], spec_texts: Iterable[str], *, mi
         ngrams = ngram_hashes(prompt)
         if not len(ngrams):
             continue
-        shared = ngrams[_among(ngrams, spec)]
+        shared = ngrams[_is_known(ngrams, spec)]
         if len(shared) >= min_share * len(ngrams) or len(np.unique(shared)) >= min_share * len(spec):
             raise DataError(
                 f"the prompt contains text of the spec ({len(shared)} of its {NGRAM_WORDS}-grams): the spec belongs in "

@@ -1,4 +1,4 @@
-"""The cache folder: results that are computed once and kept between runs, under a hash of all they depend on."""
+"""The cache folder: results that are kept between runs. The key of a result is a hash of everything it depends on."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from delib_fast.config import ConfigError
 from delib_fast.files import locked, write_atomic
 
 CACHE_VERSION = 3
-"""Increase it whenever the same inputs would give another result, or the same result in another file format."""
+"""Increase it whenever equal inputs would give a different result or a different file format."""
 
 
 @contextlib.contextmanager
 def cache_folder(configured: str | None) -> Iterator[Path]:
-    """Use the cache folder: `cache_dir` if configured, else `$DELIB_FAST_CACHE`, else `~/.cache/delib_fast`.
+    """Provide the cache folder to a `with` block, and report an OSError in the block as a ConfigError.
 
-    Raises ConfigError if the body raises OSError, because the folder cannot be used.
+    The folder is `configured` (`cache_dir`) if set, else `$DELIB_FAST_CACHE`, else `~/.cache/delib_fast`. It is not
+    created here.
+
+    Raises:
+        ConfigError: the block raised OSError, so the folder cannot be used.
     """
-    from_environment = configured or os.environ.get("DELIB_FAST_CACHE")
-    folder = Path(from_environment) if from_environment else Path.home() / ".cache" / "delib_fast"
+    path = configured or os.environ.get("DELIB_FAST_CACHE")
+    folder = Path(path) if path else Path.home() / ".cache" / "delib_fast"
     try:
         yield folder
     except OSError as error:

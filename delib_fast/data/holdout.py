@@ -1,4 +1,4 @@
-"""Hold-out: the rows of a source that are evaluated on and never trained on, chosen by a hash of each row."""
+"""Hold-out: rows of a source that are only evaluated on, never trained on. A hash of each row selects them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from delib_fast.data.rows import Row, content_digest
 
 
 def is_held_out(row: Row, share: float) -> bool:
-    """Whether a row is held out: by a hash of a document's text, or of a chat's first user message.
+    """Whether a row is held out. This is decided by a hash of a document's text, or of a chat's first user message.
 
-    So equal rows, several replies to one prompt and the turns of one conversation are all held out or all trained on,
-    and adding or removing rows never moves another row.
+    Equal rows, several replies to one prompt and the turns of one conversation are therefore either all held out or all
+    trained on, and adding or removing rows never moves another row from one side to the other.
 
     Args:
         share: 0 ≤ share < 1, the expected share of held-out rows.
@@ -27,7 +27,7 @@ def is_held_out(row: Row, share: float) -> bool:
 
 
 def split_holdout(rows: Iterable[Row], share: float) -> tuple[list[Row], list[Row]]:
-    """Split rows into (training rows, held-out rows), both in the order of the rows.
+    """Split rows into (training rows, held-out rows), keeping their order.
 
     Raises:
         ValueError: the share is out of range, or it is above 0 and one of the lists would be empty.
@@ -44,7 +44,7 @@ def split_holdout(rows: Iterable[Row], share: float) -> tuple[list[Row], list[Ro
 
 
 def check_holdout(source: str, share: float, num_train: int, num_held_out: int) -> None:
-    """Raise ValueError if rows are to be held out, but no row is, or no other row is left."""
+    """Raise ValueError if the share is above 0 but no row is held out, or no row is left to train on."""
     if share > 0 and not (num_train and num_held_out):
         empty = "training" if not num_train else "evaluation"
         raise ValueError(

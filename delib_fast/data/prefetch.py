@@ -14,8 +14,8 @@ _END = object()
 def prefetch(items: Iterable[T], depth: int = 1) -> Iterator[T]:
     """Yield the same items in the same order, and compute up to `depth` of them in advance.
 
-    An error is raised where the item that caused it would have been yielded. Closing the iterator ends the thread once
-    the item that it is computing is done.
+    An error is raised when the item that caused it would have been yielded. Closing the iterator stops the thread after
+    the item that it is computing.
     """
     iterator = iter(items)
     thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")

@@ -1,4 +1,4 @@
-"""A progress line for work that takes long."""
+"""Progress lines for long-running work."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ T = TypeVar("T")
 
 
 def log_progress(items: Iterable[T], total: int, what: str, *, every_s: float = 5.0) -> Iterator[T]:
-    """Yield the items, one for each row, and print a line on stderr every few seconds.
+    """Yield the items unchanged, and print the progress on stderr every `every_s` seconds.
 
-    The line reads "what: 5 of 10 rows, 3 s left".
+    A line reads "what: 5 of 10 rows, 3 s left".
+
+    Args:
+        items: one item per row.
+        total: number of rows, for the estimate of the remaining time.
+        what: the work in progress, e.g. "encoding rows".
     """
-    began = printed = time.monotonic()
+    started = printed = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
         if done and now - printed >= every_s:
             printed = now
-            left = (now - began) / done * (total - done)
-            print(f"{what}: {done:,} of {total:,} rows, {left:.0f} s left", file=sys.stderr, flush=True)
+            left_s = (now - started) / done * (total - done)
+            print(f"{what}: {done:,} of {total:,} rows, {left_s:.0f} s left", file=sys.stderr, flush=True)
         yield item

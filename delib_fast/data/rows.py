@@ -14,11 +14,12 @@ FINGERPRINT_HEX = 12
 class DataError(ValueError):
     """Data that cannot be used for training.
 
-    The message says where (`file:line`), what is wrong, and what to do. It never contains text of the row, which may be
-    private; a fingerprint identifies the row instead.
+    The message gives the location (`file:line`), the problem and the remedy. It never contains text of the row, which
+    may be private; a fingerprint identifies the row instead.
 
     Args:
-        reason: a short name for the kind of fault; skipped rows are counted under it.
+        reason: a short name for the kind of fault; skipped rows are counted by reason.
+        location: prefixed to the message if given.
     """
 
     def __init__(self, message: str, *, reason: str, location: object = None) -> None:
@@ -86,7 +87,7 @@ class Row:
 
 
 def content_digest(parts: Iterable[str | None]) -> str:
-    """Hash texts to 16 hex digits. The hash also depends on the borders between the texts."""
+    """Hash texts to 16 hex digits. The hash also depends on where one text ends and the next begins."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         data = b"-" if part is None else part.encode("utf-8", "surrogatepass")

@@ -130,13 +130,13 @@ def synthetic_examples(lengths: Lengths, stage: StageConfig) -> TokenizedDataset
     targets[:, Segment.DOCUMENT if stage.kind == "msm" else Segment.RESPONSE] = np.minimum(supervised, tokens - 1)
     targets[:, Segment.PROMPT] = tokens - 1 - targets.sum(1)
     counts.examples, counts.tokens = len(tokens), int(tokens.sum())
-    return TokenizedDataset.of_arrays(
+    return TokenizedDataset.from_arrays(
         input_ids=np.broadcast_to(np.int32(0), counts.tokens),
         segments=np.broadcast_to(np.int8(0), counts.tokens),
         lengths=tokens,
         weights=np.ones(len(tokens), np.float32),
         target_counts=targets,
-        prompts=np.zeros((len(tokens), 2), np.int64),  # no shared prompts
+        prompt_keys=np.zeros((len(tokens), 2), np.int64),  # no shared prompts
         location=lambda index: f"length {index + 1}",
         counts=counts,
     )

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from delib_fast.config import StageConfig
 from delib_fast.data import Example, Segment
-from delib_fast.data.pack.shared_prompts import LEAST_SHARED_TOKENS
+from delib_fast.data.pack.shared_prompts import MIN_SHARED_TOKENS
 from delib_fast.data.pack.weights import segment_weights
 from delib_fast.training.dataset import RunDataset
 
@@ -80,8 +80,8 @@ def view_example(dataset: RunDataset, stage: StageConfig, index: int) -> Example
     factor = float(batches.example_weights[index])
     spans = tuple(split_into_spans(example, dataset.tokenizer, [factor * w for w in segment_weights(stage)]))
     replies = (
-        int((encoded.prompts == encoded.prompts[index]).all(1).sum())
-        if batches.shares_prompts and encoded.prompts[index, 0] >= LEAST_SHARED_TOKENS
+        int((encoded.prompt_keys == encoded.prompt_keys[index]).all(1).sum())
+        if batches.shares_prompts and encoded.prompt_keys[index, 0] >= MIN_SHARED_TOKENS
         else 1
     )
     return ExampleView(stage.name, index, len(encoded), example.location, spans, replies)

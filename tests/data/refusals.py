@@ -1,6 +1,6 @@
 """Generate docs/refusals.md, the list of error messages about data: `python tests/data/refusals.py`.
 
-Each error is provoked. test_refusals.py compares the page with the current messages.
+Each error is triggered. test_refusals.py compares the page with the current messages.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ and counted by reason in the log, the ledger and `plan`.
 
 
 def rows() -> Iterator[tuple[str, str, str]]:
-    """(kind of damage, reason, message) of rows that cannot be read."""
+    """Yield (case, reason, message) for each kind of row that cannot be read."""
     with tempfile.TemporaryDirectory() as name:
         for kind, (damage, reason, _) in DAMAGED_ROWS.items():
             raw = damage if isinstance(damage, bytes) else damage.encode("latin-1" if kind == "latin-1" else "utf-8")
@@ -142,7 +142,7 @@ def packing() -> Iterator[tuple[str, str, str]]:
 
     yield "no token is supervised", "", message_of(lambda: pack([prompt]))
     yield "packs that cannot be divided among the ranks", "", message_of(lambda: pack([reply], world_size=3))
-    yield "longer than the capacity", "", message_of(lambda: plan_packs([5, 17], 16))
+    yield "longer than the pack capacity", "", message_of(lambda: plan_packs([5, 17], 16))
     yield (
         "a budget below one example",
         "",
@@ -157,7 +157,7 @@ def packing() -> Iterator[tuple[str, str, str]]:
         ),
     )
     yield (
-        "a document without an end",
+        "a tokenizer without an EOS token",
         "",
         message_of(
             lambda: encode_rows(

@@ -1,4 +1,4 @@
-"""PackedBatch and PackedDataLoader: targets, weights, sequence borders, the order of steps, and ranks."""
+"""PackedBatch and PackedDataLoader: targets, weights, sequence boundaries, the order of steps, and ranks."""
 
 import itertools
 
@@ -149,7 +149,7 @@ def test_the_order_and_the_packs_change_with_seed_and_epoch():
     assert one.num_steps == other.num_steps
 
 
-def test_order_is_pinned():
+def test_the_order_of_examples_is_pinned():
     """The order for a given seed must never change, since a resumed run depends on it."""
     assert batches(make(range(1, 20))).step_example_ids(0) == [
         15,
@@ -207,8 +207,8 @@ def test_packs_of_similar_cost_share_a_step(packs):
         assert everywhere == [pack.example_ids for pack in even.step(step)]
 
 
-def test_cost_balance_at_scale():
-    """Maximum ÷ mean cost of 32 ranks with a 64k pack each, for long chains of thought; over 1.3 in random order."""
+def test_bucketing_balances_the_cost_of_ranks():
+    """Compare the maximum with the mean cost of 32 ranks that take one 64k pack each, for long chains of thought."""
     rng = np.random.default_rng(0)
     lengths = np.clip(np.exp(rng.normal(np.log(6000), 0.9, 100_000)), 64, 65536).astype(np.int64)
     plan = plan_packs(lengths, 65536)
@@ -224,7 +224,7 @@ def test_cost_balance_at_scale():
     assert imbalance(bucket_by_cost(random_order, costs, 32, 0)) < 1.005
 
 
-def test_average_over_examples():
+def test_loss_average_example_gives_each_example_the_same_weight():
     lengths = [3, 60, 17, 40]
     examples = [
         Example(np.arange(n, dtype=np.int32), np.full(n, 2, np.int8), "f:1", w)
@@ -248,7 +248,7 @@ def test_average_over_examples():
         batches(examples, loss_average="row")
 
 
-def test_max_steps():
+def test_max_steps_limits_the_number_of_steps():
     examples = make([64] * 8)
     assert batches(examples, max_steps=3, epochs=5).num_steps == 3
     assert batches(examples, max_steps=100, epochs=5).num_steps == 10
@@ -302,7 +302,7 @@ def test_to_device_keeps_all_fields():
         ),
     ],
 )
-def test_refuses(change, message):
+def test_invalid_arguments_raise(change, message):
     examples = [Example(np.arange(n, dtype=np.int32), np.full(n, 2, np.int8), "f:1") for n in (5, 30)]
     arguments = {
         "pack_capacity": 64,

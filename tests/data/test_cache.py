@@ -34,7 +34,7 @@ def encoded(n=20):
 
 
 def never_started():
-    """Encoded rows that must not be asked for."""
+    """Encoded rows for a call that must find the entry in the cache."""
     pytest.fail("encoded again")
     yield []
 
@@ -90,7 +90,7 @@ def test_a_damaged_entry_is_encoded_again(tmp_path, name, damage):
         file.write_bytes(data[: len(data) // 2] if damage == "cut" else b"")
     rows = encoded()
     assert_same(cached_dataset(tmp_path, KEY, rows), examples())
-    assert next(rows, None) is None  # it was encoded
+    assert next(rows, None) is None  # the rows were encoded
     cached_dataset(tmp_path, KEY, never_started())
 
 
@@ -135,7 +135,7 @@ def start(folder, pause):
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 
 
-def test_a_process_that_is_killed_leaves_no_entry(tmp_path):
+def test_a_killed_process_leaves_no_entry(tmp_path):
     worker = start(tmp_path, 0.5)
     assert worker.stdout.readline() == "began\n"
     time.sleep(0.6)
@@ -144,11 +144,11 @@ def test_a_process_that_is_killed_leaves_no_entry(tmp_path):
     assert temporary_folders(tmp_path)
     rows = encoded()
     assert_same(cached_dataset(tmp_path, KEY, rows), examples())
-    assert next(rows, None) is None  # it was encoded
+    assert next(rows, None) is None  # the rows were encoded
     assert not temporary_folders(tmp_path)
 
 
-def test_of_two_concurrent_processes_one_encodes(tmp_path):
+def test_only_one_of_two_concurrent_processes_encodes(tmp_path):
     workers = [start(tmp_path, 0.05) for _ in range(2)]
     output = sorted(worker.communicate(timeout=120)[0].split("\n")[-2] for worker in workers)
     assert output == ["encoded 20", "found 20"]
@@ -170,12 +170,12 @@ def test_the_cache_stores_everything_about_the_examples(tmp_path, monkeypatch):
     rows = [chat(question, "c", f"r {i}") for i in range(8)]
     found = cached_dataset(tmp_path, KEY, encode_stream(rows, tokenizer("qwen3"), pack_capacity=2048))
     fresh = encode_rows(rows, tokenizer("qwen3"), pack_capacity=2048)
-    for name in ("lengths", "weights", "target_counts", "prompts"):
+    for name in ("lengths", "weights", "target_counts", "prompt_keys"):
         assert np.array_equal(getattr(found, name), getattr(fresh, name)), name
     assert [found.location(i) for i in range(8)] == [fresh.location(i) for i in range(8)]
     assert found.digest() == fresh.digest()
     assert found.counts == fresh.counts
-    assert len(set(found.prompts[:, 1])) == 1
+    assert len(set(found.prompt_keys[:, 1])) == 1
 
 
 # --- the cache folder ---------------------------------------------------------------------------------------

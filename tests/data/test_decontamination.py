@@ -45,7 +45,7 @@ def test_ngram_hashes():
     assert (ngram_hashes("one two three") != ngram_hashes("three two one")).all()
 
 
-def test_find_ngram_returns_the_first_one_that_is_known():
+def test_find_ngram_returns_the_first_known_ngram():
     known = np.unique(ngram_hashes("The quick brown fox jumps over", 3))
     assert find_ngram("a *quick* brown Fox, jumps", known, 3) == "quick brown fox"
     assert find_ngram("a quick red fox", known, 3) is None
@@ -92,7 +92,7 @@ def test_the_spec_in_a_prompt_is_refused():
 
 
 @pytest.mark.data
-def test_star1_prompts_hold_no_model_spec(shared_data):
+def test_star1_prompts_do_not_contain_the_model_spec(shared_data):
     rows = read_source("star1", SourceConfig(path=str(shared_data / "star1.json")))
     spec = read_source("spec", SourceConfig(path=str(shared_data / "model_spec.md"), cut="headings"))
     refuse_spec_in_prompts(rows, [section.text for section in spec])

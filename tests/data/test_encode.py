@@ -1,4 +1,4 @@
-"""Encoding: segments are exact for every token, judged by an oracle, and ids are those of the chat template."""
+"""Encoding: segments are exact for every token, compared with an oracle, and ids are those of the chat template."""
 
 import itertools
 import random
@@ -118,7 +118,7 @@ def test_an_empty_think_block_of_the_template_is_prompt():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cot_modes(family):
+def test_train_and_context_have_equal_tokens_and_strip_removes_the_cot(family):
     tok = tokenizer(family)
     row = chat("Hi.", "Think twice.", "Yes.")
     train, context, strip = (encode_row(row, tok, cot=cot) for cot in ("train", "context", "strip"))
@@ -178,8 +178,8 @@ def test_document_is_bos_text_eos():
     assert (ids[0], ids.count(with_bos.bos_token_id)) == (with_bos.bos_token_id, 1)
 
 
-def test_a_token_across_a_border_belongs_to_the_segment_where_it_begins():
-    tok = tokenizer("chatml")  # its think tags are plain text, so `.\n` may be one token over the border
+def test_a_token_across_a_boundary_belongs_to_the_segment_where_it_begins():
+    tok = tokenizer("chatml")  # its think tags are plain text, so `.\n` may be one token across the boundary
     assert ".\n" in [tok.decode(i) for i in range(len(tok))]
     example = encode_row(chat("p.", "thought.", "Yes."), tok)
     assert spell(tok, example)[1] == ("COT", "<think>\nthought.\n</think>\n\n")
@@ -281,7 +281,7 @@ def test_a_stream_yields_the_examples_of_each_row():
     assert list(encode_stream([], tokenizer("qwen3"), pack_capacity=128)) == []
 
 
-def test_over_long():
+def test_over_long_rows_are_dropped_split_or_raise():
     tok = tokenizer("qwen3")
     short, long_chat, long_text = chat("p", None, "r"), chat("p " * 500, None, "r"), document("one two " * 400)
     dropped = encode_rows([short, long_chat, long_text], tok, pack_capacity=128)
@@ -300,7 +300,7 @@ def test_over_long():
 
 @pytest.mark.parametrize("n", [3, 4, 5, 127, 128, 1000])
 @pytest.mark.parametrize("capacity", [2, 3, 4, 100])
-def test_split_loses_nothing(n, capacity):
+def test_splitting_a_document_keeps_every_target(n, capacity):
     whole = Example(np.arange(n, dtype=np.int32), np.full(n, D, np.int8), "f:1", 0.5)
     pieces = list(split_document(whole, capacity)) if n > capacity else [whole]
     assert all(2 <= len(piece) <= capacity for piece in pieces) or n <= capacity
@@ -338,7 +338,7 @@ TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_en
         (TURNS + "{{ messages[0].x.y }}", "the chat template refuses the row: 'dict object' has no attribute 'x'"),
     ],
 )
-def test_templates_that_cannot_be_trained_with(template, message):
+def test_templates_that_cannot_be_trained_with_raise(template, message):
     with pytest.raises(DataError) as caught:
         encode_row(chat("secret", None, "secret"), with_template(template))
     assert str(caught.value).startswith("rows.jsonl:1: ")
@@ -346,7 +346,7 @@ def test_templates_that_cannot_be_trained_with(template, message):
     assert "secret" not in str(caught.value)
 
 
-def test_a_row_without_anything_to_train_on():
+def test_a_row_without_anything_to_train_on_raises():
     tok = tokenizer("qwen3")
     assert encode_row(chat("p", "c", ""), tok) is not None
     for cot in ("context", "strip"):
@@ -356,7 +356,7 @@ def test_a_row_without_anything_to_train_on():
             encode_row(chat("p", "c", " "), tok, cot=cot)
 
 
-def test_other_refusals():
+def test_rows_and_tokenizers_that_cannot_be_encoded_raise():
     with pytest.raises(DataError, match=r"rows.jsonl:1: contains the private-use character U\+100000"):
         encode_row(chat("a\U00100000", None, "r"), tokenizer("qwen3"))
     with pytest.raises(ValueError, match="cot is 'keep'; it must be 'train', 'context' or 'strip'"):
@@ -394,7 +394,7 @@ def test_a_vocabulary_that_spells_a_control_token_is_refused():
 
 @pytest.mark.data
 class TestRealData:
-    def test_star1_is_exact_throughout(self, shared_data):
+    def test_star1_has_exact_ids_and_segments(self, shared_data):
         from delib_fast.config import SourceConfig
 
         rows = read_source("star1", SourceConfig(path=str(shared_data / "star1.json")))

@@ -1,4 +1,4 @@
-"""Data sets of the `datasets` library are read like the JSONL file with the same rows."""
+"""Datasets of the `datasets` library are read like the JSONL file with the same rows."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_a_saved_folder_has_the_rows_of_its_jsonl(saved):
     assert len(hashes) == 1
 
 
-def test_splits(saved):
+def test_the_configured_split_is_read(saved):
     assert len(read(saved / "several", split="test")) == 1
     with pytest.raises(DataError, match="has no split 'dev'; set split to one of test, train"):
         read(saved / "several", split="dev")

@@ -20,7 +20,7 @@ def mixed(lengths, repeat=None, caps=None, mix=None, seed=0):
     )
 
 
-def test_everything_once_by_default():
+def test_every_example_is_drawn_once_by_default():
     lengths = {"a": np.array([3, 4]), "b": np.array([5, 6, 7])}
     chosen, shares = mixed(lengths)
     assert chosen.tolist() == [0, 1, 2, 3, 4]
@@ -43,7 +43,7 @@ def test_a_repeat_is_exact_to_less_than_one_example(n, repeat, seed):
 
 
 @given(LENGTHS, LENGTHS, st.floats(0.05, 0.95))
-def test_shares_of_a_mix(a, b, share):
+def test_a_mix_has_the_requested_shares(a, b, share):
     try:
         _, shares = mixed({"a": a, "b": b}, mix={"a": share, "b": 1 - share})
     except ValueError:

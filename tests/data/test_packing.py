@@ -23,8 +23,8 @@ def lengths_and_capacity(draw):
     return draw(st.lists(st.integers(1, longest), min_size=1, max_size=300)), capacity
 
 
-def first_fit_packs(lengths, capacity):
-    """The naive definition of best-fit decreasing, quadratic: the number of packs it opens."""
+def count_best_fit_packs(lengths, capacity):
+    """Count the packs of best-fit decreasing with a naive quadratic implementation."""
     spaces = []
     for length in sorted(lengths, reverse=True):
         fitting = [s for s in spaces if s >= length]
@@ -41,14 +41,14 @@ def first_fit_packs(lengths, capacity):
 @example(case=([1], 1), seed=0)
 @example(case=([5] * 300, 7), seed=1)
 @settings(max_examples=150, deadline=None)
-def test_properties(backend, case, seed):
+def test_each_example_is_packed_once_within_the_capacity(backend, case, seed):
     lengths, capacity = case
     plan = plan_packs(lengths, capacity, seed=seed, backend=backend)
     assert sorted(plan.examples.tolist()) == list(range(len(lengths)))
     sizes = [sum(lengths[i] for i in plan.pack(p)) for p in range(plan.num_packs)]
     assert max(sizes) <= capacity
     assert min(np.diff(plan.pack_offsets)) >= 1
-    assert plan.num_packs == first_fit_packs(lengths, capacity)
+    assert plan.num_packs == count_best_fit_packs(lengths, capacity)
     assert plan.fill == pytest.approx(sum(lengths) / (plan.num_packs * capacity))
     again = plan_packs(
         np.asarray(lengths, np.int16 if capacity < 2**15 else np.int64), capacity, seed=seed, backend=backend
@@ -79,14 +79,14 @@ def test_the_seed_changes_the_packs_but_not_their_number(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_fill_at_scale(backend):
+def test_packs_are_nearly_full_at_scale(backend):
     """Best fit over the whole dataset wastes almost nothing. bench/bench_packing.py measures 1M examples."""
     rng = np.random.default_rng(0)
     lengths = np.clip(np.exp(rng.normal(np.log(6000), 0.9, 100_000)), 64, 32768).astype(np.int64)
     assert plan_packs(lengths, 32768, backend=backend).fill > 0.9997
 
 
-def test_largest_capacity_and_many_levels():
+def test_the_largest_capacity_is_supported():
     plan = plan_packs([MAX_CAPACITY, 1, MAX_CAPACITY - 1, 2], MAX_CAPACITY)
     assert plan.num_packs == 3
     assert [plan.pack(i).tolist() for i in range(3)] == [[0], [2, 1], [3]]
@@ -110,12 +110,12 @@ def test_largest_capacity_and_many_levels():
         ([1], 2**24 + 1, "pack capacity is 16777217; it must be in 1 … 16777216 tokens"),
     ],
 )
-def test_refuses(lengths, capacity, message):
+def test_invalid_arguments_raise(lengths, capacity, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         plan_packs(lengths, capacity)
 
 
-def test_refuses_an_unknown_backend():
+def test_an_unknown_backend_raises():
     with pytest.raises(ValueError, match="packing backend 'rust' is unknown; use 'auto', 'cpp' or 'python'"):
         plan_packs([1], 2, backend="rust")
 

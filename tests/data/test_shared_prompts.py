@@ -1,4 +1,4 @@
-"""Shared prompts: every token attends to exactly the same tokens as in a row of its own, and fewer are computed."""
+"""Shared prompts: every token attends to exactly the same tokens as without sharing, and fewer are computed."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delib_fast.data import Example, PackedDataLoader, Segment, TokenizedDataset, encode_rows, evaluation_batches
-from delib_fast.data.pack.shared_prompts import LEAST_SHARED_TOKENS, bundle
+from delib_fast.data.pack.shared_prompts import MIN_SHARED_TOKENS, bundle
 
 WEIGHTS = (0.0, 0.5, 1.0, 2.0)
 
@@ -50,12 +50,12 @@ def batches(examples, *, share, capacity=128, packs_per_step=2, **more):
     )
 
 
-def written_out(batch):
-    """Of each reply of a pack: its whole text, and (position, target, weight, segment) wherever it is supervised."""
-    runs = list(itertools.pairwise(batch.cu_seqlens_host))
-    prefix = batch.prefix or (-1,) * len(runs)
-    for (start, end), parent, example in zip(runs, prefix, batch.example_ids, strict=True):
-        before = slice(*runs[parent]) if parent >= 0 else slice(0, 0)
+def replies_of(batch):
+    """Yield (example, its full ids, [(position, target, weight, segment), …] where supervised) for each reply."""
+    spans = list(itertools.pairwise(batch.cu_seqlens_host))
+    prefix = batch.prefix or (-1,) * len(spans)
+    for (start, end), parent, example in zip(spans, prefix, batch.example_ids, strict=True):
+        before = slice(*spans[parent]) if parent >= 0 else slice(0, 0)
         ids = [*batch.input_ids[before].tolist(), *batch.input_ids[start:end].tolist()]
         positions = [*batch.position_ids[before].tolist(), *batch.position_ids[start:end].tolist()]
         assert positions == list(range(len(ids)))
@@ -88,7 +88,7 @@ def written_out(batch):
     packs_per_step=st.sampled_from([1, 2, 4]),
 )
 @settings(max_examples=60, deadline=None)
-def test_every_reply_is_learnt_as_if_alone(prompts, seed, packs_per_step):
+def test_every_reply_is_trained_on_as_without_sharing(prompts, seed, packs_per_step):
     examples = replies(prompts, seed)
     plain, shared = (batches(examples, share=share, packs_per_step=packs_per_step) for share in (False, True))
     found = []
@@ -96,7 +96,7 @@ def test_every_reply_is_learnt_as_if_alone(prompts, seed, packs_per_step):
         packs = [pack for step in range(len(whole)) for pack in whole.step(step) if not pack.is_empty]
         assert all(pack.num_tokens <= 128 for pack in packs)
         assert sum(pack.num_tokens for pack in packs) == whole.tokens_per_epoch
-        found.append(sorted(entry for pack in packs for entry in written_out(pack)))
+        found.append(sorted(entry for pack in packs for entry in replies_of(pack)))
     assert found[0] == found[1]
     assert [example for example, _, _ in found[1]] == list(range(len(examples)))
     assert all(ids == examples[example].input_ids.tolist() for example, ids, _ in found[1])
@@ -107,8 +107,8 @@ def test_every_reply_is_learnt_as_if_alone(prompts, seed, packs_per_step):
     assert shared.totals().tokens + shared.totals().shared_tokens == everything
 
 
-def test_the_layout_is_the_contract():
-    """The prompt but for its last token is one run; each reply begins with a copy of that token."""
+def test_the_layout_of_a_pack_with_a_shared_prompt():
+    """The prompt without its last token is one sequence; each reply begins with a copy of that token."""
     (prompt, first), (_, second) = [(e.input_ids[:20], e) for e in replies([(20, (6, 9))])[:2]]
     longest, other = sorted((first, second), key=len, reverse=True)
     (pack,) = batches([longest, other], share=True, packs_per_step=1).step(0)
@@ -119,16 +119,16 @@ def test_the_layout_is_the_contract():
     assert pack.position_ids.tolist() == [*range(29), *range(19, 26)]
 
 
-def test_what_does_not_save_is_not_shared():
-    short = replies([(LEAST_SHARED_TOKENS, (6, 9))])  # its last token is each reply's own
+def test_prompts_are_not_shared_if_that_saves_nothing():
+    short = replies([(MIN_SHARED_TOKENS, (6, 9))])  # one token too short: its last token is not shared
     assert batches(short, share=True).prompt_sharing is None
     assert all(p.prefix is None for p in batches(short, share=True).step(0))
     assert batches(replies([(40, (5,)), (30, (5,)), (50, (9,))]), share=True).prompt_sharing is None
-    # rows of 60 and 40 fill packs of 100 by twos; a bundle of the 40s would take 63, and fit with neither 60
+    # pairs of 60 and 40 tokens fill packs of 100; a bundle of the two 40s would take 63, and not fit with a 60
     awkward = replies([(18, (42, 42)), (18, (22, 22))])[:4]
     assert batches(awkward, share=True, capacity=100).prompt_sharing is None
     assert batches(awkward, share=True, capacity=123).prompt_sharing is not None
-    learnt_prompt = PackedDataLoader(
+    supervised_prompt = PackedDataLoader(
         replies([(40, (5, 5))]),
         pack_capacity=128,
         packs_per_step=1,
@@ -139,7 +139,7 @@ def test_what_does_not_save_is_not_shared():
         segment_weights=(1, 1, 1, 1),
         share_prompts=True,
     )
-    assert learnt_prompt.prompt_sharing is None
+    assert supervised_prompt.prompt_sharing is None
 
 
 def test_a_prompt_with_more_replies_than_fit_is_computed_in_each_bundle():
@@ -150,7 +150,7 @@ def test_a_prompt_with_more_replies_than_fit_is_computed_in_each_bundle():
     assert sorted(found.examples.tolist()) == list(range(10))
 
 
-def test_smaller_bundles_where_they_fill_packs_better(monkeypatch):
+def test_smaller_bundles_are_used_if_they_fill_packs_better(monkeypatch):
     draw = random.Random(0)
     examples = TokenizedDataset(replies([(20, [draw.randint(30, 60) for _ in range(8)]) for _ in range(60)]))
     packs = {}
@@ -160,7 +160,7 @@ def test_smaller_bundles_where_they_fill_packs_better(monkeypatch):
     assert packs[(1, 2, 3, 4)] < packs[(1,)] <= batches(examples, share=False, capacity=512).packs_per_epoch
 
 
-def test_ranks_share_out_the_same_steps_and_accounts_are_true():
+def test_ranks_split_the_same_steps_and_totals_and_costs_are_exact():
     examples = TokenizedDataset(replies([(40, (20, 30, 10, 5)), (25, (9, 9)), (60, (40, 40)), (30, (4,))] * 4))
     whole = batches(examples, share=True, packs_per_step=4, epochs=3, max_steps=7)
     assert whole.steps_per_epoch < 7 < 3 * whole.steps_per_epoch
@@ -181,7 +181,7 @@ def test_ranks_share_out_the_same_steps_and_accounts_are_true():
         with pytest.raises(ValueError, match=f"no token of step {unsupervised[0]} is supervised"):
             whole.refuse_unsupervised_steps()
     cost = whole.cost_of_ranks(0, 1, 0.01)[0]  # each token against all that it sees
-    pairs = sum(len(text) ** 2 for pack in whole.step(0) for _, text, _ in written_out(pack))
+    pairs = sum(len(text) ** 2 for pack in whole.step(0) for _, text, _ in replies_of(pack))
     again = sum(
         2 * (end - start) ** 2
         for pack in whole.step(0)
@@ -199,7 +199,7 @@ def test_ranks_share_out_the_same_steps_and_accounts_are_true():
 
 def test_different_prompts_with_the_same_hash_are_refused():
     examples = TokenizedDataset(replies([(40, (20, 30)), (40, (20, 30))])[:4])
-    examples.prompts[:, 1] = 7
+    examples.prompt_keys[:, 1] = 7
     with pytest.raises(ValueError, match=r"f:\d and f:\d have different prompts with the same hash; set share_prompts"):
         batches(examples, share=True, capacity=200, packs_per_step=1).step(0)
 
@@ -209,16 +209,16 @@ def test_evaluation_shares_prompts_and_has_each_reply_once():
     packs = evaluation_batches(
         examples, pack_capacity=128, segment_weights=(0, 1, 1, 1), rank=0, world_size=1, share_prompts=True
     )
-    assert sorted(e for pack in packs for e, _, _ in written_out(pack)) == list(range(len(examples)))
+    assert sorted(e for pack in packs for e, _, _ in replies_of(pack)) == list(range(len(examples)))
     assert sum(p.num_tokens for p in packs) < sum(map(len, examples))
 
 
 @pytest.mark.data
-def test_math_cot_100x8(shared_data):
+def test_sharing_real_prompts_saves_seven_of_eight_copies(shared_data):
     """Real prompts with eight replies each, encoded with a chat template."""
     lines = (shared_data / "math_cot_100x8.jsonl").read_text().splitlines()[:20]
     rows = [chat(item["question"], None, reply) for item in map(json.loads, lines) for reply in item["code"]]
     encoded = encode_rows(rows, tokenizer("qwen3"), pack_capacity=16384)
     sharing = batches(encoded, share=True, capacity=16384).prompt_sharing
     assert (sharing.prompts, sharing.examples) == (20, 160)
-    assert sharing.tokens == 7 * encoded.prompts[::8, 0].sum()
+    assert sharing.tokens == 7 * encoded.prompt_keys[::8, 0].sum()

@@ -126,7 +126,7 @@ def one(folder, item):
         ),
     ],
 )
-def test_formats(tmp_path, item, prompt, cot, response):
+def test_every_format_is_read(tmp_path, item, prompt, cot, response):
     row = one(tmp_path, item)
     assert (row.kind, row.messages[-1].content, row.cot, row.response) == ("chat", prompt, cot, response)
     assert [m.role for m in row.messages] == ["user"]
@@ -140,7 +140,7 @@ def test_document_keeps_its_text_exactly(tmp_path):
     assert (row.kind, row.text, row.weight, row.texts) == ("document", text, 0.5, (text,))
 
 
-def test_system_and_history(tmp_path):
+def test_system_message_and_earlier_turns_are_messages(tmp_path):
     row = one(
         tmp_path,
         {
@@ -187,7 +187,7 @@ def test_each_turn_becomes_a_row_of_its_own(tmp_path):
     assert [m.cot for m in last.messages] == [None, None, "h", None, None, None]
 
 
-def test_think_tags_by_config(tmp_path):
+def test_think_tags_can_be_configured(tmp_path):
     path = write(tmp_path, json.dumps({"prompt": "p", "response": "[THINK]c[/THINK]<think>r"}))
     (row,) = read(path, think_tags=("[THINK]", "[/THINK]"))
     assert (row.cot, row.response) == ("c", "<think>r")
@@ -211,7 +211,7 @@ def test_harmless_oddities_are_read(tmp_path, content):
     assert len(read(write(tmp_path, content))) == 2
 
 
-def test_limit_and_hash(tmp_path):
+def test_the_hash_covers_the_whole_file_despite_a_limit(tmp_path):
     path = write(tmp_path, (GOOD + "\n") * 5)
     reader = SourceReader("rows", SourceConfig(path=str(path), limit=2))
     rows = list(reader)
@@ -220,7 +220,7 @@ def test_limit_and_hash(tmp_path):
     assert rows[0].digest == rows[1].digest
 
 
-def test_parquet(tmp_path):
+def test_parquet_has_the_rows_of_the_equal_jsonl(tmp_path):
     items = [
         {"prompt": "p", "cot": "c", "response": "r"},
         {"text": "a document"},
@@ -245,7 +245,7 @@ def test_parquet(tmp_path):
     assert reader.sha256 == hash_file(path)
 
 
-def test_damaged_parquet(tmp_path):
+def test_damaged_parquet_is_refused(tmp_path):
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.Table.from_pylist([{"text": SECRET}, {"text": ""}]), path)
     with pytest.raises(DataError, match=r"rows.parquet:2: 'text' is empty: .* \(row [0-9a-f]{12}\)"):
@@ -454,7 +454,7 @@ FOREIGN_FILES = {
 
 
 @pytest.mark.parametrize("name", FOREIGN_FILES)
-def test_file_that_is_something_else(tmp_path, name):
+def test_a_file_of_another_format_is_refused(tmp_path, name):
     content, file_name, why = FOREIGN_FILES[name]
     path = write(tmp_path, content, file_name)
     for on_bad_row in ("error", "skip"):  # a broken file is not a bad row
@@ -473,7 +473,7 @@ def test_paths_that_are_not_files(tmp_path):
         read(write(tmp_path, GOOD), cut="headings")
 
 
-def test_line_of_a_hundred_megabytes(tmp_path):
+def test_a_line_of_a_hundred_megabytes_is_a_bad_row(tmp_path):
     path = write(tmp_path, GOOD + "\n")
     with path.open("ab") as file:
         file.write(b'{"text": "')
@@ -499,7 +499,7 @@ def test_more_bad_rows_than_the_limit_are_an_error(tmp_path):
 
 
 def test_any_cut_and_any_flipped_byte_is_an_error_or_rows(tmp_path):
-    """Of 1000 random damages each gives rows, or a DataError with the file's name, and never another exception."""
+    """Each of 1000 randomly damaged files gives rows or a DataError with the file's name, never another exception."""
     draw = random.Random(0)
     whole = ("\n".join([GOOD, line({"messages": [USER, CHAT]}), line({"text": "naïve 東京"})]) + "\n").encode()
     for _ in range(1000):
@@ -527,7 +527,7 @@ def test_a_closing_tag_alone_on_its_line_ends_the_cot():
 
 @pytest.mark.data
 class TestRealData:
-    def test_star1(self, shared_data):
+    def test_star1_is_read_completely(self, shared_data):
         rows = read(shared_data / "star1.json")
         assert len(rows) == 1000
         assert all(row.cot and row.response and "think>" not in row.cot + row.response for row in rows)
@@ -535,7 +535,7 @@ class TestRealData:
         assert [r.messages[0].content for r in rows] == [item["question"] for item in raw]
         assert all(f"<think>\n{r.cot}\n</think>" in item["response"] for r, item in zip(rows, raw, strict=True))
 
-    def test_gsm8k(self, shared_data):
+    def test_gsm8k_is_read_completely(self, shared_data):
         rows = read(shared_data / "gsm8k_train.jsonl")
         assert len(rows) == 7473
         assert all(row.cot and row.response.startswith("#### ") for row in rows)

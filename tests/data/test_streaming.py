@@ -1,4 +1,4 @@
-"""Datasets larger than memory: the rows of a large file are read again in each pass, and never all kept."""
+"""Datasets larger than memory: the rows of a large file are read again in each pass, and never all in memory."""
 
 import json
 import subprocess
@@ -79,13 +79,13 @@ def test_prefetched_items_keep_their_order_and_errors_their_position():
     assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
-def test_progress_is_logged_on_stderr(capsys):
+def test_progress_is_printed_on_stderr(capsys):
     assert list(log_progress("abcd", 4, "encoding rows", every_s=0)) == list("abcd")
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines] == [f"encoding rows: {n} of 4 rows" for n in (1, 2, 3)]
 
 
-def test_the_tokenizer_works_in_threads_of_its_own():
+def test_the_tokenizer_uses_its_own_threads():
     rows = [chat("a question " * 50, "a thought " * 300, "an answer " * 50)] * 64
     encoder = encoder_for(tokenizer("qwen3"))
     filled = [encoder._text(row, "train", None)[0] for row in rows]

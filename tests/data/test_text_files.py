@@ -30,7 +30,7 @@ deep text
 """
 
 
-def test_cut_at_headings():
+def test_headings_in_code_and_bare_headings_do_not_start_a_section():
     sections = list(cut_at_headings(MARKDOWN))
     assert [(s.line, s.context) for s in sections] == [(1, ()), (3, ()), (14, ("# One {#one}",)), (16, ())]
     assert sections[1].body.startswith("# One {#one}\n## Bare\n### Deep\ndeep text\n```sh\n# no heading")
@@ -52,7 +52,7 @@ def test_whole_text_file_is_one_document(tmp_path):
 
 
 @pytest.mark.data
-def test_model_spec_at_its_headings(shared_data):
+def test_the_model_spec_is_split_at_its_headings(shared_data):
     rows = read_source("spec", SourceConfig(path=str(shared_data / "model_spec.md"), cut="headings"))
     assert 60 < len(rows) < 120
     text = (shared_data / "model_spec.md").read_text()

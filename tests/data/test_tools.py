@@ -1,4 +1,4 @@
-"""Tools in chats: calls are supervised, results are not, ids are the template's own, and no text forges structure."""
+"""Tools in chats: calls are supervised, results are not, and no text in a tool can become a control token."""
 
 import json
 
@@ -60,7 +60,7 @@ def as_objects(messages):
     ]
 
 
-def test_each_call_and_the_answer_are_rows_with_the_template_s_ids(tmp_path):
+def test_each_call_and_the_answer_are_rows_with_the_ids_of_the_template(tmp_path):
     tok = tokenizer("qwen3")
     call, answer = read(tmp_path, MESSAGES, tools=[TOOL])
     assert (call.location.endswith(":1 (message 1)"), answer.location.endswith(":1 (message 4)")) == (True, True)
@@ -99,7 +99,7 @@ def test_a_call_after_text_and_without_a_cot(tmp_path):
     assert stripped[0].input_ids.tolist() == example.input_ids.tolist()
 
 
-def test_share_gpt_spelling_is_the_same_row(tmp_path):
+def test_the_sharegpt_format_gives_the_same_rows(tmp_path):
     items = [
         {"from": "human", "value": "May I take two?"},
         {"from": "function_call", "value": json.dumps({"name": "look_up", "arguments": ARGUMENTS})},
@@ -116,7 +116,7 @@ def test_share_gpt_spelling_is_the_same_row(tmp_path):
     ]
 
 
-def test_turns_last_makes_rows_of_all_calls_since_the_last_question(tmp_path):
+def test_turns_last_gives_a_row_for_each_call_since_the_last_user_message(tmp_path):
     earlier = [*MESSAGES, {"role": "user", "content": "And three?"}, *MESSAGES[1:]]
     assert [r.location.rsplit("(")[1] for r in read(tmp_path, earlier)] == ["message 6)", "message 9)"]
     assert len(read(tmp_path, earlier, turns="each")) == 4
@@ -153,7 +153,7 @@ def test_text_in_a_tool_never_becomes_a_control_token(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["chatml", "llama3", "plain"])
-def test_templates_that_write_no_tools_are_refused(tmp_path, family):
+def test_templates_that_do_not_write_tools_are_refused(tmp_path, family):
     tok = tokenizer(family)
     with pytest.raises(DataError, match="the chat template does not write the available tools: use one that does"):
         encode_row(read(tmp_path, [MESSAGES[0], MESSAGES[-1]], tools=[TOOL])[0], tok)

@@ -5,8 +5,8 @@
                                      counts and a digest as metadata
 
 The folder's name is a hash of everything that the encoding depends on: the rows, the tokenizer, its chat template and
-the settings. An entry is written to a temporary folder and renamed, under a lock: a killed process leaves no entry that
-looks complete, and of two processes that start at the same time one encodes and the other waits. An entry that does not
+the settings. An entry is written to a temporary folder and renamed under a lock, so a killed process leaves no entry
+that looks complete. If two processes start at the same time, one encodes and the other waits. An entry that does not
 match its digest is damaged, and is encoded again.
 """
 
@@ -33,7 +33,7 @@ _LOCATIONS_PER_CHUNK = 1 << 16
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """The sha256 of everything that decides how a tokenizer encodes a row."""
+    """Return the sha256 of everything that affects how a tokenizer encodes a row."""
     parts = [
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template,
@@ -56,7 +56,7 @@ def cached_dataset(
     Args:
         cache_folder: created if it does not exist.
         key: `disk_cache.cache_key` of everything that the examples depend on.
-        encoded_rows: the examples of each row, as `encode_stream` yields them. They are written as they come; the
+        encoded_rows: the examples of each row, as `encode_stream` yields them. They are written one row at a time. The
             iterator is not started if there is an entry.
         description: stored in the entry for human readers.
     Returns:
@@ -113,7 +113,7 @@ class _ExampleColumns:
         self._location_chunks: list[pa.Array] = []
 
     def add(self, example: Example) -> None:
-        self._numbers.extend((len(example), *example.target_counts.tolist(), *example.prompt))
+        self._numbers.extend((len(example), *example.target_counts.tolist(), *example.prompt_key))
         self._weights.append(example.weight)
         self._locations.append(example.location)
         if len(self._locations) == _LOCATIONS_PER_CHUNK:
@@ -137,10 +137,10 @@ class _ExampleColumns:
         )
 
 
-def _column_of_file(path: Path, kind: pa.DataType, length: int) -> pa.Array:
-    """A file of numbers as an Arrow column, memory-mapped."""
+def _column_of_file(path: Path, dtype: pa.DataType, length: int) -> pa.Array:
+    """Memory-map a file of numbers as an Arrow column."""
     with pa.memory_map(str(path)) as file:
-        return pa.Array.from_buffers(kind, length, [None, file.read_buffer()])
+        return pa.Array.from_buffers(dtype, length, [None, file.read_buffer()])
 
 
 def _write_arrow(path: Path, batch: pa.RecordBatch) -> None:
@@ -152,7 +152,7 @@ def _write_arrow(path: Path, batch: pa.RecordBatch) -> None:
 
 
 def _open(entry: Path) -> TokenizedDataset | None:
-    """The dataset of an entry; None if there is no entry or it is damaged."""
+    """Open the dataset of an entry. Returns None if there is no entry or it is damaged."""
     try:
         examples = _batch(entry / "examples.arrow")
         metadata = json.loads(examples.schema.metadata[b"delib_fast"])
@@ -170,13 +170,13 @@ def _batch(path: Path) -> pa.RecordBatch:
 def _dataset(tokens_path: Path, examples: pa.RecordBatch, counts: Counts) -> TokenizedDataset:
     tokens = _batch(tokens_path)
     locations = examples.column("location")
-    return TokenizedDataset.of_arrays(
+    return TokenizedDataset.from_arrays(
         input_ids=tokens.column("input_ids").to_numpy(),
         segments=tokens.column("segments").to_numpy(),
         lengths=examples.column("length").to_numpy(),
         weights=examples.column("weight").to_numpy(),
         target_counts=np.stack([examples.column(name).to_numpy() for name in _TARGETS], axis=1),
-        prompts=np.stack([examples.column(name).to_numpy() for name in _PROMPTS], axis=1),
+        prompt_keys=np.stack([examples.column(name).to_numpy() for name in _PROMPTS], axis=1),
         location=lambda index: str(locations[index].as_py()),
         counts=counts,
     )

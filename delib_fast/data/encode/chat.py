@@ -1,8 +1,8 @@
-"""Render chats: which text comes from the chat template, which from the row, and which the model has to write.
+"""Render chats, and track which text comes from the chat template, from the row, and from the model.
 
 A template is rendered once for each *shape* of row (the roles, which texts are empty, the white space around them),
-with one private-use character as a placeholder for each text. So the content of a row cannot influence the template,
-and a million rows of one shape need one rendering.
+with one private-use character as a placeholder for each text. The content of a row can therefore not influence the
+template, and a million rows of one shape need one rendering.
 """
 
 from __future__ import annotations
@@ -38,10 +38,15 @@ _MAX_SHAPES = 10_000
 _PROBE_SLOT = chr(_SLOT + 0xFFFD)
 
 Shape = tuple[str, bool, str]
+ReplyFormat = Callable[[str, str], dict[str, Any]]
+"""(CoT, response) → the assistant message that a chat template receives."""
 
 
 def shape_of(text: str) -> Shape:
-    """(leading white space, whether there is more, trailing white space): all that a template may see of a text."""
+    """Return (leading white space, whether there is more, trailing white space).
+
+    This is all that a template may depend on in a text.
+    """
     core = text.strip()
     if not core:
         return text, False, ""
@@ -53,26 +58,26 @@ def shape_of(text: str) -> Shape:
 class Skeleton:
     """A rendered template with slots for the texts: `pieces[0] text[slots[0]] pieces[1] …`.
 
-    Control tokens are spelled as private-use characters (control_tokens.py).
+    Control tokens are written as private-use characters (control_tokens.py).
     """
 
     pieces: tuple[str, ...]
     slots: tuple[int, ...]
-    borders: tuple[tuple[int, int], ...]
-    """Where the chain of thought begins, where the response begins, and where it ends (after the end of its turn), each
-    as (number of slots before it, number of the template's characters before it)."""
+    boundaries: tuple[tuple[int, int], ...]
+    """The beginning of the chain of thought, the beginning of the response, and the end of the response (after the end
+    of its turn). Each is (number of slots before it, number of the template's characters before it)."""
 
     def fill(self, cores: Sequence[str]) -> tuple[str, tuple[int, ...]]:
-        """Return (the whole text, the three borders as positions in it). `cores` are the stripped texts."""
+        """Return (the whole text, the three boundaries as positions in it). `cores` are the stripped texts."""
         parts = [self.pieces[0]]
         lengths = [0]
         for slot, piece in zip(self.slots, self.pieces[1:], strict=True):
             parts += (cores[slot], piece)
             lengths.append(lengths[-1] + len(cores[slot]))
-        return "".join(parts), tuple(lengths[slots] + chars for slots, chars in self.borders)
+        return "".join(parts), tuple(lengths[slots] + chars for slots, chars in self.boundaries)
 
     def fill_before(self, slot: int, cores: Sequence[str]) -> str:
-        """The text before a slot, which occurs once."""
+        """Return the text before a slot that occurs exactly once."""
         end = self.slots.index(slot)
         return "".join(
             [
@@ -95,13 +100,14 @@ class ChatRenderer:
     def skeleton(
         self, roles: tuple[str, ...], texts: Sequence[str], has_cot: bool, location: str, tools: Tools = NO_TOOLS
     ) -> Skeleton:
-        """The skeleton of a row.
+        """Return the skeleton of a row, from the cache if a row of its shape was rendered before.
 
         Args:
-            roles: of the messages before the reply.
+            roles: the roles of the messages before the reply.
             texts: the content and the CoT of each message, then the CoT and the response of the reply.
             has_cot: whether the reply has a CoT.
-            location: of the row, for errors.
+            location: the location of the row, for errors.
+            tools: the tools of the chat.
         Raises:
             DataError: the template refuses the row, drops a text or the tools, or writes nothing after the response.
         """
@@ -126,16 +132,16 @@ class ChatRenderer:
 
     def _build(self, roles: tuple[str, ...], shapes: Sequence[Shape], has_cot: bool, tools: Tools) -> Skeleton:
         marked = [f"{lead}{chr(_SLOT + k) if core else ''}{trail}" for k, (lead, core, trail) in enumerate(shapes)]
-        text, prompt_chars, way = self._render_reply(roles, marked, has_cot, tools)
+        text, prompt_chars, reply_format = self._render_reply(roles, marked, has_cot, tools)
         for k in range(0, len(shapes) - 2, 2):
             if shapes[k][1] and chr(_SLOT + k) not in text:
                 raise DataError(
                     f"the chat template drops the {roles[k // 2]} message (number {k // 2})", reason="template"
                 )
         if tools:
-            self._refuse_dropped_tools(text, roles, marked, tools, way)
+            self._refuse_dropped_tools(text, roles, marked, tools, reply_format)
         skeleton = _cut(self.control, text, prompt_chars, len(shapes), has_cot, tools.replies_with_calls)
-        self._check(skeleton, text, roles, shapes, way, tools)
+        self._check(skeleton, text, roles, shapes, reply_format, tools)
         return skeleton
 
     # --- rendering ------------------------------------------------------------------------------------------
@@ -148,21 +154,21 @@ class ChatRenderer:
 
     def _render_reply(
         self, roles: tuple[str, ...], texts: Sequence[str], has_cot: bool, tools: Tools
-    ) -> tuple[str, int, Way | None]:
-        """Return (rendering, number of its characters that the generation prompt supplies, how the reply was passed).
+    ) -> tuple[str, int, ReplyFormat | None]:
+        """Return (rendering, number of its characters that the generation prompt supplies, format of the reply).
 
-        The chain of thought is passed to the template in the first way that keeps it: as `reasoning_content`, or inside
-        the content between think tags for templates that do not know reasoning. For templates that remove it from every
-        finished turn, it is appended to the generation prompt, where the model will write it; then the third value is
-        None.
+        The chain of thought is passed to the template in the first format that the template keeps: in the field
+        `reasoning_content`, or between think tags inside the content. A template that removes it from every finished
+        turn supports neither. It is then appended to the generation prompt, where the model will write it, and the
+        third value is None.
         """
         before = _messages(roles, texts, tools)
         wanted = [text for text in texts[-2:] if _SLOTS.search(text)]
-        for way in (_as_reasoning, _in_content) if has_cot else (_as_reasoning,):
-            reply = tools.add_to(way(texts[-2] if has_cot else "", texts[-1]), -1)
+        for reply_format in (_with_reasoning_field, _with_cot_in_content) if has_cot else (_with_reasoning_field,):
+            reply = tools.add_to(reply_format(texts[-2] if has_cot else "", texts[-1]), -1)
             text = self.render([*before, reply], **tools.template_kwargs())
             if _once_in_order(text, wanted):
-                return text, self._supplied(before, text, has_cot, tools), way
+                return text, self._supplied(before, text, has_cot, tools), reply_format
         if tools.replies_with_calls:
             raise DataError(
                 "the chat template drops the text next to a tool call, or the chain of thought before it",
@@ -174,10 +180,10 @@ class ChatRenderer:
         return text, prompt_chars, None
 
     def _supplied(self, before: list[dict[str, Any]], text: str, has_cot: bool, tools: Tools) -> int:
-        """Number of characters of a rendering that inference supplies, so that the model never has to write them."""
+        """Count the leading characters of a rendering that the generation prompt supplies at inference."""
         prompts = [
-            self.render(before, add_generation_prompt=True, **more, **tools.template_kwargs())
-            for more in ({}, {"enable_thinking": has_cot})
+            self.render(before, add_generation_prompt=True, **kwargs, **tools.template_kwargs())
+            for kwargs in ({}, {"enable_thinking": has_cot})
         ]
         for prompt in prompts:
             if text.startswith(prompt):
@@ -207,7 +213,7 @@ class ChatRenderer:
                 "another template",
                 reason="template",
             )
-        finished = self.render([*before, _as_reasoning("", _PROBE_SLOT)], **tools.template_kwargs())
+        finished = self.render([*before, _with_reasoning_field("", _PROBE_SLOT)], **tools.template_kwargs())
         turn_end = finished[finished.rindex(_PROBE_SLOT) + 1 :]
         tag = "" if prompt.rstrip().endswith(opening) else f"{opening}\n"
         return f"{prompt}{tag}{cot}\n{closing}\n\n{response}{turn_end}", len(prompt)
@@ -218,19 +224,19 @@ class ChatRenderer:
         text: str,
         roles: tuple[str, ...],
         shapes: Sequence[Shape],
-        way: Way | None,
+        reply_format: ReplyFormat | None,
         tools: Tools,
     ) -> None:
-        """Raise DataError if the ids of a sample row of this shape differ from the tokenizer's own."""
+        """Raise DataError if the ids of a sample row of this shape differ from those of `apply_chat_template`."""
         if self.control.is_escaped(text):
-            return  # its tools spell control tokens, which the tokenizer itself would not treat as text
+            return  # the tools spell out control tokens, which the tokenizer itself would not treat as text
         cores = [f"Probe {k}, of no meaning" if core else "" for k, (_, core, _) in enumerate(shapes)]
         ours = self.control.encode_batch([skeleton.fill(cores)[0]])[0].ids
-        if way is None:
+        if reply_format is None:
             whole = _SLOTS.sub(lambda match: cores[ord(match[0]) - _SLOT], text)
         else:
             texts = [lead + core + trail for (lead, _, trail), core in zip(shapes, cores, strict=True)]
-            reply = tools.add_to(way(texts[-2], texts[-1]), -1)
+            reply = tools.add_to(reply_format(texts[-2], texts[-1]), -1)
             whole = self.render([*_messages(roles, texts, tools), reply], **tools.template_kwargs())
         theirs = self.tokenizer.backend_tokenizer.encode(whole, add_special_tokens=False).ids
         if ours != theirs:
@@ -241,15 +247,15 @@ class ChatRenderer:
             )
 
     def _refuse_dropped_tools(
-        self, text: str, roles: tuple[str, ...], marked: Sequence[str], tools: Tools, way: Way | None
+        self, text: str, roles: tuple[str, ...], marked: Sequence[str], tools: Tools, reply_format: ReplyFormat | None
     ) -> None:
         """Raise DataError if the template writes the same text without the available tools, or without the calls."""
-        if way is None:
+        if reply_format is None:
             return
         without = [("available tools", replace(tools, offered=""))] if tools.offered else []
         without += [("tool calls", replace(tools, calls=()))] if tools.calls else []
         for what, fewer in without:
-            reply = fewer.add_to(way(marked[-2], marked[-1]), -1)
+            reply = fewer.add_to(reply_format(marked[-2], marked[-1]), -1)
             if self.render([*_messages(roles, marked, fewer), reply], **fewer.template_kwargs()) == text:
                 raise DataError(
                     f"the chat template does not write the {what}: use one that does (tokenizer.chat_template), or "
@@ -258,15 +264,12 @@ class ChatRenderer:
                 )
 
 
-Way = Callable[[str, str], dict[str, Any]]
-
-
-def _as_reasoning(cot: str, response: str) -> dict[str, Any]:
+def _with_reasoning_field(cot: str, response: str) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": response}
     return message | {"reasoning_content": cot} if cot else message
 
 
-def _in_content(cot: str, response: str) -> dict[str, Any]:
+def _with_cot_in_content(cot: str, response: str) -> dict[str, Any]:
     return {"role": "assistant", "content": f"{THINK[0]}\n{cot}\n{THINK[1]}\n\n{response}"}
 
 
@@ -291,24 +294,24 @@ def _once_in_order(text: str, wanted: Sequence[str]) -> bool:
 def _cut(
     control: ControlTokens, raw: str, prompt_chars: int, num_texts: int, has_cot: bool, has_calls: bool
 ) -> Skeleton:
-    """Split a rendering at its placeholders, and find its borders."""
+    """Split a rendering at its placeholders, and find its boundaries."""
     text = control.spell(raw)
     supplied = len(control.spell(raw[:prompt_chars]))
     closing = control.spell(THINK[1])
     cot_slot, response_slot = chr(_SLOT + num_texts - 2), chr(_SLOT + num_texts - 1)
     response_at = text.find(response_slot)
-    thought_from = text.index(cot_slot) if has_cot else supplied
+    cot_start = text.index(cot_slot) if has_cot else supplied
     if has_cot and response_at >= 0:
         response_start = response_at
-    else:  # after the think block: a template may write an empty one for a reply without a CoT
-        closed = text.find(closing, thought_from, response_at if response_at >= 0 else len(text))
-        after = thought_from + has_cot if closed < 0 else closed + len(closing)
+    else:  # search after the think block: a template may write an empty one for a reply without a CoT
+        closed = text.find(closing, cot_start, response_at if response_at >= 0 else len(text))
+        after = cot_start + has_cot if closed < 0 else closed + len(closing)
         response_start = after if closed < 0 else after + len(text[after:]) - len(text[after:].lstrip())
     end = _reply_end(control, text, response_at + 1 if response_at >= 0 else response_start, has_calls)
     positions = (supplied if has_cot else response_start, response_start, end)
     slots = [(match.start(), ord(match[0]) - _SLOT) for match in _SLOTS.finditer(text)]
-    borders = tuple((n := sum(at < position for at, _ in slots), position - n) for position in positions)
-    return Skeleton(tuple(_SLOTS.split(text)), tuple(slot for _, slot in slots), borders)
+    boundaries = tuple((n := sum(at < position for at, _ in slots), position - n) for position in positions)
+    return Skeleton(tuple(_SLOTS.split(text)), tuple(slot for _, slot in slots), boundaries)
 
 
 def _reply_end(control: ControlTokens, text: str, after: int, has_calls: bool) -> int:

@@ -1,9 +1,9 @@
 """A tokenizer in which only a chat template can write a control token, never a row.
 
-The tokenizer is copied, and every control token is renamed to one private-use character. The template's text is spelled
-with these characters, and the row's text is left as it is. One pass over the whole text then gives exactly the ids of
-the original tokenizer (the same splits, the same merges across borders), except that `<|im_end|>` or `</think>` in a
-row stays text.
+The tokenizer is copied, and every control token is renamed to one private-use character. These characters replace the
+control tokens in the template's text; the row's text is unchanged. One pass over the whole text then gives exactly the
+ids of the original tokenizer (with the same splits and merges where the two meet), except that `<|im_end|>` or
+`</think>` in a row stays text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from delib_fast.data.rows import DataError
 
 _FIRST = 0x100000  # first private-use character that stands for a control token
 _SLOTS = re.compile("[\U000f0000-\U000fffff]")
-_BREAK = "\U000fffff"  # a noncharacter, inserted into control tokens that a tool description spells
+_BREAK = "\U000fffff"  # a noncharacter, inserted into control tokens that a tool description spells out
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _MARKUP = re.compile(r"<[^<>\s]+>|\[/?[A-Z0-9_]+\]")
 
@@ -29,11 +29,11 @@ class ControlTokens:
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
-        template_text: the chat template; an added token that occurs in it is a control token even if it is not marked
-            as special (Qwen's `<think>`, `<tool_call>`).
+        template_text: source of the chat template. An added token that occurs in it is a control token even if it is
+            not marked as special (Qwen's `<think>`, `<tool_call>`).
     Raises:
-        ValueError: the tokenizer has no fast backend, or its vocabulary builds a control token from plain text, so that
-            a row could write it.
+        ValueError: the tokenizer has no fast backend, or its merges produce a control token from plain text, so that a
+            row could contain it.
     """
 
     def __init__(self, tokenizer: Any, template_text: str) -> None:
@@ -43,22 +43,22 @@ class ControlTokens:
                 f"{type(tokenizer).__name__} has no fast backend, but loss masks need character offsets: use a "
                 "tokenizer that is stored as tokenizer.json (PreTrainedTokenizerFast)"
             )
-        tree = json.loads(backend.to_str())
-        names = [token["content"] for token in tree["added_tokens"] if _is_control(token, template_text)]
+        config = json.loads(backend.to_str())
+        names = [token["content"] for token in config["added_tokens"] if _is_control(token, template_text)]
         self.spelling = {name: chr(_FIRST + k) for k, name in enumerate(names)}
-        self._in_scaffold = _any_of(names)
+        self._control_tokens = _any_of(names)
         self._reserved = re.compile(f"[{chr(_FIRST)}-{chr(_FIRST + max(len(names) - 1, 0))}]")
-        _rename(tree, self.spelling)
-        self._backend = tokenizers.Tokenizer.from_str(json.dumps(tree))
+        _rename(config, self.spelling)
+        self._backend = tokenizers.Tokenizer.from_str(json.dumps(config))
         self._check_ids(backend)
 
-    def spell(self, scaffold: str) -> str:
-        """Replace the control tokens of a template's text by private-use characters; escaped ones become text."""
-        return self._in_scaffold.sub(lambda match: self.spelling[match[0]], scaffold).replace(_BREAK, "")
+    def spell(self, rendering: str) -> str:
+        """Replace the control tokens of a rendering with private-use characters, and unescape the escaped ones."""
+        return self._control_tokens.sub(lambda match: self.spelling[match[0]], rendering).replace(_BREAK, "")
 
     def escape(self, text: str) -> str:
-        """Break up the control tokens in a text that a template receives as it is; then `spell` keeps them as text."""
-        return self._in_scaffold.sub(lambda match: match[0][0] + _BREAK + match[0][1:], text)
+        """Break up the control tokens in a text that is passed to a template, so that `spell` keeps them as text."""
+        return self._control_tokens.sub(lambda match: match[0][0] + _BREAK + match[0][1:], text)
 
     @staticmethod
     def is_escaped(text: str) -> bool:
@@ -67,7 +67,7 @@ class ControlTokens:
 
     @staticmethod
     def refuse_slots(text: str, location: str) -> None:
-        """Raise DataError if a tool, which a template receives as it is, contains a placeholder character."""
+        """Raise DataError if a tool contains a character that is reserved as a placeholder for texts."""
         if not text.isascii() and (found := _SLOTS.search(text)):
             raise DataError(
                 f"a tool contains the private-use character U+{ord(found[0]):X}, which is reserved as a placeholder "
@@ -110,7 +110,7 @@ class ControlTokens:
 
 def _is_control(token: dict[str, Any], template_text: str) -> bool:
     content = token["content"]
-    if _BYTE.fullmatch(content):  # the fallback for a byte that has no token of its own; it is text
+    if _BYTE.fullmatch(content):  # byte fallback: it stands for text
         return False
     if token["special"]:
         return True
@@ -125,14 +125,14 @@ def _any_of(names: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def _rename(tree: dict[str, Any], spelling: dict[str, str]) -> None:
-    """Rename tokens throughout a tokenizer.json. Ids stay, since each token keeps its position in its list."""
-    # The post-processor would add BOS and EOS (a template writes its own), and may trim white space off offsets.
-    tree["post_processor"] = tree["truncation"] = tree["padding"] = None
-    for token in tree["added_tokens"]:
+def _rename(config: dict[str, Any], spelling: dict[str, str]) -> None:
+    """Rename tokens throughout a parsed tokenizer.json. Ids do not change: each token keeps its position."""
+    # The post-processor would add BOS and EOS (a template writes its own), and may exclude white space from offsets.
+    config["post_processor"] = config["truncation"] = config["padding"] = None
+    for token in config["added_tokens"]:
         if token["content"] in spelling:
             token.update(content=spelling[token["content"]], normalized=False)
-    model = tree["model"]
+    model = config["model"]
     if model.get("unk_token") in spelling:
         model["unk_token"] = spelling[model["unk_token"]]
     vocab = model["vocab"]

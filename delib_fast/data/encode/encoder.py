@@ -16,13 +16,13 @@ from delib_fast.data.read.tools import Tools
 from delib_fast.data.rows import DataError, Message, Row, Segment
 
 Cot = Literal["train", "context", "strip"]
-"""What becomes of the chain of thought: it is trained on, kept as context, or removed."""
+"""How the chain of thought is used: it is trained on, kept as context, or removed."""
 
 
 class Encoder:
     """Encodes rows with one tokenizer.
 
-    Creating one copies the tokenizer, which takes about a second if it is large; `encoder_for` keeps them.
+    The constructor copies the tokenizer, which takes about a second if it is large; `encoder_for` caches encoders.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer, with its chat template if it has one.
@@ -49,15 +49,15 @@ class Encoder:
         filled = [self._text(row, cot, system_prompt) for row in rows]
         encodings = self.control.encode_batch([text for text, _ in filled])
         return [
-            self._example(row, encoding, borders)
-            for row, encoding, (_, borders) in zip(rows, encodings, filled, strict=True)
+            self._example(row, encoding, boundaries)
+            for row, encoding, (_, boundaries) in zip(rows, encodings, filled, strict=True)
         ]
 
     def encode_with_cots(self, row: Row, cots: Sequence[str], *, system_prompt: str | None = None) -> list[Example]:
         """Encode a chat once for each of these chains of thought, instead of its own.
 
-        Every variant fills the same rendering of the chat template, so that nothing else differs between them. An
-        empty string leaves an empty think block.
+        All variants use the same rendering of the chat template, so that nothing else differs between them. An empty
+        string gives an empty think block.
 
         Raises:
             ValueError: the row has no chain of thought.
@@ -73,15 +73,18 @@ class Encoder:
         cores = [text.strip() for text in texts]
         filled = [skeleton.fill([*cores[:-2], cot.strip(), cores[-1]]) for cot in cots]
         encodings = self.control.encode_batch([text for text, _ in filled])
-        return [self._example(row, encoding, borders) for encoding, (_, borders) in zip(encodings, filled, strict=True)]
+        return [
+            self._example(row, encoding, boundaries)
+            for encoding, (_, boundaries) in zip(encodings, filled, strict=True)
+        ]
 
     def encode_prompt(
         self, messages: Sequence[Message], *, thinking: bool | None = None, system_prompt: str | None = None
     ) -> list[int]:
-        """Encode the messages before a reply, up to the token where a model starts to write.
+        """Encode the messages before a reply, up to the position where generation starts.
 
         Args:
-            messages: only the chat template can write control tokens; those that a message spells stay text.
+            messages: control tokens that a message spells out stay text; only the chat template can write them.
             thinking: True opens the think block, False writes an empty one, None leaves the choice to the model.
             system_prompt: prepended to a chat without a system message.
         """
@@ -90,8 +93,8 @@ class Encoder:
             self.control.refuse_reserved(message.content, "a prompt")
         skeleton, cores = self._prompt_skeleton(messages)
         if thinking is None:
-            filled, borders = skeleton.fill(cores)
-            text = filled[: borders[0]]
+            filled, boundaries = skeleton.fill(cores)
+            text = filled[: boundaries[0]]
         else:
             cot_slot, response_slot = len(cores) - 2, len(cores) - 1
             text = skeleton.fill_before(cot_slot if thinking else response_slot, cores)
@@ -99,36 +102,36 @@ class Encoder:
 
     @cached_property
     def end_ids(self) -> list[int]:
-        """The ids that end a reply: the chat template's end of turn, and the tokenizer's end of text."""
+        """The ids that end a reply: the chat template's end-of-turn token, and the tokenizer's EOS."""
         skeleton, cores = self._prompt_skeleton([Message("user", "a")], has_cot=False)
-        text, borders = skeleton.fill([*cores[:-1], "b"])
-        end_of_turn = self.control.encode_batch([text[: borders[2]]])[0].ids[-1]
+        text, boundaries = skeleton.fill([*cores[:-1], "b"])
+        end_of_turn = self.control.encode_batch([text[: boundaries[2]]])[0].ids[-1]
         return sorted({end_of_turn, *([self._eos] if self._eos is not None else [])})
 
     def _prompt_skeleton(self, messages: Sequence[Message], *, has_cot: bool = True) -> tuple[Skeleton, list[str]]:
-        """The skeleton of these messages with some reply, and their stripped texts with an empty reply."""
+        """Return the skeleton of a chat with these messages, and its stripped texts with an empty reply."""
         texts = _message_texts(messages)
         shapes = [*texts, "thought" if has_cot else "", "reply"]
         skeleton = self._renderer.skeleton(tuple(m.role for m in messages), shapes, has_cot, "a prompt")
         return skeleton, [*(text.strip() for text in texts), "", ""]
 
     def _text(self, row: Row, cot: Cot, system_prompt: str | None) -> tuple[str, tuple[int, ...] | None]:
-        """Return (text to tokenize, and for a chat the characters at which CoT, response and the rest begin)."""
+        """Return (text to tokenize, the boundaries of the reply as in `Skeleton.fill`, or None for a document)."""
         for text in row.texts:
             self.control.refuse_reserved(text, row.location)
         if row.kind == "document":
             return row.text, None
         messages = _with_system_prompt(row.messages, system_prompt)
-        thought = row.cot or "" if cot != "strip" else ""
-        if not row.response.strip() and not row.calls and (cot != "train" or not thought.strip()):
+        cot_text = row.cot or "" if cot != "strip" else ""
+        if not row.response.strip() and not row.calls and (cot != "train" or not cot_text.strip()):
             raise DataError(
                 f"there is nothing to train on: the response is empty, and with cot: {cot} only the response is "
                 "trained on",
                 reason="nothing_supervised",
                 location=row.location,
             )
-        texts = [*_message_texts(messages), thought, row.response]
-        skeleton = self._skeleton(row, messages, texts, bool(thought.strip()))
+        texts = [*_message_texts(messages), cot_text, row.response]
+        skeleton = self._skeleton(row, messages, texts, bool(cot_text.strip()))
         return skeleton.fill([text.strip() for text in texts])
 
     def _skeleton(self, row: Row, messages: Sequence[Message], texts: Sequence[str], has_cot: bool) -> Skeleton:
@@ -137,12 +140,12 @@ class Encoder:
             self.control.refuse_slots(text, row.location)
         return self._renderer.skeleton(tuple(m.role for m in messages), texts, has_cot, row.location, tools)
 
-    def _example(self, row: Row, encoding: Any, borders: tuple[int, ...] | None) -> Example:
-        if borders is None:
+    def _example(self, row: Row, encoding: Any, boundaries: tuple[int, ...] | None) -> Example:
+        if boundaries is None:
             return self._document(row, encoding)
         ids = np.array(encoding.ids, np.int32)
         segments = np.zeros(len(ids), np.int8)
-        cot, response, end = (_first_token_from(encoding, char, len(ids)) for char in borders)
+        cot, response, end = (_first_token_from(encoding, char, len(ids)) for char in boundaries)
         segments[cot:response] = Segment.COT
         segments[response:end] = Segment.RESPONSE
         return Example(ids, segments, row.location, row.weight)
@@ -161,12 +164,12 @@ def _with_system_prompt(messages: Sequence[Message], system_prompt: str | None) 
 
 
 def _message_texts(messages: Sequence[Message]) -> list[str]:
-    """Two texts of each message: its content and its chain of thought, in the order that `ChatRenderer` expects."""
+    """Return the content and the chain of thought of each message, in the order that `ChatRenderer` expects."""
     return [text for message in messages for text in (message.content, message.cot or "")]
 
 
 def _leading_ids(tokenizer: Any) -> list[int]:
-    """The ids that the tokenizer puts before every text (BOS), if any."""
+    """Return the ids that the tokenizer prepends to every text (BOS), if any."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids = tokenizer("a")["input_ids"]
     for start in range(len(ids) - len(plain) + 1):
@@ -176,7 +179,7 @@ def _leading_ids(tokenizer: Any) -> list[int]:
 
 
 def _first_token_from(encoding: Any, char: int, num_tokens: int) -> int:
-    """The first token that begins at or after a character: the first character of a token decides its segment."""
+    """Return the first token that begins at or after a character, since its first character decides its segment."""
     token: int | None = None
     while token is None:
         token = encoding.char_to_token(char)
@@ -192,7 +195,7 @@ _encoders: weakref.WeakKeyDictionary[Any, tuple[Any, Encoder]] = weakref.WeakKey
 
 
 def encoder_for(tokenizer: Any) -> Encoder:
-    """The encoder of a tokenizer. It is created once, and again if the tokenizer's tokens or chat template change."""
+    """Return the cached encoder of a tokenizer. A new one is created if its tokens or chat template have changed."""
     state = (len(tokenizer), tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.bos_token_id)
     known = _encoders.get(tokenizer)
     if known is None or known[0] != state:
@@ -209,11 +212,12 @@ def encode_row(row: Row, tokenizer: Any, *, cot: Cot = "train", system_prompt: s
         cot: "train" and "context" keep the chain of thought (the stage decides its loss weight), "strip" removes it.
         system_prompt: prepended to a chat without a system message.
     Returns:
-        The ids of `tokenizer.apply_chat_template(messages)`, except that control tokens which the row spells stay text.
-        Segments: the generation prompt and an empty think block are PROMPT; the chain of thought, with the tags that
-        the model has to write, is COT; the response, with the end of its turn, is RESPONSE. A document is BOS (if the
-        tokenizer uses it), text and EOS, all DOCUMENT.
+        The ids of `tokenizer.apply_chat_template(messages)`, except that control tokens which the row spells out
+        stay text. Segments: the generation prompt and an empty think block are PROMPT; the chain of thought, with the
+        tags that the model has to write, is COT; the response, with the end of its turn, is RESPONSE. A document is BOS
+        (if the tokenizer uses it), text and EOS, all of them DOCUMENT.
     Raises:
-        DataError: with the row's location; there is nothing to train on, or the chat template cannot render the row.
+        DataError: there is nothing to train on, or the chat template cannot render the row. The message begins with the
+            row's location.
     """
     return encoder_for(tokenizer).encode([row], cot=cot, system_prompt=system_prompt)[0]

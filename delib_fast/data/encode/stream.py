@@ -1,4 +1,4 @@
-"""Encode rows in a stream: chunks of rows are tokenized while the next ones are read."""
+"""Encode rows as a stream: a chunk of rows is tokenized while the next one is read."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def encode_stream(
     cot: Cot = "train",
     system_prompt: str | None = None,
 ) -> Iterator[list[Example]]:
-    """Encode rows one after another; a chunk of rows is in memory at a time.
+    """Encode rows one after another. At most two chunks of rows are in memory.
 
     Args:
         rows: documents and chats, in any order.
         tokenizer: a fast Hugging Face tokenizer.
-        pack_capacity: tokens that an example may have.
-        over_long: what becomes of a longer example. "split" cuts a document into pieces, and drops a chat.
+        pack_capacity: maximum number of tokens of an example.
+        over_long: how to handle a longer example. "split" splits a document into pieces, and drops a chat.
         cot: as in `encode_row`.
         system_prompt: as in `encode_row`.
     Yields:
@@ -127,7 +127,7 @@ def split_document(example: Example, capacity: int) -> Iterator[Example]:
     """Split a document into pieces of about equal length, none longer than `capacity` tokens.
 
     Each piece begins with the last token of the one before it, so that every token except the first is a target exactly
-    once.
+    once. Raises ValueError if the capacity is below 2.
     """
     if capacity < 2:
         raise ValueError(f"a document cannot be split into pieces of {capacity} token; a piece needs at least two")

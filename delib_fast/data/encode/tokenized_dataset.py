@@ -41,7 +41,7 @@ class Example:
         return np.bincount(self.segments[1:], minlength=NUM_SEGMENTS)
 
     @property
-    def prompt(self) -> tuple[int, int]:
+    def prompt_key(self) -> tuple[int, int]:
         """(number of tokens, their hash) that other replies to the same prompt share.
 
         These are the tokens of the prompt without its last one, which predicts the first token of the reply. (0, 0) for
@@ -57,7 +57,7 @@ class Example:
 
 @dataclass(slots=True)
 class Counts:
-    """How many rows were encoded, and what they became."""
+    """Counts of encoded rows, and of their examples, tokens and targets."""
 
     rows: int = 0
     examples: int = 0
@@ -69,7 +69,7 @@ class Counts:
     """Number of targets by segment; every token of an example except the first is a target."""
 
     def add_row(self, examples: Sequence[Example]) -> None:
-        """Count a row and its examples: one, several if it was split, or none if it was dropped."""
+        """Add one row, given its examples: one, several if it was split, or none if it was dropped."""
         self.rows += 1
         self.dropped_over_long += not examples
         self.split_documents += len(examples) > 1
@@ -92,6 +92,7 @@ class TokenArrays(NamedTuple):
     segments: NDArray[np.int8]
 
     def digest(self) -> str:
+        """Return the sha256 of both arrays, which are read once."""
         digest = hashlib.sha256()
         for array in self:
             for start in range(0, len(array), _HASH_TOKENS):  # in blocks, since the array may be memory-mapped
@@ -126,11 +127,11 @@ class TokenizedDataset(Sequence[Example]):
         """The location of an example's row, by the example's index."""
         self.target_counts = np.array([e.target_counts for e in examples], np.int64).reshape(-1, NUM_SEGMENTS)
         """(N, 4) number of targets of each example, by segment."""
-        self.prompts = np.array([e.prompt for e in examples], np.int64).reshape(-1, 2)
-        """(N, 2) `Example.prompt` of each example."""
+        self.prompt_keys = np.array([e.prompt_key for e in examples], np.int64).reshape(-1, 2)
+        """(N, 2) `Example.prompt_key` of each example."""
 
     @classmethod
-    def of_arrays(
+    def from_arrays(
         cls,
         *,
         input_ids: NDArray[np.int32],
@@ -138,14 +139,17 @@ class TokenizedDataset(Sequence[Example]):
         lengths: NDArray[np.int64],
         weights: NDArray[np.float32],
         target_counts: NDArray[np.int64],
-        prompts: NDArray[np.int64],
+        prompt_keys: NDArray[np.int64],
         location: Callable[[int], str],
         counts: Counts,
     ) -> TokenizedDataset:
-        """A dataset of examples that are concatenated in arrays, which are kept as they are (also if memory-mapped)."""
+        """Create a dataset from concatenated arrays, without a copy, so that they may be memory-mapped.
+
+        `lengths` has one entry per example, as do all arrays except `input_ids` and `segments`.
+        """
         dataset = cls([], counts)
         dataset.lengths, dataset.weights, dataset.location = lengths, weights, location
-        dataset.target_counts, dataset.prompts = target_counts, prompts
+        dataset.target_counts, dataset.prompt_keys = target_counts, prompt_keys
         dataset.starts = np.cumsum(lengths) - lengths
         dataset.array_of = np.zeros(len(lengths), np.int32)
         dataset.arrays, dataset._array_digests = [TokenArrays(input_ids, segments)], [None]
@@ -163,7 +167,7 @@ class TokenizedDataset(Sequence[Example]):
         dataset.starts = np.concatenate([d.starts for d in datasets])
         dataset.weights = np.concatenate([d.weights for d in datasets])
         dataset.target_counts = np.concatenate([d.target_counts for d in datasets])
-        dataset.prompts = np.concatenate([d.prompts for d in datasets])
+        dataset.prompt_keys = np.concatenate([d.prompt_keys for d in datasets])
         ends = np.cumsum([len(d) for d in datasets])
 
         def location(index: int) -> str:
@@ -174,10 +178,10 @@ class TokenizedDataset(Sequence[Example]):
         return dataset
 
     def take(self, indices: NDArray[np.int64]) -> TokenizedDataset:
-        """The examples at these indices, which may repeat; no token is copied. `counts` stays that of all examples."""
+        """Return the examples at these indices, which may repeat. No token is copied, and `counts` does not change."""
         dataset = TokenizedDataset([], self.counts)
         dataset.arrays, dataset._array_digests = self.arrays, self._array_digests
-        for name in ("array_of", "lengths", "starts", "weights", "target_counts", "prompts"):
+        for name in ("array_of", "lengths", "starts", "weights", "target_counts", "prompt_keys"):
             setattr(dataset, name, getattr(self, name)[indices])
         dataset.location = lambda index: self.location(int(indices[index]))
         return dataset
@@ -202,14 +206,19 @@ class TokenizedDataset(Sequence[Example]):
         return Example(ids[span], segments[span], self.location(i), float(self.weights[i]))
 
     def tokens(self, index: int) -> NDArray[np.int32]:
-        """(n,) ids of one example."""
+        """Return the (n,) ids of one example."""
         start = self.starts[index]
         return self.arrays[int(self.array_of[index])].input_ids[start : start + self.lengths[index]]
 
     def gather(
         self, indices: NDArray[np.int64], begins: NDArray[np.int64] | None = None, ends: NDArray[np.int64] | None = None
     ) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
-        """Concatenate the ids and the segments of some examples, or of their tokens from `begins` to `ends`."""
+        """Concatenate the ids and the segments of examples.
+
+        Args:
+            indices: (M,) which examples.
+            begins, ends: (M,) the span of tokens of each example; by default all of them.
+        """
         starts = self.starts[indices]
         begins = starts if begins is None else starts + begins
         ends = starts + (self.lengths[indices] if ends is None else ends)
@@ -223,9 +232,9 @@ class TokenizedDataset(Sequence[Example]):
         )
 
     def digest(self) -> str:
-        """The sha256 of all tokens, segments and weights, in the order of the examples. Tokens are read only once."""
+        """Return the sha256 of all tokens, segments and weights, in order. Tokens are only read by the first call."""
         digest = hashlib.sha256()
-        for array in (self.array_of, self.starts, self.lengths, self.weights, self.target_counts, self.prompts):
+        for array in (self.array_of, self.starts, self.lengths, self.weights, self.target_counts, self.prompt_keys):
             digest.update(np.ascontiguousarray(array).data)
         for k, arrays in enumerate(self.arrays):
             known = self._array_digests[k] = self._array_digests[k] or arrays.digest()

@@ -21,7 +21,7 @@ _TENSORS = ("input_ids", "targets", "loss_weights", "segment_ids", "position_ids
 
 @dataclass(frozen=True, slots=True)
 class SequenceShard:
-    """The shard of a pack's tokens that a batch contains under sequence parallelism."""
+    """Which shard of a pack's tokens a batch contains under sequence parallelism."""
 
     rank: int
     """Index of the shard."""
@@ -53,7 +53,7 @@ class PackedBatch:
     position_ids: Tensor
     """(T,) int64, from 0 in every sequence, or continued from the prompt that it continues."""
     cu_seqlens: Tensor
-    """(N+1,) int32, borders of the sequences: [0, …, T]."""
+    """(N+1,) int32, the boundaries of the sequences: [0, …, T]."""
     max_seqlen: int
     """Tokens of the longest sequence; a Python int, so that it needs no device synchronization."""
     loss_positions: Tensor
@@ -92,10 +92,10 @@ class PackedBatch:
         return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
 
     def shard_of(self, rank: int, size: int) -> PackedBatch:
-        """The shard of rank `rank` of `size`: ⌈T / size⌉ consecutive tokens of a whole pack on the host.
+        """Return shard `rank` of `size`: ⌈T / size⌉ consecutive tokens. The batch must be a whole pack on the host.
 
-        If size does not divide T, up to size - 1 padding tokens without a target fill up the last shards. They are a
-        sequence of their own at the end of `cu_seqlens`, which no other sequence attends to.
+        If size does not divide T, up to size - 1 padding tokens without a target fill the last shards. They form a
+        sequence of their own at the end of `cu_seqlens`.
         """
         assert self.shard is None, "the batch is already a shard"
         T = self.num_tokens
@@ -105,20 +105,22 @@ class PackedBatch:
         def cut(tensor: Tensor, filler: Tensor) -> Tensor:
             return torch.cat([tensor[start:end], filler[max(0, start - T) : max(0, end - T)]])
 
-        zeros, borders, prefix = self.input_ids.new_zeros(padding), self.cu_seqlens_host, self.prefix
+        zeros = self.input_ids.new_zeros(padding)
+        boundaries, prefix = self.cu_seqlens_host, self.prefix
         if padding:
-            borders, prefix = (*borders, size * shard_size), None if prefix is None else (*prefix, -1)
-        at = self.loss_positions
+            boundaries = (*boundaries, size * shard_size)
+            prefix = None if prefix is None else (*prefix, -1)
+        positions = self.loss_positions
         return replace(
             self,
             input_ids=cut(self.input_ids, zeros),
             targets=cut(self.targets, zeros + IGNORE_INDEX),
             loss_weights=cut(self.loss_weights, zeros.float()),
-            segment_ids=cut(self.segment_ids, zeros.char()),
+            segment_ids=cut(self.segment_ids, zeros.to(torch.int8)),
             position_ids=cut(self.position_ids, torch.arange(padding)),
-            loss_positions=at[(at >= start) & (at < end)] - start,
-            cu_seqlens=torch.tensor(borders, dtype=torch.int32),
-            cu_seqlens_host=borders,
+            loss_positions=positions[(positions >= start) & (positions < end)] - start,
+            cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
+            cu_seqlens_host=boundaries,
             max_seqlen=max(self.max_seqlen, padding),
             prefix=prefix,
             shard=SequenceShard(rank, size, max(0, min(end, T) - start)),
@@ -132,10 +134,11 @@ def collate_pack(
     example_weights: NDArray[np.float32],
     continues: NDArray[np.bool_] | None = None,
 ) -> PackedBatch:
-    """Concatenate examples to one pack.
+    """Concatenate examples into one pack, on the host.
 
     Args:
-        indices: (M,) which examples.
+        examples: the dataset.
+        indices: (M,) indices of the examples of the pack.
         segment_weights: (4,) loss weight of a target, by its segment.
         example_weights: (number of examples in the dataset,) factor on the loss weight of each of an example's targets.
         continues: (M,) whether each example shares the prompt of the one before it.
@@ -169,7 +172,7 @@ def collate_pack(
 
 
 def empty_pack() -> PackedBatch:
-    """A pack of one token without a target. It takes part in collectives and adds nothing to the loss."""
+    """Return a pack of one token without a target. It takes part in collectives and adds nothing to the loss."""
     return PackedBatch(
         input_ids=torch.zeros(1, dtype=torch.int64),
         targets=torch.full((1,), IGNORE_INDEX, dtype=torch.int64),

@@ -17,12 +17,12 @@ from delib_fast.data.encode.tokenized_dataset import TokenizedDataset
 from delib_fast.data.pack.packing import PackPlan, plan_packs, seeded_permutation
 from delib_fast.data.pack.shared_prompts import bundle, plan_bundles
 
-_UNEVEN = 1.02  # if the costs of packs differ less than this, packs are shuffled without regard to cost
+_UNEVEN = 1.02  # if the maximum cost of a pack is within this factor of the mean, packs are shuffled regardless of cost
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSharing:
-    """What an epoch saves because shared prompts are computed once."""
+    """What an epoch saves by computing shared prompts once."""
 
     prompts: int
     """Prompts that are computed once for several replies."""
@@ -47,7 +47,7 @@ class StageTotals:
 
 
 class EpochPlanner:
-    """Plans epochs when they are requested, and keeps the last two plans."""
+    """Plans epochs on demand, and caches the last two plans."""
 
     def __init__(
         self,
@@ -96,12 +96,12 @@ class EpochPlanner:
         return self._costs_of(self.plan(epoch)[0], quadratic_cost)
 
     def _costs_of(self, plan: PackPlan, quadratic_cost: float) -> NDArray[np.float64]:
-        return pack_costs(plan, self._examples.lengths, quadratic_cost, self._examples.prompts[:, 0])
+        return pack_costs(plan, self._examples.lengths, quadratic_cost, self._examples.prompt_keys[:, 0])
 
     # --- totals ---------------------------------------------------------------------------------------------
 
     def prompt_sharing(self) -> PromptSharing | None:
-        """None without shared prompts."""
+        """Return what prompt sharing saves in an epoch; None without shared prompts."""
         plan = self.plan(0)[0]
         if plan.continues is None:
             return None
@@ -110,7 +110,7 @@ class EpochPlanner:
         return PromptSharing(leads, leads + int(plan.continues.sum()), saved, saved / (saved + plan.num_tokens))
 
     def totals(self, num_steps: int) -> StageTotals:
-        """The totals of the first `num_steps` steps. The last epoch may be incomplete."""
+        """Return the totals of the first `num_steps` steps. The last epoch may be incomplete."""
         lengths = self._examples.lengths
         epochs, steps = divmod(num_steps, self.steps_per_epoch)
         repeats, tokens = np.full(len(lengths), epochs), epochs * self.plan(0)[0].num_tokens
@@ -122,11 +122,11 @@ class EpochPlanner:
             repeats[plan.examples[used]] += 1
             tokens += int(lengths[plan.examples[used]].sum())
             if plan.continues is not None:
-                tokens -= int(self._examples.prompts[plan.examples[used & plan.continues], 0].sum())
+                tokens -= int(self._examples.prompt_keys[plan.examples[used & plan.continues], 0].sum())
         return StageTotals(repeats, tokens, int(repeats @ lengths) - tokens)
 
     def first_step_without(self, wanted: NDArray[np.bool_], num_steps: int) -> int | None:
-        """The first step without any of the wanted (N,) examples, or None."""
+        """Return the first step without any of the wanted (N,) examples; None if every step has one."""
         if wanted.all():
             return None
         for epoch in range(-(-num_steps // self.steps_per_epoch)):
@@ -142,7 +142,7 @@ class EpochPlanner:
 def pack_costs(
     plan: PackPlan, lengths: NDArray[np.int64], quadratic_cost: float, prompt_lengths: NDArray[np.int64] | None = None
 ) -> NDArray[np.float64]:
-    """(P,) the cost of each pack: Σ n + q·n² over its examples, minus p + q·p² for each shared prompt."""
+    """Return (P,) the cost of each pack: Σ n + q·n² over its examples, minus p + q·p² for each prompt computed once."""
 
     def cost(tokens: NDArray[np.int64]) -> NDArray[np.float64]:
         n = tokens.astype(np.float64)

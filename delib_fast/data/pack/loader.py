@@ -1,4 +1,4 @@
-"""Packed batches of every step of a stage, for one rank."""
+"""The data loader: packed batches of every step of a stage, for one rank."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PackedDataLoader:
 
     Args:
         examples: encoded examples, each at most pack_capacity tokens long.
-        pack_capacity: tokens that a pack may have.
+        pack_capacity: maximum number of tokens of a pack.
         packs_per_step: packs of a global step, a multiple of world_size ÷ sequence_parallel.
         segment_weights: (4,) loss weight of a target, by its `Segment`.
         seed: the order is a pure function of (lengths, seed, epoch, packs_per_step).
@@ -41,11 +41,11 @@ class PackedDataLoader:
         max_steps: maximum number of steps.
         quadratic_cost: q, where an example of n tokens costs n + q·n² (for a transformer, q is about
             layers × attention width ÷ parameters). If it is above 0 and the costs of packs differ by more than 2 %,
-            packs of similar cost share a step, so that no rank waits for the long attention of another. The order of
-            the steps stays random.
+            packs of similar cost share a step, so that no rank waits for the long attention of another. The steps are
+            still in random order.
         loss_average: "token" averages the loss over the tokens of a step. "example" scales the weights of each example
-            so that all examples of the dataset have the same total weight, whatever their length, except for their
-            rows' own weights; the total weight of the dataset stays the same.
+            so that all examples of the dataset have the same total weight regardless of their length, times their
+            rows' own weights. The total weight of the dataset does not change.
         share_prompts: pack replies to one prompt with the prompt only once, unless that would need more packs.
     Raises:
         ValueError: packs_per_step cannot be divided evenly among the ranks, an example is longer than the capacity, or
@@ -103,7 +103,7 @@ class PackedDataLoader:
         return self.num_steps
 
     def step(self, index: int) -> list[PackedBatch]:
-        """This rank's packs, or shards of packs, of a global step."""
+        """Collate this rank's packs, or shards of packs, of a global step. Raises IndexError after the last step."""
         plan, packs = self._packs(index)
         weights = self._segment_weights, self.example_weights
         return self._assignment.select(
@@ -120,7 +120,7 @@ class PackedDataLoader:
         return prefetch([pack.pin_memory() for pack in packs] if pin else packs for packs in steps)
 
     def step_example_ids(self, index: int) -> list[int]:
-        """The examples of a global step, over all ranks."""
+        """Return the indices of the examples of a global step, over all ranks."""
         plan, packs = self._packs(index)
         return [int(i) for p in packs for i in plan.pack(p)]
 
@@ -141,7 +141,7 @@ class PackedDataLoader:
     def refuse_unsupervised_steps(self) -> None:
         """Raise ValueError if a step has no target with a weight above 0, since its loss would be 0/0.
 
-        A row without a response cannot be encoded, so this happens only if responses or whole rows have weight 0.
+        A row without a response cannot be encoded, so this only happens if responses or whole rows have weight 0.
         """
         if self._segment_weights[Segment.RESPONSE] > 0 and float(self.examples.weights.min()) > 0:
             return
@@ -155,13 +155,13 @@ class PackedDataLoader:
             )
 
     def cost_of_ranks(self, index: int, world_size: int, quadratic_cost: float) -> NDArray[np.float64]:
-        """(world_size,) the cost Σ n + q·n² of the packs that each rank takes of a global step."""
+        """Return (world_size,) the cost Σ n + q·n² of the packs of each rank in a global step."""
         packs = self._packs(index)[1]
         costs = self._planner.costs(self.epoch_of(index), quadratic_cost)[packs]
         return np.bincount(np.arange(len(packs)) % world_size, weights=costs, minlength=world_size).astype(np.float64)
 
     def cost_of_epoch(self, quadratic_cost: float) -> float:
-        """The cost Σ n + q·n² of all packs of an epoch."""
+        """Return the cost Σ n + q·n² of all packs of an epoch."""
         return float(self._planner.costs(0, quadratic_cost).sum())
 
     def epoch_of(self, index: int) -> int:
@@ -185,9 +185,9 @@ def evaluation_batches(
     sequence_parallel: int = 1,
     share_prompts: bool = False,
 ) -> list[PackedBatch]:
-    """This rank's packs of all examples, each example once.
+    """Collate this rank's packs of all examples, each example once.
 
-    Every rank gets the same number of packs, some of which may be empty. The arguments are those of `PackedDataLoader`.
+    Every rank has the same number of packs, some of which may be empty. The arguments are those of `PackedDataLoader`.
     """
     assignment = _RankAssignment(rank, world_size, sequence_parallel)
     dataset, weights = _tokenized(examples), _checked_weights(segment_weights)
@@ -238,11 +238,11 @@ class _RankAssignment:
                 f"{nearest} packs)"
             )
 
-    def select(self, packs: Sequence[Callable[[], PackedBatch]], number: int) -> list[PackedBatch]:
-        """Collate the packs that this rank takes, and fill them up to `number` with empty packs."""
+    def select(self, packs: Sequence[Callable[[], PackedBatch]], count: int) -> list[PackedBatch]:
+        """Collate the packs that this rank takes, and append empty packs until there are `count`."""
         group, shard = divmod(self.rank, self.sequence_parallel)
         mine = [collate() for collate in packs[group :: self.num_groups]]
-        mine += [empty_pack() for _ in range(number - len(mine))]
+        mine += [empty_pack() for _ in range(count - len(mine))]
         return mine if self.sequence_parallel == 1 else [pack.shard_of(shard, self.sequence_parallel) for pack in mine]
 
 
@@ -257,7 +257,7 @@ def _checked_weights(segment_weights: Sequence[float]) -> NDArray[np.float32]:
 
 
 def _equal_example_weights(examples: TokenizedDataset, segment_weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(N,) row weights × a factor that makes the summed weight of the targets the same for each example."""
+    """Return (N,) row weights × the factor that equalizes the summed weight of the targets of each example."""
     totals = examples.target_counts @ segment_weights.astype(np.float64)
     supervised = totals > 0
     factor = np.zeros(len(totals))

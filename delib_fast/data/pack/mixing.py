@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +44,7 @@ def mix_datasets(
     mix: Mapping[str, float],
     seed: int,
 ) -> tuple[TokenizedDataset, list[SourceShare]]:
-    """Return (the examples of an epoch, each source's share), as `mix_sources` chooses them; no token is copied."""
+    """Return (the examples of an epoch, as `mix_sources` chooses them; each source's share). No token is copied."""
     joined = TokenizedDataset.join(list(datasets.values()))
     lengths = {name: dataset.lengths for name, dataset in datasets.items()}
     chosen, shares = mix_sources(lengths, repeat=repeat, max_tokens=max_tokens, mix=mix, seed=seed)
@@ -67,15 +67,15 @@ def mix_sources(
                   = mix[s] · min over t of supply[t] / mix[t]    with one (mix normalised to 1)
 
     Each source contributes whole passes over its examples and a random part of one more pass, in which examples are
-    drawn in an order given by the seed and taken if they still fit. So a source never exceeds its budget, and falls
-    short of it by less than its shortest example that was not taken.
+    drawn in an order given by the seed and taken if they still fit. A source therefore never exceeds its budget, and
+    falls short of it by less than its shortest example that was not taken.
 
     Args:
         lengths: tokens of each example, by source, in the order of the concatenated dataset.
-        repeat: of every source, as configured.
-        max_tokens: of every source, as configured.
-        mix: weight of every source, or empty.
-        seed: of the random part.
+        repeat: number of passes over each source; may be fractional.
+        max_tokens: maximum number of tokens of each source in an epoch; None for no limit.
+        mix: relative number of tokens of each source, or empty.
+        seed: seed of the random part.
     Returns:
         (M,) indices into the concatenated examples, in the order of the sources, and the share of each source.
     Raises:
@@ -90,6 +90,7 @@ def mix_sources(
         epoch = min(budget[name] / wanted[name] for name in lengths)
         budget = {name: wanted[name] * epoch for name in lengths}
     chosen = []
+    drawn_tokens = {}
     start = 0
     for number, (name, n) in enumerate(lengths.items()):
         drawn = _draw(n, budget[name], seed * 1009 + number)
@@ -99,25 +100,23 @@ def mix_sources(
                 f"example ({int(n.min())}): raise its share of the mix, its repeat or its max_tokens"
             )
         chosen.append(drawn + start)
+        drawn_tokens[name] = int(n[drawn].sum())
         start += len(n)
-    given = {
-        name: int(n[part - first].sum())
-        for (name, n), part, first in zip(lengths.items(), chosen, _starts(list(lengths.values())), strict=True)
-    }
-    total = sum(given.values())
+    total = sum(drawn_tokens.values())
     shares = [
-        SourceShare(name, len(n), tokens[name], len(part), given[name], given[name] / total, wanted.get(name))
+        SourceShare(
+            name, len(n), tokens[name], len(part), drawn_tokens[name], drawn_tokens[name] / total, wanted.get(name)
+        )
         for (name, n), part in zip(lengths.items(), chosen, strict=True)
     ]
     return np.concatenate(chosen), shares
 
 
-def _starts(lengths: Sequence[NDArray[np.int64]]) -> list[int]:
-    return [0, *np.cumsum([len(n) for n in lengths]).tolist()][:-1]
-
-
 def _draw(n: NDArray[np.int64], budget: float, seed: int) -> NDArray[np.int64]:
-    """Indices into n whose lengths sum to at most `budget`; each occurs as often as any other, or once more."""
+    """Draw indices into the lengths n, whose lengths sum to at most `budget`.
+
+    Each index occurs as often as any other, or once more.
+    """
     total = int(n.sum())
     passes = int(budget * (1 + 1e-12) // total)
     whole = np.tile(np.arange(len(n)), passes)

@@ -1,7 +1,7 @@
 """Plan packs: which examples share a micro-batch, as a pure function of (lengths, capacity, seed).
 
 `plan_packs` is best-fit decreasing over the whole dataset. The planner is compiled (csrc/packing). The Python code
-below is its definition: it computes the same plan, and is used where there is no compiler.
+below is its definition. It computes the same plan, and is used if the compiled module is not built.
 
 Sizes: N examples, P packs.
 """
@@ -69,9 +69,9 @@ def plan_packs(
 
     Args:
         lengths: (N,) tokens of each example, each in 1 … capacity.
-        capacity: tokens that a pack may have, at most 2^24.
-        seed: permutes examples of equal length, so that each epoch packs other examples together. The number of packs
-            does not depend on it.
+        capacity: maximum number of tokens of a pack, at most 2^24.
+        seed: permutes examples of equal length, so that each epoch packs different examples together. The number of
+            packs does not depend on it.
         backend: "cpp", "python", or "auto" for the first of them that is available.
     Returns:
         The plan, with packs in the order in which they were opened: the longest example first.
@@ -174,7 +174,7 @@ def _plan_in_python(lengths: NDArray[np.int32], capacity: int, seed: int) -> tup
 
 
 def seeded_permutation(N: int, seed: int) -> Int64:
-    """A random permutation of 0 … N-1 that depends on the seed only, not on the machine or the numpy version."""
+    """Return a pseudo-random permutation of 0 … N-1 that is the same on every machine and with every numpy version."""
     bits = max(N - 1, 0).bit_length()
     mask, shift = np.uint64((1 << bits) - 1), np.uint64(bits // 2 + 1)
     keys = _splitmix64(seed, 6)
@@ -186,7 +186,7 @@ def seeded_permutation(N: int, seed: int) -> Int64:
 
 
 def _splitmix64(state: int, count: int) -> list[int]:
-    """`count` pseudo-random 64-bit numbers (SplitMix64; Steele, Lea and Flood 2014)."""
+    """Return `count` pseudo-random 64-bit numbers (SplitMix64; Steele, Lea and Flood 2014)."""
     numbers, mask = [], 2**64 - 1
     for _ in range(count):
         state = (state + 0x9E3779B97F4A7C15) & mask

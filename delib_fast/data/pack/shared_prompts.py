@@ -1,8 +1,8 @@
 """Shared prompts: several replies to one prompt are packed with the prompt only once.
 
-The first p tokens of a prompt of p + 1 tokens are one sequence of the pack. Each reply is a sequence that continues it.
-It begins with the prompt's last token, which predicts the first token of the reply. So k replies take p + Σ (n − p)
-tokens instead of Σ n.
+The first p tokens of a prompt of p + 1 tokens are one sequence of the pack. Each reply is a sequence that continues it,
+and begins with the prompt's last token, which predicts the first token of the reply. k examples of n tokens each
+(prompt and reply) therefore take p + Σ (n − p) tokens instead of Σ n.
 
 Sizes: N examples, B bundles (replies that share a prompt, or a single example), P packs.
 """
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from delib_fast.data.encode.tokenized_dataset import TokenizedDataset
 from delib_fast.data.pack.packing import Int64, PackPlan, plan_packs
 
-LEAST_SHARED_TOKENS = 16
-"""It is cheaper to compute a shorter prompt again than to read it in a second attention call."""
+MIN_SHARED_TOKENS = 16
+"""Shorter prompts are not shared: computing them again is cheaper than the second attention call."""
 _PARTS = (1, 2, 3, 4)
 _FULL = 0.98  # if packs are this full, smaller bundles cannot save much
 
@@ -47,23 +47,23 @@ def bundle(examples: TokenizedDataset, capacity: int) -> Bundles | None:
         examples: each at most `capacity` long. Their tokens are not read: prompts are identified by their hashes.
         capacity: tokens of a pack.
     Returns:
-        None if no two replies share a prompt, or if bundles would need more packs.
+        The bundles; None if no two replies share a prompt, or if bundles would need more packs.
 
     Time O(N log N), plus one pass over the prompts for each bundle of the largest prompt. The result depends on the
     dataset only, so the number of packs is the same in every epoch.
     """
-    shared, keys = examples.prompts.T
+    shared, keys = examples.prompt_keys.T
     own = examples.lengths - shared
-    able = np.flatnonzero(shared >= LEAST_SHARED_TOKENS)
-    order = able[np.lexsort((-own[able], shared[able], keys[able]))]
+    eligible = np.flatnonzero(shared >= MIN_SHARED_TOKENS)
+    order = eligible[np.lexsort((-own[eligible], shared[eligible], keys[eligible]))]
     same = (keys[order][1:] == keys[order][:-1]) & (shared[order][1:] == shared[order][:-1])
     if not same.any():
         return None
-    borders = np.flatnonzero(~np.concatenate([[False], same, [False]]))  # first reply of each prompt, and the end
+    boundaries = np.flatnonzero(~np.concatenate([[False], same, [False]]))  # first reply of each prompt, and the end
     others = np.setdiff1d(np.arange(len(examples)), order, assume_unique=True)
     best, fewest = None, plan_packs(examples.lengths, capacity).num_packs
     for parts in _PARTS:
-        starts = _bundle_starts(own[order], shared[order], borders, capacity // parts)
+        starts = _bundle_starts(own[order], shared[order], boundaries, capacity // parts)
         offsets = np.concatenate([starts, len(order) + np.arange(len(others) + 1)])
         lengths = np.concatenate(
             [np.add.reduceat(own[order], starts) + shared[order[starts]], examples.lengths[others]]
@@ -76,10 +76,10 @@ def bundle(examples: TokenizedDataset, capacity: int) -> Bundles | None:
     return best
 
 
-def _bundle_starts(own: Int64, shared: Int64, borders: Int64, limit: int) -> Int64:
-    """Where the bundles of at most `limit` tokens begin. Each pass finds the next bundle of every prompt."""
+def _bundle_starts(own: Int64, shared: Int64, boundaries: Int64, limit: int) -> Int64:
+    """Return where the bundles of at most `limit` tokens begin. Each pass finds the next bundle of every prompt."""
     ends_at = np.concatenate([[0], np.cumsum(own)])
-    start, last = borders[:-1], borders[1:]
+    start, last = boundaries[:-1], boundaries[1:]
     found = []
     while len(start):
         found.append(start)
@@ -119,11 +119,11 @@ class PackSequences:
 
 
 def sequences_of(examples: TokenizedDataset, indices: Int64, continues: NDArray[np.bool_] | None) -> PackSequences:
-    """The sequences of a pack of these examples. Raises ValueError if two prompts of equal hash differ."""
+    """Return the sequences of a pack of these examples. Raises ValueError if two prompts of equal hash differ."""
     lengths = examples.lengths[indices]
     if continues is None or not continues.any():
         return PackSequences(indices, np.zeros_like(lengths), lengths, None, indices)
-    shared = examples.prompts[indices, 0].tolist()
+    shared = examples.prompt_keys[indices, 0].tolist()
     rows: list[tuple[int, int, int, int, int]] = []
     parent = -1
     for k, (example, length, p) in enumerate(zip(indices.tolist(), lengths.tolist(), shared, strict=True)):

@@ -10,7 +10,7 @@ from delib_fast.data.rows import Segment
 
 
 def segment_weights(stage: StageBase) -> tuple[float, ...]:
-    """The loss weight of a target in each `Segment`. Prompts always have weight 0.
+    """Return the loss weight of a target in each `Segment`. Prompts always have weight 0.
 
     In MSM every other token has weight 1. In AFT a response token has `response_weight`; a CoT token has `cot_weight`
     if the CoT is trained on, and 0 if it is context.
@@ -30,7 +30,7 @@ def segment_weights(stage: StageBase) -> tuple[float, ...]:
 def loss_normalizer(micro_batches: Iterable[PackedBatch]) -> float:
     """Sum the loss weights of all targets of these micro-batches, on the host in float64.
 
-    Summed over the ranks, this is what the gradient of a step is divided by, once. Call it before the batches are
-    copied to the device, so that it needs no device synchronization.
+    The gradient of a step is divided once by the sum of this over the ranks. Call it before the batches are copied to
+    the device, so that it needs no device synchronization.
     """
     return sum(float(batch.loss_weights[batch.loss_positions].double().sum()) for batch in micro_batches)

@@ -1,4 +1,4 @@
-"""Find the chain of thought that a reply contains between tags."""
+"""Split off a chain of thought that a reply contains between tags."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ TAGS: tuple[tuple[str, str], ...] = (
 def split_cot(text: str, tags: tuple[tuple[str, str], ...] = TAGS) -> tuple[str | None, str]:
     """Split a reply into (chain of thought or None, response).
 
-    A reply has a chain of thought if it begins with an opening tag, or contains a closing tag without an opening one
-    (which the chat template had supplied). White space around the tags is removed. If there are several closing tags,
-    the one that is alone on its line counts, since a chain of thought may mention the tag.
+    A reply has a chain of thought if it begins with an opening tag, or if it contains only a closing tag because the
+    chat template had supplied the opening one. White space around the tags is removed. Since a chain of thought may
+    mention the closing tag, the one that is alone on its line counts if there are several.
 
     Raises:
-        DataError: reason "cot_tags"; there is text before the opening tag, or no closing tag, or several and not
-            exactly one alone on its line.
+        DataError: reason "cot_tags". There is text before the opening tag; there is no closing tag; or there are
+            several, and not exactly one of them is alone on its line.
     """
     for opening, closing in tags:
         stripped = text.lstrip()

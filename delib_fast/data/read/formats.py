@@ -10,8 +10,8 @@ The keys determine the format:
 
 A reply without a "cot" field may contain its chain of thought between tags (cot_tags.py) or, as in GSM8K, as the steps
 before a line `#### result`. A chat may have "tools", and assistant messages "tool_calls" (tools.py); then the last
-message and every call since the user's last message become rows of their own. Other keys ("id", "score", "category" …)
-are ignored, except "weight".
+message and every call since the user's last message become rows of their own. "weight" or "loss_weight" scales the loss
+of a row or a message. Other keys ("id", "score", "category" …) are ignored.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class _Turn:
 
 
 def rows_of(item: Any, settings: FormatSettings, location: str) -> list[Row]:
-    """Turn one object into rows. Raises DataError; the caller adds the location and a fingerprint."""
+    """Turn one object into rows. Raises DataError without a location; the caller adds it, and a fingerprint."""
     if not isinstance(item, dict):
         _fail("not_an_object", f"{_type_name(item)}, but an object with named fields is expected")
     return list(_format_of(item)(item, settings, location))
@@ -96,7 +96,7 @@ def _unknown_keys(item: Mapping[str, Any]) -> str:
 
 
 def document_row(text: str, *, source: str, location: str, weight: float = 1.0) -> Row:
-    """A row that is a document."""
+    """Create the row of a document."""
     return Row(
         kind="document",
         location=location,
@@ -161,7 +161,7 @@ def _reply(item: Mapping[str, Any], key: str, cot_key: str | None, settings: For
 
 
 def _split_gsm8k(answer: str) -> tuple[str | None, str]:
-    """Split an answer of steps and a last line `#### result`: the steps are the chain of thought."""
+    """Split an answer into its steps, which are the chain of thought, and its last part, `#### result`."""
     results = list(_GSM8K_RESULT.finditer(answer))
     if not results:
         return None, answer
@@ -235,9 +235,9 @@ def _turn(message: Any, where: str, tags: tuple[tuple[str, str], ...]) -> _Turn:
     content_key = "content" if "content" in message else "value" if "value" in message else "content"
     if role_key not in message:
         _fail("missing_field", f"{where} has no 'role' (or 'from', as in ShareGPT)")
-    written = _string(message, role_key, where)
-    called = written.lower() == "function_call"
-    role = "assistant" if called else ROLES.get(written.lower())
+    given_role = _string(message, role_key, where).lower()
+    is_call = given_role == "function_call"
+    role = "assistant" if is_call else ROLES.get(given_role)
     if role is None:
         _fail(
             "bad_role",
@@ -248,7 +248,7 @@ def _turn(message: Any, where: str, tags: tuple[tuple[str, str], ...]) -> _Turn:
         _fail("tools", f"{where} is a {role} message with tool calls, but only assistant messages may call tools")
     if not (turn.calls and message.get(content_key) is None):  # OpenAI: the content of a call is null
         _read_content(turn, message, content_key, where)
-    if called:
+    if is_call:
         turn.calls, turn.content = read_call_text(turn.content, where), ""
     if role == "tool" and message.get("name") is not None:
         turn.name = _string(message, "name", where)

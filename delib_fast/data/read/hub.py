@@ -1,4 +1,4 @@
-"""Data sets of the `datasets` library: a folder written by `save_to_disk`, or a name on the Hugging Face hub.
+"""Datasets of the `datasets` library: a folder written by `save_to_disk`, or a name on the Hugging Face hub.
 
 Plain files are never read through the library: it cannot report the line of a fault, and accepts damaged rows.
 """
@@ -19,7 +19,7 @@ HUB = "hub:"
 
 
 def is_dataset(path: str) -> bool:
-    """Whether a path is a hub name, or a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+    """Whether a path is `hub:NAME`, or a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
     folder = Path(path)
     return path.startswith(HUB) or (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
 
@@ -27,7 +27,7 @@ def is_dataset(path: str) -> bool:
 def open_dataset(config: SourceConfig) -> tuple[Any, str]:
     """Return (the memory-mapped dataset, a hash of its content). Raises DataError if it cannot be loaded."""
     try:
-        import datasets
+        import datasets  # an optional dependency
     except ImportError:
         raise DataError(
             "needs the datasets library (pip install datasets)", reason="no_file", location=config.path
@@ -40,8 +40,8 @@ def open_dataset(config: SourceConfig) -> tuple[Any, str]:
         else:
             found = datasets.load_from_disk(name)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise DataError(f"cannot be loaded by datasets: {first}", reason="no_file", location=config.path) from None
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DataError(f"cannot be loaded by datasets: {first_line}", reason="no_file", location=config.path) from None
     if isinstance(found, datasets.DatasetDict):
         if config.split not in found:
             raise DataError(
@@ -60,7 +60,7 @@ def read_dataset_items(dataset: Any) -> Iterator[Item]:
 
 
 def _sha256(dataset: Any) -> str:
-    """Hash the rows themselves: the library's own fingerprint depends on how the dataset was made."""
+    """Hash the rows themselves: the library's own fingerprint depends on how the dataset was created."""
     digest = hashlib.sha256(json.dumps(dataset.column_names).encode())
     for start in range(0, len(dataset), 1000):
         digest.update(json.dumps(dataset[start : start + 1000], default=str).encode())

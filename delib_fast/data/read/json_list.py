@@ -1,4 +1,4 @@
-"""The values of a file that is one JSON list. The file is read whole; for larger data there is JSONL."""
+"""The values of a file that is one JSON list. The whole file is in memory; larger data belongs in JSONL files."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def refuse_large_list(size_bytes: int, path: Path) -> None:
     """Raise DataError if a file is too large to be read as one JSON list."""
     if size_bytes > MAX_LIST_BYTES:
         raise DataError(
-            f"is a JSON list of more than {MAX_LIST_BYTES >> 20} MiB, which would have to be read whole. Convert it to "
-            f"JSONL, which is streamed: jq -c '.[]' {path.name} > {path.stem}.jsonl",
+            f"is a JSON list of more than {MAX_LIST_BYTES >> 20} MiB, which cannot be streamed. Convert it to "
+            f"JSONL: jq -c '.[]' {path.name} > {path.stem}.jsonl",
             reason="large_list",
             location=path,
         )
@@ -29,7 +29,7 @@ def refuse_large_list(size_bytes: int, path: Path) -> None:
 def list_values(text: str, path: Path) -> Iterator[tuple[int, Any, str]]:
     """Yield (line, value, its text) for each value of a JSON list.
 
-    Raises DataError, with its location, where the text is not valid JSON, not one list, or cut off.
+    Raises DataError, with `file:line`, if the text is not valid JSON, is cut off, or continues after the list.
     """
     line, line_start = 1, 0
 

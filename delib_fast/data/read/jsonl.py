@@ -34,15 +34,18 @@ _MAGIC = (
 
 @dataclass(slots=True)
 class Item:
-    """One decoded object, or the reason why this line has none."""
+    """One decoded object of a source, or the error that prevented decoding it."""
 
     line: int
+    """Line in the file, or number of the row in a table, from 1."""
     value: Any = None
     error: DataError | None = None
     raw: bytes = b""
+    """The undecoded row, for the fingerprint only."""
 
     @property
     def fingerprint(self) -> str:
+        """12 hex digits that identify the row in messages without showing its text."""
         return fingerprint(self.raw)
 
 
@@ -74,7 +77,7 @@ class HashingFile:
 
 
 def refuse_foreign_bytes(head: bytes, path: Path) -> None:
-    """Raise DataError if the first bytes of a file show that it is not UTF-8 text, and say what it is."""
+    """Raise DataError, naming the actual format, if the first bytes of a file show that it is not UTF-8 text."""
     for magic, what in _MAGIC:
         if head.startswith(magic):
             raise DataError(f"is {what}", reason="foreign_file", location=path)
@@ -98,8 +101,8 @@ def read_items(file: HashingFile, path: Path) -> Iterator[Item]:
     if head.lstrip().startswith(b"["):
         data = b"".join((*blank, head, file.read(MAX_LIST_BYTES)))
         refuse_large_list(len(data), path)
-        for number, value, text in list_values(decode_text(data, path), path):
-            yield Item(number, value, raw=text.encode("utf-8", "surrogatepass"))
+        for line, value, text in list_values(decode_text(data, path), path):
+            yield Item(line, value, raw=text.encode("utf-8", "surrogatepass"))
     else:
         yield from _line_items(file, head, len(blank) + 1)
 
@@ -145,7 +148,7 @@ def decode_text(data: bytes, path: Path) -> str:
 
 
 def without_nulls(value: Any) -> Any:
-    """Remove null fields, also inside messages: all rows of a table have the same columns, so null means absent."""
+    """Remove null fields, also in nested objects. All rows of a table have the same columns, so null means absent."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):

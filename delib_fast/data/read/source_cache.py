@@ -1,4 +1,4 @@
-"""A source split into training and held-out rows. The training rows of a large file are never all in memory."""
+"""Load a source, split into training and held-out rows. Only a small file is kept in memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from delib_fast.data.read.sources import SourceReader
 from delib_fast.data.rows import Message, Row
 
 MAX_BYTES_IN_MEMORY = 256 << 20
-"""The rows of a larger file are read again in each pass over them."""
+"""The training rows of a larger file are read again in each pass."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of one source, and what was skipped."""
+    """The training and held-out rows of one source, and the number of bad rows that were skipped."""
 
     train_rows: Callable[[], Iterator[Row]]
     """Starts a new pass over the training rows."""
@@ -35,10 +35,10 @@ class Source:
 def load_source(name: str, config: SourceConfig, cache_folder: Path) -> Source:
     """Read a source once, and split it.
 
-    For a large file the result of this pass is cached, so that the next start only hashes the file.
+    For a large file, the held-out rows and the counts are cached, so that the next start only hashes the file.
 
     Raises:
-        DataError: as `read_source`.
+        DataError: as in `read_source`.
         ValueError: the held-out share leaves no row for training or for evaluation.
     """
     reader = SourceReader(name, config)

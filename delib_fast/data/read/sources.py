@@ -25,11 +25,11 @@ def read_source(name: str, config: SourceConfig) -> list[Row]:
 
     Args:
         name: the name of the source under `data:`; each row carries it.
-        config: the path, how to split text files, and what to do about a bad row.
+        config: the path, how to split text files, and how to handle a bad row.
     Raises:
-        DataError: with `file:line`, the reason and a fingerprint of the row, never its text. The file cannot be
-            read as what its extension says; a row is bad and `on_bad_row` is "error"; there are more than
-            `max_bad_rows` bad rows; or no row is left.
+        DataError: the content does not match the file's extension; a row is bad and `on_bad_row` is "error"; there are
+            more than `max_bad_rows` bad rows; or no row is left. The message has `file:line`, the reason and a
+            fingerprint of the row, never its text.
     """
     return list(SourceReader(name, config))
 
@@ -37,14 +37,14 @@ def read_source(name: str, config: SourceConfig) -> list[Row]:
 class SourceReader:
     """The rows of one source. Each iteration reads the file again, so no rows are kept in memory.
 
-    Raises DataError as `read_source` does: here for the path, in an iteration for the rows, and also if the file has
-    changed since the previous iteration.
+    Raises DataError as `read_source` does: on construction for the path, and during iteration for the rows. Iterating
+    also raises it if the file has changed since the previous iteration.
     """
 
     def __init__(self, name: str, config: SourceConfig) -> None:
         self.name, self.config, self.path = name, config, Path(config.path)
         self.sha256 = ""
-        """Hash of the whole file, or of the rows of a dataset; empty until `hash` is called or an iteration ends."""
+        """Hash of the whole file, or of the rows of a dataset; "" until `hash` is called or an iteration ends."""
         self.bad_rows: Counter[str] = Counter()
         """Number of bad rows that the last complete iteration skipped, by reason."""
         self._dataset: Any = None
@@ -64,10 +64,11 @@ class SourceReader:
 
     def __iter__(self) -> Iterator[Row]:
         bad_rows: Counter[str] = Counter()
-        rows, file = 0, None if self._dataset is not None else self._open()
+        num_rows = 0
+        file = self._open() if self._dataset is None else None
         try:
             for row in itertools.islice(self._rows(file, bad_rows), self.config.limit):
-                rows += 1
+                num_rows += 1
                 yield row
             if file is not None:
                 self._check_unchanged(file.hexdigest())
@@ -81,12 +82,12 @@ class SourceReader:
             if file is not None:
                 file.close()
         self.bad_rows = bad_rows
-        if not rows:
+        if not num_rows:
             why = f"all its rows are bad ({_counts_by_reason(bad_rows)})" if bad_rows else "it is empty"
             raise DataError(f"has no rows: {why} (source {self.name!r})", reason="no_rows", location=self.path)
 
     def hash(self) -> str:
-        """The sha256 of the content. Reads the file, without decoding it, if no iteration has done so."""
+        """Return the sha256 of the content. Unless an iteration has hashed the file, this reads it without decoding."""
         if not self.sha256:
             file = self._open()
             try:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from delib_fast.data.rows import DataError
 
 SAFE_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
-"""Messages show only keys of this form; any other key might be text of the row."""
+"""Messages show only keys of this form; any other key may be private text of the row."""
 
 
 def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -16,23 +16,23 @@ class Section:
     """A section of a Markdown file."""
 
     line: int
-    """Line of its heading, from 1."""
+    """Line of the section's heading, from 1."""
     context: tuple[str, ...]
-    """The headings above it, outermost first, as written."""
+    """The enclosing headings, outermost first, as written in the file."""
     body: str
-    """Its own heading and everything up to the next one, unchanged."""
+    """The section's heading and everything up to the next one, unchanged."""
 
     @property
     def text(self) -> str:
-        """The body, after the headings above it."""
+        """The enclosing headings, followed by the body."""
         return "".join(f"{heading}\n\n" for heading in self.context) + self.body
 
 
 def cut_at_headings(text: str) -> Iterator[Section]:
-    """Yield one section for each Markdown heading (`#` … `######`). The bodies, concatenated, are the text.
+    """Yield one section for each Markdown heading (`#` … `######`). The concatenated bodies equal the text.
 
-    Headings inside fenced code are code. A heading that is directly followed by a deeper one is not a section of its
-    own; it is, with its blank lines, the beginning of the next section's body.
+    Headings inside fenced code do not count. A heading that is directly followed by a deeper one is not a separate
+    section: it and its blank lines are the beginning of the next section's body.
     """
     context: list[tuple[int, str]] = []  # (level, heading) of the headings above the current section
     start, lead, headings = 1, "", 0  # first line of the current section, and the bare headings it begins with
@@ -71,7 +71,7 @@ def _lines(text: str) -> Iterator[tuple[int, int, str]]:
     for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
         mark = _FENCE.match(line)
         if fence:
-            # A fence is closed by a line of at least as many of its own marks, and nothing else.
+            # A line of at least as many of the same characters, and nothing else, closes the fence.
             if mark and mark[1].startswith(fence) and not line[mark.end() :].strip():
                 fence = ""
             yield number, 0, line

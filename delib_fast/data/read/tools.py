@@ -51,13 +51,16 @@ def read_call_text(text: str, where: str) -> str:
 
 
 def template_calls(calls: str) -> list[dict[str, Any]]:
-    """The calls in the form that chat templates expect."""
+    """Convert calls from JSON text to the objects that chat templates expect."""
     return [{"type": "function", "function": call} for call in json.loads(calls)]
 
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """The tools of a chat. A template receives them as they are, not as slots: how it writes them depends on them."""
+    """The tools of a chat.
+
+    A template receives their actual content, not a placeholder as for a text, because its output depends on it.
+    """
 
     offered: str = ""
     """The tools that are available, as JSON."""
@@ -68,7 +71,7 @@ class Tools:
 
     @classmethod
     def of(cls, row: Row, messages: Sequence[Message]) -> Tools:
-        """The tools of a row whose messages before the reply are these."""
+        """Collect the tools of a row. `messages` are those before the reply, with the system prompt."""
         calls = (*(m.calls for m in messages), row.calls)
         names = tuple(m.name for m in messages)
         return cls(row.tools, calls if any(calls) else (), names if any(names) else ())
@@ -77,7 +80,7 @@ class Tools:
         return bool(self.offered or self.calls or self.names)
 
     def map(self, change: Callable[[str], str]) -> Tools:
-        """The tools with every text changed."""
+        """Return a copy in which `change` is applied to every text."""
         return Tools(change(self.offered), tuple(map(change, self.calls)), tuple(map(change, self.names)))
 
     @property
@@ -90,7 +93,7 @@ class Tools:
         return {"tools": json.loads(self.offered)} if self.offered else {}
 
     def add_to(self, message: dict[str, Any], index: int) -> dict[str, Any]:
-        """The message (index -1: the reply) with its calls, or with the name of the tool whose result it is."""
+        """Return message `index` (-1: the reply) with its calls, or with the name of the tool whose result it is."""
         if self.calls and self.calls[index]:
             message = message | {"tool_calls": template_calls(self.calls[index])}
         if self.names and index >= 0 and self.names[index]:
