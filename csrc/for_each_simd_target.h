@@ -8,7 +8,7 @@
 //   SIMD_NAME     the same as a string
 //   SIMD_FLOATS   float32 values in a vector register
 //
-// SIMD_SELECT(x) is then avx512::x, avx2::x or generic::x: the widest that this processor supports.
+// SIMD_SELECT(x) is then avx512::x, avx2::x or generic::x, the widest that the processor at run time supports.
 //
 // The loops must have internal linkage and must not call inline functions of a library. Otherwise the linker may keep
 // the AVX-512 copy of such a function for every caller, and the program crashes on an older processor.

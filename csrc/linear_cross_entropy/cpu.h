@@ -1,6 +1,6 @@
 // Declarations that the two CPU paths share: the supervised rows of a call, a chunk of them, and the results.
 //
-// T packed tokens, H hidden size, V vocabulary, C tokens of a chunk, K columns of a dz that is kept. Logits are stored
+// T packed tokens, H hidden size, V vocabulary, C tokens of a chunk, K columns of dz if it is kept. Logits are stored
 // transposed, (V, C): the gradient of the logits, dz, then has the layout that the GEMM of the weight's gradient needs,
 // and the softmax loops run along tokens.
 #pragma once
@@ -37,7 +37,7 @@ struct Results {
   bool need_grad_weight = false;
   bool keeps_dz() const { return dz.numel() > 0; }
   bool need_gradient() const { return need_grad_hidden || need_grad_weight; }
-  // Whether the general sweeps are needed. (A z-loss only changes a token's factor, so the plain ones support it.)
+  // Whether the general sweeps are needed. The plain ones support a z-loss, which only changes a token's factor.
   bool general() const { return options.softcap != 0 || options.smoothing != 0; }
   template <typename scalar_t, typename acc_t>
   Sweeps<scalar_t, acc_t> choose(const Sweeps<scalar_t, acc_t>& plain, const Sweeps<scalar_t, acc_t>& other) const {

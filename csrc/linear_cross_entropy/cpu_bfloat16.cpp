@@ -108,7 +108,7 @@ class PackedHidden {
   at::Tensor packed_;
 };
 
-// One tile, c (m, n) (+)= a (m, 2 pairs) . b, on a processor without brgemm. It is slow, and only tests use it.
+// Computes one tile, c (m, n) (+)= a (m, 2 pairs) . b, without brgemm. It is slow; only tests use it.
 void plain_tile(std::int64_t m, std::int64_t n, std::int64_t pairs, std::int64_t lda, std::int64_t ldc, bool add,
                 const bf16_bits* a, const bf16_bits* b, float* c) {
   for (std::int64_t i = 0; i < m; ++i) {
@@ -124,7 +124,7 @@ void plain_tile(std::int64_t m, std::int64_t n, std::int64_t pairs, std::int64_t
 #if defined(CPUBLAS_BRGEMM_BF16BF16F32)
 // brgemm needs AVX-512 BF16 or AMX, and oneDNN must be enabled. torch reports only AMX (could_pack), and without either
 // it reads the packed operand as a plain matrix. A small product is therefore computed and checked.
-bool brgemm_is_right() {
+bool brgemm_is_correct() {
   constexpr std::int64_t M = 3, PAIRS = 2;
   std::vector<at::BFloat16> a(M * 2 * PAIRS), b(PAIRS * TILE_N * 2);
   for (std::size_t i = 0; i < a.size(); ++i) a[i] = static_cast<float>(i % 7) - 2.0f;
@@ -144,8 +144,8 @@ bool brgemm_is_right() {
 // With AMX the product of a transposed view runs at half the speed; without AMX the speed is the same.
 bool copies_dz() { return at::native::cpublas::could_pack(at::kBFloat16); }
 bool has_brgemm() {
-  static const bool right = brgemm_is_right();
-  return right;
+  static const bool correct = brgemm_is_correct();
+  return correct;
 }
 #else
 bool copies_dz() { return true; }
@@ -271,7 +271,8 @@ class Bfloat16Loss {
     for (std::int64_t v = 0; v < vocabulary_; v += block_rows_) {
       const Block<bf16_bits> block = block_at(logits, v);
       chunk.to_gradient(block, sweeps_);
-      logits.narrow(0, v, block.rows).narrow(1, chunk.size, tokens - chunk.size).zero_();  // NaN if W has an inf
+      // The gradient of the padding is NaN if W has an inf.
+      logits.narrow(0, v, block.rows).narrow(1, chunk.size, tokens - chunk.size).zero_();
       if (by_token_.defined()) {
         auto* copy = reinterpret_cast<bf16_bits*>(by_token_.data_ptr());
         at::parallel_for(0, tokens, 16, [&](std::int64_t first, std::int64_t last) {

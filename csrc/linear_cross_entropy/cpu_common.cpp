@@ -109,7 +109,8 @@ SupervisedRows find_supervised_rows(const at::Tensor& targets, const std::option
   return rows;
 }
 
-// On other processors torch's bfloat16 GEMM is many times slower than its float32 GEMM, so inputs are widened.
+// Whether the processor has bfloat16 instructions. Without them torch's bfloat16 GEMM is many times slower than its
+// float32 GEMM, so inputs are widened.
 bool has_bfloat16_gemms() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -160,7 +161,7 @@ Outputs linear_cross_entropy_cpu(const at::Tensor& hidden, const at::Tensor& wei
 at::Tensor weight_gradient(const at::Tensor& dz, const at::Tensor& rows, const at::Tensor& scale) {
   const bool fast = dz.scalar_type() == at::kBFloat16 && dz.is_contiguous() && dz.numel() > 0 && dz.size(1) % 2 == 0;
   if (fast) return bfloat16_product(dz, rows.contiguous(), scale.item<float>());
-  // other dtypes and layouts: only used in tests
+  // Other dtypes and layouts are only used in tests.
   return at::mm(dz.to(at::kFloat), rows.to(at::kFloat)).mul_(scale.item<float>()).to(dz.scalar_type());
 }
 

@@ -131,7 +131,7 @@ std::vector<int32_t> best_fit(const std::vector<int32_t>& counts, int64_t N, int
   std::vector<int32_t> newest(capacity + 1, -1);  // top of the stack of packs with a given free space
   std::vector<int32_t> below;                     // the next pack in the stack of each pack
   IntegerSet open(capacity);                      // the free spaces whose stack is not empty
-  int64_t at = 0;
+  int64_t next_example = 0;  // in sorted order
   for (int32_t length = capacity; length > 0; --length) {
     for (int32_t left = counts[length]; left > 0; --left) {
       const int64_t space = open.successor(length);
@@ -152,7 +152,7 @@ std::vector<int32_t> best_fit(const std::vector<int32_t>& counts, int64_t N, int
         newest[rest] = pack;
       }
       ++pack_sizes[pack];
-      pack_of[at++] = pack;
+      pack_of[next_example++] = pack;
     }
   }
   return pack_of;

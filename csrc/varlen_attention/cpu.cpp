@@ -1,4 +1,4 @@
-// Packed causal attention on a CPU. There is one task per sequence and kv head; threads take the longest tasks first.
+// Packed causal attention on a CPU, with one task per sequence and kv head. Threads take the longest tasks first.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -48,7 +48,7 @@ void for_each_task(const std::vector<Task>& tasks, std::int64_t scratch, const w
   });
 }
 
-// The part of a (T, H, D) tensor that starts at `token` and `head`.
+// Returns a view of a (T, H, D) tensor that starts at `token` and `head`.
 template <typename to_t, typename scalar_t>
 Heads<to_t> heads(const at::Tensor& x, std::int64_t token, std::int64_t head) {
   auto* data = static_cast<scalar_t*>(x.data_ptr());
@@ -60,7 +60,7 @@ at::Tensor last_dim_contiguous(const at::Tensor& x) { return x.stride(-1) == 1 ?
 void check(const at::Tensor& q) {
   TORCH_CHECK_VALUE(q.scalar_type() == at::kFloat || q.scalar_type() == at::kBFloat16,
                     "varlen_attention_compiled: q is ", q.scalar_type(), "; it must be float32 or bfloat16");
-  TORCH_CHECK_VALUE(q.size(2) % attention::D_MULTIPLE == 0 && q.size(2) <= attention::MAX_D, 
+  TORCH_CHECK_VALUE(q.size(2) % attention::D_MULTIPLE == 0 && q.size(2) <= attention::MAX_D,
                     "varlen_attention_compiled: the head dim is ", q.size(2),
                     "; it must be a multiple of 16 and at most 256");
 }
@@ -74,16 +74,16 @@ void forward_all(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, 
   for_each_task(tasks, attention::forward_scratch(tasks[0].length, dim), [&](const Task& task, float* scratch) {
     const std::int64_t t = task.begin, h = task.kv_head;
     kernel({heads<const scalar_t, scalar_t>(q, t, h * group), heads<const scalar_t, scalar_t>(k, t, h),
-         heads<const scalar_t, scalar_t>(v, t, h), heads<scalar_t, scalar_t>(out, t, h * group),
-         heads<float, float>(lse, t, h * group), task.length, dim, group, static_cast<float>(scale)},
-        scratch);
+            heads<const scalar_t, scalar_t>(v, t, h), heads<scalar_t, scalar_t>(out, t, h * group),
+            heads<float, float>(lse, t, h * group), task.length, dim, group, static_cast<float>(scale)},
+           scratch);
   });
 }
 
 // Returns out (T, Hq, D) in the dtype of q, and the log-sum-exp of the scaled scores (T, Hq, 1) in float32.
 std::tuple<at::Tensor, at::Tensor> varlen_attention_compiled(const at::Tensor& q_, const at::Tensor& k_,
-                                                         const at::Tensor& v_, const at::Tensor& cu_seqlens,
-                                                         double scale) {
+                                                             const at::Tensor& v_, const at::Tensor& cu_seqlens,
+                                                             double scale) {
   check(q_);
   const at::Tensor q = last_dim_contiguous(q_), k = last_dim_contiguous(k_), v = last_dim_contiguous(v_);
   at::Tensor out = at::empty(q.sizes(), q.options());
@@ -109,9 +109,9 @@ void backward_all(const at::Tensor& d_out, const at::Tensor& q, const at::Tensor
     const auto in = [&](const at::Tensor& x, std::int64_t head) { return heads<const scalar_t, scalar_t>(x, t, head); };
     const auto to = [&](const at::Tensor& x, std::int64_t head) { return heads<scalar_t, scalar_t>(x, t, head); };
     kernel({in(d_out, h * group), in(q, h * group), in(k, h), in(v, h), in(out, h * group),
-         heads<const float, float>(lse, t, h * group), to(dq, h * group), to(dk, h), to(dv, h), task.length, dim, group,
-         static_cast<float>(scale)},
-        scratch);
+            heads<const float, float>(lse, t, h * group), to(dq, h * group), to(dk, h), to(dv, h), task.length, dim,
+            group, static_cast<float>(scale)},
+           scratch);
   });
 }
 

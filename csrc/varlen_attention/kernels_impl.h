@@ -184,7 +184,7 @@ void forward(const Forward<scalar_t>& task, float* scratch) {
 // Turns scores into probabilities and d_probabilities into d_scores, both in place. Both are 0 for keys after the first
 // `visible`.
 inline void softmax_backward(float* scores, float* d_scores, std::int64_t columns, std::int64_t visible, float lse,
-                          float delta) {
+                             float delta) {
   for (std::int64_t j = 0; j < columns; j += WIDTH) {
     auto& p = *reinterpret_cast<Vector*>(scores + j);
     auto& dp = *reinterpret_cast<Vector*>(d_scores + j);
@@ -215,7 +215,7 @@ void backward(const Backward<scalar_t>& task, float* scratch) {
     for (std::int64_t begin = 0; begin < L; begin += QUERIES) {
       const std::int64_t count = smaller(QUERIES, L - begin), end = begin + count;
       float lse[QUERIES], delta[QUERIES];
-      gather(task.out, head, begin, count, QUERIES, D, 1.0f, dq);  // `out`, until dq is needed
+      gather(task.out, head, begin, count, QUERIES, D, 1.0f, dq);  // dq holds `out` until it is written
       gather(task.d_out, head, begin, count, QUERIES, D, 1.0f, d_out);
       gather(task.q, head, begin, count, QUERIES, D, task.scale, q);
       for (std::int64_t i = 0; i < QUERIES; ++i) {

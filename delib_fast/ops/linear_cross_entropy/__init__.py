@@ -1,4 +1,4 @@
-"""The loss head, hidden states times vocabulary, softmax and cross-entropy, without (T, V) logits in memory."""
+"""The fused loss head: projection to the vocabulary, softmax and cross-entropy, without (T, V) logits in memory."""
 
 from typing import Any, NamedTuple
 
@@ -69,7 +69,7 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     backend: str = "auto",
 ) -> LossOutput:
-    """Return the weighted sum of the cross-entropies of hidden @ weight.T, with memory for one chunk of logits.
+    """Return the weighted sum of the cross-entropies of hidden @ weight.T, with one chunk of logits in memory.
 
         rows     = the t with targets[t] != ignore_index and loss_weights[t] != 0      "supervised" rows
         z[t]     = logit_scale * (hidden[t] @ weight.T + bias)
@@ -89,7 +89,7 @@ def linear_cross_entropy(
         softcap: bound of the logits, applied with tanh (final_logit_softcapping in model configs); None for no bound.
         z_loss: factor of lse², which keeps the softmax normaliser near 1 (1e-4 is usual); 0 for none.
         label_smoothing: share of the target, in [0, 1], that is spread evenly over the vocabulary, as in
-            F.cross_entropy. It and z_loss affect loss_sum and the gradients; nll stays -log p(target).
+            F.cross_entropy. Like z_loss, it affects loss_sum and the gradients; nll stays -log p(target).
         ignore_index: target of rows that are not supervised.
         loss_positions: (L,) int64 on the same device: the rows to compute, each listed once. Rows that are not
             listed are not supervised. If given, a GPU backend does not synchronise with the device, and a small L
@@ -108,8 +108,8 @@ def linear_cross_entropy(
         BackendUnavailable: the requested backend cannot run these inputs.
         RuntimeError: a second derivative is requested (create_graph=True). Only the reference backend supports it.
 
-    Numerics: tanh, softmax and losses are float32. The gradient of a logit is rounded once to the dtype of the inputs;
-    the target's entry, too, is computed in float32 first. The weight's gradient accumulates in float32 over all rows.
+    Numerics: tanh, softmax and losses are float32. The gradient of a logit, including the target's, is computed in
+    float32 and rounded once to the dtype of the inputs. The weight's gradient accumulates in float32 over all rows.
     (If L is small on a GPU, see Cost, the hidden states are multiplied by the upstream gradient and rounded once more.)
     logit_scale multiplies `hidden`, with rounding to its dtype (exact if the scale is a power of two). Unsupervised
     rows are skipped, so even a NaN in them cannot reach the loss or a gradient. With no supervised row the loss and the
@@ -120,8 +120,8 @@ def linear_cross_entropy(
     forward pass, so nothing is recomputed. Memory: dX, dW (V·H float32) and chunk_tokens·V logits. In bfloat16 with
     loss_positions and L <= 2·H, the gradient of all logits (L·V bfloat16) is smaller than dW; it is then kept instead
     of dW and the chunk of logits, and the backward pass computes dW from it. A bias costs a copy of `weight`, and of
-    its gradient, with 8 more columns; without a bias nothing is copied. The cpu backend keeps its large buffers, and
-    that of the weight's gradient after it is freed, for the next call, but never more than was in use at one time.
+    its gradient, with 8 more columns; without a bias nothing is copied. The cpu backend keeps freed large
+    buffers, including that of the weight's gradient, for the next call, but never more than was in use at one time.
     torch.ops.delib_fast.release_buffers() frees them, and returns the number of bytes.
 
     Source: gradients in the forward pass as in Liger Kernel (arXiv 2410.10989), skipped rows as in Cut Cross-Entropy
@@ -236,7 +236,7 @@ class FusedLossHead(nn.Module):
 
     @property
     def vocabulary(self) -> int:
-        """The number of entries of the vocabulary."""
+        """The number of vocabulary entries, V."""
         return self.weight.shape[0]
 
     def extra_repr(self) -> str:

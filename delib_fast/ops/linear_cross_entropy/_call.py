@@ -1,6 +1,7 @@
-"""The arguments and results of the fused loss, as its backends pass them on.
+"""The argument and result tuples that the backends of the fused loss share.
 
-T packed tokens, H hidden size, V vocabulary, L listed rows, C rows of a chunk, K >= L columns of a dz that is kept.
+T packed tokens, H hidden size, V vocabulary, L listed rows, C rows of a chunk. dz is the gradient of the logits. If it
+is kept for the backward pass, it has K >= L columns.
 """
 
 from typing import NamedTuple
@@ -24,14 +25,16 @@ class LossCall(NamedTuple):
     softcap: float = 0.0  # 0 for none, as are the next two
     z_loss: float = 0.0
     label_smoothing: float = 0.0
-    keep_dz: bool = False  # keep the gradient of the logits, and leave the weight's gradient to the backward pass
+    keep_dz: bool = False  # return dz instead of the weight's gradient, which the backward pass then computes
 
     @property
     def need_gradient(self) -> bool:
+        """Whether the gradient of the logits is needed."""
         return self.need_grad_hidden or self.need_grad_weight
 
     @property
     def loss_is_nll(self) -> bool:
+        """Whether the loss has no further terms."""
         return self.z_loss == 0 and self.label_smoothing == 0
 
 

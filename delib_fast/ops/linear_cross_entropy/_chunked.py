@@ -1,9 +1,10 @@
 """The driver of the GPU backends: cuBLAS GEMMs around a kernel that turns a chunk of logits into its gradient.
 
 T packed tokens, H hidden size, V vocabulary, L listed rows, C rows of a chunk. For each chunk: logits (C, V) = X · Wᵀ;
-the backend's kernel, in place; dX = dz · W; dW += dzᵀ · X in float32, unless dz is kept for the backward pass.
+the backend's kernel, which overwrites the logits with dz; dX = dz · W; dW += dzᵀ · X in float32, unless dz is kept for
+the backward pass.
 
-With loss_positions nothing here synchronises with the device. Without, finding the supervised rows does so once.
+With loss_positions nothing here synchronises with the device. Without them, finding the supervised rows does so once.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from torch import Tensor
 from delib_fast.ops.linear_cross_entropy._call import LogitsChunk, LossCall, LossResults, accumulator_dtype
 from delib_fast.ops.linear_cross_entropy._gradient_in_forward import empty_results
 
-GPU_CHUNK_TOKENS = 4096  # with smaller chunks the traffic of the float32 dW, read and written per chunk, is noticeable
-ROW_ALIGNMENT = 128
+GPU_CHUNK_TOKENS = 4096  # smaller chunks are slower, because the float32 dW is read and written once per chunk
+ROW_ALIGNMENT = 128  # the size of a chunk is a multiple of this
 
 Kernel = Callable[[LogitsChunk], None]
 

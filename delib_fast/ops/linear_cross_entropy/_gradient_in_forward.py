@@ -1,12 +1,12 @@
-"""Schema, fake kernel and autograd formula of every backend that computes its gradients in the forward pass.
+"""Schema, fake kernel and autograd formula of the backends, which compute their gradients in the forward pass.
 
 Such an op returns (loss_sum, nll, correct, grad_hidden, grad_weight, dz, rows). Both gradients are those of loss_sum.
 They are saved for the backward pass, which multiplies them by the upstream gradient. A gradient that is not needed is
 an empty tensor, and its GEMM is skipped.
 
-With keep_dz the backward pass computes the weight's gradient. Instead of it the op then returns its two factors: dz
-(V, K), the gradient of the logits, and rows (K, H), the hidden states of the supervised rows padded with zeros to K
-rows. If dz is smaller than the weight's gradient, this saves memory, and two passes over a float32 matrix.
+With keep_dz the backward pass computes the weight's gradient. The op then returns its two factors instead: dz (V, K),
+the gradient of the logits, and rows (K, H), the hidden states of the supervised rows, padded with zeros to K rows. If
+dz is smaller than the weight's gradient, this saves memory, and two passes over a float32 matrix.
 """
 
 from collections.abc import Callable

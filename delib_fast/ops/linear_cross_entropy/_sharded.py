@@ -1,4 +1,4 @@
-"""Weights that FSDP2 or tensor parallelism shards as DTensors: gathered once, their gradient reduced once."""
+"""Gather a weight that FSDP2 or tensor parallelism shards as a DTensor, and reduce its gradient once."""
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ def gather_weight(weight: Tensor) -> Tensor:
     """
     if not is_sharded(weight):
         return weight
-    from torch.distributed.tensor import DTensor, Partial
+    from torch.distributed.tensor import DTensor, Partial  # slow to import
 
     assert isinstance(weight, DTensor)
     return weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)

@@ -50,9 +50,9 @@ def varlen_attention(
             all.
         cu_seqlens_host: the values of cu_seqlens on the host, if known. They are then checked without a device sync.
         prefix: N ints on the host. prefix[i] is the index of an earlier sequence that sequence i continues, or -1. The
-            tokens of sequence i then also attend to all of that sequence, and to the sequences that it continues. In
-            this way several completions share one prompt, which is computed once; its gradients are the sums over all
-            completions. A window includes the prefix.
+            tokens of sequence i then also attend to all of that sequence, and to the sequences that it continues in
+            turn. So several completions can share one prompt, which is computed once; its gradients are the sums over
+            all completions. A window includes the prefix.
         backend: "auto", "flash" (an installed flash-attention package), "torch" (varlen_attn), "cpu" or "reference".
 
     Returns:
@@ -65,7 +65,7 @@ def varlen_attention(
     Numerics: scores, softmax and sums are float32 (float64 for float64 inputs). On a CPU 16-bit inputs are computed in
         float32 throughout. A shared prefix is exact: two attentions are merged by their log-sum-exp, in the forward and
         the backward pass.
-    Determinism: the cpu and reference backends are deterministic; torch and flash sum dq in varying order.
+    Determinism: the cpu and reference backends are deterministic; torch and flash accumulate dq in varying order.
     Cost: 2·Hq·D·Σ L² FLOPs forward for sequences of length L, 2.5 times that backward; O(T) memory. The reference needs
         O(max_seqlen²) memory.
     Source: FlashAttention-2, arXiv 2307.08691.

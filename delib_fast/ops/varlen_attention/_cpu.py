@@ -70,7 +70,7 @@ def varlen_attention(
     cu_seqlens_host: Sequence[int] | None = None,
     prefix: Sequence[int] | None = None,
 ) -> Tensor:
-    """Return (T, Hq, D)."""
+    """Run the op; the arguments and the result are those of `ops.varlen_attention`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if prefix is not None:
         host = tuple(cu_seqlens.tolist()) if cu_seqlens_host is None else tuple(cu_seqlens_host)

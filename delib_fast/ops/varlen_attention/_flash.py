@@ -81,7 +81,7 @@ def varlen_attention(
     cu_seqlens_host: Sequence[int] | None = None,
     prefix: Sequence[int] | None = None,
 ) -> Tensor:
-    """Return (T, Hq, D)."""
+    """Run the op; the arguments and the result are those of `ops.varlen_attention`."""
     generation = _generation(torch.cuda.get_device_capability(q.device)[0])
     assert generation is not None, "why_not must be called first"
     # flash-attention counts the tokens *before* the query, so a window of 1 (the token itself) is (0, 0).

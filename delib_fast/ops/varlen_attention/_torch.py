@@ -22,7 +22,7 @@ from delib_fast.ops.varlen_attention._prefix import Layout, plan_prefixes, regis
 def _missing() -> str | None:
     """Return what this version of torch lacks, or None."""
     try:
-        from torch.nn.attention.varlen import varlen_attn
+        from torch.nn.attention.varlen import varlen_attn  # since torch 2.10
     except ImportError:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen; it needs torch 2.10 or later"
     if "window_size" not in inspect.signature(varlen_attn).parameters:
@@ -32,7 +32,7 @@ def _missing() -> str | None:
 
 @cache
 def _gqa_argument() -> dict[str, Any]:
-    """Return `enable_gqa=True` if varlen_attn has this argument. Older versions need none for fewer kv heads."""
+    """Return `enable_gqa=True` if varlen_attn has this argument. Older versions accept fewer kv heads without it."""
     from torch.nn.attention.varlen import varlen_attn
 
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -116,7 +116,7 @@ def varlen_attention(
     cu_seqlens_host: Sequence[int] | None = None,
     prefix: Sequence[int] | None = None,
 ) -> Tensor:
-    """Return (T, Hq, D)."""
+    """Run the op; the arguments and the result are those of `ops.varlen_attention`."""
     from torch.nn.attention.varlen import varlen_attn
 
     if prefix is not None:

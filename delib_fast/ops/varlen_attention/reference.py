@@ -21,7 +21,7 @@ def varlen_attention(
     cu_seqlens_host: Sequence[int] | None = None,
     prefix: Sequence[int] | None = None,
 ) -> Tensor:
-    """Return (T, Hq, D)."""
+    """Run the op; the arguments and the result (T, Hq, D) are those of `ops.varlen_attention`."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     groups = q.shape[1] // k.shape[1]
     compute = torch.promote_types(q.dtype, torch.float32)
