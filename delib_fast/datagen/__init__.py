@@ -4,6 +4,6 @@
     delib-fast document SPEC -o OUT --tokens 1M    documents for model spec midtraining
     delib-fast data-report OUT                     a report on the data
 
-`rows.py` and `documents.py` are the two pipelines, from top to bottom; `client.py` sends requests, and `request_log.py`
-keeps their answers.
+`rows.py` and `documents.py` are the two pipelines. Both use a `session.py`; `client.py` sends the requests, and
+`request_log.py` stores the answers.
 """

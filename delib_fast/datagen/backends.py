@@ -1,4 +1,7 @@
-"""Backends answer requests: OpenAIBackend through an OpenAI-compatible endpoint, in_process.py with a local model."""
+"""Backends, which answer requests: OpenAIBackend sends them to an OpenAI-compatible endpoint.
+
+The other backend, a model in this process, is in in_process.py.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,9 @@ class Retry(Exception):  # noqa: N818 (another attempt may succeed)
     """This attempt failed; another may succeed.
 
     Args:
-        reason: a short name, under which retries are counted.
-        after_s: seconds to wait, if the endpoint asks for a pause.
+        reason: a short name; retries are counted by reason.
+        after_s: seconds to wait, if the endpoint requests a pause.
+        detail: appended to the message.
     """
 
     def __init__(self, reason: str, *, after_s: float | None = None, detail: str = "") -> None:
@@ -28,31 +32,36 @@ class Retry(Exception):  # noqa: N818 (another attempt may succeed)
 
 
 class RequestRejected(Exception):  # noqa: N818
-    """The endpoint never answers this request (too long, against its rules), but may answer others."""
+    """The endpoint rejects this request (too long, against its rules), but may answer others."""
 
 
 class EndpointError(RuntimeError):
-    """The endpoint answers no request at all (no connection, wrong key, unknown model, no quota): the run stops."""
+    """The endpoint cannot answer any request (no connection, wrong key, unknown model, no quota), so the run stops."""
 
 
 class Backend(Protocol):
-    async def complete(self, request: Request) -> Answer:
-        """Raises Retry, RequestRejected or EndpointError."""
+    """Answers the requests of one endpoint."""
 
-    async def close(self) -> None: ...
+    async def complete(self, request: Request) -> Answer:
+        """Answer a request. Raises Retry, RequestRejected or EndpointError."""
+
+    async def close(self) -> None:
+        """Release connections or threads, after the last request."""
 
 
 class Secrets:
-    """Removes the API keys that this process knows from every text that it writes."""
+    """Redacts the API keys of a run from text."""
 
     def __init__(self) -> None:
         self._known: set[str] = set()
 
     def add(self, key: str) -> None:
-        if len(key) >= 6:
+        """Register a key, to be redacted also where JSON escapes it."""
+        if len(key) >= 6:  # a shorter one, such as "none", may occur in ordinary text
             self._known |= {key, json.dumps(key, ensure_ascii=False)[1:-1]}
 
     def scrub(self, text: str) -> str:
+        """Replace every registered key in a text with ***."""
         for key in self._known:
             text = text.replace(key, "***")
         return text
@@ -62,20 +71,23 @@ class OpenAIBackend:
     """An OpenAI-compatible endpoint.
 
     Args:
-        require_key: raise ConfigError if the key's environment variable is not set and the server is not on this
-            machine.
+        settings: the model, its address, and the name of the environment variable that holds the key.
+        secrets: the key is registered here.
+        require_key: whether a server on another machine needs a key.
+    Raises:
+        ConfigError: the openai package or `settings.model` is missing, or a key is required and not set.
     """
 
     def __init__(self, settings: EndpointSettings, secrets: Secrets, *, require_key: bool = True) -> None:
         try:
-            import openai
+            import openai  # an optional dependency
         except ImportError:
             raise ConfigError(
                 "the openai package is missing: pip install 'delib-fast[generate]' (or 'delib-fast[evals]'), or "
                 "generate in this process with --backend transformers"
             ) from None
         if not settings.model:
-            raise ConfigError("generator.model is not set: give --model NAME, the model's name at the endpoint")
+            raise ConfigError("generator.model is not set: pass --model NAME, the model's name at the endpoint")
         self._openai = openai
         self._settings = settings
         self._scrub = secrets.scrub  # an endpoint may repeat the key in an error message
@@ -88,7 +100,7 @@ class OpenAIBackend:
         openai = self._openai
         body = {"model": request.model, "messages": list(request.messages), **request.params}
         try:
-            # Not chat.completions.create: its typed copies of request and answer take a quarter of the client's time.
+            # chat.completions.create would copy request and answer to typed objects: a quarter of the client's time.
             reply = await self._client.post(
                 "/chat/completions", cast_to=object, body=body, options={"headers": {"Idempotency-Key": request.id}}
             )
@@ -137,16 +149,16 @@ def _key(settings: EndpointSettings, secrets: Secrets, *, required: bool) -> str
     if not required or host in ("localhost", "[::1]") or host.startswith("127."):
         return "none"  # a server on this machine needs no key, but the openai package does
     raise ConfigError(
-        f"no API key: set the environment variable {settings.api_key_env}, or name another one with api_key_env (a "
-        "server on this machine needs none)"
+        f"no API key: set the environment variable {settings.api_key_env}, or set api_key_env to the name of "
+        "another one (a server on this machine needs no key)"
     )
 
 
 def _parse_answer(reply: Any) -> Answer:
-    """Parse the first choice of a chat completion. Endpoints differ, so every field is checked.
+    """Parse the first choice of a chat completion. Endpoints deviate from the API, so every field is checked.
 
     Raises:
-        Retry: the reply contains no message with a text.
+        Retry: the reply does not contain a message with text.
     """
     choices = reply.get("choices") if isinstance(reply, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}

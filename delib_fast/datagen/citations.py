@@ -1,4 +1,4 @@
-"""Which sections of a spec a text cites, and whether it mentions a spec or policy at all: by words, without a model.
+"""Find which sections of a spec a text cites, and whether it mentions a spec or policy, by its words only.
 
 A section is cited by its id or number (`rule-5`, "Rule 5", "V3"), by its title, or by a quotation of its words.
 """
@@ -28,22 +28,22 @@ _SPEC_WORDS = re.compile(
 
 @dataclass(frozen=True)
 class Label:
-    """How a category is recognized in a text."""
+    """The names and quotations by which a category is recognized in a text."""
 
     category: str
     pattern: re.Pattern[str]
-    """Its names."""
+    """Matches any name of the category."""
     quotations: frozenset[str] = frozenset()
-    """The word 7-grams of its section."""
+    """The word 7-grams of the category's section."""
 
 
 def labels_of_spec(spec: Spec) -> list[Label]:
-    """The labels of a spec's sections."""
+    """Return the label of each section of a spec."""
     return [Label(s.id, _pattern(_names_of(s)), frozenset(_quotations(words_of(_body(s))))) for s in spec.sections]
 
 
 def labels_of_names(categories: Iterable[str]) -> list[Label]:
-    """Labels of categories of which only the name is known, e.g. "Self-Harm" or "Violence / Physical Harm"."""
+    """Return labels of categories without a spec, by name only: "Self-Harm", "Violence / Physical Harm"."""
     labels = []
     for category in categories:
         parts = [part for part in re.split(r"\s*/\s*", category) if part]
@@ -52,28 +52,27 @@ def labels_of_names(categories: Iterable[str]) -> list[Label]:
 
 
 def cited(text: str, labels: Sequence[Label]) -> list[str]:
-    """The categories that a text cites, in the order of the labels."""
+    """Return the categories that a text cites, in the order of the labels."""
     quotations = set(_quotations(words_of(text)))
     return [
         label.category for label in labels if label.pattern.search(text) or not quotations.isdisjoint(label.quotations)
     ]
 
 
-def mentions_spec(text: str, labels: Sequence[Label], *, asked_about: str = "") -> str | None:
-    """The words in which a text mentions or quotes a spec, policy or numbered rule; None if it does not.
+def mentions_spec(text: str, labels: Sequence[Label], *, prompt: str = "") -> str | None:
+    """Return the words with which a text mentions or quotes a spec, policy or numbered rule, or None.
 
     Args:
-        asked_about: the prompt. Words that the user has introduced (an insurance policy, the rules of chess) do not
-            count.
+        prompt: words that occur in the prompt (an insurance policy, the rules of chess) do not count.
     """
-    asked = asked_about.casefold()
+    prompt_words = prompt.casefold()
     for match in _SPEC_WORDS.finditer(text):
         noun = next(group for group in match.groups() if group)
-        if noun.casefold() not in asked:
+        if noun.casefold() not in prompt_words:
             return match[0]
     quotations = set(_quotations(words_of(text)))
     for label in labels:
-        if (named := _label_word(label.category).search(text)) and named[0] not in asked_about:
+        if (named := _label_word(label.category).search(text)) and named[0] not in prompt:
             return named[0]
         if quoted := sorted(quotations & label.quotations):
             return quoted[0]
@@ -81,7 +80,7 @@ def mentions_spec(text: str, labels: Sequence[Label], *, asked_about: str = "") 
 
 
 def _label_word(category: str) -> re.Pattern[str]:
-    """The written label of a category (V3, rule-5). Its title does not count: "honesty" alone is an ordinary word."""
+    """Match the written label of a category (V3, rule-5). Titles do not count: "honesty" is an ordinary word."""
     short = re.match(r"^([a-z]{1,3}\d{1,3})(?:-|$)", category)
     return re.compile(
         rf"\b{short[1].upper()}\b" if short else rf"\b{re.escape(category)}\b" if "-" in category else r"(?!)"
@@ -94,11 +93,11 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
 def policy_sentences(text: str, *, spec_words: bool = False) -> str:
-    """The sentences that mention policy, joined; "" if there are none (the excerpts of arXiv 2412.16339, §4.2).
+    """Return the sentences that mention policy, joined; "" if there are none (the excerpts of arXiv 2412.16339, §4.2).
 
     Args:
-        spec_words: also those that mention rules, clauses, sections, principles or values, for specs that are not
-            called policies.
+        spec_words: also include sentences that mention rules, clauses, sections, principles or values, for specs that
+            are not called policies.
     """
     sentences = _SENTENCE_END.split(text)
     found = [s for s in sentences if _POLICY_WORDS.search(s) or (spec_words and _RULE_WORDS.search(s))]

@@ -1,4 +1,4 @@
-"""One client for all models: looks an answer up in the request log first, then sends the request to its endpoint.
+"""The client for all models of a run. It sends only those requests that have no answer in the request log yet.
 
 client = Client(log, meter, secrets)
 endpoint = client.endpoint(settings.generator)
@@ -24,18 +24,19 @@ from delib_fast.datagen.request_log import Answer, Request, RequestLog, RequestL
 from delib_fast.datagen.settings import EndpointSettings
 
 T = TypeVar("T")
-_FAILURES_IN_A_ROW = 10  # requests given up without an answer in between: the endpoint does not work
+_MAX_FAILURES_IN_A_ROW = 10  # after this many failed requests without an answer in between, the endpoint counts as down
 
 
 class RequestsStopped(Exception):  # noqa: N818 (a requested stop is not an error)
-    """No more requests are sent: the run was interrupted, has reached max_cost, or has lost its endpoint."""
+    """No more requests are sent, because the run was interrupted, reached max_cost, or lost its endpoint."""
 
 
 class NoAnswer(Exception):  # noqa: N818
     """This request has no usable answer in this run; the others continue.
 
     Args:
-        reason: a short name, under which what depends on the answer is counted as dropped.
+        reason: a short name; dropped rows and documents are counted by reason.
+        detail: the message; by default the reason.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -44,11 +45,11 @@ class NoAnswer(Exception):  # noqa: N818
 
 
 class Interrupted(Exception):  # noqa: N818
-    """Ctrl-C or SIGTERM."""
+    """The cause of a stop: Ctrl-C or SIGTERM."""
 
 
 class BudgetSpent(Exception):  # noqa: N818
-    """max_cost is reached."""
+    """The cause of a stop: max_cost is reached."""
 
 
 class StopFlag:
@@ -59,6 +60,7 @@ class StopFlag:
         self._event = asyncio.Event()
 
     def set(self, cause: BaseException) -> None:
+        """Set the flag, unless it is set already."""
         if self.cause is None:
             self.cause = cause
             self._event.set()
@@ -69,7 +71,7 @@ class StopFlag:
             raise RequestsStopped
 
     async def sleep(self, seconds: float) -> None:
-        """Sleep; if the flag is set meanwhile, wake up and raise RequestsStopped."""
+        """Sleep. If the flag is set in the meantime, wake up and raise RequestsStopped."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._event.wait(), seconds)
         self.check()
@@ -79,10 +81,11 @@ class Client:
     """The endpoints of a run.
 
     Args:
-        log: keeps every answer; None keeps none.
-        meter: counts and shows what happens.
+        log: stores every answer; None to store none.
+        meter: counts requests and answers, and shows progress.
+        secrets: the API keys are registered here.
         max_cost: the run stops once the answers in the log have cost this much.
-        make_backend: creates the backend of an endpoint; by default as the endpoint's settings say.
+        make_backend: creates the backend of an endpoint; by default according to the endpoint's settings.
     """
 
     def __init__(
@@ -103,7 +106,7 @@ class Client:
         self._make_backend = make_backend or (lambda settings: _backend_of(settings, secrets))
 
     def endpoint(self, settings: EndpointSettings) -> Endpoint:
-        """The endpoint of these settings. Equal settings share one endpoint, and so its concurrency limit."""
+        """Return the endpoint of these settings. Equal settings share one endpoint and its concurrency limit."""
         found = next((e for e in self._endpoints if e.settings == settings), None)
         if found is None:
             found = Endpoint(self, settings, self._make_backend(settings))
@@ -112,7 +115,7 @@ class Client:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """While the block runs, a signal stops the run. After it, wait for the requests in flight and disconnect."""
+        """Stop the run on SIGINT or SIGTERM while the block runs. After it, wait for requests in flight, and close."""
         loop = asyncio.get_running_loop()
         for sig in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
@@ -126,7 +129,7 @@ class Client:
                     loop.remove_signal_handler(sig)
 
     def cancel_in_flight(self) -> None:
-        """Discard the requests in flight."""
+        """Cancel the requests in flight, and lose their answers."""
         for task in self.in_flight.values():
             task.cancel()
 
@@ -156,7 +159,7 @@ class Endpoint:
         self.settings = settings
         self._client, self._backend = client, backend
         self._slots = asyncio.Semaphore(settings.concurrency)
-        self._paused_until = 0.0  # the endpoint has asked for a pause
+        self._paused_until = 0.0  # monotonic time until which the endpoint has requested a pause
         self._last_answer = 0.0
         self._failures = 0  # requests given up since the last answer
         self._params: dict[str, Any] = {
@@ -167,8 +170,12 @@ class Endpoint:
         }
 
     async def ask(self, chat: Chat, *, purpose: str, sample: int = 0) -> Answer:
-        """The answer to a chat, from the log if it has one. Equal requests are sent once.
+        """Return the answer to a chat, from the log if it has one. Equal requests are sent once.
 
+        Args:
+            chat: the messages.
+            purpose: what the answer is for, e.g. "judge"; it does not distinguish requests.
+            sample: requests that differ only in this number are answered independently.
         Raises:
             NoAnswer: this request cannot be answered now.
             RequestsStopped: the run is stopping.
@@ -197,7 +204,7 @@ class Endpoint:
         """Ask until `parse` accepts an answer. After each MalformedAnswer, ask for another sample.
 
         Returns:
-            The parsed answer, and the ids of all requests it took.
+            The parsed answer, and the ids of all requests that were needed.
         Raises:
             NoAnswer: the last of `attempts` answers was malformed too; the reason is `malformed_<purpose>`.
         """
@@ -246,13 +253,13 @@ class Endpoint:
                 self._client.meter.in_flight -= 1
 
     async def _wait_or_give_up(self, attempt: int, error: Retry, start: float) -> None:
-        """Wait as long as the endpoint asks, or for the backoff. After the last attempt, give the request up."""
+        """Wait for the pause that the endpoint requests, or for the backoff; give up after the last attempt."""
         stop, settings = self._client.stop, self.settings
         stop.check()
         if error.after_s is not None and error.after_s > settings.longest_wait_s:
             stop.set(
                 EndpointError(
-                    f"the endpoint asks for a pause of {error.after_s:.0f} s ({error}), more than longest_wait_s "
+                    f"the endpoint requests a pause of {error.after_s:.0f} s ({error}), more than longest_wait_s "
                     f"({settings.longest_wait_s:g}); run the same command again after it"
                 )
             )
@@ -263,15 +270,15 @@ class Endpoint:
         wait = backoff * random.uniform(0.5, 1.0)
         if error.after_s is not None:
             wait = error.after_s * random.uniform(1.0, 1.05)
-        if error.after_s is not None or error.reason == "rate_limit":  # these concern the whole endpoint
+        if error.after_s is not None or error.reason == "rate_limit":  # the limit applies to the whole endpoint
             self._paused_until = max(self._paused_until, time.monotonic() + wait)
         await stop.sleep(wait)
 
     def _give_up(self, error: Retry, start: float) -> None:
-        """Raise NoAnswer; or stop the run, if nothing else was answered meanwhile and the endpoint seems down."""
-        if self._last_answer <= start:  # otherwise the problem is this request's own
+        """Raise NoAnswer, or stop the run if the endpoint has not answered anything in the meantime and seems down."""
+        if self._last_answer <= start:  # otherwise only this request fails
             self._failures += 1
-            if error.reason == "connection" or self._failures >= _FAILURES_IN_A_ROW:
+            if error.reason == "connection" or self._failures >= _MAX_FAILURES_IN_A_ROW:
                 where = self.settings.base_url or self.settings.model
                 self._client.stop.set(
                     EndpointError(f"{where} does not answer ({error}) after {self.settings.attempts} attempts")
@@ -305,7 +312,7 @@ class Endpoint:
 
 def _backend_of(settings: EndpointSettings, secrets: Secrets) -> Backend:
     if settings.backend == "transformers":
-        from delib_fast.datagen.in_process import TransformersBackend
+        from delib_fast.datagen.in_process import TransformersBackend  # imports torch
 
         return TransformersBackend(settings)
     return OpenAIBackend(settings, secrets)
@@ -314,10 +321,12 @@ def _backend_of(settings: EndpointSettings, secrets: Secrets) -> Backend:
 async def for_each(
     items: Iterable[T], work: Callable[[T], Awaitable[Any]], client: Client, *, concurrency: int
 ) -> None:
-    """Do `work` on every item, at most `concurrency` at a time. If the run stops, unfinished work still ends first.
+    """Await `work(item)` for every item, at most `concurrency` at a time.
+
+    If the run stops, no more work is started, and the work in progress ends first.
 
     Raises:
-        The cause of the stop, or the first exception that `work` raised.
+        BaseException: the cause of the stop, or the first exception that `work` raised.
     """
     remaining = iter(items)
 

@@ -1,7 +1,8 @@
 """Duplicates and near-duplicates without embeddings: MinHash over word 3-shingles, then an exact comparison.
 
-jaccard(A, B) = |A ∩ B| / |A ∪ B|, where A and B are the sets of word 3-shingles of two texts
-Signatures of 128 hashes are cut into 32 bands of 4; texts that agree in a band are compared exactly, so no pair below
+    jaccard(A, B) = |A ∩ B| / |A ∪ B|      A, B: the sets of word 3-shingles of two texts
+
+Signatures of 128 hashes are split into 32 bands of 4. Texts that agree in a band are compared exactly, so no pair below
 the threshold is reported. A pair of similarity 0.8 is missed with a probability of about (1 − 0.8⁴)³² ≈ 5e-8.
 """
 
@@ -21,20 +22,22 @@ _SHINGLE_WORDS = 3
 
 
 def text_key(text: str) -> bytes:
-    """A hash that is equal for texts that differ only in case, punctuation and white space."""
+    """Hash a text to 16 bytes, ignoring case, punctuation and white space."""
     return hashlib.blake2b(" ".join(words_of(text)).encode(), digest_size=16).digest()
 
 
 class NearDuplicates:
-    """An index of texts that finds which earlier text a new one nearly equals.
+    """An index of texts that finds the earlier near-duplicate of a new text.
 
     Args:
-        threshold: the Jaccard similarity from which two texts are near-duplicates.
+        threshold: the Jaccard similarity from which on two texts are near-duplicates.
+    Raises:
+        ConfigError: the rensa package is missing.
     """
 
     def __init__(self, threshold: float) -> None:
         try:
-            import rensa
+            import rensa  # an optional dependency
         except ImportError:
             raise ConfigError("the rensa package is missing: pip install 'delib-fast[generate]'") from None
         self.threshold = threshold
@@ -44,7 +47,7 @@ class NearDuplicates:
         self._names: list[str] = []
 
     def find_or_add(self, name: str, text: str) -> tuple[str, float] | None:
-        """Return (name, similarity) of the first text that this one nearly equals; if there is none, add this one."""
+        """Return (name, similarity) of the first near-duplicate of a text. If there is none, add the text."""
         words = words_of(text)
         shingles = {" ".join(words[i : i + _SHINGLE_WORDS]) for i in range(max(1, len(words) - _SHINGLE_WORDS + 1))}
         sketch = self._rensa.RMinHash(num_perm=_HASHES, seed=0)

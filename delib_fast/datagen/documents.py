@@ -2,13 +2,14 @@
 
     spec ─▶ domains ─▶ subdomains ─▶ assertions, document types ─▶ ideas ─▶ documents [─▶ critique ─▶ rewrite]
 
-Ideas and documents are generated in waves. A wave is as large as the remaining budget, estimated by the mean length of
-the documents so far, and visits all subdomains before it returns to one, so a small budget covers as many of them as a
-large one. The same answers give the same documents, however often the run was stopped.
+Ideas and documents are generated in waves. The size of a wave is the remaining budget divided by the mean length of the
+documents so far. A wave visits every subdomain once before it visits any again, so even a small budget covers many
+subdomains. The same answers give the same documents, no matter how often the run was stopped.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Iterator
@@ -19,22 +20,25 @@ from delib_fast.data.decontamination import words_of
 from delib_fast.datagen.client import NoAnswer
 from delib_fast.datagen.dedup import NearDuplicates
 from delib_fast.datagen.filters import leaked_scaffolding
-from delib_fast.datagen.parsing import MalformedAnswer, after_thinking, json_values, parse_strings
+from delib_fast.datagen.parsing import MalformedAnswer, json_values, parse_strings, strip_thinking
 from delib_fast.datagen.prompt_files import quoted
 from delib_fast.datagen.request_log import Answer
 from delib_fast.datagen.session import Session
 from delib_fast.datagen.settings import DocumentSettings
 
-_FIRST_WAVE = 16  # documents, from which their mean length is estimated
-_GUESS_TOKENS = 1000  # tokens per document, before there are any
+_FIRST_WAVE = 16  # documents in the first wave, which gives the first estimate of their mean length
+_ASSUMED_TOKENS = 1000  # tokens per document, until there is a document
 
 
 @dataclass(frozen=True)
 class Subdomain:
+    """A part of a domain of life, e.g. "rental law" of "housing"."""
+
     domain: str
     name: str
 
     def fields(self) -> dict[str, str]:
+        """Return the fields of a row, which are also the placeholders of a prompt."""
         return {"domain": self.domain, "subdomain": self.name}
 
 
@@ -51,16 +55,17 @@ class SubdomainPlan:
 
 
 @dataclass(frozen=True)
-class Slot:
-    """A request for ideas: one document type of one subdomain. Every round has each slot once."""
+class IdeaRequest:
+    """A request for ideas: one document type of one subdomain. A round has each of them once."""
 
     subdomain: Subdomain
     type_number: int
+    """Index into the document types of the subdomain's plan."""
 
 
 @dataclass
 class Document:
-    """A document that is to be written, is written, or was dropped."""
+    """A document: planned (without text), written, or dropped."""
 
     subdomain: Subdomain
     document_type: str
@@ -77,7 +82,10 @@ class Document:
 
 
 async def generate_documents(session: Session, settings: DocumentSettings) -> dict[str, Any]:
-    """Generate the documents of a folder. Returns the summary, which is also written to summary.json."""
+    """Generate documents into the session's folder.
+
+    Returns the summary, which is also written to summary.json. Raises NoAnswer if there are no domains or subdomains.
+    """
     generator = _DocumentGenerator(session, settings)
     await generator.plan()
     session.meter.start("documents", settings.tokens, "tokens")
@@ -87,6 +95,8 @@ async def generate_documents(session: Session, settings: DocumentSettings) -> di
 
 
 class _DocumentGenerator:
+    """The state of one run: the plan, and the documents so far."""
+
     def __init__(self, session: Session, settings: DocumentSettings) -> None:
         self.session, self.settings = session, settings
         self.emphasis = session.prompts.fragment(f"emphasis_{settings.emphasis}")
@@ -95,7 +105,7 @@ class _DocumentGenerator:
         self.documents: list[Document] = []
         self.kept: list[Document] = []
         self.tokens = 0
-        self._domain_ids: list[str] = []  # of the requests for the domains
+        self._domain_request_ids: list[str] = []
         self._seen = NearDuplicates(settings.near_duplicate)
 
     # --- planning -------------------------------------------------------------------------------------------
@@ -103,11 +113,12 @@ class _DocumentGenerator:
     async def plan(self) -> None:
         """Request the domains and their subdomains, and shuffle the subdomains."""
         session, settings = self.session, self.settings
-        domains, self._domain_ids = await self._request_list("domains", spec=session.spec.text, count=settings.domains)
-        session.write_rows("domains.jsonl", ({"domain": d, "request_ids": self._domain_ids} for d in domains))
+        domains, ids = await self._request_list("domains", spec=session.spec.text, count=settings.domains)
+        self._domain_request_ids = ids
+        session.write_rows("domains.jsonl", ({"domain": d, "request_ids": ids} for d in domains))
         found: dict[str, tuple[list[str], list[str]]] = {}
 
-        async def one(domain: str) -> None:
+        async def request_subdomains(domain: str) -> None:
             try:
                 found[domain] = await self._request_list(
                     "subdomains", spec=session.spec.text, domain=domain, count=settings.subdomains
@@ -117,7 +128,7 @@ class _DocumentGenerator:
             session.meter.advance()
 
         session.meter.start("subdomains", len(domains))
-        await session.for_each(domains, one)
+        await session.for_each(domains, request_subdomains)
         self.subdomains = [Subdomain(d, name) for d in domains for name in found.get(d, ([], []))[0]]
         if not self.subdomains:
             raise NoAnswer("malformed_subdomains", "the model listed no subdomains for any domain")
@@ -143,15 +154,15 @@ class _DocumentGenerator:
                 tuple(assertions), tuple(types[: settings.document_types]), [*ids, *more_ids]
             )
 
-    def _slots(self) -> Iterator[Slot]:
-        """All subdomains before the next document type, and all document types before the next round."""
+    def _idea_requests(self) -> Iterator[IdeaRequest]:
+        """Yield every idea request: all subdomains, then the next document type, then the next round."""
         for _ in range(self.settings.rounds):
             for number in range(self.settings.document_types):
                 for subdomain in self.subdomains:
-                    yield Slot(subdomain, number)
+                    yield IdeaRequest(subdomain, number)
 
     async def _request_list(self, name: str, **values: object) -> tuple[list[str], list[str]]:
-        """The list that a prompt asks for, and the ids of the requests for it."""
+        """Request a list of strings. Returns it, and the ids of the requests that were needed."""
         return await self.session.ask_with_retry(
             self.session.generator,
             self.session.prompts.chat(name, **values),
@@ -163,39 +174,39 @@ class _DocumentGenerator:
 
     async def write_to_budget(self) -> None:
         """Generate waves of ideas and documents until the token budget is reached, or the rounds are used up."""
-        slots = self._slots()
+        requests = self._idea_requests()
         while self.tokens < self.settings.tokens:
             missing = self.settings.tokens - self.tokens
-            mean = self.tokens / len(self.kept) if self.kept else _GUESS_TOKENS
+            mean = self.tokens / len(self.kept) if self.kept else _ASSUMED_TOKENS
             wave = math.ceil(missing / mean)
             if not self.documents:
                 wave = min(wave, _FIRST_WAVE)
-            wanted = [slot for _, slot in zip(range(math.ceil(wave / self.settings.ideas)), slots, strict=False)]
-            if not wanted:
+            wave_requests = list(itertools.islice(requests, math.ceil(wave / self.settings.ideas)))
+            if not wave_requests:
                 self.session.meter.print(
                     f"no ideas are left after {self.settings.rounds} rounds: {self.tokens:,} of "
                     f"{self.settings.tokens:,} tokens; raise document_types, ideas or subdomains"
                 )
                 return
-            documents = (await self._request_ideas(wanted))[:wave]
+            documents = (await self._request_ideas(wave_requests))[:wave]
             await self.session.for_each(documents, self._write_document)
             self._count(documents)
 
-    async def _request_ideas(self, slots: list[Slot]) -> list[Document]:
-        """The ideas of these slots, in the order of the slots, each as a document that is to be written."""
+    async def _request_ideas(self, requests: list[IdeaRequest]) -> list[Document]:
+        """Send these requests. Returns the ideas in the order of the requests, each as a document without text."""
         found: dict[int, list[Document]] = {}
 
-        async def one(item: tuple[int, Slot]) -> None:
-            index, slot = item
-            plan = self.plans.get(slot.subdomain)
-            if plan is None or slot.type_number >= len(plan.document_types):
+        async def request_ideas(item: tuple[int, IdeaRequest]) -> None:
+            index, request = item
+            plan = self.plans.get(request.subdomain)
+            if plan is None or request.type_number >= len(plan.document_types):
                 return
-            document_type = plan.document_types[slot.type_number]
+            document_type = plan.document_types[request.type_number]
             used = plan.ideas.setdefault(document_type, [])
             try:
                 ideas, ids = await self._request_list(
                     "ideas",
-                    **slot.subdomain.fields(),
+                    **request.subdomain.fields(),
                     document_type=document_type,
                     assertions=_bullets(plan.assertions),
                     taken=_bullets(used[-30:]) or "none",
@@ -206,18 +217,20 @@ class _DocumentGenerator:
                 return
             new = [idea for idea in ideas if idea not in used][: self.settings.ideas]
             used += new
-            request_ids = [*self._domain_ids, *plan.request_ids, *ids]
+            request_ids = [*self._domain_request_ids, *plan.request_ids, *ids]
             found[index] = [
-                Document(slot.subdomain, document_type, idea, plan.assertions, list(request_ids)) for idea in new
+                Document(request.subdomain, document_type, idea, plan.assertions, list(request_ids)) for idea in new
             ]
 
-        # Plans first: two slots of a subdomain that requested its plan concurrently could get two different ones.
-        await self.session.for_each(list(dict.fromkeys(slot.subdomain for slot in slots)), self._plan_subdomain)
-        await self.session.for_each(list(enumerate(slots)), one)
+        # Plans first: two idea requests of a subdomain that planned it concurrently could get two different plans.
+        await self.session.for_each(
+            list(dict.fromkeys(request.subdomain for request in requests)), self._plan_subdomain
+        )
+        await self.session.for_each(list(enumerate(requests)), request_ideas)
         return [document for index in sorted(found) for document in found[index]]
 
     def _count(self, documents: list[Document]) -> None:
-        """Count a wave, in its order, drop near-duplicates, and write every stage to disk."""
+        """Drop the near-duplicates of a wave, count it, and write the files of every stage."""
         for document in documents:
             if document.dropped is None and self._seen.find_or_add("", document.text) is not None:
                 document.dropped = "duplicate"
@@ -254,8 +267,8 @@ class _DocumentGenerator:
             session.meter.advance(document.tokens)
 
     def _set_text(self, document: Document, answer: Answer) -> None:
-        """Make an answer the text of a document, or drop the document with the reason."""
-        text = after_thinking(answer.text).strip()
+        """Set the text of a document from an answer, and drop the document if the text is unusable."""
+        text = strip_thinking(answer.text).strip()
         document.request_ids.append(answer.request_id)
         document.text, document.served_by = text, answer.served_by
         with_thinking = answer.reasoning is not None or text != answer.text.strip()
@@ -276,7 +289,7 @@ class _DocumentGenerator:
             document.dropped = "not_named"
 
     async def _critique(self, document: Document) -> None:
-        """Request a critique of a document, and a rewrite if it finds faults."""
+        """Request a critique of a document, and a rewrite if the critique finds faults."""
         session = self.session
         common = {"spec": session.spec.text, "document": quoted("text", document.text), "emphasis": self.emphasis}
         chat = session.prompts.chat("critique", **common)

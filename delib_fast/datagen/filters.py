@@ -1,4 +1,4 @@
-"""The format filter: what an answer must satisfy before it is judged. Each fault is counted under its name."""
+"""The format filter: what an answer must satisfy before it is judged. Dropped answers are counted by fault."""
 
 from __future__ import annotations
 
@@ -27,12 +27,19 @@ def leaked_scaffolding(text: str) -> bool:
 def format_fault(
     answer: Answer, parts: Deliberation, settings: DeliberateSettings, labels: Sequence[Label], conversation: str
 ) -> str | None:
-    """The reason to drop a generated answer, or None.
+    """Return the reason to drop a generated answer, or None.
 
-    truncated, content_filter: the endpoint cut the answer off. no_cot, no_response, cot_too_short,
-    response_too_short: a part is missing or too short. leaked_scaffolding: it contains tags, control tokens or markers
-    of our prompts.
-    mentions_spec (style internal): it mentions a spec or quotes it. no_citation (style cite): the CoT names no clause.
+        truncated, content_filter            the endpoint cut the answer off
+        no_cot, no_response                  a part is missing
+        cot_too_short, response_too_short    a part has too few words
+        leaked_scaffolding                   it contains tags, control tokens or markers of our prompts
+        mentions_spec (style internal)       it mentions or quotes a spec
+        no_citation (style cite)             the CoT does not cite any section
+
+    Args:
+        parts: `split_answer` of the answer.
+        labels: of the sections of the spec.
+        conversation: the prompt; words that occur in it do not count as mentions of a spec.
     """
     if answer.truncated:
         return "truncated"
@@ -40,7 +47,7 @@ def format_fault(
         return "content_filter"
     if parts.fault:
         return parts.fault
-    for name, part, least in (
+    for name, part, min_words in (
         ("cot", parts.cot, settings.least_cot_words),
         ("response", parts.response, settings.least_response_words),
     ):
@@ -48,11 +55,11 @@ def format_fault(
             return f"no_{name}"
         if leaked_scaffolding(part):
             return "leaked_scaffolding"
-        if len(words_of(part)) < least:
+        if len(words_of(part)) < min_words:
             return f"{name}_too_short"
     assert parts.cot
     assert parts.response
     if settings.style == "cite":
         return None if cited(parts.cot, labels) else "no_citation"
     both = (parts.cot, parts.response)
-    return "mentions_spec" if any(mentions_spec(t, labels, asked_about=conversation) for t in both) else None
+    return "mentions_spec" if any(mentions_spec(t, labels, prompt=conversation) for t in both) else None

@@ -1,7 +1,7 @@
-"""A model in this process as a backend: no server and no network, but the same request log and pipelines.
+"""The backend for a model in this process. It needs no server, and uses the same request log and pipelines.
 
-Requests that wait at the same time are generated as one batch, padded on the left. Each batch is seeded with the id of
-its first request, so a batch of the same requests has the same answers.
+Requests that are waiting at the same time form one batch, padded on the left. Each batch is seeded with the id of its
+first request, so a batch of the same requests has the same answers.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from delib_fast.config import ModelConfig
 from delib_fast.datagen.request_log import Answer, Request
 from delib_fast.datagen.settings import EndpointSettings
 
-_GATHER_S = 0.02  # seconds that the first request of a batch waits for others
+_GATHER_S = 0.02  # how long the first request of a batch waits for others
 
 
 class TransformersBackend:
     """A Hugging Face model, loaded onto the GPU in bf16, or onto the CPU in fp32."""
 
     def __init__(self, settings: EndpointSettings) -> None:
-        from delib_fast.models import build_model, load_tokenizer
+        from delib_fast.models import build_model, load_tokenizer  # imports transformers, which takes seconds
 
         self._tokenizer: Any = load_tokenizer(settings.model)
         self._tokenizer.padding_side = "left"  # apply_chat_template ignores it as an argument
@@ -32,31 +32,31 @@ class TransformersBackend:
         dtype = torch.bfloat16 if self._device == "cuda" else torch.float32
         model: Any = build_model(ModelConfig(path=settings.model), self._tokenizer, dtype=dtype)
         self._model = model.to(self._device).eval()
-        self._batch = settings.concurrency
-        self._limit = settings.token_limit_name
+        self._batch_size = settings.concurrency
+        self._limit_name = settings.token_limit_name
         self._waiting: list[tuple[Request, asyncio.Future[Answer]]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
-        self._loop: asyncio.Task[None] | None = None
+        self._serving: asyncio.Task[None] | None = None
 
     async def complete(self, request: Request) -> Answer:
         done: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, done))
-        if self._loop is None or self._loop.done():
-            self._loop = asyncio.create_task(self._serve())
+        if self._serving is None or self._serving.done():
+            self._serving = asyncio.create_task(self._serve())
         return await done
 
     async def close(self) -> None:
-        if self._loop is not None:
-            self._loop.cancel()
+        if self._serving is not None:
+            self._serving.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._loop
+                await self._serving
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     async def _serve(self) -> None:
         while self._waiting:
-            if len(self._waiting) < self._batch:
+            if len(self._waiting) < self._batch_size:
                 await asyncio.sleep(_GATHER_S)
-            batch, self._waiting = self._waiting[: self._batch], self._waiting[self._batch :]
+            batch, self._waiting = self._waiting[: self._batch_size], self._waiting[self._batch_size :]
             requests = [request for request, _ in batch]
             try:
                 answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._generate, requests)
@@ -79,7 +79,7 @@ class TransformersBackend:
             return_dict=True,
             padding=True,
         ).to(self._device)
-        length, limit = inputs["input_ids"].shape[1], params[self._limit]
+        length, limit = inputs["input_ids"].shape[1], params[self._limit_name]
         sampling = {
             "do_sample": True,
             "temperature": params["temperature"],

@@ -1,8 +1,8 @@
 """Judges: models that rate generated rows (data generation), or return one of a few verdicts (evaluations).
 
-A row is rated k times on each axis, with the spec in the context, and the minimum counts:
+A row is rated k times on each axis, with the spec in the context:
 
-    score[axis] = min over the k votes of vote[axis];   kept ⇔ score[axis] ≥ threshold[axis] on every axis
+    score[axis] = min over the k votes of vote[axis];   a row is kept ⇔ score[axis] ≥ threshold[axis] on every axis
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ class Judgement:
     """The ratings of one row."""
 
     votes: list[dict[str, Any]] = field(default_factory=list)
-    """For each vote, a number on each axis, and `why`."""
+    """For each vote, a score from 1 to 10 on each axis, and the judge's reason under `why`."""
     request_ids: list[str] = field(default_factory=list)
 
     @property
     def scores(self) -> dict[str, float]:
-        """The minimum over the votes, on each axis and over all axes."""
+        """The minimum over the votes on each axis, and under "min" the minimum over all axes."""
         by_axis: dict[str, float] = {axis: min(vote[axis] for vote in self.votes) for axis in AXES}
         return {**by_axis, "min": min(by_axis.values())}
 
     def below(self, thresholds: dict[Axis, float]) -> list[Axis]:
-        """The axes on which the score is below its threshold."""
+        """Return the axes on which the score is below the threshold."""
         scores = self.scores
         return [axis for axis in AXES if scores[axis] < thresholds[axis]]
 
@@ -50,7 +50,7 @@ class Judgement:
 async def judge_row(
     session: Session, settings: DeliberateSettings, *, spec_text: str, conversation: str, cot: str, response: str
 ) -> Judgement:
-    """Request the votes one after another; with `stop_early`, none after a vote below the threshold.
+    """Request the votes on a row one after another. With `stop_early`, stop after a vote below the threshold.
 
     Raises:
         NoAnswer: a vote could not be parsed in `list_attempts` attempts (reason `malformed_judge`). Such a row has no
@@ -85,13 +85,15 @@ class JudgeError(RuntimeError):
 
 
 def request_verdicts(endpoint: EndpointSettings, prompts: Sequence[str], allowed: Sequence[str]) -> list[str]:
-    """Send each prompt to a judge and return its verdicts. Answers are not kept, and no key is required.
+    """Send each prompt to a judge, and return one verdict per prompt. Answers are not logged; no key is required.
 
     Args:
-        allowed: the possible verdicts. The last `<answer>VERDICT</answer>` of an answer counts; an answer without one
-            is requested once more.
+        endpoint: the model, and its concurrency limit.
+        prompts: complete user messages.
+        allowed: the possible verdicts, in lower case. The last `<answer>VERDICT</answer>` of an answer counts. After an
+            answer without a verdict, the request is repeated once.
     Raises:
-        JudgeError: the endpoint gives no answer after its retries, or two answers without a verdict.
+        JudgeError: the endpoint does not answer after its retries, or gives two answers without a verdict.
     """
     try:
         return asyncio.run(_request_verdicts(endpoint, prompts, allowed))

@@ -1,4 +1,4 @@
-"""Parsing of answers: JSON among prose and code fences, a CoT and a response between tags."""
+"""Parse answers: JSON among prose and code fences, or a CoT and a response between tags."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _THINKING = re.compile(r"^\s*(?:<think>)?.*?</think>", re.DOTALL)
 _decoder = json.JSONDecoder()
 
 
-class MalformedAnswer(ValueError):  # noqa: N818 (it says what the answer is)
+class MalformedAnswer(ValueError):  # noqa: N818 (named after the answer)
     """The model's answer is not in the requested form."""
 
 
-def after_thinking(text: str) -> str:
-    """The text without the <think> block that it begins with, if any."""
+def strip_thinking(text: str) -> str:
+    """Remove the <think> block at the beginning of a text, if any."""
     return _THINKING.sub("", text, count=1)
 
 
 def json_values(text: str, kind: type[dict[str, Any]] | type[list[Any]]) -> list[Any]:
-    """Every outermost JSON object (or list) of a text, in order. Prose, code fences and a <think> block are skipped."""
-    text = after_thinking(text)
+    """Return every outermost JSON object (or list) of a text. Prose, code fences and a <think> block are skipped."""
+    text = strip_thinking(text)
     opening = "{" if kind is dict else "["
     values = []
     start = text.find(opening)
@@ -47,7 +47,7 @@ def json_values(text: str, kind: type[dict[str, Any]] | type[list[Any]]) -> list
 
 
 def parse_scores(text: str) -> tuple[dict[Axis, float], str]:
-    """Parse a judgement: a number from 1 to 10 on each axis, and the judge's reason. Nothing is guessed.
+    """Parse a judgement into (score from 1 to 10 on each axis, the judge's reason), without guessing.
 
     Raises:
         MalformedAnswer: no object has every axis, a value is not a number on the scale, or several objects disagree.
@@ -79,8 +79,8 @@ def _score(value: Mapping[str, Any], axis: Axis) -> float:
     return float(score)
 
 
-def parse_strings(text: str, *, least: int = 1) -> list[str]:
-    """The first JSON list of at least `least` strings in a text, without blank and repeated ones.
+def parse_strings(text: str, *, min_items: int = 1) -> list[str]:
+    """Return the first JSON list of at least `min_items` strings in a text, without blank or repeated strings.
 
     Raises:
         MalformedAnswer: there is no such list.
@@ -88,9 +88,9 @@ def parse_strings(text: str, *, least: int = 1) -> list[str]:
     for value in json_values(text, list):
         if value and all(isinstance(item, str) for item in value):
             items = list(dict.fromkeys(" ".join(item.split()) for item in value if item.strip()))
-            if len(items) >= least:
+            if len(items) >= min_items:
                 return items
-    raise MalformedAnswer(f"it contains no JSON list of at least {least} strings")
+    raise MalformedAnswer(f"it contains no JSON list of at least {min_items} strings")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Deliberation:
 
 
 def split_answer(answer: Answer, cot_from: Literal["tags", "reasoning"]) -> Deliberation:
-    """Split an answer into CoT and response: by our tags, or into the model's own reasoning and its text."""
+    """Split an answer into CoT and response: at our tags, or into the model's own reasoning and its text."""
     if cot_from == "tags":
         return _split_at_tags(answer)
     if answer.reasoning is not None:
@@ -118,8 +118,8 @@ def split_answer(answer: Answer, cot_from: Literal["tags", "reasoning"]) -> Deli
 
 
 def _split_at_tags(answer: Answer) -> Deliberation:
-    # The model's own thinking before the tags is about the task, with the spec in view: it does not belong in the row.
-    text = after_thinking(answer.text)
+    # The model's own thinking before the tags is about our instructions and the spec, so it must not be in the row.
+    text = strip_thinking(answer.text)
     parts: dict[str, str | None] = {}
     for tag in (COT_TAG, RESPONSE_TAG):
         opened, closed = text.count(f"<{tag}>"), text.count(f"</{tag}>")

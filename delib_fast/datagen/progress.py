@@ -1,4 +1,4 @@
-"""Progress of a run: a live line in a terminal, plain lines elsewhere."""
+"""The progress of a run: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from rich.text import Text
 
 from delib_fast.datagen.request_log import Answer, RequestLog
 
-_PLAIN_EVERY_S = 5.0
+_PLAIN_EVERY_S = 5.0  # interval of plain lines
 
 
 class Meter:
-    """Counts what happens in a run, and shows it.
+    """Counts the answers and rows of a run, and shows its progress.
 
     Args:
-        log: its cost is shown.
+        log: the request log, whose cost is shown.
+        console: where to print; stderr by default.
     """
 
     def __init__(self, log: RequestLog | None = None, *, console: Console | None = None) -> None:
@@ -42,27 +43,38 @@ class Meter:
     # --- counting -------------------------------------------------------------------------------------------
 
     def received(self, answer: Answer) -> None:
+        """Count an answer of an endpoint."""
         self.answers += 1
         self.completion_tokens += answer.completion_tokens or 0
         self._show()
 
     def retried(self, reason: str) -> None:
+        """Count a failed attempt that is retried."""
         self.retries[reason] += 1
         self._show()
 
     def keep(self, rows: int = 1) -> None:
+        """Count rows or documents that are kept."""
         self.kept += rows
 
     def drop(self, reason: str) -> None:
+        """Count a row, document or prompt that is dropped."""
         self.dropped[reason] += 1
 
     # --- showing --------------------------------------------------------------------------------------------
 
     def print(self, text: str) -> None:
+        """Print a line above the progress."""
         self._console.print(Text(text))
 
     def start(self, what: str, total: float, unit: str = "") -> None:
-        """Start to show a phase of the run: `what`, and how much of `total` is done."""
+        """Start a phase of the run.
+
+        Args:
+            what: the name of the phase.
+            total: its size.
+            unit: the unit of the size; by default the items of `what`.
+        """
         self.stop()
         self._what, self._unit, self._done, self._total = what, unit, 0.0, total
         self._phase_start, self._last_line = time.monotonic(), 0.0
@@ -79,6 +91,7 @@ class Meter:
             self._task = self._live.add_task(what, total=total, status="", count="")
 
     def advance(self, by: float = 1.0) -> None:
+        """Add to the part of the phase that is done."""
         self._done += by
         self._show(last=self._done >= self._total)
 
@@ -90,7 +103,10 @@ class Meter:
         self._what = ""
 
     def status(self) -> str:
-        """kept 12 · dropped 3 (truncated 2, low_compliance 1) · 61 answers · 340 tok/s · cost 0.12 · 3m00s left"""
+        """Summarize the run in one line.
+
+        kept 12 · dropped 3 (truncated 2, low_compliance 1) · 61 answers · 340 tok/s · cost 0.12 · 3m00s left
+        """
         parts = []
         if self.kept or self.dropped:
             parts.append(f"kept {self.kept}")
@@ -127,6 +143,7 @@ class Meter:
 
 
 def money(amount: float) -> str:
+    """Format a cost, in the currency of the configured prices."""
     return f"{amount:,.2f}" if amount >= 1 else f"{amount:.4f}"
 
 

@@ -1,8 +1,8 @@
 """The prompts to generators and judges: Markdown files that can be replaced, identified by their hash.
 
-A file begins with a comment for its reader, which is not sent, followed by the turns:
+A file begins with a comment for human readers, which is not sent, followed by the turns:
 
-    <!-- what this prompt is for, and what each {{name}} stands for -->
+    <!-- the purpose of this prompt, and the meaning of each {{name}} -->
     ## system
     …
     ## user
@@ -32,18 +32,20 @@ Chat = tuple[dict[str, str], ...]
 
 @dataclass(frozen=True)
 class PromptFile:
+    """The template of a chat, read from a Markdown file."""
+
     name: str
     version: str
     """12 hex digits of the file's sha256, recorded in the provenance of each row."""
     turns: tuple[tuple[str, str], ...]
-    """(role, text with slots)"""
+    """(role, text with `{{name}}` slots) of each turn."""
 
     @property
     def slots(self) -> frozenset[str]:
         return frozenset(slot for _, text in self.turns for slot in _SLOT.findall(text))
 
     def render(self, values: Mapping[str, object]) -> Chat:
-        """The chat to send. Each slot is filled once: `{{…}}` inside a value remains text."""
+        """Fill the slots. They are filled in one pass, so `{{…}}` inside a value stays text."""
         missing = self.slots - values.keys()
         assert not missing, f"{self.name}: no value for {sorted(missing)}"
         return tuple(
@@ -52,7 +54,15 @@ class PromptFile:
 
 
 class PromptFiles:
-    """The prompt files of a run: the built-in ones, and those of a folder, which replace the ones of the same name."""
+    """The prompt files of a run: the built-in ones, of which a folder may replace some.
+
+    Args:
+        folder: its files replace the built-in files of the same name.
+        model_name: fills {{model_name}} in every prompt.
+        provider_name: fills {{provider_name}} in every prompt.
+    Raises:
+        ConfigError: the folder or one of its files is not valid.
+    """
 
     def __init__(
         self,
@@ -70,11 +80,11 @@ class PromptFiles:
         return self._files[name]
 
     def chat(self, name: str, **values: object) -> Chat:
-        """The chat of a prompt file, with its slots filled in."""
+        """Render the chat of a prompt file."""
         return self._files[name].render({**self._names, **values})
 
     def fragment(self, name: str) -> str:
-        """The text of a prompt file with one turn, which is a part of other prompts."""
+        """Render a prompt file with a single turn, whose text is inserted into other prompts."""
         return self.chat(name)[0]["content"]
 
     @property
@@ -82,6 +92,7 @@ class PromptFiles:
         return list(self._files)
 
     def versions(self, *names: str) -> dict[str, str]:
+        """Return the version of each of these prompt files, by name."""
         return {name: self._files[name].version for name in names}
 
     def _replace(self, folder: Path) -> None:
@@ -99,9 +110,13 @@ class PromptFiles:
             file = _read(path)
             if unknown := sorted(file.slots - built_in.slots - _COMMON_SLOTS):
                 known = ", ".join(f"{{{{{slot}}}}}" for slot in sorted(built_in.slots | _COMMON_SLOTS))
-                raise ConfigError(f"{path}: {{{{{unknown[0]}}}}} has no value here; this prompt may use {known}")
+                raise ConfigError(
+                    f"{path}: {{{{{unknown[0]}}}}} is not a placeholder of this prompt; it may use {known}"
+                )
             if missing := sorted(built_in.slots - file.slots - _COMMON_SLOTS):
-                raise ConfigError(f"{path}: {{{{{missing[0]}}}}} is missing, so the model would not see it")
+                raise ConfigError(
+                    f"{path}: {{{{{missing[0]}}}}} is missing, so its value would not be sent; add it to the file"
+                )
             self._files[path.stem] = file
 
 
@@ -124,6 +139,6 @@ def _read(path: Path) -> PromptFile:
 
 
 def quoted(name: str, text: str) -> str:
-    """Put a text between tags that it cannot contain itself, so that nothing in it can end the quotation."""
+    """Enclose a text in tags that depend on its hash, so that nothing inside can close them."""
     mark = hashlib.sha256(f"{name}\0{text}".encode()).hexdigest()[:8]
     return f"<{name} {mark}>\n{text}\n</{name} {mark}>"

@@ -1,4 +1,4 @@
-"""The request log: every answer is on disk when it arrives, and is found again by the content of its request.
+"""The request log: every answer is synced to disk when it arrives, and is looked up by the content of its request.
 
 `OUT/requests.jsonl` is append-only and has two kinds of lines:
 
@@ -6,9 +6,9 @@
     {"is": "answer", "id": …, "purpose": …, "messages": [{"role", "sha256"}], …, "answer": {…}}
 
 The id of a request is the SHA-256 of what determines its answer: model, messages, sampling parameters and sample
-number. So a resumed run, or one with a new threshold, sends only the requests that have no answer yet. An answer counts
-as received when its line is synced to the disk; lines that arrive together share one sync. A last line that was cut
-short by a kill is removed when the log is opened.
+number. A resumed run, or one with a new threshold, therefore sends only the requests that have no answer yet. An answer
+counts as received when its line is synced to disk; answers that arrive together share one sync. An incomplete last
+line, after a kill, is removed when the log is opened.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from delib_fast.files import FileLock, sync_descriptor, sync_folder
 
 @dataclass(frozen=True)
 class Request:
-    """A chat, and how it is to be answered."""
+    """A chat, the model that answers it, and the sampling parameters."""
 
     purpose: str
-    """What the answer is for ("generate", "judge" …). For people: it is not part of the id."""
+    """What the answer is for ("generate", "judge" …). Informational: not part of the id."""
     model: str
     messages: Chat
     params: Mapping[str, Any]
-    """Sampling parameters, as the endpoint names them."""
+    """Sampling parameters, with the names that the endpoint expects."""
     sample: int = 0
     """Requests that differ only in this number are answered independently."""
 
@@ -49,7 +49,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered."""
+    """The answer of a model."""
 
     text: str
     finish: str
@@ -82,6 +82,7 @@ class Totals:
     by_purpose: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def add(self, record: Mapping[str, Any]) -> None:
+        """Add an answer, given its record in the log."""
         answer, cost = record["answer"], record.get("cost")
         self.answers += 1
         self.prompt_tokens += answer["prompt_tokens"] or 0
@@ -99,11 +100,11 @@ class Totals:
 
 
 class RequestLogError(RuntimeError):
-    """The log cannot be written. No more requests are sent, because their answers could not be kept."""
+    """The log cannot be written. No more requests are sent, because their answers would be lost."""
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """Create the folder of a run, if it does not exist, and lock it until `release()` or the end of the process.
+    """Create the folder of a run if it does not exist, and lock it until `release()` or the end of the process.
 
     Raises:
         ConfigError: another run has locked it, or it cannot be created or written to.
@@ -113,18 +114,20 @@ def lock_folder(folder: Path) -> FileLock:
         return FileLock(folder / ".lock", wait=False)
     except BlockingIOError:
         raise ConfigError(
-            f"{folder}: another run is writing to this folder; wait until it ends, or give another -o"
+            f"{folder}: another run is writing to this folder; wait until it ends, or use another -o"
         ) from None
     except OSError as error:
-        raise ConfigError(f"{folder}: cannot be created, written to or locked: {error.strerror}") from None
+        raise ConfigError(
+            f"{folder}: cannot be created, written to or locked: {error.strerror}; use another -o"
+        ) from None
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """An answer that is to be written."""
+    """An answer that has not been written yet."""
 
     lines: bytes
-    """Lines of new texts, then the line of the answer."""
+    """The lines of new texts, followed by the line of the answer."""
     record: dict[str, Any]
     written: asyncio.Future[None]
 
@@ -155,7 +158,7 @@ class RequestLog:
         return request_id in self._locations
 
     def get(self, request_id: str) -> Answer | None:
-        """The answer to a request; None if there is none yet."""
+        """Return the answer to a request; None if there is none yet."""
         if request_id not in self._locations:
             return None
         return Answer(**self._record(request_id)["answer"], request_id=request_id)
@@ -163,7 +166,7 @@ class RequestLog:
     async def append(
         self, request: Request, answer: Answer, *, cost: float | None, attempts: int, seconds: float
     ) -> None:
-        """Write an answer and return when it is on disk. Raises RequestLogError if it cannot be written."""
+        """Write an answer, and return when it is on disk. Raises RequestLogError if it cannot be written."""
         hashes, lines = [], b""
         for message in request.messages:
             sha256 = hashlib.sha256(message["content"].encode()).hexdigest()
@@ -194,7 +197,7 @@ class RequestLog:
         await asyncio.shield(written)
 
     def messages(self, request_id: str) -> list[dict[str, str]]:
-        """The messages of an answered request, as they were sent."""
+        """Return the messages of an answered request, as they were sent. Raises KeyError for an unknown request."""
         record = self._record(request_id)
         wanted = {m["sha256"] for m in record["messages"]}
         found = {}
@@ -205,7 +208,7 @@ class RequestLog:
         return [{"role": m["role"], "content": found[m["sha256"]]} for m in record["messages"]]
 
     def close(self) -> None:
-        """Write what is pending, in this thread, and close the file. For the end of a run, however it ends."""
+        """Write pending answers in this thread, and close the file. Call this at the end of a run, also on errors."""
         pending, self._pending = self._pending, []
         if pending:
             self._write(b"".join(item.lines for item in pending))
@@ -257,7 +260,7 @@ class RequestLog:
         return record
 
     def _load(self) -> int:
-        """Read the index and the totals from the file; remove a last line that is not whole. Returns the file's end."""
+        """Read the index and the totals, and remove an incomplete last line. Returns the end of the file, in bytes."""
         end = 0
         for start, line, record in _records(self.path):
             end = start + len(line)
@@ -272,7 +275,7 @@ class RequestLog:
 
 
 def _records(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
-    """Each whole line as (offset, line, record). A last line that was cut short is not included."""
+    """Yield (offset, line, record) for each line, except for an incomplete last one."""
     offset = 0
     with path.open("rb") as file:
         lines = iter(file)
@@ -295,5 +298,5 @@ def _records(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
 
 
 def read_answers(path: Path) -> Iterator[dict[str, Any]]:
-    """The answer lines of a request log, for reports."""
+    """Yield the records of the answers in a request log, for reports."""
     return (record for _, _, record in _records(path) if record["is"] == "answer")

@@ -3,8 +3,8 @@
     prompt ──spec guard, duplicates──▶ classify ──▶ n × (generate ──▶ format filter ──▶ judge k times, min)
            ──▶ threshold ──▶ best of n ──▶ duplicates ──▶ strip ──▶ rows.jsonl ──read back──▶ spec guard
 
-Every answer is in the request log before it is used, so the rows are a function of the log and the settings: to resume
-after a stop, or to try another threshold, run the same command again.
+Every answer is in the request log before it is used, so the rows are a function of the log and the settings. To resume
+a run, or to try another threshold, run the command again on the same folder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from delib_fast.datagen.settings import DeliberateSettings
 from delib_fast.datagen.spec_leak import SpecGuard
 from delib_fast.datagen.user_prompts import UserPrompt, generate_prompts, read_prompts
 
-_MOST_CATEGORIES = 4
+_MAX_CATEGORIES = 4
 
 
 @dataclass
@@ -48,7 +48,16 @@ class Sample:
 
 
 async def generate_rows(session: Session, settings: DeliberateSettings, prompts_file: Path | None) -> dict[str, Any]:
-    """Generate the rows of a folder. Returns the summary, which is also written to summary.json."""
+    """Generate rows into the session's folder.
+
+    Args:
+        prompts_file: see `read_prompts`; None to use only prompts generated from the spec (`prompts_from_spec`).
+    Returns:
+        The summary, which is also written to summary.json.
+    Raises:
+        ConfigError: a prompt in the file is not valid.
+        SpecLeakError: a generated row contains text of the spec in its prompt.
+    """
     await session.summarize()
     prompts = [] if prompts_file is None else read_prompts(prompts_file, session.spec)
     if settings.prompts_from_spec is not None:
@@ -67,11 +76,11 @@ async def generate_rows(session: Session, settings: DeliberateSettings, prompts_
 def _filter_prompts(
     session: Session, settings: DeliberateSettings, prompts: Sequence[UserPrompt], guard: SpecGuard
 ) -> list[UserPrompt]:
-    """Drop near-duplicate prompts and those that contain text of the spec, before any answer is paid for."""
+    """Drop near-duplicate prompts, and prompts that contain text of the spec, before any answer is paid for."""
     seen = NearDuplicates(settings.near_duplicate_prompt)
     usable = []
     for prompt in prompts:
-        if any(guard.leak(turn["content"]) for turn in prompt.turns):
+        if any(guard.find_leak(turn["content"]) for turn in prompt.turns):
             session.meter.drop("spec_in_prompt")
         elif seen.find_or_add(prompt.id, prompt.conversation) is not None:
             session.meter.drop("duplicate_prompt")
@@ -94,13 +103,14 @@ def _filter_prompts(
 
 
 class _RowGenerator:
-    """From a prompt to its judged samples, which are in `samples`, by the id of the prompt."""
+    """Generates and judges the samples of prompts, and collects them in `samples` by the id of the prompt."""
 
     def __init__(self, session: Session, settings: DeliberateSettings) -> None:
         self.session, self.settings, self.labels = session, settings, labels_of_spec(session.spec)
         self.samples: dict[str, list[Sample]] = {}
 
     async def run(self, prompt: UserPrompt) -> None:
+        """Generate, judge and select the samples of a prompt."""
         session, settings = self.session, self.settings
         try:
             categories, request_ids = await self._classify(prompt)
@@ -124,7 +134,7 @@ class _RowGenerator:
         session.meter.advance()
 
     async def _classify(self, prompt: UserPrompt) -> tuple[list[str], list[str]]:
-        """The sections that a prompt is about, and the ids of the requests for them."""
+        """Return the ids of the sections that a prompt is about, and of the requests that determined them."""
         if prompt.categories:
             return list(prompt.categories), []
         session = self.session
@@ -139,7 +149,7 @@ class _RowGenerator:
                 if isinstance(names, list):
                     named = [name for name in dict.fromkeys(map(str, names)) if name in known]
                     if named:
-                        return named[:_MOST_CATEGORIES]
+                        return named[:_MAX_CATEGORIES]
             raise MalformedAnswer("it names no section of the spec")
 
         return await session.ask_with_retry(session.generator, chat, parse, purpose="classify")
@@ -182,7 +192,7 @@ class _RowGenerator:
 
 
 def _keep_best(samples: Sequence[Sample], best_of: int | None) -> None:
-    """Drop all but the `best_of` samples of a prompt with the highest scores: by the lowest axis, then by the sum."""
+    """Keep the `best_of` samples of a prompt with the highest minimum score, then the highest sum; drop the others."""
     passed = [s for s in samples if s.dropped is None]
     passed.sort(key=lambda s: (-s.judgement.scores["min"], -sum(s.judgement.scores.values()), s.number))
     for sample in passed[best_of:] if best_of is not None else ():
@@ -190,7 +200,7 @@ def _keep_best(samples: Sequence[Sample], best_of: int | None) -> None:
 
 
 def _drop_duplicates(session: Session, settings: DeliberateSettings, samples: Sequence[Sample]) -> list[Sample]:
-    """The samples without duplicates: equal answers, and near-duplicates of prompt, CoT and response together."""
+    """Drop samples with an equal answer, and near-duplicates of prompt, CoT and response together."""
     seen = NearDuplicates(settings.near_duplicate)
     answers: set[bytes] = set()
     kept = []
@@ -220,15 +230,15 @@ def _write(
     guard: SpecGuard,
 ) -> dict[str, Any]:
     rows = [_row(session, settings, sample) for sample in kept]
-    given = {prompt.id: prompt.text for prompt in prompts}
+    prompt_texts = {prompt.id: prompt.text for prompt in prompts}
     files = {"rows.jsonl": rows}
     if settings.also_no_cot:
         files["rows_no_cot.jsonl"] = [_without_cot(row) for row in rows]
     checks = {}
     for name, content in files.items():
-        # The guard reads the file from disk, under a name that nobody takes for rows; then it gets its own name.
-        unchecked = session.write_rows(f"{name}.unproven", content)
-        checks[name] = guard.check_file(unchecked, given)
+        # The guard checks the file on disk, so the file only gets its final name after the check.
+        unchecked = session.write_rows(f"{name}.unchecked", content)
+        checks[name] = guard.check_file(unchecked, prompt_texts)
         unchecked.replace(session.out / name)
     session.write_rows(
         "dropped.jsonl",
@@ -287,7 +297,7 @@ def _row(session: Session, settings: DeliberateSettings, sample: Sample) -> dict
 
 
 def _prompt_fields(prompt: UserPrompt, reply: Sample | None = None) -> dict[str, Any]:
-    """{"prompt"} or {"messages"}; a chat ends with the reply, as in chat formats."""
+    """Return {"prompt"}, or {"messages"} for a chat; `reply` is appended to a chat as the last message."""
     if prompt.single:
         return {"prompt": prompt.turns[0]["content"]}
     turns: list[dict[str, Any]] = [dict(turn) for turn in prompt.turns]
@@ -304,7 +314,7 @@ def _without_cot(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _prompt_versions(session: Session, settings: DeliberateSettings) -> dict[str, str]:
-    """The version of each prompt file in use."""
+    """Return the version of each prompt file in use."""
     from_spec = ("domains", "situations", "user_messages") if settings.prompts_from_spec else ()
     summarize = ("summarize",) if settings.summaries == "model" else ()
     return session.prompts.versions(

@@ -1,4 +1,4 @@
-"""A session: one run on one folder, for rows and documents alike. It has the client, the spec and its summaries."""
+"""A session: what the pipelines for rows and documents share in one run, such as the client, the spec and the files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 from delib_fast.config.load import redact
 from delib_fast.datagen.backends import Backend, Secrets
 from delib_fast.datagen.client import Client, Endpoint, NoAnswer, for_each
-from delib_fast.datagen.parsing import MalformedAnswer, after_thinking
+from delib_fast.datagen.parsing import MalformedAnswer, strip_thinking
 from delib_fast.datagen.progress import Meter
 from delib_fast.datagen.prompt_files import Chat, PromptFiles
 from delib_fast.datagen.request_log import Answer, RequestLog, lock_folder
@@ -27,11 +27,7 @@ _SHORT_SECTION_WORDS = 30  # a section of at most this many words is its own sum
 
 
 class Session:
-    """One run on one folder. Use `async with Session.open(...)`.
-
-    Args:
-        log: the request log that `client` writes to.
-    """
+    """One run on one folder. Create it with `async with Session.open(...)`."""
 
     def __init__(
         self, out: Path, spec: Spec, settings: RunSettings, client: Client, log: RequestLog, secrets: Secrets
@@ -56,7 +52,10 @@ class Session:
         meter: Meter | None = None,
         make_backend: Callable[[EndpointSettings], Backend] | None = None,
     ) -> AsyncIterator[Session]:
-        """Lock the folder and open its request log. Both are closed when the block ends, however it ends."""
+        """Lock the folder `out`, and open its request log. Both are released at the end of the block, also on errors.
+
+        Raises ConfigError if the folder is in use or cannot be written, or its log is damaged.
+        """
         lock = lock_folder(out)
         secrets = Secrets()
         log = RequestLog(out / "requests.jsonl", scrub=secrets.scrub)
@@ -80,7 +79,7 @@ class Session:
     async def ask_with_retry(
         self, endpoint: Endpoint, chat: Chat, parse: Callable[[Answer], T], *, purpose: str, first_sample: int = 0
     ) -> tuple[T, list[str]]:
-        """`Endpoint.ask_with_retry` with `list_attempts` attempts. A truncated answer is malformed."""
+        """Call `Endpoint.ask_with_retry` with `list_attempts` attempts. A truncated answer counts as malformed."""
 
         def parse_whole(answer: Answer) -> T:
             if answer.truncated:
@@ -92,19 +91,19 @@ class Session:
         )
 
     async def for_each(self, items: Iterable[T], work: Callable[[T], Awaitable[Any]]) -> None:
-        """Do `work` on every item concurrently, with enough items in progress to keep the endpoints busy."""
+        """Await `work(item)` for every item, with enough items in progress to keep the endpoints busy."""
         limits = {id(e): e.settings.concurrency for e in (self.generator, self.judge)}
         await for_each(items, work, self.client, concurrency=2 * sum(limits.values()))
 
     async def summarize(self) -> None:
-        """Set `summaries`: a sentence for each section. A section that is short enough is its own summary."""
+        """Set `summaries`, one sentence per section, by section id. A short section is its own summary."""
         sections = self.spec.sections
         if self.settings.summaries == "first_sentence":
             self.summaries = {s.id: first_sentence(s) for s in sections}
             return
         self.meter.start("summaries", len(sections))
         await self.for_each(sections, self._summarize_one)
-        # Where the model gave no summary, the first sentence keeps the section visible.
+        # A section without a summary from the model is represented by its first sentence.
         self.summaries = {s.id: self.summaries.get(s.id) or first_sentence(s) for s in sections}
 
     async def _summarize_one(self, section: Section) -> None:
@@ -122,25 +121,28 @@ class Session:
         self.meter.advance()
 
     def summary_lines(self) -> str:
+        """Return one line per section: its id, title and summary."""
         return "\n".join(f"- {s.id} ({s.title}): {self.summaries[s.id]}" for s in self.spec.sections)
 
     # --- files ----------------------------------------------------------------------------------------------
 
     def write_settings(self) -> None:
-        tree = redact(self.settings.model_dump(mode="json"))
-        self.write("settings.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110))
+        """Write settings.yaml, without secrets."""
+        settings = redact(self.settings.model_dump(mode="json"))
+        self.write("settings.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110))
 
     def write(self, name: str, text: str) -> Path:
-        """Write a file of the folder, without secrets. After a crash it is either the old file or the new one."""
+        """Write a file in the folder atomically, without secrets. Returns its path."""
         path = self.out / name
         write_atomic(path, self._scrub(text))
         return path
 
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+        """Write a JSONL file in the folder."""
         return self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def write_summary(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Write summary.json: the given fields, then what was dropped, and what the answers cost."""
+        """Write summary.json: these fields, the counts of dropped rows, and the cost of the answers."""
         totals, meter = self.log.totals, self.meter
         summary = {
             **fields,
@@ -161,7 +163,7 @@ class Session:
 
 
 def _parse_summary(answer: Answer) -> str:
-    text = " ".join(after_thinking(answer.text).split())
+    text = " ".join(strip_thinking(answer.text).split())
     if not 3 <= len(text.split()) <= 80:
         raise MalformedAnswer("a summary has 3 to 80 words")
     return text

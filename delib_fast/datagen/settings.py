@@ -21,7 +21,7 @@ class EndpointSettings(Section):
     backend: Literal["openai", "transformers"] = "openai"
     """`openai` sends requests to a server; `transformers` loads the model in this process."""
     model: str = ""
-    """The model's name at the endpoint, or a Hugging Face folder or name for `transformers`."""
+    """The model's name at the endpoint; for `transformers`, a model folder or a name on the Hugging Face hub."""
     base_url: str | None = None
     """Address of the endpoint, e.g. http://127.0.0.1:8000/v1. The default is $OPENAI_BASE_URL, or the hosted API of the
     openai package if that is not set."""
@@ -43,7 +43,7 @@ class EndpointSettings(Section):
     timeout_s: PositiveFloat = 600.0
     """Seconds to wait for an answer before the request is retried."""
     attempts: PositiveInt = 8
-    """How often a request is sent (after 429, 5xx, timeouts, lost connections) before this run gives it up."""
+    """Maximum number of times that a request is sent in a run (after 429, 5xx, timeouts, lost connections)."""
     first_backoff_s: PositiveFloat = 1.0
     """Seconds to wait before the second attempt; the wait doubles with each attempt, with jitter. A Retry-After header
     takes precedence."""
@@ -69,11 +69,11 @@ class EndpointSettings(Section):
 
 
 def check_base_url(url: str) -> str:
-    """Return the address of an endpoint; raise ValueError if it is not an http(s) address or contains a key."""
+    """Return the address of an endpoint. Raises ValueError if it is not an http(s) address, or contains a key."""
     if re.search(r"://[^/@\s]+@", url):
         raise ValueError(
-            "base_url contains a name or key before the @: put the key into the environment variable that api_key_env "
-            "names"
+            "base_url contains a user name or key before the @: remove it, and put the key into the environment "
+            "variable that api_key_env names"
         )
     if not re.match(r"https?://", url):
         raise ValueError("base_url must begin with http:// or https://")
@@ -96,9 +96,9 @@ class RunSettings(Section):
     cut_numbered_items: bool = True
     """Make each numbered item of a section (`1. …`) a section of its own, e.g. rule-3."""
     summaries: Literal["model", "first_sentence"] = "model"
-    """How the one-sentence summary of each section is made: by the generator, or its first sentence."""
+    """How each section is summarized in one sentence: by the generator, or by its first sentence."""
     list_attempts: PositiveInt = 4
-    """How often a structured answer (a list, a judgement) is requested until one can be parsed."""
+    """Maximum number of times that a structured answer (a list, a judgement) is requested until one can be parsed."""
     seed: int = Field(0, ge=0)
     """Seed for shuffling the subdomains and the documents of `document`."""
     max_cost: PositiveFloat | None = None
@@ -112,6 +112,7 @@ class RunSettings(Section):
         return self
 
     def judge_or_generator(self) -> EndpointSettings:
+        """Return the settings of the judge."""
         return self.judge or self.generator
 
 

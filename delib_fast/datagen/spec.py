@@ -1,8 +1,8 @@
-"""A spec, split into sections, from which `spec(category)` is put together.
+"""A spec, split into sections, of which a prompt contains only the relevant ones in full.
 
 spec = Spec.read("spec.md", model_name="Quill", provider_name="Fern")
-spec.sections[3].id                         "v3-care-for-those-who-are-not-in-the-room"
-spec.for_categories(["rule-5"], summaries)  summaries of all sections + the full text of rule 5
+spec.sections[3].id                           # "v3-care-for-those-who-are-not-in-the-room"
+spec.for_categories(["rule-5"], summaries)    # summaries of all sections, and the full text of rule 5
 """
 
 from __future__ import annotations
@@ -29,18 +29,20 @@ class Section:
     """The part of a spec under one heading, or one numbered item of such a part."""
 
     id: str
-    """Short, stable name: the category of a row."""
+    """A short, stable name, which is also the category of a row."""
     title: str
     path: tuple[str, ...]
-    """The headings above it, outermost first."""
+    """The enclosing headings, outermost first."""
     text: str
-    """Its text as in the spec, with its heading."""
+    """The text as in the spec, with the heading."""
     line: int
-    """The line of the spec on which it begins."""
+    """The line of the spec where the section begins, from 1."""
 
 
 @dataclass(frozen=True)
 class Spec:
+    """A spec, whole and in sections."""
+
     text: str
     """The whole spec, with its placeholders filled in."""
     sha256: str
@@ -73,7 +75,12 @@ class Spec:
         cut_numbered_items: bool = True,
         where: str = "spec",
     ) -> Spec:
-        """Fill in the placeholders and split at the headings; a text without headings is one section."""
+        """Fill in the placeholders, and split the text at its headings. Raises ConfigError if the text is empty.
+
+        Args:
+            cut_numbered_items: also split lists of rules into their items.
+            where: the file, for errors; its stem names a section before the first heading.
+        """
         names = {"model_name": model_name, "provider_name": provider_name}
         text = _PLACEHOLDER.sub(lambda m: names[m[1]], text.replace("\r\n", "\n").lstrip("\ufeff"))
         if not text.strip():
@@ -84,17 +91,18 @@ class Spec:
         return Spec(text, hashlib.sha256(text.encode()).hexdigest(), tuple(_named(parts)))
 
     def section(self, name: str) -> Section | None:
-        """The section with this id or title (ignoring case and punctuation); None if there is none."""
+        """Return the section with this id or title, ignoring case and punctuation; None if there is none."""
         wanted = _slug(name)
         return next((s for s in self.sections if s.id == name or s.id == wanted or _slug(s.title) == wanted), None)
 
     def for_categories(self, categories: Iterable[str], summaries: Mapping[str, str]) -> str:
-        """`spec(category)`: a line for every section, then the full text of the relevant ones, in the spec's order.
+        """Return the spec for a prompt: a summary of every section, then the full text of the relevant ones.
 
         The text of a section does not include its subsections, which are sections of their own.
 
         Args:
-            summaries: by section id.
+            categories: ids of the relevant sections.
+            summaries: the summary of each section, by id.
         """
         wanted = set(categories)
         lines = [f"- {s.id} ({' › '.join((*s.path, s.title))}): {summaries[s.id]}" for s in self.sections]
@@ -108,7 +116,7 @@ class Spec:
 
 
 def first_sentence(section: Section, limit: int = 240) -> str:
-    """The first sentence of a section, without its heading and with at most `limit` characters."""
+    """Return the first sentence of a section, without its heading, cut to about `limit` characters."""
     body = " ".join(line for line in section.text.split("\n") if not _HEADING.match(line))
     body = re.sub(r"[*`]+", "", re.sub(r"\s+", " ", body)).strip() or section.title
     body = _NUMBERED.sub(r"\2", body)
@@ -175,10 +183,10 @@ def _heading_at(lines: Sequence[str], i: int) -> tuple[int, str] | None:
 
 
 def _by_items(part: _Part) -> list[_Part]:
-    """Split a part that is a list of rules into its opening and its items; return any other part whole.
+    """Split a part that is a list of rules into its introduction and its items. Any other part is not split.
 
-    A part is a list of rules if at least three items are numbered from 1 on, and each begins with bold words or the
-    list is nearly the whole part. Numbered steps within an explanation are not rules.
+    A part is a list of rules if it has at least three items numbered from 1, and either each item begins with bold
+    words or the list is nearly the whole part. Numbered steps within an explanation are not rules.
     """
     starts = [(i, m) for i, line in enumerate(part.lines) if (m := _NUMBERED.match(line))]
     if len(starts) < 3 or [int(m[1]) for _, m in starts] != list(range(1, len(starts) + 1)):
@@ -200,7 +208,7 @@ def _by_items(part: _Part) -> list[_Part]:
 
 
 def _named(parts: Iterable[_Part]) -> list[Section]:
-    """Give each part its id: `rule-5` for item 5 of "Rules", else the words of its heading. Equal ids get a number."""
+    """Assign ids: `rule-5` for item 5 of "Rules", otherwise the words of the heading. Repeated ids get a number."""
     sections: list[Section] = []
     taken: set[str] = set()
     for part in parts:

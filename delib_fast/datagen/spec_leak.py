@@ -1,7 +1,7 @@
-"""The check that no prompt of the written rows contains text of the spec.
+"""Check that no prompt in the written rows contains text of the spec.
 
-It reads the written file back and looks at everything that comes before the CoT in training: the prompt, or every
-message except the reply. A prompt contains text of the spec if it has a word n-gram in common with it (ignoring case,
+The check reads the file back, and covers everything before the CoT in training: the prompt, or every message except the
+reply. A prompt contains text of the spec if it has a word n-gram in common with it (ignoring case,
 punctuation, markup and white space), or a whole sentence of the spec with five words or more.
 """
 
@@ -18,11 +18,11 @@ import numpy as np
 from delib_fast.data.decontamination import find_ngram, ngram_hashes, words_of
 from delib_fast.datagen.spec import Spec
 
-_LEAST_SENTENCE_WORDS = 5
+_MIN_SENTENCE_WORDS = 5
 
 
 class SpecLeakError(RuntimeError):
-    """A row contains text of the spec in its prompt, just before the rows were to be handed over."""
+    """A generated row has text of the spec in its prompt, or a prompt that differs from the input prompt."""
 
 
 class SpecGuard:
@@ -37,12 +37,12 @@ class SpecGuard:
         known = {words: ngram_hashes(spec.text, words)}
         for sentence in re.split(r"(?<=[.!?:])\s+|\n", spec.text.replace("*", "")):
             length = len(words_of(sentence))
-            if _LEAST_SENTENCE_WORDS <= length < words:  # shorter than an n-gram: looked for as a whole
+            if _MIN_SENTENCE_WORDS <= length < words:  # shorter than an n-gram, so it is searched for as a whole
                 known[length] = np.concatenate([known.get(length, known[words][:0]), ngram_hashes(sentence, length)])
         self._known = {length: np.unique(hashes) for length, hashes in known.items()}
 
-    def leak(self, text: str) -> str | None:
-        """The first words of the spec in a text, or None."""
+    def find_leak(self, text: str) -> str | None:
+        """Return the first words of the spec that a text contains, or None."""
         found = (find_ngram(text, hashes, length) for length, hashes in self._known.items())
         return next((words for words in found if words is not None), None)
 
@@ -50,35 +50,39 @@ class SpecGuard:
         """Read rows from a file and check each prompt.
 
         Args:
-            prompts: by `prompt_id`, the prompt that was given. The row's prompt must be equal to it, so that nothing
-                is left of what was put around it for generation.
+            prompts: the text of each input prompt, by `prompt_id`. The row's prompt must equal it, so that it contains
+                nothing of the prompt for the generator.
         Returns:
-            What was checked, for summary.json.
+            Counts for summary.json.
         Raises:
-            SpecLeakError: a prompt differs or contains text of the spec; the message names `file:line`.
+            SpecLeakError: a prompt differs or contains text of the spec; the message has `file:line`.
         """
         rows = 0
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 row = json.loads(line)
                 if prompt_text(row) != prompts.get(row["prompt_id"]):
-                    raise SpecLeakError(f"{path}:{number}: the prompt is not the one that was given")
+                    raise SpecLeakError(
+                        f"{path}:{number}: the prompt differs from the input prompt {row['prompt_id']!r}; this is a bug"
+                    )
                 for text in prompt_parts(row):
-                    if (leak := self.leak(text)) is not None:
-                        raise SpecLeakError(f"{path}:{number}: the prompt contains text of the spec: {leak!r}")
+                    if (leak := self.find_leak(text)) is not None:
+                        raise SpecLeakError(
+                            f"{path}:{number}: the prompt contains text of the spec: {leak!r}; remove the input prompt"
+                        )
                 rows += 1
         return {"rows": rows, "spec_runs": len(self._known[self.words]), "words": self.words, "leaks": 0}
 
 
 def prompt_parts(row: Mapping[str, Any]) -> Iterable[str]:
-    """Every text of a row before the reply."""
+    """Return every text of a row before the reply."""
     if "messages" in row:
         return [str(message["content"]) for message in _before_reply(row["messages"])]
     return [row["prompt"]]
 
 
 def prompt_text(row: Mapping[str, Any]) -> str:
-    """The prompt as one string, to compare (see `UserPrompt.text`)."""
+    """Return the prompt of a row as one string, to compare with `UserPrompt.text`."""
     if "messages" in row:
         return json.dumps(_before_reply(row["messages"]), ensure_ascii=False, sort_keys=True)
     return str(row["prompt"])

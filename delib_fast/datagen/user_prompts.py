@@ -1,4 +1,4 @@
-"""The prompts for which rows are generated: read from a file, or generated from the spec."""
+"""The input prompts of `deliberate`, read from a file or generated from the spec."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ from delib_fast.datagen.settings import DeliberateSettings
 from delib_fast.datagen.spec import Spec
 
 _MESSAGES_PER_SITUATION = 4
+_MAX_SITUATIONS = 12  # per domain and round
 _DOMAINS = 10
-_ROUNDS = 20
+_MAX_ROUNDS = 20
 
 
 @dataclass(frozen=True)
 class UserPrompt:
-    """A prompt as it was given: a text, or a chat that ends with a message of the user (or a tool)."""
+    """An input prompt: a text, or a chat that ends with a user or tool message."""
 
     turns: tuple[dict[str, str], ...]
     location: str
     """`file:line`, for error messages."""
     categories: tuple[str, ...] = ()
     single: bool = True
-    """Written to the row as "prompt" instead of "messages"."""
+    """Whether the row has a "prompt" instead of "messages"."""
     generated_for: Mapping[str, str] = field(default_factory=dict)
     """Domain and situation of a prompt that was generated from the spec."""
     request_ids: tuple[str, ...] = ()
@@ -56,7 +57,7 @@ class UserPrompt:
 
     @property
     def conversation(self) -> str:
-        """The prompt as a reader sees it: the text itself, or the turns one after another."""
+        """The prompt in readable form: the text itself, or the turns with their roles."""
         if self.single:
             return self.turns[0]["content"]
         return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in self.turns)
@@ -65,12 +66,12 @@ class UserPrompt:
 def read_prompts(path: str | os.PathLike[str], spec: Spec) -> list[UserPrompt]:
     """Read prompts from a .jsonl, .json or .txt (one per line) file.
 
-    A row is {"prompt" | "question" | "instruction"}, or {"messages"} that end with the user's (a final reply is
-    ignored), and may have a "category": the id or title of a section of the spec, or a list of them.
+    A row is {"prompt" | "question" | "instruction"}, or {"messages"} that end with a user or tool message; a final
+    reply is ignored. It may have a "category": the id or title of a section of the spec, or a list of them.
 
     Raises:
-        ConfigError: a row is not a prompt, or has a category that the spec does not have; the message names
-            `file:line`.
+        ConfigError: the file cannot be read or is empty, or a row is not a prompt or has an unknown category; the
+            message has `file:line`.
     """
     path = Path(path)
     try:
@@ -95,7 +96,7 @@ def _items(path: Path, text: str) -> list[tuple[str, Any]]:
         except DataError as error:
             raise ConfigError(f"{path}: {error}") from None
         if not isinstance(items, list):
-            raise ConfigError(f"{path}: expected a list of rows")
+            raise ConfigError(f"{path}: is not a list of rows; write one object per line to a .jsonl file instead")
         return [(f"{path}[{i}]", item) for i, item in enumerate(items)]
     found = []
     for location, line in lines:
@@ -108,7 +109,7 @@ def _items(path: Path, text: str) -> list[tuple[str, Any]]:
 
 def _prompt_of(item: Any, location: str, spec: Spec) -> UserPrompt:
     if not isinstance(item, dict):
-        raise ConfigError(f"{location}: expected an object with 'prompt' or 'messages'")
+        raise ConfigError(f"{location}: is not an object; a row has a 'prompt' or 'messages'")
     categories = _categories(item.get("category"), location, spec)
     key = next((key for key in (*CHAT_KEYS, *PROMPT_KEYS) if key in item), None)
     if key is None:
@@ -137,7 +138,7 @@ def _turns(value: Any, key: str, location: str) -> tuple[dict[str, str], ...]:
     if turns[-1]["role"] == "assistant":
         turns.pop()
     if not turns or turns[-1]["role"] not in ("user", "tool"):
-        raise ConfigError(f"{location}: {key!r} must end with a message of the user")
+        raise ConfigError(f"{location}: {key!r} must end with a user or tool message")
     return tuple(turns)
 
 
@@ -164,36 +165,40 @@ def _categories(value: Any, location: str, spec: Spec) -> tuple[str, ...]:
 
 
 async def generate_prompts(session: Session, settings: DeliberateSettings, count: int) -> list[UserPrompt]:
-    """Generate domains → situations → user messages, in rounds, until there are `count` without near-duplicates."""
+    """Generate domains → situations → user messages, in rounds, up to `count` messages without near-duplicates.
+
+    There are fewer if a round adds no new message, or after _MAX_ROUNDS rounds. Raises NoAnswer if no list of domains
+    can be parsed.
+    """
     domains, request_ids = await session.ask_with_retry(
         session.generator,
         session.prompts.chat("domains", spec=session.spec.text, count=_DOMAINS),
-        lambda answer: parse_strings(answer.text, least=2),
+        lambda answer: parse_strings(answer.text, min_items=2),
         purpose="domains",
     )
     session.meter.start("prompts", count)
     seen = NearDuplicates(settings.near_duplicate_prompt)
     prompts: list[UserPrompt] = []
     used: dict[str, list[str]] = {domain: [] for domain in domains}
-    for _ in range(_ROUNDS):
+    for _ in range(_MAX_ROUNDS):
         missing = count - len(prompts)
         if missing <= 0:
             break
         per_domain = max(1, -(-missing // (_MESSAGES_PER_SITUATION * len(domains))))
         before = len(prompts)
-        for prompt in await _one_round(session, domains, used, min(per_domain, 12), tuple(request_ids)):
+        for prompt in await _one_round(session, domains, used, min(per_domain, _MAX_SITUATIONS), tuple(request_ids)):
             if len(prompts) < count and seen.find_or_add(prompt.id, prompt.text) is None:
                 prompts.append(prompt)
                 session.meter.advance()
         if len(prompts) == before:
-            break  # the model has no new ideas
+            break  # the model only repeats itself
     return prompts
 
 
 async def _one_round(
     session: Session, domains: list[str], used: dict[str, list[str]], per_domain: int, request_ids: tuple[str, ...]
 ) -> list[UserPrompt]:
-    """Prompts for `per_domain` new situations of each domain. The situations are added to `used`."""
+    """Generate prompts for `per_domain` new situations of each domain, and add the situations to `used`."""
     found: dict[str, list[UserPrompt]] = {}
 
     async def one_domain(domain: str) -> None:

@@ -1,4 +1,4 @@
-"""Run the commands in separate processes, forked from one that has already imported everything."""
+"""Run CLI commands in separate processes, forked from a server process that has already imported everything."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def _main(args: list[str], output: str, environment: dict[str, str]) -> None:
 
 
 class CliProcess:
+    """A running command. Its output goes to a file in `folder`."""
+
     def __init__(self, args: list[str], folder: Path, environment: dict[str, str] | None = None) -> None:
         self._output = folder / f"output-{time.monotonic_ns()}.txt"
         self._output.touch()
@@ -49,7 +51,7 @@ class CliProcess:
         os.kill(self._process.pid, sig)
 
     def wait(self, seconds: float = 90) -> tuple[int, str]:
-        """(exit status, or minus the signal; everything the process printed)"""
+        """Return (exit status, or minus the signal; everything that the process printed)."""
         self._process.join(seconds)
         assert self._process.exitcode is not None, f"still running: {self._output.read_text()}"
         return self._process.exitcode, self._output.read_text()

@@ -1,6 +1,6 @@
-"""A scripted endpoint: answers every prompt of the pipelines sensibly, and fails as a test specifies.
+"""A scripted endpoint: gives a plausible answer to every prompt of the pipelines, and fails as a test specifies.
 
-Its answers depend only on the request, so two runs that lose nothing write the same files.
+Its answers depend only on the request, so two runs without lost answers write the same files.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ Fault = Callable[[Request], Response | None]
 
 
 class ScriptedModel:
-    """The endpoint, and what it received. `paid` counts the usable answers that were sent completely, by request id."""
+    """The endpoint, and the requests that it received.
+
+    `paid` counts the usable answers that were sent completely, by request id.
+    """
 
     def __init__(self, server: HTTPServer) -> None:
         self.server = server
@@ -50,9 +53,9 @@ class ScriptedModel:
         self.authorization: set[str] = set()
         self.delay_s = 0.0
         self.fault: Callable[[str, int, str, Request], Response | None] | None = None
-        """(request id, attempt from 1 on, purpose, request) → a response instead of the answer, or None."""
+        """(request id, attempt from 1, purpose, request) → a response instead of the answer, or None."""
         self.answer: Callable[[str, str], str | None] = lambda purpose, text: None
-        """(purpose, the whole text of the chat) → another text for the answer, or None."""
+        """(purpose, text of the whole chat) → the text of the answer, or None for the scripted one."""
         self._lock = threading.Lock()
         self._attempts: Counter[str] = Counter()
         self.concurrent = self.most_concurrent = 0
@@ -153,7 +156,7 @@ def purpose_of(text: str) -> str:
 
 
 def scripted(purpose: str, text: str) -> str:
-    """A sensible answer, which is different for different requests."""
+    """Return a plausible answer, which differs between requests."""
     tag = words(text)
     if purpose in ("generate", "generate_reasoning"):
         conversation = re.search(r"<conversation \w+>\n(.*?)\n</conversation", text, re.DOTALL)
@@ -204,7 +207,7 @@ _STEMS = [
 
 
 def words(text: str) -> list[str]:
-    """Twelve words that depend on the text."""
+    """Return twelve words that depend on the text."""
     digest = hashlib.sha256(text.encode()).hexdigest()
     return [f"{_STEMS[int(digest[i], 16)]}{digest[i : i + 3]}" for i in range(0, 36, 3)]
 
@@ -222,7 +225,7 @@ def status(code: int, **headers: str) -> Response:
 
 
 def cut_short(_: Request) -> Response:
-    """Half of a body, after which the connection is closed."""
+    """Send half of a body, then close the connection."""
     whole = ScriptedModel.completion("this never arrives whole " * 20)
 
     def body() -> Iterator[bytes]:
@@ -233,7 +236,7 @@ def cut_short(_: Request) -> Response:
 
 
 def dripping(pause_s: float, reply: bytes) -> Response:
-    """A whole body, a few bytes at a time."""
+    """Send a whole body, a few bytes at a time."""
 
     def body() -> Iterator[bytes]:
         for at in range(0, len(reply), 200):

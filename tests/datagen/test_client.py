@@ -1,4 +1,4 @@
-"""The client: concurrency limit, pauses, stops, costs."""
+"""The client: its concurrency limit, pauses, stops and costs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _plain_answers(model: ScriptedModel) -> None:
     model.answer = lambda purpose, text: f"an answer to {text}"
 
 
-def test_concurrency_is_the_limit(model: ScriptedModel, tmp_path: Path) -> None:
+def test_concurrency_limits_the_requests_in_flight(model: ScriptedModel, tmp_path: Path) -> None:
     model.delay_s = 0.03
     answers, _ = ask_all(model, tmp_path, [f"{i}" for i in range(24)], concurrency=3)
     assert [a.text for a in answers] == [f"an answer to {i}" for i in range(24)]
@@ -71,7 +71,7 @@ def test_equal_requests_are_sent_once(model: ScriptedModel, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("header", [{"Retry_After": "0.6"}, {"retry_after_ms": "600"}])
 def test_retry_after_pauses_the_whole_endpoint(header: dict[str, str], model: ScriptedModel, tmp_path: Path) -> None:
-    """After a 429, no request is sent until the pause that the endpoint asked for is over."""
+    """After a 429, no request is sent until the pause that the endpoint requested is over."""
     limited_at: list[float] = []
 
     def fault(key, attempt, purpose, request):
@@ -88,13 +88,13 @@ def test_retry_after_pauses_the_whole_endpoint(header: dict[str, str], model: Sc
     assert client.meter.retries == {"rate_limit": 1}
 
 
-def test_too_long_a_pause_stops_the_run(model: ScriptedModel, tmp_path: Path) -> None:
+def test_a_pause_above_longest_wait_s_stops_the_run(model: ScriptedModel, tmp_path: Path) -> None:
     model.fault = lambda key, attempt, purpose, request: status(429, Retry_After="7200")
     with pytest.raises(EndpointError, match="pause of 7200 s"):
         ask_all(model, tmp_path, ["a"])
 
 
-def test_backoff_grows(model: ScriptedModel, tmp_path: Path) -> None:
+def test_the_backoff_doubles_with_each_attempt(model: ScriptedModel, tmp_path: Path) -> None:
     model.fault = lambda key, attempt, purpose, request: status(500) if attempt < 4 else None
     ask_all(model, tmp_path, ["a"], first_backoff_s=0.1, attempts=4)
     at = [at for _, at, _ in model.received]

@@ -36,7 +36,7 @@ def invoke(model: ScriptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return run
 
 
-def test_from_spec_to_report(invoke) -> None:
+def test_a_spec_becomes_rows_documents_and_reports(invoke) -> None:
     code, output = invoke(
         "deliberate spec.md prompts.txt -o rows URL -n 2 -k 2 --style cite --also-no-cot --model-name Quill"
     )

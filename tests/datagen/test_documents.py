@@ -49,7 +49,7 @@ def run(model: ScriptedModel, out: Path, spec: Spec, **changes: Any) -> dict[str
     return asyncio.run(main())
 
 
-def test_documents_to_a_budget(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+def test_documents_are_generated_up_to_the_token_budget(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
     summary = run(model, tmp_path / "out", spec)
     documents = read_rows(tmp_path / "out" / "documents.jsonl")
     assert summary["documents"] == len(documents)
@@ -80,7 +80,7 @@ def test_documents_to_a_budget(model: ScriptedModel, spec: Spec, tmp_path: Path)
     assert (tmp_path / "out" / "documents.jsonl").read_bytes() == before
 
 
-def test_larger_budget_continues(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+def test_a_larger_budget_reuses_the_answers_of_a_smaller_one(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
     """A larger budget reuses the answers of a smaller one, and continues with more rounds of ideas."""
     run(model, tmp_path / "out", spec, tokens=2000)
     model.received.clear()
@@ -111,7 +111,7 @@ def test_emphasis_is_in_the_prompts(
     assert {d["emphasis"] for d in read_rows(tmp_path / "out" / "documents.jsonl")} == {emphasis}
 
 
-def test_critique_and_rewrite(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+def test_documents_with_faults_are_rewritten(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
     def answer(purpose: str, text: str) -> str | None:
         if purpose == "critique":
             return '{"faults": []}' if int(re.search(r"<text ([0-9a-f]{8})", text)[1], 16) % 2 else None
@@ -159,7 +159,7 @@ def test_run_ends_when_the_ideas_are_used_up(model: ScriptedModel, spec: Spec, t
 
 
 class Page(HTMLParser):
-    """The words of a page, and everything that it would fetch."""
+    """The text of a page, and the addresses that it would fetch."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -174,7 +174,9 @@ class Page(HTMLParser):
         self.words += data
 
 
-def test_report_of_a_run(model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path) -> None:
+def test_the_report_of_a_run_has_its_statistics(
+    model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path
+) -> None:
     out, spec_file = tmp_path / "out", tmp_path / "spec.md"
     spec_file.write_text(SPEC)
     low = '{"compliance": 3, "helpfulness": 9, "reasoning": 9}'
@@ -200,7 +202,7 @@ def test_report_of_a_run(model: ScriptedModel, spec: Spec, prompts_file: Path, t
         assert words.replace("share", "shares") in page.words or words in page.words
 
 
-def test_report_of_documents(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+def test_the_report_of_documents_has_their_statistics(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
     run(model, tmp_path / "out", spec, tokens=1500)
     html, figures = write_report(tmp_path / "out")
     part = json.loads(figures.read_text())["parts"]["documents.jsonl: documents"]
@@ -209,7 +211,7 @@ def test_report_of_documents(model: ScriptedModel, spec: Spec, tmp_path: Path) -
     assert "Documents, by domain" in Page(html.read_text()).words
 
 
-def test_report_of_the_example_rows(tmp_path: Path) -> None:
+def test_the_report_of_the_example_rows_has_accurate_citations(tmp_path: Path) -> None:
     _, figures = write_report(EXAMPLES / "deliberation.jsonl", spec=EXAMPLES / "spec.md", out=tmp_path)
     part = next(iter(json.loads(figures.read_text())["parts"].values()))
     assert part["by_style"]["cite"] == part["citations"]["rows"]
@@ -218,8 +220,8 @@ def test_report_of_the_example_rows(tmp_path: Path) -> None:
 
 @pytest.mark.data
 @pytest.mark.skipif(not STAR1.exists(), reason=f"{STAR1} is not present")
-def test_report_of_star1(tmp_path: Path) -> None:
-    """Rows of another project: every statistic is present, and in the range that is known for this data set."""
+def test_the_report_of_star1_is_in_the_known_range(tmp_path: Path) -> None:
+    """Every statistic is present for the rows of another project, and in the range known for this dataset."""
     html, figures = write_report(STAR1, out=tmp_path)
     part = json.loads(figures.read_text())["parts"]["star1.json: rows"]
     assert part["count"] == part["with_cot"] == 1000

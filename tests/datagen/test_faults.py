@@ -56,7 +56,7 @@ def in_drops(_: Request) -> Response:
 
 
 FAULTS: dict[str, tuple[Fault | None, str | None]] = {
-    # name: (what happens, the name under which the retry is counted)
+    # name: (fault, reason under which the retry is counted)
     "none": (None, None),
     "500": (first(lambda _: status(500)), "http_500"),
     "503 twice": (first(lambda _: status(503), 2), "http_503"),
@@ -107,7 +107,7 @@ def test_nothing_lost_nothing_paid_twice(
 
 
 def test_malformed_judgement_is_retried(model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path) -> None:
-    """A judge that first answers in prose is asked again, and its prose is never used as a score."""
+    """If a judge answers in prose, the vote is requested again, and the prose is never used as a score."""
     seen: set[str] = set()
 
     def answer(purpose: str, text: str) -> str | None:
@@ -150,7 +150,7 @@ def test_row_without_a_valid_judgement_is_dropped(
 def test_one_failing_request_does_not_stop_the_others(
     model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path
 ) -> None:
-    """A request that always fails with 500 is given up and counted; the same command sends it again."""
+    """A request that always fails with 500 is given up and counted; rerunning the command sends it again."""
 
     def fail_one(key: str, attempt: int, purpose: str, request: Request) -> Response | None:
         return status(500) if purpose == "generate" and b"sourdough" in request.get_data() else None

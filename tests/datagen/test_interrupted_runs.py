@@ -1,4 +1,4 @@
-"""Runs that end early, by a kill, a signal or a dead server: the same command resumes, and pays for nothing twice."""
+"""Runs that end early, by a kill, a signal or a dead server: they resume, and nothing is paid for twice."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def expected(model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Pat
     return (tmp_path / "undisturbed" / "rows.jsonl").read_bytes()
 
 
-def test_sigkill(model: ScriptedModel, prompts_file: Path, tmp_path: Path, expected: bytes) -> None:
+def test_a_killed_run_resumes_and_repeats_only_requests_in_flight(
+    model: ScriptedModel, prompts_file: Path, tmp_path: Path, expected: bytes
+) -> None:
     """Killed three times: only the requests that were in flight at a kill may be paid for again."""
     model.delay_s = 0.05
     command = Command(tmp_path, model, prompts_file)
@@ -111,7 +113,7 @@ def test_sigkill(model: ScriptedModel, prompts_file: Path, tmp_path: Path, expec
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt(
+def test_an_interrupted_run_keeps_the_answers_in_flight(
     sig: signal.Signals, model: ScriptedModel, prompts_file: Path, tmp_path: Path, expected: bytes
 ) -> None:
     """Ctrl-C: answers in flight are waited for and kept, so nothing is paid for twice."""
@@ -131,7 +133,7 @@ def test_interrupt(
     assert (command.out / "rows.jsonl").read_bytes() == expected
 
 
-def test_server_dies_and_comes_back(spec: Spec, prompts_file: Path, tmp_path: Path) -> None:
+def test_a_run_that_lost_its_server_resumes_when_it_is_back(spec: Spec, prompts_file: Path, tmp_path: Path) -> None:
     """If the server dies, the run stops and keeps its answers; when the server is back, the rest is requested."""
     server = HTTPServer(host="127.0.0.1", port=0, threaded=True)
     server.start()

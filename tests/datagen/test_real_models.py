@@ -1,7 +1,7 @@
-"""A real model behind both backends: `transformers serve` on loopback, and in this process.
+"""Both backends with a real model: `transformers serve` on this machine, and in this process.
 
-The model is small and has random weights, so it writes noise. The tests check that every answer is kept, counted and
-never requested again.
+The model is small and has random weights, so its answers are noise. The tests check that every answer is kept, counted
+and never requested again.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def check(out: Path, spec: Spec, run_settings: DeliberateSettings, prompts_file:
     return RequestLog(out / "requests.jsonl")
 
 
-def test_transformers_serve(folder: Path, served: str, spec: Spec, tmp_path: Path) -> None:
+def test_served_answers_are_kept_and_reused(folder: Path, served: str, spec: Spec, tmp_path: Path) -> None:
     log = check(tmp_path / "out", spec, settings(model=str(folder), base_url=served), prompts(tmp_path))
     answers = [r for r in read_rows(tmp_path / "out" / "requests.jsonl") if r["is"] == "answer"]
     assert all(log.get(r["id"]) is not None for r in answers)
@@ -88,13 +88,13 @@ def test_transformers_serve(folder: Path, served: str, spec: Spec, tmp_path: Pat
     assert {r["attempts"] for r in answers} == {1}
 
 
-def test_in_process(folder: Path, spec: Spec, tmp_path: Path) -> None:
+def test_in_process_answers_are_kept_and_reused(folder: Path, spec: Spec, tmp_path: Path) -> None:
     run_settings = settings(model=str(folder), backend="transformers")
     check(tmp_path / "out", spec, run_settings, prompts(tmp_path))
 
 
 def test_in_process_equals_served_when_greedy(folder: Path, served: str, spec: Spec, tmp_path: Path) -> None:
-    """Greedy decoding gives equal answers with both backends, so both apply the chat template alike, batched or not."""
+    """Greedy decoding gives equal answers with both backends, so both apply the chat template in the same way."""
     texts = {}
     for name, generator in (("served", {"base_url": served}), ("in process", {"backend": "transformers"})):
         run_settings = settings(model=str(folder), temperature=0.0, **generator)

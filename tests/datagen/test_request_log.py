@@ -1,4 +1,4 @@
-"""The request log: answers on disk are kept, a torn last line is removed, equal content is one request."""
+"""The request log: answers on disk are kept, an incomplete last line is removed, and equal requests are one."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_id_depends_on_the_content(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 2, 40, 200])
-def test_torn_last_line_is_removed(cut: int, tmp_path: Path) -> None:
+def test_incomplete_last_line_is_removed(cut: int, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     first, last = request("first"), request("last")
     write(path, first)

@@ -28,7 +28,7 @@ def as_training_reads(path: Path) -> list[Any]:
     return list(read_source("rows", SourceConfig.model_validate({"path": str(path)})))
 
 
-def test_a_row_can_be_traced(model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path) -> None:
+def test_a_row_records_its_provenance(model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(model, out, spec, prompts_file, style="cite", also_no_cot=True, summaries="first_sentence")
     rows = read_rows(out / "rows.jsonl")
@@ -132,7 +132,9 @@ def test_no_vote_is_requested_after_one_below_the_threshold(
     assert summary["dropped"] == {"low_compliance": 6}
 
 
-def test_best_of_n(model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path) -> None:
+def test_best_of_keeps_the_highest_score_per_prompt(
+    model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path
+) -> None:
     scores: dict[str, int] = {}
 
     def answer(purpose: str, text: str) -> str | None:
@@ -179,7 +181,7 @@ def test_spec_text_in_a_prompt_is_dropped_before_anything_is_paid(
     assert leaky not in (tmp_path / "out" / "requests.jsonl").read_text()
 
 
-def test_given_categories_are_not_requested(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+def test_categories_in_the_prompts_file_are_not_requested(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
     prompts = tmp_path / "p.jsonl"
     prompts.write_text(json.dumps({"prompt": "How do I open my neighbour's post?", "category": ["rule-2", "V2. Care"]}))
     run(model, tmp_path / "out", spec, prompts, samples=1)
@@ -196,21 +198,25 @@ def test_unknown_categories_are_retried_then_drop_the_prompt(
     assert model.purposes()["classify"] == 12
 
 
-def test_the_models_own_reasoning_as_cot(model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path) -> None:
-    thought = "They want to know, and knowing harms nobody, so I tell them and say what I guess."
+def test_the_models_own_reasoning_becomes_the_cot(
+    model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path
+) -> None:
+    reasoning = "They want to know, and knowing harms nobody, so I tell them and say what I guess."
 
     def answer(purpose: str, text: str) -> str | None:
-        output = f"<think>\n{thought} {' '.join(words(text))}\n</think>\n\nIt is {' '.join(words(text))}."
+        output = f"<think>\n{reasoning} {' '.join(words(text))}\n</think>\n\nIt is {' '.join(words(text))}."
         return output if purpose == "generate_reasoning" else None
 
     model.answer = answer
     summary = run(model, tmp_path / "out", spec, prompts_file, samples=1, cot_from="reasoning")
     assert summary["rows"] == 6
-    assert read_rows(tmp_path / "out" / "rows.jsonl")[0]["cot"].startswith(thought)
+    assert read_rows(tmp_path / "out" / "rows.jsonl")[0]["cot"].startswith(reasoning)
 
 
 @pytest.mark.parametrize("count", [7, 30])
-def test_prompts_from_the_spec_alone(count: int, model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+def test_prompts_are_generated_from_the_spec_alone(
+    count: int, model: ScriptedModel, spec: Spec, tmp_path: Path
+) -> None:
     changes = {"samples": 1, "judge_votes": 1, "prompts_from_spec": count}
     summary = run(model, tmp_path / "out", spec, None, **changes)
     assert summary["prompts"] == summary["rows"] == count

@@ -1,4 +1,4 @@
-"""Everything that works on text: spec, parsing, format filter, duplicates, citations, spec guard."""
+"""The functions on text: spec, parsing, format filter, duplicates, citations, spec guard and prompts."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def test_every_line_of_the_spec_is_in_one_section() -> None:
         ("# Empty\n\n# Full\ntext", ["full"]),
     ],
 )
-def test_headings(text: str, ids: list[str]) -> None:
+def test_sections_have_ids(text: str, ids: list[str]) -> None:
     assert [s.id for s in Spec.of(text).sections] == ids
 
 
-def test_spec_of_categories(spec: Spec) -> None:
+def test_only_relevant_sections_are_included_in_full(spec: Spec) -> None:
     given = spec.for_categories(["rule-2"], {s.id: f"summary of {s.id}" for s in spec.sections})
     for section in spec.sections:
         assert f"summary of {section.id}" in given
@@ -136,7 +136,7 @@ def test_bad_scores_are_malformed(text: str) -> None:
 
 
 @given(st.text(alphabet='{}[]",:0123456789 complianceNaN\\n\n', max_size=80))
-def test_any_text_is_scores_or_malformed(text: str) -> None:
+def test_any_text_gives_scores_or_is_malformed(text: str) -> None:
     try:
         scores, _ = parse_scores(text)
     except MalformedAnswer:
@@ -144,11 +144,11 @@ def test_any_text_is_scores_or_malformed(text: str) -> None:
     assert all(1 <= score <= 10 for score in scores.values())
 
 
-def test_json_values_and_lists() -> None:
+def test_json_is_found_among_prose() -> None:
     assert json_values('x {"a": {"b": 1}} y {"c": 2}', dict) == [{"a": {"b": 1}}, {"c": 2}]
     assert parse_strings('First [1] then\n```\n["a  b", "c", "a b", " "]\n```') == ["a b", "c"]
     with pytest.raises(MalformedAnswer):
-        parse_strings('["only one"]', least=2)
+        parse_strings('["only one"]', min_items=2)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_json_values_and_lists() -> None:
         ("no tags", (None, None, None)),
     ],
 )
-def test_split_at_tags(text: str, parts: tuple) -> None:
+def test_answers_are_split_at_our_tags(text: str, parts: tuple) -> None:
     found = split_answer(Answer(text, "stop"), "tags")
     assert (found.cot, found.response, found.fault) == parts
 
@@ -177,7 +177,7 @@ def test_split_at_tags(text: str, parts: tuple) -> None:
         ("the answer", None, (None, "the answer", None)),
     ],
 )
-def test_split_reasoning(text: str, reasoning: str | None, parts: tuple) -> None:
+def test_answers_are_split_at_the_models_own_reasoning(text: str, reasoning: str | None, parts: tuple) -> None:
     found = split_answer(Answer(text, "stop", reasoning), "reasoning")
     assert (found.cot, found.response, found.fault) == parts
 
@@ -206,7 +206,7 @@ COT = "I want them to be able to judge for themselves, so I say what I only gues
         (COT + " The policy covers water damage.", "Here.", None),  # the user asked about an insurance policy
     ],
 )
-def test_format_filter_internal(cot: str, response: str, fault: str | None, spec: Spec, model) -> None:
+def test_format_filter_of_style_internal(cot: str, response: str, fault: str | None, spec: Spec, model) -> None:
     answer = Answer(f"<deliberation>{cot}</deliberation><reply>{response}</reply>", "stop")
     parted = split_answer(answer, "tags")
     asked = "Does my insurance policy cover this?" if "water" in cot else "Can you help?"
@@ -222,13 +222,13 @@ def test_format_filter_internal(cot: str, response: str, fault: str | None, spec
         (COT + " It says to decline help whose likely use is to injure somebody.", None),
     ],
 )
-def test_format_filter_cite(cot: str, fault: str | None, spec: Spec, model) -> None:
+def test_format_filter_of_style_cite(cot: str, fault: str | None, spec: Spec, model) -> None:
     answer = Answer(f"<deliberation>{cot}</deliberation><reply>Here.</reply>", "stop")
     settings = settings_for(model, style="cite")
     assert format_fault(answer, split_answer(answer, "tags"), settings, labels_of_spec(spec), "") == fault
 
 
-def test_example_rows_keep_to_their_style() -> None:
+def test_example_rows_have_their_style() -> None:
     """The example rows of style `cite` name a section, and those of style `internal` mention none."""
     labels = labels_of_spec(Spec.read(EXAMPLES / "spec.md", model_name="the assistant", provider_name="b"))
     right = total = 0
@@ -237,7 +237,7 @@ def test_example_rows_keep_to_their_style() -> None:
         found = cited(row["cot"], labels)
         if row["style"] == "internal":
             assert not found
-            assert mentions_spec(row["cot"], labels, asked_about=row["prompt"]) is None
+            assert mentions_spec(row["cot"], labels, prompt=row["prompt"]) is None
         else:
             assert found
             right += row["category"] in found
@@ -245,7 +245,7 @@ def test_example_rows_keep_to_their_style() -> None:
     assert right / total > 0.95
 
 
-def test_labels_of_names() -> None:
+def test_categories_are_cited_by_name() -> None:
     labels = labels_of_names(["Self-Harm", "Violence / Physical Harm"])
     found = cited("The self-harm policy applies, and violence does not.", labels)
     assert found == ["Self-Harm", "Violence / Physical Harm"]
@@ -311,8 +311,8 @@ def test_case_and_punctuation_do_not_matter() -> None:
         ("Answer first, please", False),  # two words that are also the title of a rule
     ],
 )
-def test_spec_guard(prompt: str, leaks: bool, spec: Spec) -> None:
-    assert (SpecGuard(spec).leak(prompt) is not None) == leaks
+def test_spec_guard_finds_text_of_the_spec(prompt: str, leaks: bool, spec: Spec) -> None:
+    assert (SpecGuard(spec).find_leak(prompt) is not None) == leaks
 
 
 def test_spec_guard_reads_the_file_back(spec: Spec, tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ def test_spec_guard_reads_the_file_back(spec: Spec, tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SpecLeakError, match=r"rows\.jsonl:2: the prompt contains text of the spec: 'quill says what"):
         guard.check_file(path, {"a": "fine", "b": leaky})
-    with pytest.raises(SpecLeakError, match=r":1: the prompt is not the one that was given"):
+    with pytest.raises(SpecLeakError, match=r":1: the prompt differs from the input prompt 'a'; this is a bug"):
         guard.check_file(path, {"a": "fine before", "b": leaky})
     chat = [{"role": "system", "content": leaky}, {"role": "user", "content": "hi"}]
     path.write_text(json.dumps({"messages": [*chat, {"role": "assistant", "content": "x"}], "prompt_id": "a"}) + "\n")
@@ -351,7 +351,11 @@ def test_prompt_files_can_be_replaced(tmp_path: Path) -> None:
     [
         ("judgee.md", "## user\nx", r"did you mean judge\.md\?"),
         ("classify.md", "## user\n{{sections}}", r"\{\{conversation\}\} is missing"),
-        ("classify.md", "## user\n{{sections}}{{conversation}}{{spek}}", r"\{\{spek\}\} has no value here"),
+        (
+            "classify.md",
+            "## user\n{{sections}}{{conversation}}{{spek}}",
+            r"\{\{spek\}\} is not a placeholder of this prompt",
+        ),
         ("classify.md", "no turns {{sections}}", "a prompt file consists of turns"),
         ("notes.txt", "x", r"contains no \.md file"),
     ],
@@ -390,7 +394,7 @@ def test_prompts_are_read(name: str, text: str, count: int, spec: Spec, tmp_path
     [
         ('{"prompt": "a"}\n{"promt": "b"}', r"p\.jsonl:2: has none of"),
         ('{"prompt": "a", "category": "Privacy"}', r"p\.jsonl:1: the spec has no section 'Privacy' \(it has conduct"),
-        ('{"messages": [{"role": "system", "content": "x"}]}', "must end with a message of the user"),
+        ('{"messages": [{"role": "system", "content": "x"}]}', "must end with a user or tool message"),
         ('{"prompt": ""}', "is empty"),
         ("{", "not valid JSON"),
         ("", "contains no prompt"),
