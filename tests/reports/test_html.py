@@ -106,12 +106,12 @@ def test_headings_in_a_terminal_break_between_words():
 
 def test_study_page(tmp_path):
     pytest.importorskip("matplotlib")
-    from delib_fast.reports.study_figures import draw_figures
+    from delib_fast.reports.study_figures import draw_pictures
     from delib_fast.reports.study_page import write_page
 
     summary = json.loads((DOCS / "small_world.json").read_text())
     summary["monitorability"] = "says"
-    pictures = draw_figures(summary, tmp_path)
+    pictures = draw_pictures(summary, tmp_path)
     assert [picture.path.stem for picture in pictures] == ["arms", "variants", "frontier"]
     page = Page(write_page(summary, pictures, tmp_path, published=True).read_text())
     assert page.tags.count("img") == 3
