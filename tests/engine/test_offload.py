@@ -46,7 +46,7 @@ def config(zero_optimization=None, **engine):
     [
         ({"offload_optimizer": "cpu"}, "engine.offload_optimizer needs ZeRO 1, 2 or 3"),
         ({"offload_parameters": "cpu", "zero_stage": 2}, "engine.offload_parameters needs ZeRO 3, not 2"),
-        ({"cpu_adam": "torch"}, "engine.cpu_adam: this key was removed: an offloaded AdamW is torch's fused one"),
+        ({"cpu_adam": "deepspeed"}, "engine.cpu_adam: this key was removed: an offloaded AdamW is torch's fused one"),
         (
             {"nvme_path": "/disk"},
             "engine.nvme_path: this key was removed, with offload to NVMe; set offload_optimizer to",

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from helpers.small_models import tiny_qwen3
-from tiny_study import HALF
+from helpers.tiny_study import HALF
 
 from delib_fast.config import ConfigError, ModelConfig
 from delib_fast.data import Segment

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_study import tiny_study
+from helpers.tiny_study import tiny_study
 
 from delib_fast.config import ConfigError
 
