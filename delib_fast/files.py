@@ -73,9 +73,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         path: its folder must exist.
         data: text is written as UTF-8; a lone surrogate becomes `?`.
     """
-    temporary = path.with_name(
-        f".{path.name}.tmp"
-    )  # a fixed name: the next write reuses the file that a killed write leaves
+    # A fixed name: the next write reuses the file that a killed write leaves.
+    temporary = path.with_name(f".{path.name}.tmp")
     while True:
         with open(temporary, "ab", opener=_open_regular) as file:
             with contextlib.suppress(OSError):  # a file system without locks
