@@ -17,6 +17,23 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run sweeps and attacks whole; without it, a sample of each")
+
+
+@pytest.fixture(scope="session")
+def full(request) -> bool:
+    """Whether `--full` was given: sweeps and attacks then run whole, and otherwise a representative sample of each."""
+    return request.config.getoption("--full")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        for item in items:
+            if "full" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="a long form; run with --full"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
     """Keep encoded data in a temporary folder, also for the processes that tests start."""
