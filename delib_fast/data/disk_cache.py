@@ -13,7 +13,7 @@ from typing import Any
 from delib_fast.config import ConfigError
 from delib_fast.files import locked, write_atomic
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 """Increase it whenever equal inputs would give a different result or a different file format."""
 
 

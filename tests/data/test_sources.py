@@ -299,7 +299,7 @@ DAMAGED_ROWS = {
     ),
     "no reply": (line({"prompt": SECRET}), "missing_field", "'prompt' has no reply"),
     "wrong type": (line({"text": 1}), "wrong_type", "'text' is a number, but a string is expected"),
-    "null text": (line({"text": None}), "wrong_type", "'text' is null"),
+    "null text": (line({"text": None}), "missing_field", "its fields are 'text' (all null)"),
     "cot of a wrong type": (line({"prompt": SECRET, "cot": [1], "response": "r"}), "wrong_type", "'cot' is a list"),
     "two prompts": (
         line({"prompt": SECRET, "question": "q", "response": "r"}),

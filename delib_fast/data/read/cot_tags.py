@@ -2,45 +2,95 @@
 
 from __future__ import annotations
 
+import re
+from typing import NoReturn
+
 from delib_fast.data.rows import DataError
 
 TAGS: tuple[tuple[str, str], ...] = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
     ("<reasoning>", "</reasoning>"),
     ("<SCRATCHPAD_REASONING>", "</SCRATCHPAD_REASONING>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
 )
-"""Tried in this order. The model always sees the tags of its own template, whichever tags the row uses."""
+"""The model always sees the tags of its own template, whichever tags the row uses."""
+_SIMILAR_TAG = re.compile(
+    r"<([a-z0-9_:|. -]*(?:think|thought|reason|scratchpad|deliberat|reflect|analysis)[a-z0-9_:|. -]*)>", re.IGNORECASE
+)
+_HARMONY = re.compile(r"<\|(?:channel|start)\|?>")
 
 
 def split_cot(text: str, tags: tuple[tuple[str, str], ...] = TAGS) -> tuple[str | None, str]:
     """Split a reply into (chain of thought or None, response).
 
-    A reply has a chain of thought if it begins with an opening tag, or if it contains only a closing tag because the
-    chat template had supplied the opening one. White space around the tags is removed. Since a chain of thought may
-    mention the closing tag, the one that is alone on its line counts if there are several.
+    A reply has a chain of thought if it begins with an opening tag, or if it contains only a closing tag at the end of
+    a line because the chat template had supplied the opening one. White space around the tags is removed. Since a chain
+    of thought may mention the closing tag, the one that is alone on its line counts if there are several.
 
     Raises:
-        DataError: reason "cot_tags". There is text before the opening tag; there is no closing tag; or there are
-            several, and not exactly one of them is alone on its line.
+        DataError: reason "cot_tags". There is text before the opening tag; there is no closing tag; there are several,
+            and not exactly one of them is alone on its line; a closing tag without an opening one is inside a line; or
+            the reply begins with a tag that is similar to those of `TAGS`, or with the markup of another template.
     """
-    for opening, closing in tags:
-        stripped = text.lstrip()
-        if stripped.startswith(opening):
-            body = stripped[len(opening) :]
-            if closing not in body:
-                raise DataError(f"{opening} is not closed by {closing}", reason="cot_tags")
-        elif closing not in text:
-            continue
-        elif opening in text:
-            raise DataError(
-                f"there is text before {opening}, but a chain of thought must begin the reply", reason="cot_tags"
-            )
-        else:
-            body = text
+    stripped = text.lstrip()
+    pair = _opening_pair(stripped, tags)
+    if pair is not None:
+        opening, closing = pair
+        body = stripped[len(opening) :]
+        if closing not in body:
+            _fail(f"{opening} is not closed by {closing}")
         end = _closing_position(body, closing)
         return body[:end].strip() or None, body[end + len(closing) :].lstrip()
+    for opening, closing in tags:
+        if closing not in text:
+            continue
+        if opening in text:
+            _fail(f"there is text before {opening}, but a chain of thought must begin the reply")
+        end = _closing_position(text, closing)
+        if text[end + len(closing) :].split("\n", 1)[0].strip():
+            _fail(
+                f"{closing} without {opening} is followed by text on its line: whether it ends a chain of thought is "
+                f"ambiguous; {_OWN_FIELD}"
+            )
+        return text[:end].strip() or None, text[end + len(closing) :].lstrip()
+    if tags is TAGS:
+        _refuse_similar_tags(stripped)
     return None, text
+
+
+_OWN_FIELD = 'give it in a field of its own ({"prompt", "cot", "response"})'
+
+
+def starts_with_cot(text: str, tags: tuple[tuple[str, str], ...] = TAGS) -> bool:
+    """Whether a reply begins with a chain of thought between tags."""
+    pair = _opening_pair(text.lstrip(), tags)
+    return pair is not None and pair[1] in text
+
+
+def _opening_pair(stripped: str, tags: tuple[tuple[str, str], ...]) -> tuple[str, str] | None:
+    return next((pair for pair in tags if stripped.startswith(pair[0])), None)
+
+
+def _refuse_similar_tags(stripped: str) -> None:
+    similar = _SIMILAR_TAG.match(stripped)
+    if similar and f"</{similar[1]}>" in stripped:
+        _fail(
+            "the reply begins with a tag that is similar to <think> but not known; known are "
+            f"{', '.join(opening for opening, _ in TAGS)}: set think_tags to the pair of tags in these rows"
+        )
+    if _HARMONY.match(stripped):
+        _fail(
+            "the reply begins with the markup of a chat template (<|channel|>), but a row has plain texts: store the "
+            "chain of thought and the response in fields of their own"
+        )
+
+
+def _fail(message: str) -> NoReturn:
+    raise DataError(message, reason="cot_tags")
 
 
 def _closing_position(body: str, closing: str) -> int:
@@ -56,9 +106,8 @@ def _closing_position(body: str, closing: str) -> int:
             alone.append(start)
         start = body.find(closing, end)
     if len(alone) != 1:
-        raise DataError(
+        _fail(
             f"{closing} occurs {body.count(closing)} times, {len(alone)} of them alone on a line: the end of the chain "
-            'of thought is ambiguous; give it in a field of its own ({"prompt", "cot", "response"})',
-            reason="cot_tags",
+            f"of thought is ambiguous; {_OWN_FIELD}"
         )
     return alone[0]

@@ -47,6 +47,8 @@ class SourceReader:
         """Hash of the whole file, or of the rows of a dataset; "" until `hash` is called or an iteration ends."""
         self.bad_rows: Counter[str] = Counter()
         """Number of bad rows that the last complete iteration skipped, by reason."""
+        self.ignored_fields: Counter[str] = Counter()
+        """Number of objects with each field that the last complete iteration ignored (`unread.py`), by name."""
         self._dataset: Any = None
         if is_dataset(config.path):
             if config.cut != "none":
@@ -64,10 +66,11 @@ class SourceReader:
 
     def __iter__(self) -> Iterator[Row]:
         bad_rows: Counter[str] = Counter()
+        ignored: Counter[str] = Counter()
         num_rows = 0
         file = self._open() if self._dataset is None else None
         try:
-            for row in itertools.islice(self._rows(file, bad_rows), self.config.limit):
+            for row in itertools.islice(self._rows(file, bad_rows, ignored), self.config.limit):
                 num_rows += 1
                 yield row
             if file is not None:
@@ -81,7 +84,7 @@ class SourceReader:
         finally:
             if file is not None:
                 file.close()
-        self.bad_rows = bad_rows
+        self.bad_rows, self.ignored_fields = bad_rows, ignored
         if not num_rows:
             why = f"all its rows are bad ({_counts_by_reason(bad_rows)})" if bad_rows else "it is empty"
             raise DataError(f"has no rows: {why} (source {self.name!r})", reason="no_rows", location=self.path)
@@ -114,12 +117,11 @@ class SourceReader:
                 f"cannot be read: {error.strerror} (source {self.name!r})", reason="no_file", location=self.path
             ) from None
 
-    def _rows(self, file: HashingFile | None, bad_rows: Counter[str]) -> Iterator[Row]:
-        if file is None:
-            return _item_rows(self.name, self.path, self.config, read_dataset_items(self._dataset), bad_rows)
-        if self.path.suffix.lower() in TEXT_FILES:
+    def _rows(self, file: HashingFile | None, bad_rows: Counter[str], ignored: Counter[str]) -> Iterator[Row]:
+        if file is not None and self.path.suffix.lower() in TEXT_FILES:
             return _text_rows(self.name, self.path, self.config, file)
-        return _item_rows(self.name, self.path, self.config, _items(self.path, file), bad_rows)
+        items = read_dataset_items(self._dataset) if file is None else _items(self.path, file)
+        return _item_rows(self.name, self.path, self.config, items, bad_rows, ignored)
 
 
 def _refuse_path(name: str, path: Path, config: SourceConfig) -> None:
@@ -165,12 +167,18 @@ def _items(path: Path, file: HashingFile) -> Iterator[Item]:
 
 
 def _item_rows(
-    name: str, path: Path, config: SourceConfig, items: Iterator[Item], bad_rows: Counter[str]
+    name: str,
+    path: Path,
+    config: SourceConfig,
+    items: Iterator[Item],
+    bad_rows: Counter[str],
+    ignored: Counter[str],
 ) -> Iterator[Row]:
     tags = TAGS if config.think_tags is None else (config.think_tags,)
     settings = FormatSettings(name, turns=config.turns, tags=tags)
     for item in items:
         location = f"{path}:{item.line}"
+        settings.ignored.clear()
         try:
             if item.error is not None:
                 raise item.error
@@ -179,6 +187,7 @@ def _item_rows(
             bad_rows[error.reason] += 1
             _refuse_or_skip(error, item, location, config, bad_rows)
         else:
+            ignored.update(settings.ignored.keys())
             yield from rows
 
 

@@ -15,33 +15,45 @@ from delib_fast.data.read.strict_json import decode
 from delib_fast.data.rows import DataError, Message, Row
 
 
-def read_tools(value: Any) -> str:
+def read_tools(value: Any, name: str = "tools") -> str:
     """Read the `tools` of a row: a list, or JSON text of one.
 
+    Args:
+        name: the key of the row.
     Returns:
         JSON text of [{"type": "function", "function": …}], or "" without tools. A bare function object is wrapped.
     Raises:
         DataError: reason "tools".
     """
     if isinstance(value, str):
-        value = _decode(value, "'tools'") if value.strip() else []
+        value = _decode(value, repr(name)) if value.strip() else []
     if not value:
         return ""
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        _fail("'tools' is not a list of objects")
+        _fail(f"{name!r} is not a list of objects")
     tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in value]
     for i, tool in enumerate(tools):
-        _function(tool, f"tools[{i}]")
+        _function(tool, f"{name}[{i}]")
     return json.dumps(tools, ensure_ascii=False)
 
 
 def read_calls(value: Any, where: str) -> str:
-    """Read the `tool_calls` of an assistant message as JSON text of [{"name", "arguments": {…}}]; "" without calls."""
+    """Read the `tool_calls` of an assistant message: a list, or JSON text of one.
+
+    Args:
+        where: the location of the calls, e.g. `messages[1].tool_calls`.
+    Returns:
+        JSON text of [{"name", "arguments": {…}}]; "" without calls.
+    Raises:
+        DataError: reason "tools".
+    """
+    if isinstance(value, str):
+        value = _decode(value, where) if value.strip() else []
     if not value:
         return ""
     if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
-        _fail(f"{where}.tool_calls is not a list of objects")
-    return json.dumps([_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(value)], ensure_ascii=False)
+        _fail(f"{where} is not a list of objects")
+    return json.dumps([_call(call, f"{where}[{i}]") for i, call in enumerate(value)], ensure_ascii=False)
 
 
 def read_call_text(text: str, where: str) -> str:
@@ -104,9 +116,19 @@ class Tools:
 NO_TOOLS = Tools()
 
 
+_ARGUMENT_KEYS = ("parameters", "args", "kwargs", "input")  # of other formats
+
+
 def _call(call: Mapping[str, Any], where: str) -> dict[str, Any]:
     function = _function(call if "function" in call else {"function": call}, where)
-    arguments = function.get("arguments", {})
+    for holder in (call, function):
+        if other := next((key for key in _ARGUMENT_KEYS if holder.get(key) not in (None, "", {})), None):
+            _fail(f"{where}.{other} would be ignored: the arguments of a call are read from 'arguments'; rename it")
+    if function is not call and call.get("arguments") is not None:
+        _fail(f"{where}.arguments would be ignored: the arguments are read from {where}.function.arguments; move them")
+    arguments = function.get("arguments")
+    if arguments is None:
+        arguments = {}
     if isinstance(arguments, str):
         arguments = _decode(arguments, f"{where}.function.arguments") if arguments.strip() else {}
     if not isinstance(arguments, dict):
