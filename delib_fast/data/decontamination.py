@@ -119,7 +119,7 @@ def refuse_overlap(train: Iterable[Row], evaluation: Sequence[Row], *, share: fl
 
 
 def refuse_spec_in_prompts(rows: Iterable[Row], spec_texts: Iterable[str], *, min_share: float = 0.1) -> None:
-    """Raise DataError if a prompt contains text of the spec: the model must know the spec, not read it.
+    """Raise DataError if a prompt or its tools contain text of the spec: the model must know the spec, not read it.
 
     A prompt is refused if at least `min_share` of its own 13-grams occur in the spec, or if it contains at least
     `min_share` of those of the spec. A sentence quoted in a long message is therefore allowed.
@@ -128,7 +128,7 @@ def refuse_spec_in_prompts(rows: Iterable[Row], spec_texts: Iterable[str], *, mi
     if not len(spec):
         return
     for row in rows:
-        prompt = "\n".join(message.content for message in row.messages if message.role != "assistant")
+        prompt = "\n".join([row.tools, *(message.content for message in row.messages if message.role != "assistant")])
         ngrams = ngram_hashes(prompt)
         if not len(ngrams):
             continue

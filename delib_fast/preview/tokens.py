@@ -87,6 +87,16 @@ def view_example(dataset: RunDataset, stage: StageConfig, index: int) -> Example
     return ExampleView(stage.name, index, len(encoded), example.location, spans, replies)
 
 
+def describe_ignored_fields(dataset: RunDataset, stages: Sequence[StageConfig]) -> list[str]:
+    """One line for each source of the stages: the fields of its rows that are ignored, with the number of rows."""
+    lines = []
+    for name in dict.fromkeys(name for stage in stages for name in (*stage.train, *stage.eval)):
+        if counts := dataset.source(name).ignored_fields:
+            fields = ", ".join(f"{field} ({rows:,})" for field, rows in counts.most_common())
+            lines.append(f"source {name}: ignored fields (rows that have them): {fields}")
+    return lines
+
+
 def split_into_spans(example: Example, tokenizer: Any, segment_weights: Sequence[float]) -> Iterator[Span]:
     """Split an example where the segment or the weight changes.
 

@@ -16,12 +16,13 @@ SEGMENT_NAMES = {
 }
 
 
-def inspect_page(title: str, examples: Sequence[ExampleView]) -> str:
-    """The page as HTML."""
+def inspect_page(title: str, examples: Sequence[ExampleView], ignored: Sequence[str] = ()) -> str:
+    """The page as HTML. `ignored`: lines about the fields of the rows that are ignored."""
     return render(
         "inspect.jinja",
         title=title,
         examples=examples,
+        ignored=ignored,
         segment_names=SEGMENT_NAMES,
         make_visible=make_visible,
     )

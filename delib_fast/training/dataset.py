@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from delib_fast.config import AFTConfig, Config, ConfigError, StageConfig
 from delib_fast.data import (
     DataError,
+    Message,
     PackedBatch,
     PackedDataLoader,
     Row,
@@ -175,9 +177,13 @@ class RunDataset:
                 spec = Path(stage.spec).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"stage {stage.name!r}: spec: {stage.spec} cannot be read: {error}") from None
+            system_prompt = stage.system_prompt or ""
+            shown = Message("system", system_prompt)  # in the prompt of every row that has no system message
+            where = f"stages.{stage.name}.system_prompt"
+            added = Row(kind="chat", location=where, source="", digest="", messages=(shown,))
             self._check_once(
-                {"spec": spec, "sources": self._source_keys(stage.train)},
-                lambda: refuse_spec_in_prompts(self.training_rows(stage.train), [spec]),
+                {"spec": spec, "system_prompt": system_prompt, "sources": self._source_keys(stage.train)},
+                lambda: refuse_spec_in_prompts(itertools.chain([added], self.training_rows(stage.train)), [spec]),
             )
         if not self._overlap_checked and self._config.overlap == "error":
             names = list({name: None for stage in self._config.stages for name in stage.train})
@@ -315,6 +321,7 @@ class RunDataset:
                 "sha256": self.source(name).sha256,
                 "rows": self.source(name).num_train,
                 "held_out": len(self.source(name).held_out),
+                "ignored_fields": dict(self.source(name).ignored_fields),
             }
             for name in stage.train
         ]

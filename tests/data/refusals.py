@@ -6,6 +6,7 @@ Each error is triggered. test_refusals.py compares the page with the current mes
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import sys
 import tempfile
@@ -22,6 +23,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT)]
 
 from helpers.chat_oracle import chat, document  # noqa: E402
 from helpers.chat_tokenizers import CHATML, fast_tokenizer, tokenizer  # noqa: E402
+from test_row_formats import REFUSED  # noqa: E402
 from test_sources import DAMAGED_ROWS, FOREIGN_FILES, GOOD, write  # noqa: E402
 
 from delib_fast.config import SourceConfig  # noqa: E402
@@ -57,6 +59,9 @@ def rows() -> Iterator[tuple[str, str, str]]:
         for kind, (damage, reason, _) in DAMAGED_ROWS.items():
             raw = damage if isinstance(damage, bytes) else damage.encode("latin-1" if kind == "latin-1" else "utf-8")
             path = write(Path(name), GOOD.encode() + b"\n" + raw)
+            yield kind, reason, message_of(lambda path=path: read(path))
+        for kind, (item, reason, _) in REFUSED.items():
+            path = write(Path(name), GOOD + "\n" + json.dumps(item))
             yield kind, reason, message_of(lambda path=path: read(path))
         long = write(Path(name), GOOD + "\n" + '{"text": "' + "x" * (65 << 20) + '"}')
         yield "a line of 65 MiB", "long_line", message_of(lambda: read(long))

@@ -86,6 +86,7 @@ def test_the_spec_in_a_prompt_is_refused():
         row(words(50, 20) + "\n" + spec[1]),
         row("hi", system="Follow this:\n" + spec[0]),
         row(words(50, 9000) + spec[0]),
+        replace(row("hi"), tools=f'[{{"description": "{spec[1]}"}}]'),
     ):
         with pytest.raises(DataError, match=r"eval:1: the prompt contains text of the spec \(\d+ of its 13-grams\)"):
             refuse_spec_in_prompts([row("hi"), offending], spec)

@@ -53,6 +53,12 @@ def test_spec_text_in_a_prompt_is_refused(tmp_path):
     config = write(tmp_path, {"stage": {"spec": "spec.md"}}, lessons=items)
     with dry_run(config) as dataset, pytest.raises(DataError, match=r"lessons.jsonl:31: the prompt contains text of"):
         dataset.batches(config.stages[0])
+    config = write(tmp_path, {"stage": {"spec": "spec.md", "system_prompt": f"Obey: {spec}"}}, lessons=items[:-1])
+    with (
+        dry_run(config) as dataset,
+        pytest.raises(DataError, match=r"stages.aft.system_prompt: the prompt contains text of the spec"),
+    ):
+        dataset.batches(config.stages[0])
     config = write(tmp_path, {"stage": {"spec": "none.md"}}, lessons=items)
     with dry_run(config) as dataset, pytest.raises(ConfigError, match=r"stage 'aft': spec: .*none.md cannot be read"):
         dataset.batches(config.stages[0])

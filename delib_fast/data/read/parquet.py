@@ -19,6 +19,13 @@ def read_parquet_items(path: Path) -> Iterator[Item]:
     """Yield one item for each row. `line` is the row's number, from 1; a null counts as an absent field."""
     try:
         with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise DataError(
+                    f"has two columns {twice!r}: which of them counts is ambiguous; keep one",
+                    reason="duplicate_key",
+                    location=path,
+                )
             number = 0
             for batch in file.iter_batches(_BATCH_ROWS):
                 for row in batch.to_pylist():

@@ -50,9 +50,7 @@ _DOCUMENT = {
         "functions", "role", "from",
     )
 }  # fmt: skip
-_CHAT = {
-    key: "is outside of the messages and would be ignored; move it into the assistant message" for key in COT_KEYS
-}
+_CHAT = {key: "is outside of the messages and would be ignored; move it into the assistant message" for key in COT_KEYS}
 _MESSAGE = {
     **dict.fromkeys(("train_detail", "training_detail"), "selects parts of a message, which is not supported"),
     **dict.fromkeys(("partial", "prefill", "prefix"), _UNFINISHED),
@@ -63,7 +61,13 @@ _MESSAGE = {
     "function_calls": "holds calls of tools; write them as 'tool_calls'",
     "functions": "holds tools; write them as 'tools' of the row",
 }
-_BY_FORMAT = {"pair": _ROW | _PAIR, "chat": _ROW | _CHAT, "document": _ROW | _DOCUMENT, "message": _MESSAGE, "block": {}}
+_BY_FORMAT = {
+    "pair": _ROW | _PAIR,
+    "chat": _ROW | _CHAT,
+    "document": _ROW | _DOCUMENT,
+    "message": _MESSAGE,
+    "block": {},
+}
 _SWITCHES = ("on", "off", "true", "false", "yes", "no")
 
 
@@ -86,7 +90,9 @@ def settle(fields: Fields, kind: str, ignored: Counter[str], *, prefix: str = ""
 
 def _why_refused(key: str, value: Any, refused: Mapping[str, str], kind: str, *, has_cot: bool) -> str | None:
     if key in ("label", "kto_tag"):
-        return "marks a reply that is not wanted; remove the row" if value is False and kind in ("pair", "chat") else None
+        return (
+            "marks a reply that is not wanted; remove the row" if value is False and kind in ("pair", "chat") else None
+        )
     if key in ("eot", "end_turn"):
         return _UNFINISHED if value is False and kind == "message" else None
     if key == "labels":
@@ -96,7 +102,9 @@ def _why_refused(key: str, value: Any, refused: Mapping[str, str], kind: str, *,
     if kind == "chat" and key in COT_KEYS and is_switch(value):
         return None
     if key in _COT_LIKE and not has_cot:
-        return f"looks like a chain of thought, which is read from {', '.join(map(repr, COT_KEYS))}; rename or remove it"
+        return (
+            f"looks like a chain of thought, which is read from {', '.join(map(repr, COT_KEYS))}; rename or remove it"
+        )
     return refused.get(key)
 
 
