@@ -98,6 +98,10 @@ READ = {
         {"prompt": "p", "response": "<reasoning>not </think>\n, but</reasoning>r"},
         [("user: >p", "not </think>\n, but", "r")],
     ),
+    "a thought outside of the messages, repeated": (
+        chat(HI, assistant("r", reasoning_content="c"), cot="c"),
+        [("user: >hi", "c", "r")],
+    ),
     # System prompts.
     "empty system": (pair(system=""), [("user: >p", None, "r")]),
     "blank system of a chat": (chat(HI, BYE, system=" \n"), [("user: >hi", None, "bye")]),

@@ -31,7 +31,7 @@ from delib_fast.data.read.messages import ROLES as ROLES
 from delib_fast.data.read.messages import Turn, join_cot, read_turn
 from delib_fast.data.read.strict_json import SAFE_KEY
 from delib_fast.data.read.tools import read_tools
-from delib_fast.data.read.unread import COT_KEYS, settle
+from delib_fast.data.read.unread import COT_KEYS, is_switch, settle
 from delib_fast.data.rows import Message, Row, content_digest
 
 PROMPT_KEYS = ("prompt", "question", "instruction")
@@ -205,7 +205,6 @@ def _tools(fields: Fields) -> str:
 
 def _reply(fields: Fields, key: str, settings: FormatSettings) -> Turn:
     value = fields.peek(key)
-    cot_key = fields.optional_key(COT_KEYS)
     if isinstance(value, list):  # TRL's conversational {"prompt": [...], "completion": [...]}
         fields.get(key)
         if len(value) != 1:
@@ -213,14 +212,24 @@ def _reply(fields: Fields, key: str, settings: FormatSettings) -> Turn:
         reply = read_turn(value[0], f"{key}[0]", settings.tags, settings.ignored)
         if reply.role != "assistant":
             fail("bad_role", f"{key}[0] is a {reply.role} message, but the reply must be an assistant message")
-        if fields.text(COT_KEYS) is not None:
-            fail("unread_field", f"{cot_key!r} is outside of the messages and would be ignored; move it into {key}[0]")
+        _refuse_other_cot(fields, reply)
         return reply
-    response = fields.string(key)
+    response, cot_key = fields.string(key), fields.optional_key(COT_KEYS)
     cot, response = join_cot(fields.text(COT_KEYS), response, cot_key, "", settings.tags)
     if cot is None and key == "answer":
         cot, response = _split_gsm8k(response)
     return Turn("assistant", response, cot)
+
+
+def _refuse_other_cot(fields: Fields, reply: Turn) -> None:
+    """Refuse a chain of thought outside of the messages, unless it repeats that of the reply."""
+    for key in COT_KEYS:
+        value = fields.peek(key)
+        if key in fields and not says_nothing(value) and not is_switch(value):
+            if not isinstance(value, str) or value.strip() != (reply.cot or "").strip():
+                where = "is outside of the messages and would be ignored; move it into the assistant message"
+                fail("unread_field", f"{key!r} {where}")
+            fields.get(key)
 
 
 def _split_gsm8k(answer: str) -> tuple[str | None, str]:
@@ -245,6 +254,7 @@ def _chat_rows(fields: Fields, settings: FormatSettings, location: str) -> Itera
         fail("empty", f"{key!r} is an empty list")
     turns = [read_turn(message, f"{key}[{i}]", settings.tags, settings.ignored) for i, message in enumerate(messages)]
     turns = _with_system(fields, turns)
+    _refuse_other_cot(fields, turns[-1])
     tools, weight = _tools(fields), fields.loss_weight()
     settle(fields, "chat", settings.ignored, has_cot=turns[-1].cot is not None)
     yield from _rows_of_chat(_Chat(turns=turns, weight=weight, tools=tools), settings, location)

@@ -50,7 +50,6 @@ _DOCUMENT = {
         "functions", "role", "from",
     )
 }  # fmt: skip
-_CHAT = {key: "is outside of the messages and would be ignored; move it into the assistant message" for key in COT_KEYS}
 _MESSAGE = {
     **dict.fromkeys(("train_detail", "training_detail"), "selects parts of a message, which is not supported"),
     **dict.fromkeys(("partial", "prefill", "prefix"), _UNFINISHED),
@@ -63,7 +62,7 @@ _MESSAGE = {
 }
 _BY_FORMAT = {
     "pair": _ROW | _PAIR,
-    "chat": _ROW | _CHAT,
+    "chat": _ROW,
     "document": _ROW | _DOCUMENT,
     "message": _MESSAGE,
     "block": {},
@@ -98,8 +97,6 @@ def _why_refused(key: str, value: Any, refused: Mapping[str, str], kind: str, *,
     if key == "labels":
         return _TOKENS if isinstance(value, list) and value and isinstance(value[0], int) else None
     if says_nothing(value) or (key == "channel" and value == "final") or (key == "recipient" and value == "all"):
-        return None
-    if kind == "chat" and key in COT_KEYS and is_switch(value):
         return None
     if key in _COT_LIKE and not has_cot:
         return (
