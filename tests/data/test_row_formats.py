@@ -31,7 +31,7 @@ def pair(**more):
 
 
 def seen(rows):
-    """What the model sees of each row: the messages, the CoT, the response, and the calls and tools if there are any."""
+    """What the model sees of each row: messages, CoT and response, and calls and tools if there are any."""
     return [
         (
             " | ".join(
@@ -91,7 +91,16 @@ READ = {
         [("user: >hi", "c", "r")],
     ),
     "openthoughts": (
-        {"conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "<|begin_of_thought|>\n\nc\n\n<|end_of_thought|>\n\n<|begin_of_solution|>r<|end_of_solution|>"}], "system": "s"},
+        {
+            "conversations": [
+                {"from": "user", "value": "q"},
+                {
+                    "from": "assistant",
+                    "value": "<|begin_of_thought|>\n\nc\n\n<|end_of_thought|>\n\n<|begin_of_solution|>r<|end_of_solution|>",
+                },
+            ],
+            "system": "s",
+        },
         [("system: >s | user: >q", "c", "<|begin_of_solution|>r<|end_of_solution|>")],
     ),
     "another tag mentioned in a thought": (
@@ -134,19 +143,38 @@ READ = {
     "empty history": (pair(history=[]), [("user: >p", None, "r")]),
     # Tools.
     "a call in a TRL prompt is context": (
-        {"prompt": [HI, assistant(None, tool_calls=[CALL]), {"role": "tool", "content": "t"}], "completion": [BYE], "tools": TOOLS},
+        {
+            "prompt": [HI, assistant(None, tool_calls=[CALL]), {"role": "tool", "content": "t"}],
+            "completion": [BYE],
+            "tools": TOOLS,
+        },
         [(f"user: >hi | assistant: >{CALLS} | tool: >t", None, "bye", "", json.dumps(TOOLS))],
     ),
     "tools of a pair": (pair(tools=json.dumps(TOOLS)), [("user: >p", None, "r", "", json.dumps(TOOLS))]),
     "OpenAI's older names": (
-        chat(HI, assistant(None, function_call={"name": "f", "arguments": '{"x": 1}'}), {"role": "function", "name": "f", "content": "t"}, BYE, functions=[{"name": "f"}]),
+        chat(
+            HI,
+            assistant(None, function_call={"name": "f", "arguments": '{"x": 1}'}),
+            {"role": "function", "name": "f", "content": "t"},
+            BYE,
+            functions=[{"name": "f"}],
+        ),
         [
             ("user: >hi", None, "", CALLS, json.dumps(TOOLS)),
             (f"user: >hi | assistant: >{CALLS} | tool=f: >t", None, "bye", "", json.dumps(TOOLS)),
         ],
     ),
     "apigen-mt": (
-        {"conversations": [{"from": "human", "value": "hi"}, {"from": "function_call", "value": json.dumps(CALL)}, {"from": "observation", "value": "t"}, {"from": "gpt", "value": "bye"}], "tools": json.dumps([{"name": "f"}]), "system": "s"},
+        {
+            "conversations": [
+                {"from": "human", "value": "hi"},
+                {"from": "function_call", "value": json.dumps(CALL)},
+                {"from": "observation", "value": "t"},
+                {"from": "gpt", "value": "bye"},
+            ],
+            "tools": json.dumps([{"name": "f"}]),
+            "system": "s",
+        },
         [
             ("system: >s | user: >hi", None, "", CALLS, json.dumps(TOOLS)),
             (f"system: >s | user: >hi | assistant: >{CALLS} | tool: >t", None, "bye", "", json.dumps(TOOLS)),
@@ -169,11 +197,35 @@ READ = {
     ),
     # Nulls of rows with different fields in one table.
     "nulls of mixed rows": (
-        {"text": None, "messages": None, "question": None, "prompt": "p", "cot": None, "response": "r", "answer": None, "system": None, "tools": None, "weight": None, "rejected": None},
+        {
+            "text": None,
+            "messages": None,
+            "question": None,
+            "prompt": "p",
+            "cot": None,
+            "response": "r",
+            "answer": None,
+            "system": None,
+            "tools": None,
+            "weight": None,
+            "rejected": None,
+        },
         [("user: >p", None, "r")],
     ),
     "nulls of mixed messages": (
-        chat(HI | {"tool_calls": None, "from": None, "value": None, "name": None}, BYE | {"tool_calls": None, "function_call": None, "reasoning": None, "thinking": None, "train": None, "value": None}, conversations=None),
+        chat(
+            HI | {"tool_calls": None, "from": None, "value": None, "name": None},
+            BYE
+            | {
+                "tool_calls": None,
+                "function_call": None,
+                "reasoning": None,
+                "thinking": None,
+                "train": None,
+                "value": None,
+            },
+            conversations=None,
+        ),
         [("user: >hi", None, "bye")],
     ),
     "nulls of mixed blocks": (
@@ -199,7 +251,7 @@ READ = {
         [("user: >p", None, "r")],
     ),
     "a user's name": (chat(HI | {"name": "ann"}, BYE), [("user=ann: >hi", None, "bye")]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", READ)
@@ -219,7 +271,11 @@ REFUSED = {
         "ambiguous",
         "has its chain of thought twice: as 'cot' and in the content",
     ),
-    "a switch as a thought": (pair(reasoning="on"), "ambiguous", "has no chain of thought in 'reasoning', but a switch"),
+    "a switch as a thought": (
+        pair(reasoning="on"),
+        "ambiguous",
+        "has no chain of thought in 'reasoning', but a switch",
+    ),
     "a thought after a text": (
         chat(HI, assistant([{"type": "text", "text": "r"}, {"type": "thinking", "thinking": "c"}])),
         "bad_block",
@@ -281,7 +337,11 @@ REFUSED = {
         "has two system prompts",
     ),
     "two system fields": (pair(system="a", system_prompt="b"), "ambiguous", "has both 'system' and 'system_prompt'"),
-    "preference data": (chat(HI, BYE, rejected_response="no"), "unread_field", "'rejected_response' belongs to preference"),
+    "preference data": (
+        chat(HI, BYE, rejected_response="no"),
+        "unread_field",
+        "'rejected_response' belongs to preference",
+    ),
     "kto": (
         {"prompt": "p", "completion": "r", "label": False},
         "unread_field",
@@ -304,7 +364,11 @@ REFUSED = {
         "ambiguous",
         "has both 'input' and 'context'",
     ),
-    "documents": (chat(HI, BYE, documents=[{"text": "d"}]), "unread_field", "'documents' would be missing in the prompt"),
+    "documents": (
+        chat(HI, BYE, documents=[{"text": "d"}]),
+        "unread_field",
+        "'documents' would be missing in the prompt",
+    ),
     "template arguments": (
         chat(HI, BYE, chat_template_kwargs={"enable_thinking": False}),
         "unread_field",
@@ -320,7 +384,11 @@ REFUSED = {
     "a message of a tree": ({"text": "q", "role": "prompter"}, "unread_field", "'role' belongs to a chat"),
     "encoded data": ({"text": "a", "input_ids": [1]}, "unread_field", "'input_ids' belongs to encoded data"),
     "labels of tokens": (pair(labels=[-100, 1]), "unread_field", "'labels' belongs to encoded data"),
-    "train is a word": (chat(HI, BYE | {"train": "yes"}), "bad_weight", "messages[1].train is a string, but true or false"),
+    "train is a word": (
+        chat(HI, BYE | {"train": "yes"}),
+        "bad_weight",
+        "messages[1].train is a string, but true or false",
+    ),
     "loss of a row": (pair(loss=1.5), "bad_weight", "'loss' is a number, but true or false is expected; rename it"),
     "every reply is muted": (chat(HI, BYE | {"masked": True}), "nothing_supervised", "every reply has weight 0"),
     "the row is muted": (pair(train=False), "nothing_supervised", "every reply has weight 0"),
@@ -334,16 +402,32 @@ REFUSED = {
         "bad_weight",
         "messages[0].train asks to train on a user message",
     ),
-    "a user message with a weight": (chat(HI | {"weight": 1}, BYE), "bad_weight", "messages[0].weight asks to train on"),
+    "a user message with a weight": (
+        chat(HI | {"weight": 1}, BYE),
+        "bad_weight",
+        "messages[0].weight asks to train on",
+    ),
     "a part of a message": (
         chat(HI, BYE | {"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}),
         "unread_field",
         "messages[1].train_detail selects parts of a message",
     ),
-    "a loss scale": (chat(HI, BYE | {"loss_scale": 0.0}), "unread_field", "messages[1].loss_scale would not change the loss"),
+    "a loss scale": (
+        chat(HI, BYE | {"loss_scale": 0.0}),
+        "unread_field",
+        "messages[1].loss_scale would not change the loss",
+    ),
     "a huge weight": (pair(weight=10**400), "bad_weight", "'weight' is too large"),
-    "an unfinished message": (chat(HI, BYE | {"prefix": True}), "unread_field", "messages[1].prefix says that the message"),
-    "a message without an end": (chat(HI, BYE | {"eot": False}), "unread_field", "messages[1].eot says that the message"),
+    "an unfinished message": (
+        chat(HI, BYE | {"prefix": True}),
+        "unread_field",
+        "messages[1].prefix says that the message",
+    ),
+    "a message without an end": (
+        chat(HI, BYE | {"eot": False}),
+        "unread_field",
+        "messages[1].eot says that the message",
+    ),
     "a refusal": (
         chat(HI, assistant("", refusal="I cannot.")),
         "unread_field",
@@ -356,7 +440,11 @@ REFUSED = {
         "ambiguous",
         "messages[0].content[0] has both 'text' and 'value'",
     ),
-    "calls of OLMo": (chat(HI, BYE | {"function_calls": "f(x=1)"}), "unread_field", "messages[1].function_calls holds calls"),
+    "calls of OLMo": (
+        chat(HI, BYE | {"function_calls": "f(x=1)"}),
+        "unread_field",
+        "messages[1].function_calls holds calls",
+    ),
     "two forms of a call": (
         chat(HI, assistant("", tool_calls=[CALL], function_call=CALL)),
         "ambiguous",
@@ -372,9 +460,13 @@ REFUSED = {
         "tools",
         "messages[1].tool_calls[0].arguments would be ignored",
     ),
-    "tools and functions": (pair(tools=TOOLS, functions=[{"name": "f"}]), "ambiguous", "has both 'tools' and 'functions'"),
+    "tools and functions": (
+        pair(tools=TOOLS, functions=[{"name": "f"}]),
+        "ambiguous",
+        "has both 'tools' and 'functions'",
+    ),
     "a chat and another prompt": (chat(USER, CHAT, prompt="other"), "ambiguous", "has both 'messages' and 'prompt'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
