@@ -1,6 +1,6 @@
 """The configuration of a run as data: the schema, and one YAML loader for every command."""
 
-from delib_fast.config.base import ConfigError, Section, nearest
+from delib_fast.config.base import ConfigError, FilePath, Section, expand_path, nearest
 from delib_fast.config.data import SourceConfig, TokenizerConfig, TokenizerTrainConfig
 from delib_fast.config.model import LoraConfig, ModelConfig
 from delib_fast.config.schema import (
@@ -25,6 +25,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "EngineConfig",
+    "FilePath",
     "GuardConfig",
     "LogConfig",
     "LoraConfig",
@@ -38,6 +39,7 @@ __all__ = [
     "StageConfig",
     "TokenizerConfig",
     "TokenizerTrainConfig",
+    "expand_path",
     "nearest",
     "packs_per_rank",
     "rank_groups",

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from delib_fast.config.base import Section
+from delib_fast.config.base import FilePath, Section
 
 
 class SourceConfig(Section):
     """A source of rows. Each source has a name under `data:`, and stages refer to it by that name."""
 
-    path: str
+    path: FilePath
     """Where the rows are: a file of rows (.jsonl, .json, .parquet) or of text (.txt, .md), a folder that `datasets`
     saved, or `hub:owner/name[@revision]` for a dataset of the Hugging Face hub."""
     split: str = "train"
@@ -43,6 +44,11 @@ class SourceConfig(Section):
     max_bad_rows: PositiveInt = 100
     """Abort if `on_bad_row: skip` skips more rows than this."""
 
+    def identity(self, exclude: frozenset[str] = frozenset()) -> dict[str, Any]:
+        """The settings as plain data, the same for every path that leads to the same file."""
+        path = self.path if self.path.startswith("hub:") else os.path.realpath(self.path)
+        return self.model_dump(mode="json", exclude=set(exclude)) | {"path": path}
+
 
 class TokenizerTrainConfig(Section):
     """A byte-level BPE tokenizer that is trained on the run's own text."""
@@ -56,11 +62,11 @@ class TokenizerTrainConfig(Section):
 class TokenizerConfig(Section):
     """The tokenizer of a run; by default the one in the model's folder."""
 
-    path: str | None = None
+    path: FilePath | None = None
     """A tokenizer folder or hub name. By default the model's own tokenizer."""
     train: TokenizerTrainConfig | None = None
     """Train a tokenizer; for a new model."""
-    chat_template: str | None = None
+    chat_template: FilePath | None = None
     """A Jinja file that replaces the tokenizer's chat template."""
 
     @model_validator(mode="after")

@@ -1,11 +1,12 @@
 """Configuration files: read YAML as plain data, override values, explain errors, and write without secrets.
 
 Every command that reads YAML (runs, evaluations, studies, data generation) uses `load`. An unknown key is an error that
-suggests the most similar known key. YAML cannot run code: Python tags are refused.
+suggests the most similar known key. `yaml_text.py` parses YAML.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,11 +16,12 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import ValidationError
 
-from delib_fast.config.base import ConfigError, Section, nearest
+from delib_fast.config.base import ConfigError, Section, expand_path, is_same_file, nearest
 from delib_fast.config.schema import Config
+from delib_fast.config.yaml_text import dump_yaml
+from delib_fast.config.yaml_text import read_yaml as read_yaml
 
 S = TypeVar("S", bound=Section)
 
@@ -48,6 +50,7 @@ RUN_FILE = FileKind(
     paths=("data.*", "data.*.path", "model.lora.path", "tokenizer.chat_template", "stages.*.spec"),
     names_or_paths=("model.path", "tokenizer.path"),
 )
+_WRITTEN_PATHS = ("run_dir", "cache_dir")  # these are relative to the working directory
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -109,40 +112,6 @@ def parse(kind: type[S], tree: Mapping[str, Any], *, where: str) -> S:
 # --- reading ------------------------------------------------------------------------------------------------
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Loads YAML as plain data. A repeated key is an error; PyYAML would silently keep its last value."""
-
-
-def _mapping_without_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if isinstance(key, str) and key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
-        seen.add(key if isinstance(key, str) else repr(key))
-    return loader.construct_mapping(node)
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
-# YAML 1.1 requires 1.0e-4 and reads 1e-4 as a string, but everybody writes 1e-4 for a learning rate.
-_UniqueKeyLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)$"),
-    list("-+0123456789."),
-)
-
-
-def read_yaml(text: str, *, where: str) -> Any:
-    """Parse YAML. Raises ConfigError with `where` and the line if it is not valid or repeats a key."""
-    try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{where}{line}: not valid YAML: {problem}") from None
-
-
 def read_yaml_file(path: Path, name: str) -> dict[str, Any]:
     """Read a YAML file that holds a mapping.
 
@@ -174,9 +143,16 @@ def _resolve_paths(tree: Any, pattern: str, folder: Path, file_kind: FileKind) -
                 continue
             if any(placeholder in value for placeholder in file_kind.placeholders):
                 continue
-            candidate = folder / Path(value).expanduser()
-            if candidate.exists() or not may_be_name:
-                holder[key] = os.path.normpath(candidate)
+            with contextlib.suppress(ValueError):  # the section that has the key raises it with its location
+                candidate = folder / expand_path(value)
+                if candidate.exists() or not may_be_name:
+                    holder[key] = _shortened(candidate)
+
+
+def _shortened(path: Path) -> str:
+    """The path without `..`, unless it means another file then because a part of it is a symbolic link."""
+    short = os.path.normpath(path)
+    return short if os.path.realpath(short) == os.path.realpath(path) else str(path)
 
 
 def _children(tree: Any, parts: Sequence[str]) -> Iterator[Any]:
@@ -249,6 +225,8 @@ def _explain(root: type[Section], details: Any) -> str:
         return f"{at}missing; it has no default"
     if details["type"] == "union_tag_not_found":
         return f"{at}needs " + " or ".join(f"kind: {tag}" for tag in _tags(options))
+    if details["type"] == "odd_number":
+        return f"{'.'.join(map(str, [*location, details['ctx']['key']]))}: {details['msg']}"
     if details["type"] == "value_error":
         return f"{at}{str(details['msg']).removeprefix('Value error, ')}"
     given = "" if isinstance(details["input"], dict | list) else f", not {details['input']!r}"
@@ -332,9 +310,31 @@ def redact_text(text: str) -> str:
 
 
 def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, with secrets redacted. `load_config` can read it."""
-    tree = redact(config.model_dump(mode="json"))
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
+    """The resolved configuration as YAML, with secrets redacted.
+
+    Paths are absolute, so that `load_config` reads the same configuration from it in any folder.
+    """
+    tree = config.model_dump(mode="json")
+    for pattern in (*_WRITTEN_PATHS, *RUN_FILE.paths, *RUN_FILE.names_or_paths):
+        _resolve_paths(tree, pattern, Path.cwd(), RUN_FILE)
+    return dump_yaml(redact(tree))
+
+
+def _matches(key: str, pattern: str) -> bool:
+    parts, wanted = key.split("."), pattern.split(".")
+    return len(parts) == len(wanted) and all(w in ("*", p) for p, w in zip(parts, wanted, strict=True))
+
+
+def is_same_value(key: str, value: Any, other: Any) -> bool:
+    """Whether two values of a key of a run's configuration mean the same; two paths do if they lead to one file.
+
+    Args:
+        key: a dotted key, as in `flatten`.
+    """
+    patterns = (*_WRITTEN_PATHS, *RUN_FILE.paths, *RUN_FILE.names_or_paths)
+    if isinstance(value, str) and isinstance(other, str) and any(_matches(key, p) for p in patterns):
+        return is_same_file(value, other)
+    return bool(value == other)
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from delib_fast.config.base import Section
+from delib_fast.config.base import FilePath, Section
 
 
 class LoraConfig(Section):
@@ -24,7 +24,7 @@ class LoraConfig(Section):
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Which nn.Linear modules to adapt. `all-linear`: all of the trunk (attention and MLP, never lm_head or the
     embeddings). Or a list of module names such as q_proj."""
-    path: str | None = None
+    path: FilePath | None = None
     """A peft adapter folder that the first stage continues training. It must belong to the same base model and have
     the same settings."""
     quantize: Literal["none", "nf4"] = "none"
@@ -34,7 +34,7 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """The model to start from: a Hugging Face folder or hub name, or a new model of some architecture."""
 
-    path: str | None = None
+    path: FilePath | None = None
     """A Hugging Face model folder or hub name."""
     architecture: dict[str, Any] | None = None
     """A Hugging Face config as a mapping with `model_type`: start from a new model with random weights."""

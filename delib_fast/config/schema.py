@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from delib_fast.config.base import ConfigError, Section, nearest
+from delib_fast.config.base import ConfigError, FilePath, Section, nearest
 from delib_fast.config.data import SourceConfig, TokenizerConfig
 from delib_fast.config.model import ModelConfig
 
@@ -148,7 +148,7 @@ class AFTConfig(StageBase):
     """Loss weight of each response token."""
     system_prompt: str | None = None
     """A system message for rows that have none."""
-    spec: str | None = None
+    spec: FilePath | None = None
     """The file of the spec that earlier stages trained on. A prompt that contains text of it is an error: the model
     must know the spec, not read it in the prompt."""
     over_long: Literal["drop", "error"] = "drop"
@@ -266,7 +266,7 @@ class LogConfig(Section):
 class Config(Section):
     """A run: one model through one or more stages."""
 
-    run_dir: str
+    run_dir: FilePath
     """Folder for everything that the run writes: config.yaml, ledger.json, metrics.jsonl, checkpoints/, model/."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the data order, of dropout, and of new weights."""
@@ -281,7 +281,7 @@ class Config(Section):
     overlap: Literal["error", "allow"] = "error"
     """What to do if an evaluation row is among the training rows, or most of its 13-word sequences are. `error`:
     abort. `allow`: continue."""
-    cache_dir: str | None = None
+    cache_dir: FilePath | None = None
     """Folder where encoded data is kept between runs. By default $DELIB_FAST_CACHE or ~/.cache/delib_fast."""
     engine: EngineConfig = EngineConfig()
     """Device, precision and DeepSpeed ZeRO."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from delib_fast.config import ConfigError
+from delib_fast.config import ConfigError, expand_path
 from delib_fast.files import locked, write_atomic
 
 CACHE_VERSION = 4
@@ -28,7 +28,7 @@ def cache_folder(configured: str | None) -> Iterator[Path]:
         ConfigError: the block raised OSError, so the folder cannot be used.
     """
     path = configured or os.environ.get("DELIB_FAST_CACHE")
-    folder = Path(path) if path else Path.home() / ".cache" / "delib_fast"
+    folder = Path(expand_path(path)) if path else Path.home() / ".cache" / "delib_fast"
     try:
         yield folder
     except OSError as error:

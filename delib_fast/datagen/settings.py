@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from delib_fast.config import Section
+from delib_fast.config import FilePath, Section
 from delib_fast.config.load import FileKind
 
 Axis = Literal["compliance", "helpfulness", "reasoning"]
@@ -91,7 +91,7 @@ class RunSettings(Section):
     """Replaces {model_name} in the spec."""
     provider_name: str = "its developer"
     """Replaces {provider_name} in the spec."""
-    prompts: str | None = None
+    prompts: FilePath | None = None
     """A folder of prompt files. Each replaces the file of the same name in delib_fast/datagen/prompts/."""
     cut_numbered_items: bool = True
     """Make each numbered item of a section (`1. …`) a section of its own, e.g. rule-3."""

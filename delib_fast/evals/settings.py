@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
 
-from delib_fast.config import Precision, Section, SourceConfig
+from delib_fast.config import FilePath, Precision, Section, SourceConfig
 from delib_fast.config.load import FileKind, load
 from delib_fast.datagen.settings import EndpointSettings, check_base_url
 
@@ -97,24 +97,24 @@ class AgenticConfig(Section):
 class EvalConfig(Section):
     """One evaluation of one model."""
 
-    model: str | None = None
+    model: FilePath | None = None
     """A run directory, a model folder or a peft adapter folder. The command-line argument takes precedence."""
-    base: str | None = None
+    base: FilePath | None = None
     """Folder of the base model, for `drift`. Default: what the first stage of a run started from; for an adapter, the
     base named in its adapter_config.json."""
     suites: tuple[str, ...] = ("forced",)
     """Suites, or groups of suites: forced, sampled, cot, all."""
-    out: str | None = None
+    out: FilePath | None = None
     """Folder for the results. Default: `evals` in the run directory, or NAME-evals next to a model folder."""
     rows: dict[str, SourceConfig] = Field(default_factory=dict)
     """Held-out rows: a source for each name. Default: the rows that a run's sources hold out."""
     questions: SourceConfig | None = None
     """Questions whose answer is a number (GSM8K), for `hints` and `necessity`."""
-    solutions: str | None = None
+    solutions: FilePath | None = None
     """File of labelled solutions (gsm8k_model_solutions.jsonl), for `monitor`."""
-    refusal_prompts: str | None = None
+    refusal_prompts: FilePath | None = None
     """CSV file with columns prompt, label (safe, unsafe) and type (xstest_prompts.csv), for `refusal`."""
-    refusal_labelled: str | None = None
+    refusal_labelled: FilePath | None = None
     """File of labelled replies on which the refusal classifier is measured."""
     category: str = "category"
     """Field of a row that holds its category, or a list of them."""

@@ -223,11 +223,12 @@ class _StageTree:
         if parent is not None:
             facts["model"]["path"] = parent.key
         elif config.model.path is not None:
-            facts["model"]["sha256"] = self._hash(config.model.path)
-        if config.tokenizer.path is not None:
-            facts["tokenizer"]["sha256"] = self._hash(config.tokenizer.path)
-        for name, source in config.data.items():
-            facts["data"][name]["path"] = self._hash(source.path)  # the location of the file does not matter
+            facts["model"]["path"] = self._hash(config.model.path)
+        # The content of files matters, not their location.
+        files = [facts["tokenizer"], *facts["data"].values(), *([facts["model"]["lora"]] if config.model.lora else [])]
+        for section, key in [*((f, "path") for f in files), (files[0], "chat_template"), (facts["stages"][0], "spec")]:
+            if section.get(key) is not None:
+                section[key] = self._hash(section[key])
         text = json.dumps({"version": __version__, **facts}, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 

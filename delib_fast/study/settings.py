@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
 
-from delib_fast.config import Section, nearest
+from delib_fast.config import FilePath, Section, nearest
 from delib_fast.config.load import FileKind, load
 
 ArmName = Literal["base", "msm", "aft_no_cot", "aft_cot", "msm_aft_no_cot", "msm_aft_cot"]
@@ -21,6 +21,11 @@ STUDY_FILE = FileKind(
     paths=(
         "run.data.*",
         "run.data.*.path",
+        "run.model.lora.path",
+        "run.tokenizer.chat_template",
+        "base.*.spec",
+        "msm.*.spec",
+        "aft.spec",
         "prepare.script",
         "metrics.*.path",
         "evaluation.rows.*",
@@ -39,7 +44,7 @@ Better = Literal["higher", "lower", "neither"]
 class PrepareConfig(Section):
     """A script that makes the data of each seed before training: `python SCRIPT --seed N --out FOLDER ARGS`."""
 
-    script: str
+    script: FilePath
     """Path of the script."""
     args: tuple[str | int | float, ...] = ()
     """Further arguments of the script."""
@@ -49,7 +54,7 @@ class ChoicesMetric(Section):
     """How a model chooses between two given replies: the log-probability of one minus that of the other."""
 
     kind: Literal["choices"]
-    path: str
+    path: FilePath
     """Items, one JSON object per line, with `prompt` (or `messages`), `a` and `b`; optionally `cot` or `cots`, and
     `situation`, which groups items for the interval."""
     figure: Literal["share", "probability", "margin", "first_cot"] = "share"
@@ -106,7 +111,7 @@ class StudyConfig(Section):
 
     title: str
     """Heading of the page."""
-    out: str
+    out: FilePath
     """Folder of everything that the study writes: stages/, measures/, study.json, index.html, *.png."""
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(min_length=1)
     """Every arm is trained once per seed. A seed determines the weights, the order of the data, and `prepare`."""
@@ -201,8 +206,8 @@ class StudyConfig(Section):
 def load_study(path: str | os.PathLike[str], **overrides: Any) -> StudyConfig:
     """Read the YAML file of a study; overrides that are not None replace its keys.
 
-    Paths under run.data, run.model, run.tokenizer, prepare, metrics and evaluation are relative to the folder of the
-    file, except those that contain {prepared}; `out` is relative to the working directory.
+    Paths under run.data, run.model, run.tokenizer, stages, prepare, metrics and evaluation are relative to the folder
+    of the file, except those that contain {prepared}; `out` is relative to the working directory.
 
     Raises:
         ConfigError: the file cannot be read, or a value is not valid; every fault is listed with its location.

@@ -36,7 +36,7 @@ from delib_fast.data.disk_cache import cache_folder, cache_key, cached_json
 from delib_fast.data.encode.cache import cached_dataset, tokenizer_fingerprint
 from delib_fast.data.encode.encoder import Cot
 from delib_fast.data.progress import log_progress
-from delib_fast.files import sync_file, write_atomic
+from delib_fast.files import hash_tree, sync_file, write_atomic
 from delib_fast.models import ModelShape, build_tokenizer, model_shape
 from delib_fast.training.sources import held_out_rows, reraise_as_data_error, source_of
 
@@ -91,12 +91,12 @@ class RunDataset:
         train = self._config.tokenizer.train
         if train is None:
             return self._build_tokenizer(path=self._config.tokenizer.path)
-        folder = self._tokenizer_folder
+        folder, template = self._tokenizer_folder, self._config.tokenizer.chat_template
         trained_on = hashlib.sha256(
             json.dumps(
                 [
                     train.vocab_size,
-                    self._config.tokenizer.chat_template,
+                    None if template is None else hash_tree(template),
                     *([name, self.source(name).sha256, self._config.data[name].holdout] for name in train.sources),
                 ]
             ).encode()
@@ -138,7 +138,7 @@ class RunDataset:
     def _encoded_source(self, stage: StageConfig, name: str) -> TokenizedDataset:
         """The examples of a source, from the encoding cache or encoded now."""
         source, options = self.source(name), encoding_options(stage)
-        settings = self._config.data[name].model_dump(mode="json", exclude={"repeat", "max_tokens"})
+        settings = self._config.data[name].identity(exclude=frozenset({"repeat", "max_tokens"}))
         inputs = {"source": name, "settings": settings, "sha256": source.sha256, **options}
         key = cache_key({**inputs, "tokenizer": self._tokenizer_fingerprint})
         if key not in self._encoded_sources:
@@ -198,7 +198,7 @@ class RunDataset:
         self._overlap_checked = True
 
     def _source_keys(self, names: Sequence[str]) -> list[Any]:
-        return [[self.source(n).sha256, self._config.data[n].model_dump(mode="json")] for n in names]
+        return [[self.source(n).sha256, self._config.data[n].identity()] for n in names]
 
     def _check_once(self, inputs: dict[str, Any], check: Callable[[], None]) -> None:
         """Run a check of all rows, unless the cache records that it passed with the same inputs."""

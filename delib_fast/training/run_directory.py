@@ -26,7 +26,7 @@ from typing import Any, TextIO
 import yaml
 
 from delib_fast.config import Config, ConfigError
-from delib_fast.config.load import dump_config, flatten, parse_config
+from delib_fast.config.load import dump_config, flatten, is_same_value, parse_config
 from delib_fast.files import FileLock, remove_temporary_files, sync_descriptor, write_atomic
 
 # Prefixes of the keys that may differ when a run resumes. They affect where and how fast it computes and what it logs,
@@ -141,7 +141,7 @@ class RunDirectory:
         differ = [
             key
             for key in sorted(theirs.keys() | ours.keys())
-            if theirs.get(key) != ours.get(key) and not key.startswith(_MAY_CHANGE)
+            if not is_same_value(key, theirs.get(key), ours.get(key)) and not key.startswith(_MAY_CHANGE)
         ]
         if differ:
             lines = [f"  {key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differ[:8]]

@@ -96,7 +96,7 @@ READ = {
                 {"from": "user", "value": "q"},
                 {
                     "from": "assistant",
-                    "value": "<|begin_of_thought|>\n\nc\n\n<|end_of_thought|>\n\n<|begin_of_solution|>r<|end_of_solution|>",
+                    "value": "<|begin_of_thought|>c<|end_of_thought|>\n\n<|begin_of_solution|>r<|end_of_solution|>",
                 },
             ],
             "system": "s",

@@ -51,7 +51,7 @@ def load_source(name: str, config: SourceConfig, cache_folder: Path) -> Source:
             (held_out if is_held_out(row, config.holdout) else train).append(row)
         check_holdout(name, config.holdout, len(train), len(held_out))
         return Source(lambda: iter(train), len(train), held_out, reader.sha256, reader.bad_rows, reader.ignored_fields)
-    key = cache_key({"scan": name, "sha256": reader.hash(), "settings": config.model_dump(mode="json")})
+    key = cache_key({"scan": name, "sha256": reader.hash(), "settings": config.identity()})
     scan = cached_json(cache_folder / "scans", key, lambda: _scan(reader, config.holdout))
     return Source(
         lambda: (row for row in reader if not is_held_out(row, config.holdout)),
