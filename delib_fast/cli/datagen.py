@@ -241,7 +241,9 @@ def _run(
         _exit(f"stopped: {kept}", 130)
     except BudgetSpent as error:
         _exit(f"stopped: {error}; {kept} once the limit is raised", 4)
-    except (EndpointError, WriteError, NoAnswer, LowYield) as error:
+    except NoAnswer as error:
+        _exit(f"error: {error.reason}: {error}\n{kept}", 3)
+    except (EndpointError, WriteError, LowYield) as error:
         _exit(f"error: {error}\n{kept}", 3)
     except SpecLeakError as error:
         _exit(f"error: {error}\nThis is a bug; no rows were written.", 3)

@@ -35,7 +35,7 @@ from delib_fast.datagen.spending import at_most, cost_of, most_of
 from delib_fast.datagen.stopping import RequestsStopped
 
 T = TypeVar("T")
-_QUIET_S = 0.3  # a batch is submitted when no request has been added for this long
+_QUIET_S = 0.2  # a batch is submitted when no request has been added for this long
 _ENDS_WITHIN_S = 26 * 3600.0  # both APIs end a batch after 24 hours
 _NOT_CREATED = frozenset({"rate_limit", "http_503", "http_529"})  # failures after which a batch does not exist
 _CONCURRENT_APPENDS = 256  # share one sync of the log

@@ -241,9 +241,8 @@ class RequestLog:
                 lines = self._lines(batch)
                 self._add(batch, lines, await asyncio.to_thread(self._write, b"".join(lines)))
             except BaseException as error:
-                fault = WriteError(self.path, error) if isinstance(error, OSError) else error
                 for item in batch:
-                    _settle(item.written, fault)
+                    _settle(item.written, WriteError(self.path, error) if isinstance(error, OSError) else error)
                 if not isinstance(error, Exception):  # the run is being cancelled
                     raise
 

@@ -77,6 +77,7 @@ class HttpClient:
                 timeout=None,  # the deadline of an attempt replaces timeouts of its parts
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
                 cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+                event_hooks={"response": [self._refuse_redirect]},
             )
         except (httpx.InvalidURL, ValueError, UnicodeError) as error:
             raise ConfigError(f"base_url {describe(base_url)!r}, or a proxy in the environment: {error}") from None
@@ -142,8 +143,6 @@ class HttpClient:
         url = f"{self.base_url}/{path}"
         try:
             async with asyncio.timeout(deadline_s), self._client.stream(method, url, **content) as response:
-                if 300 <= response.status_code < 400:
-                    raise self._redirected(response.status_code, path, response.headers.get("location", ""))
                 error = response.status_code >= 400
                 async for chunk in _decompressed(response, _ERROR_BYTES if error else max_bytes, cut=error):
                     await receive(chunk)
@@ -157,14 +156,19 @@ class HttpClient:
         except httpx.InvalidURL as error:
             raise EndpointError(f"{self._describe(url)}: {self._cause(error)}") from None
 
-    def _redirected(self, status: int, path: str, location: str) -> EndpointError:
-        target, hint = location, ""
+    async def _refuse_redirect(self, response: Any) -> None:
+        """Raise EndpointError if a response is a redirect. Called before httpx looks at its target."""
+        if not 300 <= response.status_code < 400:
+            return
+        url, target, hint = response.request.url, response.headers.get("location", ""), ""
         with contextlib.suppress(self._httpx.InvalidURL, ValueError):
-            target = str(self._httpx.URL(f"{self.base_url}/{path}").join(location))
-        if location:
-            hint = f"; if you trust that address, set base_url to {self._describe(target.removesuffix('/' + path))}"
-        return EndpointError(
-            f"{self._describe(self.base_url)} redirects to {self._describe(target)} (HTTP {status}). No redirect is "
+            target = str(url.join(target)) if target else ""
+        if target:
+            path = str(url).removeprefix(self.base_url)
+            hint = f"; if you trust that address, set base_url to {self._describe(target.removesuffix(path))}"
+        shown = self._describe(target) or "an address that it does not name"
+        raise EndpointError(
+            f"{self._describe(self.base_url)} redirects to {shown} (HTTP {response.status_code}). No redirect is "
             f"followed, because the key and the prompt would be sent there{hint}"
         )
 
