@@ -17,15 +17,16 @@ import typer
 from delib_fast.config import ConfigError
 from delib_fast.config.load import load
 from delib_fast.datagen.backends import EndpointError
-from delib_fast.datagen.client import BudgetSpent, Interrupted, NoAnswer
+from delib_fast.datagen.client import NoAnswer
 from delib_fast.datagen.documents import generate_documents
 from delib_fast.datagen.progress import money
-from delib_fast.datagen.request_log import RequestLogError
+from delib_fast.datagen.request_log import WriteError
 from delib_fast.datagen.rows import generate_rows
 from delib_fast.datagen.session import Session
 from delib_fast.datagen.settings import SETTINGS_FILE, DeliberateSettings, DocumentSettings, RunSettings
 from delib_fast.datagen.spec import Spec
 from delib_fast.datagen.spec_leak import SpecLeakError
+from delib_fast.datagen.stopping import BudgetSpent, Interrupted, LowYield
 
 S = TypeVar("S", bound=RunSettings)
 
@@ -154,7 +155,9 @@ def deliberate(
     if prompts is None and settings.prompts_from_spec is None:
         raise ConfigError("give a file of prompts, or --prompts-from-spec N to generate them from the spec")
     summary = _run(spec, options.out, settings, lambda session: generate_rows(session, settings, prompts))
-    _print_summary(options.out, summary, f"{summary['rows']} rows of {summary['prompts']} prompts", "rows.jsonl")
+    _print_summary(
+        options.out, summary, "rows", f"{summary['rows']} rows of {summary['prompts']} prompts", "rows.jsonl"
+    )
 
 
 def document(
@@ -172,7 +175,7 @@ def document(
     )
     summary = _run(spec, options.out, settings, lambda session: generate_documents(session, settings))
     result = f"{summary['documents']} documents, {summary['tokens']:,} tokens"
-    _print_summary(options.out, summary, result, "documents.jsonl")
+    _print_summary(options.out, summary, "documents", result, "documents.jsonl")
 
 
 def data_report(
@@ -210,8 +213,8 @@ def _run(
 ) -> dict[str, Any]:
     """Open a session, do the work in it and return its summary; or exit with a message.
 
-    Exit codes: 2 invalid input, 3 the endpoint or the disk failed, 4 max_cost was reached, 130 interrupted. After 3, 4
-    and 130 the same command resumes the run.
+    Exit codes: 2 invalid input; 3 the endpoint or the disk failed, or too little of the answers is usable; 4 the budget
+    does not cover another request; 130 interrupted. After 3, 4 and 130 the same command resumes the run.
     """
     spec = Spec.read(
         spec_file,
@@ -224,8 +227,11 @@ def _run(
         async with Session.open(out, spec, settings) as session:
             try:
                 return await work(session)
-            except BaseException:
-                session.write_summary({"unfinished": True})
+            except BaseException as error:
+                try:
+                    session.write_summary({"unfinished": True})
+                except WriteError as fault:  # it must not replace the error that ended the run
+                    error.add_note(str(fault))
                 raise
 
     kept = f"every answer is kept in {out}; the same command resumes from there"
@@ -233,9 +239,11 @@ def _run(
         return asyncio.run(main())
     except (Interrupted, KeyboardInterrupt):
         _exit(f"stopped: {kept}", 130)
-    except BudgetSpent:
-        _exit(f"stopped: max_cost ({settings.max_cost:g}) is reached; {kept} once max_cost is raised", 4)
-    except (EndpointError, RequestLogError, NoAnswer) as error:
+    except BudgetSpent as error:
+        _exit(f"stopped: {error}; {kept} once the limit is raised", 4)
+    except NoAnswer as error:
+        _exit(f"error: {error.reason}: {error}\n{kept}", 3)
+    except (EndpointError, WriteError, LowYield) as error:
         _exit(f"error: {error}\n{kept}", 3)
     except SpecLeakError as error:
         _exit(f"error: {error}\nThis is a bug; no rows were written.", 3)
@@ -247,8 +255,13 @@ def _exit(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def _print_summary(out: Path, summary: Mapping[str, Any], result: str, file: str) -> None:
-    """Print what a run generated, dropped and paid for. `result`: the numbers of what is in `file`, as text."""
+def _print_summary(out: Path, summary: Mapping[str, Any], made: str, result: str, file: str) -> None:
+    """Print what a run generated, dropped and paid for; exit with 3 if it made nothing.
+
+    Args:
+        made: the key of the number of rows or documents in the summary.
+        result: the numbers of what is in `file`, as text.
+    """
     paid = summary["paid"]
     cost = f", cost {money(paid['cost'])}" if paid["cost"] is not None else ""
     typer.echo(f"{result} → {out / file}")
@@ -259,5 +272,11 @@ def _print_summary(out: Path, summary: Mapping[str, Any], result: str, file: str
         f"{cost}), {summary['this_run']['answers']} in this run; retries "
         + (json.dumps(summary["this_run"]["retries"]) if summary["this_run"]["retries"] else "none")
     )
+    if not summary[made]:
+        _exit(
+            f"error: nothing was made: {summary['first_drop'] or 'the model proposed nothing to make'}\n"
+            f"every answer is kept in {out}; see {out / 'summary.json'}",
+            3,
+        )
     if unanswered := summary["dropped"].get("no_answer"):
         typer.echo(f"{unanswered} requests got no answer; the same command sends them again")

@@ -16,19 +16,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from delib_fast.datagen.backends import Backend, EndpointError, OpenAIBackend, RequestRejected, Retry, Secrets
+from delib_fast.datagen.answers import Answer, BatchEntry, Charge, Request, Totals
+from delib_fast.datagen.backends import Backend, EndpointError, RequestRejected, Retry, Secrets
+from delib_fast.datagen.batches import BatchBackend, endpoint_key
+from delib_fast.datagen.dialects import params_of
+from delib_fast.datagen.endpoints import EndpointBackend
 from delib_fast.datagen.parsing import MalformedAnswer
 from delib_fast.datagen.progress import Meter
 from delib_fast.datagen.prompt_files import Chat
-from delib_fast.datagen.request_log import Answer, Request, RequestLog, RequestLogError
+from delib_fast.datagen.request_log import RequestLog, WriteError
 from delib_fast.datagen.settings import EndpointSettings
+from delib_fast.datagen.spending import Budget, YieldCheck, at_most, cost_of, most_of
+from delib_fast.datagen.stopping import Interrupted, RequestsStopped, StopFlag
 
 T = TypeVar("T")
 _MAX_FAILURES_IN_A_ROW = 10  # after this many failed requests without an answer in between, the endpoint counts as down
-
-
-class RequestsStopped(Exception):  # noqa: N818 (a requested stop is not an error)
-    """No more requests are sent, because the run was interrupted, reached max_cost, or lost its endpoint."""
 
 
 class NoAnswer(Exception):  # noqa: N818
@@ -44,39 +46,6 @@ class NoAnswer(Exception):  # noqa: N818
         self.reason = reason
 
 
-class Interrupted(Exception):  # noqa: N818
-    """The cause of a stop: Ctrl-C or SIGTERM."""
-
-
-class BudgetSpent(Exception):  # noqa: N818
-    """The cause of a stop: max_cost is reached."""
-
-
-class StopFlag:
-    """Set once, with a cause, when no more requests are to be sent."""
-
-    def __init__(self) -> None:
-        self.cause: BaseException | None = None
-        self._event = asyncio.Event()
-
-    def set(self, cause: BaseException) -> None:
-        """Set the flag, unless it is set already."""
-        if self.cause is None:
-            self.cause = cause
-            self._event.set()
-
-    def check(self) -> None:
-        """Raise RequestsStopped if the flag is set."""
-        if self.cause is not None:
-            raise RequestsStopped
-
-    async def sleep(self, seconds: float) -> None:
-        """Sleep. If the flag is set in the meantime, wake up and raise RequestsStopped."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._event.wait(), seconds)
-        self.check()
-
-
 class Client:
     """The endpoints of a run.
 
@@ -84,7 +53,8 @@ class Client:
         log: stores every answer; None to store none.
         meter: counts requests and answers, and shows progress.
         secrets: the API keys are registered here.
-        max_cost: the run stops once the answers in the log have cost this much.
+        max_cost, max_paid_tokens: the run stops before the answers in the log can cost more, or have more tokens.
+        yield_check: stops the run if too little of what it pays for is usable.
         make_backend: creates the backend of an endpoint; by default according to the endpoint's settings.
     """
 
@@ -95,15 +65,21 @@ class Client:
         secrets: Secrets,
         *,
         max_cost: float | None = None,
+        max_paid_tokens: int | None = None,
+        yield_check: YieldCheck | None = None,
         make_backend: Callable[[EndpointSettings], Backend] | None = None,
     ) -> None:
         self.log = log
         self.meter = meter
         self.stop = StopFlag()
-        self.max_cost = max_cost
+        self.yield_check = yield_check
         self.in_flight: dict[str, asyncio.Task[Answer]] = {}
+        self.earlier_batches = dict(log.batches) if log is not None else {}
+        """The batches that an earlier run has planned or submitted, and not collected."""
+        self._earlier = {i: key for key, batch in self.earlier_batches.items() for i in batch.ids}
+        self.budget = Budget(log.totals if log is not None else Totals(), max_cost, max_paid_tokens, self._committed)
         self._endpoints: list[Endpoint] = []
-        self._make_backend = make_backend or (lambda settings: _backend_of(settings, secrets))
+        self._make_backend = make_backend or (lambda settings: _backend_of(settings, secrets, log, meter))
 
     def endpoint(self, settings: EndpointSettings) -> Endpoint:
         """Return the endpoint of these settings. Equal settings share one endpoint and its concurrency limit."""
@@ -112,6 +88,15 @@ class Client:
             found = Endpoint(self, settings, self._make_backend(settings))
             self._endpoints.append(found)
         return found
+
+    def earlier_batch(self, request: Request) -> BatchEntry | None:
+        """Return the batch of an earlier run that contains a request, if it has not been collected."""
+        key = self._earlier.get(request.id)
+        return self.log.batches.get(key) if key is not None and self.log is not None else None
+
+    def _committed(self) -> Charge:
+        open_batches = self.log.batches if self.log is not None else {}
+        return sum((b.at_most for key, b in self.earlier_batches.items() if key in open_batches), Charge())
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -143,10 +128,10 @@ class Client:
     def _on_signal(self) -> None:
         if self.stop.cause is None:
             self.stop.set(Interrupted())
-            if self.meter.in_flight:
+            waiting = sum(e.in_flight for e in self._endpoints if not e.resumable)
+            if waiting:
                 self.meter.print(
-                    f"stopping: waiting for {self.meter.in_flight} answers, which will be kept; press Ctrl-C again to "
-                    "discard them"
+                    f"stopping: waiting for {waiting} answers, which will be kept; press Ctrl-C again to discard them"
                 )
         else:
             self.cancel_in_flight()
@@ -162,12 +147,10 @@ class Endpoint:
         self._paused_until = 0.0  # monotonic time until which the endpoint has requested a pause
         self._last_answer = 0.0
         self._failures = 0  # requests given up since the last answer
-        self._params: dict[str, Any] = {
-            "temperature": settings.temperature,
-            **({} if settings.top_p is None else {"top_p": settings.top_p}),
-            str(settings.token_limit_name): settings.max_tokens,
-            **settings.extra,
-        }
+        self._params = params_of(settings)
+        self._longest = 0  # completion tokens of the longest answer
+        self.resumable = backend.resumable
+        self.in_flight = 0
 
     async def ask(self, chat: Chat, *, purpose: str, sample: int = 0) -> Answer:
         """Return the answer to a chat, from the log if it has one. Equal requests are sent once.
@@ -182,7 +165,11 @@ class Endpoint:
         """
         client = self._client
         request = Request(purpose, self.settings.model, chat, self._params, sample)
-        known = client.log.get(request.id) if client.log is not None else None
+        try:
+            known = client.log.get(request.id) if client.log is not None else None
+        except WriteError as error:
+            client.stop.set(error)
+            raise RequestsStopped from None
         if known is not None:
             client.meter.reused += 1
             return known
@@ -226,30 +213,57 @@ class Endpoint:
         client, settings = self._client, self.settings
         start = time.monotonic()
         for attempt in range(1, settings.attempts + 1):
-            try:
-                answer = await self._attempt(request)
-            except RequestRejected as error:
-                raise NoAnswer("refused_by_endpoint", str(error)) from None
-            except EndpointError as error:
-                client.stop.set(error)
-                raise RequestsStopped from None
-            except Retry as error:
-                client.meter.retried(error.reason)
-                await self._wait_or_give_up(attempt, error, start)
-            else:
-                self._last_answer, self._failures = time.monotonic(), 0
-                return await self._keep(request, answer, attempt, time.monotonic() - start)
+            if (fault := client.yield_check and client.yield_check.fault()) is not None:
+                client.stop.set(fault)
+                raise RequestsStopped
+            charge = self._charge(request)
+            async with client.budget.hold(charge, client.stop):
+                try:
+                    answer = await self._attempt(request)
+                except RequestRejected as error:
+                    await self._record_failure(request, "rejected", error, attempt, start, Charge())
+                    raise NoAnswer("refused_by_endpoint", str(error)) from None
+                except EndpointError as error:
+                    client.stop.set(error)
+                    raise RequestsStopped from None
+                except Retry as error:
+                    failure, paid = error, charge if error.may_be_paid else Charge()
+                    await self._record_failure(request, error.reason, error, attempt, start, paid)
+                else:
+                    self._last_answer, self._failures = time.monotonic(), 0
+                    return await self._keep(request, answer, attempt, time.monotonic() - start)
+            client.meter.retried(failure.reason)
+            await self._wait_or_give_up(attempt, failure, start)
         raise AssertionError("the last attempt returns or raises")
 
+    def _charge(self, request: Request) -> Charge:
+        """What an attempt of a request can cost at most, beyond what earlier runs have committed to."""
+        batch = self._client.earlier_batch(request)
+        if batch is None:
+            return most_of(self.settings, request, self._longest)
+        if not self.settings.batch or batch.endpoint != endpoint_key(self.settings):
+            self._client.stop.set(
+                EndpointError(
+                    f"batch {batch.batch_id or batch.key} of an earlier run contains requests that would be sent, and "
+                    "paid for, again: run with the same batch: true, api, base_url and settings as then to collect it"
+                )
+            )
+            raise RequestsStopped
+        return Charge()
+
     async def _attempt(self, request: Request) -> Answer:
+        stop = self._client.stop
         async with self._slots:
-            self._client.stop.check()
+            stop.check()
             while (pause := self._paused_until - time.monotonic()) > 0:
-                await self._client.stop.sleep(pause)
+                await stop.sleep(pause)
             self._client.meter.in_flight += 1
+            self.in_flight += 1
             try:
-                return await self._backend.complete(request)
+                answer = self._backend.complete(request)
+                return await (stop.wait_for(answer) if self.resumable else answer)
             finally:
+                self.in_flight -= 1
                 self._client.meter.in_flight -= 1
 
     async def _wait_or_give_up(self, attempt: int, error: Retry, start: float) -> None:
@@ -287,35 +301,55 @@ class Endpoint:
         raise NoAnswer("no_answer", str(error))
 
     async def _keep(self, request: Request, answer: Answer, attempts: int, seconds: float) -> Answer:
-        """Count the answer and append it to the log."""
+        """Append the answer to the log, and count it."""
         client = self._client
         answer = replace(answer, request_id=request.id)
-        if client.log is not None:
-            try:
-                await client.log.append(request, answer, cost=self._cost(answer), attempts=attempts, seconds=seconds)
-            except RequestLogError as error:
-                client.stop.set(error)
-                raise RequestsStopped from None
-            if client.max_cost is not None and (client.log.totals.cost or 0.0) >= client.max_cost:
-                client.stop.set(BudgetSpent())
+        if client.log is not None and request.id not in client.log:  # a batch appends its answers itself
+            await self._write(
+                client.log.append(
+                    request,
+                    answer,
+                    cost=cost_of(self.settings, answer),
+                    attempts=attempts,
+                    seconds=seconds,
+                    at_most=at_most(self.settings, request, answer),
+                )
+            )
+        self._longest = max(self._longest, answer.completion_tokens or 0)
         client.meter.received(answer)
         return answer
 
-    def _cost(self, answer: Answer) -> float | None:
-        if self.settings.price_in is None or self.settings.price_out is None:
-            return None
-        return (
-            (answer.prompt_tokens or 0) * self.settings.price_in
-            + (answer.completion_tokens or 0) * self.settings.price_out
-        ) / 1e6
+    async def _record_failure(
+        self, request: Request, reason: str, error: Exception, attempt: int, start: float, charge: Charge
+    ) -> None:
+        """Append a failed attempt to the log."""
+        if self._client.log is not None:
+            seconds = time.monotonic() - start
+            await self._write(
+                self._client.log.append_failure(
+                    request, reason, detail=str(error), attempt=attempt, seconds=seconds, at_most=charge
+                )
+            )
+
+    async def _write(self, append: Awaitable[None]) -> None:
+        """Wait until a record is on disk. If it cannot be written, stop the run."""
+        try:
+            await append
+        except WriteError as error:
+            self._client.stop.set(error)
+            raise RequestsStopped from None
 
 
-def _backend_of(settings: EndpointSettings, secrets: Secrets) -> Backend:
+def _backend_of(settings: EndpointSettings, secrets: Secrets, log: RequestLog | None, meter: Meter) -> Backend:
     if settings.backend == "transformers":
         from delib_fast.datagen.in_process import TransformersBackend  # imports torch
 
         return TransformersBackend(settings)
-    return OpenAIBackend(settings, secrets)
+    if settings.batch:
+        if log is None:
+            raise ValueError("batch needs a request log")
+        return BatchBackend(settings, secrets, log, meter)
+    return EndpointBackend(settings, secrets)
 
 
 async def for_each(

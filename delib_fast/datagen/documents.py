@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from delib_fast.data.decontamination import words_of
+from delib_fast.datagen.answers import DAMAGED, Answer, estimated_tokens, plausible_tokens
 from delib_fast.datagen.client import NoAnswer
 from delib_fast.datagen.dedup import NearDuplicates
 from delib_fast.datagen.filters import leaked_scaffolding
 from delib_fast.datagen.parsing import MalformedAnswer, json_values, parse_strings, strip_thinking
 from delib_fast.datagen.prompt_files import quoted
-from delib_fast.datagen.request_log import Answer
 from delib_fast.datagen.session import Session
 from delib_fast.datagen.settings import DocumentSettings
 
@@ -79,6 +79,8 @@ class Document:
     """What the critique found; None if there was no critique."""
     dropped: str | None = None
     """Why it was dropped; None if it is kept."""
+    detail: str = ""
+    """More about why it was dropped."""
 
 
 async def generate_documents(session: Session, settings: DocumentSettings) -> dict[str, Any]:
@@ -124,7 +126,7 @@ class _DocumentGenerator:
                     "subdomains", spec=session.spec.text, domain=domain, count=settings.subdomains
                 )
             except NoAnswer as error:
-                session.meter.drop(error.reason)
+                session.meter.drop(error.reason, str(error))
             session.meter.advance()
 
         session.meter.start("subdomains", len(domains))
@@ -148,7 +150,7 @@ class _DocumentGenerator:
             )
             types, more_ids = await self._request_list("document_types", count=settings.document_types, **where)
         except NoAnswer as error:
-            self.session.meter.drop(error.reason)
+            self.session.meter.drop(error.reason, str(error))
         else:
             self.plans[subdomain] = SubdomainPlan(
                 tuple(assertions), tuple(types[: settings.document_types]), [*ids, *more_ids]
@@ -213,7 +215,7 @@ class _DocumentGenerator:
                     count=self.settings.ideas,
                 )
             except NoAnswer as error:
-                self.session.meter.drop(error.reason)
+                self.session.meter.drop(error.reason, str(error))
                 return
             new = [idea for idea in ideas if idea not in used][: self.settings.ideas]
             used += new
@@ -237,9 +239,9 @@ class _DocumentGenerator:
             if document.dropped is None:
                 self.kept.append(document)
                 self.tokens += document.tokens
-                self.session.meter.keep()
+                self.session.meter.keep(document.tokens)
             else:
-                self.session.meter.drop(document.dropped)
+                self.session.meter.drop(document.dropped, document.detail)
         self.documents += documents
         self._write_stages()
 
@@ -262,7 +264,7 @@ class _DocumentGenerator:
             if self.settings.critique and document.dropped is None:
                 await self._critique(document)
         except NoAnswer as error:
-            document.dropped = error.reason
+            document.dropped, document.detail = error.reason, str(error)
         if document.dropped is None:
             session.meter.advance(document.tokens)
 
@@ -273,14 +275,16 @@ class _DocumentGenerator:
         document.text, document.served_by = text, answer.served_by
         with_thinking = answer.reasoning is not None or text != answer.text.strip()
         if answer.completion_tokens is None or with_thinking:
-            document.tokens = math.ceil(len(text) / 4)  # an estimate: the endpoint's count includes the thinking
+            document.tokens = estimated_tokens(text)  # the endpoint's count includes the thinking
         else:
-            document.tokens = answer.completion_tokens
+            document.tokens = plausible_tokens(answer.completion_tokens, text)
         name = " ".join(words_of(self.settings.model_name))
         if answer.truncated:
             document.dropped = "truncated"
         elif answer.finish == "content_filter":
             document.dropped = "content_filter"
+        elif DAMAGED in text:
+            document.dropped = "damaged_text"
         elif leaked_scaffolding(text):
             document.dropped = "leaked_scaffolding"
         elif len(words_of(text)) < self.settings.least_words:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 
 from delib_fast.data.decontamination import words_of
+from delib_fast.datagen.answers import DAMAGED, Answer
 from delib_fast.datagen.citations import Label, cited, mentions_spec
 from delib_fast.datagen.parsing import COT_TAG, RESPONSE_TAG, Deliberation
-from delib_fast.datagen.request_log import Answer
 from delib_fast.datagen.settings import DeliberateSettings
 
 _SCAFFOLDING = re.compile(
@@ -30,6 +30,7 @@ def format_fault(
     """Return the reason to drop a generated answer, or None.
 
         truncated, content_filter            the endpoint cut the answer off
+        damaged_text                         it has characters that are not text, see `answers.clean_text`
         no_cot, no_response                  a part is missing
         cot_too_short, response_too_short    a part has too few words
         leaked_scaffolding                   it contains tags, control tokens or markers of our prompts
@@ -45,6 +46,8 @@ def format_fault(
         return "truncated"
     if answer.finish == "content_filter":
         return "content_filter"
+    if DAMAGED in answer.text or DAMAGED in (answer.reasoning or ""):
+        return "damaged_text"
     if parts.fault:
         return parts.fault
     for name, part, min_words in (

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from delib_fast.config import ModelConfig
-from delib_fast.datagen.request_log import Answer, Request
+from delib_fast.datagen.answers import Answer, Request
 from delib_fast.datagen.settings import EndpointSettings
 
 _GATHER_S = 0.02  # how long the first request of a batch waits for others
@@ -22,6 +22,8 @@ _GATHER_S = 0.02  # how long the first request of a batch waits for others
 
 class TransformersBackend:
     """A Hugging Face model, loaded onto the GPU in bf16, or onto the CPU in fp32."""
+
+    resumable = False
 
     def __init__(self, settings: EndpointSettings) -> None:
         from delib_fast.models import build_model, load_tokenizer  # imports transformers, which takes seconds
@@ -58,16 +60,18 @@ class TransformersBackend:
                 await asyncio.sleep(_GATHER_S)
             batch, self._waiting = self._waiting[: self._batch_size], self._waiting[self._batch_size :]
             requests = [request for request, _ in batch]
+            fault: Exception = RuntimeError("the model gave no answer")  # for every request that is left without one
             try:
                 answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._generate, requests)
+                for (_, done), answer in zip(batch, answers, strict=True):
+                    if not done.done():
+                        done.set_result(answer)
             except Exception as error:  # noqa: BLE001 (raised in each waiting request)
+                fault = error
+            finally:
                 for _, done in batch:
                     if not done.done():
-                        done.set_exception(error)
-                continue
-            for (_, done), answer in zip(batch, answers, strict=True):
-                if not done.done():
-                    done.set_result(answer)
+                        done.set_exception(fault)
 
     @torch.inference_mode()
     def _generate(self, requests: list[Request]) -> list[Answer]:

@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from delib_fast.datagen.backends import EndpointError, OpenAIBackend, Secrets
+from delib_fast.datagen.answers import Answer
+from delib_fast.datagen.backends import EndpointError, Secrets
 from delib_fast.datagen.client import Client, NoAnswer, for_each
+from delib_fast.datagen.endpoints import EndpointBackend
 from delib_fast.datagen.parsing import MalformedAnswer, parse_scores
 from delib_fast.datagen.progress import Meter
 from delib_fast.datagen.prompt_files import quoted
-from delib_fast.datagen.request_log import Answer
 from delib_fast.datagen.session import Session
 from delib_fast.datagen.settings import AXES, Axis, DeliberateSettings, EndpointSettings
 
@@ -50,7 +51,7 @@ class Judgement:
 async def judge_row(
     session: Session, settings: DeliberateSettings, *, spec_text: str, conversation: str, cot: str, response: str
 ) -> Judgement:
-    """Request the votes on a row one after another. With `stop_early`, stop after a vote below the threshold.
+    """Request the votes on a row; with `stop_early` one after another, until a vote is below the threshold.
 
     Raises:
         NoAnswer: a vote could not be parsed in `list_attempts` attempts (reason `malformed_judge`). Such a row has no
@@ -64,18 +65,28 @@ async def judge_row(
         cot=quoted("deliberation", cot),
         response=quoted("response", response),
     )
-    judgement = Judgement()
-    for vote in range(settings.judge_votes):
+
+    async def vote(number: int) -> tuple[dict[str, Any], list[str]]:
         (scores, why), request_ids = await session.ask_with_retry(
             session.judge,
             chat,
             lambda answer: parse_scores(answer.text),
             purpose="judge",
-            first_sample=vote * _SAMPLES_PER_VOTE,
+            first_sample=number * _SAMPLES_PER_VOTE,
         )
-        judgement.votes.append({**{str(axis): score for axis, score in scores.items()}, "why": why})
+        return {**{str(axis): score for axis, score in scores.items()}, "why": why}, request_ids
+
+    judgement = Judgement()
+    if not settings.stop_early:  # the votes do not depend on each other: with `batch`, they are in one batch
+        for scores, request_ids in await asyncio.gather(*map(vote, range(settings.judge_votes))):
+            judgement.votes.append(scores)
+            judgement.request_ids += request_ids
+        return judgement
+    for number in range(settings.judge_votes):
+        scores, request_ids = await vote(number)
+        judgement.votes.append(scores)
         judgement.request_ids += request_ids
-        if settings.stop_early and judgement.below(settings.thresholds()):
+        if judgement.below(settings.thresholds()):
             break
     return judgement
 
@@ -105,7 +116,7 @@ def request_verdicts(endpoint: EndpointSettings, prompts: Sequence[str], allowed
 async def _request_verdicts(endpoint: EndpointSettings, prompts: Sequence[str], allowed: Sequence[str]) -> list[str]:
     secrets = Secrets()
     client = Client(
-        None, Meter(), secrets, make_backend=lambda settings: OpenAIBackend(settings, secrets, require_key=False)
+        None, Meter(), secrets, make_backend=lambda settings: EndpointBackend(settings, secrets, require_key=False)
     )
     judge = client.endpoint(endpoint)
     verdicts: dict[int, str] = {}

@@ -10,9 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from delib_fast.datagen.request_log import Answer, RequestLog
+from delib_fast.datagen.answers import Answer
+from delib_fast.datagen.request_log import RequestLog
 
 _PLAIN_EVERY_S = 5.0  # interval of plain lines
+_UNPAID = frozenset({"spec_in_prompt", "duplicate_prompt"})  # dropped before any request
+_GOOD_ENOUGH = frozenset({"not_best"})  # usable, but others are better
 
 
 class Meter:
@@ -31,7 +34,12 @@ class Meter:
         self.completion_tokens = 0
         self.retries: Counter[str] = Counter()
         self.kept = 0
+        self.kept_tokens = 0
         self.dropped: Counter[str] = Counter()
+        self.first_drop = ""
+        """The reason and the message of the first drop."""
+        self.outcomes = self.usable = 0
+        """Samples, documents and failed steps that were paid for; and those that are usable."""
         self._console = console or Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
         self._live: Progress | None = None
         self._task = TaskID(0)
@@ -53,12 +61,25 @@ class Meter:
         self.retries[reason] += 1
         self._show()
 
-    def keep(self, rows: int = 1) -> None:
-        """Count rows or documents that are kept."""
-        self.kept += rows
+    def keep(self, tokens: int = 0) -> None:
+        """Count a row or document that is kept, with its number of tokens."""
+        self.kept += 1
+        self.kept_tokens += tokens
+        self.outcomes += 1
+        self.usable += 1
 
-    def drop(self, reason: str) -> None:
-        """Count a row, document or prompt that is dropped."""
+    def drop(self, reason: str, detail: str = "") -> None:
+        """Count a row, document or prompt that is dropped. `detail`: the message, by default the reason."""
+        self.dropped[reason] += 1
+        self.first_drop = self.first_drop or (f"{reason}: {detail}" if detail not in ("", reason) else reason)
+        if reason not in _UNPAID:
+            self.outcomes += 1
+            self.usable += reason in _GOOD_ENOUGH
+
+    def drop_kept(self, reason: str, tokens: int = 0) -> None:
+        """Count a row as dropped that was counted as kept before. It was usable."""
+        self.kept -= 1
+        self.kept_tokens -= tokens
         self.dropped[reason] += 1
 
     # --- showing --------------------------------------------------------------------------------------------
@@ -121,7 +142,7 @@ class Meter:
             parts.append(f"{self.reused} reused")
         if self.retries:
             parts.append(f"{self.retries.total()} retries")
-        cost = self.log.totals.cost if self.log else None
+        cost = self.log.totals.cost if self.log is not None else None
         if cost is not None:
             parts.append(f"cost {money(cost)}")
         if 0 < self._done < self._total:

@@ -10,11 +10,13 @@ a run, or to try another threshold, run the command again on the same folder.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from delib_fast.datagen.answers import Answer, estimated_tokens
 from delib_fast.datagen.citations import labels_of_spec
 from delib_fast.datagen.client import NoAnswer
 from delib_fast.datagen.dedup import NearDuplicates, text_key
@@ -22,7 +24,6 @@ from delib_fast.datagen.filters import format_fault
 from delib_fast.datagen.judge import Judgement, judge_row
 from delib_fast.datagen.parsing import MalformedAnswer, json_values, split_answer
 from delib_fast.datagen.prompt_files import quoted
-from delib_fast.datagen.request_log import Answer
 from delib_fast.datagen.session import Session
 from delib_fast.datagen.settings import DeliberateSettings
 from delib_fast.datagen.spec_leak import SpecGuard
@@ -45,6 +46,13 @@ class Sample:
     judgement: Judgement = field(default_factory=Judgement)
     dropped: str | None = None
     """Why it was dropped; None if it is kept."""
+    detail: str = ""
+    """More about why it was dropped."""
+
+    @property
+    def tokens(self) -> int:
+        """An estimate of the tokens of CoT and response."""
+        return estimated_tokens(f"{self.cot}{self.response}")
 
 
 async def generate_rows(session: Session, settings: DeliberateSettings, prompts_file: Path | None) -> dict[str, Any]:
@@ -66,7 +74,7 @@ async def generate_rows(session: Session, settings: DeliberateSettings, prompts_
     prompts = _filter_prompts(session, settings, prompts, guard)
     generator = _RowGenerator(session, settings)
     session.meter.start("prompts done", len(prompts))
-    await session.for_each(prompts, generator.run)
+    await session.probe_first(prompts, generator.run, probe_items=math.ceil(settings.probe_size / settings.samples))
     session.meter.stop()
     samples = [sample for prompt in prompts for sample in generator.samples.get(prompt.id, ())]
     kept = _drop_duplicates(session, settings, samples)
@@ -115,7 +123,7 @@ class _RowGenerator:
         try:
             categories, request_ids = await self._classify(prompt)
         except NoAnswer as error:
-            samples = [Sample(prompt, 0, (), list(prompt.request_ids), dropped=error.reason)]
+            samples = [Sample(prompt, 0, (), list(prompt.request_ids), dropped=error.reason, detail=str(error))]
         else:
             spec_text = session.spec.for_categories(categories, session.summaries)
             samples = await asyncio.gather(
@@ -127,9 +135,9 @@ class _RowGenerator:
         _keep_best(samples, settings.best_of)
         for sample in samples:
             if sample.dropped is None:
-                session.meter.keep()
+                session.meter.keep(sample.tokens)
             else:
-                session.meter.drop(sample.dropped)
+                session.meter.drop(sample.dropped, sample.detail)
         self.samples[prompt.id] = samples
         session.meter.advance()
 
@@ -187,7 +195,7 @@ class _RowGenerator:
                 if below := sample.judgement.below(settings.thresholds()):
                     sample.dropped = f"low_{below[0]}"
         except NoAnswer as error:
-            sample.dropped = error.reason
+            sample.dropped, sample.detail = error.reason, str(error)
         return sample
 
 
@@ -210,8 +218,7 @@ def _drop_duplicates(session: Session, settings: DeliberateSettings, samples: Se
         answer = text_key(f"{sample.cot}\n{sample.response}")
         if answer in answers or seen.find_or_add("", f"{sample.prompt.conversation}\n{sample.cot}\n{sample.response}"):
             sample.dropped = "duplicate"
-            session.meter.kept -= 1
-            session.meter.drop("duplicate")
+            session.meter.drop_kept("duplicate", sample.tokens)
         else:
             answers.add(answer)
             kept.append(sample)

@@ -5,21 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from delib_fast.config.load import redact
+from delib_fast.datagen.answers import Answer
 from delib_fast.datagen.backends import Backend, Secrets
 from delib_fast.datagen.client import Client, Endpoint, NoAnswer, for_each
 from delib_fast.datagen.parsing import MalformedAnswer, strip_thinking
 from delib_fast.datagen.progress import Meter
 from delib_fast.datagen.prompt_files import Chat, PromptFiles
-from delib_fast.datagen.request_log import Answer, RequestLog, lock_folder
+from delib_fast.datagen.request_log import RequestLog, WriteError, lock_folder
 from delib_fast.datagen.settings import EndpointSettings, RunSettings
 from delib_fast.datagen.spec import Section, Spec, first_sentence
+from delib_fast.datagen.spending import YieldCheck
 from delib_fast.files import write_atomic
 
 T = TypeVar("T")
@@ -54,25 +56,31 @@ class Session:
     ) -> AsyncIterator[Session]:
         """Lock the folder `out`, and open its request log. Both are released at the end of the block, also on errors.
 
-        Raises ConfigError if the folder is in use or cannot be written, or its log is damaged.
+        Raises ConfigError if the folder is in use or cannot be written, or its log is damaged; WriteError if a file
+        cannot be written. An error in the block is never replaced by one that follows from closing.
         """
-        lock = lock_folder(out)
         secrets = Secrets()
-        log = RequestLog(out / "requests.jsonl", scrub=secrets.scrub)
-        try:
+        async with contextlib.AsyncExitStack() as stack:
+            lock = lock_folder(out)
+            stack.callback(lock.release)
+            log = RequestLog(out / "requests.jsonl", scrub=secrets.scrub)
+            stack.push(_closing(log))
             meter = meter or Meter()
             meter.log = log
-            client = Client(log, meter, secrets, max_cost=settings.max_cost, make_backend=make_backend)
+            stack.callback(meter.stop)
+            client = Client(
+                log,
+                meter,
+                secrets,
+                max_cost=settings.max_cost,
+                max_paid_tokens=settings.max_paid_tokens,
+                yield_check=YieldCheck(meter, log.totals, settings.probe_size, settings.least_yield),
+                make_backend=make_backend,
+            )
             session = Session(out, spec, settings, client, log, secrets)
-            async with client.running():
-                try:
-                    session.write_settings()
-                    yield session
-                finally:
-                    meter.stop()
-        finally:
-            log.close()
-            lock.release()
+            await stack.enter_async_context(client.running())
+            session.write_settings()
+            yield session
 
     # --- requests -------------------------------------------------------------------------------------------
 
@@ -95,6 +103,15 @@ class Session:
         limits = {id(e): e.settings.concurrency for e in (self.generator, self.judge)}
         await for_each(items, work, self.client, concurrency=2 * sum(limits.values()))
 
+    async def probe_first(self, items: Sequence[T], work: Callable[[T], Awaitable[Any]], *, probe_items: int) -> None:
+        """Await `work(item)` for every item; for the first `probe_items` before the others, to report their yield."""
+        await self.for_each(items[:probe_items], work)
+        check = self.client.yield_check
+        if len(items) > probe_items and check is not None and self.meter.answers:
+            usable, outcomes = self.meter.usable, self.meter.outcomes
+            self.meter.print(f"{usable} of the first {outcomes} are usable; {check.figures()}")
+        await self.for_each(items[probe_items:], work)
+
     async def summarize(self) -> None:
         """Set `summaries`, one sentence per section, by section id. A short section is its own summary."""
         sections = self.spec.sections
@@ -114,10 +131,12 @@ class Session:
             chat = self.prompts.chat(
                 "summarize", title=" › ".join((*section.path, section.title)), section=section.text
             )
-            with contextlib.suppress(NoAnswer):
+            try:
                 self.summaries[section.id], _ = await self.ask_with_retry(
                     self.generator, chat, _parse_summary, purpose="summarize"
                 )
+            except NoAnswer as error:
+                self.meter.drop("no_summary", str(error))
         self.meter.advance()
 
     def summary_lines(self) -> str:
@@ -132,9 +151,12 @@ class Session:
         self.write("settings.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110))
 
     def write(self, name: str, text: str) -> Path:
-        """Write a file in the folder atomically, without secrets. Returns its path."""
+        """Write a file in the folder atomically, without secrets. Returns its path. Raises WriteError if that fails."""
         path = self.out / name
-        write_atomic(path, self._scrub(text))
+        try:
+            write_atomic(path, self._scrub(text))
+        except OSError as error:
+            raise WriteError(path, error) from None
         return path
 
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -154,12 +176,30 @@ class Session:
                 "completion_tokens": totals.completion_tokens,
                 "cost": totals.cost,
                 "answers_without_usage": totals.without_usage,
+                "at_most": totals.at_most.record(),
                 "by_purpose": totals.by_purpose,
             },
+            "failed_attempts": dict(totals.failed.most_common()),
+            "usable": {"outcomes": meter.outcomes, "usable": meter.usable, "tokens": meter.kept_tokens},
+            "first_drop": meter.first_drop,
             "this_run": {"answers": meter.answers, "reused": meter.reused, "retries": dict(meter.retries)},
         }
         self.write("summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
         return summary
+
+
+def _closing(log: RequestLog) -> Callable[..., None]:
+    """An exit callback that closes the log. Its error is raised unless there is one already, which gets a note."""
+
+    def close(kind: Any, error: BaseException | None, traceback: Any) -> None:
+        try:
+            log.close()
+        except WriteError as fault:
+            if error is None:
+                raise
+            error.add_note(str(fault))
+
+    return close
 
 
 def _parse_summary(answer: Answer) -> str:

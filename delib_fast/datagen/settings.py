@@ -12,26 +12,35 @@ from delib_fast.config import FilePath, Section
 from delib_fast.config.load import FileKind
 
 Axis = Literal["compliance", "helpfulness", "reasoning"]
+_BATCH_CONCURRENCY = 1000
 AXES: tuple[Axis, ...] = ("compliance", "helpfulness", "reasoning")
 
 
 class EndpointSettings(Section):
-    """A model that answers requests: an OpenAI-compatible endpoint, or a model loaded in this process."""
+    """A model that answers requests: an endpoint, or a model loaded in this process."""
 
     backend: Literal["openai", "transformers"] = "openai"
     """`openai` sends requests to a server; `transformers` loads the model in this process."""
+    api: Literal["openai", "anthropic"] = "openai"
+    """The API of the server: `openai` for chat completions, which most servers offer, `anthropic` for Messages."""
+    batch: bool = False
+    """Submit requests as batches (OpenAI's Batch API, Anthropic's Message Batches): half the price, answers within 24
+    hours. The run may be stopped meanwhile; the same command collects the answers."""
+    batch_poll_s: PositiveFloat = Field(30.0, le=3600)
+    """Seconds between two requests for the state of a batch."""
     model: str = ""
     """The model's name at the endpoint; for `transformers`, a model folder or a name on the Hugging Face hub."""
     base_url: str | None = None
-    """Address of the endpoint, e.g. http://127.0.0.1:8000/v1. The default is $OPENAI_BASE_URL, or the hosted API of the
-    openai package if that is not set."""
+    """Address of the endpoint, e.g. http://127.0.0.1:8000/v1. The default is $OPENAI_BASE_URL or $ANTHROPIC_BASE_URL,
+    or the hosted API if that is not set. No request leaves this address: redirects are refused."""
     api_key_env: str = "OPENAI_API_KEY"
-    """Name of the environment variable that holds the API key. The key itself is never read from or written to a
-    file."""
+    """Name of the environment variable that holds the API key; for `api: anthropic`, the default is ANTHROPIC_API_KEY.
+    The key itself is never read from or written to a file."""
     concurrency: PositiveInt = 16
-    """Maximum number of requests in flight; for `transformers`, the batch size."""
+    """Maximum number of requests in flight; for `transformers`, the batch size; for `batch`, the maximum number of
+    requests in unfinished batches, by default 1000."""
     temperature: NonNegativeFloat = 1.0
-    """Sampling temperature; 0 is greedy."""
+    """Sampling temperature; 0 is greedy. Anthropic's API accepts at most 1."""
     top_p: float | None = Field(1.0, gt=0, le=1)
     """Nucleus sampling: sample from the smallest set of tokens with this probability; null does not send it."""
     max_tokens: PositiveInt = 4096
@@ -41,9 +50,11 @@ class EndpointSettings(Section):
     extra: dict[str, Any] = Field(default_factory=dict)
     """Further fields of the request body, e.g. {chat_template_kwargs: {enable_thinking: true}}."""
     timeout_s: PositiveFloat = 600.0
-    """Seconds to wait for an answer before the request is retried."""
+    """Seconds for one attempt, from connecting to the last byte of the answer; then the request is retried."""
+    max_answer_mib: PositiveFloat = Field(16.0, le=1024)
+    """Maximum size of an answer in MiB after decompression. A larger one is not read further (`too_large`)."""
     attempts: PositiveInt = 8
-    """Maximum number of times that a request is sent in a run (after 429, 5xx, timeouts, lost connections)."""
+    """Maximum number of times that a request is sent in a run (after 429, 5xx, timeouts, lost connections …)."""
     first_backoff_s: PositiveFloat = 1.0
     """Seconds to wait before the second attempt; the wait doubles with each attempt, with jitter. A Retry-After header
     takes precedence."""
@@ -52,12 +63,31 @@ class EndpointSettings(Section):
     price_in: NonNegativeFloat | None = None
     """Price of a million prompt tokens, in any currency; for the reported cost and for max_cost."""
     price_out: NonNegativeFloat | None = None
-    """Price of a million completion tokens."""
+    """Price of a million completion tokens. Give the full prices also for `batch`, which costs half of them."""
 
     @field_validator("base_url")
     @classmethod
     def _valid_base_url(cls, value: str | None) -> str | None:
         return None if value is None else check_base_url(value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_api(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        anthropic = {"api_key_env": "ANTHROPIC_API_KEY"} if values.get("api") == "anthropic" else {}
+        batch = {"concurrency": _BATCH_CONCURRENCY} if values.get("batch") is True else {}
+        return {**anthropic, **batch, **values}
+
+    @model_validator(mode="after")
+    def _possible(self) -> EndpointSettings:
+        if self.api == "anthropic" and self.temperature > 1:
+            raise ValueError(f"temperature {self.temperature:g} is above 1, the maximum of api anthropic")
+        if self.api == "anthropic" and self.token_limit_name != "max_tokens":
+            raise ValueError(f"token_limit_name {self.token_limit_name} is not known to api anthropic; use max_tokens")
+        if self.batch and self.backend == "transformers":
+            raise ValueError("batch needs an endpoint; a model in this process always computes batches")
+        return self
 
     @field_validator("extra")
     @classmethod
@@ -102,7 +132,15 @@ class RunSettings(Section):
     seed: int = Field(0, ge=0)
     """Seed for shuffling the subdomains and the documents of `document`."""
     max_cost: PositiveFloat | None = None
-    """Stop the run once the answers in its folder have cost this much; needs price_in and price_out."""
+    """The answers in the folder of the run never cost more than this; needs price_in and price_out. A request is sent
+    only if the budget also covers it at its maximum: one token per byte of its prompt, and max_tokens."""
+    max_paid_tokens: PositiveInt | None = None
+    """The same limit in tokens of prompts and answers, for endpoints without a price."""
+    probe_size: PositiveInt = 100
+    """Number of samples or documents that are generated before the rest, to check how many are usable. The share is
+    checked again each time their number has doubled."""
+    least_yield: float = Field(0.01, ge=0, lt=1)
+    """Stop the run (exit code 3) if a smaller share of them is usable; 0 never stops it."""
 
     @model_validator(mode="after")
     def _prices_for_max_cost(self) -> RunSettings:
@@ -183,6 +221,9 @@ class DocumentSettings(RunSettings):
     """Number of document types (a letter, a case note, a transcript …) per subdomain."""
     ideas: PositiveInt = 4
     """Number of ideas per document type in one round; further rounds follow until the budget is used up."""
+    probe_size: PositiveInt = 32
+    """Number of documents that are generated before the rest, to check how many are usable. The share is checked again
+    each time their number has doubled."""
     rounds: PositiveInt = 8
     """Maximum number of rounds of ideas."""
     critique: bool = False

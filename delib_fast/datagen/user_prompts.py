@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from delib_fast.config import ConfigError
 from delib_fast.data.read.formats import CHAT_KEYS, PROMPT_KEYS, ROLES
 from delib_fast.data.read.strict_json import decode
 from delib_fast.data.rows import DataError
+from delib_fast.datagen.answers import DAMAGED, clean_text
 from delib_fast.datagen.client import NoAnswer
 from delib_fast.datagen.dedup import NearDuplicates
 from delib_fast.datagen.parsing import parse_strings
@@ -118,6 +118,7 @@ def _prompt_of(item: Any, location: str, spec: Spec) -> UserPrompt:
     if isinstance(value, str) and key in PROMPT_KEYS:
         if not value.strip():
             raise ConfigError(f"{location}: {key!r} is empty")
+        _check_text(value, f"{location}: {key!r}")
         if not item.get("system"):
             return UserPrompt(({"role": "user", "content": value},), location, categories)
         value = [{"role": "system", "content": item["system"]}, {"role": "user", "content": value}]
@@ -134,12 +135,19 @@ def _turns(value: Any, key: str, location: str) -> tuple[dict[str, str], ...]:
         content = message.get("content", message.get("value")) if isinstance(message, dict) else None
         if role is None or not isinstance(content, str):
             raise ConfigError(f"{location}: {key}[{i}] must have a role and a content that is a string")
+        _check_text(content, f"{location}: {key}[{i}]")
         turns.append({"role": role, "content": content})
     if turns[-1]["role"] == "assistant":
         turns.pop()
     if not turns or turns[-1]["role"] not in ("user", "tool"):
         raise ConfigError(f"{location}: {key!r} must end with a user or tool message")
     return tuple(turns)
+
+
+def _check_text(text: str, where: str) -> None:
+    """Refuse characters that no JSON request and no row of training data can contain."""
+    if clean_text(text) != text:
+        raise ConfigError(f"{where} contains a NUL or half of a surrogate pair (\\ud800 to \\udfff); remove it")
 
 
 def _categories(value: Any, location: str, spec: Spec) -> tuple[str, ...]:
@@ -211,13 +219,15 @@ async def _one_round(
                 session.generator, chat, lambda answer: parse_strings(answer.text), purpose="situations"
             )
         except NoAnswer as error:
-            session.meter.drop(error.reason)
+            session.meter.drop(error.reason, str(error))
             return
         found[domain] = []
         for situation in situations[:per_domain]:
             used[domain].append(situation)
-            with contextlib.suppress(NoAnswer):
+            try:
                 found[domain] += await _messages(session, domain, situation, (*request_ids, *more_ids))
+            except NoAnswer as error:
+                session.meter.drop(error.reason, str(error))
 
     await session.for_each(domains, one_domain)
     # In the order of the domains, not of arrival, so that the same answers give the same prompts.
@@ -237,4 +247,5 @@ async def _messages(session: Session, domain: str, situation: str, request_ids: 
             request_ids=(*request_ids, *more_ids),
         )
         for text in texts[:_MESSAGES_PER_SITUATION]
+        if DAMAGED not in text
     ]

@@ -57,7 +57,9 @@ class JudgeConfig(Section):
     """A judge behind an OpenAI-compatible endpoint."""
 
     base_url: str
-    """URL of an OpenAI-compatible endpoint, including /v1."""
+    """URL of the endpoint, including /v1. No request leaves this address: redirects are refused."""
+    api: Literal["openai", "anthropic"] = "openai"
+    """The API of the endpoint: `openai` for chat completions, which most servers offer, `anthropic` for Messages."""
     model: str
     """Name of the judge model at the endpoint."""
     api_key_env: str = "DELIB_FAST_JUDGE_KEY"
@@ -74,6 +76,7 @@ class JudgeConfig(Section):
         return EndpointSettings(
             model=self.model,
             base_url=self.base_url,
+            api=self.api,
             api_key_env=self.api_key_env,
             concurrency=4,
             temperature=0.0,

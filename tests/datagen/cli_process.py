@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["delib_fast.cli.datagen", "delib_fast.reports.data_report", "openai"])
+_context.set_forkserver_preload(["delib_fast.cli.datagen", "delib_fast.reports.data_report", "httpx"])
 
 
 def _main(args: list[str], output: str, environment: dict[str, str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("openai", reason="generation needs the openai package (extra `generate`)")
+pytest.importorskip("httpx", reason="generation needs the httpx package (extra `generate`)")
 pytest.importorskip("pytest_httpserver")
 
 from generation_runs import PROMPTS

@@ -15,11 +15,12 @@ from scripted_model import ScriptedModel, status
 from delib_fast.config import ConfigError
 from delib_fast.config.load import load
 from delib_fast.datagen.backends import EndpointError, Secrets
-from delib_fast.datagen.client import BudgetSpent, Client, NoAnswer, for_each
+from delib_fast.datagen.client import Client, NoAnswer, for_each
 from delib_fast.datagen.progress import Meter
 from delib_fast.datagen.request_log import Answer, RequestLog
 from delib_fast.datagen.settings import SETTINGS_FILE, DeliberateSettings, EndpointSettings
 from delib_fast.datagen.spec import Spec
+from delib_fast.datagen.stopping import BudgetSpent
 
 
 def ask_all(model: ScriptedModel, folder: Path, texts: list[str], **changes: Any) -> tuple[list[Any], Client]:
@@ -134,14 +135,16 @@ def test_endpoint_where_every_request_fails_stops_the_run(model: ScriptedModel, 
 
 def test_max_cost_stops_the_run(model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path) -> None:
     model.answer = lambda purpose, text: None
-    settings = settings_for(model, max_cost=0.005)
+    settings = settings_for(model, max_cost=0.03, generator={"max_tokens": 2000})
     with pytest.raises(BudgetSpent):
         asyncio.run(run_deliberate(tmp_path / "out", spec, settings, prompts_file))
     log = RequestLog(tmp_path / "out" / "requests.jsonl")
-    assert 0.005 <= log.totals.cost < 0.02
+    # Near the limit, a request is only sent if its longest possible answer still fits.
+    assert 0.03 - (0.005 + 2 * 0.002) < log.totals.cost <= 0.03
     expected = (log.totals.prompt_tokens * 1.0 + log.totals.completion_tokens * 2.0) / 1e6
     assert log.totals.cost == pytest.approx(expected)
-    summary = asyncio.run(run_deliberate(tmp_path / "out", spec, settings_for(model), prompts_file))
+    settings = settings_for(model, generator={"max_tokens": 2000})
+    summary = asyncio.run(run_deliberate(tmp_path / "out", spec, settings, prompts_file))
     assert summary["rows"] == 12
     assert model.paid_twice() == []
 

@@ -186,7 +186,8 @@ def test_key_is_never_written(model: ScriptedModel, prompts_file: Path, tmp_path
 
     model.fault = echo
     code, output = Command(tmp_path, model, prompts_file, key=canary).run()
-    assert code == 0, output
+    assert code == 3, output
+    assert "error: nothing was made: truncated\n" in output
     assert model.authorization == {f"Bearer {canary}"}
     model.fault = lambda key, attempt, purpose, request: status(401) if purpose == "judge" else None
     model.answer = lambda purpose, text: None

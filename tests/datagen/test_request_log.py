@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from delib_fast.config import ConfigError
 from delib_fast.datagen import request_log as log_module
-from delib_fast.datagen.request_log import Answer, Request, RequestLog, RequestLogError, lock_folder
+from delib_fast.datagen.request_log import Answer, Request, RequestLog, WriteError, lock_folder
 
 ANSWER = Answer("tëxt\u2028with\nlines", "stop", "thoughts", 5, 7, "served")
 
@@ -120,7 +120,7 @@ def test_full_disk_stops_the_run_and_keeps_what_was_written(tmp_path: Path, monk
     async def main() -> None:
         log = RequestLog(path)
         monkeypatch.setattr(log_module.os, "pwrite", full)
-        with pytest.raises(RequestLogError, match="No space left"):
+        with pytest.raises(WriteError, match="No space left"):
             await log.append(request("lost"), ANSWER, cost=None, attempts=1, seconds=0)
         monkeypatch.setattr(log_module.os, "pwrite", real)
         await log.append(request("later"), ANSWER, cost=None, attempts=1, seconds=0)
