@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,7 +36,6 @@ PLAIN_TEMPLATE = """\
 """The chat template of models without their own; it is also exported with such a model."""
 
 _MAX_SHAPES = 10_000
-_EMPTY_BLOCK = re.compile(rf"\s*(?:{THINK[0]})?(\s*){THINK[1]}\s*")
 
 
 @dataclass
@@ -59,6 +58,8 @@ class ChatRenderer:
         """
         found = self._skeletons.get(chat.key)
         if found is None:
+            for text in (chat.tools, *chat.calls, *chat.fields):
+                self.control.refuse_slots(text, location)
             if len(self._skeletons) >= _MAX_SHAPES:
                 self._skeletons.clear()
             try:
@@ -152,16 +153,16 @@ class ChatRenderer:
         slotted = chat.with_texts([*(chat.texts[:-2] if own else marked[:-2]), *marked[-2:]])
         inputs, finished = self._first_that_fits(slotted)
         prompt, kwargs, supplied = self._supplied(inputs, finished)
-        raw, prompt_chars = finished, supplied
+        if own:
+            self._refuse_dropped_messages(inputs, finished)
+        text = self.control.spell(finished)
+        refuse_dropped_tools(inputs, finished, text[supplied:], self._finished)
         if inputs.style.cot == "prompt":
-            raw, prompt_chars = self._after_prompt(inputs, finished, prompt, supplied)
-        refuse_dropped_tools(inputs, finished, raw[prompt_chars:], self._finished)
-        text = self.control.spell(raw)
-        provided = len(self.control.spell(raw[:prompt_chars]))
+            text, supplied = self._after_prompt(inputs, text, self.control.spell(prompt), supplied)
         cot_slot, response_slot = slot(len(marked) - 2), slot(len(marked) - 1)
-        response_start = skip_thought(self.control, text, cot_slot, response_slot, provided)
+        response_start = skip_thought(self.control, text, cot_slot, response_slot, supplied)
         end = reply_end(inputs, text, max(text.find(response_slot) + 1, response_start), self._finished)
-        positions = (provided if cot_slot in text else response_start, response_start, end)
+        positions = (supplied if cot_slot in text else response_start, response_start, end)
         skeleton = Skeleton(
             rendering=Rendering.of(text),
             boundaries=tuple((n := len(slots_in(text[:position])), position - n) for position in positions),
@@ -170,7 +171,8 @@ class ChatRenderer:
             prompt=Rendering.of(prompt),
             prompt_kwargs=kwargs,
         )
-        self._check_ids(skeleton, Rendering.of(raw), chat, own=own)
+        if not self.control.is_escaped(finished):
+            self._check_ids(skeleton.rendering, chat, own=own)
         return skeleton
 
     def _first_that_fits(self, slotted: ChatInput) -> tuple[TemplateInput, str]:
@@ -195,6 +197,19 @@ class ChatRenderer:
                     return inputs, finished
         raise first[cots[-1]]
 
+    def _refuse_dropped_messages(self, inputs: TemplateInput, finished: str) -> None:
+        """Raise DataError if a message can be replaced without a change of the rendering."""
+        texts = inputs.chat.texts
+        for k, role in enumerate(inputs.chat.roles):
+            if not texts[2 * k].strip():
+                continue
+            other = inputs.chat.with_texts([*texts[: 2 * k], slot(2 * k), *texts[2 * k + 1 :]])
+            same = False
+            with suppress(*_TEMPLATE_ERRORS):  # the template reads the text
+                same = self._finished(replace(inputs, chat=other)) == finished
+            if same:
+                raise _refused(f"the chat template drops the {role} message (number {k})")
+
     def _supplied(self, inputs: TemplateInput, finished: str) -> tuple[str, dict[str, bool], int]:
         """Return the generation prompt, its arguments, and how many characters of a rendering it supplies."""
         has_cot = inputs.chat.has_cot
@@ -207,41 +222,48 @@ class ChatRenderer:
                     "think block: a chain of thought cannot be trained on with this template; set cot: strip, or use "
                     "another template"
                 )
+        text = self.control.spell(finished)
         for kwargs, prompt in tried:
             if finished.startswith(prompt):
-                return prompt, kwargs, len(prompt)
+                return prompt, kwargs, len(self.control.spell(prompt))
         kwargs, prompt = tried[0]
-        differ = (k for k, (a, b) in enumerate(zip(finished, prompt, strict=False)) if a != b)
-        common = next(differ, min(len(finished), len(prompt)))
-        if prompt[common:].replace(THINK[0], "").replace(THINK[1], "").strip():
+        common, rest = self._common(text, self.control.spell(prompt))
+        if rest.strip():
             raise _refused(
                 "the chat template writes these messages differently before a reply than as a prompt for one, "
                 "so that it is unclear what the model has to write"
             )
         return prompt, kwargs, common
 
-    @staticmethod
-    def _after_prompt(inputs: TemplateInput, finished: str, prompt: str, supplied: int) -> tuple[str, int]:
+    def _common(self, finished: str, prompt: str) -> tuple[int, str]:
+        """Return the length of the common beginning, and the rest of the prompt without think tags."""
+        tags = re.compile("|".join(map(re.escape, map(self.control.spell, THINK))))
+        differ = (k for k, (a, b) in enumerate(zip(finished, prompt, strict=False)) if a != b)
+        common = next(differ, min(len(finished), len(prompt)))
+        for tag in tags.finditer(prompt):
+            if tag.start() < common < tag.end():
+                common = tag.start()
+        return common, tags.sub("", prompt[common:])
+
+    def _after_prompt(self, inputs: TemplateInput, finished: str, prompt: str, supplied: int) -> tuple[str, int]:
         """Write the chain of thought where the model will: after the generation prompt, and before the response.
 
         If the template writes an empty think block in front of the response, the thought fills it.
         """
-        opening, closing = THINK
-        block = _EMPTY_BLOCK.match(finished, supplied)
+        opening, closing = map(self.control.spell, THINK)
+        block = re.compile(rf"\s*(?:{opening})?(\s*){closing}(\s*)").match(finished, supplied)
         rest = finished[block.end() :] if block else finished[supplied:]
-        line = "" if block and not block[1] else "\n"
-        after = (block[0][block[0].index(closing) + len(closing) :]) if block else "\n\n"
+        line, after = ("\n" if block[1] else "", block[2]) if block else ("\n", "\n\n")
         tag = "" if prompt.rstrip().endswith(opening) else opening + line
         return f"{prompt}{tag}{inputs.chat.texts[-2]}{line}{closing}{after}{rest}", len(prompt)
 
-    def _check_ids(self, skeleton: Skeleton, raw: Rendering, chat: ChatInput, *, own: bool) -> None:
+    def _check_ids(self, rendering: Rendering, chat: ChatInput, *, own: bool) -> None:
         """Raise DataError if renaming the control tokens changes the ids of a sample row, or of the row itself."""
         cores = [text.strip() if own else f"Probe {k}, of no meaning" for k, text in enumerate(chat.texts)]
-        whole = raw.fill(cores)
-        if self.control.is_escaped(whole):
-            return  # it spells out control tokens, which the tokenizer itself would not treat as text
-        ours = self.control.encode_batch([skeleton.rendering.fill(cores)])[0].ids
-        if ours != self.tokenizer.backend_tokenizer.encode(whole, add_special_tokens=False).ids:
+        text = rendering.fill(cores)
+        ours = self.control.encode_batch([text])[0].ids
+        stock = self.tokenizer.backend_tokenizer.encode(self.control.unspell(text), add_special_tokens=False)
+        if ours != stock.ids and not self.control.is_escaped(text):
             raise _refused(
                 "the tokenizer gives other ids when its control tokens are kept apart from text, so that rows would "
                 "not have the ids of apply_chat_template; use another tokenizer"

@@ -48,8 +48,8 @@ class ControlTokens:
         names = [token["content"] for token in config["added_tokens"] if _is_control(token, template_text)]
         self.spelling = dict(zip(names, _free_characters(config, len(names)), strict=True))
         self._control_tokens = _any_of(names)
-        self._characters = frozenset(self.spelling.values())
-        self._reserved = re.compile(f"[{''.join(self._characters)}]" if names else "(?!)")
+        self._names = {char: name for name, char in self.spelling.items()}
+        self._reserved = re.compile(f"[{''.join(self._names)}]" if names else "(?!)")
         _rename(config, self.spelling, _keeps(backend, self.spelling.values()))
         self._backend = tokenizers.Tokenizer.from_str(json.dumps(config))
         self._check_ids(backend)
@@ -57,6 +57,10 @@ class ControlTokens:
     def spell(self, rendering: str) -> str:
         """Replace the control tokens of a rendering with private-use characters, and unescape the escaped ones."""
         return self._control_tokens.sub(lambda match: self.spelling[match[0]], rendering).replace(_BREAK, "")
+
+    def unspell(self, text: str) -> str:
+        """Replace the private-use characters with the control tokens that they stand for."""
+        return self._reserved.sub(lambda match: self._names[match[0]], text)
 
     def escape(self, value: Any) -> Any:
         """Break up the control tokens in a text, or in all texts of a JSON value, so that `spell` keeps them as text.
@@ -90,7 +94,7 @@ class ControlTokens:
 
     def is_control(self, char: str) -> bool:
         """Whether a character stands for a control token."""
-        return char in self._characters
+        return char in self._names
 
     def refuse_reserved(self, text: str, location: str) -> None:
         """Raise DataError if a row contains one of the private-use characters that stand for control tokens."""
