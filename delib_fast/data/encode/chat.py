@@ -8,15 +8,16 @@ row alone, with placeholders only for its chain of thought and response.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 
-from delib_fast.data.encode.chat_input import THINK, ChatInput, Style, TemplateInput, shape_of
+from delib_fast.data.encode.chat_input import THINK, ChatInput, Style, TemplateInput, shape_of, styles
 from delib_fast.data.encode.control_tokens import ControlTokens
 from delib_fast.data.encode.reply import refuse_dropped_tools, reply_end
 from delib_fast.data.encode.skeleton import MAX_TEXTS, Rendering, Skeleton, skip_thought, slot, slots_in
@@ -70,14 +71,21 @@ class ChatRenderer:
             self._skeletons[chat.key] = found
         return self._own(chat, location, found) if isinstance(found, DataError) else found
 
-    def verified(self, chat: ChatInput, skeleton: Skeleton, location: str) -> Skeleton:
-        """Return the skeleton if the chat's stock rendering equals it when filled, or else one for this chat alone.
+    def verified(self, chats: Sequence[tuple[ChatInput, Skeleton, str]]) -> list[Skeleton]:
+        """Compare chats with stock.
 
+        Args:
+            chats: each with its skeleton and location.
+        Returns:
+            The skeleton of each chat if, filled, it equals the chat's stock rendering, or else one for this chat alone.
         Raises:
             DataError: no rendering with placeholders equals the stock rendering.
         """
-        escaped = self._escaped(chat, location)
-        return skeleton if self._equals_stock(skeleton, escaped, location) else self._own(chat, location, None)
+        escaped = [(self._escaped(chat, location), skeleton) for chat, skeleton, location in chats]
+        return [
+            skeleton if equal else self._own(chat, location, None)
+            for (chat, skeleton, location), equal in zip(chats, self._equal_stock(escaped), strict=True)
+        ]
 
     def _own(self, chat: ChatInput, location: str, generic: DataError | None) -> Skeleton:
         """Return a skeleton for one chat alone. `generic` is the error of its shape, which is raised if this fails."""
@@ -89,11 +97,16 @@ class ChatRenderer:
                 skeleton = self._build(escaped, own=True)
         except DataError as error:
             raise _located(generic or error, location) from None
-        if not self._equals_stock(skeleton, escaped, location):
-            raise _located(generic or self._difference(), location)
+        if not self._equal_stock([(escaped, skeleton)])[0]:
+            raise _located(generic or self._difference(chat), location)
         return skeleton
 
-    def _difference(self) -> DataError:
+    def _difference(self, chat: ChatInput) -> DataError:
+        if chat.has_reply_of_blocks:
+            return _refused(
+                "the chat template does not join the text blocks of the reply with a line break: write the reply as "
+                "one text"
+            )
         if "strftime_now" in (self.tokenizer.chat_template or ""):
             return _refused("the chat template writes the current time, which differs between two renderings of a row")
         return _refused(
@@ -105,9 +118,7 @@ class ChatRenderer:
 
     def render(self, messages: Sequence[dict[str, Any]], **kwargs: Any) -> str:
         """Apply the chat template."""
-        if self.tokenizer.chat_template is None:
-            kwargs |= {"chat_template": PLAIN_TEMPLATE, "add_bos": self.add_bos}
-        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs))
+        return self._apply([list(messages)], kwargs)[0]
 
     def prompt(self, chat: ChatInput, location: str) -> str:
         """Return the generation prompt of a chat. Control tokens are written as private-use characters."""
@@ -131,17 +142,47 @@ class ChatRenderer:
     def _prompt_of(self, inputs: TemplateInput, kwargs: dict[str, bool]) -> str:
         return self.render(inputs.messages(), add_generation_prompt=True, **kwargs, **inputs.kwargs())
 
-    def _equals_stock(self, skeleton: Skeleton, escaped: ChatInput, location: str) -> bool:
-        inputs = TemplateInput(escaped, skeleton.style, self.control)
-        cores = [text.strip() for text in escaped.texts]
-        try:
-            with _rendering_errors(escaped):
-                return (
-                    self._finished(inputs) == skeleton.finished.fill(cores)
-                    and self._prompt_of(inputs, skeleton.prompt_kwargs) == skeleton.prompt.fill(cores)
-                )  # fmt: skip
-        except DataError as error:
-            raise _located(error, location) from None
+    def _equal_stock(self, chats: Sequence[tuple[ChatInput, Skeleton]]) -> list[bool]:
+        """Whether the skeleton of each chat, filled with its escaped texts, is what the template writes."""
+        inputs = [TemplateInput(escaped, skeleton.style, self.control) for escaped, skeleton in chats]
+        before = [given.messages() for given in inputs]
+        finished = self._render_all(
+            [([*messages, given.reply()], given.kwargs()) for given, messages in zip(inputs, before, strict=True)]
+        )
+        prompts = self._render_all(
+            [
+                (messages, {"add_generation_prompt": True, **skeleton.prompt_kwargs, **given.kwargs()})
+                for given, messages, (_, skeleton) in zip(inputs, before, chats, strict=True)
+            ]
+        )
+        equal = []
+        for k, (escaped, skeleton) in enumerate(chats):
+            cores = [text.strip() for text in escaped.texts]
+            equal.append(finished[k] == skeleton.finished.fill(cores) and prompts[k] == skeleton.prompt.fill(cores))
+        return equal
+
+    def _render_all(self, requests: Sequence[tuple[list[dict[str, Any]], dict[str, Any]]]) -> list[str | None]:
+        """Render many chats, those with equal arguments in one call. None where the template raises an error."""
+        groups: dict[str, list[int]] = {}
+        for k, (_, kwargs) in enumerate(requests):
+            groups.setdefault(json.dumps(kwargs), []).append(k)
+        rendered: list[str | None] = [None] * len(requests)
+        for members in groups.values():
+            kwargs = requests[members[0]][1]
+            try:
+                texts = self._apply([requests[k][0] for k in members], kwargs)
+            except _TEMPLATE_ERRORS:
+                if len(members) == 1:
+                    continue
+                texts = [self._render_all([requests[k]])[0] for k in members]
+            for k, text in zip(members, texts, strict=True):
+                rendered[k] = text
+        return rendered
+
+    def _apply(self, chats: list[list[dict[str, Any]]], kwargs: dict[str, Any]) -> list[str]:
+        if self.tokenizer.chat_template is None:
+            kwargs = kwargs | {"chat_template": PLAIN_TEMPLATE, "add_bos": self.add_bos}
+        return list(self.tokenizer.apply_chat_template(chats, tokenize=False, **kwargs))
 
     # --- building -------------------------------------------------------------------------------------------
 
@@ -179,23 +220,69 @@ class ChatRenderer:
         """Return the first style in which the template writes all texts, and its rendering with the reply.
 
         Raises:
-            DataError: there is none. The error is that of the last place for the chain of thought, and of the first
-                form of the contents.
-            jinja2.TemplateError, TypeError: the template raises an error in every style.
+            DataError, jinja2.TemplateError, TypeError: there is none.
         """
-        cots = ("field", "content", "prompt") if slotted.has_cot else ("field",)
-        first: dict[str, Exception] = {}
-        for blocks in ("given", "none", "all") if slotted.has_blocks else ("given", "all"):
-            for cot in cots:
-                inputs = TemplateInput(slotted, Style(cot, blocks), self.control, has_slots=True)
+        first: Exception | None = None
+        for style in styles(slotted):
+            inputs = TemplateInput(slotted, style, self.control, has_slots=True)
+            last: Exception | None = None
+            for cot in self._places_for_cot(inputs):
+                placed = replace(inputs, style=replace(style, cot=cot))
                 try:
-                    finished = self._finished(inputs)
-                    _refuse_dropped_texts(inputs, finished)
-                except (DataError, *_TEMPLATE_ERRORS) as error:
-                    first.setdefault(cot, error)
+                    finished = self._finished(placed)
+                    _refuse_dropped_texts(placed, finished)
+                    if cot == "content":
+                        self._refuse_text_before_cot(placed, finished)
+                except DataError as error:
+                    last = error
+                except _TEMPLATE_ERRORS as error:
+                    last = error
+                    break  # the template refuses the texts, or a chain of thought next to them
                 else:
-                    return inputs, finished
-        raise first[cots[-1]]
+                    return placed, finished
+            first = first or last
+        assert first is not None, "there is at least one style"
+        raise first
+
+    def _places_for_cot(self, inputs: TemplateInput) -> Iterator[Literal["field", "content", "prompt"]]:
+        """Yield the places for the chain of thought, the best first."""
+        yield "field"
+        if inputs.chat.has_cot:
+            if self._thought_tags(inputs):
+                yield "prompt"
+            yield "content"
+            yield "prompt"
+
+    def _refuse_text_before_cot(self, inputs: TemplateInput, finished: str) -> None:
+        """Raise DataError if a thought inside the content would not be the first that the model writes."""
+        _, _, supplied = self._supplied(inputs, finished)
+        text = self.control.spell(finished)
+        opening, closing = map(self.control.spell, THINK)
+        before = text[supplied : text.index(slot(len(inputs.chat.texts) - 2))]
+        if closing in before or before.replace(opening, "").strip():
+            raise _refused("the chat template writes the chain of thought after other parts of the reply")
+
+    def _thought_tags(self, inputs: TemplateInput) -> tuple[str, str] | None:
+        """Return what a template writes around a thought that it removes from final replies; None if nothing.
+
+        It keeps the thought in front of a tool call, so a call is added to the reply.
+        """
+        if inputs.chat.has_calls:
+            return None
+        call = '[{"name": "probe", "arguments": {}, "id": "functions.probe:0"}]'
+        calls = (*(inputs.chat.calls[:-1] or ("",) * len(inputs.chat.roles)), call)
+        probe = replace(inputs, chat=replace(inputs.chat, calls=calls), style=replace(inputs.style, cot="field"))
+        try:
+            text = self.control.spell(self._finished(probe))
+            prompt = self.control.spell(self._prompt_of(inputs, {}))
+        except _TEMPLATE_ERRORS:
+            return None
+        cot_slot, response_slot = slot(len(inputs.chat.texts) - 2), slot(len(inputs.chat.texts) - 1)
+        if text.count(cot_slot) != 1 or not text.startswith(prompt):
+            return None
+        cot_at = text.index(cot_slot)
+        end = skip_thought(self.control, text, cot_slot, response_slot, len(prompt))
+        return text[len(prompt) : cot_at], text[cot_at + 1 : end]
 
     def _refuse_dropped_messages(self, inputs: TemplateInput, finished: str) -> None:
         """Raise DataError if a message can be replaced without a change of the rendering."""
@@ -254,8 +341,10 @@ class ChatRenderer:
         block = re.compile(rf"\s*(?:{opening})?(\s*){closing}(\s*)").match(finished, supplied)
         rest = finished[block.end() :] if block else finished[supplied:]
         line, after = ("\n" if block[1] else "", block[2]) if block else ("\n", "\n\n")
-        tag = "" if prompt.rstrip().endswith(opening) else opening + line
-        return f"{prompt}{tag}{inputs.chat.texts[-2]}{line}{closing}{after}{rest}", len(prompt)
+        before, behind = self._thought_tags(inputs) or (opening + line, line + closing + after)
+        if prompt.rstrip().endswith(opening):
+            before = before.removeprefix(opening).lstrip()
+        return f"{prompt}{before}{inputs.chat.texts[-2]}{behind}{rest}", len(prompt)
 
     def _check_ids(self, rendering: Rendering, chat: ChatInput, *, own: bool) -> None:
         """Raise DataError if renaming the control tokens changes the ids of a sample row, or of the row itself."""
@@ -283,10 +372,13 @@ def _refuse_dropped_texts(inputs: TemplateInput, finished: str) -> None:
     chat = inputs.chat
     for k, message in enumerate([*inputs.messages(), inputs.reply()]):
         content = message["content"]
-        written = finished
-        if isinstance(content, list) and (str(content) in written or str(content[0]) in written):
-            raise _refused("the chat template writes the list of text blocks of a message as source code")
-        if k < len(chat.roles) and (found := slots_in(chat.texts[2 * k])) and found[0] not in written:
+        if isinstance(content, list):
+            if any(source in finished for block in content for source in (str(block), json.dumps(block))):
+                raise _refused("the chat template writes the text blocks of a message as source code")
+            parts = [block["text"].strip() for block in content]
+        else:
+            parts = slots_in(content or "")
+        if k < len(chat.roles) and any(part not in finished for part in parts):
             raise _refused(f"the chat template drops the {chat.roles[k]} message (number {k})")
     texts = chat.texts[-1:] if inputs.style.cot == "prompt" else chat.texts[-2:]
     wanted = [found for text in texts for found in slots_in(text)]
@@ -294,10 +386,6 @@ def _refuse_dropped_texts(inputs: TemplateInput, finished: str) -> None:
         if chat.has_calls:
             raise _refused("the chat template drops the text next to a tool call, or the chain of thought before it")
         raise _refused("the chat template drops the response, or writes it twice")
-    if inputs.style.cot == "content" and chat.has_cot:
-        before = finished[: finished.index(wanted[0])].removesuffix(f"{THINK[0]}\n")
-        if before.rstrip().endswith(THINK[1]):
-            raise _refused("the chat template writes an empty think block before the chain of thought")
 
 
 # --- errors -------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -30,9 +30,11 @@ class Style:
     cot: Literal["field", "content", "prompt"] = "field"
     """Where the chain of thought of the reply is: in the field `reasoning_content`, between think tags inside the
     content, or appended to the generation prompt, because the template removes it from every finished turn."""
-    blocks: Literal["given", "all", "none"] = "given"
-    """Which contents are lists of text blocks: those of the row, all of them (for templates that read nothing else), or
-    none of them (for templates that read only strings)."""
+    contents: Literal["given", "strings", "blocks"] = "given"
+    """The form of contents: that of the row (a string, null or a list of text blocks), strings (for templates that read
+    nothing else), or lists of text blocks (likewise)."""
+    arguments: Literal["object", "text"] = "object"
+    """What the arguments of a tool call are. Some templates can only write JSON text (DeepSeek-V3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,9 @@ class ChatInput:
         return bool(self.calls and self.calls[-1])
 
     @property
-    def has_blocks(self) -> bool:
-        """Whether the content of a message is a list of text blocks."""
-        return any('"content": [' in item for item in self.fields)
+    def has_reply_of_blocks(self) -> bool:
+        """Whether the reply is a list of several text blocks."""
+        return bool(self.fields and self.fields[-1]) and len(json.loads(self.fields[-1]).get("content") or ()) > 1
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -130,26 +132,43 @@ class TemplateInput:
             if "content" in more:
                 message["content"] = self._content(message["content"], more.pop("content"), k)
             message |= more
-        if self.style.blocks == "all" and isinstance(message["content"], str):
+        if self.style.contents == "blocks" and isinstance(message["content"], str):
             message["content"] = [{"type": "text", "text": message["content"]}]
         if self.chat.calls and self.chat.calls[k]:
-            message["tool_calls"] = self.control.escape(template_calls(self.chat.calls[k]))
+            message["tool_calls"] = self.control.escape(template_calls(self.chat.calls[k], self.style.arguments))
         return message
 
     def _content(self, text: str, given: list[dict[str, Any]] | None, k: int) -> Any:
         """The content in the form that the row has: null or a list of text blocks (`Message.fields`)."""
+        if self.style.contents == "strings":
+            return text
         if given is None:
             return text or None
-        if self.style.blocks == "none" or (len(given) > 1 and self.has_slots and k == len(self.chat.roles)):
+        if len(given) > 1 and self.has_slots and k == len(self.chat.roles):
             return text
         return given if len(given) > 1 else [{**given[0], "text": text}]
 
 
-def template_calls(calls: str) -> list[dict[str, Any]]:
-    """Convert calls from JSON text to the objects that chat templates expect: OpenAI's, with arguments as an object."""
+def styles(chat: ChatInput) -> Iterator[Style]:
+    """Yield the styles in which a chat is passed to a template, the best first."""
+    for arguments in ("object", "text") if chat.calls else ("object",):
+        for contents in ("given", "strings", "blocks") if chat.fields else ("given", "blocks"):
+            yield Style(contents=contents, arguments=arguments)
+
+
+def template_calls(calls: str, arguments: Literal["object", "text"] = "object") -> list[dict[str, Any]]:
+    """Convert calls from JSON text to the objects of OpenAI that chat templates expect."""
     return [
         ({"id": call["id"]} if "id" in call else {})
-        | {"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}}
+        | {
+            "type": "function",
+            "function": {
+                "name": call["name"],
+                "arguments": call["arguments"]
+                if arguments == "object"
+                else json.dumps(call["arguments"], ensure_ascii=False),
+            },
+        }
         for call in json.loads(calls)
     ]
 

@@ -188,9 +188,7 @@ def _rename(config: dict[str, Any], spelling: dict[str, str], keep_normalized: b
     config["post_processor"] = config["truncation"] = config["padding"] = None
     for token in config["added_tokens"]:
         if token["content"] in spelling:
-            token.update(
-                content=spelling[token["content"]], normalized=token["normalized"] and keep_normalized
-            )
+            token.update(content=spelling[token["content"]], normalized=token["normalized"] and keep_normalized)
     model = config["model"]
     if model.get("unk_token") in spelling:
         model["unk_token"] = spelling[model["unk_token"]]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from delib_fast.data.encode.chat import PLAIN_TEMPLATE, ChatRenderer
-from delib_fast.data.encode.chat_input import THINK, ChatInput, message_texts
+from delib_fast.data.encode.chat_input import THINK, ChatInput
 from delib_fast.data.encode.control_tokens import ControlTokens
 from delib_fast.data.encode.skeleton import Skeleton
 from delib_fast.data.encode.tokenized_dataset import Example
@@ -52,16 +52,20 @@ class Encoder:
             for text in row.texts:
                 self.control.refuse_reserved(text, row.location)
         chats = [self._chat(row, cot, system_prompt) for row in rows]
-        skeletons = [chat and self._renderer.skeleton(chat, row.location) for row, chat in zip(rows, chats, strict=True)]
+        skeletons = [
+            chat and self._renderer.skeleton(chat, row.location) for row, chat in zip(rows, chats, strict=True)
+        ]
         with ThreadPoolExecutor(1) as pool:  # the tokenizer runs without the GIL
             encoded = pool.submit(self._encode, rows, chats, skeletons)
-            verified = [
-                chat and skeleton and self._renderer.verified(chat, skeleton, row.location)
+            rendered = [
+                (chat, skeleton, row.location)
                 for row, chat, skeleton in zip(rows, chats, skeletons, strict=True)
+                if chat and skeleton
             ]
+            verified = iter(self._renderer.verified(rendered))
             examples = encoded.result()
-        for k, (skeleton, own) in enumerate(zip(skeletons, verified, strict=True)):
-            if own is not skeleton:
+        for k, skeleton in enumerate(skeletons):
+            if skeleton and (own := next(verified)) is not skeleton:
                 (examples[k],) = self._encode(rows[k : k + 1], chats[k : k + 1], [own])
         return examples
 
@@ -147,7 +151,7 @@ class Encoder:
         return ChatInput.of(row, _with_system_prompt(row.messages, system_prompt), cot_text)
 
     def _skeleton(self, chat: ChatInput, location: str) -> Skeleton:
-        return self._renderer.verified(chat, self._renderer.skeleton(chat, location), location)
+        return self._renderer.verified([(chat, self._renderer.skeleton(chat, location), location)])[0]
 
     def _example(self, row: Row, encoding: Any, boundaries: tuple[int, ...] | None) -> Example:
         if boundaries is None:

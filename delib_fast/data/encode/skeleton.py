@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from delib_fast.data.encode.chat_input import THINK, Style
 from delib_fast.data.encode.control_tokens import ControlTokens
-from delib_fast.data.rows import DataError
 
 _SLOT = 0xF0000  # first private-use character that is a placeholder for a text of a row
 _SLOTS = re.compile(f"[{chr(_SLOT)}-{chr(_SLOT + 0xFFFD)}]")
