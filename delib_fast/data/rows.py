@@ -47,8 +47,9 @@ class Message:
     """The chain of thought of an earlier assistant message; the chat template decides whether it is shown."""
     calls: str = ""
     """The tool calls of an earlier assistant message, as JSON (see read/tools.py)."""
-    name: str = ""
-    """The tool whose result the message is."""
+    fields: str = ""
+    """What else a chat template may read of the message, as a JSON object: "name" and "tool_call_id"; and "content", if
+    it is not a string in the row: null, or a list of text blocks. The only block has no text, which is `content`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +77,8 @@ class Row:
     """The tool calls of the reply, as JSON (see read/tools.py)."""
     tools: str = ""
     """The tools available in the chat, as JSON."""
+    fields: str = ""
+    """What else a chat template may read of the reply, as for `Message.fields`."""
 
     @property
     def texts(self) -> tuple[str, ...]:

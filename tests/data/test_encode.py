@@ -329,7 +329,7 @@ TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_en
         ),
         (
             TURNS.replace("m.content", "m.content | upper"),
-            "changes the texts of a row (other than stripping white space)",
+            "changes the reply of a row (other than stripping white space)",
         ),
         (TURNS.replace("messages", "messages[1:]"), "drops the user message"),
         (TURNS.replace("{{ m.content }}", "{{ m.content }}{{ m.content }}"), "drops the response, or writes it twice"),
@@ -380,13 +380,13 @@ class FakeSlow(str):
 FakeSlow.__name__ = "str"
 
 
-def test_a_vocabulary_that_spells_a_control_token_is_refused():
+def test_a_vocabulary_that_spells_a_control_token_cannot_write_it():
     backend = Tokenizer.from_str(trained_backend("plain", False).to_str())
-    backend.train_from_iterator(["ab ab ab"] * 9, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    backend.train_from_iterator(["ab ab abc"] * 9, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    assert backend.encode("ab").tokens == ["ab"]  # the result of a merge
     backend.add_special_tokens(["ab"])
     tok = fast_tokenizer(backend, eos_token="ab")
-    with pytest.raises(ValueError, match="control token 'ab' is also the result of a merge"):
-        encode_row(document("x"), tok)
+    assert tok.convert_ids_to_tokens(encode_row(document("ab abc"), tok).input_ids) == ["a", "b", "Ġ", "a", "b", "c", "ab"]
 
 
 # --- real data ------------------------------------------------------------------------------------------------

@@ -109,7 +109,11 @@ def test_the_sharegpt_format_gives_the_same_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"conversations": items, "tools": json.dumps([TOOL["function"]])}))
     theirs = read_source("s", SourceConfig(path=str(path)))
-    plain = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in (*MESSAGES[:3], MESSAGES[4])]
+    plain = [
+        {k: v for k, v in m.items() if k not in ("reasoning_content", "tool_call_id")}
+        for m in (*MESSAGES[:3], MESSAGES[4])
+    ]
+    plain[1] = plain[1] | {"tool_calls": [{"function": CALL["function"]}]}  # ShareGPT has no ids
     ours = read(tmp_path, plain, tools=[TOOL])
     assert [(r.messages, r.calls, r.tools, r.response, r.digest) for r in theirs] == [
         (r.messages, r.calls, r.tools, r.response, r.digest) for r in ours
@@ -168,5 +172,5 @@ def test_a_template_for_tools_of_another_structure_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"rows.jsonl:1.*the chat template cannot render the row's tools"):
         encode_row(read(tmp_path, MESSAGES, tools=[TOOL])[0], tok)
     typed = json.loads(json.dumps(TOOL).replace("Finds", "\U000f0001"))
-    with pytest.raises(DataError, match=r"a tool contains the private-use character U\+F0001"):
+    with pytest.raises(DataError, match=r"contains the private-use character U\+F0001, which is reserved as a plac"):
         encode_row(read(tmp_path, MESSAGES, tools=[typed])[0], tokenizer("qwen3"))

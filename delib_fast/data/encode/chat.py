@@ -1,24 +1,28 @@
 """Render chats, and track which text comes from the chat template, from the row, and from the model.
 
 A template is rendered once for each *shape* of row (the roles, which texts are empty, the white space around them),
-with one private-use character as a placeholder for each text. The content of a row can therefore not influence the
-template, and a million rows of one shape need one rendering.
+with one private-use character as a placeholder for each text. Every row is then rendered as stock transformers does,
+and compared with its filled shape. If they differ, the template looks at the texts of the row: it is rendered for this
+row alone, with placeholders only for its chain of thought and response.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 
+from delib_fast.data.encode.chat_input import THINK, ChatInput, Style, TemplateInput, shape_of, styles
 from delib_fast.data.encode.control_tokens import ControlTokens
-from delib_fast.data.read.tools import NO_TOOLS, Tools
+from delib_fast.data.encode.reply import refuse_dropped_tools, reply_end
+from delib_fast.data.encode.skeleton import MAX_TEXTS, Rendering, Skeleton, skip_thought, slot, slots_in
 from delib_fast.data.rows import DataError
 
-THINK = ("<think>", "</think>")
 PLAIN_TEMPLATE = """\
 {%- if add_bos is defined and add_bos -%}{{- bos_token -}}{%- endif -%}
 {%- for message in messages -%}
@@ -32,59 +36,7 @@ PLAIN_TEMPLATE = """\
 """
 """The chat template of models without their own; it is also exported with such a model."""
 
-_SLOT = 0xF0000  # first private-use character that is a placeholder for a text of a row
-_SLOTS = re.compile(f"[{chr(_SLOT)}-{chr(_SLOT + 0xFFFD)}]")
 _MAX_SHAPES = 10_000
-_PROBE_SLOT = chr(_SLOT + 0xFFFD)
-
-Shape = tuple[str, bool, str]
-ReplyFormat = Callable[[str, str], dict[str, Any]]
-"""(CoT, response) → the assistant message that a chat template receives."""
-
-
-def shape_of(text: str) -> Shape:
-    """Return (leading white space, whether there is more, trailing white space).
-
-    This is all that a template may depend on in a text.
-    """
-    core = text.strip()
-    if not core:
-        return text, False, ""
-    start = len(text) - len(text.lstrip())
-    return text[:start], True, text[start + len(core) :]
-
-
-@dataclass(frozen=True, slots=True)
-class Skeleton:
-    """A rendered template with slots for the texts: `pieces[0] text[slots[0]] pieces[1] …`.
-
-    Control tokens are written as private-use characters (control_tokens.py).
-    """
-
-    pieces: tuple[str, ...]
-    slots: tuple[int, ...]
-    boundaries: tuple[tuple[int, int], ...]
-    """The beginning of the chain of thought, the beginning of the response, and the end of the response (after the end
-    of its turn). Each is (number of slots before it, number of the template's characters before it)."""
-
-    def fill(self, cores: Sequence[str]) -> tuple[str, tuple[int, ...]]:
-        """Return (the whole text, the three boundaries as positions in it). `cores` are the stripped texts."""
-        parts = [self.pieces[0]]
-        lengths = [0]
-        for slot, piece in zip(self.slots, self.pieces[1:], strict=True):
-            parts += (cores[slot], piece)
-            lengths.append(lengths[-1] + len(cores[slot]))
-        return "".join(parts), tuple(lengths[slots] + chars for slots, chars in self.boundaries)
-
-    def fill_before(self, slot: int, cores: Sequence[str]) -> str:
-        """Return the text before a slot that occurs exactly once."""
-        end = self.slots.index(slot)
-        return "".join(
-            [
-                *(part for k in range(end) for part in (self.pieces[k], cores[self.slots[k]])),
-                self.pieces[end],
-            ]
-        )
 
 
 @dataclass
@@ -95,239 +47,371 @@ class ChatRenderer:
     control: ControlTokens
     add_bos: bool = False
     """Whether the plain template begins with BOS; a model's own template decides for itself."""
-    _skeletons: dict[Any, Skeleton] = field(default_factory=dict)
+    _skeletons: dict[Any, Skeleton | DataError] = field(default_factory=dict)
 
-    def skeleton(
-        self, roles: tuple[str, ...], texts: Sequence[str], has_cot: bool, location: str, tools: Tools = NO_TOOLS
-    ) -> Skeleton:
-        """Return the skeleton of a row, from the cache if a row of its shape was rendered before.
+    def skeleton(self, chat: ChatInput, location: str) -> Skeleton:
+        """Return a skeleton for a chat, from the cache if a chat of its shape was rendered before.
 
-        Args:
-            roles: the roles of the messages before the reply.
-            texts: the content and the CoT of each message, then the CoT and the response of the reply.
-            has_cot: whether the reply has a CoT.
-            location: the location of the row, for errors.
-            tools: the tools of the chat.
+        It must be compared with the chat (`verified`) before it is used.
+
         Raises:
             DataError: the template refuses the row, drops a text or the tools, or writes nothing after the response.
         """
-        key = (roles, has_cot, tuple(map(shape_of, texts)), tools)
-        found = self._skeletons.get(key)
+        found = self._skeletons.get(chat.key)
         if found is None:
+            for text in (chat.tools, *chat.calls, *chat.fields):
+                self.control.refuse_slots(text, location)
             if len(self._skeletons) >= _MAX_SHAPES:
                 self._skeletons.clear()
             try:
-                found = self._skeletons[key] = self._build(roles, key[2], has_cot, tools.map(self.control.escape))
-            except jinja2.TemplateError as error:
-                raise DataError(
-                    f"the chat template refuses the row: {error}", reason="template", location=location
-                ) from None
-            except TypeError as error:  # the template expects tools of another structure
-                raise DataError(
-                    f"the chat template cannot render the row's tools: {error}", reason="template", location=location
-                ) from None
+                with _rendering_errors(chat):
+                    found = self._build(chat, own=False)
             except DataError as error:
-                raise DataError(str(error), reason=error.reason, location=location) from None
-        return found
+                found = error
+            self._skeletons[chat.key] = found
+        return self._own(chat, location, found) if isinstance(found, DataError) else found
 
-    def _build(self, roles: tuple[str, ...], shapes: Sequence[Shape], has_cot: bool, tools: Tools) -> Skeleton:
-        marked = [f"{lead}{chr(_SLOT + k) if core else ''}{trail}" for k, (lead, core, trail) in enumerate(shapes)]
-        text, prompt_chars, reply_format = self._render_reply(roles, marked, has_cot, tools)
-        for k in range(0, len(shapes) - 2, 2):
-            if shapes[k][1] and chr(_SLOT + k) not in text:
-                raise DataError(
-                    f"the chat template drops the {roles[k // 2]} message (number {k // 2})", reason="template"
-                )
-        if tools:
-            self._refuse_dropped_tools(text, roles, marked, tools, reply_format)
-        skeleton = _cut(self.control, text, prompt_chars, len(shapes), has_cot, tools.replies_with_calls)
-        self._check(skeleton, text, roles, shapes, reply_format, tools)
+    def verified(self, chats: Sequence[tuple[ChatInput, Skeleton, str]]) -> list[Skeleton]:
+        """Compare chats with stock.
+
+        Args:
+            chats: each with its skeleton and location.
+        Returns:
+            The skeleton of each chat if, filled, it equals the chat's stock rendering, or else one for this chat alone.
+        Raises:
+            DataError: no rendering with placeholders equals the stock rendering.
+        """
+        escaped = [(self._escaped(chat, location), skeleton) for chat, skeleton, location in chats]
+        return [
+            skeleton if equal else self._own(chat, location, None)
+            for (chat, skeleton, location), equal in zip(chats, self._equal_stock(escaped), strict=True)
+        ]
+
+    def _own(self, chat: ChatInput, location: str, generic: DataError | None) -> Skeleton:
+        """Return a skeleton for one chat alone. `generic` is the error of its shape, which is raised if this fails."""
+        escaped = self._escaped(chat, location)
+        for text in chat.texts:
+            self.control.refuse_slots(text, location)
+        try:
+            with _rendering_errors(escaped):
+                skeleton = self._build(escaped, own=True)
+        except DataError as error:
+            raise _located(generic or error, location) from None
+        if not self._equal_stock([(escaped, skeleton)])[0]:
+            raise _located(generic or self._difference(chat), location)
         return skeleton
 
-    # --- rendering ------------------------------------------------------------------------------------------
-
-    def render(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
-        """Apply the chat template."""
-        if self.tokenizer.chat_template is None:
-            kwargs |= {"chat_template": PLAIN_TEMPLATE, "add_bos": self.add_bos}
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
-
-    def _render_reply(
-        self, roles: tuple[str, ...], texts: Sequence[str], has_cot: bool, tools: Tools
-    ) -> tuple[str, int, ReplyFormat | None]:
-        """Return (rendering, number of its characters that the generation prompt supplies, format of the reply).
-
-        The chain of thought is passed to the template in the first format that the template keeps: in the field
-        `reasoning_content`, or between think tags inside the content. A template that removes it from every finished
-        turn supports neither. It is then appended to the generation prompt, where the model will write it, and the
-        third value is None.
-        """
-        before = _messages(roles, texts, tools)
-        wanted = [text for text in texts[-2:] if _SLOTS.search(text)]
-        for reply_format in (_with_reasoning_field, _with_cot_in_content) if has_cot else (_with_reasoning_field,):
-            reply = tools.add_to(reply_format(texts[-2] if has_cot else "", texts[-1]), -1)
-            text = self.render([*before, reply], **tools.template_kwargs())
-            if _once_in_order(text, wanted):
-                return text, self._supplied(before, text, has_cot, tools), reply_format
-        if tools.replies_with_calls:
-            raise DataError(
-                "the chat template drops the text next to a tool call, or the chain of thought before it",
-                reason="template",
+    def _difference(self, chat: ChatInput) -> DataError:
+        if chat.has_reply_of_blocks:
+            return _refused(
+                "the chat template does not join the text blocks of the reply with a line break: write the reply as "
+                "one text"
             )
-        if not has_cot:
-            raise DataError("the chat template drops the response, or writes it twice", reason="template")
-        text, prompt_chars = self._after_generation_prompt(before, texts[-2], texts[-1], tools)
-        return text, prompt_chars, None
-
-    def _supplied(self, before: list[dict[str, Any]], text: str, has_cot: bool, tools: Tools) -> int:
-        """Count the leading characters of a rendering that the generation prompt supplies at inference."""
-        prompts = [
-            self.render(before, add_generation_prompt=True, **kwargs, **tools.template_kwargs())
-            for kwargs in ({}, {"enable_thinking": has_cot})
-        ]
-        for prompt in prompts:
-            if text.startswith(prompt):
-                return len(prompt)
-        differ = (k for k, (a, b) in enumerate(zip(text, prompts[0], strict=False)) if a != b)
-        common = next(differ, min(len(text), len(prompts[0])))
-        if prompts[0][common:].replace(THINK[0], "").replace(THINK[1], "").strip():
-            raise DataError(
-                "the chat template writes these messages differently before a reply than as a prompt for one, "
-                "so that it is unclear what the model has to write",
-                reason="template",
-            )
-        return common
-
-    def _after_generation_prompt(
-        self, before: list[dict[str, Any]], cot: str, response: str, tools: Tools
-    ) -> tuple[str, int]:
-        opening, closing = THINK
-        for kwargs in ({}, {"enable_thinking": True}):
-            prompt = self.render(before, add_generation_prompt=True, **kwargs, **tools.template_kwargs())
-            if not prompt.rstrip().endswith(closing):
-                break
-        else:
-            raise DataError(
-                "the chat template removes the chain of thought from replies, and its generation prompt closes the "
-                "think block: a chain of thought cannot be trained on with this template; set cot: strip, or use "
-                "another template",
-                reason="template",
-            )
-        finished = self.render([*before, _with_reasoning_field("", _PROBE_SLOT)], **tools.template_kwargs())
-        turn_end = finished[finished.rindex(_PROBE_SLOT) + 1 :]
-        tag = "" if prompt.rstrip().endswith(opening) else f"{opening}\n"
-        return f"{prompt}{tag}{cot}\n{closing}\n\n{response}{turn_end}", len(prompt)
-
-    def _check(
-        self,
-        skeleton: Skeleton,
-        text: str,
-        roles: tuple[str, ...],
-        shapes: Sequence[Shape],
-        reply_format: ReplyFormat | None,
-        tools: Tools,
-    ) -> None:
-        """Raise DataError if the ids of a sample row of this shape differ from those of `apply_chat_template`."""
-        if self.control.is_escaped(text):
-            return  # the tools spell out control tokens, which the tokenizer itself would not treat as text
-        cores = [f"Probe {k}, of no meaning" if core else "" for k, (_, core, _) in enumerate(shapes)]
-        ours = self.control.encode_batch([skeleton.fill(cores)[0]])[0].ids
-        if reply_format is None:
-            whole = _SLOTS.sub(lambda match: cores[ord(match[0]) - _SLOT], text)
-        else:
-            texts = [lead + core + trail for (lead, _, trail), core in zip(shapes, cores, strict=True)]
-            reply = tools.add_to(reply_format(texts[-2], texts[-1]), -1)
-            whole = self.render([*_messages(roles, texts, tools), reply], **tools.template_kwargs())
-        theirs = self.tokenizer.backend_tokenizer.encode(whole, add_special_tokens=False).ids
-        if ours != theirs:
-            raise DataError(
-                "the chat template changes the texts of a row (other than stripping white space), so that loss masks "
-                "cannot be exact; use another template",
-                reason="template",
-            )
-
-    def _refuse_dropped_tools(
-        self, text: str, roles: tuple[str, ...], marked: Sequence[str], tools: Tools, reply_format: ReplyFormat | None
-    ) -> None:
-        """Raise DataError if the template writes the same text without the available tools, or without the calls."""
-        if reply_format is None:
-            return
-        without = [("available tools", replace(tools, offered=""))] if tools.offered else []
-        without += [("tool calls", replace(tools, calls=()))] if tools.calls else []
-        for what, fewer in without:
-            reply = fewer.add_to(reply_format(marked[-2], marked[-1]), -1)
-            if self.render([*_messages(roles, marked, fewer), reply], **fewer.template_kwargs()) == text:
-                raise DataError(
-                    f"the chat template does not write the {what}: use one that does (tokenizer.chat_template), or "
-                    "remove them from the rows",
-                    reason="template",
-                )
-
-
-def _with_reasoning_field(cot: str, response: str) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": response}
-    return message | {"reasoning_content": cot} if cot else message
-
-
-def _with_cot_in_content(cot: str, response: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": f"{THINK[0]}\n{cot}\n{THINK[1]}\n\n{response}"}
-
-
-def _messages(roles: Sequence[str], texts: Sequence[str], tools: Tools) -> list[dict[str, Any]]:
-    messages = []
-    for k, role in enumerate(roles):
-        message: dict[str, Any] = {"role": role, "content": texts[2 * k]}
-        if texts[2 * k + 1]:
-            message["reasoning_content"] = texts[2 * k + 1]
-        messages.append(tools.add_to(message, k))
-    return messages
-
-
-def _once_in_order(text: str, wanted: Sequence[str]) -> bool:
-    slots = [slot for piece in wanted for slot in _SLOTS.findall(piece)]
-    return [slot for slot in _SLOTS.findall(text) if slot in slots] == slots
-
-
-# --- cutting ------------------------------------------------------------------------------------------------
-
-
-def _cut(
-    control: ControlTokens, raw: str, prompt_chars: int, num_texts: int, has_cot: bool, has_calls: bool
-) -> Skeleton:
-    """Split a rendering at its placeholders, and find its boundaries."""
-    text = control.spell(raw)
-    supplied = len(control.spell(raw[:prompt_chars]))
-    closing = control.spell(THINK[1])
-    cot_slot, response_slot = chr(_SLOT + num_texts - 2), chr(_SLOT + num_texts - 1)
-    response_at = text.find(response_slot)
-    cot_start = text.index(cot_slot) if has_cot else supplied
-    if has_cot and response_at >= 0:
-        response_start = response_at
-    else:  # search after the think block: a template may write an empty one for a reply without a CoT
-        closed = text.find(closing, cot_start, response_at if response_at >= 0 else len(text))
-        after = cot_start + has_cot if closed < 0 else closed + len(closing)
-        response_start = after if closed < 0 else after + len(text[after:]) - len(text[after:].lstrip())
-    end = _reply_end(control, text, response_at + 1 if response_at >= 0 else response_start, has_calls)
-    positions = (supplied if has_cot else response_start, response_start, end)
-    slots = [(match.start(), ord(match[0]) - _SLOT) for match in _SLOTS.finditer(text)]
-    boundaries = tuple((n := sum(at < position for at, _ in slots), position - n) for position in positions)
-    return Skeleton(tuple(_SLOTS.split(text)), tuple(slot for _, slot in slots), boundaries)
-
-
-def _reply_end(control: ControlTokens, text: str, after: int, has_calls: bool) -> int:
-    """The position after the control token that ends the reply, where generation stops.
-
-    It is the first one after the response; after calls, which contain control tokens themselves, it is the last one.
-    """
-    positions = range(after, len(text))
-    for at in reversed(positions) if has_calls else positions:
-        if control.is_control(text[at]):
-            return at + 1
-    end = len(text.rstrip())
-    if end <= after:
-        raise DataError(
-            "the chat template writes nothing after the response, so that the model would never learn to stop: let the "
-            "template end the turn with the tokenizer's end-of-turn token",
-            reason="template",
+        if "strftime_now" in (self.tokenizer.chat_template or ""):
+            return _refused("the chat template writes the current time, which differs between two renderings of a row")
+        return _refused(
+            "the chat template changes the reply of a row (other than stripping white space), so that loss masks "
+            "cannot be exact; use another template"
         )
-    return end
+
+    # --- stock ----------------------------------------------------------------------------------------------
+
+    def render(self, messages: Sequence[dict[str, Any]], **kwargs: Any) -> str:
+        """Apply the chat template."""
+        return self._apply([list(messages)], kwargs)[0]
+
+    def prompt(self, chat: ChatInput, location: str) -> str:
+        """Return the generation prompt of a chat. Control tokens are written as private-use characters."""
+        escaped = self._escaped(chat, location)
+        try:
+            with _rendering_errors(escaped):
+                inputs = TemplateInput(escaped, Style(), self.control)
+                return self.control.spell(self._prompt_of(inputs, {}))
+        except DataError as error:
+            raise _located(error, location) from None
+
+    def _escaped(self, chat: ChatInput, location: str) -> ChatInput:
+        try:
+            return chat.with_texts(self.control.escape(list(chat.texts)))
+        except DataError as error:
+            raise _located(error, location) from None
+
+    def _finished(self, inputs: TemplateInput) -> str:
+        return self.render([*inputs.messages(), inputs.reply()], **inputs.kwargs())
+
+    def _prompt_of(self, inputs: TemplateInput, kwargs: dict[str, bool]) -> str:
+        return self.render(inputs.messages(), add_generation_prompt=True, **kwargs, **inputs.kwargs())
+
+    def _equal_stock(self, chats: Sequence[tuple[ChatInput, Skeleton]]) -> list[bool]:
+        """Whether the skeleton of each chat, filled with its escaped texts, is what the template writes."""
+        inputs = [TemplateInput(escaped, skeleton.style, self.control) for escaped, skeleton in chats]
+        before = [given.messages() for given in inputs]
+        finished = self._render_all(
+            [([*messages, given.reply()], given.kwargs()) for given, messages in zip(inputs, before, strict=True)]
+        )
+        prompts = self._render_all(
+            [
+                (messages, {"add_generation_prompt": True, **skeleton.prompt_kwargs, **given.kwargs()})
+                for given, messages, (_, skeleton) in zip(inputs, before, chats, strict=True)
+            ]
+        )
+        equal = []
+        for k, (escaped, skeleton) in enumerate(chats):
+            cores = [text.strip() for text in escaped.texts]
+            equal.append(finished[k] == skeleton.finished.fill(cores) and prompts[k] == skeleton.prompt.fill(cores))
+        return equal
+
+    def _render_all(self, requests: Sequence[tuple[list[dict[str, Any]], dict[str, Any]]]) -> list[str | None]:
+        """Render many chats, those with equal arguments in one call. None where the template raises an error."""
+        groups: dict[str, list[int]] = {}
+        for k, (_, kwargs) in enumerate(requests):
+            groups.setdefault(json.dumps(kwargs), []).append(k)
+        rendered: list[str | None] = [None] * len(requests)
+        for members in groups.values():
+            kwargs = requests[members[0]][1]
+            try:
+                texts = self._apply([requests[k][0] for k in members], kwargs)
+            except _TEMPLATE_ERRORS:
+                if len(members) == 1:
+                    continue
+                texts = [self._render_all([requests[k]])[0] for k in members]
+            for k, text in zip(members, texts, strict=True):
+                rendered[k] = text
+        return rendered
+
+    def _apply(self, chats: list[list[dict[str, Any]]], kwargs: dict[str, Any]) -> list[str]:
+        if self.tokenizer.chat_template is None:
+            kwargs = kwargs | {"chat_template": PLAIN_TEMPLATE, "add_bos": self.add_bos}
+        return list(self.tokenizer.apply_chat_template(chats, tokenize=False, **kwargs))
+
+    # --- building -------------------------------------------------------------------------------------------
+
+    def _build(self, chat: ChatInput, *, own: bool) -> Skeleton:
+        """Render a chat with placeholders for all texts, or only for those of its reply (`own`)."""
+        if len(chat.texts) > MAX_TEXTS:
+            raise _refused(f"the chat has {len(chat.roles)} messages; at most {MAX_TEXTS // 2 - 1} can be encoded")
+        marked = [_marked(k, text) for k, text in enumerate(chat.texts)]
+        slotted = chat.with_texts([*(chat.texts[:-2] if own else marked[:-2]), *marked[-2:]])
+        inputs, finished = self._first_that_fits(slotted)
+        prompt, kwargs, supplied = self._supplied(inputs, finished)
+        if own:
+            self._refuse_dropped_messages(inputs, finished)
+        text = self.control.spell(finished)
+        refuse_dropped_tools(inputs, finished, text[supplied:], self._finished)
+        if inputs.style.cot == "prompt":
+            text, supplied = self._after_prompt(inputs, text, self.control.spell(prompt), supplied)
+        cot_slot, response_slot = slot(len(marked) - 2), slot(len(marked) - 1)
+        response_start = skip_thought(self.control, text, cot_slot, response_slot, supplied)
+        end = reply_end(inputs, text, max(text.find(response_slot) + 1, response_start), self._finished)
+        positions = (supplied if cot_slot in text else response_start, response_start, end)
+        skeleton = Skeleton(
+            rendering=Rendering.of(text),
+            boundaries=tuple((n := len(slots_in(text[:position])), position - n) for position in positions),
+            style=inputs.style,
+            finished=Rendering.of(finished),
+            prompt=Rendering.of(prompt),
+            prompt_kwargs=kwargs,
+        )
+        if not self.control.is_escaped(finished):
+            self._check_ids(skeleton.rendering, chat, own=own)
+        return skeleton
+
+    def _first_that_fits(self, slotted: ChatInput) -> tuple[TemplateInput, str]:
+        """Return the first style in which the template writes all texts, and its rendering with the reply.
+
+        Raises:
+            DataError, jinja2.TemplateError, TypeError: there is none.
+        """
+        first: Exception | None = None
+        for style in styles(slotted):
+            inputs = TemplateInput(slotted, style, self.control, has_slots=True)
+            last: Exception | None = None
+            for cot in self._places_for_cot(inputs):
+                placed = replace(inputs, style=replace(style, cot=cot))
+                try:
+                    finished = self._finished(placed)
+                    _refuse_dropped_texts(placed, finished)
+                    if cot == "content":
+                        self._refuse_text_before_cot(placed, finished)
+                except DataError as error:
+                    last = error
+                except _TEMPLATE_ERRORS as error:
+                    last = error
+                    break  # the template refuses the texts, or a chain of thought next to them
+                else:
+                    return placed, finished
+            first = first or last
+        assert first is not None, "there is at least one style"
+        raise first
+
+    def _places_for_cot(self, inputs: TemplateInput) -> Iterator[Literal["field", "content", "prompt"]]:
+        """Yield the places for the chain of thought, the best first."""
+        yield "field"
+        if inputs.chat.has_cot:
+            if self._thought_tags(inputs):
+                yield "prompt"
+            yield "content"
+            yield "prompt"
+
+    def _refuse_text_before_cot(self, inputs: TemplateInput, finished: str) -> None:
+        """Raise DataError if a thought inside the content would not be the first that the model writes."""
+        _, _, supplied = self._supplied(inputs, finished)
+        text = self.control.spell(finished)
+        opening, closing = map(self.control.spell, THINK)
+        before = text[supplied : text.index(slot(len(inputs.chat.texts) - 2))]
+        if closing in before or before.replace(opening, "").strip():
+            raise _refused("the chat template writes the chain of thought after other parts of the reply")
+
+    def _thought_tags(self, inputs: TemplateInput) -> tuple[str, str] | None:
+        """Return what a template writes around a thought that it removes from final replies; None if nothing.
+
+        It keeps the thought in front of a tool call, so a call is added to the reply.
+        """
+        if inputs.chat.has_calls:
+            return None
+        call = '[{"name": "probe", "arguments": {}, "id": "functions.probe:0"}]'
+        calls = (*(inputs.chat.calls[:-1] or ("",) * len(inputs.chat.roles)), call)
+        probe = replace(inputs, chat=replace(inputs.chat, calls=calls), style=replace(inputs.style, cot="field"))
+        try:
+            text = self.control.spell(self._finished(probe))
+            prompt = self.control.spell(self._prompt_of(inputs, {}))
+        except _TEMPLATE_ERRORS:
+            return None
+        cot_slot, response_slot = slot(len(inputs.chat.texts) - 2), slot(len(inputs.chat.texts) - 1)
+        if text.count(cot_slot) != 1 or not text.startswith(prompt):
+            return None
+        cot_at = text.index(cot_slot)
+        end = skip_thought(self.control, text, cot_slot, response_slot, len(prompt))
+        return text[len(prompt) : cot_at], text[cot_at + 1 : end]
+
+    def _refuse_dropped_messages(self, inputs: TemplateInput, finished: str) -> None:
+        """Raise DataError if a message can be replaced without a change of the rendering."""
+        texts = inputs.chat.texts
+        for k, role in enumerate(inputs.chat.roles):
+            if not texts[2 * k].strip():
+                continue
+            other = inputs.chat.with_texts([*texts[: 2 * k], slot(2 * k), *texts[2 * k + 1 :]])
+            same = False
+            with suppress(*_TEMPLATE_ERRORS):  # the template reads the text
+                same = self._finished(replace(inputs, chat=other)) == finished
+            if same:
+                raise _refused(f"the chat template drops the {role} message (number {k})")
+
+    def _supplied(self, inputs: TemplateInput, finished: str) -> tuple[str, dict[str, bool], int]:
+        """Return the generation prompt, its arguments, and how many characters of a rendering it supplies."""
+        has_cot = inputs.chat.has_cot
+        tried = [(kwargs, self._prompt_of(inputs, kwargs)) for kwargs in ({}, {"enable_thinking": has_cot})]
+        if inputs.style.cot == "prompt":
+            tried = [(kwargs, prompt) for kwargs, prompt in tried if not prompt.rstrip().endswith(THINK[1])]
+            if not tried:
+                raise _refused(
+                    "the chat template removes the chain of thought from replies, and its generation prompt closes the "
+                    "think block: a chain of thought cannot be trained on with this template; set cot: strip, or use "
+                    "another template"
+                )
+        text = self.control.spell(finished)
+        for kwargs, prompt in tried:
+            if finished.startswith(prompt):
+                return prompt, kwargs, len(self.control.spell(prompt))
+        kwargs, prompt = tried[0]
+        common, rest = self._common(text, self.control.spell(prompt))
+        if rest.strip():
+            raise _refused(
+                "the chat template writes these messages differently before a reply than as a prompt for one, "
+                "so that it is unclear what the model has to write"
+            )
+        return prompt, kwargs, common
+
+    def _common(self, finished: str, prompt: str) -> tuple[int, str]:
+        """Return the length of the common beginning, and the rest of the prompt without think tags."""
+        tags = re.compile("|".join(map(re.escape, map(self.control.spell, THINK))))
+        differ = (k for k, (a, b) in enumerate(zip(finished, prompt, strict=False)) if a != b)
+        common = next(differ, min(len(finished), len(prompt)))
+        for tag in tags.finditer(prompt):
+            if tag.start() < common < tag.end():
+                common = tag.start()
+        return common, tags.sub("", prompt[common:])
+
+    def _after_prompt(self, inputs: TemplateInput, finished: str, prompt: str, supplied: int) -> tuple[str, int]:
+        """Write the chain of thought where the model will: after the generation prompt, and before the response.
+
+        If the template writes an empty think block in front of the response, the thought fills it.
+        """
+        opening, closing = map(self.control.spell, THINK)
+        block = re.compile(rf"\s*(?:{opening})?(\s*){closing}(\s*)").match(finished, supplied)
+        rest = finished[block.end() :] if block else finished[supplied:]
+        line, after = ("\n" if block[1] else "", block[2]) if block else ("\n", "\n\n")
+        before, behind = self._thought_tags(inputs) or (opening + line, line + closing + after)
+        if prompt.rstrip().endswith(opening):
+            before = before.removeprefix(opening).lstrip()
+        return f"{prompt}{before}{inputs.chat.texts[-2]}{behind}{rest}", len(prompt)
+
+    def _check_ids(self, rendering: Rendering, chat: ChatInput, *, own: bool) -> None:
+        """Raise DataError if renaming the control tokens changes the ids of a sample row, or of the row itself."""
+        cores = [text.strip() if own else f"Probe {k}, of no meaning" for k, text in enumerate(chat.texts)]
+        text = rendering.fill(cores)
+        ours = self.control.encode_batch([text])[0].ids
+        stock = self.tokenizer.backend_tokenizer.encode(self.control.unspell(text), add_special_tokens=False)
+        if ours != stock.ids and not self.control.is_escaped(text):
+            raise _refused(
+                "the tokenizer gives other ids when its control tokens are kept apart from text, so that rows would "
+                "not have the ids of apply_chat_template; use another tokenizer"
+            )
+
+
+def _marked(k: int, text: str) -> str:
+    lead, core, trail = shape_of(text)
+    return f"{lead}{slot(k) if core else ''}{trail}"
+
+
+def _refuse_dropped_texts(inputs: TemplateInput, finished: str) -> None:
+    """Raise DataError unless the template writes each text with a placeholder, and those of the reply once, in order.
+
+    A content that is a list of text blocks must not be written as Python or JSON source either.
+    """
+    chat = inputs.chat
+    for k, message in enumerate([*inputs.messages(), inputs.reply()]):
+        content = message["content"]
+        if isinstance(content, list):
+            if any(source in finished for block in content for source in (str(block), json.dumps(block))):
+                raise _refused("the chat template writes the text blocks of a message as source code")
+            parts = [block["text"].strip() for block in content]
+        else:
+            parts = slots_in(content or "")
+        if k < len(chat.roles) and any(part not in finished for part in parts):
+            raise _refused(f"the chat template drops the {chat.roles[k]} message (number {k})")
+    texts = chat.texts[-1:] if inputs.style.cot == "prompt" else chat.texts[-2:]
+    wanted = [found for text in texts for found in slots_in(text)]
+    if [found for found in slots_in(finished) if found in wanted] != wanted:
+        if chat.has_calls:
+            raise _refused("the chat template drops the text next to a tool call, or the chain of thought before it")
+        raise _refused("the chat template drops the response, or writes it twice")
+
+
+# --- errors -------------------------------------------------------------------------------------------------
+
+_TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+
+def _refused(message: str) -> DataError:
+    return DataError(message, reason="template")
+
+
+def _located(error: DataError, location: str) -> DataError:
+    return DataError(str(error), reason=error.reason, location=location)
+
+
+@contextmanager
+def _rendering_errors(chat: ChatInput) -> Iterator[None]:
+    """Convert the errors of a template into DataError. Their text is left out if it quotes the row."""
+    try:
+        yield
+    except DataError:
+        raise
+    except _TEMPLATE_ERRORS as error:
+        quotes = any(core in str(error) for text in chat.texts if len(core := text.strip()) > 3)
+        what = type(error).__name__ if quotes else error
+        if isinstance(error, jinja2.TemplateError):
+            raise _refused(f"the chat template refuses the row: {what}") from None
+        part = "row's tools" if chat.tools or chat.calls else "row"
+        raise _refused(f"the chat template cannot render the {part}: {what}") from None

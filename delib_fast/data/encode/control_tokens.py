@@ -1,27 +1,29 @@
 """A tokenizer in which only a chat template can write a control token, never a row.
 
-The tokenizer is copied, and every control token is renamed to one private-use character. These characters replace the
-control tokens in the template's text; the row's text is unchanged. One pass over the whole text then gives exactly the
-ids of the original tokenizer (with the same splits and merges where the two meet), except that `<|im_end|>` or
-`</think>` in a row stays text.
+The tokenizer is copied, and every control token is renamed to one private-use character that its vocabulary does not
+contain. These characters replace the control tokens in the template's text; the row's text is unchanged. One pass over
+the whole text then gives exactly the ids of the original tokenizer (with the same splits and merges where the two
+meet), except that `<|im_end|>` or `</think>` in a row stays text.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import tokenizers
 
 from delib_fast.data.rows import DataError
 
-_FIRST = 0x100000  # first private-use character that stands for a control token
+_PRIVATE = range(0x100000, 0x10FFFE)  # private-use characters that may stand for control tokens (Unicode plane 16)
 _SLOTS = re.compile("[\U000f0000-\U000fffff]")
-_BREAK = "\U000fffff"  # a noncharacter, inserted into control tokens that a tool description spells out
+_BREAK = "\U000fffff"  # a noncharacter, inserted into control tokens that a row spells out
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _MARKUP = re.compile(r"<[^<>\s]+>|\[/?[A-Z0-9_]+\]")
+_TAG = re.compile(r"</?[A-Za-z][A-Za-z0-9]*/?>")
 
 
 class ControlTokens:
@@ -32,8 +34,7 @@ class ControlTokens:
         template_text: source of the chat template. An added token that occurs in it is a control token even if it is
             not marked as special (Qwen's `<think>`, `<tool_call>`).
     Raises:
-        ValueError: the tokenizer has no fast backend, or its merges produce a control token from plain text, so that a
-            row could contain it.
+        ValueError: the tokenizer has no fast backend, or the ids of its control tokens change when they are renamed.
     """
 
     def __init__(self, tokenizer: Any, template_text: str) -> None:
@@ -45,10 +46,11 @@ class ControlTokens:
             )
         config = json.loads(backend.to_str())
         names = [token["content"] for token in config["added_tokens"] if _is_control(token, template_text)]
-        self.spelling = {name: chr(_FIRST + k) for k, name in enumerate(names)}
+        self.spelling = dict(zip(names, _free_characters(config, len(names)), strict=True))
         self._control_tokens = _any_of(names)
-        self._reserved = re.compile(f"[{chr(_FIRST)}-{chr(_FIRST + max(len(names) - 1, 0))}]")
-        _rename(config, self.spelling)
+        self._names = {char: name for name, char in self.spelling.items()}
+        self._reserved = re.compile(f"[{''.join(self._names)}]" if names else "(?!)")
+        _rename(config, self.spelling, _keeps(backend, self.spelling.values()))
         self._backend = tokenizers.Tokenizer.from_str(json.dumps(config))
         self._check_ids(backend)
 
@@ -56,9 +58,23 @@ class ControlTokens:
         """Replace the control tokens of a rendering with private-use characters, and unescape the escaped ones."""
         return self._control_tokens.sub(lambda match: self.spelling[match[0]], rendering).replace(_BREAK, "")
 
-    def escape(self, text: str) -> str:
-        """Break up the control tokens in a text that is passed to a template, so that `spell` keeps them as text."""
-        return self._control_tokens.sub(lambda match: match[0][0] + _BREAK + match[0][1:], text)
+    def unspell(self, text: str) -> str:
+        """Replace the private-use characters with the control tokens that they stand for."""
+        return self._reserved.sub(lambda match: self._names[match[0]], text)
+
+    def escape(self, value: Any) -> Any:
+        """Break up the control tokens in a text, or in all texts of a JSON value, so that `spell` keeps them as text.
+
+        Raises:
+            DataError: a control token is a single character, which cannot be broken up.
+        """
+        if isinstance(value, str):
+            return self._control_tokens.sub(_break_up, value)
+        if isinstance(value, list):
+            return [self.escape(item) for item in value]
+        if isinstance(value, dict):
+            return {self.escape(key): self.escape(item) for key, item in value.items()}
+        return value
 
     @staticmethod
     def is_escaped(text: str) -> bool:
@@ -67,18 +83,18 @@ class ControlTokens:
 
     @staticmethod
     def refuse_slots(text: str, location: str) -> None:
-        """Raise DataError if a tool contains a character that is reserved as a placeholder for texts."""
+        """Raise DataError if a text that a template receives contains a character reserved as a placeholder."""
         if not text.isascii() and (found := _SLOTS.search(text)):
             raise DataError(
-                f"a tool contains the private-use character U+{ord(found[0]):X}, which is reserved as a placeholder "
-                "for texts; remove it",
+                f"contains the private-use character U+{ord(found[0]):X}, which is reserved as a placeholder for "
+                "texts; remove it",
                 reason="private_use",
                 location=location,
             )
 
     def is_control(self, char: str) -> bool:
         """Whether a character stands for a control token."""
-        return _FIRST <= ord(char) < _FIRST + len(self.spelling)
+        return char in self._names
 
     def refuse_reserved(self, text: str, location: str) -> None:
         """Raise DataError if a row contains one of the private-use characters that stand for control tokens."""
@@ -117,21 +133,62 @@ def _is_control(token: dict[str, Any], template_text: str) -> bool:
     # White space that a tokenizer adds as tokens (several spaces) is ordinary text, and so are added words.
     if content.isspace() or content.isalnum():
         return False
-    return bool(_MARKUP.fullmatch(content)) or content in template_text
+    if content in template_text:
+        return True
+    # So are the HTML tags of Gemma's vocabulary, but not <|fim_prefix|>, <tool_call> or [INST].
+    return bool(_MARKUP.fullmatch(content)) and not _TAG.fullmatch(content)
+
+
+def _break_up(match: re.Match[str]) -> str:
+    name = match[0]
+    if len(name) == 1:
+        raise DataError(
+            f"contains {name!r}, which is a control token of the tokenizer; remove it", reason="control_token"
+        )
+    return name[0] + _BREAK + name[1:]
+
+
+def _free_characters(config: dict[str, Any], count: int) -> Iterator[str]:
+    """Private-use characters that occur in no token. A few occur in large vocabularies (Gemma's contains U+100083)."""
+    vocab = config["model"]["vocab"]
+    pieces = vocab if isinstance(vocab, dict) else (piece for piece, *_ in vocab)
+    used = {char for piece in pieces if not piece.isascii() for char in piece}
+    used.update(char for token in config["added_tokens"] for char in token["content"])
+    return islice((char for char in map(chr, _PRIVATE) if char not in used), count)
+
+
+def _keeps(backend: tokenizers.Tokenizer, characters: Iterable[str]) -> bool:
+    """Whether the tokenizer's normalizer leaves these characters as they are."""
+    text = "".join(characters)
+    return backend.normalizer is None or backend.normalizer.normalize_str(text) == text
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:
-    longest_first = sorted(names, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    """A pattern that matches the longest of these names: a tree of their common prefixes, as there may be thousands."""
+    tree: dict[str, Any] = {}
+    for name in names:
+        node = tree
+        for char in name:
+            node = node.setdefault(char, {})
+        node[""] = {}
+    return re.compile(_pattern_of(tree) if tree else "(?!)")
 
 
-def _rename(config: dict[str, Any], spelling: dict[str, str]) -> None:
+def _pattern_of(tree: dict[str, Any]) -> str:
+    branches = [re.escape(char) + _pattern_of(below) for char, below in tree.items() if char]
+    if not branches:
+        return ""
+    pattern = branches[0] if len(branches) == 1 and "" not in tree else f"(?:{'|'.join(branches)})"
+    return pattern + ("?" if "" in tree else "")
+
+
+def _rename(config: dict[str, Any], spelling: dict[str, str], keep_normalized: bool) -> None:
     """Rename tokens throughout a parsed tokenizer.json. Ids do not change: each token keeps its position."""
     # The post-processor would add BOS and EOS (a template writes its own), and may exclude white space from offsets.
     config["post_processor"] = config["truncation"] = config["padding"] = None
     for token in config["added_tokens"]:
         if token["content"] in spelling:
-            token.update(content=spelling[token["content"]], normalized=False)
+            token.update(content=spelling[token["content"]], normalized=token["normalized"] and keep_normalized)
     model = config["model"]
     if model.get("unk_token") in spelling:
         model["unk_token"] = spelling[model["unk_token"]]
@@ -140,10 +197,10 @@ def _rename(config: dict[str, Any], spelling: dict[str, str]) -> None:
         model["vocab"] = {spelling.get(piece, piece): index for piece, index in vocab.items()}
     else:
         model["vocab"] = [[spelling.get(piece, piece), *rest] for piece, *rest in vocab]
-    for merge in model.get("merges", ()):
-        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
-        if {left, right, left + right} & spelling.keys():
-            raise ValueError(
-                f"the tokenizer's control token {left + right!r} is also the result of a merge of its vocabulary, so "
-                "that a row could write it; use a tokenizer in which it is only an added token"
-            )
+    if "merges" in model:  # of no use in the original: it never passes a control token, or a part of one, to the model
+        model["merges"] = [merge for merge in model["merges"] if not _pieces(merge) & spelling.keys()]
+
+
+def _pieces(merge: str | Sequence[str]) -> set[str]:
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return {left, right, left + right}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
-from delib_fast.data.encode.chat import PLAIN_TEMPLATE, THINK, ChatRenderer, Skeleton
+from delib_fast.data.encode.chat import PLAIN_TEMPLATE, ChatRenderer
+from delib_fast.data.encode.chat_input import THINK, ChatInput
 from delib_fast.data.encode.control_tokens import ControlTokens
+from delib_fast.data.encode.skeleton import Skeleton
 from delib_fast.data.encode.tokenized_dataset import Example
-from delib_fast.data.read.tools import Tools
 from delib_fast.data.rows import DataError, Message, Row, Segment
 
 Cot = Literal["train", "context", "strip"]
@@ -46,7 +48,34 @@ class Encoder:
         """Encode each row as one example. Raises DataError with the row's location."""
         if cot not in ("train", "context", "strip"):
             raise ValueError(f"cot is {cot!r}; it must be 'train', 'context' or 'strip'")
-        filled = [self._text(row, cot, system_prompt) for row in rows]
+        for row in rows:
+            for text in row.texts:
+                self.control.refuse_reserved(text, row.location)
+        chats = [self._chat(row, cot, system_prompt) for row in rows]
+        skeletons = [
+            chat and self._renderer.skeleton(chat, row.location) for row, chat in zip(rows, chats, strict=True)
+        ]
+        with ThreadPoolExecutor(1) as pool:  # the tokenizer runs without the GIL
+            encoded = pool.submit(self._encode, rows, chats, skeletons)
+            rendered = [
+                (chat, skeleton, row.location)
+                for row, chat, skeleton in zip(rows, chats, skeletons, strict=True)
+                if chat and skeleton
+            ]
+            verified = iter(self._renderer.verified(rendered))
+            examples = encoded.result()
+        for k, skeleton in enumerate(skeletons):
+            if skeleton and (own := next(verified)) is not skeleton:
+                (examples[k],) = self._encode(rows[k : k + 1], chats[k : k + 1], [own])
+        return examples
+
+    def _encode(
+        self, rows: Sequence[Row], chats: Sequence[ChatInput | None], skeletons: Sequence[Skeleton | None]
+    ) -> list[Example]:
+        filled: list[tuple[str, tuple[int, ...] | None]] = [
+            skeleton.fill([text.strip() for text in chat.texts]) if chat and skeleton else (row.text, None)
+            for row, chat, skeleton in zip(rows, chats, skeletons, strict=True)
+        ]
         encodings = self.control.encode_batch([text for text, _ in filled])
         return [
             self._example(row, encoding, boundaries)
@@ -67,10 +96,9 @@ class Encoder:
             raise ValueError(f"{row.location}: the row has no chain of thought to replace")
         for text in (*row.texts, *cots):
             self.control.refuse_reserved(text, row.location)
-        messages = _with_system_prompt(row.messages, system_prompt)
-        texts = [*_message_texts(messages), (row.cot or "").strip(), row.response]
-        skeleton = self._skeleton(row, messages, texts, True)
-        cores = [text.strip() for text in texts]
+        chat = ChatInput.of(row, _with_system_prompt(row.messages, system_prompt), (row.cot or "").strip())
+        skeleton = self._skeleton(chat, row.location)
+        cores = [text.strip() for text in chat.texts]
         filled = [skeleton.fill([*cores[:-2], cot.strip(), cores[-1]]) for cot in cots]
         encodings = self.control.encode_batch([text for text, _ in filled])
         return [
@@ -91,37 +119,27 @@ class Encoder:
         messages = _with_system_prompt(messages, system_prompt)
         for message in messages:
             self.control.refuse_reserved(message.content, "a prompt")
-        skeleton, cores = self._prompt_skeleton(messages)
+        chat = _prompt_chat(messages, "thought")
         if thinking is None:
-            filled, boundaries = skeleton.fill(cores)
-            text = filled[: boundaries[0]]
+            text = self._renderer.prompt(chat, "a prompt")
         else:
-            cot_slot, response_slot = len(cores) - 2, len(cores) - 1
-            text = skeleton.fill_before(cot_slot if thinking else response_slot, cores)
+            skeleton = self._skeleton(chat, "a prompt")
+            cores = [*(text.strip() for text in chat.texts[:-2]), "", ""]
+            text = skeleton.fill_before(len(cores) - 2 if thinking else len(cores) - 1, cores)
         return list(self.control.encode_batch([text])[0].ids)
 
     @cached_property
     def end_ids(self) -> list[int]:
         """The ids that end a reply: the chat template's end-of-turn token, and the tokenizer's EOS."""
-        skeleton, cores = self._prompt_skeleton([Message("user", "a")], has_cot=False)
-        text, boundaries = skeleton.fill([*cores[:-1], "b"])
+        chat = _prompt_chat([Message("user", "a")], "")
+        text, boundaries = self._skeleton(chat, "a prompt").fill(chat.texts)
         end_of_turn = self.control.encode_batch([text[: boundaries[2]]])[0].ids[-1]
         return sorted({end_of_turn, *([self._eos] if self._eos is not None else [])})
 
-    def _prompt_skeleton(self, messages: Sequence[Message], *, has_cot: bool = True) -> tuple[Skeleton, list[str]]:
-        """Return the skeleton of a chat with these messages, and its stripped texts with an empty reply."""
-        texts = _message_texts(messages)
-        shapes = [*texts, "thought" if has_cot else "", "reply"]
-        skeleton = self._renderer.skeleton(tuple(m.role for m in messages), shapes, has_cot, "a prompt")
-        return skeleton, [*(text.strip() for text in texts), "", ""]
-
-    def _text(self, row: Row, cot: Cot, system_prompt: str | None) -> tuple[str, tuple[int, ...] | None]:
-        """Return (text to tokenize, the boundaries of the reply as in `Skeleton.fill`, or None for a document)."""
-        for text in row.texts:
-            self.control.refuse_reserved(text, row.location)
+    def _chat(self, row: Row, cot: Cot, system_prompt: str | None) -> ChatInput | None:
+        """What the chat template receives for a row; None for a document."""
         if row.kind == "document":
-            return row.text, None
-        messages = _with_system_prompt(row.messages, system_prompt)
+            return None
         cot_text = row.cot or "" if cot != "strip" else ""
         if not row.response.strip() and not row.calls and (cot != "train" or not cot_text.strip()):
             raise DataError(
@@ -130,15 +148,10 @@ class Encoder:
                 reason="nothing_supervised",
                 location=row.location,
             )
-        texts = [*_message_texts(messages), cot_text, row.response]
-        skeleton = self._skeleton(row, messages, texts, bool(cot_text.strip()))
-        return skeleton.fill([text.strip() for text in texts])
+        return ChatInput.of(row, _with_system_prompt(row.messages, system_prompt), cot_text)
 
-    def _skeleton(self, row: Row, messages: Sequence[Message], texts: Sequence[str], has_cot: bool) -> Skeleton:
-        tools = Tools.of(row, messages)
-        for text in (tools.offered, *tools.calls, *tools.names):
-            self.control.refuse_slots(text, row.location)
-        return self._renderer.skeleton(tuple(m.role for m in messages), texts, has_cot, row.location, tools)
+    def _skeleton(self, chat: ChatInput, location: str) -> Skeleton:
+        return self._renderer.verified([(chat, self._renderer.skeleton(chat, location), location)])[0]
 
     def _example(self, row: Row, encoding: Any, boundaries: tuple[int, ...] | None) -> Example:
         if boundaries is None:
@@ -163,9 +176,10 @@ def _with_system_prompt(messages: Sequence[Message], system_prompt: str | None) 
     return (Message("system", system_prompt), *messages)
 
 
-def _message_texts(messages: Sequence[Message]) -> list[str]:
-    """Return the content and the chain of thought of each message, in the order that `ChatRenderer` expects."""
-    return [text for message in messages for text in (message.content, message.cot or "")]
+def _prompt_chat(messages: Sequence[Message], cot: str) -> ChatInput:
+    """A chat with these messages and a reply of some text."""
+    row = Row(kind="chat", location="", source="", digest="", response="reply")
+    return ChatInput.of(row, messages, cot)
 
 
 def _leading_ids(tokenizer: Any) -> list[int]:

@@ -280,11 +280,12 @@ def _rows_of_chat(chat: _Chat, settings: FormatSettings, location: str) -> Itera
             source=settings.source,
             digest=digest,
             weight=chat.weight * reply.weight,
-            messages=tuple(Message(t.role, t.content, t.cot, t.calls, t.name) for t in turns[:i]),
+            messages=tuple(Message(t.role, t.content, t.cot, t.calls, t.fields) for t in turns[:i]),
             cot=reply.cot if (reply.cot or "").strip() else None,
             response=reply.content,
             calls=reply.calls,
             tools=chat.tools,
+            fields=reply.fields,
         )
     if not rows:
         fail("nothing_supervised", "every reply has weight 0: there is nothing to train on")

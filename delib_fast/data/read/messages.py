@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ class Turn:
     cot: str | None = None
     weight: float = 1.0
     calls: str = ""
-    name: str = ""
+    fields: str = ""
 
 
 def read_turn(message: Any, where: str, tags: Tags, ignored: Counter[str]) -> Turn:
@@ -60,16 +61,17 @@ def read_turn(message: Any, where: str, tags: Tags, ignored: Counter[str]) -> Tu
     turn = Turn(role, "", calls=_calls(fields))
     if turn.calls and role != "assistant":
         fail("tools", f"{where} is a {role} message with tool calls, but only assistant messages may call tools")
-    thoughts = _read_content(turn, fields, ignored)
+    more = {key: fields.string(key) for key in ("name", "tool_call_id") if key in fields}
+    thoughts = _read_content(turn, fields, more, ignored)
     if is_call:
         if turn.calls:
             fail("ambiguous", f"{where} has its tool calls twice: in the content and in a field of its own; keep one")
         turn.calls, turn.content = read_call_text(turn.content, where), ""
+        more["content"] = None
     if role == "assistant":
         turn.weight = fields.loss_weight()
         turn.cot, turn.content = _cot_of(turn, fields, thoughts, tags)
     else:
-        turn.name = fields.string("name") if "name" in fields else ""
         if asks := fields.asks_for_loss():
             fail(
                 "bad_weight",
@@ -81,6 +83,7 @@ def read_turn(message: Any, where: str, tags: Tags, ignored: Counter[str]) -> Tu
                 f"{where} is a {role} message with {thought_key!r}, but only assistant messages may have a chain of "
                 "thought",
             )
+    turn.fields = json.dumps(more, ensure_ascii=False) if more else ""
     has_cot = role != "assistant" or turn.cot is not None
     settle(fields, "message", ignored, prefix=f"{where.split('[')[0]}[].", has_cot=has_cot)
     return turn
@@ -131,12 +134,16 @@ def join_cot(given: str | None, content: str, key: str | None, where: str, tags:
     return given, rest
 
 
-def _read_content(turn: Turn, fields: Fields, ignored: Counter[str]) -> str | None:
-    """Read the text of a message. Returns the text of its reasoning blocks, None without any."""
+def _read_content(turn: Turn, fields: Fields, more: dict[str, Any], ignored: Counter[str]) -> str | None:
+    """Read the text of a message, and add its form to `more` if it is not a string (`Message.fields`).
+
+    Returns the text of its reasoning blocks, None without any.
+    """
     key = fields.optional_key(("content", "value"))
     if key is None:
         if not turn.calls:  # OpenAI: the content of a call is null
             fail("missing_field", f"{fields.where} has no 'content' (or 'value', as in ShareGPT)")
+        more["content"] = None
         return None
     blocks = fields.peek(key)
     if not isinstance(blocks, list):
@@ -160,6 +167,7 @@ def _read_content(turn: Turn, fields: Fields, ignored: Counter[str]) -> str | No
             f"{fields.where} is a {turn.role} message with a reasoning block, but only assistant messages may have one",
         )
     turn.content = "\n".join(texts)
+    more["content"] = [{"type": "text", "text": text} for text in texts] if len(texts) > 1 else [{"type": "text"}]
     return "\n".join(thoughts) if any(thought.strip() for thought in thoughts) else None
 
 

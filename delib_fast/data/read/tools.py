@@ -1,18 +1,17 @@
 """Tools in chats: the tools that a row offers and the calls of the assistant, in OpenAI's or LLaMA-Factory's format.
 
-A row stores both as JSON text. A chat template receives objects, and the arguments of a call as an object too:
-templates write them as JSON, and would put quotes around a string.
+A row stores both as JSON text, and the arguments of a call as an object: templates write them as JSON, and would put
+quotes around a string.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from delib_fast.data.read.strict_json import decode
-from delib_fast.data.rows import DataError, Message, Row
+from delib_fast.data.rows import DataError
 
 
 def read_tools(value: Any, name: str = "tools") -> str:
@@ -43,7 +42,7 @@ def read_calls(value: Any, where: str) -> str:
     Args:
         where: the location of the calls, e.g. `messages[1].tool_calls`.
     Returns:
-        JSON text of [{"name", "arguments": {…}}]; "" without calls.
+        JSON text of [{"name", "arguments": {…}, "id"}]; "" without calls. A call without an id has no "id".
     Raises:
         DataError: reason "tools".
     """
@@ -60,60 +59,6 @@ def read_call_text(text: str, where: str) -> str:
     """Read ShareGPT's `function_call` message: JSON text of one call, or of a list of calls."""
     value = _decode(text, where)
     return read_calls(value if isinstance(value, list) else [value], where)
-
-
-def template_calls(calls: str) -> list[dict[str, Any]]:
-    """Convert calls from JSON text to the objects that chat templates expect."""
-    return [{"type": "function", "function": call} for call in json.loads(calls)]
-
-
-@dataclass(frozen=True, slots=True)
-class Tools:
-    """The tools of a chat.
-
-    A template receives their actual content, not a placeholder as for a text, because its output depends on it.
-    """
-
-    offered: str = ""
-    """The tools that are available, as JSON."""
-    calls: tuple[str, ...] = ()
-    """The calls of each message and of the reply, as JSON; empty if there are no calls at all."""
-    names: tuple[str, ...] = ()
-    """For each message, the tool whose result it is; empty if no message names a tool."""
-
-    @classmethod
-    def of(cls, row: Row, messages: Sequence[Message]) -> Tools:
-        """Collect the tools of a row. `messages` are those before the reply, with the system prompt."""
-        calls = (*(m.calls for m in messages), row.calls)
-        names = tuple(m.name for m in messages)
-        return cls(row.tools, calls if any(calls) else (), names if any(names) else ())
-
-    def __bool__(self) -> bool:
-        return bool(self.offered or self.calls or self.names)
-
-    def map(self, change: Callable[[str], str]) -> Tools:
-        """Return a copy in which `change` is applied to every text."""
-        return Tools(change(self.offered), tuple(map(change, self.calls)), tuple(map(change, self.names)))
-
-    @property
-    def replies_with_calls(self) -> bool:
-        """Whether the reply calls a tool."""
-        return bool(self.calls and self.calls[-1])
-
-    def template_kwargs(self) -> dict[str, Any]:
-        """The keyword argument of `apply_chat_template` for the available tools."""
-        return {"tools": json.loads(self.offered)} if self.offered else {}
-
-    def add_to(self, message: dict[str, Any], index: int) -> dict[str, Any]:
-        """Return message `index` (-1: the reply) with its calls, or with the name of the tool whose result it is."""
-        if self.calls and self.calls[index]:
-            message = message | {"tool_calls": template_calls(self.calls[index])}
-        if self.names and index >= 0 and self.names[index]:
-            message = message | {"name": self.names[index]}
-        return message
-
-
-NO_TOOLS = Tools()
 
 
 _ARGUMENT_KEYS = ("parameters", "args", "kwargs", "input")  # of other formats
@@ -133,7 +78,10 @@ def _call(call: Mapping[str, Any], where: str) -> dict[str, Any]:
         arguments = _decode(arguments, f"{where}.function.arguments") if arguments.strip() else {}
     if not isinstance(arguments, dict):
         _fail(f"{where}.function.arguments is not an object")
-    return {"name": function["name"], "arguments": arguments}
+    read = {"name": function["name"], "arguments": arguments}
+    if isinstance(given := call.get("id"), str | int) and str(given):
+        read["id"] = given
+    return read
 
 
 def _function(tool: Mapping[str, Any], where: str) -> Mapping[str, Any]:
