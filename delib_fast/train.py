@@ -21,14 +21,16 @@ if __name__ == "__main__" and sys.path and os.path.basename(sys.path[0]) == "del
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse
+import contextlib
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-from delib_fast.config import ConfigError
+from delib_fast.config import Config, ConfigError
 from delib_fast.config.load import load_config, redact_text
-from delib_fast.engine.slurm import init_from_slurm
-from delib_fast.training.errors import LostRankError, Stopped, TrainingError
+from delib_fast.engine.slurm import has_launcher, init_from_slurm
+from delib_fast.training.errors import RanksDifferError, Stopped, TrainingError
 
 if TYPE_CHECKING:
     from delib_fast.training.callbacks import Callback
@@ -56,23 +58,30 @@ def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] =
         help="override a value, e.g. --set stages.aft.epochs=2 (repeatable)",
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    init_from_slurm()
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as left:
+        if left.code:
+            _report_to_ranks("its command line is not valid")
+        raise
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    init_from_slurm()
-    from delib_fast.training.run import run
 
     is_main = os.environ.get("RANK", "0") == "0"
     overrides = [item for group in options.overrides for item in group]
     try:
-        run(load_config(options.config, overrides), callbacks)
+        config = _on_every_rank(partial(load_config, options.config, overrides))
+        from delib_fast.training.run import run
+
+        run(config, callbacks)
     except Stopped as stopped:
         if is_main:
             print(f"{stopped}; the same command resumes from there", flush=True)
     except KeyboardInterrupt:
         return _fail("interrupted; the same command resumes from the last checkpoint", 130, prints=is_main)
     except ConfigError as error:
-        return _fail(str(error), 2, prints=is_main)
+        return _fail(str(error), 2, prints=is_main or isinstance(error, RanksDifferError))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
@@ -84,22 +93,41 @@ def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] =
         )
     except Exception as error:
         if not _has_user_message(error):
+            _report_to_ranks(f"it failed: {type(error).__name__}: {error}")
             raise
-        prints = error.reports if isinstance(error, LostRankError) else is_main
+        prints = getattr(error, "reports", is_main)
         return _fail(str(error), 2 if isinstance(error, ValueError) else 1, prints=prints)
     return 0
+
+
+def _on_every_rank(load: Callable[[], Config]) -> Config:
+    """Call `load`; if it fails on one rank, it fails on all of them, which would wait for that rank otherwise."""
+    if not has_launcher(os.environ):
+        return load()  # without importing torch
+    from delib_fast.engine.rendezvous import Rendezvous
+
+    return Rendezvous.current().raise_together(load)
+
+
+def _report_to_ranks(message: str) -> None:
+    """Let the other ranks end with an error that names this one, if the run has not begun on them."""
+    if has_launcher(os.environ):
+        from delib_fast.engine.rendezvous import Rendezvous
+
+        with contextlib.suppress(ConfigError, RuntimeError):
+            Rendezvous.current().abort(redact_text(message))
 
 
 def _has_user_message(error: Exception) -> bool:
     """Whether the error is one of ours, whose message is written for the user; a traceback would bury it."""
     from delib_fast.checkpoint.format import CheckpointError
     from delib_fast.data import DataError
+    from delib_fast.engine.rendezvous import PeerError
     from delib_fast.models import LeakError, UnsupportedModelError
     from delib_fast.ops import BackendUnavailable
 
-    return isinstance(
-        error, DataError | CheckpointError | LeakError | UnsupportedModelError | TrainingError | BackendUnavailable
-    )
+    user = DataError | CheckpointError | LeakError | UnsupportedModelError | TrainingError | BackendUnavailable
+    return isinstance(error, user | PeerError)
 
 
 def _fail(message: str, code: int, *, prints: bool) -> int:

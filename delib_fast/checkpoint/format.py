@@ -24,11 +24,13 @@ This module names, publishes, verifies and reads checkpoints; `writer` writes th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,6 +59,8 @@ class Group(Protocol):
     def world_size(self) -> int: ...
     def barrier(self) -> None: ...
     def gather_texts(self, text: str) -> list[str]: ...
+    @property
+    def local_work(self) -> Callable[[str], AbstractContextManager[None]]: ...
 
 
 class SingleProcess:
@@ -69,6 +73,10 @@ class SingleProcess:
 
     def gather_texts(self, text: str) -> list[str]:
         return [text]
+
+    def local_work(self, activity: str) -> AbstractContextManager[None]:
+        """Enter work of unknown duration. No other rank waits for it."""
+        return contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -195,7 +203,8 @@ def verify(folder: Path, group: Group | None = None) -> Checkpoint:
     checkpoint: Checkpoint | None = None
     fault = ""
     try:
-        checkpoint = _verify_share(folder, group.rank, group.world_size)
+        with group.local_work("verifying a checkpoint"):
+            checkpoint = _verify_share(folder, group.rank, group.world_size)
     except CheckpointError as error:
         fault = str(error)
     faults = [text for text in group.gather_texts(fault) if text]

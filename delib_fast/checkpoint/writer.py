@@ -115,7 +115,8 @@ class CheckpointWriter:
             return
         for _ in range(2):  # first for the shards, then for rank 0 to publish
             if self._thread is not None:
-                self._thread.join()
+                with self._group.local_work("waiting for a checkpoint to be written"):
+                    self._thread.join()
             self.raise_failure()
             self.advance()
         self._thread = None

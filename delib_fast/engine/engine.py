@@ -61,7 +61,8 @@ class Engine:
         self._fp16 = config.engine.precision == "fp16"
         self._unsharded_norm: Tensor | None = None
         settings = deepspeed_json(config, stage, ranks.world_size)
-        shard_parameters(module, self.device, DTYPES[config.engine.precision], settings, self._zero_stage)
+        precision = DTYPES[config.engine.precision]
+        shard_parameters(module, self.device, precision, settings, self._zero_stage, lambda text: ranks.heartbeat(text))
         self._optimizer = build_optimizer(module, stage.optimizer)
         with contextlib.redirect_stdout(io.StringIO()), _reraise_as_config_error():  # DeepSpeed prints memory figures
             self._engine, self._zero, _, _ = deepspeed.initialize(
@@ -188,6 +189,7 @@ class Engine:
         for name, parameter in self.module.named_parameters():
             if not (frozen or parameter.requires_grad):
                 continue
+            self.ranks.heartbeat(f"gathering {name}")
             weight = self.state.weight(parameter)
             if self.rank == 0:
                 weights[name] = weight.to("cpu", copy=True)
@@ -227,7 +229,7 @@ class Engine:
         self.ranks.barrier()
         found = load_newest(root, warn, self.ranks)
         if found is not None:
-            self.state.restore(found.reader(), found.trainer["optimizer_steps"])
+            self.state.restore(found.reader(), found.trainer["optimizer_steps"], self.ranks.heartbeat)
             self.guard.restore(found.trainer["guard"])
             if self._scaler is not None and found.trainer.get("loss_scale"):  # runs in another precision do not save it
                 self._scaler.restore(found.trainer["loss_scale"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,12 @@ _DIRECT_IO_ALIGNMENT = 512  # bytes; reads that bypass the page cache need memor
 
 
 def shard_parameters(
-    module: nn.Module, device: torch.device, dtype: torch.dtype, settings: dict[str, Any], stage: int
+    module: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    settings: dict[str, Any],
+    stage: int,
+    heartbeat: Callable[[str], None] = lambda activity: None,
 ) -> None:
     """Move a module to the device in its compute dtype: whole, or at ZeRO 3 only this rank's shard of each parameter.
 
@@ -27,12 +33,14 @@ def shard_parameters(
         dtype: the dtype of floating-point parameters and buffers; others keep theirs.
         settings: DeepSpeed's configuration; see `deepspeed_json`.
         stage: the ZeRO stage.
+        heartbeat: called before each parameter is sharded.
     """
     if stage < 3:
         module.to(device=device, dtype=dtype)
         return
     zero = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings, dtype=dtype)
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
+        heartbeat(f"sharding {name}")
         parameter_dtype = dtype if parameter.is_floating_point() else parameter.dtype
         parameter.data = _materialize(parameter, parameter_dtype, device)
         zero._convert_to_zero_parameters([parameter])  # as Init does with the parameters of a module that it receives

@@ -1,13 +1,19 @@
-"""Ranks under plain `srun`: Slurm's variables under the names that torch and DeepSpeed read."""
+"""The variables by which a launcher tells a rank its number; and those of plain `srun` under the same names."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 # Below the ports that Linux assigns to outgoing connections (32768 and up).
 _FIRST_PORT, _PORTS = 20_000, 12_000
+
+
+def has_launcher(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher started this process. RANK alone is not enough: accelerate leaves it set."""
+    complete = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys()
+    return complete or ("RANK" in environment and environment.get("WORLD_SIZE", "1") != "1")
 
 
 def init_from_slurm(environment: MutableMapping[str, str] = os.environ) -> None:

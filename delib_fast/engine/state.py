@@ -64,12 +64,18 @@ class TrainingState:
         with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
             return parameter.detach().to("cpu", copy=True)
 
-    def restore(self, read: Callable[[str], Tensor], optimizer_steps: int) -> None:
+    def restore(
+        self,
+        read: Callable[[str], Tensor],
+        optimizer_steps: int,
+        heartbeat: Callable[[str], None] = lambda activity: None,
+    ) -> None:
         """Set every weight and moment, and the optimizer's step count. A collective.
 
         Args:
             read: returns the full tensor of a key; see `tensors`.
             optimizer_steps: the optimizer steps that were made; skipped steps do not count.
+            heartbeat: called before each tensor is read and set.
         Raises:
             ValueError: a tensor has another shape than the model's parameter; the message has its key.
         """
@@ -77,6 +83,7 @@ class TrainingState:
             for name, parameter in self.named_parameters():
                 for moment in (None, *self._moments[id(parameter)]):
                     key = f"{moment or 'weight'}/{name}"
+                    heartbeat(f"reading {key} from a checkpoint")
                     self._set(key, parameter, read(key), moment)
         self._set_optimizer_steps(optimizer_steps)
         self._refresh_gathered()

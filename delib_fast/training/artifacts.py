@@ -88,7 +88,8 @@ def _user_weights(run: RunContext, path: str | None) -> Weights:
 
 def _hashes(run: RunContext, folder: Path) -> dict[str, str]:
     """The hashes of a folder's files, on every rank. Only rank 0 reads the files, which may be large. A collective."""
-    hashes = hash_files(folder) if run.ranks.rank == 0 else {}
+    with run.watchdog.local_work(f"hashing {folder}"):
+        hashes = hash_files(folder) if run.ranks.rank == 0 else {}
     of_rank_0: dict[str, str] = json.loads(run.ranks.gather_texts(json.dumps(hashes))[0])
     return of_rank_0
 
@@ -115,7 +116,7 @@ def _folder(run: RunContext, index: int, what: Literal["model", "adapter"]) -> P
 
 
 def build_stage_model(run: RunContext, inputs: StageInputs, config: Config) -> tuple[Any, dict[str, Tensor]]:
-    """Build the model of a stage.
+    """Build the model of a stage. Each rank does that for itself, without a collective.
 
     Args:
         config: the run's configuration with `activation_checkpointing: auto` resolved for the stage.
@@ -130,9 +131,7 @@ def build_stage_model(run: RunContext, inputs: StageInputs, config: Config) -> t
     precision = "fp32" if lora is None else config.engine.precision
     source, tokenizer = _source(config, inputs), run.dataset.tokenizer
     if config.engine.zero_stage == 3:  # weights are loaded and sharded one by one, so that no rank holds all of them
-        model, note = run.ranks.raise_together(
-            lambda: build_deferred(source, tokenizer, dtype=precision, seed=config.seed, first=run.ranks.rank == 0)
-        )
+        model, note = build_deferred(source, tokenizer, dtype=precision, seed=config.seed, first=run.ranks.rank == 0)
         if note is not None:
             run.console.print(note)
     else:
@@ -185,11 +184,12 @@ def export(run: RunContext, engine: Engine, index: int, inputs: StageInputs) -> 
     fault = ""
     if run.ranks.rank == 0:
         try:
-            for what in kinds:
-                folder = _folder(run, index, what)
-                _write(run, engine.module, what, folder, weights, inputs)
-                files = hash_files(folder)
-                entry |= {what: Weights(str(folder), hash_weights(files)).describe(), f"{what}_files": files}
+            with run.watchdog.local_work("writing the model"):
+                for what in kinds:
+                    folder = _folder(run, index, what)
+                    _write(run, engine.module, what, folder, weights, inputs)
+                    files = hash_files(folder)
+                    entry |= {what: Weights(str(folder), hash_weights(files)).describe(), f"{what}_files": files}
         except (OSError, SafetensorError, ConfigError) as error:
             fault = str(error)
     if fault := run.ranks.gather_texts(fault)[0]:

@@ -42,5 +42,5 @@ class CallbackList:
     def step_end(self) -> None:
         self._log.step_end(self._run, self._engine, self._stage)
         for callback in self._callbacks:
-            with self._run.watchdog.suspended(f"callback {type(callback).__name__}"):
+            with self._run.watchdog.local_work(f"callback {type(callback).__name__}"):
                 callback.step_end(self._run, self._engine, self._stage)

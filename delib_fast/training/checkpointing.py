@@ -95,8 +95,7 @@ class Checkpointer:
 
     def finish(self) -> None:
         """Wait until the checkpoint that is being written is on disk. A collective."""
-        with self._run.watchdog.suspended("waiting for a checkpoint to be written"):
-            self._writer.wait()
+        self._writer.wait()
 
     def _due(self) -> bool:
         """Whether rank 0 wants a checkpoint of the current step; False on other ranks."""

@@ -82,15 +82,18 @@ class RunDataset:
         """The rows that no stage trains on."""
         return held_out_rows(self._config, self.source)
 
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The run's tokenizer.
+    @property
+    def source_names(self) -> list[str]:
+        """The sources that the run reads, in the order of their first use."""
+        train = self._config.tokenizer.train
+        names = [name for stage in self._config.stages for name in (*stage.train, *stage.eval)]
+        return list(dict.fromkeys([*names, *(train.sources if train is not None else ())]))
 
-        If the run trains one, rank 0 trains and stores it, and all ranks load it from there. So does a resumed run.
-        """
+    def train_tokenizer(self) -> None:
+        """Train and store the tokenizer, unless the run loads one, or has stored this one. For rank 0 alone."""
         train = self._config.tokenizer.train
         if train is None:
-            return self._build_tokenizer(path=self._config.tokenizer.path)
+            return
         folder, template = self._tokenizer_folder, self._config.tokenizer.chat_template
         trained_on = hashlib.sha256(
             json.dumps(
@@ -102,16 +105,22 @@ class RunDataset:
             ).encode()
         ).hexdigest()
         marker = folder / "trained_on.sha256"
-        stored = marker.read_text() if marker.exists() else None
-        self._ranks.barrier()
-        if self._ranks.rank == 0 and stored != trained_on:
-            texts = (text for row in self.training_rows(train.sources) for text in row.texts)
-            self._build_tokenizer(train=train, texts=lambda: texts).save_pretrained(folder)
-            for file in folder.iterdir():
-                sync_file(file)
-            write_atomic(marker, trained_on)  # written last: without it, the tokenizer is trained again
-        self._ranks.barrier()
-        return self._build_tokenizer(path=str(folder))
+        if marker.exists() and marker.read_text() == trained_on:
+            return
+        texts = (text for row in self.training_rows(train.sources) for text in row.texts)
+        self._build_tokenizer(train=train, texts=lambda: texts).save_pretrained(folder)
+        for file in folder.iterdir():
+            sync_file(file)
+        write_atomic(marker, trained_on)  # written last: without it, the tokenizer is trained again
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The run's tokenizer. If the run trains one, all ranks load what rank 0 has stored: see `train_tokenizer`."""
+        if self._config.tokenizer.train is None:
+            return self._build_tokenizer(path=self._config.tokenizer.path)
+        if self._ranks.rank == 0:
+            self.train_tokenizer()
+        return self._build_tokenizer(path=str(self._tokenizer_folder))
 
     def _build_tokenizer(self, **origin: Any) -> Any:
         model = self._config.model
@@ -140,7 +149,7 @@ class RunDataset:
         source, options = self.source(name), encoding_options(stage)
         settings = self._config.data[name].identity(exclude=frozenset({"repeat", "max_tokens"}))
         inputs = {"source": name, "settings": settings, "sha256": source.sha256, **options}
-        key = cache_key({**inputs, "tokenizer": self._tokenizer_fingerprint})
+        key = cache_key({**inputs, "tokenizer": self.tokenizer_fingerprint})
         if key not in self._encoded_sources:
             rows = source.train_rows()
             if self._ranks.rank == 0:
@@ -151,7 +160,8 @@ class RunDataset:
         return self._encoded_sources[key]
 
     @cached_property
-    def _tokenizer_fingerprint(self) -> str:
+    def tokenizer_fingerprint(self) -> str:
+        """The sha256 of everything that affects how the tokenizer encodes a row, its chat template included."""
         return tokenizer_fingerprint(self.tokenizer)
 
     def mixed(self, stage: StageConfig) -> tuple[TokenizedDataset, list[SourceShare]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from delib_fast.config import ConfigError
+
 
 class Stopped(Exception):  # noqa: N818 (a requested stop is not an error)
     """A stop was requested (Ctrl-C, SIGTERM), and the state of the run has been saved."""
@@ -21,3 +23,10 @@ class LostRankError(TrainingError):
     def __init__(self, message: str, *, reports: bool) -> None:
         super().__init__(message)
         self.reports = reports
+
+
+class RanksDifferError(ConfigError):
+    """The ranks have another configuration, other files, packages or another environment than each other.
+
+    Every rank prints it: on a cluster, each may have its own output.
+    """

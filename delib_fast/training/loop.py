@@ -61,7 +61,9 @@ def evaluate(run: RunContext, engine: Engine, moment: str, checkpointer: Checkpo
     if run.directory.evaluation(moment) is not None:
         return
     segments: dict[str, Any] = {}
-    for prefix, batches in run.dataset.evaluation():
+    with run.watchdog.local_work("encoding held-out rows"):
+        sets = list(run.dataset.evaluation())
+    for prefix, batches in sets:
         meter = Meter(engine.device)
         for batch in batches:
             run.ranks.heartbeat(f"evaluation, {moment}")

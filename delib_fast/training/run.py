@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -29,8 +30,13 @@ from delib_fast.training.signals import StopRequest
 from delib_fast.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from delib_fast.checkpoint.format import Checkpoint
     from delib_fast.engine import Engine, Ranks
+    from delib_fast.models import TrainableLM
+    from delib_fast.training.agreement import Facts
     from delib_fast.training.callbacks import Callback
 
 
@@ -51,36 +57,54 @@ def run(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
     Raises:
         ConfigError, DataError, LeakError: the configuration, the rows or the model cannot be used; raised before
             anything is trained.
+        RanksDifferError: the ranks have another configuration, other files, packages or another environment.
+        PeerError: another rank failed or ended before the first step.
         TrainingError, CheckpointError: the run cannot continue.
         Stopped: a stop was requested, and the state has been saved.
     """
     if config.engine.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
     from delib_fast.engine import Ranks
+    from delib_fast.engine.ranks import choose_device
+    from delib_fast.engine.rendezvous import Rendezvous
+    from delib_fast.training.agreement import refuse_differences, start_facts
     from delib_fast.training.dataset import RunDataset
 
-    refuse_missing_loggers(config)
-    ranks = Ranks(config.engine.device, config.engine.sequence_parallel)
-    config = resolve_precision(config, ranks)
-    is_main = ranks.rank == 0
+    meeting = Rendezvous.current()
+    device = meeting.raise_together(partial(_check_machine, config, choose_device))
+    if meeting.world_size > 1:
+        refuse_differences(meeting, start_facts(config, device))
+    is_main = meeting.rank == 0
     directory, console = RunDirectory(config.run_dir, writes=is_main), ConsoleLogger(enabled=is_main)
-    loggers = Loggers(config, directory.path, enabled=is_main, warn=console.print)
+    loggers: Loggers | None = None
     try:
         for opens_now in (is_main, not is_main):  # rank 0 creates the files that the other ranks read
-            ranks.raise_together(partial(directory.open, config) if opens_now else lambda: None)
-        stop = StopRequest()
-        watchdog = Watchdog(directory.heartbeats, ranks.rank, ranks.world_size, config.guard.hang_timeout_s)
-        ranks.heartbeat = watchdog.at
-        dataset = RunDataset(config, directory.tokenizer, ranks)
-        context = RunContext(config, ranks, directory, console, dataset, stop, loggers, watchdog)
-        with stop.listening(), watchdog.running(), raise_lost_ranks(watchdog):
-            run_stages(context, callbacks)
+            meeting.raise_together(partial(directory.open, config) if opens_now else lambda: None)
+        loggers = Loggers(config, directory.path, enabled=is_main, warn=console.print)
+        watchdog = Watchdog(directory.heartbeats, meeting.rank, meeting.processes, config.guard.hang_timeout_s)
+        with watchdog.running(), raise_lost_ranks(watchdog):
+            meeting.watch(watchdog.waiting)
+            watchdog.at("connecting to the other ranks")
+            ranks = Ranks(config.engine.device, config.engine.sequence_parallel)
+            ranks.heartbeat, ranks.local_work = watchdog.at, watchdog.local_work
+            config = resolve_precision(config, ranks)
+            dataset, stop = RunDataset(config, directory.tokenizer, ranks), StopRequest()
+            context = RunContext(config, ranks, directory, console, dataset, stop, loggers, watchdog)
+            with stop.listening():
+                run_stages(context, callbacks)
         model = directory.exported(config.stages[-1].name, last=True)
         console.print_tables(directory.ledger, [("run directory", str(directory.path)), ("model", str(model))])
         return RunResult(directory.path, model, directory.ledger)
     finally:
-        loggers.close()
+        if loggers is not None:
+            loggers.close()
         directory.close()
+
+
+def _check_machine(config: Config, choose_device: Callable[[str], torch.device]) -> torch.device:
+    """The device of this rank. Raises ConfigError if it, or a library that the configuration needs, does not exist."""
+    refuse_missing_loggers(config)
+    return choose_device(config.engine.device)
 
 
 @contextlib.contextmanager
@@ -105,8 +129,8 @@ def run_stages(run: RunContext, callbacks: Sequence[Callback] = ()) -> None:
     """Run every stage that is not finished yet. Raises Stopped if a stop is requested."""
     stages = run.config.stages
     finished = {entry["name"]: entry for entry in run.directory.ledger["stages"] if entry["status"] == "finished"}
-    with run.watchdog.suspended("reading the data"), run.stop.raise_immediately("reading the data"):
-        check_stages(run, [stage for stage in stages if stage.name not in finished])
+    with run.stop.raise_immediately("reading the data"):
+        prepare(run, [stage for stage in stages if stage.name not in finished])
     for index, stage in enumerate(stages):
         if stage.name in finished:
             run.console.print(f"{stage.name}: already finished ({finished[stage.name]['steps']} steps)")
@@ -118,14 +142,69 @@ def run_stages(run: RunContext, callbacks: Sequence[Callback] = ()) -> None:
         exported_by(run, len(stages) - 1, "model")
 
 
-def check_stages(run: RunContext, stages: Sequence[StageConfig]) -> None:
-    """Read, encode and pack every stage before the first one trains, so that errors in later stages are found now."""
-    from delib_fast.engine.deepspeed_json import deepspeed_json
+def prepare(run: RunContext, stages: Sequence[StageConfig]) -> None:
+    """Read, encode and pack every stage before the first one trains, so that errors in later stages are found now.
 
+    A collective through the rendezvous: an error on one rank is raised on all of them, and ranks that have read other
+    data, or would make another number of steps, are refused.
+    """
+    from delib_fast.engine.deepspeed_json import deepspeed_json
+    from delib_fast.training.agreement import refuse_differences, source_facts
+
+    meeting, dataset = run.ranks.rendezvous, run.dataset
+
+    def together(activity: str, work: Callable[[], None]) -> None:
+        def local() -> None:
+            with run.watchdog.local_work(activity):
+                work()
+
+        meeting.raise_together(local, kinds=(Stopped,))
+
+    def read_sources() -> None:
+        for stage in stages:
+            deepspeed_json(run.config, stage, run.ranks.world_size)
+        for name in dataset.source_names if stages else ():
+            dataset.source(name)
+
+    together("reading the data", read_sources)
+    if meeting.world_size > 1 and stages:
+        refuse_differences(meeting, source_facts(run, dataset.source_names))
+    if stages:
+        together("training the tokenizer", dataset.train_tokenizer if run.ranks.rank == 0 else lambda: None)
+    together("encoding the data", partial(check_stages, run, stages))
+    if meeting.world_size > 1:
+        compare_stages(run, stages)
+
+
+def check_stages(run: RunContext, stages: Sequence[StageConfig]) -> None:
+    """Encode and pack the data of stages, and estimate their memory."""
     for stage in stages:
-        deepspeed_json(run.config, stage, run.ranks.world_size)
         run.dataset.batches(stage)
         check_fits(run.config, stage, run.dataset.shape, memory_budget(run))
+
+
+def compare_stages(run: RunContext, stages: Sequence[StageConfig]) -> None:
+    """Refuse ranks that would train stages differently. A collective. Raises RanksDifferError."""
+    from delib_fast.training.agreement import refuse_differences, stage_facts
+
+    meeting, folder = run.ranks.rendezvous, run.directory.heartbeats
+    nonce = f"shared-{meeting.merge('', lambda texts: secrets.token_hex(8))}"
+
+    def create() -> None:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        (folder / nonce).touch()
+
+    def collect() -> Facts:
+        with run.watchdog.local_work("comparing the ranks"):
+            settings = {"engine.precision (resolved)": run.config.engine.precision}
+            for stage in stages:
+                found = resolve_activation_checkpointing(run.config, stage, run.dataset.shape, memory_budget(run))
+                settings[f"stages.{stage.name}: activation checkpointing"] = found.model.activation_checkpointing
+            return stage_facts(run, stages, settings, nonce)
+
+    meeting.on_first(create)
+    refuse_differences(meeting, meeting.raise_together(collect, kinds=(Stopped,)))
+    meeting.on_first((folder / nonce).unlink)
 
 
 def run_stage(run: RunContext, index: int, callbacks: Sequence[Callback] = ()) -> None:
@@ -150,8 +229,7 @@ def run_stage(run: RunContext, index: int, callbacks: Sequence[Callback] = ()) -
     )
     entry |= {**figures, "wall_s": time.perf_counter() - began}
     evaluate(run, engine, f"after {stage.name}", checkpointer)
-    with run.watchdog.suspended("exporting the model"):
-        exported = export(run, engine, index, inputs)
+    exported = export(run, engine, index, inputs)
     run.directory.record_stage(entry | exported | {"status": "finished"})
     engine.close()
 
@@ -162,20 +240,21 @@ def build_engine(run: RunContext, config: Config, stage: StageConfig, inputs: St
     from delib_fast.models import TrainableLM, check_isolation, check_layers
 
     ranks, batches = run.ranks, run.dataset.batches(stage)
-    with run.watchdog.suspended("loading the model"):
-        model, exact_weights = build_stage_model(run, inputs, config)
 
-    def wrap() -> TrainableLM:
-        check_layers(config.model.layers, ranks.device)
-        return TrainableLM(
-            model,
-            attention_backend=config.model.attention,
-            loss_backend=config.model.loss,
-            sequence_group=ranks.sequence_group,
-            layers=config.model.layers,
-        )
+    def build() -> tuple[TrainableLM, dict[str, Tensor]]:
+        with run.watchdog.local_work("loading the model"):
+            model, exact_weights = build_stage_model(run, inputs, config)
+            check_layers(config.model.layers, ranks.device)
+            module = TrainableLM(
+                model,
+                attention_backend=config.model.attention,
+                loss_backend=config.model.loss,
+                sequence_group=ranks.sequence_group,
+                layers=config.model.layers,
+            )
+            return module, exact_weights
 
-    module = ranks.raise_together(wrap)
+    module, exact_weights = ranks.raise_together(build)
     engine = Engine(module, config, stage, batches.num_steps, ranks)
     engine.state.set_weights(exact_weights)
     check_isolation(engine.wrapped, ranks.device, shares_prompts=batches.shares_prompts)
@@ -189,8 +268,7 @@ def resume(run: RunContext, engine: Engine, stage: StageConfig) -> Checkpoint | 
         ConfigError: the stage's data has changed since the checkpoint was written.
         CheckpointError: there are checkpoints, but none is intact.
     """
-    with run.watchdog.suspended("reading a checkpoint"):
-        checkpoint = engine.resume(run.directory.checkpoints(stage.name), run.console.print)
+    checkpoint = engine.resume(run.directory.checkpoints(stage.name), run.console.print)
     if checkpoint is not None:
         if checkpoint.trainer["data"] != run.dataset.fingerprint(stage):
             raise ConfigError(
