@@ -63,6 +63,8 @@ class Rendezvous:
         """The process of each rank."""
         self.waiting: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         """Entered while this rank waits for others; see `watch`."""
+        self.own_error: Exception | None = None
+        """What `raise_together` raised because this rank itself failed."""
         self._round = 0
         self._limit_s: float | None = limit_s
         self._groups = 0
@@ -143,6 +145,7 @@ class Rendezvous:
             return results[0]
         self.leave()
         if own is not None:
+            self.own_error = own
             raise own
         theirs = json.loads(first)
         for kind in kinds:

@@ -4,9 +4,9 @@ Ranks with another learning rate, other rows or another version of torch may tra
 result is then a model of no configuration. Other differences give collectives of different shapes, which hang or abort
 without a reason. Three comparisons therefore come before the first collective that depends on what they compare:
 
-    before the process group            configuration, packages, environment, device
+    before the process group            configuration, packages, environment, device; run directory and checkpoints
     after the sources are read          the hash of each source
-    after the stages are packed         tokenizer, model files, number of steps, order of the examples, checkpoints
+    after the stages are packed         tokenizer, model files, number of steps, order of the examples
 
 Numbers of threads per process, visible devices and folders of caches may differ: a machine may have its own.
 """
@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from delib_fast.engine.rendezvous import Rendezvous
     from delib_fast.training.context import RunContext
+    from delib_fast.training.run_directory import RunDirectory
 
 Facts = dict[str, tuple[str, str]]
 """What one rank has: for each name, the value as it is shown, and the hash by which it is compared."""
@@ -128,11 +130,15 @@ def start_facts(config: Config, device: torch.device) -> Facts:
     """What must be the same before the ranks connect: configuration, packages, environment and kind of device."""
     import torch
 
-    raw = flatten(config.model_dump(mode="json"))
-    redacted = flatten(redact(config.model_dump(mode="json")))
-    facts = {key: fact(value, shown=redacted[key]) for key, value in raw.items() if not key.startswith(_OF_A_MACHINE)}
+    tree = config.model_dump(mode="json")
+    facts = {"stages": fact(", ".join(stage.name for stage in config.stages))}
+    tree["stages"] = {stage["name"]: stage for stage in tree["stages"]}  # keys are then as in other messages
+    redacted = flatten(redact(tree))
+    for key, value in flatten(tree).items():
+        if not key.startswith(_OF_A_MACHINE):
+            facts[key] = fact(value, shown=redacted[key])
     facts |= {f"version of {name}": fact(number) for name, number in _versions().items()}
-    facts["files of the package delib_fast"] = fact(package_hash())
+    facts["sha256 of the files of delib_fast"] = hash_fact(package_hash())
     for name, value in sorted(os.environ.items()):
         if _ENVIRONMENT.match(name) and not _NO_EFFECT.search(name):
             facts[f"environment variable {name}"] = fact(value, shown=redact({name: value})[name])
@@ -149,32 +155,56 @@ def source_facts(run: RunContext, names: Sequence[str]) -> Facts:
     facts = {}
     for name in names:
         source = run.dataset.source(name)
-        facts[f"data.{name}: sha256 of {run.config.data[name].path}"] = fact(source.sha256)
+        facts[f"data.{name}: sha256 of {run.config.data[name].path}"] = hash_fact(source.sha256)
         facts[f"data.{name}: rows (trained on, held out)"] = fact(f"{source.num_train}, {len(source.held_out)}")
     return facts
 
 
-def stage_facts(run: RunContext, stages: Sequence[StageConfig], settings: Mapping[str, Any], nonce: str) -> Facts:
-    """What must be the same before the first step, besides `start_facts` and `source_facts`.
+def compare_directories(rendezvous: Rendezvous, directory: RunDirectory, config: Config) -> None:
+    """Refuse ranks whose run directories are not the same one, or hold other checkpoints. A collective.
+
+    Raises:
+        RanksDifferError: on every rank, if they differ.
+    """
+    file = directory.heartbeats / f"shared-{rendezvous.merge('', lambda texts: secrets.token_hex(8))}"
+
+    def create() -> None:
+        directory.heartbeats.mkdir(mode=0o700, exist_ok=True)
+        file.touch()
+
+    def collect() -> Facts:
+        facts = {
+            "run_dir: shows the files of rank 0": fact("yes" if file.exists() else "no"),
+            "run_dir: ledger.json": fact(
+                json.dumps(directory.ledger, sort_keys=True), shown=_describe_ledger(directory.ledger)
+            ),
+        }
+        for stage in config.stages:
+            facts[f"stages.{stage.name}: checkpoint"] = fact(_newest_checkpoint(directory.checkpoints(stage.name)))
+        return facts
+
+    rendezvous.on_first(create)
+    refuse_differences(rendezvous, rendezvous.raise_together(collect))
+    rendezvous.on_first(file.unlink)
+
+
+def stage_facts(run: RunContext, stages: Sequence[StageConfig], settings: Mapping[str, Any]) -> Facts:
+    """What must be the same before the first step, besides what was compared before.
 
     Args:
         stages: the stages that are not finished yet.
         settings: settings that each rank has derived from its device, e.g. the precision.
-        nonce: the name of a file that rank 0 has created in the folder of heartbeats.
     """
-    directory, dataset = run.directory, run.dataset
+    dataset = run.dataset
     facts = {name: fact(value) for name, value in settings.items()}
-    facts["run_dir: shows the files of rank 0"] = fact("yes" if (directory.heartbeats / nonce).exists() else "no")
-    facts["run_dir: ledger.json"] = fact(json.dumps(directory.ledger, sort_keys=True), shown=_ledger(directory.ledger))
-    facts["tokenizer and chat template (sha256)"] = fact(dataset.tokenizer_fingerprint)
-    facts |= {name: fact(value) for name, value in _model_facts(run.config).items()}
+    facts["sha256 of the tokenizer and its chat template"] = hash_fact(dataset.tokenizer_fingerprint)
+    facts |= {name: hash_fact(value) for name, value in _model_facts(run.config).items()}
     for stage in stages:
         where = f"stages.{stage.name}"
         facts[f"{where}: number of steps"] = fact(dataset.batches(stage).num_steps)
-        facts[f"{where}: examples and their order (sha256)"] = fact(dataset.fingerprint(stage))
-        facts[f"{where}: checkpoint"] = fact(_newest_checkpoint(directory.checkpoints(stage.name)))
+        facts[f"{where}: sha256 of the examples and their order"] = hash_fact(dataset.fingerprint(stage))
         if spec := getattr(stage, "spec", None):
-            facts[f"{where}.spec: sha256 of {spec}"] = fact(hash_file(Path(spec)))
+            facts[f"{where}.spec: sha256 of {spec}"] = hash_fact(hash_file(Path(spec)))
     return facts
 
 
@@ -186,6 +216,11 @@ def fact(value: Any, *, shown: Any = None) -> tuple[str, str]:
     """
     text = str(value if shown is None else shown)
     return " ".join(text.split())[:80], digest_of(repr(value))
+
+
+def hash_fact(sha256: str) -> tuple[str, str]:
+    """A hash as `Facts` has it. Messages show its beginning."""
+    return sha256[:16], sha256
 
 
 def digest_of(text: str) -> str:
@@ -210,7 +245,7 @@ def package_hash() -> str:
     return digest.hexdigest()
 
 
-def _ledger(ledger: Mapping[str, Any]) -> str:
+def _describe_ledger(ledger: Mapping[str, Any]) -> str:
     entries = ", ".join(f"{entry['name']} {entry['status']}" for entry in ledger["stages"])
     return entries or "no stage has begun"
 
@@ -241,11 +276,11 @@ def _model_facts(config: Config) -> dict[str, str]:
         if path is None:
             continue
         if not Path(path).is_dir():
-            facts[f"{key}: revision of {path} in the hub's cache"] = _hub_revision(path)
+            facts[f"{key}: revision of {path}"] = _hub_revision(path)
             continue
         # At ZeRO 3 only rank 0 reads the weights: the others get theirs from it.
         files = model_files(Path(path), config.cache_dir, weights_too=config.engine.zero_stage < 3)
-        facts |= {f"{key}: {name} in {path}": value for name, value in files.items()}
+        facts |= {f"{key}: sha256 of {name} in {path}": value for name, value in files.items()}
     return facts
 
 
@@ -264,7 +299,7 @@ def model_files(folder: Path, cache_dir: str | None, *, weights_too: bool) -> di
             if path.name.startswith(".") or not path.is_file():
                 continue
             if path.suffix in _WEIGHTS and not weights_too:
-                found[path.name] = f"{path.stat().st_size} bytes"
+                found[path.name] = f"{path.stat().st_size} B"
             else:
                 found[path.name] = remembered_hash(path, cache)
     return found

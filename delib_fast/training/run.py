@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
     from delib_fast.checkpoint.format import Checkpoint
     from delib_fast.engine import Engine, Ranks
+    from delib_fast.engine.rendezvous import Rendezvous
     from delib_fast.models import TrainableLM
     from delib_fast.training.agreement import Facts
     from delib_fast.training.callbacks import Callback
@@ -67,7 +67,7 @@ def run(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
     from delib_fast.engine import Ranks
     from delib_fast.engine.ranks import choose_device
     from delib_fast.engine.rendezvous import Rendezvous
-    from delib_fast.training.agreement import refuse_differences, start_facts
+    from delib_fast.training.agreement import compare_directories, refuse_differences, start_facts
     from delib_fast.training.dataset import RunDataset
 
     meeting = Rendezvous.current()
@@ -80,9 +80,11 @@ def run(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
     try:
         for opens_now in (is_main, not is_main):  # rank 0 creates the files that the other ranks read
             meeting.raise_together(partial(directory.open, config) if opens_now else lambda: None)
+        if meeting.world_size > 1:
+            compare_directories(meeting, directory, config)
         loggers = Loggers(config, directory.path, enabled=is_main, warn=console.print)
         watchdog = Watchdog(directory.heartbeats, meeting.rank, meeting.processes, config.guard.hang_timeout_s)
-        with watchdog.running(), raise_lost_ranks(watchdog):
+        with watchdog.running(), raise_lost_ranks(watchdog, meeting):
             meeting.watch(watchdog.waiting)
             watchdog.at("connecting to the other ranks")
             ranks = Ranks(config.engine.device, config.engine.sequence_parallel)
@@ -108,12 +110,12 @@ def _check_machine(config: Config, choose_device: Callable[[str], torch.device])
 
 
 @contextlib.contextmanager
-def raise_lost_ranks(watchdog: Watchdog) -> Iterator[None]:
+def raise_lost_ranks(watchdog: Watchdog, meeting: Rendezvous) -> Iterator[None]:
     """Raise LostRankError, with the lost rank and its position, if a collective fails because a rank has ended."""
     try:
         yield
     except RuntimeError as error:
-        if type(error).__module__.startswith("delib_fast"):
+        if type(error).__module__.startswith("delib_fast") or error is meeting.own_error:
             raise
         lost, reports = watchdog.lost_ranks()
         if not lost:
@@ -187,24 +189,16 @@ def compare_stages(run: RunContext, stages: Sequence[StageConfig]) -> None:
     """Refuse ranks that would train stages differently. A collective. Raises RanksDifferError."""
     from delib_fast.training.agreement import refuse_differences, stage_facts
 
-    meeting, folder = run.ranks.rendezvous, run.directory.heartbeats
-    nonce = f"shared-{meeting.merge('', lambda texts: secrets.token_hex(8))}"
-
-    def create() -> None:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        (folder / nonce).touch()
-
     def collect() -> Facts:
         with run.watchdog.local_work("comparing the ranks"):
             settings = {"engine.precision (resolved)": run.config.engine.precision}
             for stage in stages:
                 found = resolve_activation_checkpointing(run.config, stage, run.dataset.shape, memory_budget(run))
                 settings[f"stages.{stage.name}: activation checkpointing"] = found.model.activation_checkpointing
-            return stage_facts(run, stages, settings, nonce)
+            return stage_facts(run, stages, settings)
 
-    meeting.on_first(create)
+    meeting = run.ranks.rendezvous
     refuse_differences(meeting, meeting.raise_together(collect, kinds=(Stopped,)))
-    meeting.on_first((folder / nonce).unlink)
 
 
 def run_stage(run: RunContext, index: int, callbacks: Sequence[Callback] = ()) -> None:

@@ -1,4 +1,4 @@
-"""Run by test_hangs.py on each rank: the tiny run, in which the last rank hangs or dies in step 3 of AFT."""
+"""Run by test_hangs.py on each rank: the tiny run, in which the last rank hangs or dies at a chosen moment."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ import ctypes
 import os
 import signal
 import time
+from pathlib import Path
 
 from helpers.tiny_run import run
 
-from delib_fast.engine import Engine
+import delib_fast.models
+import delib_fast.training.dataset
+from delib_fast.data import PackedDataLoader
+from delib_fast.engine import Engine, Ranks
+from delib_fast.train import main as train
+from delib_fast.training.callbacks import Callback
+
+LIMIT = "guard.hang_timeout_s=4"
 
 
 def sleeps_in_python() -> None:
@@ -28,13 +36,102 @@ def is_killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main(path: str, fault: str) -> int:
+def is_last() -> bool:
+    return os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
+
+
+def main(path: str, fault: str, moment: str = "training", limit: str = LIMIT) -> int:
+    return globals()[f"while_{moment}"](path, globals().get(fault), limit)
+
+
+def while_training(path, fault, limit) -> int:
+    """In step 3 of AFT."""
     plain = Engine.forward
 
     def forward(self, batch):
-        if self._stage.kind == "aft" and self.step == 2 and self.rank == self.ranks.world_size - 1:
-            globals()[fault]()
+        if self._stage.kind == "aft" and self.step == 2 and is_last():
+            fault()
         return plain(self, batch)
 
     Engine.forward = forward
-    return run(path, "guard.hang_timeout_s=4")
+    return run(path, limit)
+
+
+def while_exporting(path, fault, limit) -> int:
+    """While rank 0 writes the model for ever and the last rank waits for it."""
+    began = Path(path).with_name("export-began")
+
+    def export_model(*_, **__):
+        began.touch()
+        time.sleep(600)
+
+    plain = Ranks.gather_texts
+
+    def gather_texts(self, text):
+        if is_last() and any("full_weights" in name for name in seen):
+            while not began.exists():
+                time.sleep(0.01)
+            fault()
+        return plain(self, text)
+
+    seen: list[str] = []
+    full_weights = Engine.full_weights
+
+    def noted(self, **options):
+        seen.append("full_weights")
+        return full_weights(self, **options)
+
+    delib_fast.models.export_model = export_model
+    Engine.full_weights, Ranks.gather_texts = noted, gather_texts
+    return run(path, limit)
+
+
+def while_encoding(path, fault, limit) -> int:
+    """While rank 0 encodes rows for ever."""
+
+    def encode_stream(*_, **__):
+        if is_last():
+            fault()
+        else:
+            time.sleep(600)
+
+    delib_fast.training.dataset.encode_stream = encode_stream
+    return run(path, limit)
+
+
+def while_one_exports_for_long(path, _, limit) -> int:
+    """Nothing is wrong: rank 0 needs several times the limit to write the model."""
+    plain = delib_fast.models.export_model
+
+    def export_model(*args, **options):
+        time.sleep(25)
+        return plain(*args, **options)
+
+    delib_fast.models.export_model = export_model
+    return run(path, limit)
+
+
+def while_making_other_steps(path, _, limit) -> int:
+    """The last rank makes one step less, although it has packed as many as the others."""
+    plain = PackedDataLoader.from_step
+
+    def from_step(self, step, **options):
+        steps = list(plain(self, step, **options))
+        yield from steps[: len(steps) - is_last()]
+
+    PackedDataLoader.from_step = from_step
+    return run(path, limit)
+
+
+class UnevenCallback(Callback):
+    """Waits in a collective on rank 0 only."""
+
+    def step_end(self, run, engine, stage):
+        if not is_last():
+            run.ranks.sum(1.0)
+        else:
+            time.sleep(600)
+
+
+def while_in_a_callback(path, _, limit) -> int:
+    return train(["--config", str(path), "--set", limit], [UnevenCallback()])
