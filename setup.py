@@ -154,6 +154,12 @@ def build_command(found: list[Extension]) -> type:
                 return str(Path(*name.split("."))) + ".so"
             return super().get_ext_filename(name)
 
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # A linker that is killed leaves a part of a library, which is newer than its sources: always link again.
+            # Ninja knows which object files are complete.
+            self.force = True
+
         def build_extension(self, extension: Extension) -> None:
             if isinstance(extension, CudaLibrary):
                 scratch = Path(self.build_temp).resolve() / "cuda"

@@ -6,7 +6,9 @@ python=${PYTHON:-python3} venv=${VENV:-.venv} torch=${TORCH:-torch==2.13.0}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
   echo "delib_fast needs Python 3.11 or newer; $("$python" --version) is too old. Try: make PYTHON=python3.12" >&2; exit 2; }
 
-if [ ! -x "$venv/bin/python" ]; then
+# An environment without a working pip was left by a set-up that was killed.
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+  rm -rf "$venv"
   if "$python" -c 'import torch' 2>/dev/null; then
     echo "using the torch that $python has"
     "$python" -m venv --system-site-packages "$venv"

@@ -8,6 +8,8 @@ import warnings
 
 import torch
 
+from delib_fast.engine.jit_builds import guard_builds
+
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("DS_LOG_LEVEL", "warning")  # deepspeed reads it when it creates its logger
@@ -25,5 +27,6 @@ for _name in ("DeepSpeed", "deepspeed"):
 # On a CPU, DeepSpeed compiles a shared-memory all-reduce for inference when it starts. That takes half a minute and a
 # compiler, and training never calls it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+guard_builds(deepspeed.ops.op_builder.builder.OpBuilder)
 
 __all__ = ["deepspeed"]

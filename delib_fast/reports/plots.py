@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from delib_fast.config import ConfigError
+from delib_fast.data.disk_cache import cache_folder
+from delib_fast.files import locked
 
 # On white, each has a contrast of 4.5 or more, and they also differ in lightness.
 COLOURS = ("#0b6e99", "#b8430d", "#2f7a3d", "#7a4fa3", "#8a6100", "#b0306a", "#444444")
@@ -41,7 +47,9 @@ def pyplot(what: str, extra: str) -> Any:
         ConfigError: matplotlib is not installed.
     """
     try:
-        import matplotlib
+        with _own_font_cache():
+            import matplotlib
+            import matplotlib.font_manager
     except ImportError:
         raise ConfigError(
             f"{what} with matplotlib, which is not installed: pip install 'delib-fast[{extra}]'"
@@ -52,6 +60,28 @@ def pyplot(what: str, extra: str) -> Any:
 
     plt.rcParams.update(_STYLE)
     return plt
+
+
+@contextlib.contextmanager
+def _own_font_cache() -> Iterator[None]:
+    """Keep matplotlib's list of fonts in this project's cache folder, unless $MPLCONFIGDIR says where.
+
+    A process that is killed while matplotlib writes that list leaves a lock file, for which every later one waits 5 s
+    in vain. In a folder of our own, and under a lock that the kernel releases, such a file is known to be stale.
+    """
+    if "MPLCONFIGDIR" in os.environ or "matplotlib" in sys.modules:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        with cache_folder(None) as cache:
+            folder = cache / "matplotlib"
+        with contextlib.suppress(OSError):  # matplotlib then uses a temporary folder
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / "fonts.lock"))
+            for stale in folder.glob("*.matplotlib-lock"):
+                stale.unlink(missing_ok=True)
+            os.environ["MPLCONFIGDIR"] = str(folder)
+        yield
 
 
 def save(figure: Any, path: Path) -> None:

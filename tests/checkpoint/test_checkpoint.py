@@ -143,7 +143,7 @@ def test_training_continues_during_a_write(tmp_path, monkeypatch):
     """The state is saved as it was at the call, and the checkpoint exists only when it is written."""
     may_write = threading.Event()
     plain = checkpoint_writer.save_file
-    monkeypatch.setattr(checkpoint_writer, "save_file", lambda *a: (may_write.wait(10), plain(*a)))
+    monkeypatch.setattr(checkpoint_writer, "save_file", lambda *a: (may_write.wait(900), plain(*a)))
     weight = torch.ones(4)
     writer = CheckpointWriter(tmp_path, SingleProcess())
     writer.start(1, [("weight/a", lambda: weight)], {})

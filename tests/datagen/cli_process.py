@@ -50,7 +50,7 @@ class CliProcess:
         assert self._process.pid is not None
         os.kill(self._process.pid, sig)
 
-    def wait(self, seconds: float = 90) -> tuple[int, str]:
+    def wait(self, seconds: float = 900) -> tuple[int, str]:
         """Return (exit status, or minus the signal; everything that the process printed)."""
         self._process.join(seconds)
         assert self._process.exitcode is not None, f"still running: {self._output.read_text()}"

@@ -243,6 +243,6 @@ def test_the_report_of_star1_is_in_the_known_range(tmp_path: Path) -> None:
             ],
             check=True,
             capture_output=True,
-            timeout=60,
+            timeout=900,
         )
         assert shot.stat().st_size > 20_000

@@ -57,7 +57,7 @@ class Command:
         return self.start().wait()
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 60) -> None:
+def wait_for(what: Callable[[], bool], seconds: float = 900) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "the condition was never met"

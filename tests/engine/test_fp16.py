@@ -94,9 +94,7 @@ def test_a_whole_run_resumes_with_the_same_scale(tmp_path, fork_server, world_si
     for name, ends in (("whole", [0]), ("stopped", [3, 0])):
         for last in ends:
             stop = {"FP16_STOP_AFTER": str(last)} if last else {}
-            output = fork_server.run(
-                "fp16_worker:whole", [tmp_path / name, *keys], world_size=world_size, timeout=300, **stop
-            )[0]
+            output = fork_server.run("fp16_worker:whole", [tmp_path / name, *keys], world_size=world_size, **stop)[0]
             assert ": skipped, because" not in output, "the scale is too high; no row is at fault"
     whole, stopped = tmp_path / "whole" / "run", tmp_path / "stopped" / "run"
     assert all(torch.equal(w, weights(stopped)[name]) for name, w in weights(whole).items())

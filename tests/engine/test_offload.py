@@ -11,7 +11,7 @@ from helpers.launch import result_of, run_ranks
 
 
 def results(folder, what, world_size=2):
-    return result_of(run_ranks(["tests/engine/offload_worker.py", str(folder), what], world_size, timeout=600)[0])
+    return result_of(run_ranks(["tests/engine/offload_worker.py", str(folder), what], world_size)[0])
 
 
 @pytest.fixture(scope="module")

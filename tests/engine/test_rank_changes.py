@@ -40,7 +40,6 @@ def test_one_two_four_one(tmp_path, fork_server, zero_stage):
             "rank_change_worker:main",
             [changing, until],
             world_size=ranks,
-            timeout=180,
             FAULT_SEEN=str(changing.parent / "seen"),
         )
     ours, expected = metrics(changing.parent / "run"), metrics(alone.parent / "run")

@@ -132,7 +132,7 @@ def test_inspect_eval_on_a_served_model(served, tmp_path):
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     log = json.loads(next(tmp_path.glob("*.json")).read_text())

@@ -2,7 +2,7 @@
 
     with ForkServer() as server:
         job = server.start("helpers.tiny_run:run", [path], world_size=2, FAULT="fsync manifest.json")
-        codes = server.wait(job, timeout=60)      # negative: the signal that ended it
+        codes = server.wait(job)      # negative: the signal that ended it
         server.output(job)
 
 This is safe because the server only imports: it runs no tensor operation, starts no thread and joins no process group,
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers.launch import ROOT, free_port
+from helpers.launch import HANG_S, ROOT, free_port
 
 
 @dataclass
@@ -66,7 +66,7 @@ class ForkServer:
 
     def __exit__(self, *_: object) -> None:
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(HANG_S)
         self._logs.cleanup()
 
     def start(self, target: str, args: list[Any], *, world_size: int = 1, **env: str) -> Job:
@@ -91,7 +91,7 @@ class ForkServer:
                 job.codes[i] = self._ask({"do": "poll", "pid": pid})
         return job.codes
 
-    def wait(self, job: Job, *, timeout: float = 120, after_death: float | None = None) -> list[int]:
+    def wait(self, job: Job, *, timeout: float = HANG_S, after_death: float | None = None) -> list[int]:
         """Wait for the exit codes. Ranks that outlive a dead one by `after_death` seconds are killed."""
         end = time.monotonic() + timeout
         while None in self.poll(job):
@@ -108,7 +108,7 @@ class ForkServer:
         args: list[Any],
         *,
         world_size: int = 1,
-        timeout: float = 120,
+        timeout: float = HANG_S,
         code: int | None = 0,
         **env: str,
     ) -> list[str]:

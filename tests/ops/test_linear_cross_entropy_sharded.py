@@ -13,9 +13,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 def test_two_ranks_equal_one():
-    run_ranks(
-        [str(HERE / "programs" / "sharded_worker.py")], 2, timeout=120, CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(HERE)
-    )
+    run_ranks([str(HERE / "programs" / "sharded_worker.py")], 2, CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(HERE))
 
 
 def test_a_plain_weight_is_returned_unchanged():

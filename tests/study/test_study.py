@@ -188,7 +188,7 @@ def test_a_killed_study_resumes(tmp_path):
     command = [sys.executable, "-m", "delib_fast.cli.main", "study", str(path)]
     first = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     cost = tmp_path / "out/cost.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 900
     while not (cost.exists() and "train pretrain" in cost.read_text()):
         assert first.poll() is None, "the study ended before it could be killed"
         assert time.monotonic() < deadline
@@ -199,7 +199,7 @@ def test_a_killed_study_resumes(tmp_path):
         assert time.monotonic() < deadline, "a worker is still running after its study"
         time.sleep(0.1)
     before = cost.read_text().count("train pretrain")
-    second = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    second = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert second.returncode == 0, second.stderr
     assert "base" in second.stdout
     assert cost.read_text().count("train pretrain") == before, "a trained stage is not trained again"

@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict, replace
 
 import pytest
+from helpers.launch import HANG_S
 from helpers.tiny_run import tiny
 
 from delib_fast.config import ConfigError
@@ -23,9 +24,9 @@ def run_with_fault(fork_server, folder, kind, world_size, *more):
     """Every rank must end by itself. The time limit is only there for a test that would never end."""
     job = fork_server.start("hang_worker:main", [tiny(folder), kind, *more], world_size=world_size, LAUNCHED="yes")
     began = time.monotonic()
-    codes = fork_server.wait(job, timeout=500)
+    codes = fork_server.wait(job)
     output = "\n".join(fork_server.output(job))
-    assert time.monotonic() - began < 490, f"a rank had to be killed by the test:\n{output}"
+    assert time.monotonic() - began < HANG_S, f"a rank had to be killed by the test:\n{output}"
     return codes, output
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from helpers.launch import ROOT, free_port
+from helpers.launch import HANG_S, ROOT, free_port
 from helpers.tiny_run import metrics, run, tiny, weights
 
 
@@ -29,14 +29,15 @@ def start(path: Path, *overrides: str) -> subprocess.Popen[str]:
 
 
 def wait_for_step(run_dir: Path, process: subprocess.Popen[str], stage: str, step: int) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + HANG_S
     while time.monotonic() < deadline and process.poll() is None:
         if (run_dir / "metrics.jsonl").exists() and any(
             line["stage"] == stage and line["step"] >= step for line in metrics(run_dir)
         ):
             return
         time.sleep(0.02)
-    pytest.fail(f"the run ended or hung before step {step} of {stage}:\n{process.communicate(timeout=5)[0]}")
+    process.kill()
+    pytest.fail(f"the run ended or hung before step {step} of {stage}:\n{process.communicate()[0]}")
 
 
 @pytest.mark.slow
@@ -46,7 +47,7 @@ def test_stopped_run_resumes_bitwise(tmp_path, finished, stage):
     process = start(path)
     wait_for_step(tmp_path / "run", process, stage, 2)
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=HANG_S)[0]
     assert process.returncode == 0, output
     assert "the same command resumes from there" in output
     assert list((tmp_path / "run" / "checkpoints" / stage).glob("step-*/manifest.json"))
@@ -89,7 +90,7 @@ LAUNCHERS = {
 }
 
 
-def launch(launcher: list[str], path: Path, *words: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def launch(launcher: list[str], path: Path, *words: str, timeout: float = HANG_S) -> subprocess.CompletedProcess[str]:
     binary = Path(sys.executable).parent / launcher[0]
     command = [word.format(port=free_port()) for word in [str(binary), *launcher[1:]]]
     return subprocess.run(
@@ -146,8 +147,8 @@ def test_ranks_save_and_end_after_a_signal_to_the_launcher(tmp_path, name, ranks
         wait_for_step(tmp_path / "run", process, "aft", 2)
         children = psutil.Process(process.pid).children(recursive=True)
         (os.killpg if to_all else os.kill)(process.pid, number)
-        process.wait(120)
-        _, alive = psutil.wait_procs(children, timeout=60)
+        process.wait(HANG_S)
+        _, alive = psutil.wait_procs(children, timeout=HANG_S)
     assert not alive, "orphaned processes"
     output = (tmp_path / "output").read_text()
     assert output.count("the same command resumes from there") == 1, output
@@ -204,7 +205,7 @@ def test_two_nodes_shard_each_pack(tmp_path, finished):
         )
         for node in range(2)
     ]
-    outputs = [node.communicate(timeout=400)[0] for node in nodes]
+    outputs = [node.communicate(timeout=HANG_S)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     for ours, alone in zip(metrics(tmp_path / "run"), metrics(finished), strict=True):
         for key in ("stage", "step", "tokens", "supervised_tokens"):

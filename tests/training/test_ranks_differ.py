@@ -140,7 +140,7 @@ def test_a_run_that_only_one_rank_would_resume(tmp_path, fork_server, cache):
     assert codes == [2, 2]
     for output in outputs:
         assert "run_dir: ledger.json: msm finished, aft finished on rank 0; no stage has begun on rank 1" in output
-        assert "stages.msm: checkpoint: step-00000001, manifest " in output
+        assert "  stages.msm: checkpoint: step-" in output
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_a_run_without_its_configuration_is_refused_by_all_ranks(tmp_path, fork_
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "ledger.json").write_text('{"format": 1, "stages": [], "evaluations": []}')
     job = fork_server.start("helpers.tiny_run:run", [path], world_size=world_size)
-    assert fork_server.wait(job, timeout=60) == [2] * world_size
+    assert fork_server.wait(job) == [2] * world_size
     assert "holds a run, but config.yaml is missing" in fork_server.output(job)[0]
     assert "Traceback" not in "".join(fork_server.output(job))
 
