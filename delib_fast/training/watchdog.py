@@ -150,9 +150,8 @@ class Watchdog:
     def _watch(self) -> None:
         assert self._timeout_s is not None
         assert self._files is not None
-        period = min(self._timeout_s / 10, 5.0)
         looked, written_for = time.monotonic(), -1
-        while not self._done.wait(period):
+        while not self._done.wait(period := min(self._timeout_s / 10, 5.0)):
             self._arm()
             self._write()
             self._follow_launcher()
@@ -237,6 +236,7 @@ class Watchdog:
         """Report ranks without a heartbeat, and end this one."""
         assert self._files is not None
         assert self._timeout_s is not None
+        faulthandler.cancel_dump_traceback_later()  # not needed: this thread can run, and ends the process itself
         until = time.monotonic() + min(self._timeout_s, _GRACE_S)
         # The C thread of a rank writes its stack, unless its process is stopped or has ended.
         while not any(self._has_gone(r) or self._files.read_stack(r) for r in ranks) and time.monotonic() < until:

@@ -110,7 +110,7 @@ def test_a_collective_in_a_callback_is_watched(tmp_path, fork_server):
 
 @pytest.mark.full
 def test_a_rank_that_works_for_long_is_left_alone(tmp_path, fork_server):
-    codes, output = run_with_fault(fork_server, tmp_path, "-", 2, "one_exports_for_long", "guard.hang_timeout_s=8")
+    codes, output = run_with_fault(fork_server, tmp_path, "-", 2, "one_exports_for_long")
     assert codes == [0, 0], output
 
 
