@@ -88,8 +88,11 @@ def _user_weights(run: RunContext, path: str | None) -> Weights:
 
 def _hashes(run: RunContext, folder: Path) -> dict[str, str]:
     """The hashes of a folder's files, on every rank. Only rank 0 reads the files, which may be large. A collective."""
-    with run.watchdog.local_work(f"hashing {folder}"):
-        hashes = hash_files(folder) if run.ranks.rank == 0 else {}
+    def of_this_rank() -> dict[str, str]:
+        with run.watchdog.local_work(f"hashing {folder}"):
+            return hash_files(folder) if run.ranks.rank == 0 else {}
+
+    hashes = run.ranks.raise_together(of_this_rank)
     of_rank_0: dict[str, str] = json.loads(run.ranks.gather_texts(json.dumps(hashes))[0])
     return of_rank_0
 
