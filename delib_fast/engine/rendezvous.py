@@ -191,14 +191,15 @@ class Rendezvous:
 
     def _connect(self, address: str, port: int, agent_serves: bool) -> dist.Store:
         serves = self.rank == 0 and not agent_serves
-        until = time.monotonic() + (self._limit_s or START_LIMIT_S)
+        limit_s = self._limit_s or START_LIMIT_S
+        until = time.monotonic() + limit_s
         while True:
             try:
                 return dist.TCPStore(
                     address,
                     port,
                     is_master=serves,
-                    timeout=timedelta(seconds=10),  # Ctrl-C takes effect between two attempts
+                    timeout=timedelta(seconds=min(limit_s, 10.0)),  # Ctrl-C takes effect between two attempts
                     wait_for_workers=False,
                     multi_tenant=True,
                 )
@@ -285,7 +286,8 @@ class Rendezvous:
             if time.monotonic() - looked > 0.5:
                 self._refuse_ended(name, missing)
                 looked = time.monotonic()
-            if self._limit_s is not None and time.monotonic() - began > self._limit_s:
+            # Rank 0, which knows who is missing, reports it first.
+            if self._limit_s is not None and time.monotonic() - began > self._limit_s + (5 if self.rank else 0):
                 late = _ranks(missing)
                 self._fail(f"{late} did not answer within {self._limit_s:g} s of the start; its output has the reason")
             time.sleep(pause)

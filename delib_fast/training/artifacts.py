@@ -88,6 +88,7 @@ def _user_weights(run: RunContext, path: str | None) -> Weights:
 
 def _hashes(run: RunContext, folder: Path) -> dict[str, str]:
     """The hashes of a folder's files, on every rank. Only rank 0 reads the files, which may be large. A collective."""
+
     def of_this_rank() -> dict[str, str]:
         with run.watchdog.local_work(f"hashing {folder}"):
             return hash_files(folder) if run.ranks.rank == 0 else {}
