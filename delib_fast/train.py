@@ -82,22 +82,45 @@ def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] =
         return _fail("interrupted; the same command resumes from the last checkpoint", 130, prints=is_main)
     except ConfigError as error:
         return _fail(str(error), 2, prints=is_main or isinstance(error, RanksDifferError))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-        return _fail(
-            f"{error}. Everything that was saved before is intact: free some space or grant write access, and the same "
-            "command resumes from the last checkpoint",
-            1,
-            prints=True,  # the disk of only one rank may be full
-        )
     except Exception as error:
+        if remedy := _remedy(error):
+            message = str(error) or type(error).__name__
+            return _fail(
+                f"{message}. Everything that was saved before is intact: {remedy}, and the same command resumes from "
+                "the last checkpoint",
+                1,
+                prints=True,  # the disk of only one rank may be full
+            )
         if not _has_user_message(error):
             _report_to_ranks(f"it failed: {type(error).__name__}: {error}")
             raise
         prints = getattr(error, "reports", is_main)
         return _fail(str(error), 2 if isinstance(error, ValueError) else 1, prints=prints)
     return 0
+
+
+_REMEDIES = {
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM), "free some space or grant write access"
+    ),
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "close other programs, which have too many files open",
+    errno.EIO: "check the disk or the file system, which failed",
+    errno.ESTALE: "check the file server, which lost the file",
+    errno.ENOMEM: "free some memory or raise its limit (ulimit -v)",
+}
+
+
+def _remedy(error: Exception) -> str | None:
+    """What to do about an error of the machine; None if it is another error."""
+    if isinstance(error, OSError):
+        return _REMEDIES.get(error.errno or 0)
+    if isinstance(error, MemoryError) or (type(error) is RuntimeError and "can't allocate memory" in str(error)):
+        return _REMEDIES[errno.ENOMEM]
+    if type(error) is RuntimeError and "can't start new thread" in str(error):
+        return "raise the limits on processes (ulimit -u) and memory (ulimit -v)"
+    return None
 
 
 def _on_every_rank(load: Callable[[], Config]) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -32,6 +33,8 @@ def cache_folder(configured: str | None) -> Iterator[Path]:
     try:
         yield folder
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # another folder would not help
+            raise
         raise ConfigError(
             f"cache_dir: {folder} cannot be used: {error.strerror or error}; set cache_dir or "
             "$DELIB_FAST_CACHE to a writable folder"

@@ -1,0 +1,26 @@
+"""A low limit of the system ends a run with an error that names it, and without a traceback; its state stays intact."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.tiny_run import tiny
+
+
+def full(*values):
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "moment", "message"),
+    [
+        ("NOFILE", 2, "start", "Too many open files: 'rank-00000.stack'. Everything that was saved before is intact: "),
+        full("NOFILE", 8, "start", "Too many open files"),
+        full("FSIZE", 100_000, "step", "the checkpoint of step 2 cannot be written (rank 0: Error while serializing: "),
+        full("AS", 2_000_000, "step", "can't start new thread. Everything that was saved before is intact: raise the "),
+    ],
+)
+def test_the_limit_is_named(tmp_path, fork_server, limit, value, moment, message):
+    output = fork_server.run("limits_worker:main", [tiny(tmp_path), limit, value, moment], code=1)[0]
+    assert "Traceback" not in output
+    assert message in output.splitlines()[-1]
+    assert output.count("error: ") == 1
