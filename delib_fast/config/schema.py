@@ -246,8 +246,8 @@ class GuardConfig(Section):
     spike_factor: float | None = Field(None, gt=1)
     """Also skip a step whose gradient norm exceeds this many times the running mean (over about 50 steps)."""
     hang_timeout_s: float | None = Field(600.0, gt=0)
-    """Seconds without progress after which a rank counts as hanging: it is reported with its stack, and the run
-    aborts. null: never."""
+    """Seconds without progress, or without a heartbeat, after which a rank counts as hanging: it is reported with its
+    stack, and the run aborts. null: never."""
 
 
 class LogConfig(Section):

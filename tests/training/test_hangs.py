@@ -78,7 +78,7 @@ def full(*values):
         ("is_stopped", "exporting", "has sent no heartbeat for "),
         full("is_killed", "exporting", "has ended"),
         full("is_stopped", "encoding", "has sent no heartbeat for "),
-        full("is_killed", "encoding", "ended before the first step"),
+        full("is_killed", "encoding", "has ended"),
         full("keeps_the_lock", "encoding", "in keeps_the_lock"),
     ],
 )
