@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from delib_fast.integrations.switching import configs_with_attention, in_a_pack, set_attention, switching_name
+from delib_fast.integrations.switching import configs_with_attention, set_attention, switching_name
 from delib_fast.integrations.unpadding import as_pack, why_not_a_pack
+from delib_fast.models.active_pack import ActivePack, in_a_pack
 from delib_fast.models.attention import UnsupportedModelError, unsupported
 from delib_fast.models.forward_patch import ForwardPatch, remove_patches
 from delib_fast.models.layers import check_layers, patch_layers
 from delib_fast.models.lm import check_logits, logit_options, unsupported_head
+from delib_fast.models.rope import patch_rope
 from delib_fast.ops import linear_cross_entropy
 
 _log = logging.getLogger("delib_fast")
@@ -88,7 +90,8 @@ class _BaseForward(ForwardPatch):
                 self._logged.add(reason)
                 _log.info("a call of %s runs with its own attention: %s", type(self.module).__name__, reason)
             return self.original(**kwargs)
-        with in_a_pack():
+        positions: Any = "padded" if kwargs.get("position_ids") is None else "given"
+        with in_a_pack(ActivePack(pack.kwargs["cu_seqlens_host"], positions=positions)):
             output = self.original(**pack.kwargs)
         if isinstance(output, tuple):
             return (pack.restore(output[0]), *output[1:])
@@ -274,6 +277,7 @@ def apply(
     if loss:
         changes.patches += _patch_loss(inner, loss_backend)
     if attention:
+        changes.patches += patch_rope(inner)
         changes.patches.append(_BaseForward(inner.base_model, attention_backend))  # type: ignore[arg-type]
         changes.patches[-1].install()
         for config in configs_with_attention(inner):

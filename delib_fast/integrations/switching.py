@@ -5,15 +5,13 @@ The attention `attention.NAME` raises an error for a call that is not a pack, wh
 trains. In other trainers, a model also evaluates, and generates with a cache. Such a model gets the attention
 `delib_fast_or_sdpa` (or `delib_fast_or_` with the name of its own attention). The caller marks a pack by `in_a_pack`
 while masks are built, and by the keyword `varlen_backend` in each layer, which is also present when a checkpointed
-layer is recomputed.
+layer is recomputed. A layer that drops the keyword would run its own attention without a mask, so it raises an error.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,20 +19,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from delib_fast.models.active_pack import active_pack
 from delib_fast.models.attention import attend, no_mask
 
 _PREFIX = "delib_fast_or_"
-_packed: ContextVar[bool] = ContextVar("delib_fast_packed", default=False)
-
-
-@contextmanager
-def in_a_pack() -> Iterator[None]:
-    """Build no masks inside a block, because packed attention needs none."""
-    token = _packed.set(True)
-    try:
-        yield
-    finally:
-        _packed.reset(token)
 
 
 def configs_with_attention(model: PreTrainedModel) -> list[PreTrainedConfig]:
@@ -74,7 +62,10 @@ def _attention(original: str) -> Callable[..., Any]:
     def attend_or_original(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        if "varlen_backend" in kwargs:
+        # In a pack no mask was built. If the layer dropped the pack's arguments, `attend` raises an error. Layers
+        # without a vocabulary (of images) never get them.
+        is_text = getattr(getattr(module, "config", None), "vocab_size", 0) is not None
+        if "varlen_backend" in kwargs or (active_pack() is not None and is_text):
             return attend(module, query, key, value, attention_mask, **kwargs)
         return _original_attention(original, module)(module, query, key, value, attention_mask, **kwargs)
 
@@ -90,7 +81,7 @@ def _original_attention(original: str, module: nn.Module) -> Callable[..., Any]:
 
 def _mask(original: str) -> Callable[..., Any]:
     def mask_or_none(*args: Any, **kwargs: Any) -> Any:
-        if _packed.get():
+        if active_pack() is not None:
             return no_mask(*args, **kwargs)
         return ALL_MASK_ATTENTION_FUNCTIONS[original](*args, **kwargs)
 

@@ -20,24 +20,50 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from delib_fast.data import PackedBatch
 from delib_fast.models import ulysses
+from delib_fast.models.errors import UnsupportedModelError
+from delib_fast.models.rope import rope_that_depends_on_length, unsupported_rope
 from delib_fast.ops import varlen_attention
+
+__all__ = [
+    "NAME",
+    "UnsupportedModelError",
+    "attend",
+    "no_mask",
+    "packed_inputs",
+    "unsupported",
+    "why_not_share_prompts",
+]
 
 NAME = "delib_fast_varlen"
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 _DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
-# Arguments of an attention layer that change the maths in a way the op does not support.
+# What some arguments of attention layers do that the op does not support.
 _CHANGES_THE_MATHS = {
-    "softcap": "a cap on the attention scores (attn_logit_softcapping)",
-    "s_aux": "attention sinks (s_aux)",
-    "position_bias": "a bias on the attention scores (position_bias)",
-    "alibi": "a bias on the attention scores (alibi)",
+    "position_bias": "a bias on the attention scores",
+    "alibi": "a bias on the attention scores",
     "cache": "a paged cache",
+    "sinks": "attention sinks of each token",
+    "indices": "a selection of the keys that each token attends to",
+    "block_indices": "a selection of the keys that each token attends to",
 }
-
-
-class UnsupportedModelError(ValueError):
-    """The model does something that packed training cannot reproduce exactly. The message says what, and what to do."""
+# Arguments that layers pass on to every attention function, and that do not change its result here.
+_IGNORED = {
+    "cache_position",
+    "cu_seq_lens_k",
+    "max_length_k",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_embeddings",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+    "num_items_in_batch",
+    "logits_to_keep",
+    "deterministic",
+    "token_type_ids",
+}
 
 
 def packed_inputs(
@@ -86,15 +112,13 @@ def unsupported(model: PreTrainedModel) -> str | None:
         )
     if getattr(config, "attention_chunk_size", None) is not None and not hasattr(config, "layer_types"):
         return f"{name} has chunked attention (attention_chunk_size), which is not supported"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return f"{name} caps its attention scores (attn_logit_softcapping), which is not supported"
     if getattr(config, "use_bidirectional_attention", None):
         return f"{name} attends in both directions (use_bidirectional_attention); only causal attention is supported"
     for key in _DROPOUT_KEYS:
         value = getattr(config, key, 0)
         if isinstance(value, int | float) and value > 0:
             return f"{name} has {key} {value}, and packed attention has no dropout; set {key} to 0"
-    return None
+    return unsupported_rope(model)
 
 
 def why_not_share_prompts(config: PreTrainedConfig, backend: str) -> str | None:
@@ -106,6 +130,8 @@ def why_not_share_prompts(config: PreTrainedConfig, backend: str) -> str | None:
         return (
             "its attention has a sliding window, which across a shared prompt only the slow reference backend supports"
         )
+    if kind := rope_that_depends_on_length(config):
+        return f"its rotary frequencies depend on the length of prompt and reply (rope_type {kind})"
     if backend == "flash":
         return "model.attention: flash cannot merge two attentions in its backward pass, which a shared prompt needs"
     return None
@@ -149,6 +175,8 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
@@ -158,9 +186,11 @@ def attend(
     sequence_group: dist.ProcessGroup | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Packed attention with transformers' signature: q, k, v (1, heads, T, D) to (1, T, heads, D).
+    """Packed attention as transformers calls it: q and k (1, heads, T, D), v (1, heads, T, Dv) to (1, T, heads, Dv).
 
     Args:
+        softcap: bound of the scores (attn_logit_softcapping).
+        s_aux: (heads,), the attention sinks.
         sequence_group: the ranks across which the pack's tokens are sharded. T is then the length of this rank's
             shard, while cu_seq_lens_q describes the whole pack.
     Raises:
@@ -172,6 +202,7 @@ def attend(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if sequence_group is not None:
         q, k, v = ulysses.to_heads(q, k, v, sequence_group)
+        s_aux = None if s_aux is None else ulysses.own_heads(s_aux, sequence_group)
     out = varlen_attention(
         q,
         k,
@@ -180,6 +211,8 @@ def attend(
         max_length_q,
         scale=scaling,
         window=_window(module, sliding_window),
+        softcap=softcap,
+        sinks=s_aux,
         cu_seqlens_host=cu_seqlens_host,
         prefix=varlen_prefix,
         backend=varlen_backend,
@@ -204,9 +237,10 @@ def _check_call(
     if cu_seq_lens_q is None or max_length_q is None:
         raise _unsupported_layer(
             module,
-            "its attention function received no cu_seqlens, so documents cannot be isolated from each other. Call the "
-            "model through delib_fast.models.TrainableLM, or set a different attn_implementation to use it without "
-            "packs (TrainableLM.unpatch does)",
+            "its attention function received no cu_seqlens, so documents cannot be isolated from each other. Either the"
+            " layer does not pass its keyword arguments on, and this architecture cannot be trained on packs, or the "
+            "model was called without a pack: call it through delib_fast.models.TrainableLM, or set a different "
+            "attn_implementation to use it without packs (TrainableLM.unpatch does)",
         )
     if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise _unsupported_layer(
@@ -224,9 +258,11 @@ def _check_call(
         raise _unsupported_layer(
             module, f"it has attention dropout {dropout}, and packed attention has none; set it to 0"
         )
-    for kwarg, what in _CHANGES_THE_MATHS.items():
-        if others.get(kwarg) is not None:
-            raise _unsupported_layer(module, f"it has {what}, which is not supported")
+    for kwarg, value in others.items():
+        if value is None or value is False or kwarg in _IGNORED:
+            continue
+        what = _CHANGES_THE_MATHS.get(kwarg, "an argument that packed attention does not know")
+        raise _unsupported_layer(module, f"it passes {what} ({kwarg}), which is not supported")
 
 
 def no_mask(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from delib_fast.data import IGNORE_INDEX, PackedBatch, Segment
 from delib_fast.models.eval_mode import eval_mode
 from delib_fast.models.lm import TrainableLM
+from delib_fast.models.rope import lowered_switch
 from delib_fast.models.ulysses import gather_tokens
 
 # The lengths differ, so that a wrong boundary shows; the middle sequence has two neighbours.
@@ -53,11 +54,17 @@ def check_isolation(
     Raises:
         LeakError: tokens leak, or a changed token has no effect at all, so that a leak could not be seen.
 
+    Rotary frequencies that change with the length of a text do so within the probe, as they do in long documents.
+
     Cost: eight forward passes (11 with shares_prompts) on at most 18 tokens, without gradients. Leaks are checked in
     the mode (train or eval) that the model is in, with the same random numbers each time. The comparison with separate
     sequences runs in eval mode. Modes and the global random generators are restored.
     """
-    device = torch.device(device)
+    with lowered_switch(trainable, _LENGTHS[1]):  # the first sequence is past the switch, the others are not
+        _check_isolation(trainable, torch.device(device), shares_prompts)
+
+
+def _check_isolation(trainable: nn.Module, device: torch.device, shares_prompts: bool) -> None:
     vocab_size, dtype, group = _properties(trainable)
     tokens = torch.arange(sum(_LENGTHS)) * 7919 % vocab_size  # spread over the vocabulary
     nll_of = _Probe(trainable, device, group)
@@ -87,7 +94,8 @@ def _compare_alone(nll_of: _Probe, tokens: Tensor, bounds: Sequence[tuple[int, i
             raise LeakError(
                 f"sequence {index + 1} of a pack has a different loss than alone (relative difference "
                 f"{difference:.1e}), though no other sequence affects it: the model does not respect the batch's "
-                "position_ids. Use an architecture that does, or train without packing (one example per pack)"
+                "position_ids, or the longest sequence changes the positions of the others. Use an architecture that "
+                "does not, or train without packing (one example per pack)"
             )
 
 

@@ -20,10 +20,12 @@ from transformers import PreTrainedModel
 
 from delib_fast.data import PackedBatch
 from delib_fast.models import ulysses
+from delib_fast.models.active_pack import ActivePack, in_a_pack
 from delib_fast.models.attention import NAME, UnsupportedModelError, packed_inputs, unsupported, why_not_share_prompts
 from delib_fast.models.eval_mode import eval_mode
 from delib_fast.models.forward_patch import remove_patches
 from delib_fast.models.layers import patch_layers
+from delib_fast.models.rope import patch_rope
 from delib_fast.ops import FusedLossHead, LossOutput
 
 _PROBE_TOKENS = 4
@@ -76,7 +78,7 @@ class TrainableLM(nn.Module):
             getattr(model.config, "use_cache", None),
         )
         check_logits(model, self._head_name)
-        self._layer_patches = patch_layers(model, layers)
+        self._layer_patches = [*patch_layers(model, layers), *patch_rope(model)]
         model.set_attn_implementation(NAME)
         model.config.use_cache = False
         fused = FusedLossHead.from_linear(head, backend=loss_backend, **logit_options(model))
@@ -100,7 +102,9 @@ class TrainableLM(nn.Module):
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The hidden states (T, H) of a pack, as the head receives them."""
         inputs = packed_inputs(batch, self.attention_backend, self.sequence_group)
-        states: Tensor = self.model.base_model(**inputs).last_hidden_state
+        first_token = 0 if batch.shard is None else batch.shard.rank * len(batch.input_ids)
+        with in_a_pack(ActivePack(batch.cu_seqlens_host, batch.prefix, first_token)):
+            states: Tensor = self.model.base_model(**inputs).last_hidden_state
         return states.squeeze(0)
 
     @property

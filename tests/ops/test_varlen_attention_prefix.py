@@ -1,4 +1,7 @@
-"""varlen_attention with shared prefixes (and sinks on torch's backend, the same op), compared with attention over each full text (prefixes and completion)."""
+"""varlen_attention with shared prefixes, compared with attention over each full text (prefixes and completion).
+
+Sinks on the torch backend use the same op, so they are tested here as well.
+"""
 
 from __future__ import annotations
 
