@@ -91,7 +91,8 @@ class _BaseForward(ForwardPatch):
                 _log.info("a call of %s runs with its own attention: %s", type(self.module).__name__, reason)
             return self.original(**kwargs)
         positions: Any = "padded" if kwargs.get("position_ids") is None else "given"
-        with in_a_pack(ActivePack(pack.kwargs["cu_seqlens_host"], positions=positions)):
+        arguments = frozenset(pack.kwargs)
+        with in_a_pack(ActivePack(pack.kwargs["cu_seqlens_host"], positions=positions, arguments=arguments)):
             output = self.original(**pack.kwargs)
         if isinstance(output, tuple):
             return (pack.restore(output[0]), *output[1:])

@@ -64,7 +64,8 @@ def _attention(original: str) -> Callable[..., Any]:
     ) -> Any:
         # In a pack no mask was built. If the layer dropped the pack's arguments, `attend` raises an error. Layers
         # without a vocabulary (of images) never get them.
-        is_text = getattr(getattr(module, "config", None), "vocab_size", 0) is not None
+        config = getattr(module, "config", None)
+        is_text = config is None or hasattr(config, "vocab_size")
         if "varlen_backend" in kwargs or (active_pack() is not None and is_text):
             return attend(module, query, key, value, attention_mask, **kwargs)
         return _original_attention(original, module)(module, query, key, value, attention_mask, **kwargs)

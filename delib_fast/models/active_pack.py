@@ -28,6 +28,8 @@ class ActivePack:
     positions: Literal["standard", "given", "padded"] = "standard"
     """Where position_ids come from: "standard", from 0 in each sequence or continued from its prefix; "given" by the
     caller; "padded", from 0 in each row, so that padding on the left shifts them."""
+    arguments: frozenset[str] = frozenset()
+    """The names of the arguments of the model's call. Its layers pass those that they do not know on to attention."""
 
 
 @contextmanager

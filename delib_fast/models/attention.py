@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from delib_fast.data import PackedBatch
 from delib_fast.models import ulysses
+from delib_fast.models.active_pack import active_pack
 from delib_fast.models.errors import UnsupportedModelError
 from delib_fast.models.rope import rope_that_depends_on_length, unsupported_rope
 from delib_fast.ops import varlen_attention
@@ -47,23 +48,8 @@ _CHANGES_THE_MATHS = {
     "indices": "a selection of the keys that each token attends to",
     "block_indices": "a selection of the keys that each token attends to",
 }
-# Arguments that layers pass on to every attention function, and that do not change its result here.
-_IGNORED = {
-    "cache_position",
-    "cu_seq_lens_k",
-    "max_length_k",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "position_embeddings",
-    "position_ids",
-    "return_dict",
-    "use_cache",
-    "num_items_in_batch",
-    "logits_to_keep",
-    "deterministic",
-    "token_type_ids",
-}
+# Arguments that layers add to those of the model's call, and that do not change the result of packed attention.
+_IGNORED = {"cache_position", "deterministic", "output_attentions", "position_embeddings", "position_ids", "use_cache"}
 
 
 def packed_inputs(
@@ -258,11 +244,17 @@ def _check_call(
         raise _unsupported_layer(
             module, f"it has attention dropout {dropout}, and packed attention has none; set it to 0"
         )
-    for kwarg, value in others.items():
-        if value is None or value is False or kwarg in _IGNORED:
-            continue
-        what = _CHANGES_THE_MATHS.get(kwarg, "an argument that packed attention does not know")
-        raise _unsupported_layer(module, f"it passes {what} ({kwarg}), which is not supported")
+    for kwarg, what in _CHANGES_THE_MATHS.items():
+        if others.get(kwarg) is not None:
+            raise _unsupported_layer(module, f"it has {what} ({kwarg}), which is not supported")
+    if torch.compiler.is_compiling():  # the eager first pass has checked it (layers.py)
+        return
+    pack = active_pack()  # None if a checkpointed layer is recomputed
+    for kwarg in () if pack is None else others.keys() - pack.arguments - _IGNORED:
+        if others[kwarg] is not None and others[kwarg] is not False:
+            raise _unsupported_layer(
+                module, f"it passes {kwarg} to its attention function, which packed attention does not know"
+            )
 
 
 def no_mask(

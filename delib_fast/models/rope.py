@@ -85,6 +85,8 @@ def lowered_switch(model: nn.Module, tokens: int) -> Iterator[None]:
             for layer_type, kind in _types(module).items():
                 if kind == "longrope":
                     lower(_parameters(module, layer_type), "original_max_position_embeddings")
+                    if hasattr(module.config, "original_max_position_embeddings"):  # transformers copies it from here
+                        lower(module.config, "original_max_position_embeddings")
                 elif _depends_on_length(kind):
                     lower(module.config, "max_position_embeddings")
         yield

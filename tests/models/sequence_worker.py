@@ -95,7 +95,14 @@ def main() -> None:
     results = {}
     for size in (1, 2, 4):
         group = dist.new_subgroups(size)[0]
-        for name in ("qwen3", "qwen3 tied, one kv head", "mistral sliding"):
+        for name in (
+            "qwen3",
+            "qwen3 tied, one kv head",
+            "mistral sliding",
+            "gpt-oss, sinks",
+            "mimo, sinks and small values",
+            "phi3, longrope",
+        ):
             results[f"{name} {size}"] = against_separate(name, group)
         results[f"checkpointed {size}"] = against_separate("qwen3", group, checkpointing=True)
         results[f"shared prompt {size}"] = shared_prompt(group)

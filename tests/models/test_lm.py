@@ -131,21 +131,9 @@ def test_buffers_follow_the_device() -> None:
     assert trainable.model.model.rotary_emb.inv_freq.is_meta
 
 
-GEMMA2 = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "head_dim": 8,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-
-
 @pytest.mark.parametrize(
     ("model_type", "keys", "message"),
     [
-        ("gemma2", GEMMA2, "Gemma2ForCausalLM caps its attention scores (attn_logit_softcapping)"),
         (
             "gpt2",
             {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2},
@@ -176,25 +164,6 @@ def test_rejects_unsupported_models(model_type, keys, message) -> None:
     with pytest.raises(UnsupportedModelError) as error:
         TrainableLM(small(model_type, **keys))
     assert message in str(error.value)
-
-
-def test_rejects_attention_sinks_in_the_forward_pass() -> None:
-    trainable = TrainableLM(
-        small(
-            "gpt_oss",
-            vocab_size=96,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            head_dim=8,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=2,
-            num_experts_per_tok=1,
-        )
-    )
-    with pytest.raises(UnsupportedModelError, match=r"layer 0 \(GptOssAttention\): it has attention sinks"):
-        trainable(pack(documents()))
 
 
 def test_rejects_a_window_that_would_be_ignored() -> None:
