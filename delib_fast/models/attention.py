@@ -118,6 +118,8 @@ def why_not_share_prompts(config: PreTrainedConfig, backend: str) -> str | None:
         )
     if kind := rope_that_depends_on_length(config):
         return f"its rotary frequencies depend on the length of prompt and reply (rope_type {kind})"
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        return "its attention caps its scores, which across a shared prompt only the slow reference backend supports"
     if backend == "flash":
         return "model.attention: flash cannot merge two attentions in its backward pass, which a shared prompt needs"
     return None

@@ -28,6 +28,9 @@ class ModelShape:
     heads: int
     kv_heads: int
     head_dim: int
+    """Size of the query and key heads."""
+    value_dim: int
+    """Size of the value heads."""
     vocabulary: int
     largest_layer: int
     """Parameters of the largest layer."""
@@ -40,7 +43,8 @@ class ModelShape:
 
     @property
     def attention_width(self) -> int:
-        return self.heads * self.head_dim
+        """The width of queries and keys, averaged with that of values: attention takes as many FLOPs for each."""
+        return self.heads * (self.head_dim + self.value_dim) // 2
 
     @property
     def quadratic_cost(self) -> float:
@@ -74,6 +78,7 @@ def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) 
     layers = [sum(p.numel() for p in layer.parameters()) for layer in stacks[0]] if stacks else []
     adapter, adapted = adapter_size(model, config.lora) if config.lora is not None else (0, 0)
     heads, hidden = text.num_attention_heads, text.hidden_size
+    head_dim, value_dim = head_dims(text)
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()),
         embedding_parameters=sum(embeddings.values()),
@@ -82,13 +87,22 @@ def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) 
         heads=heads,
         intermediate=getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or hidden // heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
         vocabulary=text.vocab_size,
         largest_layer=max(layers, default=0),
         adapter_parameters=adapter,
         adapted_parameters=adapted,
         no_shared_prompts=why_not_share_prompts(hf_config, config.attention),
     )
+
+
+def head_dims(text: PreTrainedConfig) -> tuple[int, int]:
+    """The sizes of the query and key heads, and of the value heads (smaller in multi-head latent attention)."""
+    parts = (getattr(text, "qk_nope_head_dim", None), getattr(text, "qk_rope_head_dim", None))
+    own = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head_dim = own if None in parts else sum(parts)
+    return head_dim, getattr(text, "v_head_dim", None) or head_dim
 
 
 def _hf_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedConfig:
