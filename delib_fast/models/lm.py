@@ -102,7 +102,7 @@ class TrainableLM(nn.Module):
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The hidden states (T, H) of a pack, as the head receives them."""
         inputs = packed_inputs(batch, self.attention_backend, self.sequence_group)
-        first_token = 0 if batch.shard is None else batch.shard.rank * len(batch.input_ids)
+        first_token = None if batch.shard is None else batch.shard.rank * len(batch.input_ids)
         pack = ActivePack(batch.cu_seqlens_host, batch.prefix, first_token, arguments=frozenset(inputs))
         with in_a_pack(pack):
             states: Tensor = self.model.base_model(**inputs).last_hidden_state

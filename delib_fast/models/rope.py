@@ -104,6 +104,11 @@ class _RopePerDocument(ForwardPatch):
         pack = active_pack() or getattr(position_ids, _PACK_OF_POSITIONS, None)
         if pack is None:
             return self.original(**kwargs)
+        if pack.first_token is None and position_ids.shape[-1] != pack.cu_seqlens[-1]:
+            raise UnsupportedModelError(
+                f"the rotary module {type(self.module).__name__} gets {position_ids.shape[-1]} positions in a pack of "
+                f"{pack.cu_seqlens[-1]} tokens, so documents cannot get their own frequencies"
+            )
         setattr(position_ids, _PACK_OF_POSITIONS, pack)
         lengths = _lengths(pack, position_ids)
         if pack.positions == "padded":
@@ -139,7 +144,8 @@ class _RopePerDocument(ForwardPatch):
                     f"the rotary module {type(self.module).__name__} does not return tensors (…, {tokens + 1} tokens, "
                     "D), so documents of a pack cannot get their own frequencies"
                 )
-            return x.narrow(-2, 0, tokens)
+            # With the strides of a tensor of T tokens, so that compiled layers see one kind of input.
+            return x.narrow(-2, 0, tokens).clone(memory_format=torch.contiguous_format)
 
         return pytree.tree_map(without_last, rotary)
 
@@ -237,7 +243,7 @@ def _of_tokens(pack: ActivePack, values: Sequence[int], position_ids: Tensor) ->
     """(T,) the value of each token's sequence, on the device."""
     counts = torch.tensor([end - start for start, end in pairwise(pack.cu_seqlens)])
     whole = torch.tensor(values).repeat_interleave(counts)
-    own = whole[pack.first_token : pack.first_token + position_ids.shape[-1]]
+    own = whole[pack.first_token or 0 :][: position_ids.shape[-1]]
     return own.to(position_ids.device, non_blocking=True)
 
 

@@ -99,7 +99,6 @@ def main() -> None:
             "qwen3",
             "qwen3 tied, one kv head",
             "mistral sliding",
-            "gpt-oss, sinks",
             "mimo, sinks and small values",
             "phi3, longrope",
         ):

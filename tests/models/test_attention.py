@@ -96,3 +96,21 @@ def test_models_that_drop_keyword_arguments_are_refused(model_type, how) -> None
 
     with pytest.raises(UnsupportedModelError, match="does not pass its keyword arguments on"):
         run()
+
+
+@pytest.mark.parametrize(
+    ("name", "dims"),
+    [
+        ("deepseek v3, small values", (32, 16)),
+        ("mimo, sinks and small values", (16, 8)),
+        ("qwen3", (16, 16)),
+        ("llama", (8, 8)),
+    ],
+)
+def test_flops_of_attention_count_the_value_heads(name, dims) -> None:
+    from delib_fast.models.cost import StepCost
+    from delib_fast.models.shape import head_dims
+
+    trainable = TrainableLM(build(name))
+    assert head_dims(trainable.model.config) == dims
+    assert StepCost.of(trainable).per_pair == 6 * 4 * sum(dims)

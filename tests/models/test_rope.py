@@ -104,6 +104,14 @@ def test_padding_on_the_left_does_not_lengthen_a_text(name) -> None:
     delib_fast.unapply(model)
 
 
+def test_positions_of_another_length_are_refused() -> None:
+    model = build("phi3, longrope")
+    rope.patch_rope(model)
+    with in_a_pack(ActivePack((0, 30, 35))), pytest.raises(UnsupportedModelError) as error:
+        model.model.rotary_emb(torch.zeros(1), torch.arange(5)[None])
+    assert "gets 5 positions in a pack of 35 tokens" in str(error.value)
+
+
 def shared_prompt(lengths) -> tuple[object, list]:
     """A pack of a prompt and replies that continue it, and the same as separate documents."""
     draw = torch.Generator().manual_seed(2)

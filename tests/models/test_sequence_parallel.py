@@ -24,7 +24,6 @@ def results():
         "qwen3",
         "qwen3 tied, one kv head",
         "mistral sliding",
-        "gpt-oss, sinks",
         "mimo, sinks and small values",
         "phi3, longrope",
         "checkpointed",
