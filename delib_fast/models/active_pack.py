@@ -24,7 +24,7 @@ class ActivePack:
     prefix: tuple[int, ...] | None = None
     """(N,) the sequence that each one continues, or -1; None without shared prompts."""
     first_token: int | None = None
-    """The index in the pack of the first of this rank's tokens under sequence parallelism; None if it has all tokens."""
+    """The index in the pack of this rank's first token under sequence parallelism; None if the rank has all tokens."""
     positions: Literal["standard", "given", "padded"] = "standard"
     """Where position_ids come from: "standard", from 0 in each sequence or continued from its prefix; "given" by the
     caller; "padded", from 0 in each row, so that padding on the left shifts them."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -64,6 +64,28 @@ def patch_rope(model: nn.Module) -> list[ForwardPatch]:
     for patch in patches:
         patch.install()
     return patches
+
+
+def longest_regular_text(model: nn.Module) -> int | None:
+    """The length in tokens up to which the rotary frequencies of all texts are equal, or None if they always are."""
+    limits = [
+        _parameters(module, layer_type)["original_max_position_embeddings"]
+        if kind == "longrope"
+        else module.original_max_seq_len
+        for module in _rope_modules(model)
+        for layer_type, kind in _types(module).items()
+        if _depends_on_length(kind)
+    ]
+    return min(map(int, limits), default=None)
+
+
+@contextmanager
+def new_rope(model: nn.Module) -> Iterator[None]:
+    """Let the model forget inside a block which texts it has seen, as rotary embeddings remember the longest one."""
+    with ExitStack() as stack:
+        for module in _rope_modules(model):
+            stack.enter_context(_as_new(module))
+        yield
 
 
 @contextmanager

@@ -47,12 +47,13 @@ def test_a_pack_leaves_no_state_and_starts_from_none(name) -> None:
     before = rotary_state(trainable.model)
     trainable(pack(docs))
     assert same(rotary_state(trainable.model), before)
-    with trainable.unpatched() as stock, torch.no_grad():
+    with trainable.unpatched() as stock, torch.no_grad():  # with the patches of the rotary modules
         stock(torch.arange(40)[None])
         stock(torch.arange(10)[None])
         grown = rotary_state(stock)
     assert torch.equal(trainable(pack(docs)).nll, clean)
     assert same(rotary_state(trainable.model), grown)
+    assert "forward" not in vars(trainable.unpatch().model.rotary_emb)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,6 +103,7 @@ def test_padding_on_the_left_does_not_lengthen_a_text(name) -> None:
         output = model(input_ids=ids, attention_mask=mask.long(), position_ids=positions, labels=labels)
         torch.testing.assert_close(output.nll[mask.bool()], nll, rtol=1e-5, atol=1e-5)
     delib_fast.unapply(model)
+    assert "forward" not in vars(model.model.rotary_emb)
 
 
 def test_positions_of_another_length_are_refused() -> None:

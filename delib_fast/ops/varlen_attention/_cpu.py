@@ -305,7 +305,7 @@ def _autograd(ctx: Any, d_out: Tensor, _d_lse: Tensor | None) -> tuple[Tensor | 
     dq, dk, dv = torch.ops.delib_fast.varlen_attention_cpu_backward(
         d_out, q, k, v, out, lse, cu_seqlens, ctx.scale, ctx.window, ctx.softcap
     )
-    d_sinks = None if sinks is None else sinks_gradient(d_out, out, lse, sinks)
+    d_sinks = sinks_gradient(d_out, out, lse, sinks) if ctx.needs_input_grad[3] else None
     return dq, dk, dv, d_sinks, None, None, None, None, None
 
 

@@ -128,7 +128,7 @@ def register(name: str, forward: Forward, backward: Backward) -> Callable[..., t
         *tensors, out, lse = ctx.saved_tensors
         call = ctx.call._replace(**dict(zip(_TENSORS, tensors, strict=True)))
         grads = getattr(torch.ops.delib_fast, f"{name}_backward")(d_out, out, lse, *call)
-        d_sinks = None if call.sinks is None else sinks_gradient(d_out, out, lse, call.sinks)
+        d_sinks = sinks_gradient(d_out, out, lse, call.sinks) if ctx.needs_input_grad[3] else None
         return (*grads, d_sinks, *[None] * (len(_MergedCall._fields) - 4))
 
     LIBRARY.define(f"{name}({_ARGUMENTS}) -> (Tensor out, Tensor lse)")
