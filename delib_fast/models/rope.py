@@ -49,7 +49,7 @@ def rope_that_depends_on_length(config: PreTrainedConfig) -> str | None:
 def unsupported_rope(model: PreTrainedModel) -> str | None:
     """Why documents cannot get their own rotary frequencies, with the remedy, or None."""
     kind = rope_that_depends_on_length(model.config)
-    if kind is None or _rope_modules(model):
+    if kind is None or any(_is_rope(module) for module in model.modules()):
         return None
     return (
         f"{type(model).__name__} has rotary frequencies that depend on the length of a text (rope_type {kind}), and no "
@@ -215,10 +215,14 @@ def _rope_modules(model: nn.Module) -> list[Any]:
     return [
         module
         for module in model.modules()
-        if isinstance(getattr(module, "rope_type", None), str | dict)
-        and any(_depends_on_length(kind) for kind in _types(module).values())
-        and "position_ids" in inspect.signature(type(module).forward).parameters
+        if _is_rope(module) and any(_depends_on_length(kind) for kind in _types(module).values())
     ]
+
+
+def _is_rope(module: nn.Module) -> bool:
+    """Whether it is a rotary module of transformers, which says by `rope_type` what its frequencies depend on."""
+    has_type = isinstance(getattr(module, "rope_type", None), str | dict)
+    return has_type and "position_ids" in inspect.signature(type(module).forward).parameters
 
 
 def _lengths(pack: ActivePack, position_ids: Tensor) -> list[int]:

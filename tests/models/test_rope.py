@@ -147,7 +147,7 @@ def test_replies_with_other_frequencies_cannot_share_a_prompt() -> None:
 
 
 def test_a_model_without_a_known_rotary_module_is_refused(monkeypatch) -> None:
-    monkeypatch.setattr(rope, "_rope_modules", lambda _: [])
+    monkeypatch.setattr(rope, "_is_rope", lambda _: False)
     message = r"Phi3ForCausalLM has rotary frequencies that depend on the length of a text \(rope_type longrope\)"
     with pytest.raises(UnsupportedModelError, match=message):
         TrainableLM(build("phi3, longrope"))
