@@ -315,7 +315,7 @@ def test_refuses_packs_that_the_ranks_cannot_divide():
         ("deepspeed={[a]: b}", "a key must be a text or a number"),
         ("deepspeed=&x {a: *x}", "not valid YAML"),
         ("deepspeed=&x [*x]", "not valid YAML"),
-        ("deepspeed=" + "[" * 5000, "values are nested too deeply"),
+        ("deepspeed=" + "[" * 500, "values are nested too deeply"),
     ],
 )
 def test_a_value_that_seems_to_mean_something_else_is_refused(tmp_path, override, message):
@@ -369,7 +369,7 @@ def test_what_is_written_is_read_as_the_same_text():
         "é",
         "😀",
     ]
-    for _ in range(2000):
+    for _ in range(400):
         text = "".join(draw.choices(parts, k=draw.randrange(6)))
         tree = {"key": text, "list": [text], "x" + text: 1}
         assert read_yaml(dump_yaml(tree), where="test") == tree
