@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from delib_fast.config import ConfigError
 from delib_fast.files import hash_files, hash_weights
 from delib_fast.training.errors import TrainingError
-from delib_fast.training.export_check import Probe, check_adapter, check_model, probe
+from delib_fast.training.export_check import ExportChecker, probe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -190,14 +190,15 @@ def export(run: RunContext, engine: Engine, index: int, inputs: StageInputs) -> 
     entry: dict[str, Any] = {}
     fault = ""
     if run.ranks.rank == 0:
+        checker = ExportChecker(run, compared, run.console.print) if compared else None
         try:
             for what in kinds:
                 folder = _folder(run, index, what)
                 exported = _write(run, engine.module, what, folder, weights, inputs)
                 files = hash_files(folder)
                 entry |= {what: Weights(str(folder), hash_weights(files)).describe(), f"{what}_files": files}
-                if compared is not None:
-                    checked = _check(run, compared, what, folder, exported, inputs)
+                if checker is not None:
+                    checked = _check(run, checker, what, folder, exported, inputs)
                     entry.setdefault("export_check", {"rows": compared.rows})[what] = checked
         except (OSError, SafetensorError, ConfigError) as error:
             fault = (
@@ -244,18 +245,16 @@ def _write(
 
 def _check(
     run: RunContext,
-    compared: Probe,
+    checker: ExportChecker,
     what: Literal["model", "adapter"],
     folder: Path,
     exported: tuple[Any, Mapping[str, Tensor]],
     inputs: StageInputs,
 ) -> dict[str, Any]:
     if what == "model":
-        return check_model(run, compared, folder, exported)
+        return checker.model(folder, exported)
     from delib_fast.models import build_model
 
     config = run.config
-    base = build_model(
-        _source(config, inputs), run.dataset.tokenizer, dtype=config.engine.precision, seed=config.seed
-    )
-    return check_adapter(run, compared, folder, base, exported)
+    base = build_model(_source(config, inputs), run.dataset.tokenizer, dtype=config.engine.precision, seed=config.seed)
+    return checker.adapter(folder, base, exported)

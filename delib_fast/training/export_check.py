@@ -7,7 +7,7 @@ and its logits those of the model in training, up to the rounding of the dtype. 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,52 +95,94 @@ def _shortened(examples: Sequence[Example], max_tokens: int) -> list[Example]:
     return [Example(e.input_ids[:each], e.segments[:each], e.location) for e in examples]
 
 
-def check_model(
-    run: RunContext, compared: Probe, folder: Path, exported: tuple[Any, Mapping[str, Tensor]]
-) -> dict[str, Any]:
-    """Check an exported model on rank 0.
+class ExportChecker:
+    """Checks what a stage exports, on rank 0. An adapter is checked before the model that it is merged into.
 
     Args:
-        exported: what `models.export_model` received: the model (for its names), and all its weights.
-    Returns:
-        The ledger's record: how many tensors are equal, and how far the logits are apart.
-    Raises:
-        ExportCheckError: a tensor or the logits differ.
+        compared: what to compare on.
+        warn: called with a message about a difference that is not an error.
     """
-    from delib_fast.models.export_check import compare_weights, reload_model
 
-    began = time.perf_counter()
-    reloaded = reload_model(folder, trust_remote_code=run.config.model.trust_remote_code)
-    tensors = compare_weights(reloaded, *exported)
-    return {"tensors": tensors, **_compare(run, compared, reloaded), "wall_s": time.perf_counter() - began}
+    def __init__(self, run: RunContext, compared: Probe, warn: Callable[[str], None]) -> None:
+        self._run, self._compared, self._warn = run, compared, warn
+        self._adapted: tuple[list[Tensor], list[Tensor]] | None = None
+        """Logits of the reloaded base without and with the reloaded adapter."""
 
+    @property
+    def _is_exact(self) -> bool:
+        """Whether the exported weights are those of the model in training. A 4-bit base is exported as it was."""
+        lora = self._run.config.model.lora
+        return lora is None or lora.quantize == "none"
 
-def check_adapter(
-    run: RunContext, compared: Probe, folder: Path, base: Any, exported: tuple[Any, Mapping[str, Tensor]]
-) -> dict[str, Any]:
-    """Check an exported adapter on rank 0, next to its base; see `check_model`."""
-    from delib_fast.models.export_check import compare_adapter, reload_adapter
+    def model(self, folder: Path, exported: tuple[Any, Mapping[str, Tensor]]) -> dict[str, Any]:
+        """Check an exported model.
 
-    began = time.perf_counter()
-    reloaded = reload_adapter(base, folder)
-    tensors = compare_adapter(reloaded, *exported)
-    return {"tensors": tensors, **_compare(run, compared, reloaded), "wall_s": time.perf_counter() - began}
+        Args:
+            exported: what `models.export_model` received: the model (for its names), and all its weights.
+        Returns:
+            The ledger's record: how many tensors are equal, and how far the logits are apart.
+        Raises:
+            ExportCheckError: a tensor or the logits differ.
+        """
+        from delib_fast.models.export_check import compare_weights, lost_effect, reload_model
 
+        began = time.perf_counter()
+        reloaded = reload_model(folder, trust_remote_code=self._run.config.model.trust_remote_code)
+        tensors = compare_weights(reloaded, *exported)
+        logits, record = self._compare(reloaded)
+        if self._adapted is not None and self._is_exact:
+            lost = lost_effect(logits, self._compared.logits, *self._adapted)
+            record["lost_effect"] = lost
+            self._judge_lost_effect(lost, folder)
+        return {"tensors": tensors, **record, "wall_s": time.perf_counter() - began}
 
-def _compare(run: RunContext, compared: Probe, reloaded: Any) -> dict[str, Any]:
-    from delib_fast.models.export_check import TOLERANCE, ExportCheckError, compare_logits, stock_logits
+    def adapter(self, folder: Path, base: Any, exported: tuple[Any, Mapping[str, Tensor]]) -> dict[str, Any]:
+        """Check an exported adapter next to its base; see `model`."""
+        from delib_fast.models.export_check import compare_adapter, reload_adapter
 
-    found = compare_logits(compared.logits, stock_logits(reloaded, compared.documents, _device(run, reloaded)))
-    lora = run.config.model.lora
-    # A quantized base is not exported: the adapter is next to, or merged into, the exact weights.
-    tolerance = TOLERANCE[DTYPES[run.config.engine.precision]] if lora is None or lora.quantize == "none" else None
-    if tolerance is not None and not found.typical <= tolerance:
-        raise ExportCheckError(
-            f"its logits differ by {found.typical:.2g} (relative, median of a document's tokens; largest "
-            f"{found.largest:.2g}) from those of the model in training, and {tolerance:g} is allowed in "
-            f"{run.config.engine.precision}"
+        began = time.perf_counter()
+        reloaded = reload_adapter(base, folder)
+        tensors = compare_adapter(reloaded, *exported)
+        adapted, record = self._compare(reloaded)
+        with reloaded.disable_adapter():
+            self._adapted = self._logits(reloaded), adapted
+        return {"tensors": tensors, **record, "wall_s": time.perf_counter() - began}
+
+    def _logits(self, model: Any) -> list[Tensor]:
+        from delib_fast.models.export_check import stock_logits
+
+        return stock_logits(model, self._compared.documents, _device(self._run, model))
+
+    def _compare(self, reloaded: Any) -> tuple[list[Tensor], dict[str, Any]]:
+        from delib_fast.models.export_check import TOLERANCE, ExportCheckError, compare_logits
+
+        precision = self._run.config.engine.precision
+        logits = self._logits(reloaded)
+        found = compare_logits(self._compared.logits, logits)
+        tolerance = TOLERANCE[DTYPES[precision]] if self._is_exact else None
+        if tolerance is not None and not found.typical <= tolerance:
+            raise ExportCheckError(
+                f"its logits differ by {found.typical:.2g} (relative; the median of a document's tokens, at most "
+                f"{found.largest:.2g}) from those of the model in training; {tolerance:g} is allowed in {precision}"
+            )
+        return logits, {
+            "difference": found.typical,
+            "largest_difference": found.largest,
+            "tolerance": tolerance,
+        }
+
+    def _judge_lost_effect(self, lost: float | None, folder: Path) -> None:
+        from delib_fast.models.export_check import MAX_LOST_EFFECT, ExportCheckError
+
+        if lost is None or abs(lost) <= MAX_LOST_EFFECT:
+            return
+        what = f"the merged model lacks {lost:.0%} of the adapter's effect on the logits"
+        if self._run.config.engine.precision == "fp32":
+            raise ExportCheckError(f"{what}; {MAX_LOST_EFFECT:.0%} is allowed")
+        self._warn(
+            f"{folder}: {what}: in {self._run.config.engine.precision}, changes that are smaller than the rounding of "
+            "a weight are lost when they are merged. The adapter itself is exact: use it, or set engine.precision: fp32"
         )
-    return {"difference": found.typical, "largest_difference": found.largest, "tolerance": tolerance}
 
 
 def _device(run: RunContext, model: Any) -> Any:

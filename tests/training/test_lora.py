@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -109,6 +110,31 @@ def test_adapter_and_merged_model_agree(paper):
     assert (adapted - plain).abs().max() > 1e-4 * plain.abs().max(), "it learned something"
     head = load_file(paper / "run" / "model" / "model.safetensors")["lm_head.weight"]
     assert torch.equal(head, load_file(paper / "base" / "model.safetensors")["lm_head.weight"])
+    first, last = (stage["export_check"] for stage in ledger(paper)["stages"])
+    assert set(first) == {"rows", "adapter"}
+    assert first["adapter"]["tensors"] == last["adapter"]["tensors"] == 28
+    assert max(part["difference"] for part in (first["adapter"], last["adapter"], last["model"])) < 1e-5
+    assert abs(last["model"]["lost_effect"]) < 1e-3
+
+
+def test_a_merge_that_loses_the_adapter_is_reported(tmp_path, capsys, monkeypatch):
+    """A wrong scale is an error in fp32. In bf16, where rounding can lose an effect, it is a warning."""
+    from delib_fast.models import lora
+
+    merge = lora.merged_weights
+
+    def halves(model, weights):
+        return merge(model, {k: w / 2 if "lora_B" in k else w for k, w in weights.items()})
+
+    monkeypatch.setattr("delib_fast.models.merged_weights", halves)
+    base = {"path": str(base_model(tmp_path)), "lora": {"r": 4, "dropout": 0.0}}
+    short = ["stages.msm.max_steps=1", "stages.aft.max_steps=2", "stages.aft.optimizer.lr=1e-3"]
+    assert run(tiny(tmp_path / "fp32", model=base), *short) == 1
+    error = capsys.readouterr().err
+    assert re.search(r"the export of stage 'aft' is not what was trained: .*its logits differ by|lacks 50% of", error)
+    engine = {"precision": "bf16", "device": "cpu"}
+    assert run(tiny(tmp_path / "bf16", model=base, engine=engine), *short) == 0
+    assert "the merged model lacks 50% of the adapter's effect on the logits: in bf16" in capsys.readouterr().out
 
 
 def test_merge_starts_a_new_adapter_on_the_merged_model(tmp_path):
@@ -165,6 +191,9 @@ def test_qlora_merges_into_the_exact_weights(tmp_path, monkeypatch):
     plain = logits(base)
     expected = logits(PeftModel.from_pretrained(base, tmp_path / "run/adapter"))
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "run/model", dtype=torch.float32))
+    checked = ledger(tmp_path)["stages"][1]["export_check"]
+    assert checked["model"]["tolerance"] is None  # the model in training has a 4-bit base
+    assert "lost_effect" not in checked["model"]
     # One more rounding to bf16 is 1/200 of the adapter's effect; merging into the 4-bit weights would be a third.
     assert (merged - expected).norm() < 0.02 * (expected - plain).norm()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
