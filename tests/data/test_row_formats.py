@@ -32,16 +32,20 @@ def pair(**more):
 
 def seen(rows):
     """What the model sees of each row: messages, CoT and response, and calls and tools if there are any."""
+
+    def show(message):
+        name = json.loads(message.fields or "{}").get("name")
+        speaker = f"{message.role}={name}" if name else message.role
+        return f"{speaker}: {message.cot or ''}>{message.content}{message.calls}"
+
     return [
         (
-            " | ".join(
-                f"{m.role}{'=' + m.name if m.name else ''}: {m.cot or ''}>{m.content}{m.calls}" for m in r.messages
-            ),
-            r.cot,
-            r.response,
-            *((r.calls, r.tools) if r.calls or r.tools else ()),
+            " | ".join(map(show, row.messages)),
+            row.cot,
+            row.response,
+            *((row.calls, row.tools) if row.calls or row.tools else ()),
         )
-        for r in rows
+        for row in rows
     ]
 
 
