@@ -80,7 +80,7 @@ def expand_path(path: str) -> str:
     """Replace `~`, `~user`, `${NAME}` and `$NAME` in a path. A `$NAME` that is not an environment variable is kept.
 
     Raises:
-        ValueError: `${NAME}` is not an environment variable, or the user does not exist.
+        ValueError: the path is empty, `${NAME}` is not an environment variable, or the user does not exist.
     """
 
     def value_of(match: re.Match[str]) -> str:
@@ -89,6 +89,8 @@ def expand_path(path: str) -> str:
             raise ValueError(f"{path}: the environment variable {name!r} is not set; set it, or write the path out")
         return os.environ.get(name, match[0])
 
+    if not path.strip():
+        raise ValueError("the path is empty; write null for no path, or . for the current folder")
     expanded = _VARIABLE.sub(value_of, path)
     if not expanded.startswith("~"):
         return expanded

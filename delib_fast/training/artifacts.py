@@ -10,6 +10,7 @@ LoRA, adapter: merge    model ─▶ msm ─▶ stages/msm/model, merged ─▶ 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,8 @@ class Weights:
     """Weights, as the ledger records the parent and the result of a stage."""
 
     path: str | None
-    """A folder or hub name; None for a new model."""
+    """A folder (an absolute path, so that a run resumes in any working directory), a hub name, or None for a new
+    model."""
     sha256: str | None
     """`files.hash_weights` of the folder; None for a hub name or a new model."""
 
@@ -85,7 +87,7 @@ def _user_weights(run: RunContext, path: str | None) -> Weights:
     """The weights that the user configured. A hub name is not hashed. A collective."""
     if path is None or not Path(path).is_dir():
         return Weights(path, None)
-    return Weights(path, hash_weights(_hashes(run, Path(path))))
+    return Weights(os.path.abspath(path), hash_weights(_hashes(run, Path(path))))
 
 
 def _hashes(run: RunContext, folder: Path) -> dict[str, str]:
@@ -108,7 +110,7 @@ def exported_by(run: RunContext, index: int, what: Literal["model", "adapter"]) 
                 f"{folder / name} {reason}: the {what} is not what stage {stage.name!r} exported. Restore it, or "
                 "delete run_dir to start again"
             )
-    return Weights(str(folder), hash_weights(recorded))
+    return Weights(os.path.abspath(folder), hash_weights(recorded))
 
 
 def _folder(run: RunContext, index: int, what: Literal["model", "adapter"]) -> Path:
@@ -196,7 +198,10 @@ def export(run: RunContext, engine: Engine, index: int, inputs: StageInputs) -> 
                 folder = _folder(run, index, what)
                 exported = _write(run, engine.module, what, folder, weights, inputs)
                 files = hash_files(folder)
-                entry |= {what: Weights(str(folder), hash_weights(files)).describe(), f"{what}_files": files}
+                entry |= {
+                    what: Weights(os.path.abspath(folder), hash_weights(files)).describe(),
+                    f"{what}_files": files,
+                }
                 if checker is not None:
                     checked = _check(run, checker, what, folder, exported, inputs)
                     entry.setdefault("export_check", {"rows": compared.rows})[what] = checked

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ def probe(run: RunContext, engine: Engine, stage: StageConfig) -> Probe | None:
     logits = trained_logits(engine.module, lambda: engine.evaluate(batch))
     (whole,) = evaluation_batches(examples, rank=0, world_size=1, **options)
     ends = [min(end, len(logits)) for end in whole.cu_seqlens_host]
-    spans = [slice(start, end) for start, end in zip(ends, ends[1:], strict=False) if end > start]
+    spans = [slice(start, end) for start, end in pairwise(ends) if end > start]
     return Probe(rows, [whole.input_ids[span].to(torch.int64) for span in spans], [logits[span] for span in spans])
 
 

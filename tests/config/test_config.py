@@ -420,6 +420,8 @@ def test_a_path_that_cannot_be_expanded_is_refused(tmp_path, monkeypatch):
         load_config(path)
     with pytest.raises(ConfigError, match=r"run_dir: ~nobody-here/x: the home folder of ~nobody-here is not known"):
         load_config(write(tmp_path, YAML), ["run_dir=~nobody-here/x"])
+    with pytest.raises(ConfigError, match=r"run_dir: the path is empty; write null for no path"):
+        load_config(write(tmp_path, YAML), ['run_dir=""'])
     assert load_config(write(tmp_path, YAML), ["run_dir=a$b"]).run_dir == "a$b"  # may be part of a name
 
 

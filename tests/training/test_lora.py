@@ -20,6 +20,7 @@ from delib_fast.config import ConfigError, LoraConfig, ModelConfig
 from delib_fast.config.load import load_config
 from delib_fast.models import StepCost, TrainableLM, add_adapter, build_model, load_adapter
 from delib_fast.models.build import _nf4_config
+from delib_fast.training import run as training_run
 
 ARCHITECTURE = tiny_qwen3(vocab_size=512, initializer_range=0.1)
 SMALL = ["stages.msm.max_steps=3", "stages.aft.max_steps=3"]
@@ -154,6 +155,33 @@ def test_merge_starts_a_new_adapter_on_the_merged_model(tmp_path):
     )
     moved = {name for name, w in start.items() if not torch.equal(w, merged[name])}
     assert moved == {f"model.layers.{i}.{part}.weight" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.up_proj")}
+
+
+def test_a_saved_configuration_resumes_in_another_folder(tmp_path, monkeypatch, capsys):
+    """Also the second stage, whose base the ledger names; and by another path to the same files."""
+    base_model(tmp_path)
+    tiny(tmp_path, run_dir="run", model={"path": "base", "lora": {"r": 4}})
+    monkeypatch.chdir(tmp_path)
+    assert run(Path("run.yaml"), *SMALL, "data.deliberation=none.jsonl") == 2
+    with monkeypatch.context() as stops:
+        stops.setattr("delib_fast.training.run.run_stage", _only_the_first(training_run.run_stage))
+        with pytest.raises(KeyboardInterrupt):
+            training_run.run(load_config("run.yaml", SMALL))
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.chdir("/")
+    saved = tmp_path / "run" / "config.yaml"
+    assert run(saved, "data.deliberation.path=" + str(tmp_path / "link" / "deliberation.jsonl")) == 0
+    assert "msm: already finished" in capsys.readouterr().out
+    assert [stage["status"] for stage in ledger(tmp_path)["stages"]] == ["finished", "finished"]
+
+
+def _only_the_first(run_stage):
+    def run(context, index, callbacks=()):
+        if index:
+            raise KeyboardInterrupt
+        run_stage(context, index, callbacks)
+
+    return run
 
 
 def test_a_given_adapter_is_continued(paper, tmp_path):

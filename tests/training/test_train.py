@@ -48,7 +48,9 @@ def test_an_export_that_is_not_what_was_trained_aborts_the_run(tmp_path, capsys,
     assert "1 of the 2,048 values of model.layers.1.mlp.down_proj.weight differ from those that were trained" in error
     assert "run the same command with export.check: false" in error
     assert run(path, *short, "export.check=false") == 0
-    assert all("export_check" not in stage for stage in json.loads((tmp_path / "run/ledger.json").read_text())["stages"])
+    assert all(
+        "export_check" not in stage for stage in json.loads((tmp_path / "run/ledger.json").read_text())["stages"]
+    )
 
 
 def test_held_out_nll_falls(finished):
