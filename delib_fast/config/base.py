@@ -36,7 +36,7 @@ class Section(BaseModel):
             for key, value in values.items():
                 problem = _odd_number(value) if key in cls.model_fields and _is_numeric(cls, key) else None
                 if problem:  # a validator of each field would also know the key, but cannot have a discriminator
-                    raise PydanticCustomError("odd_number", problem, {"key": key})  # type: ignore[arg-type]
+                    raise PydanticCustomError("odd_number", problem, {"key": key})
         return values
 
 

@@ -61,7 +61,7 @@ def read_turn(message: Any, where: str, tags: Tags, ignored: Counter[str]) -> Tu
     turn = Turn(role, "", calls=_calls(fields))
     if turn.calls and role != "assistant":
         fail("tools", f"{where} is a {role} message with tool calls, but only assistant messages may call tools")
-    more = {key: fields.string(key) for key in ("name", "tool_call_id") if key in fields}
+    more: dict[str, Any] = {key: fields.string(key) for key in ("name", "tool_call_id") if key in fields}
     thoughts = _read_content(turn, fields, more, ignored)
     if is_call:
         if turn.calls:
