@@ -37,8 +37,8 @@ class SourceConfig(Section):
     the chain of thought of every turn is trained on (chat templates drop those of earlier turns)."""
     think_tags: tuple[str, str] | None = None
     """The opening and closing tag of a chain of thought in these rows, if they are not among the known ones: <think>,
-    <thinking>, <thought>, <reasoning>, <SCRATCHPAD_REASONING>, [THINK], <seed:think> and <|begin_of_thought|>. The
-    model is always trained on the tags of its own chat template."""
+    <thinking>, <thought>, <reasoning>, <SCRATCHPAD_REASONING>, [THINK], <seed:think>, ◁think▷ and
+    <|begin_of_thought|>. The model is always trained on the tags of its own chat template."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a row that cannot be used. `error`: abort with its location. `skip`: skip it, and count it by
     reason."""

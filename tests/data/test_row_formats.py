@@ -9,7 +9,7 @@ from test_sources import line, read, write
 
 from delib_fast.config import SourceConfig
 from delib_fast.data import DataError, SourceReader
-from delib_fast.data.read.cot_tags import split_cot
+from delib_fast.data.read.cot_tags import TAGS, split_cot
 
 CALL = {"name": "f", "arguments": {"x": 1}}
 CALLS = '[{"name": "f", "arguments": {"x": 1}}]'
@@ -330,6 +330,8 @@ def test_configured_tags_hold_for_every_message(tmp_path):
 def test_a_closing_tag_alone_splits_only_at_the_end_of_its_line():
     assert split_cot("a\n</think>\n\nb") == ("a", "b")
     assert split_cot("a.</think>\nb") == ("a.", "b")
-    assert split_cot("[THINK]a[/THINK]b") == ("a", "b")
+    for opening, closing in TAGS:
+        assert split_cot(f"\n{opening}a{closing}\n\nb") == ("a", "b")
+        assert split_cot(f"a\n{closing}\n\nb") == ("a", "b")
     with pytest.raises(DataError, match="followed by text on its line"):
         split_cot("a</think>b")
