@@ -36,7 +36,7 @@ class Section(BaseModel):
             for key, value in values.items():
                 problem = _odd_number(value) if key in cls.model_fields and _is_numeric(cls, key) else None
                 if problem:  # a validator of each field would also know the key, but cannot have a discriminator
-                    raise PydanticCustomError("odd_number", problem, {"key": key})  # type: ignore[arg-type]
+                    raise PydanticCustomError("odd_number", problem, {"key": key})
         return values
 
 
@@ -80,7 +80,7 @@ def expand_path(path: str) -> str:
     """Replace `~`, `~user`, `${NAME}` and `$NAME` in a path. A `$NAME` that is not an environment variable is kept.
 
     Raises:
-        ValueError: `${NAME}` is not an environment variable, or the user does not exist.
+        ValueError: the path is empty, `${NAME}` is not an environment variable, or the user does not exist.
     """
 
     def value_of(match: re.Match[str]) -> str:
@@ -89,6 +89,8 @@ def expand_path(path: str) -> str:
             raise ValueError(f"{path}: the environment variable {name!r} is not set; set it, or write the path out")
         return os.environ.get(name, match[0])
 
+    if not path.strip():
+        raise ValueError("the path is empty; write null for no path, or . for the current folder")
     expanded = _VARIABLE.sub(value_of, path)
     if not expanded.startswith("~"):
         return expanded

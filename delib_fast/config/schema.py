@@ -237,6 +237,14 @@ class CheckpointConfig(Section):
     """Also save at every multiple of this many steps, and never delete those checkpoints."""
 
 
+class ExportConfig(Section):
+    """What is done with the model, or the adapter, that a stage exports."""
+
+    check: bool = True
+    """Load each exported folder with transformers, and abort if a tensor differs from what was trained, or if logits on
+    held-out rows differ by more than the rounding of the dtype. Reads the folder once, and computes 512 tokens."""
+
+
 class GuardConfig(Section):
     """Protection against non-finite steps, loss spikes, and ranks that hang."""
 
@@ -287,6 +295,8 @@ class Config(Section):
     """Device, precision and DeepSpeed ZeRO."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When checkpoints are written, and which are kept."""
+    export: ExportConfig = ExportConfig()
+    """The check of exported models."""
     guard: GuardConfig = GuardConfig()
     """Protection against non-finite steps, loss spikes, and ranks that hang."""
     log: LogConfig = LogConfig()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Mapping
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 
@@ -47,8 +47,8 @@ def _add_resolvers(owner: Any) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (yaml's own attribute)
-    yaml_constructors: dict[Any, Any] = {}  # noqa: RUF012
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_constructors: ClassVar[dict[Any, Any]] = {}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -133,7 +133,7 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 _add_resolvers(_Loader)
 _add_resolvers(_Dumper)
-_CONSTRUCTORS = {"map": _mapping, "seq": _sequence, "str": _scalar, "int": _integer, "float": _float}
+_CONSTRUCTORS: dict[str, Any] = {"map": _mapping, "seq": _sequence, "str": _scalar, "int": _integer, "float": _float}
 for _name, _construct in (_CONSTRUCTORS | {"bool": _boolean, "null": _null}).items():
     _Loader.add_constructor(_PREFIX + _name, _construct)
 _Loader.add_constructor(_AMBIGUOUS, _ambiguous)

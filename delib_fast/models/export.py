@@ -46,6 +46,18 @@ def export_model(
 
 def _complete_weights(model: PreTrainedModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The given weights under the inner model's names, on the CPU, in its dtype, with each tied weight once."""
+    weights, dtype = exported_weights(model, given)
+    return {
+        name: weight.detach().to("cpu", dtype if weight.is_floating_point() else weight.dtype)
+        for name, weight in weights.items()
+    }
+
+
+def exported_weights(model: PreTrainedModel, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.dtype]:
+    """The given weights under the inner model's names, with each tied weight once; and the dtype of their export.
+
+    Raises ValueError as `export_model` does.
+    """
     names = set(model.state_dict())
     # In a TrainableLM's own state_dict, and in what an engine gathers from it, the names begin with "model.".
     inner = {name.removeprefix("model.") if name.startswith("model.") else "" for name in given}
@@ -72,11 +84,7 @@ def _complete_weights(model: PreTrainedModel, given: Mapping[str, Tensor]) -> di
                 f"{name} has shape {tuple(weight.shape)}, not {tuple(shape)}; gather the complete state_dict before "
                 "exporting (ZeRO-3 shards its parameters) and pass state_dict="
             )
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return {
-        name: weight.detach().to("cpu", dtype if weight.is_floating_point() else weight.dtype)
-        for name, weight in weights.items()
-    }
+    return weights, next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def _full_shape(parameter: Tensor) -> torch.Size:

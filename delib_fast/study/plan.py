@@ -22,7 +22,7 @@ from delib_fast.files import hash_tree
 from delib_fast.study.settings import PREPARED, StudyConfig
 
 # Settings of a run that do not change its weights.
-_WITHOUT_EFFECT_ON_WEIGHTS = ("run_dir", "log", "checkpoint", "cache_dir", "overlap")
+_WITHOUT_EFFECT_ON_WEIGHTS = ("run_dir", "log", "checkpoint", "export", "cache_dir", "overlap")
 
 
 @dataclass(frozen=True)

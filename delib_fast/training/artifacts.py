@@ -10,6 +10,8 @@ LoRA, adapter: merge    model ─▶ msm ─▶ stages/msm/model, merged ─▶ 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from delib_fast.config import ConfigError
 from delib_fast.files import hash_files, hash_weights
 from delib_fast.training.errors import TrainingError
+from delib_fast.training.export_check import ExportChecker, probe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +36,8 @@ class Weights:
     """Weights, as the ledger records the parent and the result of a stage."""
 
     path: str | None
-    """A folder or hub name; None for a new model."""
+    """A folder (an absolute path, so that a run resumes in any working directory), a hub name, or None for a new
+    model."""
     sha256: str | None
     """`files.hash_weights` of the folder; None for a hub name or a new model."""
 
@@ -83,7 +87,7 @@ def _user_weights(run: RunContext, path: str | None) -> Weights:
     """The weights that the user configured. A hub name is not hashed. A collective."""
     if path is None or not Path(path).is_dir():
         return Weights(path, None)
-    return Weights(path, hash_weights(_hashes(run, Path(path))))
+    return Weights(os.path.abspath(path), hash_weights(_hashes(run, Path(path))))
 
 
 def _hashes(run: RunContext, folder: Path) -> dict[str, str]:
@@ -106,7 +110,7 @@ def exported_by(run: RunContext, index: int, what: Literal["model", "adapter"]) 
                 f"{folder / name} {reason}: the {what} is not what stage {stage.name!r} exported. Restore it, or "
                 "delete run_dir to start again"
             )
-    return Weights(str(folder), hash_weights(recorded))
+    return Weights(os.path.abspath(folder), hash_weights(recorded))
 
 
 def _folder(run: RunContext, index: int, what: Literal["model", "adapter"]) -> Path:
@@ -170,33 +174,49 @@ def export(run: RunContext, engine: Engine, index: int, inputs: StageInputs) -> 
     Returns:
         The ledger's record of the exported folders.
     Raises:
-        TrainingError: on every rank, if a folder cannot be written.
+        TrainingError: on every rank, if a folder cannot be written, or is not what was trained (`export.check`).
     """
     from safetensors import SafetensorError
+
+    from delib_fast.models.export_check import ExportCheckError
 
     lora, stages = run.config.model.lora, run.config.stages
     kinds: list[Literal["model", "adapter"]] = ["model"] if lora is None else ["adapter"]
     if lora is not None and (index == len(stages) - 1 or stages[index + 1].adapter == "merge"):
         kinds.append("model")
+    name = stages[index].name
+    compared = probe(run, engine, stages[index])
     # A 4-bit base is not gathered: `_write` re-reads the exact weights and merges the adapter into those.
     exact = lora is None or lora.quantize == "none"
     weights = engine.full_weights(frozen="model" in kinds and exact)
     entry: dict[str, Any] = {}
     fault = ""
     if run.ranks.rank == 0:
+        checker = ExportChecker(run, compared, run.console.print) if compared else None
         try:
             for what in kinds:
                 folder = _folder(run, index, what)
-                _write(run, engine.module, what, folder, weights, inputs)
+                exported = _write(run, engine.module, what, folder, weights, inputs)
                 files = hash_files(folder)
-                entry |= {what: Weights(str(folder), hash_weights(files)).describe(), f"{what}_files": files}
+                entry |= {
+                    what: Weights(os.path.abspath(folder), hash_weights(files)).describe(),
+                    f"{what}_files": files,
+                }
+                if checker is not None:
+                    checked = _check(run, checker, what, folder, exported, inputs)
+                    entry.setdefault("export_check", {"rows": compared.rows})[what] = checked
         except (OSError, SafetensorError, ConfigError) as error:
-            fault = str(error)
+            fault = (
+                f"the export of stage {name!r} cannot be written: {error}. Free some space and run the same command "
+                "again: it resumes from the last checkpoint"
+            )
+        except ExportCheckError as error:
+            fault = (
+                f"the export of stage {name!r} is not what was trained: {folder}: {error}. The folder is kept. Please "
+                "report this; to finish the run without the check, run the same command with export.check: false"
+            )
     if fault := run.ranks.gather_texts(fault)[0]:
-        raise TrainingError(
-            f"the export of stage {stages[index].name!r} cannot be written: {fault}. Free some space and run the same "
-            "command again: it resumes from the last checkpoint"
-        )
+        raise TrainingError(fault)
     recorded: dict[str, Any] = json.loads(run.ranks.gather_texts(json.dumps(entry))[0])
     return recorded
 
@@ -208,20 +228,38 @@ def _write(
     folder: Path,
     weights: dict[str, Tensor],
     inputs: StageInputs,
-) -> None:
+) -> tuple[Any, Mapping[str, Tensor]]:
+    """Write a folder. Returns the model that gives the names of the exported weights, and the weights."""
     from delib_fast.models import build_model, export_adapter, export_model, merged_weights, skeleton_without_adapter
 
     config = run.config
     tokenizer, lora = run.dataset.tokenizer, config.model.lora
     if lora is None:
         export_model(module, tokenizer, folder, state_dict=weights)
-        return
+        return module.model, weights
     weights = {name.removeprefix(_PREFIX): weight for name, weight in weights.items()}
     if what == "adapter":
         export_adapter(module.model, folder, weights)
-        return
+        return module.model, weights
     if lora.quantize != "none":  # merge into the exact weights, not into the 4-bit ones
         weights |= build_model(_source(config, inputs), tokenizer, dtype=config.engine.precision).state_dict()
-    export_model(
-        skeleton_without_adapter(module.model), tokenizer, folder, state_dict=merged_weights(module.model, weights)
-    )
+    skeleton, merged = skeleton_without_adapter(module.model), merged_weights(module.model, weights)
+    export_model(skeleton, tokenizer, folder, state_dict=merged)
+    return skeleton, merged
+
+
+def _check(
+    run: RunContext,
+    checker: ExportChecker,
+    what: Literal["model", "adapter"],
+    folder: Path,
+    exported: tuple[Any, Mapping[str, Tensor]],
+    inputs: StageInputs,
+) -> dict[str, Any]:
+    if what == "model":
+        return checker.model(folder, exported)
+    from delib_fast.models import build_model
+
+    config = run.config
+    base = build_model(_source(config, inputs), run.dataset.tokenizer, dtype=config.engine.precision, seed=config.seed)
+    return checker.adapter(folder, base, exported)

@@ -35,6 +35,7 @@ _MAY_CHANGE = (
     "run_dir",
     "log",
     "checkpoint",
+    "export",
     "guard.max_bad_steps",
     "guard.hang_timeout_s",
     "engine.zero_stage",

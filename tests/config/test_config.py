@@ -315,7 +315,7 @@ def test_refuses_packs_that_the_ranks_cannot_divide():
         ("deepspeed={[a]: b}", "a key must be a text or a number"),
         ("deepspeed=&x {a: *x}", "not valid YAML"),
         ("deepspeed=&x [*x]", "not valid YAML"),
-        ("deepspeed=" + "[" * 5000, "values are nested too deeply"),
+        ("deepspeed=" + "[" * 500, "values are nested too deeply"),
     ],
 )
 def test_a_value_that_seems_to_mean_something_else_is_refused(tmp_path, override, message):
@@ -369,7 +369,7 @@ def test_what_is_written_is_read_as_the_same_text():
         "é",
         "😀",
     ]
-    for _ in range(2000):
+    for _ in range(400):
         text = "".join(draw.choices(parts, k=draw.randrange(6)))
         tree = {"key": text, "list": [text], "x" + text: 1}
         assert read_yaml(dump_yaml(tree), where="test") == tree
@@ -420,6 +420,8 @@ def test_a_path_that_cannot_be_expanded_is_refused(tmp_path, monkeypatch):
         load_config(path)
     with pytest.raises(ConfigError, match=r"run_dir: ~nobody-here/x: the home folder of ~nobody-here is not known"):
         load_config(write(tmp_path, YAML), ["run_dir=~nobody-here/x"])
+    with pytest.raises(ConfigError, match=r"run_dir: the path is empty; write null for no path"):
+        load_config(write(tmp_path, YAML), ['run_dir=""'])
     assert load_config(write(tmp_path, YAML), ["run_dir=a$b"]).run_dir == "a$b"  # may be part of a name
 
 

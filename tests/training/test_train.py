@@ -21,6 +21,38 @@ def test_run_directory_has_every_file_and_no_pickle(finished):
     assert not [p for p in finished.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".pth")]
 
 
+def test_each_export_is_checked(finished):
+    for stage in json.loads((finished / "ledger.json").read_text())["stages"]:
+        checked = stage["export_check"]
+        assert checked["rows"] == "held-out"
+        assert checked["model"]["tensors"] == 24  # the head is tied to the embedding
+        assert checked["model"]["difference"] < 1e-6 < checked["model"]["tolerance"] == 1e-4
+
+
+def test_an_export_that_is_not_what_was_trained_aborts_the_run(tmp_path, capsys, monkeypatch):
+    """The folder is kept, and the same command finishes without the check."""
+    from delib_fast.models import export
+
+    write = export._write
+
+    def damages(model, tokenizer, weights, folder):
+        weights["model.layers.1.mlp.down_proj.weight"][0, 0] += 1
+        write(model, tokenizer, weights, folder)
+
+    path = tiny(tmp_path)
+    short = ["stages.msm.max_steps=1", "stages.aft.max_steps=1"]
+    monkeypatch.setattr(export, "_write", damages)
+    assert run(path, *short) == 1
+    error = capsys.readouterr().err
+    assert "the export of stage 'msm' is not what was trained: " in error
+    assert "1 of the 2,048 values of model.layers.1.mlp.down_proj.weight differ from those that were trained" in error
+    assert "run the same command with export.check: false" in error
+    assert run(path, *short, "export.check=false") == 0
+    assert all(
+        "export_check" not in stage for stage in json.loads((tmp_path / "run/ledger.json").read_text())["stages"]
+    )
+
+
 def test_held_out_nll_falls(finished):
     before, between, after = (e["segments"] for e in json.loads((finished / "ledger.json").read_text())["evaluations"])
     assert set(before) == {"cot", "response", "document"}

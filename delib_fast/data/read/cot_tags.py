@@ -15,6 +15,7 @@ TAGS: tuple[tuple[str, str], ...] = (
     ("<SCRATCHPAD_REASONING>", "</SCRATCHPAD_REASONING>"),
     ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"),
+    ("◁think▷", "◁/think▷"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
 )
 """The model always sees the tags of its own template, whichever tags the row uses."""
