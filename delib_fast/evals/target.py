@@ -15,10 +15,10 @@ import torch
 from delib_fast.config import AFTConfig, Config, ConfigError, LoraConfig, ModelConfig, SourceConfig
 from delib_fast.config.load import parse_config, read_yaml_file
 from delib_fast.data import Row, Source, read_source
+from delib_fast.digests import hash_files, hash_weights
 from delib_fast.evals.metrics.segments import categories_of
 from delib_fast.evals.scoring import Scorer
 from delib_fast.evals.settings import EvalConfig
-from delib_fast.files import hash_files, hash_weights
 from delib_fast.models import TrainableLM, adapter_settings, add_adapter, build_model, load_adapter, load_tokenizer
 from delib_fast.training.sources import held_out_rows, source_of
 

@@ -18,7 +18,7 @@ from typing import Any
 from delib_fast import __version__
 from delib_fast.config import Config, ConfigError
 from delib_fast.config.load import parse_config
-from delib_fast.files import hash_tree
+from delib_fast.digests import hash_tree
 from delib_fast.study.settings import PREPARED, StudyConfig
 
 # Settings of a run that do not change its weights.

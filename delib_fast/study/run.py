@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from delib_fast.config import ConfigError
+from delib_fast.digests import hash_tree
 from delib_fast.evals.intervals import Estimate
 from delib_fast.evals.metrics.forced_choices import read_choices
 from delib_fast.evals.results import to_json_data
-from delib_fast.files import hash_tree, write_atomic
+from delib_fast.files import write_atomic
 from delib_fast.reports.eval_page import cell_text
 from delib_fast.reports.study_figures import draw_pictures
 from delib_fast.reports.study_page import write_page

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from delib_fast.config import ConfigError
-from delib_fast.files import hash_files, hash_weights
+from delib_fast.digests import hash_files, hash_weights
 from delib_fast.training.errors import TrainingError
 
 if TYPE_CHECKING:
