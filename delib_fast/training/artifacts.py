@@ -10,6 +10,8 @@ LoRA, adapter: merge    model ─▶ msm ─▶ stages/msm/model, merged ─▶ 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from delib_fast.config import ConfigError
 from delib_fast.digests import hash_files, hash_weights
 from delib_fast.training.errors import TrainingError
+from delib_fast.training.run_directory import read_ledger
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,18 +82,81 @@ def stage_inputs(run: RunContext, index: int) -> StageInputs:
     return StageInputs(base, exported_by(run, index - 1, "adapter"))
 
 
+def check_inputs(run: RunContext) -> None:
+    """Refuse a model, an adapter or a tokenizer that another run exported and that has been changed since.
+
+    A collective. Call it before anything is read from these folders.
+    """
+    config = run.config
+    adapter = None if config.model.lora is None else config.model.lora.path
+    for path in dict.fromkeys((config.model.path, adapter, config.tokenizer.path)):
+        _user_weights(run, path)
+
+
 def _user_weights(run: RunContext, path: str | None) -> Weights:
-    """The weights that the user configured. A hub name is not hashed. A collective."""
+    """The weights that the user configured. A hub name is not hashed. A collective.
+
+    Raises ConfigError if they are the export of a run, and were changed since.
+    """
     if path is None or not Path(path).is_dir():
         return Weights(path, None)
-    return Weights(path, hash_weights(_hashes(run, Path(path))))
+    folder, hashes = Path(path), _hashes(run, Path(path))
+    run.ranks.raise_together(lambda: refuse_changed_export(folder, hashes) if run.ranks.rank == 0 else None)
+    return Weights(path, hash_weights(hashes))
 
 
 def _hashes(run: RunContext, folder: Path) -> dict[str, str]:
     """The hashes of a folder's files, on every rank. Only rank 0 reads the files, which may be large. A collective."""
-    hashes = hash_files(folder) if run.ranks.rank == 0 else {}
-    of_rank_0: dict[str, str] = json.loads(run.ranks.gather_texts(json.dumps(hashes))[0])
-    return of_rank_0
+    hashes, fault = {}, ""
+    try:
+        hashes = hash_files(folder) if run.ranks.rank == 0 else {}
+    except OSError as error:
+        fault = str(error)
+    of_rank_0: dict[str, Any] = json.loads(run.ranks.gather_texts(json.dumps({"of": hashes, "fault": fault}))[0])
+    if of_rank_0["fault"]:
+        raise TrainingError(f"{folder} cannot be read: {of_rank_0['fault']}")
+    found: dict[str, str] = of_rank_0["of"]
+    return found
+
+
+def refuse_changed_export(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Raise ConfigError if a run exported the folder, and its files are no longer those that the run's ledger records.
+
+    A folder outside a run directory passes: nothing is known about it.
+
+    Args:
+        folder: a model, adapter or tokenizer folder.
+        hashes: `digests.hash_files` of the folder.
+    """
+    for path in dict.fromkeys((Path(os.path.abspath(folder)), Path(os.path.realpath(folder)))):
+        what, in_stages = path.name, path.parent.parent.name == "stages"
+        run_dir = path.parents[2] if in_stages else path.parent
+        if what not in ("model", "adapter") or not all((run_dir / f).exists() for f in ("ledger.json", "config.yaml")):
+            continue
+        entries = [
+            entry
+            for entry in read_ledger(run_dir)["stages"]
+            if f"{what}_files" in entry
+            and (Path(entry[what]["path"]).parts[-3:] == ("stages", entry["name"], what)) == in_stages
+            and (not in_stages or entry["name"] == path.parent.name)
+        ]
+        if not entries:
+            raise ConfigError(f"{folder}: {run_dir / 'ledger.json'} does not record it: its run has not finished")
+        if why := _difference(folder, hashes, entries[-1][f"{what}_files"]):
+            raise ConfigError(
+                f"{why}: the {what} is not what stage {entries[-1]['name']!r} exported. Restore it; to use a {what} "
+                "that you changed on purpose, copy the folder out of the run directory"
+            )
+
+
+def _difference(folder: Path, hashes: Mapping[str, str], recorded: Mapping[str, str]) -> str:
+    """What is wrong with the first file of a folder that is not as recorded; "" if all are. A README may be added."""
+    for name, sha256 in recorded.items():
+        if hashes.get(name) != sha256:
+            return f"{folder / name} {'is missing' if name not in hashes else 'was changed after it was written'}"
+    if added := sorted(name for name in hashes.keys() - recorded.keys() if not name.endswith(".md")):
+        return f"{folder / added[0]} was added after the export"
+    return ""
 
 
 def exported_by(run: RunContext, index: int, what: Literal["model", "adapter"]) -> Weights:
@@ -98,14 +164,10 @@ def exported_by(run: RunContext, index: int, what: Literal["model", "adapter"]) 
     stage = run.config.stages[index]
     folder = _folder(run, index, what)
     recorded = (run.directory.stage(stage.name) or {})[f"{what}_files"]
-    actual = _hashes(run, folder)
-    for name, sha256 in recorded.items():
-        if actual.get(name) != sha256:
-            reason = "is missing" if name not in actual else "was changed after it was written"
-            raise TrainingError(
-                f"{folder / name} {reason}: the {what} is not what stage {stage.name!r} exported. Restore it, or "
-                "delete run_dir to start again"
-            )
+    if why := _difference(folder, _hashes(run, folder), recorded):
+        raise TrainingError(
+            f"{why}: the {what} is not what stage {stage.name!r} exported. Restore it, or delete run_dir to start again"
+        )
     return Weights(str(folder), hash_weights(recorded))
 
 

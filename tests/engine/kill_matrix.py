@@ -45,6 +45,7 @@ LEDGER_TIMES = (
     "tokens_per_s",
     "supervised_tokens_per_s",
     "resumed_at_steps",
+    "metrics",
     "mfu",
     "peak_tflops_per_s",
 )
@@ -203,6 +204,7 @@ def facts(run_dir: Path) -> dict[str, Any]:
     text = (run_dir / "metrics.jsonl").read_text()
     assert text.endswith("\n")
     ledger = json.loads((run_dir / "ledger.json").read_text().replace(str(run_dir.parent), ""))
+    del ledger["digest"], ledger["config"]  # they depend on the times, and on the run's path
     for stage in ledger["stages"]:
         for name in LEDGER_TIMES:
             stage.pop(name, None)
