@@ -30,8 +30,9 @@ def seal(content: Mapping[str, Any], *, indent: int | None = None) -> str:
     not forgery, since anyone can compute it.
     """
     assert "digest" not in content, "the key is reserved"
-    plain = json.loads(json.dumps(content))  # as it will be read: string keys, lists instead of tuples
-    return json.dumps({**plain, "digest": _digest(plain)}, indent=indent)
+    # As it will be read: string keys, lists instead of tuples, and no lone surrogates, which UTF-8 cannot encode.
+    plain = json.loads(json.dumps(content, ensure_ascii=False).encode(errors="replace"))
+    return json.dumps({**plain, "digest": _digest(plain)}, indent=indent, ensure_ascii=False)
 
 
 def unseal(text: str | bytes) -> dict[str, Any]:
