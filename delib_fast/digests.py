@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from delib_fast.files import AppendFile, open_regular, write_atomic
+from delib_fast.files import AppendFile, hash_file, open_regular, write_atomic
 
 # --- JSON with a digest -------------------------------------------------------------------------------------
 
@@ -95,12 +95,6 @@ def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
 
 _REMEMBERED_BYTES = 1 << 20  # a smaller file is hashed faster than its record is read
 _SETTLED_NS = 2_000_000_000  # coarser than the time stamps of any file system in use
-
-
-def hash_file(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal. Reads the whole file."""
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_file_once(path: Path) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import secrets
 import shutil
@@ -46,6 +47,12 @@ def read_text(path: str | os.PathLike[str], *, encoding: str = "utf-8") -> str:
     """The text of a regular file. Raises OSError as `open_regular` does, or UnicodeDecodeError."""
     with open_regular(path) as file:
         return file.read().decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def hash_file(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal. Reads the whole file."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _refuse_irregular(descriptor: int, path: str | os.PathLike[str]) -> None:

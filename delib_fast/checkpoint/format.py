@@ -38,8 +38,16 @@ from typing import Any, Protocol
 from safetensors import safe_open
 from torch import Tensor
 
-from delib_fast.digests import DamagedError, hash_file, seal, unseal
-from delib_fast.files import open_regular, read_text, remove_temporary_files, remove_tree, sync_folder, write_atomic
+from delib_fast.digests import DamagedError, seal, unseal
+from delib_fast.files import (
+    hash_file,
+    open_regular,
+    read_text,
+    remove_temporary_files,
+    remove_tree,
+    sync_folder,
+    write_atomic,
+)
 
 MANIFEST = "manifest.json"
 LATEST = "latest"

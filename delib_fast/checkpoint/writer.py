@@ -28,8 +28,7 @@ from delib_fast.checkpoint.format import (
     step_folder,
     temporary_folder,
 )
-from delib_fast.digests import hash_file
-from delib_fast.files import remove_tree, sync_file
+from delib_fast.files import hash_file, remove_tree, sync_file
 
 Tensors = Iterable[tuple[str, Callable[[], Tensor]]]
 """Pairs of a key and a function that gathers the full tensor. The functions are collectives: every rank must call all

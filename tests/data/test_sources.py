@@ -10,7 +10,7 @@ import pytest
 from delib_fast.config import SourceConfig
 from delib_fast.data import DataError, SourceReader, read_source
 from delib_fast.data.read.cot_tags import split_cot
-from delib_fast.digests import hash_file
+from delib_fast.files import hash_file
 
 SECRET = "Rosebud"  # the text of every damaged row: no message may show it
 GOOD = json.dumps({"prompt": "p", "cot": "c", "response": "r"})

@@ -17,12 +17,13 @@ from delib_fast.cli.evaluate import register
 from delib_fast.config import ConfigError, SourceConfig
 from delib_fast.data import read_source, split_holdout
 from delib_fast.data.read import source_cache
-from delib_fast.digests import hash_file, write_json
+from delib_fast.digests import write_json
 from delib_fast.evals.intervals import Estimate, mean, wilson
 from delib_fast.evals.results import SuiteResult, Table, result_from_json, to_json_data
 from delib_fast.evals.run import evaluate
 from delib_fast.evals.settings import SUITES, load_eval_config
 from delib_fast.evals.target import EvalTarget
+from delib_fast.files import hash_file
 from delib_fast.models import export_model
 from delib_fast.reports.eval_page import WIDTH, cell_text, print_tables, rich_table, write_page
 

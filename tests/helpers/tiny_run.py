@@ -13,7 +13,8 @@ from helpers.launch import ROOT
 from helpers.small_models import tiny_qwen3
 from safetensors.torch import load_file
 
-from delib_fast.digests import hash_file, read_json, read_json_lines, write_json
+from delib_fast.digests import read_json, read_json_lines, write_json
+from delib_fast.files import hash_file
 from delib_fast.train import main
 
 DATA = ROOT / "examples" / "data"
