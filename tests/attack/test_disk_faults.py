@@ -51,7 +51,7 @@ def test_random_faults_in_whole_runs(shim, tmp_path, monkeypatch):
     """Each run meets a fault, and then resumes on a disk that works; the result is that of a run without faults."""
     from helpers.forking import ForkServer
     from helpers.run_facts import facts
-    from kill_matrix import short_run
+    from helpers.tiny_run import short_run
 
     generator, outcomes = random.Random(0), Counter()
     monkeypatch.setenv("LD_PRELOAD", str(shim))

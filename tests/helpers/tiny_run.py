@@ -66,6 +66,19 @@ def tiny(folder: Path, **changes) -> Path:
     return path
 
 
+def short_run(folder: Path, zero_stage: int = 0) -> Path:
+    """A run of a few steps of both stages that saves after every step and logs after every second one."""
+    path = tiny(folder)
+    tree = yaml.safe_load(path.read_text())
+    tree["model"]["architecture"]["num_hidden_layers"] = 1
+    for stage, steps in zip(tree["stages"], (3, 4), strict=True):
+        stage |= {"max_steps": steps, "epochs": 2, "pack_capacity": 1024, "tokens_per_step": 4096}
+    tree |= {"checkpoint": {"every_steps": 1, "keep_last": 2}, "log": {"every_steps": 2}}
+    tree["engine"]["zero_stage"] = zero_stage
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return path
+
+
 def run(path: Path, *overrides: str) -> int:
     return main(["--config", str(path), *(word for item in overrides for word in ("--set", item))])
 
