@@ -78,8 +78,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     _remove_abandoned(path)
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.randbelow(10**12):012d}.tmp")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NEW, 0o666)
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "xb", opener=_open_new) as file:
+            descriptor = file.fileno()
             try:
                 with contextlib.suppress(OSError):  # some file systems have no locks
                     fcntl.flock(file, fcntl.LOCK_EX)  # shows other writers that this one lives
@@ -94,6 +94,10 @@ def write_atomic(path: Path, data: bytes | str) -> None:
                 raise
         break
     sync_folder(path.parent)
+
+
+def _open_new(path: str, flags: int) -> int:
+    return os.open(path, flags | _NEW, 0o666)
 
 
 def _remove_abandoned(path: Path) -> None:
@@ -146,16 +150,17 @@ class AppendFile:
     """
 
     def __init__(self, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | _NEW, 0o666)
+        self._file = open(path, "a+b", opener=_open_new)  # noqa: SIM115
         try:
+            descriptor = self._file.fileno()
             _refuse_irregular(descriptor, path)
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
-                os.write(descriptor, b"\n")
+                self._file.write(b"\n")
+                self._file.flush()
         except OSError:
-            os.close(descriptor)
+            self._file.close()
             raise
-        self._file = os.fdopen(descriptor, "ab")
 
     def write_line(self, line: str) -> None:
         self._file.write(f"{line}\n".encode(errors="replace"))
