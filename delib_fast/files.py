@@ -20,8 +20,6 @@ from glob import escape as glob_escape
 from pathlib import Path
 from typing import IO
 
-_NEW = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # refuses a symbolic link; a named pipe does not block
-
 # --- reading ------------------------------------------------------------------------------------------------
 
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
@@ -96,15 +94,22 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     sync_folder(path.parent)
 
 
-def _open_new(path: str, flags: int) -> int:
-    return os.open(path, flags | _NEW, 0o666)
+def _open_new(path: str | os.PathLike[str], flags: int) -> int:
+    """Open a file that is written to. Raises OSError for a symbolic link, and for anything but a regular file."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        _refuse_irregular(descriptor, path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _remove_abandoned(path: Path) -> None:
     """Delete the temporary files of writers of `path` that were killed: those on which nobody holds a lock."""
     for left in path.parent.glob(f".{glob_escape(path.name)}.{'[0-9]' * 12}.tmp"):
         with contextlib.suppress(OSError):
-            descriptor = os.open(left, os.O_RDONLY | _NEW)
+            descriptor = _open_new(left, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 left.unlink()
@@ -153,7 +158,6 @@ class AppendFile:
         self._file = open(path, "a+b", opener=_open_new)  # noqa: SIM115
         try:
             descriptor = self._file.fileno()
-            _refuse_irregular(descriptor, path)
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 self._file.write(b"\n")
@@ -250,13 +254,12 @@ class FileLock:
     """
 
     def __init__(self, path: Path, *, wait: bool) -> None:
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NEW, 0o666)
+        self._descriptor = _open_new(path, os.O_RDWR | os.O_CREAT)
         try:
-            _refuse_irregular(self._descriptor, path)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BaseException as error:
             os.close(self._descriptor)
-            if isinstance(error, OSError) and error.errno in _WITHOUT_LOCKS and error.filename is None:
+            if isinstance(error, OSError) and error.errno in _WITHOUT_LOCKS:
                 why = f"its file system gives no file locks ({os.strerror(error.errno)}; NFS needs its lock service)"
                 raise OSError(error.errno, why, str(path)) from None
             raise
