@@ -47,4 +47,4 @@ def _refuse_power(template: str) -> None:
     """
     for line, kind, value in jinja2.Environment().lex(template):
         if (kind, value) == ("operator", "**"):
-            raise jinja2.TemplateSyntaxError("it uses the operator **, which may take for ever; remove it", line)
+            raise jinja2.TemplateRuntimeError(f"line {line} uses the operator **, which may take for ever; remove it")
