@@ -18,6 +18,7 @@ from delib_fast.evals.results import ResultStore, SuiteResult
 from delib_fast.evals.sampling import ChatModel, Reply, Sampler
 from delib_fast.evals.settings import SAMPLED, EvalConfig
 from delib_fast.evals.target import EvalTarget
+from delib_fast.files import open_regular
 from delib_fast.models.generate import Sampling
 
 _TEACHER_FORCED: dict[str, Callable[[EvalTarget], SuiteResult]] = {
@@ -155,7 +156,8 @@ def _hash_file(settings: EvalConfig, name: str) -> str | None:
     if path is None:
         return None
     try:
-        return _hash(Path(path).read_bytes())
+        with open_regular(path) as file:
+            return _hash(file.read())
     except OSError as error:
         raise ConfigError(f"{name}: {path} cannot be read: {error.strerror}") from None
 

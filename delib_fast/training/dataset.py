@@ -37,7 +37,7 @@ from delib_fast.data.encode.cache import cached_dataset, tokenizer_fingerprint
 from delib_fast.data.encode.encoder import Cot
 from delib_fast.data.progress import log_progress
 from delib_fast.digests import DamagedError, hash_files, hash_tree, read_json, write_json
-from delib_fast.files import remove_tree, sync_file
+from delib_fast.files import read_text, remove_tree, sync_file
 from delib_fast.models import ModelShape, build_tokenizer, model_shape
 from delib_fast.training.sources import held_out_rows, reraise_as_data_error, source_of
 
@@ -176,7 +176,7 @@ class RunDataset:
         """Raise DataError if a prompt contains text of the spec, or evaluation rows occur in the training data."""
         if isinstance(stage, AFTConfig) and stage.spec is not None:
             try:
-                spec = Path(stage.spec).read_text(encoding="utf-8")
+                spec = read_text(stage.spec)
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"stage {stage.name!r}: spec: {stage.spec} cannot be read: {error}") from None
             system_prompt = stage.system_prompt or ""
