@@ -129,24 +129,30 @@ def refuse_changed_export(folder: Path, hashes: Mapping[str, str]) -> None:
         hashes: `digests.hash_files` of the folder.
     """
     for path in dict.fromkeys((Path(os.path.abspath(folder)), Path(os.path.realpath(folder)))):
-        what, in_stages = path.name, path.parent.parent.name == "stages"
-        run_dir = path.parents[2] if in_stages else path.parent
-        if what not in ("model", "adapter") or not all((run_dir / f).exists() for f in ("ledger.json", "config.yaml")):
-            continue
-        entries = [
-            entry
-            for entry in read_ledger(run_dir)["stages"]
-            if f"{what}_files" in entry
-            and (Path(entry[what]["path"]).parts[-3:] == ("stages", entry["name"], what)) == in_stages
-            and (not in_stages or entry["name"] == path.parent.name)
-        ]
-        if not entries:
-            raise ConfigError(f"{folder}: {run_dir / 'ledger.json'} does not record it: its run has not finished")
-        if why := _difference(folder, hashes, entries[-1][f"{what}_files"]):
-            raise ConfigError(
-                f"{why}: the {what} is not what stage {entries[-1]['name']!r} exported. Restore it; to use a {what} "
-                "that you changed on purpose, copy the folder out of the run directory"
-            )
+        for run_dir in (path.parent, path.parents[2] if len(path.parents) > 2 else path.parent):
+            within = path.relative_to(run_dir).as_posix()
+            if within in ("model", "adapter") or within.startswith("stages/"):
+                _compare_with_ledger(folder, hashes, run_dir, within)
+
+
+def _compare_with_ledger(folder: Path, hashes: Mapping[str, str], run_dir: Path, within: str) -> None:
+    """Raise ConfigError if a folder is not the export that the ledger of its run records.
+
+    Args:
+        run_dir: a folder, which passes if it is not a run directory.
+        within: the path of the folder in it, e.g. "stages/msm/model".
+    """
+    what = within.rsplit("/", 1)[-1]
+    if not all((run_dir / name).exists() for name in ("ledger.json", "config.yaml")):
+        return
+    entries = [entry for entry in read_ledger(run_dir)["stages"] if entry.get(f"{what}_folder") == within]
+    if not entries:
+        raise ConfigError(f"{folder}: {run_dir / 'ledger.json'} does not record it: its run has not finished")
+    if why := _difference(folder, hashes, entries[-1][f"{what}_files"]):
+        raise ConfigError(
+            f"{why}: the {what} is not what stage {entries[-1]['name']!r} exported. Restore it; to use a {what} "
+            "that you changed on purpose, copy the folder out of the run directory"
+        )
 
 
 def _difference(folder: Path, hashes: Mapping[str, str], recorded: Mapping[str, str]) -> str:
@@ -251,7 +257,11 @@ def export(run: RunContext, engine: Engine, index: int, inputs: StageInputs) -> 
                 folder = _folder(run, index, what)
                 _write(run, engine.module, what, folder, weights, inputs)
                 files = hash_files(folder)
-                entry |= {what: Weights(str(folder), hash_weights(files)).describe(), f"{what}_files": files}
+                entry |= {
+                    what: Weights(str(folder), hash_weights(files)).describe(),
+                    f"{what}_folder": folder.relative_to(run.directory.path).as_posix(),
+                    f"{what}_files": files,
+                }
         except (OSError, SafetensorError, ConfigError) as error:
             fault = str(error)
     if fault := run.ranks.gather_texts(fault)[0]:

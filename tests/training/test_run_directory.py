@@ -369,6 +369,6 @@ def test_a_model_with_an_added_file_is_refused(finished, tmp_path):
     with pytest.raises(ConfigError, match=r"adapter_config\.json was added after the export"):
         refuse_changed_export(model, hash_files(model))
     with edited_ledger(other) as ledger:
-        del ledger["stages"][1]["model_files"]
+        del ledger["stages"][1]["model_folder"]
     with pytest.raises(ConfigError, match="does not record it: its run has not finished"):
         refuse_changed_export(other / "model", hash_files(other / "model"))
