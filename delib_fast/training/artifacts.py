@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from delib_fast.config import ConfigError
-from delib_fast.digests import hash_files, hash_weights
+from delib_fast.digests import DamagedError, hash_files, hash_weights, read_json
 from delib_fast.training.errors import TrainingError
-from delib_fast.training.run_directory import read_ledger
+from delib_fast.training.run_directory import TRAINED_ON, read_ledger
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -131,8 +131,22 @@ def refuse_changed_export(folder: Path, hashes: Mapping[str, str]) -> None:
     for path in dict.fromkeys((Path(os.path.abspath(folder)), Path(os.path.realpath(folder)))):
         for run_dir in (path.parent, path.parents[2] if len(path.parents) > 2 else path.parent):
             within = path.relative_to(run_dir).as_posix()
+            if within == "tokenizer" and (why := why_not_as_trained(path, hashes)):
+                raise ConfigError(f"{why}; restore it, or copy the folder out of the run directory")
             if within in ("model", "adapter") or within.startswith("stages/"):
                 _compare_with_ledger(folder, hashes, run_dir, within)
+
+
+def why_not_as_trained(folder: Path, hashes: Mapping[str, str]) -> str:
+    """What was changed in the tokenizer folder of a run; "" if nothing was, or if it is not one."""
+    marker = folder / TRAINED_ON
+    if not marker.exists():
+        return ""
+    try:
+        recorded: dict[str, str] = read_json(marker)["files"]
+    except (OSError, DamagedError, KeyError) as error:
+        return f"{marker} is damaged ({error})"
+    return _difference(folder, {name: hashes[name] for name in hashes if name != TRAINED_ON}, recorded)
 
 
 def _compare_with_ledger(folder: Path, hashes: Mapping[str, str], run_dir: Path, within: str) -> None:

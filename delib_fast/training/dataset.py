@@ -39,6 +39,7 @@ from delib_fast.data.progress import log_progress
 from delib_fast.digests import DamagedError, hash_files, hash_tree, read_json, write_json
 from delib_fast.files import read_text, remove_tree, sync_file
 from delib_fast.models import ModelShape, build_tokenizer, model_shape
+from delib_fast.training.run_directory import TRAINED_ON
 from delib_fast.training.sources import held_out_rows, reraise_as_data_error, source_of
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class RunDataset:
                 ]
             ).encode()
         ).hexdigest()
-        marker = folder / "trained_on.json"
+        marker = folder / TRAINED_ON
         if self._ranks.rank == 0 and not _is_intact(marker, trained_on):
             texts = (text for row in self.training_rows(train.sources) for text in row.texts)
             tokenizer = self._build_tokenizer(train=train, texts=lambda: texts)

@@ -37,6 +37,9 @@ from delib_fast.training.metrics_file import MetricsFile, Promise
 FORMAT = 2
 """The format of a run directory. Others are refused."""
 
+TRAINED_ON = "trained_on.json"
+"""The file in tokenizer/ with the hash of what the tokenizer was trained on, and of each of its files."""
+
 # Prefixes of the keys that may differ when a run resumes. They affect where and how fast it computes and what it logs,
 # not what it learns.
 _MAY_CHANGE = (

@@ -355,6 +355,21 @@ def test_a_model_that_another_run_exported_is_checked(finished, tmp_path, capsys
     assert EvalTarget(copied, load_eval_config(None)).files_key, "nothing is known about a folder outside of a run"
 
 
+def test_a_tokenizer_that_another_run_trained_is_checked(finished, tmp_path):
+    from delib_fast.config import ConfigError
+    from delib_fast.digests import hash_files
+    from delib_fast.training.artifacts import refuse_changed_export
+
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(finished / "tokenizer", folder)
+    refuse_changed_export(folder, hash_files(folder))
+    data = bytearray((folder / "tokenizer.json").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "tokenizer.json").write_bytes(data)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json was changed after it was written"):
+        refuse_changed_export(folder, hash_files(folder))
+
+
 def test_a_model_with_an_added_file_is_refused(finished, tmp_path):
     from delib_fast.config import ConfigError
     from delib_fast.digests import hash_files
