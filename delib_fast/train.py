@@ -21,7 +21,6 @@ if __name__ == "__main__" and sys.path and os.path.basename(sys.path[0]) == "del
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse
-import errno
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -73,21 +72,32 @@ def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] =
         return _fail("interrupted; the same command resumes from the last checkpoint", 130, prints=is_main)
     except ConfigError as error:
         return _fail(str(error), 2, prints=is_main)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+    except (OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno is None:
             raise
-        return _fail(
-            f"{error}. Everything that was saved before is intact: free some space or grant write access, and the same "
-            "command resumes from the last checkpoint",
-            1,
-            prints=True,  # the disk of only one rank may be full
-        )
+        return _fail(_describe_system_error(error), 1, prints=True)  # it may concern only this rank's machine
     except Exception as error:
+        if str(error) == "can't start new thread":
+            return _fail(_describe_system_error(error), 1, prints=True)
         if not _has_user_message(error):
             raise
         prints = error.reports if isinstance(error, LostRankError) else is_main
         return _fail(str(error), 2 if isinstance(error, ValueError) else 1, prints=prints)
     return 0
+
+
+def _describe_system_error(error: Exception) -> str:
+    """What the system refused (disk, memory, threads, open files), and what to do. Nothing that was saved is lost."""
+    if isinstance(error, MemoryError):
+        what = "there is not enough memory"
+    elif isinstance(error, OSError):
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    else:
+        what = "no more threads can be started (see ulimit -u)"
+    return (
+        f"{what}. Everything that was saved before is intact: free some space, raise the limit or grant access, and "
+        "the same command resumes from the last checkpoint"
+    )
 
 
 def _has_user_message(error: Exception) -> bool:

@@ -22,6 +22,7 @@ from delib_fast.config.base import ConfigError, Section, expand_path, is_same_fi
 from delib_fast.config.schema import Config
 from delib_fast.config.yaml_text import dump_yaml
 from delib_fast.config.yaml_text import read_yaml as read_yaml
+from delib_fast.files import read_text
 
 S = TypeVar("S", bound=Section)
 
@@ -121,7 +122,7 @@ def read_yaml_file(path: Path, name: str) -> dict[str, Any]:
         ConfigError: the file cannot be read, is not valid YAML, or is not a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file (working directory: {Path.cwd()})") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from delib_fast.config import ConfigError
+from delib_fast.files import read_text
 
 _HEADING = re.compile(r"^(#{1,6})[ \t]+(.+?)[ \t]*#*[ \t]*$")
 _UNDERLINE = re.compile(r"^(=+|-{3,})[ \t]*$")
@@ -55,7 +56,7 @@ class Spec:
     ) -> Spec:
         """Read a spec from a Markdown or text file. Raises ConfigError if it cannot be read or is empty."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = read_text(path)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: the spec cannot be read: {error}") from None
         return Spec.of(

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from delib_fast.config import ConfigError, ModelConfig
 from delib_fast.models.attention import why_not_share_prompts
 from delib_fast.models.build import architecture_config
-from delib_fast.models.hf_utils import why_not_loaded
+from delib_fast.models.folder import loading
 from delib_fast.models.lora import adapter_size
 
 
@@ -66,8 +66,9 @@ def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) 
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.trust_remote_code)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, KeyError) as error:
-        raise ConfigError(f"model: this {type(hf_config).__name__} is not a valid model: {error}") from error
+    except Exception as error:  # the code of any architecture, with any values
+        kind = "" if isinstance(error, ValueError | TypeError | RuntimeError) else f"{type(error).__name__}: "
+        raise ConfigError(f"model: this {type(hf_config).__name__} is not a valid model: {kind}{error}") from error
     text = hf_config.get_text_config()
     embeddings = {
         id(module.weight): module.weight.numel()
@@ -108,11 +109,8 @@ def head_dims(text: PreTrainedConfig) -> tuple[int, int]:
 def _hf_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedConfig:
     if config.architecture is not None:
         return architecture_config(config.architecture, tokenizer)
-    try:
+    with loading(str(config.path), "model.path", "read the config of"):
         hf_config: PreTrainedConfig = AutoConfig.from_pretrained(
             str(config.path), trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        why = why_not_loaded(str(config.path), error)
-        raise ConfigError(f"model.path: cannot read the config of {config.path!r}: {why}") from error
     return hf_config

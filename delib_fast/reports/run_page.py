@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,10 @@ def report_runs(runs: Sequence[Path], out: Path | None = None) -> Path:
             installed.
     """
     records = read_runs(runs)
+    for record in records:
+        if record.damaged_lines:
+            shown = ", ".join(map(str, record.damaged_lines))
+            print(f"{record.path / 'metrics.jsonl'}: damaged lines are left out: {shown}", file=sys.stderr)
     folder = out or (runs[0] / "report" if len(runs) == 1 else Path("report"))
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from delib_fast.config import ConfigError
-from delib_fast.files import hash_files, hash_weights
+from delib_fast.digests import DamagedError, hash_files, hash_weights, read_json
 from delib_fast.training.errors import TrainingError
 from delib_fast.training.export_check import ExportChecker, probe
+from delib_fast.training.run_directory import TRAINED_ON, read_ledger
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,18 +84,101 @@ def stage_inputs(run: RunContext, index: int) -> StageInputs:
     return StageInputs(base, exported_by(run, index - 1, "adapter"))
 
 
+def check_inputs(run: RunContext) -> None:
+    """Refuse a model, an adapter or a tokenizer that another run exported and that has been changed since.
+
+    A collective. Call it before anything is read from these folders.
+    """
+    config = run.config
+    adapter = None if config.model.lora is None else config.model.lora.path
+    for path in dict.fromkeys((config.model.path, adapter, config.tokenizer.path)):
+        _user_weights(run, path)
+
+
 def _user_weights(run: RunContext, path: str | None) -> Weights:
-    """The weights that the user configured. A hub name is not hashed. A collective."""
+    """The weights that the user configured. A hub name is not hashed. A collective.
+
+    Raises ConfigError if they are the export of a run, and were changed since.
+    """
     if path is None or not Path(path).is_dir():
         return Weights(path, None)
-    return Weights(os.path.abspath(path), hash_weights(_hashes(run, Path(path))))
+    folder, hashes = Path(path), _hashes(run, Path(path))
+    run.ranks.raise_together(lambda: refuse_changed_export(folder, hashes) if run.ranks.rank == 0 else None)
+    return Weights(os.path.abspath(path), hash_weights(hashes))
 
 
 def _hashes(run: RunContext, folder: Path) -> dict[str, str]:
     """The hashes of a folder's files, on every rank. Only rank 0 reads the files, which may be large. A collective."""
-    hashes = hash_files(folder) if run.ranks.rank == 0 else {}
-    of_rank_0: dict[str, str] = json.loads(run.ranks.gather_texts(json.dumps(hashes))[0])
-    return of_rank_0
+    hashes, fault = {}, ""
+    try:
+        hashes = hash_files(folder) if run.ranks.rank == 0 else {}
+    except OSError as error:
+        fault = str(error)
+    of_rank_0: dict[str, Any] = json.loads(run.ranks.gather_texts(json.dumps({"of": hashes, "fault": fault}))[0])
+    if of_rank_0["fault"]:
+        raise TrainingError(f"{folder} cannot be read: {of_rank_0['fault']}")
+    found: dict[str, str] = of_rank_0["of"]
+    return found
+
+
+def refuse_changed_export(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Raise ConfigError if a run exported the folder, and its files are no longer those that the run's ledger records.
+
+    A folder outside a run directory passes: nothing is known about it.
+
+    Args:
+        folder: a model, adapter or tokenizer folder.
+        hashes: `digests.hash_files` of the folder.
+    """
+    for path in dict.fromkeys((Path(os.path.abspath(folder)), Path(os.path.realpath(folder)))):
+        for run_dir in (path.parent, path.parents[2] if len(path.parents) > 2 else path.parent):
+            within = path.relative_to(run_dir).as_posix()
+            if within == "tokenizer" and (why := why_not_as_trained(path, hashes)):
+                raise ConfigError(f"{why}; restore it, or copy the folder out of the run directory")
+            if within in ("model", "adapter") or within.startswith("stages/"):
+                _compare_with_ledger(folder, hashes, run_dir, within)
+
+
+def why_not_as_trained(folder: Path, hashes: Mapping[str, str]) -> str:
+    """What was changed in the tokenizer folder of a run; "" if nothing was, or if it is not one."""
+    marker = folder / TRAINED_ON
+    if not marker.exists():
+        return ""
+    try:
+        recorded: dict[str, str] = read_json(marker)["files"]
+    except (OSError, DamagedError, KeyError) as error:
+        return f"{marker} is damaged ({error})"
+    return _difference(folder, {name: hashes[name] for name in hashes if name != TRAINED_ON}, recorded)
+
+
+def _compare_with_ledger(folder: Path, hashes: Mapping[str, str], run_dir: Path, within: str) -> None:
+    """Raise ConfigError if a folder is not the export that the ledger of its run records.
+
+    Args:
+        run_dir: a folder, which passes if it is not a run directory.
+        within: the path of the folder in it, e.g. "stages/msm/model".
+    """
+    what = within.rsplit("/", 1)[-1]
+    if not all((run_dir / name).exists() for name in ("ledger.json", "config.yaml")):
+        return
+    entries = [entry for entry in read_ledger(run_dir)["stages"] if entry.get(f"{what}_folder") == within]
+    if not entries:
+        raise ConfigError(f"{folder}: {run_dir / 'ledger.json'} does not record it: its run has not finished")
+    if why := _difference(folder, hashes, entries[-1][f"{what}_files"]):
+        raise ConfigError(
+            f"{why}: the {what} is not what stage {entries[-1]['name']!r} exported. Restore it; to use a {what} "
+            "that you changed on purpose, copy the folder out of the run directory"
+        )
+
+
+def _difference(folder: Path, hashes: Mapping[str, str], recorded: Mapping[str, str]) -> str:
+    """What is wrong with the first file of a folder that is not as recorded; "" if all are. A README may be added."""
+    for name, sha256 in recorded.items():
+        if hashes.get(name) != sha256:
+            return f"{folder / name} {'is missing' if name not in hashes else 'was changed after it was written'}"
+    if added := sorted(name for name in hashes.keys() - recorded.keys() if not name.endswith(".md")):
+        return f"{folder / added[0]} was added after the export"
+    return ""
 
 
 def exported_by(run: RunContext, index: int, what: Literal["model", "adapter"]) -> Weights:
@@ -102,14 +186,10 @@ def exported_by(run: RunContext, index: int, what: Literal["model", "adapter"]) 
     stage = run.config.stages[index]
     folder = _folder(run, index, what)
     recorded = (run.directory.stage(stage.name) or {})[f"{what}_files"]
-    actual = _hashes(run, folder)
-    for name, sha256 in recorded.items():
-        if actual.get(name) != sha256:
-            reason = "is missing" if name not in actual else "was changed after it was written"
-            raise TrainingError(
-                f"{folder / name} {reason}: the {what} is not what stage {stage.name!r} exported. Restore it, or "
-                "delete run_dir to start again"
-            )
+    if why := _difference(folder, _hashes(run, folder), recorded):
+        raise TrainingError(
+            f"{why}: the {what} is not what stage {stage.name!r} exported. Restore it, or delete run_dir to start again"
+        )
     return Weights(os.path.abspath(folder), hash_weights(recorded))
 
 
@@ -200,6 +280,7 @@ def export(run: RunContext, engine: Engine, index: int, inputs: StageInputs) -> 
                 files = hash_files(folder)
                 entry |= {
                     what: Weights(os.path.abspath(folder), hash_weights(files)).describe(),
+                    f"{what}_folder": folder.relative_to(run.directory.path).as_posix(),
                     f"{what}_files": files,
                 }
                 if checker is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sys
 import tempfile
@@ -73,6 +74,8 @@ def files() -> Iterator[tuple[str, str, str]]:
             path = write(Path(name), content, file_name)
             yield kind, "", message_of(lambda path=path: read(path))
         yield "no such file", "", message_of(lambda: read(Path(name) / "none.jsonl"))
+        os.mkfifo(Path(name) / "pipe.jsonl")
+        yield "a pipe", "", message_of(lambda: read(Path(name) / "pipe.jsonl"))
         path = write(Path(name), GOOD)
         before, source_cache.MAX_BYTES_IN_MEMORY = source_cache.MAX_BYTES_IN_MEMORY, 0
         try:
@@ -91,6 +94,7 @@ def encoding() -> Iterator[tuple[str, str, str]]:
         ("a reserved character", chat("a \U00100001", None, "r"), {}),
         ("only a CoT, with cot: strip", chat("p", "c", " "), {"cot": "strip"}),
         ("longer than a pack", chat("p " * 500, None, "r"), {}),
+        ("more than 16 Mi characters", document("a " * (9 << 20)), {}),
         ("every row longer than a pack", chat("p " * 500, None, "r"), {"over_long": "drop"}),
         (
             "a template that drops the system message",
@@ -103,6 +107,7 @@ def encoding() -> Iterator[tuple[str, str, str]]:
             {"template": CHATML.replace("message['content']", "(message['content'] | upper)")},
         ),
         ("a template without an end of turn", chat("p", None, "r"), {"template": endless}),
+        ("a template with the operator **", row, {"template": CHATML + "{{ 9**9**9**9 }}"}),
         ("a template that refuses the row", row, {"template": "{{ raise_exception('No user query found') }}"}),
         ("a template without tools", replace(row, tools=tool), {"template": CHATML}),
     ):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_run import metrics, run, tiny
+from helpers.tiny_run import edited_ledger, metrics, run, tiny
 
 from delib_fast.config import ConfigError
 from delib_fast.config.load import load_config
+from delib_fast.digests import write_json
 from delib_fast.stages import AFT, MSM, Recipe
 
 
@@ -190,7 +191,7 @@ def test_a_run_without_its_configuration_is_refused_by_all_ranks(tmp_path, fork_
     """Catches a traceback, and ranks that wait forever for rank 0, which is the only one that checks."""
     path = tiny(tmp_path)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "ledger.json").write_text('{"format": 1, "stages": [], "evaluations": []}')
+    write_json(tmp_path / "run" / "ledger.json", {"format": 2, "config": "", "stages": [], "evaluations": []})
     job = fork_server.start("helpers.tiny_run:run", [path], world_size=world_size)
     assert fork_server.wait(job, timeout=60) == [2] * world_size
     assert "holds a run, but config.yaml is missing" in fork_server.output(job)[0]
@@ -204,15 +205,17 @@ def test_a_run_without_its_configuration_is_refused_by_all_ranks(tmp_path, fork_
         ("ledger.json", b"[]"),
         ("ledger.json", b"\xff\xfe"),
         ("ledger.json", b"{}"),
+        ("ledger.json", b'{"format": 2, "config": "", "stages": [], "evaluations": [], "digest": "0"}'),
         ("config.yaml", b"a: [1"),
         ("config.yaml", b""),
         ("config.yaml", b"\0"),
+        ("config.yaml", b"seed: 1"),
     ],
 )
 def test_a_run_with_a_damaged_file_is_refused(tmp_path, capsys, name, content):
     path = tiny(tmp_path)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "ledger.json").write_text('{"format": 1, "stages": [], "evaluations": []}')
+    write_json(tmp_path / "run" / "ledger.json", {"format": 2, "config": "", "stages": [], "evaluations": []})
     (tmp_path / "run" / name).write_bytes(content)
     if name == "ledger.json":
         (tmp_path / "run" / "config.yaml").write_text("run_dir: x")
@@ -245,9 +248,8 @@ def test_a_corrected_configuration_reuses_the_folder(tmp_path, capsys):
 def test_damaged_parent_is_refused(tmp_path, capsys):
     path = tiny(tmp_path)
     assert run(path, "stages.aft.max_steps=1") == 0
-    ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
-    ledger["stages"][1]["status"] = "running"
-    (tmp_path / "run" / "ledger.json").write_text(json.dumps(ledger))
+    with edited_ledger(tmp_path / "run") as ledger:
+        ledger["stages"][1]["status"] = "running"
     file = tmp_path / "run" / "stages" / "msm" / "model" / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1

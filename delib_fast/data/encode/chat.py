@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import jinja2
@@ -21,6 +22,7 @@ from delib_fast.data.encode.chat_input import THINK, ChatInput, Style, TemplateI
 from delib_fast.data.encode.control_tokens import ControlTokens
 from delib_fast.data.encode.reply import refuse_dropped_tools, reply_end
 from delib_fast.data.encode.skeleton import MAX_TEXTS, Rendering, Skeleton, skip_thought, slot, slots_in
+from delib_fast.data.encode.template_limits import render_within_limits
 from delib_fast.data.rows import DataError
 
 PLAIN_TEMPLATE = """\
@@ -180,9 +182,11 @@ class ChatRenderer:
         return rendered
 
     def _apply(self, chats: list[list[dict[str, Any]]], kwargs: dict[str, Any]) -> list[str]:
-        if self.tokenizer.chat_template is None:
+        template = self.tokenizer.chat_template
+        if template is None:
             kwargs = kwargs | {"chat_template": PLAIN_TEMPLATE, "add_bos": self.add_bos}
-        return list(self.tokenizer.apply_chat_template(chats, tokenize=False, **kwargs))
+        apply = partial(self.tokenizer.apply_chat_template, chats, tokenize=False, **kwargs)
+        return list(render_within_limits(template, len(chats), apply))
 
     # --- building -------------------------------------------------------------------------------------------
 

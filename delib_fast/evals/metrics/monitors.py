@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from delib_fast.evals.extra import import_extra
 from delib_fast.evals.intervals import Estimate, bootstrap, wilson
+from delib_fast.files import open_regular
 
 View = Literal["response", "cot+response"]
 VIEWS: tuple[View, View] = ("response", "cot+response")
@@ -268,7 +269,7 @@ def transcripts_from_solutions(path: str | Path, limit: int | None = None) -> li
         limit: the number of questions to read; None for all.
     """
     transcripts = []
-    with Path(path).open(encoding="utf-8") as file:
+    with open_regular(path) as file:
         for line in itertools.islice(file, limit):
             record = json.loads(line)
             for solution in (value for value in record.values() if isinstance(value, dict)):
