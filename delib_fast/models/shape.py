@@ -100,9 +100,9 @@ def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) 
 
 def head_dims(text: PreTrainedConfig) -> tuple[int, int]:
     """The sizes of the query and key heads, and of the value heads (smaller in multi-head latent attention)."""
-    parts = (getattr(text, "qk_nope_head_dim", None), getattr(text, "qk_rope_head_dim", None))
-    own = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    head_dim = own if None in parts else sum(parts)
+    nope, rope = getattr(text, "qk_nope_head_dim", None), getattr(text, "qk_rope_head_dim", None)
+    own: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head_dim = own if nope is None or rope is None else nope + rope
     return head_dim, getattr(text, "v_head_dim", None) or head_dim
 
 

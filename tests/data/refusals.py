@@ -28,6 +28,7 @@ from test_row_refusals import REFUSED  # noqa: E402
 from test_sources import DAMAGED_ROWS, FOREIGN_FILES, GOOD, write  # noqa: E402
 
 from delib_fast.config import SourceConfig  # noqa: E402
+from delib_fast.config.load import load_config  # noqa: E402
 from delib_fast.data import (  # noqa: E402
     DataError,
     Example,
@@ -177,6 +178,30 @@ def packing() -> Iterator[tuple[str, str, str]]:
     )
 
 
+def configuration() -> Iterator[tuple[str, str, str]]:
+    """Values of a YAML file that seem to mean something else than they do, and paths that cannot be expanded."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "run.yaml"
+        for kind, key, value in (
+            ("a leading zero", "epochs", "010"),
+            ("minutes and seconds", "max_steps", "1:30"),
+            ("yes", "share_prompts", "yes"),
+            ("None", "max_steps", "None"),
+            ("true for a number", "epochs", "true"),
+            ("an infinite number", "optimizer", "{lr: .inf}"),
+            ("a number of many digits", "epochs", "9" * 5000),
+            ("a number of more than 64 bits", "epochs", str(1 << 64)),
+            ("a key that is given twice", "optimizer", "{lr: 1, lr: 2}"),
+            ("a tag", "optimizer", "!!python/name:os.system"),
+            ("an unknown variable in a path", "spec", "${NOT_SET_ANYWHERE}/spec.md"),
+            ("an unknown user in a path", "spec", "~nobody-of-this-name/spec.md"),
+            ("an empty path", "spec", '""'),
+        ):
+            text = "run_dir: run\nmodel: {path: m}\ndata: {a: a.jsonl}\nstages:\n  - kind: aft\n    train: [a]\n"
+            path.write_text(f"{text}    {key}: {value}\n")
+            yield kind, "", message_of(lambda: load_config(path))
+
+
 def page() -> str:
     parts = [
         HEAD,
@@ -188,6 +213,7 @@ def page() -> str:
                 ("Encoding", encoding),
                 ("Decontamination", decontamination),
                 ("Packing", packing),
+                ("Configuration", configuration),
             )
         ),
     ]

@@ -43,8 +43,15 @@ def change(folder, edit):
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen2 tied", "qwen3 moe"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("qwen2", torch.bfloat16),
+        ("qwen2 tied", torch.float32),
+        ("qwen2 tied", torch.bfloat16),
+        ("qwen3 moe", torch.float32),
+    ],
+)
 def test_an_export_has_every_weight_bitwise(tmp_path, name, dtype):
     module, folder = exported(tmp_path, name, dtype)
     names = {key for key, _ in module.model.named_parameters()}
@@ -92,9 +99,16 @@ def trained(module) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen2", "qwen2 tied", "qwen3 sliding", "qwen3 moe", "gemma2, capped logits", "cohere, scaled logits"]
+    ("name", "dtype"),
+    [
+        ("qwen2", torch.bfloat16),
+        ("qwen2 tied", torch.float32),
+        ("qwen3 sliding", torch.float32),
+        ("qwen3 moe", torch.bfloat16),
+        ("gemma2, capped logits", torch.float32),
+        ("cohere, scaled logits", torch.float32),
+    ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_of_training_and_of_the_export_agree(tmp_path, name, dtype):
     module, folder = exported(tmp_path, name, dtype)
     found = check.compare_logits(trained(module), check.stock_logits(check.reload_model(folder), DOCUMENTS, CPU))
@@ -134,8 +148,6 @@ def test_logits_of_another_vocabulary_are_refused():
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_the_lost_effect_of_an_adapter(dtype, share):
     """Of merges that leave out a share of an adapter, also where the whole effect is as small as the rounding."""
-    from peft import PeftModel
-
     from delib_fast.models import add_adapter, merged_weights
 
     model = build("qwen2").to(dtype)
@@ -157,11 +169,9 @@ def test_the_lost_effect_of_an_adapter(dtype, share):
     plain.load_state_dict(base)
     without = check.stock_logits(plain, DOCUMENTS, CPU)
     assert check.compare_logits(ours, adapted).typical <= check.TOLERANCE[dtype]
-    assert not isinstance(stock, PeftModel)
     plain.load_state_dict({k: (w.float() * (1 - share) + base[k].float() * share).to(dtype) for k, w in merged.items()})
     lost = check.lost_effect(check.stock_logits(plain, DOCUMENTS, CPU), ours, without, adapted)
     assert lost == pytest.approx(share, abs=0.02 if dtype is torch.float32 else 0.08)
-    assert check.lost_effect(ours, ours, adapted, adapted) is None or dtype is torch.float32
 
 
 def test_an_effect_below_the_rounding_errors_is_not_judged():
