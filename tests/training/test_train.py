@@ -37,7 +37,9 @@ def test_an_export_that_is_not_what_was_trained_aborts_the_run(tmp_path, capsys,
     write = export._write
 
     def damages(model, tokenizer, weights, folder):
-        weights["model.layers.1.mlp.down_proj.weight"][0, 0] += 1
+        name = "model.layers.1.mlp.down_proj.weight"
+        weights[name] = weights[name].clone()  # not the tensor of the model in training
+        weights[name][0, 0] += 1
         write(model, tokenizer, weights, folder)
 
     path = tiny(tmp_path)
