@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from delib_fast.config.base import ConfigError, FilePath, Section, nearest
+from delib_fast.config.base import ConfigError, FilePath, Section, expand_path, nearest
 from delib_fast.config.data import SourceConfig, TokenizerConfig
 from delib_fast.config.model import ModelConfig
 
@@ -303,6 +303,18 @@ class Config(Section):
     """Where metrics go."""
     deepspeed: dict[str, Any] = Field({})
     """Merged into the generated DeepSpeed JSON. A key that this configuration decides is refused with an error."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _expand_paths(cls, block: dict[str, Any]) -> dict[str, Any]:
+        """Expand `~` and variables in the paths of DeepSpeed's keys, such as nvme_path and output_path."""
+
+        def expand(value: Any, key: str) -> Any:
+            if isinstance(value, dict):
+                return {k: expand(v, str(k)) for k, v in value.items()}
+            return expand_path(value) if isinstance(value, str) and key.endswith(("_path", "_dir")) else value
+
+        return {key: expand(value, str(key)) for key, value in block.items()}
 
     @field_validator("data", mode="before")
     @classmethod

@@ -413,6 +413,16 @@ def test_home_and_variables_are_expanded_in_every_path(tmp_path, monkeypatch, wr
     assert {key: flat[key] for key in PATHS} == {key: f"{tmp_path}/sub/{name}" for key, name in PATHS.items()}
 
 
+def test_paths_of_deepspeed_are_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    block = {"zero_optimization": {"offload_param": {"device": "nvme", "nvme_path": "~/nvme"}}, "wandb": {"group": "~"}}
+    config = parse_config(tree(deepspeed=block))
+    assert config.deepspeed["zero_optimization"]["offload_param"] == {"device": "nvme", "nvme_path": "/home/me/nvme"}
+    assert config.deepspeed["wandb"] == {"group": "~"}
+    with pytest.raises(ConfigError, match=r"deepspeed: \$\{NOT_SET_HERE\}: the environment variable"):
+        parse_config(tree(deepspeed={"tensorboard": {"output_path": "${NOT_SET_HERE}"}}))
+
+
 def test_a_path_that_cannot_be_expanded_is_refused(tmp_path, monkeypatch):
     monkeypatch.delenv("NOT_SET", raising=False)
     path = write(tmp_path, YAML.replace("rows: rows.jsonl", "rows: ${NOT_SET}/rows.jsonl"))

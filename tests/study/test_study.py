@@ -246,6 +246,14 @@ def test_keys_depend_on_what_weights_depend_on(tmp_path):
     assert not keys(seeds=[1], prepare={"script": "make.py", "args": ["--rows", 13]}) & one
     run = load_study(tiny_study(tmp_path, seeds=[1])).run
     assert keys(seeds=[1], run={**run, "log": {"every_steps": 1}}) == one
+    assert keys(seeds=[1], run={**run, "export": {"check": False}}) == one
+    templates = {}
+    for name, text in (("first", "{{ messages }}"), ("copy", "{{ messages }}"), ("other", "{{ messages }}.")):
+        (tmp_path / f"{name}.jinja").write_text(text)
+        template = {"chat_template": str(tmp_path / f"{name}.jinja")}
+        templates[name] = keys(seeds=[1], run={**run, "tokenizer": {**run["tokenizer"], **template}})
+    assert templates["first"] == templates["copy"], "the content of a file matters, not its path"
+    assert not templates["first"] & templates["other"]
     base = {"kind": "msm", "name": "pretrain", "train": ["text"], "pack_capacity": 64, "tokens_per_step": 64}
     assert not keys(seeds=[1], base=[base]) & one, "a changed parent changes all later stages"
     aft = {"train": ["demos"], "pack_capacity": 64, "tokens_per_step": 128}
