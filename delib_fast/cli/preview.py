@@ -42,7 +42,7 @@ def inspect(
 ) -> None:
     """Show the exact tokens that the model will see, their segments, and their weights in the loss."""
     from delib_fast.preview.dry_run import SMALL_VOCABULARY, dry_run, preview_config
-    from delib_fast.preview.tokens import describe_ignored_fields, render_example, view_example
+    from delib_fast.preview.tokens import describe_left_out, render_example, view_example
     from delib_fast.reports.inspect_page import inspect_page
 
     config = preview_config(path, overrides, tokenizer=tokenizer, kind=kind, capacity=capacity)
@@ -59,16 +59,16 @@ def inspect(
         for s in stages:
             end = min(row + count, len(dataset.mixed(s)[0]))
             examples += [view_example(dataset, s, i) for i in range(row, max(end, row + 1))]
-        ignored = describe_ignored_fields(dataset, stages)
+        left_out = describe_left_out(dataset, stages)
     if html is None:
         console = Console(highlight=False)
         for example in examples:
             console.print(render_example(example))
-        for line in ignored:
+        for line in left_out:
             console.print(line, markup=False)
         return
     try:
-        html.write_text(inspect_page(f"Tokens of {path.name}", examples, ignored), encoding="utf-8")
+        html.write_text(inspect_page(f"Tokens of {path.name}", examples, left_out), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--html {html}: cannot write the page: {error.strerror}") from None
     print(html)

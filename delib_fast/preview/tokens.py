@@ -87,12 +87,15 @@ def view_example(dataset: RunDataset, stage: StageConfig, index: int) -> Example
     return ExampleView(stage.name, index, len(encoded), example.location, spans, replies)
 
 
-def describe_ignored_fields(dataset: RunDataset, stages: Sequence[StageConfig]) -> list[str]:
-    """One line for each source of the stages: the fields of its rows that are ignored, with the number of rows."""
+def describe_left_out(dataset: RunDataset, stages: Sequence[StageConfig]) -> list[str]:
+    """Lines about what is not trained on: rows that are skipped, by reason, and fields of rows that are ignored."""
     lines = []
+    for stage in stages:
+        if counts := dataset.left_out(stage):
+            lines.append(f"stage {stage.name}: left out {', '.join(f'{n:,} {reason}' for reason, n in counts.items())}")
     for name in dict.fromkeys(name for stage in stages for name in (*stage.train, *stage.eval)):
-        if counts := dataset.source(name).ignored_fields:
-            fields = ", ".join(f"{field} ({rows:,})" for field, rows in counts.most_common())
+        if ignored := dataset.source(name).ignored_fields:
+            fields = ", ".join(f"{field} ({rows:,})" for field, rows in ignored.most_common())
             lines.append(f"source {name}: ignored fields (rows that have them): {fields}")
     return lines
 
