@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
@@ -38,6 +38,14 @@ class Section(BaseModel):
                 if problem:  # a validator of each field would also know the key, but cannot have a discriminator
                     raise PydanticCustomError("odd_number", problem, {"key": key})
         return values
+
+    @model_validator(mode="after")
+    def _refuse_huge_integers(self) -> Self:
+        """Refuse an integer of more than 64 bits that was given as a float or as text."""
+        for key, value in self:
+            if isinstance(value, int) and (problem := None if isinstance(value, bool) else _odd_number(value)):
+                raise PydanticCustomError("odd_number", problem, {"key": key})
+        return self
 
 
 @cache

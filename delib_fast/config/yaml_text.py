@@ -47,7 +47,7 @@ def _add_resolvers(owner: Any) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]  # the stubs differ
     yaml_constructors: ClassVar[dict[Any, Any]] = {}
 
 

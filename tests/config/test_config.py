@@ -306,6 +306,8 @@ def test_refuses_packs_that_the_ranks_cannot_divide():
         ("stages.0.epochs=2026-11-30", "stages.0.epochs: input should be a valid integer"),
         (f"seed={'9' * 5000}", "999999999999… is not an integer, or has too many digits"),
         (f"stages.0.epochs={1 << 63}", "stages.0.epochs: the number is too large; it must fit in 64 bits"),
+        ("stages.0.epochs=1e20", "stages.0.epochs: unable to parse input string as an integer, exceeded maximum size"),
+        (f"stages.0.epochs='{1 << 70}'", "stages.0.epochs: the number is too large"),
         (f"stages.0.optimizer.lr={10**400}", "stages.0.optimizer.lr: the number is too large"),
         ("stages.0.epochs=2.5", "stages.0.epochs: input should be a valid integer"),
         ("model={path: a, path: b}", "--set model:1: not valid YAML: the key 'path' is given twice"),
