@@ -285,7 +285,7 @@ def export(run: RunContext, engine: Engine, index: int, inputs: StageInputs) -> 
                 }
                 if checker is not None:
                     checked = _check(run, checker, what, folder, exported, inputs)
-                    entry.setdefault("export_check", {"rows": compared.rows})[what] = checked
+                    entry.setdefault("export_check", {"rows": checker.rows})[what] = checked
         except (OSError, SafetensorError, ConfigError) as error:
             fault = (
                 f"the export of stage {name!r} cannot be written: {error}. Free some space and run the same command "

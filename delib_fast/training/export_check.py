@@ -49,8 +49,9 @@ def probe(run: RunContext, engine: Engine, stage: StageConfig) -> Probe | None:
 
     from delib_fast.models.export_check import trained_logits
 
+    module: Any = engine.module
     rows, chosen = _examples(run, stage)
-    examples = _shortened(chosen, min(MAX_TOKENS, MAX_LOGITS // engine.module.vocab_size))
+    examples = _shortened(chosen, min(MAX_TOKENS, MAX_LOGITS // int(module.vocab_size)))
     options: dict[str, Any] = {
         "pack_capacity": sum(map(len, examples)),
         "segment_weights": (1.0, 1.0, 1.0, 1.0),
@@ -68,7 +69,7 @@ def probe(run: RunContext, engine: Engine, stage: StageConfig) -> Probe | None:
     if ranks.rank != 0:
         engine.evaluate(batch)
         return Probe(rows, [], [])
-    logits = trained_logits(engine.module, lambda: engine.evaluate(batch))
+    logits = trained_logits(module, lambda: engine.evaluate(batch))
     (whole,) = evaluation_batches(examples, rank=0, world_size=1, **options)
     ends = [min(end, len(logits)) for end in whole.cu_seqlens_host]
     spans = [slice(start, end) for start, end in pairwise(ends) if end > start]
@@ -106,6 +107,8 @@ class ExportChecker:
 
     def __init__(self, run: RunContext, compared: Probe, warn: Callable[[str], None]) -> None:
         self._run, self._compared, self._warn = run, compared, warn
+        self.rows = compared.rows
+        """Whether "held-out" or "training" rows are compared on."""
         self._adapted: tuple[list[Tensor], list[Tensor]] | None = None
         """Logits of the reloaded base without and with the reloaded adapter."""
 

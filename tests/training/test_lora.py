@@ -23,7 +23,7 @@ from delib_fast.models import StepCost, TrainableLM, add_adapter, build_model, l
 from delib_fast.models.build import _nf4_config
 from delib_fast.models.export_check import ExportCheckError
 from delib_fast.training import run as training_run
-from delib_fast.training.export_check import ExportChecker
+from delib_fast.training.export_check import ExportChecker, Probe
 
 ARCHITECTURE = tiny_qwen3(vocab_size=512, initializer_range=0.1)
 SMALL = ["stages.msm.max_steps=3", "stages.aft.max_steps=3"]
@@ -141,9 +141,8 @@ def test_a_merge_that_loses_the_adapter_is_reported(tmp_path, capsys, monkeypatc
     found = re.search(r"the merged model lacks (\d+)% of the adapter's effect on the logits: in bf16", printed)
     assert found, printed
     assert 40 <= int(found[1]) <= 65
-    checker = ExportChecker(
-        SimpleNamespace(config=load_config(tmp_path / "run.yaml", ["engine.precision=fp32"])), None, pytest.fail
-    )
+    fp32 = SimpleNamespace(config=load_config(tmp_path / "run.yaml", ["engine.precision=fp32"]))
+    checker = ExportChecker(fp32, Probe("held-out", [], []), pytest.fail)
     checker._judge_lost_effect(0.09, tmp_path)
     checker._judge_lost_effect(None, tmp_path)
     with pytest.raises(
