@@ -348,6 +348,14 @@ def test_an_unavailable_backend_raises() -> None:
     )
 
 
+def test_a_softcap_needs_the_compiled_module(monkeypatch) -> None:
+    q, k, v, _ = inputs([3])
+    assert _cpu.why_not(q, k, v, None, softcap=True) is None
+    monkeypatch.setattr(_cpu, "WHY_NO_COMPILED", "it is not built")
+    assert _cpu.why_not(q, k, v, None, softcap=True) == "softcap needs the C++ loops: it is not built"
+    assert _cpu.why_not(q, k, v, None, sinks=True) is None
+
+
 def test_why_not_depends_only_on_device_and_dtype() -> None:
     q, k, v, _ = inputs([3])
     for backend in (_torch, _flash):
