@@ -386,7 +386,15 @@ def test_a_vocabulary_that_spells_a_control_token_cannot_write_it():
     assert backend.encode("ab").tokens == ["ab"]  # the result of a merge
     backend.add_special_tokens(["ab"])
     tok = fast_tokenizer(backend, eos_token="ab")
-    assert tok.convert_ids_to_tokens(encode_row(document("ab abc"), tok).input_ids) == ["a", "b", "Ġ", "a", "b", "c", "ab"]
+    assert tok.convert_ids_to_tokens(encode_row(document("ab abc"), tok).input_ids) == [
+        "a",
+        "b",
+        "Ġ",
+        "a",
+        "b",
+        "c",
+        "ab",
+    ]
 
 
 # --- real data ------------------------------------------------------------------------------------------------

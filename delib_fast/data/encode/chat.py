@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from datetime import date
 from typing import Any, Literal
 
 import jinja2
@@ -21,8 +21,7 @@ import jinja2
 from delib_fast.data.encode.chat_input import THINK, ChatInput, Style, TemplateInput, shape_of, styles
 from delib_fast.data.encode.control_tokens import ControlTokens
 from delib_fast.data.encode.reply import refuse_dropped_tools, reply_end
-from delib_fast.data.encode.skeleton import MAX_TEXTS, Rendering, Skeleton, skip_thought, slot, slots_in
-from delib_fast.data.encode.template_limits import render_within_limits
+from delib_fast.data.encode.skeleton import MAX_TEXTS, PromptForm, Rendering, Skeleton, skip_thought, slot, slots_in
 from delib_fast.data.rows import DataError
 
 PLAIN_TEMPLATE = """\
@@ -39,6 +38,7 @@ PLAIN_TEMPLATE = """\
 """The chat template of models without their own; it is also exported with such a model."""
 
 _MAX_SHAPES = 10_000
+_TIME_OF_DAY = re.compile(r"strftime_now\(\s*[\"'][^\"']*%[-#]?[HIMSTXcfprsR]")
 
 
 @dataclass
@@ -59,7 +59,11 @@ class ChatRenderer:
         Raises:
             DataError: the template refuses the row, drops a text or the tools, or writes nothing after the response.
         """
-        found = self._skeletons.get(chat.key)
+        try:
+            key = (chat.key, self._day)
+        except DataError as error:
+            raise _located(error, location) from None
+        found = self._skeletons.get(key)
         if found is None:
             for text in (chat.tools, *chat.calls, *chat.fields):
                 self.control.refuse_slots(text, location)
@@ -70,7 +74,7 @@ class ChatRenderer:
                     found = self._build(chat, own=False)
             except DataError as error:
                 found = error
-            self._skeletons[chat.key] = found
+            self._skeletons[key] = found
         return self._own(chat, location, found) if isinstance(found, DataError) else found
 
     def verified(self, chats: Sequence[tuple[ChatInput, Skeleton, str]]) -> list[Skeleton]:
@@ -89,6 +93,17 @@ class ChatRenderer:
             for (chat, skeleton, location), equal in zip(chats, self._equal_stock(escaped), strict=True)
         ]
 
+    @property
+    def _day(self) -> date | None:
+        """Today, if the template may write it."""
+        template = self.tokenizer.chat_template or ""
+        if _TIME_OF_DAY.search(template):
+            raise _refused(
+                "the chat template writes the time of day (strftime_now), so that a row would have other ids from one "
+                "moment to the next; let it write a fixed date"
+            )
+        return date.today() if "strftime_now" in template else None
+
     def _own(self, chat: ChatInput, location: str, generic: DataError | None) -> Skeleton:
         """Return a skeleton for one chat alone. `generic` is the error of its shape, which is raised if this fails."""
         escaped = self._escaped(chat, location)
@@ -103,14 +118,13 @@ class ChatRenderer:
             raise _located(generic or self._difference(chat), location)
         return skeleton
 
-    def _difference(self, chat: ChatInput) -> DataError:
+    @staticmethod
+    def _difference(chat: ChatInput) -> DataError:
         if chat.has_reply_of_blocks:
             return _refused(
                 "the chat template does not join the text blocks of the reply with a line break: write the reply as "
                 "one text"
             )
-        if "strftime_now" in (self.tokenizer.chat_template or ""):
-            return _refused("the chat template writes the current time, which differs between two renderings of a row")
         return _refused(
             "the chat template changes the reply of a row (other than stripping white space), so that loss masks "
             "cannot be exact; use another template"
@@ -128,7 +142,7 @@ class ChatRenderer:
         try:
             with _rendering_errors(escaped):
                 inputs = TemplateInput(escaped, Style(), self.control)
-                return self.control.spell(self._prompt_of(inputs, {}))
+                return self.control.spell(self._prompt_of(inputs, PromptForm({})))
         except DataError as error:
             raise _located(error, location) from None
 
@@ -141,20 +155,22 @@ class ChatRenderer:
     def _finished(self, inputs: TemplateInput) -> str:
         return self.render([*inputs.messages(), inputs.reply()], **inputs.kwargs())
 
-    def _prompt_of(self, inputs: TemplateInput, kwargs: dict[str, bool]) -> str:
-        return self.render(inputs.messages(), add_generation_prompt=True, **kwargs, **inputs.kwargs())
+    def _prompt_of(self, inputs: TemplateInput, form: PromptForm) -> str:
+        messages = inputs.messages(earlier_cots=form.earlier_cots)
+        return self.render(messages, add_generation_prompt=True, **form.kwargs, **inputs.kwargs())
 
     def _equal_stock(self, chats: Sequence[tuple[ChatInput, Skeleton]]) -> list[bool]:
         """Whether the skeleton of each chat, filled with its escaped texts, is what the template writes."""
         inputs = [TemplateInput(escaped, skeleton.style, self.control) for escaped, skeleton in chats]
-        before = [given.messages() for given in inputs]
-        finished = self._render_all(
-            [([*messages, given.reply()], given.kwargs()) for given, messages in zip(inputs, before, strict=True)]
-        )
+        finished = self._render_all([([*given.messages(), given.reply()], given.kwargs()) for given in inputs])
+        forms = [skeleton.prompt_form for _, skeleton in chats]
         prompts = self._render_all(
             [
-                (messages, {"add_generation_prompt": True, **skeleton.prompt_kwargs, **given.kwargs()})
-                for given, messages, (_, skeleton) in zip(inputs, before, chats, strict=True)
+                (
+                    given.messages(earlier_cots=form.earlier_cots),
+                    {"add_generation_prompt": True, **form.kwargs, **given.kwargs()},
+                )
+                for given, form in zip(inputs, forms, strict=True)
             ]
         )
         equal = []
@@ -182,11 +198,9 @@ class ChatRenderer:
         return rendered
 
     def _apply(self, chats: list[list[dict[str, Any]]], kwargs: dict[str, Any]) -> list[str]:
-        template = self.tokenizer.chat_template
-        if template is None:
+        if self.tokenizer.chat_template is None:
             kwargs = kwargs | {"chat_template": PLAIN_TEMPLATE, "add_bos": self.add_bos}
-        apply = partial(self.tokenizer.apply_chat_template, chats, tokenize=False, **kwargs)
-        return list(render_within_limits(template, len(chats), apply))
+        return list(self.tokenizer.apply_chat_template(chats, tokenize=False, **kwargs))
 
     # --- building -------------------------------------------------------------------------------------------
 
@@ -197,12 +211,14 @@ class ChatRenderer:
         marked = [_marked(k, text) for k, text in enumerate(chat.texts)]
         slotted = chat.with_texts([*(chat.texts[:-2] if own else marked[:-2]), *marked[-2:]])
         inputs, finished = self._first_that_fits(slotted)
-        prompt, kwargs, supplied = self._supplied(inputs, finished)
+        prompt, form, supplied = self._supplied(inputs, finished)
         if own:
             self._refuse_dropped_messages(inputs, finished)
         text = self.control.spell(finished)
         refuse_dropped_tools(inputs, finished, text[supplied:], self._finished)
         if inputs.style.cot == "prompt":
+            form = replace(form, earlier_cots=True)  # as at inference
+            prompt = self._prompt_of(inputs, form)
             text, supplied = self._after_prompt(inputs, text, self.control.spell(prompt), supplied)
         cot_slot, response_slot = slot(len(marked) - 2), slot(len(marked) - 1)
         response_start = skip_thought(self.control, text, cot_slot, response_slot, supplied)
@@ -214,7 +230,7 @@ class ChatRenderer:
             style=inputs.style,
             finished=Rendering.of(finished),
             prompt=Rendering.of(prompt),
-            prompt_kwargs=kwargs,
+            prompt_form=form,
         )
         if not self.control.is_escaped(finished):
             self._check_ids(skeleton.rendering, chat, own=own)
@@ -278,7 +294,7 @@ class ChatRenderer:
         probe = replace(inputs, chat=replace(inputs.chat, calls=calls), style=replace(inputs.style, cot="field"))
         try:
             text = self.control.spell(self._finished(probe))
-            prompt = self.control.spell(self._prompt_of(inputs, {}))
+            prompt = self.control.spell(self._prompt_of(inputs, PromptForm({})))
         except _TEMPLATE_ERRORS:
             return None
         cot_slot, response_slot = slot(len(inputs.chat.texts) - 2), slot(len(inputs.chat.texts) - 1)
@@ -301,30 +317,36 @@ class ChatRenderer:
             if same:
                 raise _refused(f"the chat template drops the {role} message (number {k})")
 
-    def _supplied(self, inputs: TemplateInput, finished: str) -> tuple[str, dict[str, bool], int]:
-        """Return the generation prompt, its arguments, and how many characters of a rendering it supplies."""
-        has_cot = inputs.chat.has_cot
-        tried = [(kwargs, self._prompt_of(inputs, kwargs)) for kwargs in ({}, {"enable_thinking": has_cot})]
+    def _supplied(self, inputs: TemplateInput, finished: str) -> tuple[str, PromptForm, int]:
+        """Return the generation prompt, its form, and how many characters of a rendering it supplies.
+
+        Some templates write the thoughts of earlier tool calls only until the final reply. What is trained on is the
+        finished chat, so the prompt is then rendered without these thoughts.
+        """
+        forms = [PromptForm({}), PromptForm({"enable_thinking": inputs.chat.has_cot})]
+        if any(inputs.chat.texts[1:-2:2]):
+            forms += [replace(form, earlier_cots=False) for form in forms]
+        tried = [(form, self._prompt_of(inputs, form)) for form in forms]
         if inputs.style.cot == "prompt":
-            tried = [(kwargs, prompt) for kwargs, prompt in tried if not prompt.rstrip().endswith(THINK[1])]
+            tried = [(form, prompt) for form, prompt in tried if not prompt.rstrip().endswith(THINK[1])]
             if not tried:
                 raise _refused(
                     "the chat template removes the chain of thought from replies, and its generation prompt closes the "
                     "think block: a chain of thought cannot be trained on with this template; set cot: strip, or use "
                     "another template"
                 )
-        text = self.control.spell(finished)
-        for kwargs, prompt in tried:
+        for form, prompt in tried:
             if finished.startswith(prompt):
-                return prompt, kwargs, len(self.control.spell(prompt))
-        kwargs, prompt = tried[0]
-        common, rest = self._common(text, self.control.spell(prompt))
-        if rest.strip():
-            raise _refused(
-                "the chat template writes these messages differently before a reply than as a prompt for one, "
-                "so that it is unclear what the model has to write"
-            )
-        return prompt, kwargs, common
+                return prompt, form, len(self.control.spell(prompt))
+        text = self.control.spell(finished)
+        for form, prompt in tried:
+            common, rest = self._common(text, self.control.spell(prompt))
+            if not rest.strip():
+                return prompt, form, common
+        raise _refused(
+            "the chat template writes these messages differently before a reply than as a prompt for one, "
+            "so that it is unclear what the model has to write"
+        )
 
     def _common(self, finished: str, prompt: str) -> tuple[int, str]:
         """Return the length of the common beginning, and the rest of the prompt without think tags."""
@@ -377,9 +399,9 @@ def _refuse_dropped_texts(inputs: TemplateInput, finished: str) -> None:
     for k, message in enumerate([*inputs.messages(), inputs.reply()]):
         content = message["content"]
         if isinstance(content, list):
-            if any(source in finished for block in content for source in (str(block), json.dumps(block))):
-                raise _refused("the chat template writes the text blocks of a message as source code")
             parts = [block["text"].strip() for block in content]
+            if any(re.search(rf"""["']text["']\s*:\s*["']\s*{re.escape(part)}""", finished) for part in parts):
+                raise _refused("the chat template writes the text blocks of a message as source code")
         else:
             parts = slots_in(content or "")
         if k < len(chat.roles) and any(part not in finished for part in parts):
