@@ -458,12 +458,12 @@ def test_a_template_for_lists_gets_lists_also_for_a_chain_of_thought():
 
 def test_a_vocabulary_with_private_use_characters_and_html_tags():
     backend = Tokenizer.from_str(tokenizer("chatml").backend_tokenizer.to_str())
-    backend.add_tokens([AddedToken("\U00100001", normalized=False), AddedToken("</h3>", normalized=False)])
+    backend.add_tokens([AddedToken("\U0010fffd", normalized=False), AddedToken("</h3>", normalized=False)])
     tok = fast_tokenizer(backend, CHATML, eos_token="<|im_end|>")
     encoder = Encoder(tok)
-    assert not set(encoder.control.spelling.values()) & set("\U00100001")
-    row = chat("a </h3> \U00100001 b", None, "</h3>")
-    messages = [{"role": "user", "content": "a </h3> \U00100001 b"}, {"role": "assistant", "content": "</h3>"}]
+    assert not set(encoder.control.spelling.values()) & set("\U0010fffd")
+    row = chat("a </h3> \U0010fffd b", None, "</h3>")
+    messages = [{"role": "user", "content": "a </h3> \U0010fffd b"}, {"role": "assistant", "content": "</h3>"}]
     ids = encode_row(row, tok).input_ids.tolist()
     assert ids == tok.apply_chat_template(messages, return_dict=False)
     assert ids.count(tok.convert_tokens_to_ids("</h3>")) == 2

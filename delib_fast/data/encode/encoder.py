@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from delib_fast.data.encode.chat import PLAIN_TEMPLATE, ChatRenderer
+from delib_fast.data.encode.chat import ChatRenderer
 from delib_fast.data.encode.chat_input import THINK, ChatInput
 from delib_fast.data.encode.control_tokens import ControlTokens
 from delib_fast.data.encode.skeleton import Skeleton
+from delib_fast.data.encode.template import PLAIN_TEMPLATE, ChatTemplate
 from delib_fast.data.encode.tokenized_dataset import Example
 from delib_fast.data.rows import DataError, Message, Row, Segment
 
@@ -42,7 +43,7 @@ class Encoder:
         self.control = ControlTokens(tokenizer, (template or PLAIN_TEMPLATE) + "".join(THINK))
         self._eos: int | None = tokenizer.eos_token_id
         self._bos = _leading_ids(tokenizer)
-        self._renderer = ChatRenderer(tokenizer, self.control, add_bos=bool(self._bos))
+        self._renderer = ChatRenderer(ChatTemplate(tokenizer, self.control, add_bos=bool(self._bos)))
 
     def encode(self, rows: Sequence[Row], *, cot: Cot, system_prompt: str | None) -> list[Example]:
         """Encode each row as one example. Raises DataError with the row's location."""
