@@ -51,7 +51,8 @@ class ChatRenderer:
                     found = SkeletonBuilder(self.template).build(chat, own=False)
             except DataError as error:
                 found = error
-            self._skeletons[key] = found
+            if not chat.calls:  # their arguments differ from row to row
+                self._skeletons[key] = found
         return self._own(chat, location, found) if isinstance(found, DataError) else found
 
     def verified(self, chats: Sequence[tuple[ChatInput, Skeleton, str]]) -> list[Skeleton]:
@@ -96,12 +97,12 @@ class ChatRenderer:
             "cannot be exact; use another template"
         )
 
-    def prompt(self, chat: ChatInput, location: str) -> str:
+    def prompt(self, chat: ChatInput, style: Style, location: str) -> str:
         """Return the generation prompt of a chat. Control tokens are written as private-use characters."""
         escaped = self._escaped(chat, location)
         try:
             with rendering_errors(escaped):
-                inputs = TemplateInput(escaped, Style(), self.template.control)
+                inputs = TemplateInput(escaped, style, self.template.control)
                 return self.template.control.spell(self.template.prompt(inputs, PromptForm({})))
         except DataError as error:
             raise located(error, location) from None

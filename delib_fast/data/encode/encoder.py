@@ -120,11 +120,11 @@ class Encoder:
         messages = _with_system_prompt(messages, system_prompt)
         for message in messages:
             self.control.refuse_reserved(message.content, "a prompt")
-        chat = _prompt_chat(messages, "thought")
+        chat = _prompt_chat(messages, "" if thinking is None else "thought")
+        skeleton = self._skeleton(chat, "a prompt")
         if thinking is None:
-            text = self._renderer.prompt(chat, "a prompt")
+            text = self._renderer.prompt(chat, skeleton.style, "a prompt")
         else:
-            skeleton = self._skeleton(chat, "a prompt")
             cores = [*(text.strip() for text in chat.texts[:-2]), "", ""]
             text = skeleton.fill_before(len(cores) - 2 if thinking else len(cores) - 1, cores)
         return list(self.control.encode_batch([text])[0].ids)

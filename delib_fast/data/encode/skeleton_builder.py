@@ -125,7 +125,7 @@ class SkeletonBuilder:
         """Raise DataError if a message can be replaced without a change of the rendering."""
         texts = inputs.chat.texts
         for k, role in enumerate(inputs.chat.roles):
-            if not texts[2 * k].strip():
+            if texts[2 * k].strip() in finished:
                 continue
             other = inputs.chat.with_texts([*texts[: 2 * k], slot(2 * k), *texts[2 * k + 1 :]])
             same = False
@@ -140,21 +140,20 @@ class SkeletonBuilder:
         Some templates write the thoughts of earlier tool calls only until the final reply. What is trained on is the
         finished chat, so the prompt is then rendered without these thoughts.
         """
-        forms = [PromptForm({}), PromptForm({"enable_thinking": inputs.chat.has_cot})]
-        if any(inputs.chat.texts[1:-2:2]):
-            forms += [replace(form, earlier_cots=False) for form in forms]
-        tried = [(form, self._template.prompt(inputs, form)) for form in forms]
-        if inputs.style.cot == "prompt":
-            tried = [(form, prompt) for form, prompt in tried if not prompt.rstrip().endswith(THINK[1])]
-            if not tried:
-                raise refused(
-                    "the chat template removes the chain of thought from replies, and its generation prompt closes the "
-                    "think block: a chain of thought cannot be trained on with this template; set cot: strip, or use "
-                    "another template"
-                )
-        for form, prompt in tried:
+        tried: list[tuple[PromptForm, str]] = []
+        for form in self._prompt_forms(inputs.chat):
+            prompt = self._template.prompt(inputs, form)
+            if inputs.style.cot == "prompt" and prompt.rstrip().endswith(THINK[1]):
+                continue  # a thought cannot follow
             if finished.startswith(prompt):
                 return prompt, form, len(self._template.control.spell(prompt))
+            tried.append((form, prompt))
+        if not tried:
+            raise refused(
+                "the chat template removes the chain of thought from replies, and its generation prompt closes the "
+                "think block: a chain of thought cannot be trained on with this template; set cot: strip, or use "
+                "another template"
+            )
         text = self._template.control.spell(finished)
         for form, prompt in tried:
             common, rest = self._common(text, self._template.control.spell(prompt))
@@ -164,6 +163,12 @@ class SkeletonBuilder:
             "the chat template writes these messages differently before a reply than as a prompt for one, "
             "so that it is unclear what the model has to write"
         )
+
+    @staticmethod
+    def _prompt_forms(chat: ChatInput) -> Iterator[PromptForm]:
+        for earlier_cots in (True, False) if any(chat.texts[1:-2:2]) else (True,):
+            yield PromptForm({}, earlier_cots)
+            yield PromptForm({"enable_thinking": chat.has_cot}, earlier_cots)
 
     def _common(self, finished: str, prompt: str) -> tuple[int, str]:
         """Return the length of the common beginning, and the rest of the prompt without think tags."""
