@@ -54,14 +54,15 @@ class Encoder:
                 self.control.refuse_reserved(text, row.location)
         chats = [self._chat(row, cot, system_prompt) for row in rows]
         skeletons = [
-            chat and self._renderer.skeleton(chat, row.location) for row, chat in zip(rows, chats, strict=True)
+            None if chat is None else self._renderer.skeleton(chat, row.location)
+            for row, chat in zip(rows, chats, strict=True)
         ]
         with ThreadPoolExecutor(1) as pool:  # the tokenizer runs without the GIL
             encoded = pool.submit(self._encode, rows, chats, skeletons)
             rendered = [
                 (chat, skeleton, row.location)
                 for row, chat, skeleton in zip(rows, chats, skeletons, strict=True)
-                if chat and skeleton
+                if chat is not None and skeleton is not None
             ]
             verified = iter(self._renderer.verified(rendered))
             examples = encoded.result()

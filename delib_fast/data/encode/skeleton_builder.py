@@ -67,14 +67,17 @@ class SkeletonBuilder:
                 placed = replace(inputs, style=replace(style, cot=cot))
                 try:
                     finished = self._template.finished(placed)
+                except DataError:  # the template does not finish
+                    raise
+                except TEMPLATE_ERRORS as error:
+                    last = error
+                    break  # the template refuses the texts, or a chain of thought next to them
+                try:
                     _refuse_dropped_texts(placed, finished)
                     if cot == "content":
                         self._refuse_text_before_cot(placed, finished)
                 except DataError as error:
                     last = error
-                except TEMPLATE_ERRORS as error:
-                    last = error
-                    break  # the template refuses the texts, or a chain of thought next to them
                 else:
                     return placed, finished
             first = first or last

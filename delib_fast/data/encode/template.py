@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from typing import Any
 
 import jinja2
@@ -15,6 +16,7 @@ import jinja2
 from delib_fast.data.encode.chat_input import ChatInput, TemplateInput
 from delib_fast.data.encode.control_tokens import ControlTokens
 from delib_fast.data.encode.skeleton import PromptForm
+from delib_fast.data.encode.template_limits import render_within_limits
 from delib_fast.data.rows import DataError
 
 PLAIN_TEMPLATE = """\
@@ -77,8 +79,11 @@ class ChatTemplate:
         rendered: list[str | None] = [None] * len(requests)
         for members in groups.values():
             kwargs = requests[members[0]][1]
+            texts: Sequence[str | None]
             try:
                 texts = self._apply([requests[k][0] for k in members], kwargs)
+            except DataError:  # the template does not finish
+                raise
             except TEMPLATE_ERRORS:
                 if len(members) == 1:
                     continue
@@ -88,9 +93,11 @@ class ChatTemplate:
         return rendered
 
     def _apply(self, chats: list[list[dict[str, Any]]], kwargs: dict[str, Any]) -> list[str]:
-        if self.tokenizer.chat_template is None:
+        template = self.tokenizer.chat_template
+        if template is None:
             kwargs = kwargs | {"chat_template": PLAIN_TEMPLATE, "add_bos": self.add_bos}
-        return list(self.tokenizer.apply_chat_template(chats, tokenize=False, **kwargs))
+        apply = partial(self.tokenizer.apply_chat_template, chats, tokenize=False, **kwargs)
+        return list(render_within_limits(template, len(chats), apply))
 
 
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
