@@ -219,6 +219,12 @@ WRITTEN = {
         TAGS,
         GRANITE_CALL,
     ),
+    ("command_a",): (
+        f"<|START_RESPONSE|>{ANSWER}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+        "<|START_THINKING|>Let me think.<|END_THINKING|>",
+        f"<|START_RESPONSE|>{ANSWER}<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+    ),
+    ("magistral",): (ANSWER + "<|endoftext|>", "[THINK]Let me think.[/THINK]", ANSWER + "<|endoftext|>"),
     ("olmo_2",): (ANSWER + "<|endoftext|>", TAGS, ANSWER + "<|endoftext|>"),
 }
 BY_NAME = {name: texts for names, texts in WRITTEN.items() for name in names}
@@ -270,6 +276,12 @@ def test_the_id_of_a_call_reaches_the_template():
     spans = spans_of("kimi", CASES["second call"])
     assert "## Return of functions.get_weather:0\n" in spans[0][1]
     assert spans[-1][1].count("functions.get_weather:1") == 1
+
+
+def test_an_empty_think_block_with_other_tags_is_prompt():
+    tok = template_tokenizer("command_a")
+    assert spell(tok, encode_row(read(CASES["plain"]), tok))[0][1].endswith("<|START_THINKING|><|END_THINKING|>")
+    assert tok.decode(encoder_for(tok).end_ids) == "<|endoftext|><|END_OF_TURN_TOKEN|>"
 
 
 def test_a_call_whose_name_would_not_be_written_is_refused():

@@ -162,7 +162,34 @@ OLMO = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}"""
 
+# Command A Reasoning: the thought has tags of its own, which a reply without one keeps, and a reply has two ends.
+COMMAND_A = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+  {%- if message.role == 'assistant' -%}
+    {{- '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_THINKING|>' ~ (message.reasoning_content or '') -}}
+    {{- '<|END_THINKING|><|START_RESPONSE|>' ~ message.content ~ '<|END_RESPONSE|><|END_OF_TURN_TOKEN|>' -}}
+  {%- else -%}
+    {{- '<|START_OF_TURN_TOKEN|><|' ~ message.role | upper ~ '_TOKEN|>' ~ message.content ~ '<|END_OF_TURN_TOKEN|>' -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' -}}{%- endif -%}"""
+
+# Magistral: the thought is a part of the content between tags of its own.
+MAGISTRAL = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+  {%- if message.role == 'user' -%}{{- '[INST]' ~ message.content ~ '[/INST]' -}}
+  {%- elif message.role == 'system' -%}{{- '[SYSTEM_PROMPT]' ~ message.content ~ '[/SYSTEM_PROMPT]' -}}
+  {%- else -%}
+    {%- if message.reasoning_content -%}{{- '[THINK]' ~ message.reasoning_content ~ '[/THINK]' -}}{%- endif -%}
+    {{- message.content ~ eos_token -}}
+  {%- endif -%}
+{%- endfor -%}"""
+
 OWN = {
+    "command_a": COMMAND_A,
+    "magistral": MAGISTRAL,
     "kimi": KIMI,
     "mistral": MISTRAL,
     "nemotron_super_49b": NEMOTRON_SUPER,

@@ -39,6 +39,8 @@ class SkeletonBuilder:
             text, supplied = self._after_prompt(inputs, text, self._template.control.spell(prompt), supplied)
         cot_slot, response_slot = slot(len(marked) - 2), slot(len(marked) - 1)
         response_start = skip_thought(self._template.control, text, cot_slot, response_slot, supplied)
+        if cot_slot not in text and response_start == supplied:
+            response_start = self._skip_empty_block(inputs, text, supplied)
         end = reply_end(inputs, text, max(text.find(response_slot) + 1, response_start), self._template.finished)
         positions = (supplied if cot_slot in text else response_start, response_start, end)
         skeleton = Skeleton(
@@ -111,18 +113,38 @@ class SkeletonBuilder:
             return None
         call = '[{"name": "probe", "arguments": {}, "id": "functions.probe:0"}]'
         calls = (*(inputs.chat.calls[:-1] or ("",) * len(inputs.chat.roles)), call)
-        probe = replace(inputs, chat=replace(inputs.chat, calls=calls), style=replace(inputs.style, cot="field"))
         try:
-            text = self._template.control.spell(self._template.finished(probe))
             prompt = self._template.control.spell(self._template.prompt(inputs, PromptForm({})))
         except TEMPLATE_ERRORS:
             return None
-        cot_slot, response_slot = slot(len(inputs.chat.texts) - 2), slot(len(inputs.chat.texts) - 1)
+        return self._tags(inputs, replace(inputs.chat, calls=calls), prompt)
+
+    def _tags(self, inputs: TemplateInput, chat: ChatInput, prompt: str) -> tuple[str, str] | None:
+        """Return what a template writes before and after the thought of a chat, if it begins like this prompt."""
+        probe = replace(inputs, chat=chat, style=replace(inputs.style, cot="field"))
+        try:
+            text = self._template.control.spell(self._template.finished(probe))
+        except TEMPLATE_ERRORS:
+            return None
+        cot_slot, response_slot = slot(len(chat.texts) - 2), slot(len(chat.texts) - 1)
         if text.count(cot_slot) != 1 or not text.startswith(prompt):
             return None
         cot_at = text.index(cot_slot)
         end = skip_thought(self._template.control, text, cot_slot, response_slot, len(prompt))
         return text[len(prompt) : cot_at], text[cot_at + 1 : end]
+
+    def _skip_empty_block(self, inputs: TemplateInput, text: str, supplied: int) -> int:
+        """Return the position after an empty think block that has other tags than <think>, if there is one."""
+        start = text[supplied:].lstrip()[:1]
+        if not start or not self._template.control.is_control(start):
+            return supplied
+        texts = inputs.chat.texts
+        thoughtful = inputs.chat.with_texts([*texts[:-2], slot(len(texts) - 2), texts[-1]])
+        before, behind = self._tags(inputs, thoughtful, text[:supplied]) or ("", "")
+        if not before.strip() or not behind.strip():
+            return supplied
+        block = re.compile(rf"\s*{re.escape(before.strip())}\s*{re.escape(behind.strip())}\s*").match(text, supplied)
+        return block.end() if block else supplied
 
     def _refuse_dropped_messages(self, inputs: TemplateInput, finished: str) -> None:
         """Raise DataError if a message can be replaced without a change of the rendering."""
