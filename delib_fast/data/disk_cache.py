@@ -14,7 +14,7 @@ from delib_fast.config import ConfigError, expand_path
 from delib_fast.digests import DamagedError, read_json, write_json
 from delib_fast.files import locked
 
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 """Increase it whenever equal inputs would give a different result or a different file format."""
 
 

@@ -92,7 +92,7 @@ def encoding() -> Iterator[tuple[str, str, str]]:
     row, tool = chat("p", "c", "r"), '[{"type": "function", "function": {"name": "f"}}]'
     endless = CHATML.replace("<|im_end|>\\n", "").replace("<|im_end|>", "")
     for kind, broken, more in (
-        ("a reserved character", chat("a \U00100001", None, "r"), {}),
+        ("a reserved character", chat("a \U0010FFFC", None, "r"), {}),
         ("only a CoT, with cot: strip", chat("p", "c", " "), {"cot": "strip"}),
         ("longer than a pack", chat("p " * 500, None, "r"), {}),
         ("more than 16 Mi characters", document("a " * (9 << 20)), {}),

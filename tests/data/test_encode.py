@@ -357,8 +357,8 @@ def test_a_row_without_anything_to_train_on_raises():
 
 
 def test_rows_and_tokenizers_that_cannot_be_encoded_raise():
-    with pytest.raises(DataError, match=r"rows.jsonl:1: contains the private-use character U\+100000"):
-        encode_row(chat("a\U00100000", None, "r"), tokenizer("qwen3"))
+    with pytest.raises(DataError, match=r"rows.jsonl:1: contains the private-use character U\+10FFFD"):
+        encode_row(chat("a\U0010fffd", None, "r"), tokenizer("qwen3"))
     with pytest.raises(ValueError, match="cot is 'keep'; it must be 'train', 'context' or 'strip'"):
         encode_row(chat("p", None, "r"), tokenizer("qwen3"), cot="keep")
     no_eos = fast_tokenizer(tokenizer("chatml").backend_tokenizer)
@@ -386,7 +386,15 @@ def test_a_vocabulary_that_spells_a_control_token_cannot_write_it():
     assert backend.encode("ab").tokens == ["ab"]  # the result of a merge
     backend.add_special_tokens(["ab"])
     tok = fast_tokenizer(backend, eos_token="ab")
-    assert tok.convert_ids_to_tokens(encode_row(document("ab abc"), tok).input_ids) == ["a", "b", "Ġ", "a", "b", "c", "ab"]
+    assert tok.convert_ids_to_tokens(encode_row(document("ab abc"), tok).input_ids) == [
+        "a",
+        "b",
+        "Ġ",
+        "a",
+        "b",
+        "c",
+        "ab",
+    ]
 
 
 # --- real data ------------------------------------------------------------------------------------------------

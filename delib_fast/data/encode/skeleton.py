@@ -50,6 +50,16 @@ class Rendering:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptForm:
+    """How the generation prompt is rendered."""
+
+    kwargs: dict[str, bool]
+    """Keyword arguments of `apply_chat_template`."""
+    earlier_cots: bool = True
+    """Whether the earlier messages have their chains of thought."""
+
+
+@dataclass(frozen=True, slots=True)
 class Skeleton:
     """The rendering of a chat, split into chain of thought and response, and how to compare it with stock."""
 
@@ -63,8 +73,7 @@ class Skeleton:
     """The template's own rendering of the chat with its reply, as `apply_chat_template` returns it."""
     prompt: Rendering
     """The template's own generation prompt, as `apply_chat_template(add_generation_prompt=True)` returns it."""
-    prompt_kwargs: dict[str, bool]
-    """The keyword arguments of the generation prompt."""
+    prompt_form: PromptForm
 
     def fill(self, cores: Sequence[str]) -> tuple[str, tuple[int, ...]]:
         """Return (the whole text, the three boundaries as positions in it). `cores` are the stripped texts."""
