@@ -327,7 +327,7 @@ def test_a_full_disk_is_an_oserror(tmp_path) -> None:
 
     class OnFullDisk:
         def save_pretrained(self, folder) -> None:
-            raise Exception("No space left on device (os error 28)")  # noqa: TRY002
+            raise Exception("No space left on device (os error 28)")
 
     with pytest.raises(OSError, match="No space left on device") as caught:
         save_tokenizer(OnFullDisk(), tmp_path)
