@@ -17,15 +17,15 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from glob import escape as glob_escape
+from io import BufferedReader
 from pathlib import Path
-from typing import IO
 
 # --- reading ------------------------------------------------------------------------------------------------
 
 _KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
 
 
-def open_regular(path: str | os.PathLike[str]) -> IO[bytes]:
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """Open a regular file for reading.
 
     Raises:

@@ -126,7 +126,8 @@ def read_yaml_file(path: Path, name: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file (working directory: {Path.cwd()})") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(f"{path}: cannot be read: {why}") from None
     tree = read_yaml(text, where=str(path))
     if not isinstance(tree, dict):
         holds = "it is empty" if tree is None else f"it holds a YAML {type(tree).__name__}"

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from delib_fast.files import replace_folder
 from delib_fast.models.hf_utils import without_progress_bar
 from delib_fast.models.lm import TrainableLM
+from delib_fast.models.tokenizer import save_tokenizer
 
 
 def export_model(
@@ -103,7 +104,7 @@ def _write(
             model.save_pretrained(folder, state_dict=dict(weights))  # save_pretrained empties the dict
     finally:
         config.use_cache = use_cache
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     written = sum(_count_elements(file) for file in folder.glob("*.safetensors"))
     expected = sum(weight.numel() for weight in weights.values())
     if written != expected:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,21 @@ def load_tokenizer(path: str, *, key: str = "model.path", trust_remote_code: boo
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
+    """Write a tokenizer to a folder, as transformers does. Raises OSError if the disk is full or fails.
+
+    The tokenizers library raises a bare Exception then, whose text ends with "(os error 28)".
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:
+        if (found := re.search(r"\(os error (\d+)\)$", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from None
 
 
 def _read_template(path: Path) -> str:

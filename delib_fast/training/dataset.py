@@ -38,7 +38,7 @@ from delib_fast.data.encode.encoder import Cot
 from delib_fast.data.progress import log_progress
 from delib_fast.digests import DamagedError, hash_files, hash_tree, read_json, write_json
 from delib_fast.files import read_text, remove_tree, sync_file
-from delib_fast.models import ModelShape, build_tokenizer, model_shape
+from delib_fast.models import ModelShape, build_tokenizer, model_shape, save_tokenizer
 from delib_fast.training.run_directory import TRAINED_ON
 from delib_fast.training.sources import held_out_rows, reraise_as_data_error, source_of
 
@@ -108,7 +108,7 @@ class RunDataset:
             texts = (text for row in self.training_rows(train.sources) for text in row.texts)
             tokenizer = self._build_tokenizer(train=train, texts=lambda: texts)
             remove_tree(folder)
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
             for file in folder.iterdir():
                 sync_file(file)
             record = {"trained_on": trained_on, "files": hash_files(folder)}
