@@ -105,7 +105,8 @@ class BatchBackend:
             while size < len(self._queue) < self._api.max_requests:
                 size = len(self._queue)
                 await asyncio.sleep(_QUIET_S)
-            batch, bytes_left = [], self._api.max_bytes
+            batch: list[Request] = []
+            bytes_left = self._api.max_bytes
             while self._queue and len(batch) < self._api.max_requests and bytes_left > 0:
                 request = self._queue.pop(0)
                 if request.id in self._waiting:  # otherwise the run is stopping
@@ -290,7 +291,7 @@ class BatchBackend:
     def _pause(self, attempt: int, error: Retry) -> float:
         if error.after_s is not None:
             return min(error.after_s, self._settings.longest_wait_s)
-        return min(self._settings.longest_wait_s, self._settings.first_backoff_s * 2 ** (attempt - 1))
+        return min(self._settings.longest_wait_s, self._settings.first_backoff_s * 2.0 ** (attempt - 1))
 
 
 def endpoint_key(settings: EndpointSettings) -> str:

@@ -122,13 +122,15 @@ class Client:
         """Wait for the requests in flight and close every connection."""
         while self.in_flight:
             await asyncio.wait(self.in_flight.values())
-        for endpoint in self._endpoints:
-            await endpoint.close()
+        # An error of a connection that is no longer needed must not replace the error that ended the run.
+        await asyncio.gather(*(endpoint.close() for endpoint in self._endpoints), return_exceptions=True)
 
     def _on_signal(self) -> None:
         if self.stop.cause is None:
             self.stop.set(Interrupted())
             waiting = sum(e.in_flight for e in self._endpoints if not e.resumable)
+            if any(e.in_flight for e in self._endpoints if e.resumable):
+                self.meter.print("stopping: the same command collects the answers of the batches")
             if waiting:
                 self.meter.print(
                     f"stopping: waiting for {waiting} answers, which will be kept; press Ctrl-C again to discard them"
@@ -213,7 +215,8 @@ class Endpoint:
         client, settings = self._client, self.settings
         start = time.monotonic()
         for attempt in range(1, settings.attempts + 1):
-            if (fault := client.yield_check and client.yield_check.fault()) is not None:
+            fault = None if client.yield_check is None else client.yield_check.fault()
+            if fault is not None:
                 client.stop.set(fault)
                 raise RequestsStopped
             charge = self._charge(request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from delib_fast.config import ConfigError
@@ -33,7 +34,10 @@ class Connection:
             raise ConfigError("generator.model is not set: pass --model NAME, the model's name at the endpoint")
         self.settings = settings
         self.dialect = dialect_of(settings)
-        self.describe = secrets.describe  # an endpoint may repeat the key in an error message
+        self._scrub, self.describe = (
+            secrets.scrub,
+            secrets.describe,
+        )  # an endpoint may repeat the key in an error message
         address = base_url_of(settings)
         key = _key(settings, address, secrets, required=require_key)
         self.http = HttpClient(
@@ -88,9 +92,16 @@ class Connection:
         return RequestRejected(f"HTTP {status}: {text}")
 
     def parse(self, reply: Mapping[str, Any], path: str) -> Answer:
-        """Parse the body of an answer. Some endpoints send an error with status 200."""
+        """Parse the body of an answer, and remove the key from it. Some endpoints send an error with status 200."""
         try:
-            return self.dialect.parse(reply)
+            answer = self.dialect.parse(reply)
+            return replace(
+                answer,
+                text=self._scrub(answer.text),
+                reasoning=None if answer.reasoning is None else self._scrub(answer.reasoning),
+                finish=self._scrub(answer.finish),
+                served_by=self._scrub(answer.served_by),
+            )
         except Retry as malformed:
             code, message, status = error_of(reply)
             if status is not None or no_quota(code):

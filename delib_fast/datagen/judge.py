@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from delib_fast.datagen.answers import Answer
+from delib_fast.datagen.answers import Answer, clean_text
 from delib_fast.datagen.backends import EndpointError, Secrets
 from delib_fast.datagen.client import Client, NoAnswer, for_each
 from delib_fast.datagen.endpoints import EndpointBackend
@@ -74,7 +74,7 @@ async def judge_row(
             purpose="judge",
             first_sample=number * _SAMPLES_PER_VOTE,
         )
-        return {**{str(axis): score for axis, score in scores.items()}, "why": why}, request_ids
+        return {**{str(axis): score for axis, score in scores.items()}, "why": clean_text(why)}, request_ids
 
     judgement = Judgement()
     if not settings.stop_early:  # the votes do not depend on each other: with `batch`, they are in one batch

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from delib_fast.data.read.cot_tags import split_cot
 from delib_fast.data.rows import DataError
-from delib_fast.datagen.request_log import Answer
+from delib_fast.datagen.answers import Answer, clean_text
 from delib_fast.datagen.settings import AXES, Axis
 
 COT_TAG, RESPONSE_TAG = "deliberation", "reply"
@@ -87,7 +87,8 @@ def parse_strings(text: str, *, min_items: int = 1) -> list[str]:
     """
     for value in json_values(text, list):
         if value and all(isinstance(item, str) for item in value):
-            items = list(dict.fromkeys(" ".join(item.split()) for item in value if item.strip()))
+            # JSON inside of an answer has its own escapes, of NUL and of half surrogate pairs.
+            items = list(dict.fromkeys(" ".join(clean_text(item).split()) for item in value if item.strip()))
             if len(items) >= min_items:
                 return items
     raise MalformedAnswer(f"it contains no JSON list of at least {min_items} strings")

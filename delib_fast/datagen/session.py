@@ -31,9 +31,7 @@ _SHORT_SECTION_WORDS = 30  # a section of at most this many words is its own sum
 class Session:
     """One run on one folder. Create it with `async with Session.open(...)`."""
 
-    def __init__(
-        self, out: Path, spec: Spec, settings: RunSettings, client: Client, log: RequestLog, secrets: Secrets
-    ) -> None:
+    def __init__(self, out: Path, spec: Spec, settings: RunSettings, client: Client, log: RequestLog) -> None:
         self.out, self.spec, self.settings, self.client, self.log = out, spec, settings, client, log
         self.meter = client.meter
         self.prompts = PromptFiles(
@@ -42,7 +40,6 @@ class Session:
         self.generator: Endpoint = client.endpoint(settings.generator)
         self.judge: Endpoint = client.endpoint(settings.judge_or_generator())
         self.summaries: dict[str, str] = {}
-        self._scrub = secrets.scrub
 
     @staticmethod
     @contextlib.asynccontextmanager
@@ -59,11 +56,10 @@ class Session:
         Raises ConfigError if the folder is in use or cannot be written, or its log is damaged; WriteError if a file
         cannot be written. An error in the block is never replaced by one that follows from closing.
         """
-        secrets = Secrets()
         async with contextlib.AsyncExitStack() as stack:
             lock = lock_folder(out)
             stack.callback(lock.release)
-            log = RequestLog(out / "requests.jsonl", scrub=secrets.scrub)
+            log = RequestLog(out / "requests.jsonl")
             stack.push(_closing(log))
             meter = meter or Meter()
             meter.log = log
@@ -71,13 +67,13 @@ class Session:
             client = Client(
                 log,
                 meter,
-                secrets,
+                Secrets(),
                 max_cost=settings.max_cost,
                 max_paid_tokens=settings.max_paid_tokens,
                 yield_check=YieldCheck(meter, log.totals, settings.probe_size, settings.least_yield),
                 make_backend=make_backend,
             )
-            session = Session(out, spec, settings, client, log, secrets)
+            session = Session(out, spec, settings, client, log)
             await stack.enter_async_context(client.running())
             session.write_settings()
             yield session
@@ -151,10 +147,10 @@ class Session:
         self.write("settings.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110))
 
     def write(self, name: str, text: str) -> Path:
-        """Write a file in the folder atomically, without secrets. Returns its path. Raises WriteError if that fails."""
+        """Write a file in the folder atomically. Returns its path. Raises WriteError if that fails."""
         path = self.out / name
         try:
-            write_atomic(path, self._scrub(text))
+            write_atomic(path, text)
         except OSError as error:
             raise WriteError(path, error) from None
         return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -107,6 +108,14 @@ def check_base_url(url: str) -> str:
         )
     if not re.match(r"https?://", url):
         raise ValueError("base_url must begin with http:// or https://")
+    if re.search(r"[?#]", url):
+        raise ValueError("base_url contains a ? or #: give the address up to the path, e.g. https://models.example/v1")
+    try:
+        host, _ = urlsplit(url).hostname, urlsplit(url).port
+    except ValueError as error:  # e.g. a port above 65535
+        raise ValueError(f"base_url is not a valid address: {error}") from None
+    if not host or not url.isprintable() or " " in url:
+        raise ValueError("base_url is not a valid address: write it as https://models.example/v1")
     return url
 
 
