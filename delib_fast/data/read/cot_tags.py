@@ -98,14 +98,12 @@ def _closing_position(body: str, closing: str) -> int:
     if body.count(closing) == 1:
         return body.index(closing)
     alone = []
-    start = body.find(closing)
-    while start >= 0:
-        end = start + len(closing)
-        line_start = body.rfind("\n", 0, start) + 1
-        line_end = body.find("\n", end)
-        if not body[line_start:start].strip() and not body[end : None if line_end < 0 else line_end].strip():
-            alone.append(start)
-        start = body.find(closing, end)
+    line_start = 0
+    for line in body.split("\n"):
+        before, found, after = line.partition(closing)
+        if found and not before.strip() and not after.strip():
+            alone.append(line_start + len(before))
+        line_start += len(line) + 1
     if len(alone) != 1:
         _fail(
             f"{closing} occurs {body.count(closing)} times, {len(alone)} of them alone on a line: the end of the chain "

@@ -1,0 +1,72 @@
+"""Texts that are hostile to parsers: long runs of what a regular expression or a parser may read more than once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+_SIZES = (300, 2_000, 8_000)
+_FULL_SIZES = (*_SIZES, 100_000, 1_000_000)
+_SECONDS_PER_CHARACTER = 20e-6  # of CPU time: 20 times what the slowest parser needs, and a tenth of what n² steps take
+_SECONDS = 0.05  # whatever the length
+
+# Repeated up to the length of the text. Then the same with each of _ENDS, which makes a match fail at its end.
+_UNITS = (
+    *"\n \t\r<>[]{}()\\#*`aA1._-=!,/'\"“”|~:",
+    "\r\n", " \n", "a ", "a. ", "1,", "1.", "1 ", "- ", "-a", ": ", "**", "__", "\\\"", "\\\\", "\u0301", "é", "\0",
+    "\u2028", "\x85", "\ud800", "𝔘",
+    "<think>", "</think>", "</think>\n", "</think> x\n", "<think></think>", "<answer>", "<answer> ", "<answer>a",
+    "</answer>", "<reply>", "<deliberation>", "</deliberation>", "<thinking>", "<|", "<｜", "</s", "[INST",
+    "<tool_use:a>", "<tool_use:a></tool_use:", "<tool_use:", "<to>", "<content>", "<SCRATCHPAD_REASONING>", "</SCRATCHPAD",
+    "{{ ", "{{a", "{#", "{#a", "{#a ", " {#a}", "<!--", "-->", "## user\n", "## system \n", "# a\n", "# a #", "# ", "#\n",
+    "a\n===\n", "---\n", "\n---", "```\n", "~~~ ", "1. a\n", "1. **a** b\n", "1) ", "| a ", "|-", "* a\n",
+    "[1,", "[[],", "[[1],", '{"a":', '{"a":[', '["', '["a",', '{"', '{"\\', '{"a": "', '"a', '[{"a": 1}, ', "[1e9", "{}",
+    "[0", '{"compliance": 9, ', '{"why": ', '"\\ud800"',
+    "sorry ", "sorry", "I can't ", "I ", "I, ", "I, I ", "I would really ", "I will ", "I will a ", "can't ", "no, I ",
+    "as an AI ", "not something I ", "I must ", "help ", "the rule ", "the spec ", "according to ", "rule 1", "rule ",
+    "policy. ", "policy ", "(A", "(A)", "answer", "answer ", "answer is ", "answer: *", "option=", "A\n", "#### ",
+    "####1", "is ", "is not ", "isn't ", "do ", "<<1", "<<1=", "<<1+1=2>>", "<<(", "1-", "+1", "n't ", "it's ", "a'",
+    "a/", " / ", "https://", "https://a@", "://a:", "a@", "sk-", "hf_", "?key=", "&token=", "key=a", "Bearer ", "Basic ",
+    "\x1b[31m", "\x1b]8;;", "\u202e", "\x9b",
+)  # fmt: skip
+_ENDS = ("", "!", "x", "\n")
+_STARTS = ("", "<think>", "I can't ", "\n")
+
+
+def repeated(unit: str, length: int) -> str:
+    return unit * max(1, length // len(unit))
+
+
+def families(full: bool, seed: int = 0) -> Iterator[tuple[str, Callable[[int], str]]]:
+    """Yield (name, length → text) of each family.
+
+    Args:
+        full: also with a beginning and an ending; otherwise each unit has one of them, which `seed` rotates.
+    """
+    for k, unit in enumerate(_UNITS):
+        for j, end in enumerate(_ENDS):
+            for i, start in enumerate(_STARTS):
+                if full or (i == 0 and j == 0) or (k + seed) % (len(_ENDS) * len(_STARTS)) == j * len(_STARTS) + i:
+                    yield (
+                        f"{start!r} + {unit!r} × n + {end!r}",
+                        lambda length, s=start, u=unit, e=end: s + repeated(u, length) + e,
+                    )
+
+
+def assert_linear(parse: Callable[[str], object], name: str, *, full: bool, seed: int = 0) -> int:
+    """Assert that the CPU time of a parser is at most linear in the text, for every family. Returns how many there are.
+
+    The lengths grow, so that a quadratic or cubic parser fails in a second instead of a minute. CPU time, not elapsed
+    time: other processes of a busy machine do not count.
+    """
+    count = 0
+    for family, text_of in families(full, seed):
+        count += 1
+        for length in _FULL_SIZES if full else _SIZES:
+            text = text_of(length)
+            start = time.thread_time()
+            parse(text)
+            seconds = time.thread_time() - start
+            limit = _SECONDS + _SECONDS_PER_CHARACTER * len(text)
+            assert seconds < limit, f"{name} took {seconds:.2f} s for {len(text)} characters of {family}"
+    return count
