@@ -9,6 +9,7 @@ import ast
 import contextlib
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,6 @@ def parsers(folder: Path) -> dict[str, Callable[[str], object]]:
     """Every parser of text from outside: answers, rows, specs, configurations, prompt files, messages of endpoints."""
     from delib_fast.config import ConfigError
     from delib_fast.config.base import nearest
-    from delib_fast.config.load import read_yaml
     from delib_fast.data import DataError
     from delib_fast.data.decontamination import find_ngram, ngram_hashes, words_of
     from delib_fast.data.read.cot_tags import split_cot
@@ -138,12 +138,15 @@ def parsers(folder: Path) -> dict[str, Callable[[str], object]]:
     from delib_fast.evals.metrics.monitors import Transcript, _features, step_holds
     from delib_fast.evals.sampling import parse_reply
     from delib_fast.preview.tokens import make_visible
+    from delib_fast.redaction import has_entropy, is_secret_name, redact, redact_text, register_secret, scrub
     from delib_fast.reports.text_statistics import diversity, near_duplicates
+    from delib_fast.terminal import printable
 
     spec = Spec.of("# V1. Honesty\nIt says what it believes, and how sure it is of it.\n# - Care\nIt does.\n# A a a\nx")
     labels = [*labels_of_spec(spec), *labels_of_names(["Self-Harm / - Other", "rule-5"])]
     settings = {style: DeliberateSettings.model_validate({"style": style}) for style in ("cite", "internal")}
     guard = SpecGuard(spec)
+    register_secret("9f86d081884c7d659a2feaa0c55ad015")
     prompts = PromptFiles()
     condition = Condition(SCENARIOS[0], "none", "none")
     formats = FormatSettings("rows")
@@ -151,14 +154,21 @@ def parsers(folder: Path) -> dict[str, Callable[[str], object]]:
     def answer(text: str) -> Answer:
         return Answer(text, "stop")
 
+    def fault(chosen: DeliberateSettings, text: str) -> str | None:
+        whole = answer(f"<deliberation>{text}</deliberation><reply>{text}</reply>")
+        return format_fault(answer(text), split_answer(whole, "tags"), chosen, labels, text)
+
     def write(name: str, text: str) -> Path:
         path = folder / name
         path.write_text(text, encoding="utf-8", errors="replace", newline="")
         return path
 
+    def clean(text: str) -> str:
+        return text.encode(errors="replace").decode()
+
     def spec_sections(text: str) -> None:
         with contextlib.suppress(ConfigError):
-            found = Spec.of(text)
+            found = Spec.of(clean(text))
             summaries = {s.id: first_sentence(s) for s in found.sections}
             assert [found.section(s.id) for s in found.sections] == list(found.sections)
             found.for_categories([s.id for s in found.sections[:3]], summaries)
@@ -189,13 +199,7 @@ def parsers(folder: Path) -> dict[str, Callable[[str], object]]:
         "parse_verdict": quiet(lambda text: _verdict_parser(["comply"])(answer(text)), MalformedAnswer),
         "split_answer at tags": lambda text: split_answer(answer(text), "tags"),
         "split_answer at reasoning": lambda text: split_answer(answer(text), "reasoning"),
-        **{
-            f"format_fault {style}": lambda text, s=chosen: format_fault(
-                answer(text), split_answer(answer(f"<deliberation>{text}</deliberation><reply>{text}</reply>"), "tags"),
-                s, labels, text,
-            )
-            for style, chosen in settings.items()
-        },  # fmt: skip
+        **{f"format_fault {style}": partial(fault, chosen) for style, chosen in settings.items()},
         "cited": lambda text: cited(text, labels),
         "mentions_spec": lambda text: mentions_spec(text, labels, prompt=text),
         "policy_sentences": lambda text: policy_sentences(text, spec_words=True),
@@ -208,7 +212,7 @@ def parsers(folder: Path) -> dict[str, Callable[[str], object]]:
         "spec": spec_sections,
         "prompt file": quiet(lambda text: _read(write("judge.md", f"{text}\n## user\n{text}")), ConfigError),
         "prompt": lambda text: prompts.chat("summarize", title=text, section=text),
-        "quoted": lambda text: quoted("reply", text.encode(errors="replace").decode()),
+        "quoted": lambda text: quoted("reply", clean(text)),
         "prompts .txt": user_prompts("prompts.txt"),
         "prompts .json": user_prompts("prompts.json"),
         "prompts .jsonl": user_prompts("prompts.jsonl"),
@@ -248,17 +252,20 @@ def parsers(folder: Path) -> dict[str, Callable[[str], object]]:
         "truncated": lambda text: truncated(text, 0.5),
         "corrupted": lambda text: corrupted(text, "seed"),
         "legibility": lambda text: (unknown_share(text, ()), repeated_share(text), script_of(text)),
-        "compression": lambda text: compression(text.encode(errors="replace").decode()),
+        "compression": lambda text: compression(clean(text)),
         "hints": lambda text: [kind.mention.search(text) for kind in HINTS],
         "step_holds": lambda text: step_holds(text, "1"),
-        "monitor": lambda text: _features(
-            [Transcript("a", text, text, clean := text.encode(errors="replace").decode(), True)], "response"
-        ),
-        # reports and terminals
+        "monitor": lambda text: _features([Transcript("a", clean(text), "", clean(text), True)], "response"),
+        # reports, terminals and secrets
+        "printable": printable,
+        "scrub": scrub,
+        "redact_text": redact_text,
+        "redact": lambda text: redact({"url": f"https://{text}", "x": [text]}),
+        "has_entropy": has_entropy,
+        "is_secret_name": is_secret_name,
         "diversity": lambda text: diversity([text]),
         "near_duplicates of a report": lambda text: near_duplicates([text, text]),
         "make_visible": make_visible,
-        "read_yaml": quiet(lambda text: read_yaml(text[:2000], where="x"), ConfigError),
     }
 
 
@@ -276,8 +283,10 @@ def registry(tmp_path_factory):
 
 
 PARSERS = list(parsers(Path()))
+# Parsers with a larger constant: an object per line.
+SLOWER = {"prompts .txt": 6, "prompts .jsonl": 6}
 
 
 @pytest.mark.parametrize("name", PARSERS)
 def test_parsers_are_linear(name, registry, full):
-    assert assert_linear(registry[name], name, full=full, seed=len(name)) > 100
+    assert assert_linear(registry[name], name, full=full, seed=len(name), slower=SLOWER.get(name, 1)) > 100

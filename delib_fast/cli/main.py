@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from typer.core import TyperGroup
 
 from delib_fast.config import ConfigError
 from delib_fast.config.load import dump_config, json_schema, load_config
+from delib_fast.terminal import console, echo, guard_process_output, report_error
 
 # Commands in other modules, with their help texts. A module is imported when its command runs: importing all of them
 # takes seconds.
@@ -70,11 +72,11 @@ def config(
 ) -> None:
     """Check a configuration and print it with every default; or print the JSON schema."""
     if schema:
-        typer.echo(json_schema())
+        echo(json_schema())
     elif path is None:
         raise ConfigError("give a configuration file to check, or --schema")
     else:
-        typer.echo(dump_config(load_config(path, overrides)), nl=False)
+        echo(dump_config(load_config(path, overrides)).removesuffix("\n"))
 
 
 @app.command()
@@ -108,15 +110,13 @@ def train(
 @app.command()
 def ledger(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]) -> None:
     """Print the held-out losses and the stages of a run, from its ledger."""
-    from rich.console import Console
-
     from delib_fast.training.console import heldout_table, stage_table
     from delib_fast.training.run_directory import read_ledger
 
     content = read_ledger(run_dir)
-    console = Console(highlight=False)
-    console.print(heldout_table(content["evaluations"]))
-    console.print(stage_table([stage for stage in content["stages"] if stage["status"] == "finished"]))
+    out = console()
+    out.print(heldout_table(content["evaluations"]))
+    out.print(stage_table([stage for stage in content["stages"] if stage["status"] == "finished"]))
 
 
 @app.command()
@@ -124,15 +124,27 @@ def env(brief: Annotated[bool, typer.Option("--brief", help="print one line")] =
     """Print versions, the device, and which backends of the fused ops can run."""
     from delib_fast.cli.env import describe, one_line
 
-    typer.echo(one_line() if brief else describe())
+    echo(one_line() if brief else describe())
 
 
 def main() -> None:
+    guard_process_output()
     try:
-        app()
+        code = app(standalone_mode=False)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report_error(error)
         sys.exit(2)
+    except click.UsageError as error:  # typer would print the arguments as they are
+        if error.ctx is not None:
+            echo(f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} --help' for help.\n", err=True)
+        report_error(error.format_message())
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        report_error(error.format_message())
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

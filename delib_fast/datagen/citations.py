@@ -13,7 +13,7 @@ from functools import cached_property
 from delib_fast.data.decontamination import words_of
 from delib_fast.datagen.spec import Section, Spec
 
-_NAME_WORDS = 30
+_NAME_CHARS = 200
 _QUOTED_WORDS = 7  # this many consecutive words of a section are a quotation of it
 _NUMBERED_ID = re.compile(r"^(?P<word>[a-z]+)-(?P<number>\d{1,3})$")
 _LETTER_TITLE = re.compile(r"^(?P<label>[A-Z]{1,3}\d{1,3}(?:\.\d{1,3})*)[.:)\s]")
@@ -55,8 +55,13 @@ def labels_of_names(categories: Iterable[str]) -> list[Label]:
     """Return labels of categories without a spec, by name only: "Self-Harm", "Violence / Physical Harm"."""
     labels = []
     for category in categories:
-        labels.append(Label(category, pattern_of_names([category, *category.split("/")])))
+        labels.append(Label(category, pattern_of_names(names_of_category(category))))
     return labels
+
+
+def names_of_category(category: str) -> list[str]:
+    """Return the name of a category and its parts: "Violence / Physical Harm" is also named by "Physical Harm"."""
+    return [category, *(category.split("/") if len(category) <= _NAME_CHARS else ())]
 
 
 def cited(text: str, labels: Sequence[Label]) -> list[str]:
@@ -127,10 +132,10 @@ def _names_of(section: Section) -> list[str]:
 def pattern_of_names(names: Iterable[str]) -> re.Pattern[str]:
     """Match any of these names as whole words, ignoring case; white space and hyphens between words are equal.
 
-    A name without words, or of more than 30 words, is not searched for.
+    A name without words, or of more than 200 characters, is not searched for.
     """
-    words = ([word for word in re.split(r"[\s-]+", name) if word] for name in names)
-    found = [r"[\s-]+".join(map(re.escape, parts)) for parts in words if 0 < len(parts) <= _NAME_WORDS]
+    words = ([word for word in re.split(r"[\s-]+", name) if word] for name in names if len(name) <= _NAME_CHARS)
+    found = [r"[\s-]+".join(map(re.escape, parts)) for parts in words if parts]
     return re.compile("|".join(rf"(?<!\w){name}(?!\w)" for name in found) or "(?!)", re.IGNORECASE)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,9 +33,9 @@ def strip_thinking(text: str) -> str:
 def json_values(text: str, kind: type[dict[str, Any]] | type[list[Any]]) -> list[Any]:
     """Return every outermost JSON object (or list) of a text. Prose, code fences and a <think> block are skipped.
 
-    The cost is linear in the text. After a value that is not valid JSON, the search continues inside it, which reads its
-    characters again: on average at most 8 times, then it continues where the value stopped being valid. Values after one
-    that is nested too deeply for Python are not found.
+    The cost is linear in the text. After a value that is not valid JSON, the search continues inside it, which reads
+    its characters again: on average at most 8 times, then it continues where the value stopped being valid. Values
+    after one that is nested too deeply for Python are not found.
     """
     text = strip_thinking(text)
     opening = "{" if kind is dict else "["

@@ -9,9 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
-from delib_fast.config.load import redact
+from delib_fast.config.load import dump_yaml
 from delib_fast.datagen.answers import Answer
 from delib_fast.datagen.backends import Backend, Secrets
 from delib_fast.datagen.client import Client, Endpoint, NoAnswer, for_each
@@ -23,6 +21,7 @@ from delib_fast.datagen.settings import EndpointSettings, RunSettings
 from delib_fast.datagen.spec import Section, Spec, first_sentence
 from delib_fast.datagen.spending import YieldCheck
 from delib_fast.files import write_atomic
+from delib_fast.redaction import redact
 
 T = TypeVar("T")
 _SHORT_SECTION_WORDS = 30  # a section of at most this many words is its own summary
@@ -143,8 +142,7 @@ class Session:
 
     def write_settings(self) -> None:
         """Write settings.yaml, without secrets."""
-        settings = redact(self.settings.model_dump(mode="json"))
-        self.write("settings.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110))
+        self.write("settings.yaml", dump_yaml(redact(self.settings.model_dump(mode="json"))))
 
     def write(self, name: str, text: str) -> Path:
         """Write a file in the folder atomically. Returns its path. Raises WriteError if that fails."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 
-_SIZES = (300, 2_000, 8_000)
+_SIZES = (300, 8_000)
 _FULL_SIZES = (*_SIZES, 100_000, 1_000_000)
-_SECONDS_PER_CHARACTER = 20e-6  # of CPU time: 20 times what the slowest parser needs, and a tenth of what n² steps take
+_SECONDS_PER_CHARACTER = 10e-6  # of CPU time: n² steps of 8,000 characters take at least twice as long
 _SECONDS = 0.05  # whatever the length
 
 # Repeated up to the length of the text. Then the same with each of _ENDS, which makes a match fail at its end.
@@ -17,16 +18,19 @@ _UNITS = (
     "\u2028", "\x85", "\ud800", "𝔘",
     "<think>", "</think>", "</think>\n", "</think> x\n", "<think></think>", "<answer>", "<answer> ", "<answer>a",
     "</answer>", "<reply>", "<deliberation>", "</deliberation>", "<thinking>", "<|", "<｜", "</s", "[INST",
-    "<tool_use:a>", "<tool_use:a></tool_use:", "<tool_use:", "<to>", "<content>", "<SCRATCHPAD_REASONING>", "</SCRATCHPAD",
-    "{{ ", "{{a", "{#", "{#a", "{#a ", " {#a}", "<!--", "-->", "## user\n", "## system \n", "# a\n", "# a #", "# ", "#\n",
+    "<tool_use:a>", "<tool_use:a></tool_use:", "<tool_use:", "<to>", "<content>",
+    "<SCRATCHPAD_REASONING>", "</SCRATCHPAD",
+    "{{ ", "{{a", "{#", "{#a", "{#a ", " {#a}", "<!--", "-->", "## user\n", "## system \n", "# a\n", "# a #",
+    "# ", "#\n",
     "a\n===\n", "---\n", "\n---", "```\n", "~~~ ", "1. a\n", "1. **a** b\n", "1) ", "| a ", "|-", "* a\n",
-    "[1,", "[[],", "[[1],", '{"a":', '{"a":[', '["', '["a",', '{"', '{"\\', '{"a": "', '"a', '[{"a": 1}, ', "[1e9", "{}",
-    "[0", '{"compliance": 9, ', '{"why": ', '"\\ud800"',
+    "[1,", "[[],", "[[1],", '{"a":', '{"a":[', '["', '["a",', '{"', '{"\\', '{"a": "', '"a', '[{"a": 1}, ', "[1e9",
+    "{}", "[0", '{"compliance": 9, ', '{"why": ', '"\\ud800"',
     "sorry ", "sorry", "I can't ", "I ", "I, ", "I, I ", "I would really ", "I will ", "I will a ", "can't ", "no, I ",
     "as an AI ", "not something I ", "I must ", "help ", "the rule ", "the spec ", "according to ", "rule 1", "rule ",
     "policy. ", "policy ", "(A", "(A)", "answer", "answer ", "answer is ", "answer: *", "option=", "A\n", "#### ",
     "####1", "is ", "is not ", "isn't ", "do ", "<<1", "<<1=", "<<1+1=2>>", "<<(", "1-", "+1", "n't ", "it's ", "a'",
-    "a/", " / ", "https://", "https://a@", "://a:", "a@", "sk-", "hf_", "?key=", "&token=", "key=a", "Bearer ", "Basic ",
+    "a/", " / ", "https://", "https://a@", "://a:", "a@", "sk-", "hf_", "?key=", "&token=", "key=a",
+    "Bearer ", "Basic ",
     "\x1b[31m", "\x1b]8;;", "\u202e", "\x9b",
 )  # fmt: skip
 _ENDS = ("", "!", "x", "\n")
@@ -53,12 +57,26 @@ def families(full: bool, seed: int = 0) -> Iterator[tuple[str, Callable[[int], s
                     )
 
 
-def assert_linear(parse: Callable[[str], object], name: str, *, full: bool, seed: int = 0) -> int:
+def assert_linear(parse: Callable[[str], object], name: str, *, full: bool, seed: int = 0, slower: float = 1.0) -> int:
     """Assert that the CPU time of a parser is at most linear in the text, for every family. Returns how many there are.
+
+    Args:
+        slower: a factor on the limit.
 
     The lengths grow, so that a quadratic or cubic parser fails in a second instead of a minute. CPU time, not elapsed
     time: other processes of a busy machine do not count.
     """
+    gc.collect()
+    gc.freeze()  # a collection of the objects of all other tests would count as the parser's time
+    gc.disable()
+    try:
+        return _measure(parse, name, full=full, seed=seed, slower=slower)
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def _measure(parse: Callable[[str], object], name: str, *, full: bool, seed: int, slower: float) -> int:
     count = 0
     for family, text_of in families(full, seed):
         count += 1
@@ -67,6 +85,6 @@ def assert_linear(parse: Callable[[str], object], name: str, *, full: bool, seed
             start = time.thread_time()
             parse(text)
             seconds = time.thread_time() - start
-            limit = _SECONDS + _SECONDS_PER_CHARACTER * len(text)
+            limit = slower * (_SECONDS + _SECONDS_PER_CHARACTER * len(text))
             assert seconds < limit, f"{name} took {seconds:.2f} s for {len(text)} characters of {family}"
     return count

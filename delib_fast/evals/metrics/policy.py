@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from delib_fast.datagen.citations import pattern_of_names, policy_sentences
+from delib_fast.datagen.citations import names_of_category, pattern_of_names, policy_sentences
 from delib_fast.evals.extra import import_extra
 from delib_fast.evals.intervals import Estimate, wilson
 
@@ -68,7 +68,7 @@ class PolicyClassifier:
         self._bayes: Any = import_extra("sklearn.naive_bayes").MultinomialNB()
         self._bayes.fit(self._vectorizer.fit_transform([text for text, _ in pairs]), [label for _, label in pairs])
         self._names = [
-            pattern_of_names([label, *label.split("/"), *(names or {}).get(label, ())]) for label in self.labels
+            pattern_of_names([*names_of_category(label), *(names or {}).get(label, ())]) for label in self.labels
         ]
 
     @property
