@@ -44,7 +44,7 @@ _LONGEST_SEQUENCE = 6  # of digits that count as one
 
 _WORD_BREAKS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[^A-Za-z0-9]+")
 _SECRET_ENDINGS = (
-    "token", "secret", "secrets", "password", "passwords", "passwd", "passphrase", "pwd", "credential", "credentials",
+    "token", "secret", "secrets", "password", "passwords", "passwd", "passphrase", "credential", "credentials",
     "authorization", "apikey", "apikeys", "accesskey", "secretkey", "privatekey", "authkey", "signingkey", "cookie",
     "accesskeyid", "bearer", "jwt", "authtokens", "apitokens", "accesstokens",
 )  # fmt: skip
@@ -63,6 +63,8 @@ def is_secret_name(name: str) -> bool:
         return False
     if words[-1] == "token" and len(words) > 1 and words[-2] in _KINDS_OF_TEXT_TOKENS:
         return False  # a token of a tokenizer
+    if words[-1] == "pwd":
+        return len(words) > 1  # PWD is the working directory
     return "".join(words).endswith(_SECRET_ENDINGS)
 
 

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -27,6 +26,9 @@ _LAZY_COMMANDS = {
     "eval": ("delib_fast.cli.evaluate", "Evaluate a model; writes JSON, tables and an HTML page."),
     "study": ("delib_fast.cli.study", "Train the arms of a study and compare them."),
 }
+
+
+_USAGE_ERROR: Any = typer.BadParameter.__base__  # of click, or of the copy of click in newer versions of typer
 
 
 class _LazyGroup(TyperGroup):
@@ -134,15 +136,12 @@ def main() -> None:
     except ConfigError as error:
         report_error(error)
         sys.exit(2)
-    except click.UsageError as error:  # typer would print the arguments as they are
+    except _USAGE_ERROR as error:  # typer would print the arguments as they are
         if error.ctx is not None:
             echo(f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} --help' for help.\n", err=True)
         report_error(error.format_message())
         sys.exit(error.exit_code)
-    except click.ClickException as error:
-        report_error(error.format_message())
-        sys.exit(error.exit_code)
-    except click.Abort:
+    except typer.Abort:
         sys.exit(130)
     sys.exit(code)
 

@@ -33,6 +33,10 @@ _UNITS = (
     "Bearer ", "Basic ",
     "\x1b[31m", "\x1b]8;;", "\u202e", "\x9b",
 )  # fmt: skip
+_ALWAYS = frozenset(
+    ("\n", " ", "a", "1", "<", "[", "{", "-", "\\", '"', "“", " {#a}", "{#a ", "# a\n", "# ", "</think>",
+     "</think> x\n", '{"a":', '["a",', "[1,", "answer ", "a ", "a. ", " / ", "1-", "<<(", "?key=")
+)  # fmt: skip
 _ENDS = ("", "!", "x", "\n")
 _STARTS = ("", "<think>", "I can't ", "\n")
 
@@ -45,16 +49,22 @@ def families(full: bool, seed: int = 0) -> Iterator[tuple[str, Callable[[int], s
     """Yield (name, length → text) of each family.
 
     Args:
-        full: also with a beginning and an ending; otherwise each unit has one of them, which `seed` rotates.
+        full: every unit with every beginning and ending; otherwise the units of _ALWAYS, and every fifth of the others
+            with one beginning and ending, which `seed` rotates.
     """
+    affixes = [(start, end) for start in _STARTS for end in _ENDS]
     for k, unit in enumerate(_UNITS):
-        for j, end in enumerate(_ENDS):
-            for i, start in enumerate(_STARTS):
-                if full or (i == 0 and j == 0) or (k + seed) % (len(_ENDS) * len(_STARTS)) == j * len(_STARTS) + i:
-                    yield (
-                        f"{start!r} + {unit!r} × n + {end!r}",
-                        lambda length, s=start, u=unit, e=end: s + repeated(u, length) + e,
-                    )
+        if full:
+            chosen = affixes
+        elif unit in _ALWAYS:
+            chosen = [affixes[0], affixes[(k + seed) % len(affixes)]]
+        else:
+            chosen = [affixes[(k + seed) % len(affixes)]] if (k + seed) % 5 == 0 else []
+        for start, end in chosen:
+            yield (
+                f"{start!r} + {unit!r} × n + {end!r}",
+                lambda length, s=start, u=unit, e=end: s + repeated(u, length) + e,
+            )
 
 
 def assert_linear(parse: Callable[[str], object], name: str, *, full: bool, seed: int = 0, slower: float = 1.0) -> int:
