@@ -38,7 +38,7 @@ _COMMON_WORDS = """
 """
 _WITHOUT_ENTROPY = frozenset(_COMMON_WORDS.split())
 _SEQUENCES = ("01234567890123456789", "9876543210")
-_LONGEST_SEQUENCE = 6  # of digits that count as one
+_LONGEST_SEQUENCE = 9  # of digits that count as one
 
 # --- names ------------------------------------------------------------------------------------------------------
 
@@ -232,7 +232,8 @@ def _redact_assignment(match: re.Match[str]) -> str:
         return match[0]
     if separator.strip() == ":" and value.isalpha() and not _HEADER.search(name):
         return match[0]  # a message about a key: `generator.api_key: unknown key`
-    return f"{name}{separator}{REPLACEMENT}"
+    end = value[len(value.rstrip(".:!?")) :]  # of a sentence
+    return f"{name}{separator}{REPLACEMENT}{end}"
 
 
 def redact(tree: Any, name: str = "") -> Any:

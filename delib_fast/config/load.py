@@ -129,7 +129,7 @@ def read_yaml_file(path: Path, name: str) -> dict[str, Any]:
         text = read_text(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file (working directory: {Path.cwd()})") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not a path
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     tree = read_yaml(text, where=str(path))
     if not isinstance(tree, dict):
