@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from delib_fast.datagen.answers import Answer, BatchEntry, Charge, Request, request_entry
-from delib_fast.datagen.backends import EndpointError, RequestRejected, Retry, Secrets
+from delib_fast.datagen.backends import EndpointError, RequestRejected, Retry
 from delib_fast.datagen.batch_apis import (
     AnthropicBatches,
     BatchApi,
@@ -33,6 +33,7 @@ from delib_fast.datagen.request_log import RequestLog
 from delib_fast.datagen.settings import EndpointSettings
 from delib_fast.datagen.spending import at_most, cost_of, most_of
 from delib_fast.datagen.stopping import RequestsStopped
+from delib_fast.redaction import redact
 
 T = TypeVar("T")
 _QUIET_S = 0.2  # a batch is submitted when no request has been added for this long
@@ -51,8 +52,8 @@ class BatchBackend:
 
     resumable = True
 
-    def __init__(self, settings: EndpointSettings, secrets: Secrets, log: RequestLog, meter: Meter) -> None:
-        self._connection = Connection(settings, secrets)
+    def __init__(self, settings: EndpointSettings, log: RequestLog, meter: Meter) -> None:
+        self._connection = Connection(settings)
         api = AnthropicBatches if settings.api == "anthropic" else OpenAIBatches
         self._api: BatchApi = api(self._connection)
         self._settings, self._log, self._meter = settings, log, meter
@@ -296,5 +297,5 @@ class BatchBackend:
 
 def endpoint_key(settings: EndpointSettings) -> str:
     """Identifies the endpoint of a batch: API, address, model and sampling parameters."""
-    content = [settings.api, base_url_of(settings), settings.model, params_of(settings)]
+    content = [settings.api, base_url_of(settings), settings.model, redact(params_of(settings))]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -29,6 +29,7 @@ from typing import Any
 from delib_fast.config import ConfigError
 from delib_fast.datagen.answers import Answer, BatchEntry, Charge, Request, Totals, hashed_messages, sha256_of
 from delib_fast.files import FileLock, sync_descriptor, sync_folder
+from delib_fast.redaction import redact
 
 __all__ = ["Answer", "Request", "RequestLog", "WriteError", "lock_folder", "read_answers"]
 
@@ -138,7 +139,7 @@ class RequestLog:
                 "purpose": request.purpose,
                 "model": request.model,
                 "messages": hashed_messages(request),
-                "params": dict(request.params),
+                "params": redact(request.params),
                 "sample": request.sample,
                 "answer": {k: v for k, v in asdict(answer).items() if k != "request_id"},
                 "cost": cost,
@@ -176,7 +177,7 @@ class RequestLog:
             "key": entry.key,
             "endpoint": entry.endpoint,
             "model": entry.model,
-            "params": dict(entry.params),
+            "params": redact(entry.params),
             "requests": list(entry.requests),
             "at_most": entry.at_most.record(),
             "at": entry.at,

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from delib_fast.config.load import dump_yaml
 from delib_fast.datagen.answers import Answer
-from delib_fast.datagen.backends import Backend, Secrets
+from delib_fast.datagen.backends import Backend
 from delib_fast.datagen.client import Client, Endpoint, NoAnswer, for_each
 from delib_fast.datagen.parsing import MalformedAnswer, strip_thinking
 from delib_fast.datagen.progress import Meter
@@ -66,7 +66,6 @@ class Session:
             client = Client(
                 log,
                 meter,
-                Secrets(),
                 max_cost=settings.max_cost,
                 max_paid_tokens=settings.max_paid_tokens,
                 yield_check=YieldCheck(meter, log.totals, settings.probe_size, settings.least_yield),

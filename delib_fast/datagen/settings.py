@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -11,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_
 
 from delib_fast.config import FilePath, Section
 from delib_fast.config.load import FileKind
+from delib_fast.redaction import has_entropy, redact_setting
 
 Axis = Literal["compliance", "helpfulness", "reasoning"]
 _BATCH_CONCURRENCY = 1000
@@ -90,6 +90,17 @@ class EndpointSettings(Section):
             raise ValueError("batch needs an endpoint; a model in this process always computes batches")
         return self
 
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_name(cls, value: str) -> str:
+        is_name = value.isidentifier() and value.isascii()
+        if not is_name or redact_setting(value) != value or (has_entropy(value) and value.upper() != value):
+            raise ValueError(
+                "is not the name of an environment variable in capital letters, e.g. OPENAI_API_KEY; if it is the key "
+                "itself, put it into a variable and give its name here"
+            )
+        return value
+
     @field_validator("extra")
     @classmethod
     def _only_further_fields(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -101,15 +112,18 @@ class EndpointSettings(Section):
 
 def check_base_url(url: str) -> str:
     """Return the address of an endpoint. Raises ValueError if it is not an http(s) address, or contains a key."""
-    if re.search(r"://[^/@\s]+@", url):
+    if "@" in urlsplit(url).netloc:
         raise ValueError(
             "base_url contains a user name or key before the @: remove it, and put the key into the environment "
             "variable that api_key_env names"
         )
-    if not re.match(r"https?://", url):
+    if not url.startswith(("http://", "https://")):
         raise ValueError("base_url must begin with http:// or https://")
-    if re.search(r"[?#]", url):
-        raise ValueError("base_url contains a ? or #: give the address up to the path, e.g. https://models.example/v1")
+    if "?" in url or "#" in url:
+        raise ValueError(
+            "base_url contains a ? or #: give the address up to the path, e.g. https://models.example/v1, and put a key "
+            "into the environment variable that api_key_env names"
+        )
     try:
         host, _ = urlsplit(url).hostname, urlsplit(url).port
     except ValueError as error:  # e.g. a port above 65535

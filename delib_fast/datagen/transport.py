@@ -20,7 +20,7 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 from delib_fast.config import ConfigError
-from delib_fast.datagen.backends import EndpointError, Retry
+from delib_fast.datagen.backends import EndpointError, Retry, describe
 
 _ERROR_BYTES = 64 * 1024  # of the body of an error, which only becomes a message
 _MIB = 2**20
@@ -45,7 +45,6 @@ class HttpClient:
         headers: sent with every request, e.g. the key.
         deadline_s: seconds for one attempt, from connecting to the last byte.
         max_bytes: limit of the decompressed body.
-        describe: turns text of the endpoint into a short text for messages, without secrets.
     Raises:
         ConfigError: httpx is not installed, or the base URL is not valid.
     """
@@ -57,7 +56,6 @@ class HttpClient:
         *,
         deadline_s: float,
         max_bytes: int,
-        describe: Callable[[str], str],
     ) -> None:
         try:
             import httpx  # an optional dependency
@@ -68,7 +66,7 @@ class HttpClient:
             ) from None
         self._httpx = httpx
         self.base_url = base_url.rstrip("/")
-        self._deadline_s, self._max_bytes, self._describe = deadline_s, max_bytes, describe
+        self._deadline_s, self._max_bytes = deadline_s, max_bytes
         try:
             httpx.URL(self.base_url)
             self._client = httpx.AsyncClient(
@@ -154,7 +152,7 @@ class HttpClient:
         except (httpx.TransportError, OSError) as error:
             raise Retry("connection", detail=self._cause(error), may_be_paid=True) from None
         except httpx.InvalidURL as error:
-            raise EndpointError(f"{self._describe(url)}: {self._cause(error)}") from None
+            raise EndpointError(f"{describe(url)}: {self._cause(error)}") from None
 
     async def _refuse_redirect(self, response: Any) -> None:
         """Raise EndpointError if a response is a redirect. Called before httpx looks at its target."""
@@ -165,15 +163,15 @@ class HttpClient:
             target = str(url.join(target)) if target else ""
         if target:
             path = str(url).removeprefix(self.base_url)
-            hint = f"; if you trust that address, set base_url to {self._describe(target.removesuffix(path))}"
-        shown = self._describe(target) or "an address that it does not name"
+            hint = f"; if you trust that address, set base_url to {describe(target.removesuffix(path))}"
+        shown = describe(target) or "an address that it does not name"
         raise EndpointError(
-            f"{self._describe(self.base_url)} redirects to {shown} (HTTP {response.status_code}). No redirect is "
+            f"{describe(self.base_url)} redirects to {shown} (HTTP {response.status_code}). No redirect is "
             f"followed, because the key and the prompt would be sent there{hint}"
         )
 
     def _cause(self, error: BaseException) -> str:
-        text = self._describe(str(error))
+        text = describe(str(error))
         return f"{type(error).__name__}{f': {text}' if text else ''}"
 
 
