@@ -45,7 +45,8 @@ def test_names_of_secrets(name):
 @pytest.mark.parametrize(
     "name",
     ["", "max_tokens", "num_memory_tokens", "tokenizer", "pad_token", "eos_token", "stop_token", "api_key_env",
-     "monkey", "keyboard", "PWD", "OLDPWD", "passed", "model", "key_value", "token_limit_name", "tokens_per_s", "secretary"],
+     "monkey", "keyboard", "PWD", "OLDPWD", "passed", "model", "key_value", "token_limit_name", "tokens_per_s",
+     "secretary"],
 )  # fmt: skip
 def test_names_of_other_things(name):
     assert not is_secret_name(name)

@@ -121,7 +121,7 @@ def check_base_url(url: str) -> str:
         raise ValueError("base_url must begin with http:// or https://")
     if "?" in url or "#" in url:
         raise ValueError(
-            "base_url contains a ? or #: give the address up to the path, e.g. https://models.example/v1, and put a key "
+            "base_url contains a ? or #: give the address up to the path, e.g. https://models.example/v1; put a key "
             "into the environment variable that api_key_env names"
         )
     try:

@@ -17,7 +17,7 @@ from werkzeug import Request, Response
 from delib_fast.config import ConfigError
 from delib_fast.datagen import answers
 from delib_fast.datagen.answers import Answer, token_count
-from delib_fast.datagen.backends import EndpointError, RequestRejected, Retry, Secrets
+from delib_fast.datagen.backends import EndpointError, RequestRejected, Retry
 from delib_fast.datagen.dialects import AnthropicDialect, OpenAIDialect, decode, params_of, retry_after
 from delib_fast.datagen.endpoints import EndpointBackend, base_url_of
 from delib_fast.datagen.judge import request_verdicts
@@ -135,7 +135,7 @@ def test_errors(response: Response, kind: type, message: str, httpserver: HTTPSe
     httpserver.expect_request("/v1/messages").respond_with_response(response)
 
     async def main() -> None:
-        backend = EndpointBackend(anthropic(base_url=httpserver.url_for("/")), Secrets())
+        backend = EndpointBackend(anthropic(base_url=httpserver.url_for("/")))
         try:
             await backend.complete(answers.Request("p", "m", CHAT, {}))
         finally:
@@ -195,7 +195,7 @@ def test_invalid_addresses_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
             EndpointSettings(model="m", base_url=url)
     monkeypatch.setenv("OPENAI_API_KEY", "kéy")
     with pytest.raises(ConfigError, match="OPENAI_API_KEY is not printable ASCII"):
-        EndpointBackend(EndpointSettings(model="m", base_url="http://127.0.0.1:1/v1"), Secrets())
+        EndpointBackend(EndpointSettings(model="m", base_url="http://127.0.0.1:1/v1"))
 
 
 # --- values ---------------------------------------------------------------------------------------------------
