@@ -52,13 +52,14 @@ _KINDS_OF_TEXT_TOKENS = frozenset((
     "pad", "eos", "bos", "unk", "mask", "sep", "cls", "stop", "end", "start", "begin", "think", "image", "audio",
     "video", "special", "next", "last", "first", "max", "min", "num", "additional", "control",
 ))  # fmt: skip
-_SHORT_NAMES = frozenset(("key", "auth", "pass", "sig", "signature", "session", "sas"))
+# The last words of names whose values are secrets if they have entropy: `key`, `LLM_KEY`, `sig`.
+_AMBIGUOUS_WORDS = frozenset(("key", "keys", "auth", "pass", "sig", "signature"))
 
 
 @lru_cache(maxsize=4096)
 def is_secret_name(name: str) -> bool:
     """Whether a key, header or variable is named like a secret: api_key, x-api-key, authToken, HF_TOKEN, password …"""
-    words = [word.lower() for word in _WORD_BREAKS.split(name[:200]) if word]
+    words = _words_of(name)
     if not words:
         return False
     if words[-1] == "token" and len(words) > 1 and words[-2] in _KINDS_OF_TEXT_TOKENS:
@@ -66,6 +67,17 @@ def is_secret_name(name: str) -> bool:
     if words[-1] == "pwd":
         return len(words) > 1  # PWD is the working directory
     return "".join(words).endswith(_SECRET_ENDINGS)
+
+
+@lru_cache(maxsize=4096)
+def is_ambiguous_name(name: str) -> bool:
+    """Whether a value of this name is a secret if it has entropy."""
+    words = _words_of(name)
+    return bool(words) and words[-1] in _AMBIGUOUS_WORDS
+
+
+def _words_of(name: str) -> list[str]:
+    return [word.lower() for word in _WORD_BREAKS.split(name[:200]) if word]
 
 
 def has_entropy(value: str) -> bool:
@@ -125,7 +137,7 @@ _SCHEME = re.compile(r"\A(?:bearer|basic|token)[ \t]+", re.IGNORECASE)  # of an 
 def _is_secret_value(name: str, value: str) -> bool:
     if value.startswith("${"):  # a reference to an environment variable
         return False
-    return is_secret_name(name) or (name.lower() in _SHORT_NAMES and has_entropy(value))
+    return is_secret_name(name) or (is_ambiguous_name(name) and has_entropy(value))
 
 
 def _secrets_of_url(url: str) -> Iterable[str]:
@@ -133,13 +145,13 @@ def _secrets_of_url(url: str) -> Iterable[str]:
         parts = urlsplit(url)
         userinfo = parts.netloc.rpartition("@")[0]
         yield from (part for part in (userinfo, *userinfo.split(":")) if part)
-        yield from (v for k, v in parse_qsl(parts.query) if is_secret_name(k) or k.lower() in _SHORT_NAMES)
+        yield from (v for k, v in parse_qsl(parts.query) if is_secret_name(k) or is_ambiguous_name(k))
     except ValueError:  # not an address
         return
 
 
 def _known() -> frozenset[str]:
-    values = (value for name, value in os.environ.items() if is_secret_name(name))
+    values = (value for name, value in os.environ.items() if is_secret_name(name) or is_ambiguous_name(name))
     return frozenset(_registered).union(v for value in values if has_entropy(v := value.strip()))
 
 
@@ -222,7 +234,7 @@ def redact_setting(text: str) -> str:
 
 
 def _redact_parameter(match: re.Match[str]) -> str:
-    secret = is_secret_name(match[2]) or match[2].lower() in _SHORT_NAMES
+    secret = is_secret_name(match[2]) or is_ambiguous_name(match[2])
     return match[1] + REPLACEMENT if secret else match[0]
 
 

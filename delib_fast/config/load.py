@@ -95,7 +95,6 @@ def load(
         value = read_yaml(raw, where=f"--set {key}")
         register_secrets({key.rpartition(".")[2].strip(): value})  # before any message shows it
         _put(tree, key.strip(), value, f"--set {override}")
-    register_secrets(tree)
     return parse(kind, tree, where=where)
 
 
@@ -106,6 +105,7 @@ def parse_config(tree: Mapping[str, Any], *, where: str = "config") -> Config:
 
 def parse(kind: type[S], tree: Mapping[str, Any], *, where: str) -> S:
     """Parse and validate a section. Raises ConfigError, which lists every error with its location after `where`."""
+    register_secrets(tree)
     try:
         return kind.model_validate(tree)
     except ValidationError as error:

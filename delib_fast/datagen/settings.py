@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -10,7 +11,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_
 
 from delib_fast.config import FilePath, Section
 from delib_fast.config.load import FileKind
-from delib_fast.redaction import has_entropy, redact_setting
+from delib_fast.redaction import has_entropy, redact_setting, register_secret
 
 Axis = Literal["compliance", "helpfulness", "reasoning"]
 _BATCH_CONCURRENCY = 1000
@@ -92,14 +93,8 @@ class EndpointSettings(Section):
 
     @field_validator("api_key_env")
     @classmethod
-    def _is_a_name(cls, value: str) -> str:
-        is_name = value.isidentifier() and value.isascii()
-        if not is_name or redact_setting(value) != value or (has_entropy(value) and value.upper() != value):
-            raise ValueError(
-                "is not the name of an environment variable in capital letters, e.g. OPENAI_API_KEY; if it is the key "
-                "itself, put it into a variable and give its name here"
-            )
-        return value
+    def _valid_key_variable(cls, value: str) -> str:
+        return check_key_variable(value)
 
     @field_validator("extra")
     @classmethod
@@ -108,6 +103,22 @@ class EndpointSettings(Section):
         if taken := sorted(own & value.keys()):
             raise ValueError(f"extra.{taken[0]} is set by the client itself; use the setting of that name")
         return value
+
+
+def check_key_variable(name: str) -> str:
+    """Return the name of the environment variable that holds a key, which is then kept out of every message.
+
+    Raises ValueError, without showing the value, if it is not a name, or looks like the key itself.
+    """
+    looks_like_key = has_entropy(name) and any(map(str.isdigit, name)) and any(map(str.islower, name))
+    if not (name.isascii() and name.isidentifier()) or looks_like_key or redact_setting(name) != name:
+        register_secret(name)
+        raise ValueError(
+            "api_key_env is not the name of an environment variable, e.g. OPENAI_API_KEY; if it is the key itself, put "
+            "it into a variable and give its name here"
+        )
+    register_secret(os.environ.get(name, ""))
+    return name
 
 
 def check_base_url(url: str) -> str:
