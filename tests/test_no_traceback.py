@@ -80,8 +80,9 @@ NUMBERS = st.one_of(
 KEYS = st.sampled_from(
     ["text", "prompt", "question", "instruction", "input", "response", "answer", "completion", "output", "cot",
      "system", "messages", "conversations", "role", "from", "content", "value", "type", "tools", "tool_calls",
-     "function", "name", "arguments", "weight", "loss_weight", "reasoning_content", "thinking", "category", "categories",
-     "faults", "why", *AXES, "path", "data", "stages", "kind", "model", "generator", "extra", "id", "parameters"]
+     "function", "name", "arguments", "weight", "loss_weight", "reasoning_content", "thinking", "category",
+     "categories", "faults", "why", *AXES, "path", "data", "stages", "kind", "model", "generator", "extra", "id",
+     "parameters"]
 )  # fmt: skip
 ROLES = st.sampled_from(["user", "assistant", "system", "tool", "human", "gpt", "function_call", "observation", "x"])
 TREES = st.recursive(
@@ -192,8 +193,9 @@ YAML = st.one_of(
         st.sampled_from(
             ["a: ", "- ", "? ", ": ", "[", "]", "{", "}", "&a ", "*a", "<<: *a", "!!python/object:os.system",
              "!!binary x", "!!bool x", "!!int ''", "!!int x", "!!float x", "!!timestamp x", "2001-99-99",
-             "2001-02-30 25:61:61", "1:99:99", "0x", "0b2", ".inf", "1e5", "|\n", ">\n", "'", '"', "\n", "  ", "\t", "#", "%YAML 9.9\n",
-             "---\n", "...\n", "data: ", "stages: ", "path: ", "kind: aft\n", "=", "~", "9" * 5000, "\0", "\ud800", "\x85"]
+             "2001-02-30 25:61:61", "1:99:99", "0x", "0b2", ".inf", "1e5", "|\n", ">\n", "'", '"', "\n", "  ", "\t",
+             "#", "%YAML 9.9\n", "---\n", "...\n", "data: ", "stages: ", "path: ", "kind: aft\n", "=", "~",
+             "9" * 5000, "\0", "\ud800", "\x85"]
         ),
         max_size=12,
     ).map("".join),

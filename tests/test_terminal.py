@@ -154,6 +154,28 @@ def test_progress_of_data_generation(live):
     assert_clean(LIVE.sub("", COLOURS.sub("", out.file.getvalue())))
 
 
+@pytest.mark.parametrize(
+    "ledger",
+    [
+        {"stages": [{}], "evaluations": []},
+        {"stages": [1], "evaluations": []},
+        {"stages": [], "evaluations": [{"moment": 1, "segments": []}]},
+        {"stages": [], "evaluations": [{"moment": "a", "segments": {"cot": {"nll": "[/bold]", "tokens": 1}}}]},
+        {"stages": [], "evaluations": [{"moment": "a", "segments": {"cot": None}}]},
+        {"stages": [{"status": "finished", "name": HOSTILE}], "evaluations": []},
+    ],
+)
+def test_ledger_that_is_damaged(tmp_path, ledger, capsys, monkeypatch):
+    from delib_fast.cli.main import main
+
+    (tmp_path / "ledger.json").write_text(json.dumps(ledger))
+    monkeypatch.setattr(sys, "argv", ["delib-fast", "ledger", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    assert_clean(capsys.readouterr().err, shows="is damaged (")
+
+
 def test_ledger_of_another_user(tmp_path, capsys):
     from delib_fast.cli.main import app
 
@@ -254,6 +276,29 @@ def test_errors_of_the_command_line(arguments, code, capsys, monkeypatch):
     assert captured.out == ""
     assert_clean(captured.err, shows="[/bold]")
     assert "error: " in captured.err
+
+
+def test_errors_of_the_launch_script(capsys):
+    from delib_fast.train import main
+
+    with pytest.raises(SystemExit) as exit_:
+        main(["--config", "x.yaml", "[/bold]\x1b[31m\x9b\u202e"])
+    assert exit_.value.code == 2
+    assert_clean(capsys.readouterr().err, shows="error: unrecognized arguments: [/bold]\\x1b[31m\\x9b\\u202e")
+    assert main(["--config", "no[/bold]\x1b[31m.yaml"]) == 2
+    assert_clean(capsys.readouterr().err, shows="error: no[/bold]\\x1b[31m.yaml: no such file")
+
+
+def test_names_in_pictures_are_not_formulas(tmp_path):
+    from delib_fast.reports.plots import pyplot, save
+
+    plt = pyplot("a test draws", "report")
+    figure, axes = plt.subplots()
+    axes.set_title("a $\\frac$ b $ \\x [/bold]")
+    axes.plot([0, 1], label="$\\frac$ $")
+    axes.legend()
+    save(figure, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").exists()
 
 
 def test_tracebacks_and_log_records():

@@ -116,9 +116,16 @@ def ledger(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run di
     from delib_fast.training.run_directory import read_ledger
 
     content = read_ledger(run_dir)
+    try:
+        finished = [stage for stage in content["stages"] if stage["status"] == "finished"]
+        tables = [heldout_table(content["evaluations"]), stage_table(finished)]
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration, OverflowError) as error:
+        raise ConfigError(
+            f"{run_dir / 'ledger.json'} is damaged ({type(error).__name__}: {error}); restore it from a copy"
+        ) from None
     out = console()
-    out.print(heldout_table(content["evaluations"]))
-    out.print(stage_table([stage for stage in content["stages"] if stage["status"] == "finished"]))
+    for table in tables:
+        out.print(table)
 
 
 @app.command()
