@@ -46,6 +46,11 @@ def echo(text: object = "", *, err: bool = False) -> None:
     _write(sys.stderr if err else sys.stdout, printable(redact_text(str(text))))
 
 
+def print_document(text: str) -> None:
+    """Print a text that has no secrets, such as a configuration, exactly as it is except for what is not printable."""
+    _write(sys.stdout, printable(text))
+
+
 def report_error(error: object) -> None:
     """Print `error: …` to stderr."""
     echo(f"error: {error}", err=True)

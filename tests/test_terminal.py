@@ -159,7 +159,6 @@ def test_progress_of_data_generation(live):
     [
         {"stages": [{}], "evaluations": []},
         {"stages": [1], "evaluations": []},
-        {"stages": [], "evaluations": [{"moment": 1, "segments": []}]},
         {"stages": [], "evaluations": [{"moment": "a", "segments": {"cot": {"nll": "[/bold]", "tokens": 1}}}]},
         {"stages": [], "evaluations": [{"moment": "a", "segments": {"cot": None}}]},
         {"stages": [{"status": "finished", "name": HOSTILE}], "evaluations": []},
@@ -235,7 +234,7 @@ def test_configurations(tmp_path):
     from delib_fast.cli.main import app
     from delib_fast.config.load import load_config
 
-    text = HOSTILE.replace("\ud800", "")
+    text = HOSTILE.replace("\ud800", "") + " password=hunter2 is a given text"
     file = tmp_path / "run.yaml"
     base = json.loads(json.dumps(_config(), default=str))
     file.write_text(json.dumps({**base, "stages": [{**base["stages"][-1], "system_prompt": text}]}))

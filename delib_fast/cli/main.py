@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from delib_fast.config import ConfigError
 from delib_fast.config.load import dump_config, json_schema, load_config
-from delib_fast.terminal import console, echo, guard_process_output, report_error
+from delib_fast.terminal import console, echo, guard_process_output, print_document, report_error
 
 # Commands in other modules, with their help texts. A module is imported when its command runs: importing all of them
 # takes seconds.
@@ -74,11 +74,11 @@ def config(
 ) -> None:
     """Check a configuration and print it with every default; or print the JSON schema."""
     if schema:
-        echo(json_schema())
+        print_document(json_schema())
     elif path is None:
         raise ConfigError("give a configuration file to check, or --schema")
     else:
-        echo(dump_config(load_config(path, overrides)).removesuffix("\n"))
+        print_document(dump_config(load_config(path, overrides)).removesuffix("\n"))
 
 
 @app.command()
@@ -115,10 +115,12 @@ def ledger(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run di
     from delib_fast.training.console import heldout_table, stage_table
     from delib_fast.training.run_directory import read_ledger
 
-    content = read_ledger(run_dir)
     try:
+        content = read_ledger(run_dir)
         finished = [stage for stage in content["stages"] if stage["status"] == "finished"]
         tables = [heldout_table(content["evaluations"]), stage_table(finished)]
+    except ConfigError:
+        raise
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration, OverflowError) as error:
         raise ConfigError(
             f"{run_dir / 'ledger.json'} is damaged ({type(error).__name__}: {error}); restore it from a copy"

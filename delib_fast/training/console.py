@@ -94,7 +94,7 @@ def heldout_table(evaluations: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("segment")
     table.add_column("tokens", justify="right")
     for evaluation in evaluations:
-        table.add_column(evaluation["moment"], justify="right")
+        table.add_column(str(evaluation["moment"]), justify="right")
     segments = list(dict.fromkeys(name for e in evaluations for name in e["segments"]))
     for segment in segments:
         parts = [e["segments"].get(segment) for e in evaluations]
@@ -110,7 +110,7 @@ def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(name, justify="left" if name == "stage" else "right")
     for stage in stages:
         table.add_row(
-            stage["name"],
+            str(stage["name"]),
             str(stage["steps"]),
             count_text(stage["tokens"]),
             count_text(sum(stage["supervised_tokens"].values())),
