@@ -108,8 +108,12 @@ def parsers(folder: Path) -> dict[str, Callable[[str], object]]:
     from delib_fast.data.read.strict_json import decode
     from delib_fast.data.read.text_files import cut_at_headings
     from delib_fast.data.read.tools import read_call_text, read_tools
+    from delib_fast.datagen import dialects
+    from delib_fast.datagen.answers import Answer, clean_text
+    from delib_fast.datagen.backends import Retry, describe
     from delib_fast.datagen.citations import cited, labels_of_names, labels_of_spec, mentions_spec, policy_sentences
     from delib_fast.datagen.dedup import NearDuplicates, text_key
+    from delib_fast.datagen.dialects import AnthropicDialect, OpenAIDialect, error_of, retry_after
     from delib_fast.datagen.documents import _parse_faults
     from delib_fast.datagen.filters import format_fault
     from delib_fast.datagen.judge import _verdict_parser
@@ -123,9 +127,8 @@ def parsers(folder: Path) -> dict[str, Callable[[str], object]]:
     )
     from delib_fast.datagen.prompt_files import PromptFiles, _read, quoted
     from delib_fast.datagen.refusals import classify_reply
-    from delib_fast.datagen.request_log import Answer
     from delib_fast.datagen.session import _parse_summary
-    from delib_fast.datagen.settings import DeliberateSettings
+    from delib_fast.datagen.settings import DeliberateSettings, check_base_url
     from delib_fast.datagen.spec import Spec, first_sentence
     from delib_fast.datagen.spec_leak import SpecGuard
     from delib_fast.datagen.user_prompts import read_prompts
@@ -150,6 +153,9 @@ def parsers(folder: Path) -> dict[str, Callable[[str], object]]:
     prompts = PromptFiles()
     condition = Condition(SCENARIOS[0], "none", "none")
     formats = FormatSettings("rows")
+
+    def block(text: str) -> dict[str, str]:
+        return {"type": "text", "text": text}
 
     def answer(text: str) -> Answer:
         return Answer(text, "stop")
@@ -200,6 +206,20 @@ def parsers(folder: Path) -> dict[str, Callable[[str], object]]:
         "split_answer at tags": lambda text: split_answer(answer(text), "tags"),
         "split_answer at reasoning": lambda text: split_answer(answer(text), "reasoning"),
         **{f"format_fault {style}": partial(fault, chosen) for style, chosen in settings.items()},
+        "describe": describe,
+        "clean_text": clean_text,
+        "decode": quiet(lambda text: error_of(dialects.decode(clean(text).encode())), Retry),
+        "parse of a dialect": quiet(
+            lambda text: [
+                dialect.parse(
+                    {"choices": [{"message": {"content": text}}], "content": [{"type": "text", "text": text}]}
+                )
+                for dialect in (OpenAIDialect(), AnthropicDialect())
+            ],
+            Retry,
+        ),
+        "retry_after": lambda text: retry_after({"retry-after": text}),
+        "check_base_url": quiet(lambda text: check_base_url(f"https://{text}"), ValueError),
         "cited": lambda text: cited(text, labels),
         "mentions_spec": lambda text: mentions_spec(text, labels, prompt=text),
         "policy_sentences": lambda text: policy_sentences(text, spec_words=True),
@@ -218,7 +238,7 @@ def parsers(folder: Path) -> dict[str, Callable[[str], object]]:
         "prompts .jsonl": user_prompts("prompts.jsonl"),
         # rows
         "split_cot": quiet(split_cot, DataError),
-        "decode": quiet(decode, DataError),
+        "decode of a row": quiet(decode, DataError),
         "list_values": quiet(lambda text: list(list_values(f"[{text}", Path("x"))), DataError),
         "rows .jsonl": items("rows.jsonl"),
         "cut_at_headings": lambda text: [s.text for s in cut_at_headings(text)],

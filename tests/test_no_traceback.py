@@ -404,3 +404,49 @@ def test_load_config_takes_a_path_that_is_not_a_file(tmp_path):
     for path in (tmp_path, tmp_path / "a" / "b", tmp_path / ("x" * 300), Path("\0"), Path("\udc80")):
         with pytest.raises(ConfigError):
             load_config(path)
+
+
+# --- what endpoints send ----------------------------------------------------------------------------------------
+
+
+def test_bodies_of_endpoints(full):
+    from delib_fast.datagen.backends import EndpointError, RequestRejected, Retry, describe
+    from delib_fast.datagen.dialects import decode, error_of, retry_after
+    from delib_fast.datagen.endpoints import EndpointBackend
+    from delib_fast.datagen.settings import EndpointSettings
+    from delib_fast.datagen.transport import Reply
+
+    choice = st.fixed_dictionaries({}, optional={"message": TREES, "finish_reason": TREES, "index": TREES})
+    body = st.one_of(
+        TREES,
+        st.fixed_dictionaries(
+            {"choices": st.one_of(TREES, st.lists(choice, max_size=2))},
+            optional={"usage": TREES, "model": TREES, "error": TREES},
+        ),
+        st.fixed_dictionaries({"content": TREES}, optional={"stop_reason": TREES, "usage": TREES, "error": TREES}),
+        st.fixed_dictionaries({"error": st.one_of(TREES, st.dictionaries(KEYS, TREES, max_size=3))}),
+    ).map(as_json)
+    connections = [
+        EndpointBackend(EndpointSettings.model_validate({"model": "m", "base_url": "http://127.0.0.1:1", "api": api}))
+        for api in ("openai", "anthropic")
+    ]
+
+    def check_body(data: bytes, status: int, header: str) -> None:
+        for backend in connections:
+            connection, text = backend._connection, ""
+            try:
+                found = decode(data)
+                error_of(found)
+                answer = connection.parse(found, "chat")
+                json.dumps([answer.text, answer.reasoning, answer.finish, answer.served_by]).encode()
+            except (Retry, RequestRejected, EndpointError) as refusal:
+                text = describe(str(refusal))
+            assert text.isprintable()
+            error = connection.status_error(Reply(status, {"retry-after": header}, data), "chat")
+            assert str(error).isprintable()
+        seconds = retry_after({"retry-after": header})
+        assert seconds is None or seconds >= 0
+
+    data = st.one_of(st.binary(max_size=60), ENCODABLE.map(str.encode), body)
+    headers = st.one_of(TEXT, st.sampled_from(["Wed, 21 Oct 2015 07:28:00 GMT", "nan", "-1", "1e999", "31 Feb 99999"]))
+    check(check_body, data, st.sampled_from([400, 401, 404, 429, 500]), headers, full=full, factor=2)

@@ -107,20 +107,22 @@ class HttpClient:
             max_lines: more lines than this, or a line longer than `max_bytes`, raise Retry (`too_large`).
             deadline_s: seconds until the last line.
         """
-        rest, count = b"", 0
+        rest, count = bytearray(), 0  # the line that is not complete yet, and the number of complete ones
 
         async def split(chunk: bytes) -> None:
             nonlocal rest, count
-            *complete, rest = (rest + chunk).split(b"\n")
-            count += len(complete)
-            if count > max_lines or len(rest) > self._max_bytes:
+            first, *others = chunk.split(b"\n")
+            rest += first
+            count += len(others)
+            if count > max_lines or max(len(rest), *map(len, others), 0) > self._max_bytes:
                 raise _too_large(f"more than {max_lines} lines, or a line of more than {_mib(self._max_bytes)}")
-            for line in complete:
+            for following in others:
+                line, rest = bytes(rest), bytearray(following)
                 await receive(line)
 
         status, headers = await self._exchange("GET", path, split, max_lines * self._max_bytes, deadline_s, {})
         if rest:
-            await receive(rest)
+            await receive(bytes(rest))
         return Reply(status, headers, b"")
 
     async def close(self) -> None:
