@@ -313,5 +313,18 @@ def test_tracebacks_and_log_records():
     assert "hunter2@" not in done.stderr.splitlines()[-1]
 
 
+def test_traceback_of_a_command():
+    code = (
+        "import sys; from delib_fast.cli import main as m\n"
+        "@m.app.command()\n"
+        "def boom(): raise RuntimeError(chr(27) + '[/bold] Authorization: Bearer hunter2')\n"
+        "sys.argv = ['delib-fast', 'boom']; m.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("RuntimeError: \\x1b[/bold] Authorization: ***\n")
+    assert_clean(done.stderr, shows="[/bold]")
+
+
 def test_terminal_has_no_state():
     assert not [name for name, value in vars(terminal).items() if isinstance(value, list | dict | set)][1:]

@@ -139,7 +139,6 @@ def env(brief: Annotated[bool, typer.Option("--brief", help="print one line")] =
 
 
 def main() -> None:
-    guard_process_output()
     try:
         code = app(standalone_mode=False)
     except ConfigError as error:
@@ -152,6 +151,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except typer.Abort:
         sys.exit(130)
+    finally:
+        guard_process_output()  # typer prints tracebacks through a hook of its own
     sys.exit(code)
 
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from pathlib import Path
 from typing import Any, TypeVar
 
-from delib_fast.config.load import dump_yaml
+from delib_fast.config.yaml_text import dump_yaml
 from delib_fast.datagen.answers import Answer
 from delib_fast.datagen.backends import Backend
 from delib_fast.datagen.client import Client, Endpoint, NoAnswer, for_each
