@@ -22,15 +22,24 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from delib_fast.config import ConfigError
-from delib_fast.config.load import load_config, redact_text
+from delib_fast.config.load import load_config
 from delib_fast.engine.slurm import init_from_slurm
+from delib_fast.terminal import echo, guard_process_output, report_error
 from delib_fast.training.errors import LostRankError, Stopped, TrainingError
 
 if TYPE_CHECKING:
     from delib_fast.training.callbacks import Callback
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Print a wrong argument as text, without control characters, and exit with code 2."""
+        echo(self.format_usage().rstrip("\n"), err=True)
+        report_error(message)
+        sys.exit(2)
 
 
 def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] = ()) -> int:
@@ -43,7 +52,7 @@ def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] =
         The exit code: 0 finished, or stopped on request; 1 failed while training; 2 the configuration, the rows or
         the model cannot be used; 130 interrupted twice.
     """
-    parser = argparse.ArgumentParser(prog="delib_fast/train.py", description="Train the stages of a run.")
+    parser = _Parser(prog="delib_fast/train.py", description="Train the stages of a run.")
     parser.add_argument("--config", required=True, metavar="FILE", help="the run, as YAML")
     parser.add_argument(
         "--set",
@@ -67,7 +76,7 @@ def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] =
         run(load_config(options.config, overrides), callbacks)
     except Stopped as stopped:
         if is_main:
-            print(f"{stopped}; the same command resumes from there", flush=True)
+            echo(f"{stopped}; the same command resumes from there")
     except KeyboardInterrupt:
         return _fail("interrupted; the same command resumes from the last checkpoint", 130, prints=is_main)
     except ConfigError as error:
@@ -115,9 +124,10 @@ def _has_user_message(error: Exception) -> bool:
 def _fail(message: str, code: int, *, prints: bool) -> int:
     """Print the message, if this is the rank that prints it, and return the exit code."""
     if prints:
-        print(f"error: {redact_text(message)}", file=sys.stderr, flush=True)
+        report_error(message)
     return code
 
 
 if __name__ == "__main__":
+    guard_process_output()
     sys.exit(main())

@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from delib_fast.datagen.answers import Answer, BatchEntry, Charge, Request, request_entry
-from delib_fast.datagen.backends import EndpointError, RequestRejected, Retry, Secrets
+from delib_fast.datagen.backends import EndpointError, RequestRejected, Retry
 from delib_fast.datagen.batch_apis import (
     AnthropicBatches,
     BatchApi,
@@ -33,6 +33,7 @@ from delib_fast.datagen.request_log import RequestLog
 from delib_fast.datagen.settings import EndpointSettings
 from delib_fast.datagen.spending import at_most, cost_of, most_of
 from delib_fast.datagen.stopping import RequestsStopped
+from delib_fast.redaction import redact
 
 T = TypeVar("T")
 _QUIET_S = 0.2  # a batch is submitted when no request has been added for this long
@@ -51,8 +52,8 @@ class BatchBackend:
 
     resumable = True
 
-    def __init__(self, settings: EndpointSettings, secrets: Secrets, log: RequestLog, meter: Meter) -> None:
-        self._connection = Connection(settings, secrets)
+    def __init__(self, settings: EndpointSettings, log: RequestLog, meter: Meter) -> None:
+        self._connection = Connection(settings)
         api = AnthropicBatches if settings.api == "anthropic" else OpenAIBatches
         self._api: BatchApi = api(self._connection)
         self._settings, self._log, self._meter = settings, log, meter
@@ -105,7 +106,8 @@ class BatchBackend:
             while size < len(self._queue) < self._api.max_requests:
                 size = len(self._queue)
                 await asyncio.sleep(_QUIET_S)
-            batch, bytes_left = [], self._api.max_bytes
+            batch: list[Request] = []
+            bytes_left = self._api.max_bytes
             while self._queue and len(batch) < self._api.max_requests and bytes_left > 0:
                 request = self._queue.pop(0)
                 if request.id in self._waiting:  # otherwise the run is stopping
@@ -290,10 +292,10 @@ class BatchBackend:
     def _pause(self, attempt: int, error: Retry) -> float:
         if error.after_s is not None:
             return min(error.after_s, self._settings.longest_wait_s)
-        return min(self._settings.longest_wait_s, self._settings.first_backoff_s * 2 ** (attempt - 1))
+        return min(self._settings.longest_wait_s, self._settings.first_backoff_s * 2.0 ** (attempt - 1))
 
 
 def endpoint_key(settings: EndpointSettings) -> str:
     """Identifies the endpoint of a batch: API, address, model and sampling parameters."""
-    content = [settings.api, base_url_of(settings), settings.model, params_of(settings)]
+    content = [settings.api, base_url_of(settings), settings.model, redact(params_of(settings))]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

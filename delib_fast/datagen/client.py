@@ -1,6 +1,6 @@
 """The client for all models of a run. It sends only those requests that have no answer in the request log yet.
 
-client = Client(log, meter, secrets)
+client = Client(log, meter)
 endpoint = client.endpoint(settings.generator)
 answer = await endpoint.ask(chat, purpose="generate", sample=0)
 """
@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from delib_fast.datagen.answers import Answer, BatchEntry, Charge, Request, Totals
-from delib_fast.datagen.backends import Backend, EndpointError, RequestRejected, Retry, Secrets
+from delib_fast.datagen.backends import Backend, EndpointError, RequestRejected, Retry
 from delib_fast.datagen.batches import BatchBackend, endpoint_key
 from delib_fast.datagen.dialects import params_of
 from delib_fast.datagen.endpoints import EndpointBackend
@@ -52,7 +52,6 @@ class Client:
     Args:
         log: stores every answer; None to store none.
         meter: counts requests and answers, and shows progress.
-        secrets: the API keys are registered here.
         max_cost, max_paid_tokens: the run stops before the answers in the log can cost more, or have more tokens.
         yield_check: stops the run if too little of what it pays for is usable.
         make_backend: creates the backend of an endpoint; by default according to the endpoint's settings.
@@ -62,7 +61,6 @@ class Client:
         self,
         log: RequestLog | None,
         meter: Meter,
-        secrets: Secrets,
         *,
         max_cost: float | None = None,
         max_paid_tokens: int | None = None,
@@ -79,7 +77,7 @@ class Client:
         self._earlier = {i: key for key, batch in self.earlier_batches.items() for i in batch.ids}
         self.budget = Budget(log.totals if log is not None else Totals(), max_cost, max_paid_tokens, self._committed)
         self._endpoints: list[Endpoint] = []
-        self._make_backend = make_backend or (lambda settings: _backend_of(settings, secrets, log, meter))
+        self._make_backend = make_backend or (lambda settings: _backend_of(settings, log, meter))
 
     def endpoint(self, settings: EndpointSettings) -> Endpoint:
         """Return the endpoint of these settings. Equal settings share one endpoint and its concurrency limit."""
@@ -122,13 +120,15 @@ class Client:
         """Wait for the requests in flight and close every connection."""
         while self.in_flight:
             await asyncio.wait(self.in_flight.values())
-        for endpoint in self._endpoints:
-            await endpoint.close()
+        # An error of a connection that is no longer needed must not replace the error that ended the run.
+        await asyncio.gather(*(endpoint.close() for endpoint in self._endpoints), return_exceptions=True)
 
     def _on_signal(self) -> None:
         if self.stop.cause is None:
             self.stop.set(Interrupted())
             waiting = sum(e.in_flight for e in self._endpoints if not e.resumable)
+            if any(e.in_flight for e in self._endpoints if e.resumable):
+                self.meter.print("stopping: the same command collects the answers of the batches")
             if waiting:
                 self.meter.print(
                     f"stopping: waiting for {waiting} answers, which will be kept; press Ctrl-C again to discard them"
@@ -213,7 +213,8 @@ class Endpoint:
         client, settings = self._client, self.settings
         start = time.monotonic()
         for attempt in range(1, settings.attempts + 1):
-            if (fault := client.yield_check and client.yield_check.fault()) is not None:
+            fault = None if client.yield_check is None else client.yield_check.fault()
+            if fault is not None:
                 client.stop.set(fault)
                 raise RequestsStopped
             charge = self._charge(request)
@@ -340,7 +341,7 @@ class Endpoint:
             raise RequestsStopped from None
 
 
-def _backend_of(settings: EndpointSettings, secrets: Secrets, log: RequestLog | None, meter: Meter) -> Backend:
+def _backend_of(settings: EndpointSettings, log: RequestLog | None, meter: Meter) -> Backend:
     if settings.backend == "transformers":
         from delib_fast.datagen.in_process import TransformersBackend  # imports torch
 
@@ -348,8 +349,8 @@ def _backend_of(settings: EndpointSettings, secrets: Secrets, log: RequestLog | 
     if settings.batch:
         if log is None:
             raise ValueError("batch needs a request log")
-        return BatchBackend(settings, secrets, log, meter)
-    return EndpointBackend(settings, secrets)
+        return BatchBackend(settings, log, meter)
+    return EndpointBackend(settings)
 
 
 async def for_each(

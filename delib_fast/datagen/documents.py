@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from delib_fast.data.decontamination import words_of
-from delib_fast.datagen.answers import DAMAGED, Answer, estimated_tokens, plausible_tokens
+from delib_fast.datagen.answers import DAMAGED, Answer, clean_text, estimated_tokens, plausible_tokens
 from delib_fast.datagen.client import NoAnswer
 from delib_fast.datagen.dedup import NearDuplicates
 from delib_fast.datagen.filters import leaked_scaffolding
@@ -383,5 +383,5 @@ def _parse_faults(answer: Answer) -> list[str]:
     for value in json_values(answer.text, dict):
         faults = value.get("faults")
         if isinstance(faults, list) and all(isinstance(fault, str) for fault in faults):
-            return [fault for fault in faults if fault.strip()]
+            return [clean_text(fault) for fault in faults if fault.strip()]
     raise MalformedAnswer('it contains no {"faults": […]}')

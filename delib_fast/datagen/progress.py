@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID
 
 from delib_fast.datagen.answers import Answer
 from delib_fast.datagen.request_log import RequestLog
+from delib_fast.redaction import redact_text
+from delib_fast.terminal import console as plain_console
+from delib_fast.terminal import text_column
 
 _PLAIN_EVERY_S = 5.0  # interval of plain lines
 _UNPAID = frozenset({"spec_in_prompt", "duplicate_prompt"})  # dropped before any request
@@ -40,7 +41,7 @@ class Meter:
         """The reason and the message of the first drop."""
         self.outcomes = self.usable = 0
         """Samples, documents and failed steps that were paid for; and those that are usable."""
-        self._console = console or Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
+        self._console = console or plain_console(err=True)
         self._live: Progress | None = None
         self._task = TaskID(0)
         self._what, self._unit = "", ""
@@ -86,7 +87,7 @@ class Meter:
 
     def print(self, text: str) -> None:
         """Print a line above the progress."""
-        self._console.print(Text(text))
+        self._console.print(redact_text(text))
 
     def start(self, what: str, total: float, unit: str = "") -> None:
         """Start a phase of the run.
@@ -100,12 +101,12 @@ class Meter:
         self._what, self._unit, self._done, self._total = what, unit, 0.0, total
         self._phase_start, self._last_line = time.monotonic(), 0.0
         if self._console.is_terminal:
-            count = MofNCompleteColumn() if not unit else TextColumn("{task.fields[count]}")
+            count = MofNCompleteColumn() if not unit else text_column("{task.fields[count]}")
             self._live = Progress(
-                TextColumn("{task.description}"),
+                text_column("{task.description}"),
                 BarColumn(bar_width=12),
                 count,
-                TextColumn("{task.fields[status]}"),
+                text_column("{task.fields[status]}"),
                 console=self._console,
             )
             self._live.start()
@@ -160,7 +161,7 @@ class Meter:
         elif last or now - self._last_line >= _PLAIN_EVERY_S:
             self._last_line = now
             unit = f" {self._unit}" if self._unit else ""
-            self._console.print(Text(f"{self._what} {self._done:,.0f}/{self._total:,.0f}{unit}  {self.status()}"))
+            self._console.print(f"{self._what} {self._done:,.0f}/{self._total:,.0f}{unit}  {self.status()}")
 
 
 def money(amount: float) -> str:

@@ -9,11 +9,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
-from delib_fast.config.load import redact
+from delib_fast.config.yaml_text import dump_yaml
 from delib_fast.datagen.answers import Answer
-from delib_fast.datagen.backends import Backend, Secrets
+from delib_fast.datagen.backends import Backend
 from delib_fast.datagen.client import Client, Endpoint, NoAnswer, for_each
 from delib_fast.datagen.parsing import MalformedAnswer, strip_thinking
 from delib_fast.datagen.progress import Meter
@@ -23,6 +21,7 @@ from delib_fast.datagen.settings import EndpointSettings, RunSettings
 from delib_fast.datagen.spec import Section, Spec, first_sentence
 from delib_fast.datagen.spending import YieldCheck
 from delib_fast.files import write_atomic
+from delib_fast.redaction import redact
 
 T = TypeVar("T")
 _SHORT_SECTION_WORDS = 30  # a section of at most this many words is its own summary
@@ -31,9 +30,7 @@ _SHORT_SECTION_WORDS = 30  # a section of at most this many words is its own sum
 class Session:
     """One run on one folder. Create it with `async with Session.open(...)`."""
 
-    def __init__(
-        self, out: Path, spec: Spec, settings: RunSettings, client: Client, log: RequestLog, secrets: Secrets
-    ) -> None:
+    def __init__(self, out: Path, spec: Spec, settings: RunSettings, client: Client, log: RequestLog) -> None:
         self.out, self.spec, self.settings, self.client, self.log = out, spec, settings, client, log
         self.meter = client.meter
         self.prompts = PromptFiles(
@@ -42,7 +39,6 @@ class Session:
         self.generator: Endpoint = client.endpoint(settings.generator)
         self.judge: Endpoint = client.endpoint(settings.judge_or_generator())
         self.summaries: dict[str, str] = {}
-        self._scrub = secrets.scrub
 
     @staticmethod
     @contextlib.asynccontextmanager
@@ -59,11 +55,10 @@ class Session:
         Raises ConfigError if the folder is in use or cannot be written, or its log is damaged; WriteError if a file
         cannot be written. An error in the block is never replaced by one that follows from closing.
         """
-        secrets = Secrets()
         async with contextlib.AsyncExitStack() as stack:
             lock = lock_folder(out)
             stack.callback(lock.release)
-            log = RequestLog(out / "requests.jsonl", scrub=secrets.scrub)
+            log = RequestLog(out / "requests.jsonl")
             stack.push(_closing(log))
             meter = meter or Meter()
             meter.log = log
@@ -71,13 +66,12 @@ class Session:
             client = Client(
                 log,
                 meter,
-                secrets,
                 max_cost=settings.max_cost,
                 max_paid_tokens=settings.max_paid_tokens,
                 yield_check=YieldCheck(meter, log.totals, settings.probe_size, settings.least_yield),
                 make_backend=make_backend,
             )
-            session = Session(out, spec, settings, client, log, secrets)
+            session = Session(out, spec, settings, client, log)
             await stack.enter_async_context(client.running())
             session.write_settings()
             yield session
@@ -147,14 +141,13 @@ class Session:
 
     def write_settings(self) -> None:
         """Write settings.yaml, without secrets."""
-        settings = redact(self.settings.model_dump(mode="json"))
-        self.write("settings.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110))
+        self.write("settings.yaml", dump_yaml(redact(self.settings.model_dump(mode="json"))))
 
     def write(self, name: str, text: str) -> Path:
-        """Write a file in the folder atomically, without secrets. Returns its path. Raises WriteError if that fails."""
+        """Write a file in the folder atomically. Returns its path. Raises WriteError if that fails."""
         path = self.out / name
         try:
-            write_atomic(path, self._scrub(text))
+            write_atomic(path, text)
         except OSError as error:
             raise WriteError(path, error) from None
         return path

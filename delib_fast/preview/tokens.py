@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from delib_fast.config import StageConfig
 from delib_fast.data import Example, Segment
 from delib_fast.data.pack.shared_prompts import MIN_SHARED_TOKENS
 from delib_fast.data.pack.weights import segment_weights
+from delib_fast.terminal import plain
 from delib_fast.training.dataset import RunDataset
 
 COLOURS = {
@@ -136,11 +136,11 @@ def make_visible(text: str) -> str:
 
 def render_example(example: ExampleView) -> RenderableType:
     """For a terminal: each span under its segment, number of tokens and weight; control tokens are in reverse video."""
-    parts: list[RenderableType] = [Text(example.heading, "bold")]
+    parts: list[RenderableType] = [plain(example.heading, "bold")]
     for span in example.spans:
         colour = COLOURS[span.segment]
-        parts.append(Text(f"── {span.segment.name}, {span.description}", colour))
-        line = Text()
+        parts.append(plain(f"── {span.segment.name}, {span.description}", colour))
+        line = plain("")
         for k, piece in enumerate(span.pieces):
             style = f"reverse {colour}" if piece.control else f"underline {colour}" if k % 2 else colour
             line.append(make_visible(piece.text), style)

@@ -18,7 +18,7 @@ pytest.importorskip("httpx", reason="generation needs the httpx package (extra `
 from hostile_endpoint import CONTENTS, MALFORMED, STATUS_200_ERRORS, USAGES, HostileEndpoint
 
 from delib_fast.datagen.answers import Answer
-from delib_fast.datagen.backends import EndpointError, Secrets
+from delib_fast.datagen.backends import EndpointError
 from delib_fast.datagen.client import Client, NoAnswer, for_each
 from delib_fast.datagen.judge import JudgeError, request_verdicts
 from delib_fast.datagen.progress import Meter
@@ -64,7 +64,7 @@ def ask(url: str, folder: Path, prompts: tuple[str, ...] = (PROMPT,), **changes:
 
     async def main() -> None:
         log = RequestLog(folder / "requests.jsonl")
-        client = Client(log, Meter(log), Secrets())
+        client = Client(log, Meter(log))
         endpoint = client.endpoint(settings_for(url, **changes))
 
         async def one(prompt: str) -> None:

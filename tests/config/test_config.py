@@ -19,10 +19,10 @@ from delib_fast.config.load import (
     load_config,
     parse_config,
     read_yaml,
-    redact,
 )
 from delib_fast.config.yaml_text import dump_yaml
 from delib_fast.engine.deepspeed_json import deepspeed_json
+from delib_fast.redaction import redact
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

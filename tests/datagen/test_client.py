@@ -14,7 +14,7 @@ from scripted_model import ScriptedModel, status
 
 from delib_fast.config import ConfigError
 from delib_fast.config.load import load
-from delib_fast.datagen.backends import EndpointError, Secrets
+from delib_fast.datagen.backends import EndpointError
 from delib_fast.datagen.client import Client, NoAnswer, for_each
 from delib_fast.datagen.progress import Meter
 from delib_fast.datagen.request_log import Answer, RequestLog
@@ -30,7 +30,7 @@ def ask_all(model: ScriptedModel, folder: Path, texts: list[str], **changes: Any
 
     async def main() -> Client:
         log = RequestLog(folder / "requests.jsonl")
-        client = Client(log, Meter(log), Secrets())
+        client = Client(log, Meter(log))
         endpoint = client.endpoint(settings)
 
         async def one(item: tuple[int, str]) -> None:
@@ -168,7 +168,7 @@ def test_key_is_read_only_from_the_environment(
     remote = EndpointSettings(model="m", base_url="https://models.example/v1", api_key_env="NOT_SET_ANYWHERE")
     log = RequestLog(tmp_path / "r.jsonl")
     with pytest.raises(ConfigError, match="set the environment variable NOT_SET_ANYWHERE"):
-        Client(log, Meter(), Secrets()).endpoint(remote)
+        Client(log, Meter()).endpoint(remote)
     for bad in ({"api_key": "sk-1"}, {"base_url": "https://me:sk-1@models.example/v1"}, {"extra": {"messages": []}}):
         with pytest.raises(ConfigError):
             load(DeliberateSettings, None, SETTINGS_FILE, [f"generator={bad}".replace("'", '"')])

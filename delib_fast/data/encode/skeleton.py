@@ -102,7 +102,7 @@ def skip_thought(control: ControlTokens, text: str, cot_slot: str, response_slot
     cot_at, response_at = text.find(cot_slot), text.find(response_slot)
     opening, closing = map(control.spell, THINK)
     if cot_at < 0:
-        empty = re.compile(rf"\s*(?:{re.escape(opening)})?\s*{re.escape(closing)}\s*").match(text, supplied)
+        empty = re.compile(rf"\s*(?:{re.escape(opening)}\s*)?{re.escape(closing)}\s*").match(text, supplied)
         return empty.end() if empty else supplied
     limit = response_at if response_at >= 0 else len(text)
     closed = text.find(closing, cot_at, limit)

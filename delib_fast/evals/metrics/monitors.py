@@ -31,6 +31,8 @@ FOLDS = 5
 _HASHED = 2048
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _STEP = re.compile(r"<<([\d.+\-*/() ]+)=([\d.]+)>>")
+_OPERAND = re.compile(r"\d+(?:\.\d+)?|\.\d+|[-+*/()]")
+_MAX_EXPRESSION = 200  # characters of a step that is computed; each nested parenthesis is a recursion
 _TOKEN = re.compile(r"[^\W\d_]+|\d|[^\w\s]")
 
 
@@ -216,7 +218,12 @@ def _features(transcripts: Sequence[Transcript], view: View) -> NDArray[np.float
 
 
 def step_holds(expression: str, result: str) -> bool:
-    """Whether an arithmetic expression (numbers, + − * / and parentheses) equals `result`; False if malformed."""
+    """Whether an arithmetic expression (numbers, + − * / and parentheses) equals `result`.
+
+    False if it is malformed, or has more than 200 characters.
+    """
+    if len(expression) > _MAX_EXPRESSION:
+        return False
     try:
         return abs(_Expression(expression).value() - float(result)) < 0.01
     except (ValueError, ZeroDivisionError, IndexError):
@@ -227,7 +234,7 @@ class _Expression:
     """Arithmetic by recursive descent. Text of a model is never evaluated as code."""
 
     def __init__(self, text: str) -> None:
-        self._tokens = re.findall(r"\d+(?:\.\d+)?|\.\d+|[-+*/()]", text)
+        self._tokens = _OPERAND.findall(text)
 
     def value(self) -> float:
         total = self._sum()
