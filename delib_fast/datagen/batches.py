@@ -60,7 +60,7 @@ class BatchBackend:
         self._key = endpoint_key(settings)
         self._queue: list[Request] = []
         self._waiting: dict[str, asyncio.Future[Answer]] = {}  # by request id
-        self._in_batches: set[str] = set()  # request ids
+        self._in_batches: dict[str, object] = {}  # for each request, the batch that it is waiting for
         self._tasks: set[asyncio.Task[None]] = set()
         self._gathering: asyncio.Task[None] | None = None
         self._resumed = False
@@ -118,8 +118,8 @@ class BatchBackend:
 
     def _start(self, ids: Iterable[str], work: Coroutine[Any, Any, None]) -> None:
         """Run `work` for these requests. When it ends, whatever the reason, none of them is left waiting."""
-        own = set(ids)
-        self._in_batches |= own
+        batch = object()
+        self._in_batches.update(dict.fromkeys(ids, batch))
 
         async def run() -> None:
             fault: BaseException = Retry("batch_incomplete", detail="the results do not contain the request")
@@ -131,8 +131,8 @@ class BatchBackend:
             except Exception as error:  # noqa: BLE001 (raised in each waiting request)
                 fault = error
             finally:
-                self._in_batches -= own
-                for request_id in own:
+                # A request of which the result was an error may be in another batch already.
+                for request_id in [i for i, its_batch in self._in_batches.items() if its_batch is batch]:
                     self._settle(request_id, fault)
 
         task = asyncio.create_task(run())
@@ -140,7 +140,8 @@ class BatchBackend:
         task.add_done_callback(self._tasks.discard)
 
     def _settle(self, request_id: str, outcome: Answer | BaseException) -> None:
-        """Give a waiting request its answer, or its error."""
+        """Give a request its answer, or its error. It can then be requested again."""
+        self._in_batches.pop(request_id, None)
         future = self._waiting.get(request_id)
         if future is None or future.done():
             return
@@ -218,9 +219,9 @@ class BatchBackend:
             if state.fault is not None:
                 await self._log.batch_collected(entry.key, "failed")
                 raise Retry("batch_failed", detail=state.fault)
-            by_custom_id = {custom_id(entry.key, request): request for request in requests}
+            missing = {custom_id(entry.key, request): request for request in requests}
             for path in state.files:
-                await self._retried(lambda path=path: self._read(path, entry, by_custom_id))  # type: ignore[misc]
+                await self._retried(lambda path=path: self._read(path, entry, missing))  # type: ignore[misc]
         except EndpointError as error:
             raise EndpointError(
                 f"batch {batch_id} of {len(requests)} requests: {error}. If its results are lost, and its requests "
@@ -238,17 +239,19 @@ class BatchBackend:
             await asyncio.sleep(self._settings.batch_poll_s)
         return state
 
-    async def _read(self, path: str, entry: BatchEntry, requests: Mapping[str, Request]) -> None:
-        """Write the answers in a file of results to the log, and give them to the requests that wait for them."""
+    async def _read(self, path: str, entry: BatchEntry, missing: dict[str, Request]) -> None:
+        """Write the answers in a file of results to the log, and give them to the requests that wait for them.
+
+        Args:
+            missing: the requests without a result, by custom_id; those in the file are removed from it.
+        """
         appending: list[asyncio.Task[None]] = []
-        seen: set[str] = set()
+        most = len(entry.requests)
 
         async def receive(line: Mapping[str, Any]) -> None:
-            name = str(line.get("custom_id"))
-            request = requests.get(name)
-            if request is None or name in seen:
+            request = missing.pop(str(line.get("custom_id")), None)
+            if request is None:  # of another batch, or the second result of a request
                 return
-            seen.add(name)
             try:
                 answer = self._api.outcome(line)
             except (Retry, RequestRejected) as error:
@@ -260,7 +263,7 @@ class BatchBackend:
                 appending.clear()
 
         try:
-            await read_results(self._connection, path, len(requests), receive)
+            await read_results(self._connection, path, most, receive)
         finally:
             await asyncio.gather(*appending)
 

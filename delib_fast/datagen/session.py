@@ -100,11 +100,16 @@ class Session:
     async def probe_first(self, items: Sequence[T], work: Callable[[T], Awaitable[Any]], *, probe_items: int) -> None:
         """Await `work(item)` for every item; for the first `probe_items` before the others, to report their yield."""
         await self.for_each(items[:probe_items], work)
+        if len(items) > probe_items:
+            self.print_yield()
+        await self.for_each(items[probe_items:], work)
+
+    def print_yield(self) -> None:
+        """Print how many of the first samples or documents are usable, and what they cost; not if nothing was paid."""
         check = self.client.yield_check
-        if len(items) > probe_items and check is not None and self.meter.answers:
+        if check is not None and self.meter.answers:
             usable, outcomes = self.meter.usable, self.meter.outcomes
             self.meter.print(f"{usable} of the first {outcomes} are usable; {check.figures()}")
-        await self.for_each(items[probe_items:], work)
 
     async def summarize(self) -> None:
         """Set `summaries`, one sentence per section, by section id. A short section is its own summary."""

@@ -100,8 +100,20 @@ def test_openai_batches_give_the_rows_of_single_requests(spec, prompts_file, tmp
     assert (tmp_path / "out" / "rows.jsonl").read_bytes() == (expected / "rows.jsonl").read_bytes()
 
 
-def test_results_that_fail_are_requested_again(batch_server, spec, prompts_file, tmp_path, expected) -> None:
-    """In the first batches: a result is missing, one failed, one expired, one is not an answer, one is there twice."""
+def test_results_that_fail_are_requested_again(
+    batch_server, spec, prompts_file, tmp_path, expected, monkeypatch
+) -> None:
+    """In the first batches: a result is missing, one failed, one expired, one is not an answer.
+
+    A failed request is requested again before its batch is finished.
+    """
+    collected = RequestLog.batch_collected
+
+    async def slowly(self, key: str, outcome: str) -> None:
+        await asyncio.sleep(0.3)
+        await collected(self, key, outcome)
+
+    monkeypatch.setattr(RequestLog, "batch_collected", slowly)
     anthropic = isinstance(batch_server, AnthropicBatchServer)
     done: set[str] = set()
 
