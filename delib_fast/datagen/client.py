@@ -98,13 +98,18 @@ class Client:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Stop the run on SIGINT or SIGTERM while the block runs. After it, wait for requests in flight, and close."""
+        """Stop the run on SIGINT or SIGTERM while the block runs. After it, wait for requests in flight, and close.
+
+        If the block raises RequestsStopped, the cause of the stop is raised instead.
+        """
         loop = asyncio.get_running_loop()
         for sig in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
                 loop.add_signal_handler(sig, self._on_signal)
         try:
             yield
+        except RequestsStopped:
+            raise (self.stop.cause or Interrupted()) from None
         finally:
             await self.close()
             for sig in (signal.SIGINT, signal.SIGTERM):
