@@ -9,11 +9,12 @@ endpoint has been asked twice and does not have it. Answers are collected into t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import secrets as random_secrets
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from delib_fast.datagen.answers import Answer, BatchEntry, Charge, Request, request_entry
@@ -204,7 +205,8 @@ class BatchBackend:
     async def _collect_earlier(self, entry: BatchEntry) -> None:
         batch_id = entry.batch_id
         if batch_id is None:
-            batch_id = await self._find(entry)
+            with self._explained(entry):
+                batch_id = await self._find(entry)
             if batch_id is None:
                 await self._log.batch_collected(entry.key, "never created")
                 raise Retry("batch_lost", detail="the batch was planned, but not created before the run ended")
@@ -214,7 +216,7 @@ class BatchBackend:
 
     async def _collect(self, entry: BatchEntry, batch_id: str, requests: Sequence[Request]) -> None:
         """Wait until a batch has ended, and write its answers to the log."""
-        try:
+        with self._explained(entry, batch_id):
             state = await self._ended(entry, batch_id)
             if state.fault is not None:
                 await self._log.batch_collected(entry.key, "failed")
@@ -222,14 +224,20 @@ class BatchBackend:
             missing = {custom_id(entry.key, request): request for request in requests}
             for path in state.files:
                 await self._retried(lambda path=path: self._read(path, entry, missing))  # type: ignore[misc]
-        except EndpointError as error:
-            raise EndpointError(
-                f"batch {batch_id} of {len(requests)} requests: {error}. If its results are lost, and its requests "
-                f'are to be paid for again, append the line {{"is": "batch", "state": "collected", "key": '
-                f'"{entry.key}"}} to {self._log.path}'
-            ) from None
         answered = sum(request.id in self._log for request in requests)
         await self._log.batch_collected(entry.key, f"{answered} of {len(requests)} answered")
+
+    @contextlib.contextmanager
+    def _explained(self, entry: BatchEntry, batch_id: str | None = None) -> Iterator[None]:
+        """Add to an EndpointError which batch it is about, and how to go on without the batch."""
+        try:
+            yield
+        except EndpointError as error:
+            raise EndpointError(
+                f"batch {batch_id or entry.key} of {len(entry.requests)} requests: {error}. If its results are lost, "
+                f'and its requests are to be paid for again, append the line {{"is": "batch", "state": "collected", '
+                f'"key": "{entry.key}"}} to {self._log.path}'
+            ) from None
 
     async def _ended(self, entry: BatchEntry, batch_id: str) -> BatchState:
         """Poll a batch until it has ended."""
@@ -246,7 +254,6 @@ class BatchBackend:
             missing: the requests without a result, by custom_id; those in the file are removed from it.
         """
         appending: list[asyncio.Task[None]] = []
-        most = len(entry.requests)
 
         async def receive(line: Mapping[str, Any]) -> None:
             request = missing.pop(str(line.get("custom_id")), None)
@@ -263,7 +270,7 @@ class BatchBackend:
                 appending.clear()
 
         try:
-            await read_results(self._connection, path, most, receive)
+            await read_results(self._connection, path, len(entry.requests), receive)
         finally:
             await asyncio.gather(*appending)
 
@@ -295,7 +302,7 @@ class BatchBackend:
     def _pause(self, attempt: int, error: Retry) -> float:
         if error.after_s is not None:
             return min(error.after_s, self._settings.longest_wait_s)
-        return min(self._settings.longest_wait_s, self._settings.first_backoff_s * 2.0 ** (attempt - 1))
+        return self._settings.backoff_s(attempt)
 
 
 def endpoint_key(settings: EndpointSettings) -> str:

@@ -286,8 +286,7 @@ class Endpoint:
             raise RequestsStopped
         if attempt == settings.attempts:
             self._give_up(error, start)
-        backoff = min(settings.longest_wait_s, settings.first_backoff_s * 2 ** (attempt - 1))
-        wait = backoff * random.uniform(0.5, 1.0)
+        wait = settings.backoff_s(attempt) * random.uniform(0.5, 1.0)
         if error.after_s is not None:
             wait = error.after_s * random.uniform(1.0, 1.05)
         if error.after_s is not None or error.reason == "rate_limit":  # the limit applies to the whole endpoint

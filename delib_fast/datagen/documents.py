@@ -244,7 +244,7 @@ class _DocumentGenerator:
                 self.tokens += document.tokens
                 self.session.meter.keep(document.tokens)
             else:
-                self.session.meter.drop(document.dropped, document.detail)
+                self.session.meter.drop_made(document.dropped, document.detail)
         self.documents += documents
         self._write_stages()
 

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import random
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -297,6 +298,45 @@ def test_a_killed_run_pays_for_no_batch_twice(batch_server, prompts_file, tmp_pa
         assert batch_server.paid_twice() == [], (at, when)
         assert sum(batch_server.paid.values()) == 42
         assert comparable(folder / "out") == comparable(expected)
+
+
+def test_a_full_disk_between_a_batch_and_its_id(
+    batch_server, spec, prompts_file, tmp_path, expected, monkeypatch
+) -> None:
+    """The batch exists, and its id cannot be written: the next run finds it."""
+
+    async def full_disk(self, key, batch_id) -> None:
+        raise WriteError(self.path, OSError(28, "No space left on device"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RequestLog, "batch_submitted", full_disk)
+        with pytest.raises(WriteError, match="No space left"):
+            asyncio.run(run_deliberate(tmp_path / "out", spec, batch_settings(batch_server), prompts_file))
+    assert len(batch_server.batches) == 1
+    asyncio.run(run_deliberate(tmp_path / "out", spec, batch_settings(batch_server), prompts_file))
+    assert comparable(tmp_path / "out") == comparable(expected)
+    assert batch_server.paid_twice() == []
+
+
+def test_a_batch_that_is_lost_is_not_paid_for_again_silently(batch_server, spec, prompts_file, tmp_path) -> None:
+    """The endpoint does not know the batch any more: the error says which it is, and what to append to the log."""
+
+    def fault(request: Request, moment: str) -> Response | None:
+        lost = request.method == "GET" and moment == "before"
+        return as_json({"error": {"message": "no such batch"}}, 404) if lost else None
+
+    batch_server.fault = fault
+    for _ in range(2):
+        with pytest.raises(EndpointError, match=r"batch \w+ of 6 requests: .*HTTP 404: no such batch") as error:
+            asyncio.run(run_deliberate(tmp_path / "out", spec, batch_settings(batch_server), prompts_file))
+    assert len(batch_server.batches) == 1
+    remedy = re.search(r"append the line (\{.*\}) to (\S+)", str(error.value))
+    assert remedy is not None
+    with open(remedy[2], "a") as log:
+        log.write(remedy[1] + "\n")
+    batch_server.fault = lambda request, moment: None
+    assert asyncio.run(run_deliberate(tmp_path / "out", spec, batch_settings(batch_server), prompts_file))["rows"] == 12
+    assert len(batch_server.batches) == 1 + 4
 
 
 def test_a_failing_log_reaches_every_request_of_a_batch(
