@@ -243,8 +243,12 @@ def _run(
         _exit(f"stopped: {error}; {kept} once the limit is raised", 4)
     except NoAnswer as error:
         _exit(f"error: {error.reason}: {error}\n{kept}", 3)
-    except (EndpointError, WriteError, LowYield) as error:
+    except (EndpointError, LowYield) as error:
         _exit(f"error: {error}\n{kept}", 3)
+    except WriteError as error:
+        _exit(f"error: {error}", 3)
+    except OSError as error:  # of a file that is not written through the session, e.g. one that is renamed
+        _exit(f"error: {WriteError(Path(error.filename or out), error)}", 3)
     except SpecLeakError as error:
         _exit(f"error: {error}\nThis is a bug; no rows were written.", 3)
 

@@ -98,13 +98,18 @@ class Client:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Stop the run on SIGINT or SIGTERM while the block runs. After it, wait for requests in flight, and close."""
+        """Stop the run on SIGINT or SIGTERM while the block runs. After it, wait for requests in flight, and close.
+
+        If the block raises RequestsStopped, the cause of the stop is raised instead.
+        """
         loop = asyncio.get_running_loop()
         for sig in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
                 loop.add_signal_handler(sig, self._on_signal)
         try:
             yield
+        except RequestsStopped:
+            raise (self.stop.cause or Interrupted()) from None
         finally:
             await self.close()
             for sig in (signal.SIGINT, signal.SIGTERM):
@@ -229,12 +234,16 @@ class Endpoint:
                     raise RequestsStopped from None
                 except Retry as error:
                     failure, paid = error, charge if error.may_be_paid else Charge()
+                    wait_s = self._wait_of(attempt, error)  # before the write: others must not be sent meanwhile
                     await self._record_failure(request, error.reason, error, attempt, start, paid)
                 else:
                     self._last_answer, self._failures = time.monotonic(), 0
                     return await self._keep(request, answer, attempt, time.monotonic() - start)
             client.meter.retried(failure.reason)
-            await self._wait_or_give_up(attempt, failure, start)
+            client.stop.check()
+            if attempt == settings.attempts:
+                self._give_up(failure, start)
+            await client.stop.sleep(wait_s)
         raise AssertionError("the last attempt returns or raises")
 
     def _charge(self, request: Request) -> Charge:
@@ -267,30 +276,28 @@ class Endpoint:
                 self.in_flight -= 1
                 self._client.meter.in_flight -= 1
 
-    async def _wait_or_give_up(self, attempt: int, error: Retry, start: float) -> None:
-        """Wait for the pause that the endpoint requests, or for the backoff; give up after the last attempt."""
-        stop, settings = self._client.stop, self.settings
-        stop.check()
+    def _wait_of(self, attempt: int, error: Retry) -> float:
+        """Return the seconds to wait after a failed attempt, and pause the endpoint if it requests a pause.
+
+        A pause that is too long stops the run.
+        """
+        settings = self.settings
+        wait = settings.backoff_s(attempt) * random.uniform(0.5, 1.0)
+        if error.after_s is not None:
+            wait = error.after_s * random.uniform(1.0, 1.05)
         if error.after_s is not None and error.after_s > settings.longest_wait_s:
-            stop.set(
+            self._client.stop.set(
                 EndpointError(
                     f"the endpoint requests a pause of {error.after_s:.0f} s ({error}), more than longest_wait_s "
                     f"({settings.longest_wait_s:g}); run the same command again after it"
                 )
             )
-            raise RequestsStopped
-        if attempt == settings.attempts:
-            self._give_up(error, start)
-        backoff = min(settings.longest_wait_s, settings.first_backoff_s * 2 ** (attempt - 1))
-        wait = backoff * random.uniform(0.5, 1.0)
-        if error.after_s is not None:
-            wait = error.after_s * random.uniform(1.0, 1.05)
-        if error.after_s is not None or error.reason == "rate_limit":  # the limit applies to the whole endpoint
+        elif error.after_s is not None or error.reason == "rate_limit":  # the limit applies to the whole endpoint
             self._paused_until = max(self._paused_until, time.monotonic() + wait)
-        await stop.sleep(wait)
+        return wait
 
     def _give_up(self, error: Retry, start: float) -> None:
-        """Raise NoAnswer, or stop the run if the endpoint has not answered anything in the meantime and seems down."""
+        """Raise NoAnswer; or stop the run, if the endpoint has not answered anything in the meantime and seems down."""
         if self._last_answer <= start:  # otherwise only this request fails
             self._failures += 1
             if error.reason == "connection" or self._failures >= _MAX_FAILURES_IN_A_ROW:

@@ -191,8 +191,11 @@ class _DocumentGenerator:
                 )
                 return
             documents = (await self._request_ideas(wave_requests))[:wave]
+            first = not self.documents
             await self.session.for_each(documents, self._write_document)
             self._count(documents)
+            if first and self.tokens < self.settings.tokens:
+                self.session.print_yield()
 
     async def _request_ideas(self, requests: list[IdeaRequest]) -> list[Document]:
         """Send these requests. Returns the ideas in the order of the requests, each as a document without text."""
@@ -241,7 +244,7 @@ class _DocumentGenerator:
                 self.tokens += document.tokens
                 self.session.meter.keep(document.tokens)
             else:
-                self.session.meter.drop(document.dropped, document.detail)
+                self.session.meter.drop_made(document.dropped, document.detail)
         self.documents += documents
         self._write_stages()
 

@@ -31,8 +31,6 @@ from delib_fast.datagen.answers import Answer, BatchEntry, Charge, Request, Tota
 from delib_fast.files import FileLock, sync_descriptor, sync_folder
 from delib_fast.redaction import redact
 
-__all__ = ["Answer", "Request", "RequestLog", "WriteError", "lock_folder", "read_answers"]
-
 
 class WriteError(RuntimeError):
     """A file of the run cannot be written or read. No more requests are sent, because their answers would be lost."""
@@ -40,7 +38,7 @@ class WriteError(RuntimeError):
     def __init__(self, path: Path, error: OSError, what: str = "written") -> None:
         super().__init__(
             f"{path}: cannot be {what}: {error.strerror or error}; free space on the disk, or repair it, and run the "
-            "same command again; what was written before is kept"
+            "same command again; what was written before is kept, and is not paid for again"
         )
 
 
@@ -318,10 +316,13 @@ class RequestLog:
     def _read_texts(self, wanted: set[str]) -> dict[str, str]:
         """Return texts by their SHA-256."""
         found: dict[str, str] = {}
-        with self.path.open("rb") as file:
-            for line in file:
-                if line.startswith(b'{"is": "text"') and (text := json.loads(line))["sha256"] in wanted:
-                    found[text["sha256"]] = text["text"]
+        try:
+            with self.path.open("rb") as file:
+                for line in file:
+                    if line.startswith(b'{"is": "text"') and (text := json.loads(line))["sha256"] in wanted:
+                        found[text["sha256"]] = text["text"]
+        except OSError as error:
+            raise WriteError(self.path, error, "read") from None
         return found
 
     def _record(self, request_id: str) -> dict[str, Any]:

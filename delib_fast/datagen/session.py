@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from delib_fast.datagen.answers import Answer
 from delib_fast.datagen.backends import Backend
 from delib_fast.datagen.client import Client, Endpoint, NoAnswer, for_each
 from delib_fast.datagen.parsing import MalformedAnswer, strip_thinking
-from delib_fast.datagen.progress import Meter
+from delib_fast.datagen.progress import MADE, Meter
 from delib_fast.datagen.prompt_files import Chat, PromptFiles
 from delib_fast.datagen.request_log import RequestLog, WriteError, lock_folder
 from delib_fast.datagen.settings import EndpointSettings, RunSettings
@@ -88,9 +89,16 @@ class Session:
                 raise MalformedAnswer("the answer was cut off at the token limit")
             return parse(answer)
 
-        return await endpoint.ask_with_retry(
-            chat, parse_whole, purpose=purpose, attempts=self.settings.list_attempts, first_sample=first_sample
-        )
+        attempts = self.settings.list_attempts
+        try:
+            found = await endpoint.ask_with_retry(
+                chat, parse_whole, purpose=purpose, attempts=attempts, first_sample=first_sample
+            )
+        except NoAnswer:
+            self.meter.share(f"answers for {purpose!r}", False)
+            raise
+        self.meter.share(f"answers for {purpose!r}", True)
+        return found
 
     async def for_each(self, items: Iterable[T], work: Callable[[T], Awaitable[Any]]) -> None:
         """Await `work(item)` for every item, with enough items in progress to keep the endpoints busy."""
@@ -100,11 +108,16 @@ class Session:
     async def probe_first(self, items: Sequence[T], work: Callable[[T], Awaitable[Any]], *, probe_items: int) -> None:
         """Await `work(item)` for every item; for the first `probe_items` before the others, to report their yield."""
         await self.for_each(items[:probe_items], work)
-        check = self.client.yield_check
-        if len(items) > probe_items and check is not None and self.meter.answers:
-            usable, outcomes = self.meter.usable, self.meter.outcomes
-            self.meter.print(f"{usable} of the first {outcomes} are usable; {check.figures()}")
+        if len(items) > probe_items:
+            self.print_yield()
         await self.for_each(items[probe_items:], work)
+
+    def print_yield(self) -> None:
+        """Print how many of the first samples or documents are usable, and what they cost; not if nothing was paid."""
+        check = self.client.yield_check
+        made = self.meter.shares.get(MADE)
+        if made is not None and check is not None and self.meter.answers:
+            self.meter.print(f"{made.usable} of the first {made.total} are usable; {check.figures()}")
 
     async def summarize(self) -> None:
         """Set `summaries`, one sentence per section, by section id. A short section is its own summary."""
@@ -173,7 +186,8 @@ class Session:
                 "by_purpose": totals.by_purpose,
             },
             "failed_attempts": dict(totals.failed.most_common()),
-            "usable": {"outcomes": meter.outcomes, "usable": meter.usable, "tokens": meter.kept_tokens},
+            "usable": {what: asdict(share) for what, share in meter.shares.items()},
+            "usable_tokens": meter.kept_tokens,
             "first_drop": meter.first_drop,
             "this_run": {"answers": meter.answers, "reused": meter.reused, "retries": dict(meter.retries)},
         }

@@ -91,6 +91,10 @@ class EndpointSettings(Section):
             raise ValueError("batch needs an endpoint; a model in this process always computes batches")
         return self
 
+    def backoff_s(self, attempt: int) -> float:
+        """Return the seconds to wait after a failed attempt, counted from 1."""
+        return min(self.longest_wait_s, self.first_backoff_s * 2.0 ** min(attempt - 1, 60))
+
     @field_validator("api_key_env")
     @classmethod
     def _valid_key_variable(cls, value: str) -> str:

@@ -23,6 +23,7 @@ from delib_fast.config import ConfigError
 from delib_fast.datagen.backends import EndpointError, Retry, describe
 
 _ERROR_BYTES = 64 * 1024  # of the body of an error, which only becomes a message
+_MANY_PIECES, _SMALL_BYTES = 20_000, 64
 _MIB = 2**20
 
 
@@ -90,13 +91,13 @@ class HttpClient:
             Retry: there was no complete response: `connection`, `timeout`, `too_large` or `malformed_body`.
             EndpointError: the endpoint redirects to another address.
         """
-        chunks: list[bytes] = []
+        body = bytearray()  # a list of very small chunks would need much more memory
 
         async def keep(chunk: bytes) -> None:
-            chunks.append(chunk)
+            body.extend(chunk)
 
         status, headers = await self._exchange(method, path, keep, self._max_bytes, self._deadline_s, content)
-        return Reply(status, headers, b"".join(chunks))
+        return Reply(status, headers, bytes(body))
 
     async def lines(
         self, path: str, receive: Callable[[bytes], Awaitable[None]], *, max_lines: int, deadline_s: float
@@ -183,8 +184,11 @@ async def _decompressed(response: Any, max_bytes: int, *, cut: bool) -> AsyncIte
     if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
         raise Retry("malformed_body", detail=f"content-encoding {encoding[:40]!r} was not requested", may_be_paid=True)
     inflate = zlib.decompressobj(wbits=47) if encoding not in ("identity", "") else None  # 47: gzip or zlib
-    room = max_bytes
+    room, pieces, received = max_bytes, 0, 0
     async for raw in response.aiter_raw():
+        pieces, received = pieces + 1, received + len(raw)
+        if pieces > _MANY_PIECES and received < pieces * _SMALL_BYTES:  # each costs as much time as a large one
+            raise _too_large(f"more than {_MANY_PIECES:,} pieces of less than {_SMALL_BYTES} bytes")
         try:
             data = raw if inflate is None else inflate.decompress(raw, room + 1)
         except zlib.error as error:

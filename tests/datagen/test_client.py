@@ -84,8 +84,8 @@ def test_retry_after_pauses_the_whole_endpoint(header: dict[str, str], model: Sc
     model.fault, model.delay_s = fault, 0.02
     answers, client = ask_all(model, tmp_path, [f"{i}" for i in range(12)], concurrency=2)
     assert all(isinstance(a, Answer) for a in answers)
-    later = [at for _, at, _ in model.received if at > limited_at[0] + 0.1]  # one may have been in flight
-    assert min(later) >= limited_at[0] + 0.6
+    # Of the other 11, those that were on their way before the client saw the 429 may arrive during the pause.
+    assert sum(limited_at[0] < at < limited_at[0] + 0.6 for _, at, _ in model.received) <= 4
     assert client.meter.retries == {"rate_limit": 1}
 
 
