@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -23,27 +23,6 @@ from delib_fast.models.active_pack import active_pack
 from delib_fast.models.attention import attend, no_mask
 
 _PREFIX = "delib_fast_or_"
-
-
-def configs_with_attention(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Every config object from which a part of the model takes its attention implementation, without duplicates."""
-    found: dict[int, PreTrainedConfig] = {
-        id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)
-    }
-    for config in list(found.values()):
-        for key in getattr(config, "sub_configs", {}):
-            part = getattr(config, key, None)
-            if part is not None:
-                found[id(part)] = part
-    return list(found.values())
-
-
-def set_attention(config: PreTrainedConfig, name: str | None) -> None:
-    """Set the attention of this config only, without checking the name or loading a kernel.
-
-    The name must be one that the config had before, or one registered here.
-    """
-    config._attn_implementation_internal = name
 
 
 def switching_name(original: str | None) -> str:

@@ -25,16 +25,16 @@ class ActivePack:
     """(N,) the sequence that each one continues, or -1; None without shared prompts."""
     first_token: int | None = None
     """The index in the pack of this rank's first token under sequence parallelism; None if the rank has all tokens."""
-    positions: Literal["standard", "given", "padded"] = "standard"
+    positions: Literal["standard", "given"] = "standard"
     """Where position_ids come from: "standard", from 0 in each sequence or continued from its prefix; "given" by the
-    caller; "padded", from 0 in each row, so that padding on the left shifts them."""
+    caller."""
     arguments: frozenset[str] = frozenset()
     """The names of the arguments of the model's call. Its layers pass those that they do not know on to attention."""
 
 
 @contextmanager
-def in_a_pack(pack: ActivePack) -> Iterator[None]:
-    """Mark the calls inside a block as calls with this pack."""
+def in_a_pack(pack: ActivePack | None) -> Iterator[None]:
+    """Mark the calls inside a block as calls with this pack; with None as calls without one."""
     token = _active.set(pack)
     try:
         yield

@@ -37,7 +37,10 @@ __all__ = [
 
 NAME = "delib_fast_varlen"
 
-_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+# Kinds of layers that run packed attention, or whose other mixing of tokens `models.separation` finds by running them.
+_KNOWN_LAYERS = frozenset(
+    ["full_attention", "sliding_attention", "linear_attention", "conv", "mamba", "hybrid", "mlp", "moe"]
+)
 _DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 # What some arguments of attention layers do that the op does not support.
 _CHANGES_THE_MATHS = {
@@ -84,20 +87,8 @@ def unsupported(model: PreTrainedModel) -> str | None:
     """Why the model cannot be trained on packs, judged by its class and config, with the remedy; or None."""
     config = model.config.get_text_config()
     name = type(model).__name__
-    if not model._can_set_attn_implementation():
-        return (
-            f"{name} does not take its attention from transformers' AttentionInterface, so packed "
-            "documents cannot be isolated from each other; use an architecture that does, such as qwen3 or llama"
-        )
     if getattr(config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder; a causal language model is needed"
-    if unknown := sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS):
-        return (
-            f"{name} has layers of type {', '.join(unknown)}; only full_attention and sliding_attention "
-            "isolate packed documents from each other"
-        )
-    if getattr(config, "attention_chunk_size", None) is not None and not hasattr(config, "layer_types"):
-        return f"{name} has chunked attention (attention_chunk_size), which is not supported"
     if getattr(config, "use_bidirectional_attention", None):
         return f"{name} attends in both directions (use_bidirectional_attention); only causal attention is supported"
     for key in _DROPOUT_KEYS:
@@ -105,6 +96,18 @@ def unsupported(model: PreTrainedModel) -> str | None:
         if isinstance(value, int | float) and value > 0:
             return f"{name} has {key} {value}, and packed attention has no dropout; set {key} to 0"
     return unsupported_rope(model)
+
+
+def why_not_packed(model: PreTrainedModel) -> str | None:
+    """Why the model's class and config do not allow packed attention in every layer, or None."""
+    if not model._can_set_attn_implementation():
+        return "it does not take its attention from transformers' AttentionInterface"
+    config = model.config.get_text_config()
+    if unknown := sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS):
+        return f"it has layers of type {', '.join(unknown)}"
+    if getattr(config, "attention_chunk_size", None) is not None and not hasattr(config, "layer_types"):
+        return "it has chunked attention (attention_chunk_size)"
+    return None
 
 
 def why_not_share_prompts(config: PreTrainedConfig, backend: str) -> str | None:

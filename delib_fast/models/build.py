@@ -24,6 +24,7 @@ from delib_fast.config.dtypes import DTYPES
 from delib_fast.models.attention import unsupported
 from delib_fast.models.folder import loading
 from delib_fast.models.hf_utils import without_progress_bar
+from delib_fast.models.labels import unsupported_loss
 from delib_fast.models.tokenizer import IM_END
 
 # The vocabulary of a new model is rounded up to a multiple of this: GEMMs of other widths leave tensor cores idle.
@@ -70,7 +71,7 @@ def validated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config
     """Return the model with its KV cache turned off, or raise ConfigError if it does not fit the tokenizer or cannot be
     trained on packs."""
     _check_vocabulary(model, tokenizer, "model.path" if config.architecture is None else "model.architecture")
-    if reason := unsupported(model):
+    if reason := unsupported(model) or unsupported_loss(model):
         raise ConfigError(f"model: {reason}")
     model.config.use_cache = False  # with a cache, transformers' own attention leaks across packed documents
     return model

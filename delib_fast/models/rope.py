@@ -133,8 +133,6 @@ class _RopePerDocument(ForwardPatch):
             )
         setattr(position_ids, _PACK_OF_POSITIONS, pack)
         lengths = _lengths(pack, position_ids)
-        if pack.positions == "padded":
-            position_ids = position_ids - _shifts(pack, position_ids, lengths)
         groups = _groups(pack, lengths, lambda length: self._regime(kwargs.get("layer_type"), length))
         result: Any = None
         for longest, members in groups:
@@ -271,12 +269,6 @@ def _of_tokens(pack: ActivePack, values: Sequence[int], position_ids: Tensor) ->
     whole = torch.tensor(values).repeat_interleave(counts)
     own = whole[pack.first_token or 0 :][: position_ids.shape[-1]]
     return own.to(position_ids.device, non_blocking=True)
-
-
-def _shifts(pack: ActivePack, position_ids: Tensor, lengths: Sequence[int]) -> Tensor:
-    """(T,) by how much each position is larger than in its sequence alone."""
-    last = _of_tokens(pack, [max(end - 1, 0) for end in pack.cu_seqlens[1:]], position_ids)
-    return position_ids.reshape(-1, position_ids.shape[-1])[0, last] + 1 - _of_tokens(pack, lengths, position_ids)
 
 
 def _get(owner: Any, key: str) -> Any:

@@ -167,6 +167,12 @@ def run_stage(run: RunContext, index: int, callbacks: Sequence[Callback] = ()) -
     engine.close()
 
 
+_ZERO_3 = (
+    "ZeRO 3 gathers weights whenever a layer runs, so every rank must run each layer equally often: set "
+    "engine.zero_stage to 2"
+)
+
+
 def build_engine(run: RunContext, config: Config, stage: StageConfig, inputs: StageInputs) -> Engine:
     """The stage's model under DeepSpeed, checked for leaks between packed documents in the precision of the run."""
     from delib_fast.engine import Engine
@@ -184,9 +190,12 @@ def build_engine(run: RunContext, config: Config, stage: StageConfig, inputs: St
             loss_backend=config.model.loss,
             sequence_group=ranks.sequence_group,
             layers=config.model.layers,
+            in_one_pass=_ZERO_3 if config.engine.zero_stage == 3 else None,
         )
 
     module = ranks.raise_together(wrap)
+    if module.separation.note is not None:
+        run.console.print(f"{stage.name}: {module.separation.note}")
     engine = Engine(module, config, stage, batches.num_steps, ranks)
     engine.state.set_weights(exact_weights)
     check_isolation(engine.wrapped, ranks.device, shares_prompts=batches.shares_prompts)

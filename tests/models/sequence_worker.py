@@ -68,9 +68,10 @@ def leak_of_other_wrappers(group) -> str:
         T = q.shape[0]
         return right(q, k, v, torch.tensor([0, T], dtype=torch.int32), T, cu_seqlens_host=(0, T), **kwargs)
 
+    trainable = TrainableLM(build("qwen3"), sequence_group=group)
     attention.varlen_attention = no_boundaries
     try:
-        check_isolation(TrainableLM(build("qwen3"), sequence_group=group), "cpu")
+        check_isolation(trainable, "cpu")
     except LeakError as error:
         return str(error)
     finally:

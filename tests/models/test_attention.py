@@ -79,23 +79,16 @@ def test_attention_of_images_in_a_pack_runs_as_before() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["stablelm", "nemotron"])
-@pytest.mark.parametrize("how", ["apply", "TrainableLM"])
-def test_models_that_drop_keyword_arguments_are_refused(model_type, how) -> None:
+def test_models_that_drop_keyword_arguments_never_use_packed_attention(model_type) -> None:
+    """With `auto` they run one document at a time (test_separation.py); a backend that was asked for is refused."""
     import delib_fast
 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **STABLELM))
-    ids = torch.arange(12).view(2, 6)
-    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
-
-    def run() -> None:
-        if how == "apply":
-            delib_fast.apply(model)
-            model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
-        else:
-            TrainableLM(model)(pack(documents()))
-
-    with pytest.raises(UnsupportedModelError, match="does not pass its keyword arguments on"):
-        run()
+    message = "its attention function received no cu_seqlens, so documents cannot be isolated from each other; set the"
+    with pytest.raises(UnsupportedModelError, match=message):
+        delib_fast.apply(model, attention_backend="reference")
+    with pytest.raises(UnsupportedModelError, match=message):
+        TrainableLM(model, attention_backend="reference")
 
 
 @pytest.mark.parametrize(
