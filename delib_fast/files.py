@@ -1,64 +1,64 @@
-"""Files that survive a crash: atomic writes, folder replacement, fsync, locks, and hashes of weights.
+"""Files that survive a crash: atomic writes, appends, folder replacement, fsync and locks.
 
-This is the only module of the project that calls `fsync` and `flock`.
+This is the only module of the project that calls `fsync` and `flock`. What it creates has a new random name or is
+opened with `O_NOFOLLOW`, so that a symbolic link, a named pipe or a hard link that someone else left in a shared folder
+is neither followed nor waited for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator
+from glob import escape as glob_escape
+from io import BufferedReader
 from pathlib import Path
 
-# --- hashes -------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
+
+_KINDS = {stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket"}
+
+
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
+    """Open a regular file for reading.
+
+    Raises:
+        OSError: it cannot be opened, or it is a named pipe, a device or a socket, which may block for ever or never
+            end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _refuse_irregular(descriptor, path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "rb")
+
+
+def read_text(path: str | os.PathLike[str], *, encoding: str = "utf-8") -> str:
+    """The text of a regular file. Raises OSError as `open_regular` does, or UnicodeDecodeError."""
+    with open_regular(path) as file:
+        return file.read().decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def hash_file(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
+    """The sha256 of a file, in hexadecimal. Reads the whole file."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_files(folder: Path) -> dict[str, str]:
-    """The sha256 of each file directly inside a model folder, by file name. Hidden files are excluded."""
-    return {
-        path.name: hash_file(path)
-        for path in sorted(folder.glob("*"))
-        if path.is_file() and not path.name.startswith(".")
-    }
-
-
-def hash_weights(files: Mapping[str, str]) -> str:
-    """The hash of a model's weights: one sha256 over the names and hashes of its safetensors files.
-
-    The ledger, evaluations and studies all identify a model by this hash.
-
-    Args:
-        files: the sha256 of each file, by name, as `hash_files` returns them.
-    """
-    digest = hashlib.sha256()
-    for name, sha256 in sorted(files.items()):
-        if name.endswith(".safetensors"):
-            digest.update(f"{name} {sha256}\n".encode())
-    return digest.hexdigest()
-
-
-def hash_tree(path: str) -> str:
-    """Hash a file, or all files below a folder in the order of their paths: 128-bit blake2b, in hexadecimal.
-
-    Names are not hashed, so a moved or renamed file keeps its hash. If nothing exists at `path` (a hub name, for
-    example), the string itself is hashed.
-    """
-    found = Path(path)
-    files = [found] if found.is_file() else sorted(found.rglob("*")) if found.is_dir() else []
-    digest = hashlib.blake2b(b"" if files else path.encode(), digest_size=16)
-    for file in (f for f in files if f.is_file()):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "blake2b").digest())
-    return digest.hexdigest()
+def _refuse_irregular(descriptor: int, path: str | os.PathLike[str]) -> None:
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, f"is {_KINDS.get(stat.S_IFMT(mode), 'special')}, not a regular file", str(path))
 
 
 # --- writing ------------------------------------------------------------------------------------------------
@@ -67,32 +67,54 @@ def hash_tree(path: str) -> str:
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a whole file atomically. After a crash it has either the old content or the new one, never a mixture.
 
-    Concurrent writers of the same file wait for each other; the last one wins.
+    Of several concurrent writers, the last one wins. A symbolic link at `path` is replaced, not followed.
 
     Args:
         path: its folder must exist.
         data: text is written as UTF-8; a lone surrogate becomes `?`.
     """
-    # A fixed name: the next write reuses the file that a killed write leaves.
-    temporary = path.with_name(f".{path.name}.tmp")
+    _remove_abandoned(path)
     while True:
-        with open(temporary, "ab", opener=_open_regular) as file:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_at(file.fileno(), temporary):  # another writer has renamed the file that we waited for
-                continue
-            file.truncate(0)
-            file.write(data.encode("utf-8", errors="replace") if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(path)
-            break
+        temporary = path.with_name(f".{path.name}.{secrets.randbelow(10**12):012d}.tmp")
+        with open(temporary, "xb", opener=_open_new) as file:
+            descriptor = file.fileno()
+            try:
+                with contextlib.suppress(OSError):  # some file systems have no locks
+                    fcntl.flock(file, fcntl.LOCK_EX)  # shows other writers that this one lives
+                if not _is_at(descriptor, temporary):  # another writer took it for abandoned before it was locked
+                    continue
+                file.write(data.encode("utf-8", errors="replace") if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(descriptor)
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        break
     sync_folder(path.parent)
 
 
-def _open_regular(path: str, flags: int) -> int:
-    """An opener that refuses a symbolic link, which someone else may have put there."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+def _open_new(path: str | os.PathLike[str], flags: int) -> int:
+    """Open a file that is written to. Raises OSError for a symbolic link, and for anything but a regular file."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        _refuse_irregular(descriptor, path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Delete the temporary files of writers of `path` that were killed: those on which nobody holds a lock."""
+    for left in path.parent.glob(f".{glob_escape(path.name)}.{'[0-9]' * 12}.tmp"):
+        with contextlib.suppress(OSError):
+            descriptor = _open_new(left, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+            finally:
+                os.close(descriptor)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -106,7 +128,54 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def remove_temporary_files(folder: Path) -> None:
     """Delete the temporary files of killed `write_atomic` calls. No other process may be writing to the folder."""
     for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        remove_tree(path)
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a file, a folder with everything in it, or a symbolic link (but not what it names).
+
+    Nothing happens if there is none. Raises OSError if something cannot be deleted.
+    """
+    try:
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+
+
+class AppendFile:
+    """A file to which lines are appended, each flushed to the operating system.
+
+    If a crash cut off the last line, the next one begins on a line of its own.
+
+    Raises:
+        OSError: the file cannot be opened, or is a symbolic link or not a regular file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "a+b", opener=_open_new)  # noqa: SIM115
+        try:
+            descriptor = self._file.fileno()
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                self._file.write(b"\n")
+                self._file.flush()
+        except OSError:
+            self._file.close()
+            raise
+
+    def write_line(self, line: str) -> None:
+        self._file.write(f"{line}\n".encode(errors="replace"))
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Flush all lines to disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def replace_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]) -> Path:
@@ -114,16 +183,18 @@ def replace_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]
 
     Args:
         folder: where the result goes. An existing folder is replaced; a missing parent folder is created.
-        write: creates the folder at the path that it receives, and fills it. The files are then flushed to disk.
+        write: fills the empty folder that it receives. The files are then flushed to disk.
     Returns:
         The folder.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     for pattern in ("writing", "old"):  # left by a call that was killed
-        for leftover in folder.parent.glob(f".{folder.name}.{pattern}-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in folder.parent.glob(f".{glob_escape(folder.name)}.{pattern}-*"):
+            with contextlib.suppress(OSError):
+                remove_tree(leftover)
+    temporary = folder.with_name(f".{folder.name}.writing-{secrets.randbelow(10**12):012d}")
+    temporary.mkdir()
     try:
         write(temporary)
         for file in temporary.iterdir():
@@ -136,13 +207,13 @@ def replace_folder(folder: str | os.PathLike[str], write: Callable[[Path], None]
 
 def rename_folder(source: Path, folder: Path) -> None:
     """Rename `source` to `folder`, which is replaced if it exists, and sync the parent folder."""
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    shutil.rmtree(old, ignore_errors=True)
+    old = folder.with_name(f".{folder.name}.old-{secrets.randbelow(10**12):012d}")
     with contextlib.suppress(FileNotFoundError):
         folder.rename(old)
     source.rename(folder)
     sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):  # the next call deletes it
+        remove_tree(old)
 
 
 def sync_descriptor(descriptor: int) -> None:
@@ -168,6 +239,9 @@ def sync_folder(folder: Path) -> None:
 # --- locks --------------------------------------------------------------------------------------------------
 
 
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
 class FileLock:
     """An exclusive lock between processes. The kernel releases it when the process ends, however it ends.
 
@@ -176,19 +250,25 @@ class FileLock:
         wait: whether to wait until the lock is free.
     Raises:
         BlockingIOError: another process holds the lock, and `wait` is false.
-        OSError: the file cannot be created, or the file system has no locks.
+        OSError: the file cannot be created, is a symbolic link or not a regular file, or the file system has no locks.
     """
 
     def __init__(self, path: Path, *, wait: bool) -> None:
-        self._file = path.open("a")
+        self._descriptor = _open_new(path, os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BaseException:
-            self._file.close()
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException as error:
+            os.close(self._descriptor)
+            if isinstance(error, OSError) and error.errno in _WITHOUT_LOCKS:
+                why = f"its file system gives no file locks ({os.strerror(error.errno)}; NFS needs its lock service)"
+                raise OSError(error.errno, why, str(path)) from None
             raise
 
     def release(self) -> None:
-        self._file.close()
+        """Release the lock. Further calls do nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 @contextlib.contextmanager

@@ -22,18 +22,26 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse
 import contextlib
-import errno
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from delib_fast.config import Config, ConfigError
-from delib_fast.config.load import load_config, redact_text
+from delib_fast.config.load import load_config
 from delib_fast.engine.slurm import has_launcher, init_from_slurm
+from delib_fast.terminal import echo, guard_process_output, report_error
 from delib_fast.training.errors import RanksDifferError, Stopped, TrainingError
 
 if TYPE_CHECKING:
     from delib_fast.training.callbacks import Callback
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Print a wrong argument as text, without control characters, and exit with code 2."""
+        echo(self.format_usage().rstrip("\n"), err=True)
+        report_error(message)
+        sys.exit(2)
 
 
 def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] = ()) -> int:
@@ -46,7 +54,7 @@ def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] =
         The exit code: 0 finished, or stopped on request; 1 failed while training; 2 the configuration, the rows or
         the model cannot be used; 130 interrupted twice.
     """
-    parser = argparse.ArgumentParser(prog="delib_fast/train.py", description="Train the stages of a run.")
+    parser = _Parser(prog="delib_fast/train.py", description="Train the stages of a run.")
     parser.add_argument("--config", required=True, metavar="FILE", help="the run, as YAML")
     parser.add_argument(
         "--set",
@@ -77,50 +85,24 @@ def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] =
         run(config, callbacks)
     except Stopped as stopped:
         if is_main:
-            print(f"{stopped}; the same command resumes from there", flush=True)
+            echo(f"{stopped}; the same command resumes from there")
     except KeyboardInterrupt:
         return _fail("interrupted; the same command resumes from the last checkpoint", 130, prints=is_main)
     except ConfigError as error:
         return _fail(str(error), 2, prints=is_main or isinstance(error, RanksDifferError))
+    except (OSError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno is None:
+            raise
+        return _fail(_describe_system_error(error), 1, prints=True)  # it may concern only this rank's machine
     except Exception as error:
-        if remedy := _remedy(error):
-            message = str(error) or type(error).__name__
-            return _fail(
-                f"{message}. Everything that was saved before is intact: {remedy}, and the same command resumes from "
-                "the last checkpoint",
-                1,
-                prints=True,  # the disk of only one rank may be full
-            )
+        if str(error) == "can't start new thread" or "can't allocate memory" in str(error):
+            return _fail(_describe_system_error(error), 1, prints=True)
         if not _has_user_message(error):
             _report_to_ranks(f"it failed: {type(error).__name__}: {error}")
             raise
         prints = getattr(error, "reports", is_main)
         return _fail(str(error), 2 if isinstance(error, ValueError) else 1, prints=prints)
     return 0
-
-
-_REMEDIES = {
-    **dict.fromkeys(
-        (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM), "free some space or grant write access"
-    ),
-    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
-    errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.ENFILE: "close other programs, which have too many files open",
-    errno.EIO: "check the disk or the file system, which failed",
-    errno.ESTALE: "check the file server, which lost the file",
-    errno.ENOMEM: "free some memory or raise its limit (ulimit -v)",
-}
-
-
-def _remedy(error: Exception) -> str | None:
-    """What to do about an error of the machine; None if it is another error."""
-    if isinstance(error, OSError):
-        return _REMEDIES.get(error.errno or 0)
-    if isinstance(error, MemoryError) or (type(error) is RuntimeError and "can't allocate memory" in str(error)):
-        return _REMEDIES[errno.ENOMEM]
-    if type(error) is RuntimeError and "can't start new thread" in str(error):
-        return "raise the limits on processes (ulimit -u) and memory (ulimit -v)"
-    return None
 
 
 def _on_every_rank(load: Callable[[], Config]) -> Config:
@@ -138,7 +120,21 @@ def _report_to_ranks(message: str) -> None:
         from delib_fast.engine.rendezvous import Rendezvous
 
         with contextlib.suppress(ConfigError, RuntimeError):
-            Rendezvous.current().abort(redact_text(message))
+            Rendezvous.current().abort(message)
+
+
+def _describe_system_error(error: Exception) -> str:
+    """What the system refused (disk, memory, threads, open files), and what to do. Nothing that was saved is lost."""
+    if isinstance(error, OSError):
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    elif str(error) == "can't start new thread":
+        what = "no more threads can be started (see ulimit -u and ulimit -v)"
+    else:
+        what = "there is not enough memory"
+    return (
+        f"{what}. Everything that was saved before is intact: free some space, raise the limit or grant access, and "
+        "the same command resumes from the last checkpoint"
+    )
 
 
 def _has_user_message(error: Exception) -> bool:
@@ -156,9 +152,10 @@ def _has_user_message(error: Exception) -> bool:
 def _fail(message: str, code: int, *, prints: bool) -> int:
     """Print the message, if this is the rank that prints it, and return the exit code."""
     if prints:
-        print(f"error: {redact_text(message)}", file=sys.stderr, flush=True)
+        report_error(message)
     return code
 
 
 if __name__ == "__main__":
+    guard_process_output()
     sys.exit(main())

@@ -179,7 +179,7 @@ def trl_rows(top: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def our_rows(top: Path) -> Iterator[tuple[str, str, str]]:
-    from kill_matrix import short_run
+    from helpers.tiny_run import short_run
 
     short_run(top / "whole")
     assert ours(top / "whole")[0] == 0
@@ -187,7 +187,7 @@ def our_rows(top: Path) -> Iterator[tuple[str, str, str]]:
     for name in OUR_FILES:
         folder, label = top / f"ours-{name}", re.sub(r"\d{4,}", "N", name)
         short_run(folder)
-        written = label if name.startswith("state") else f".{label}.tmp"  # JSON is written to a temporary file first
+        written = label if name.startswith("state") else f".{label}.N.tmp"  # JSON is written to a temporary file first
         fault = f"write checkpoints/aft/.writing-step-N/{written}"
         assert ours(folder, FAULT=fault)[0] == -signal.SIGKILL, fault
         yield "delib_fast", f"killed while {name} is written", restarts(ours, folder, undisturbed, our_result)
@@ -213,5 +213,5 @@ if __name__ == "__main__":
     if options.trl:
         train_with_trl(options.trl)
     else:
-        sys.path[:0] = [str(ROOT / part) for part in ("", "tests", "tests/engine")]
+        sys.path[:0] = [str(ROOT / part) for part in ("", "tests")]
         main()

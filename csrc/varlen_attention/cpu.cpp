@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -19,6 +20,7 @@ using attention::Backward;
 using attention::bf16_bits;
 using attention::Forward;
 using attention::Heads;
+using attention::Problem;
 
 struct Task {
   std::int64_t begin, length, kv_head;
@@ -57,42 +59,63 @@ Heads<to_t> heads(const at::Tensor& x, std::int64_t token, std::int64_t head) {
 
 at::Tensor last_dim_contiguous(const at::Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 
-void check(const at::Tensor& q) {
+void check(const at::Tensor& q, const at::Tensor& v) {
   TORCH_CHECK_VALUE(q.scalar_type() == at::kFloat || q.scalar_type() == at::kBFloat16,
                     "varlen_attention_compiled: q is ", q.scalar_type(), "; it must be float32 or bfloat16");
-  TORCH_CHECK_VALUE(q.size(2) % attention::D_MULTIPLE == 0 && q.size(2) <= attention::MAX_D,
-                    "varlen_attention_compiled: the head dim is ", q.size(2),
-                    "; it must be a multiple of 16 and at most 256");
+  for (const std::int64_t dim : {q.size(2), v.size(2)})
+    TORCH_CHECK_VALUE(dim > 0 && dim % attention::D_MULTIPLE == 0 && dim <= attention::MAX_D,
+                      "varlen_attention_compiled: a head dim is ", dim, "; it must be a multiple of 16 and at most 256");
+}
+
+Problem problem_of(const Task& task, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale,
+                   std::int64_t window, double softcap) {
+  return {task.length,
+          q.size(2),
+          v.size(2),
+          q.size(1) / k.size(1),
+          window > 0 ? window : task.length,
+          static_cast<float>(scale),
+          static_cast<float>(softcap)};
 }
 
 template <typename scalar_t, typename kernel_t>
-void forward_all(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& cu_seqlens,
-                 double scale, const at::Tensor& out, const at::Tensor& lse, kernel_t kernel) {
-  const std::int64_t group = q.size(1) / k.size(1), dim = q.size(2);
+void forward_all(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const float* sinks,
+                 const at::Tensor& cu_seqlens, double scale, std::int64_t window, double softcap, const at::Tensor& out,
+                 const at::Tensor& lse, kernel_t kernel) {
+  const std::int64_t group = q.size(1) / k.size(1);
   const auto tasks = tasks_of(cu_seqlens, k.size(1));
   if (tasks.empty()) return;
-  for_each_task(tasks, attention::forward_scratch(tasks[0].length, dim), [&](const Task& task, float* scratch) {
+  const std::int64_t scratch_floats = attention::forward_scratch(tasks[0].length, q.size(2), v.size(2));
+  for_each_task(tasks, scratch_floats, [&](const Task& task, float* scratch) {
     const std::int64_t t = task.begin, h = task.kv_head;
-    kernel({heads<const scalar_t, scalar_t>(q, t, h * group), heads<const scalar_t, scalar_t>(k, t, h),
-            heads<const scalar_t, scalar_t>(v, t, h), heads<scalar_t, scalar_t>(out, t, h * group),
-            heads<float, float>(lse, t, h * group), task.length, dim, group, static_cast<float>(scale)},
+    kernel({problem_of(task, q, k, v, scale, window, softcap), heads<const scalar_t, scalar_t>(q, t, h * group),
+            heads<const scalar_t, scalar_t>(k, t, h), heads<const scalar_t, scalar_t>(v, t, h),
+            heads<scalar_t, scalar_t>(out, t, h * group), heads<float, float>(lse, t, h * group),
+            sinks == nullptr ? nullptr : sinks + h * group},
            scratch);
   });
 }
 
-// Returns out (T, Hq, D) in the dtype of q, and the log-sum-exp of the scaled scores (T, Hq, 1) in float32.
+// Returns out (T, Hq, V) in the dtype of q, and the log-sum-exp of the scores and the sink (T, Hq, 1) in float32.
+// `sinks` is (Hq,) float32. A window or softcap of 0 is none.
 std::tuple<at::Tensor, at::Tensor> varlen_attention_compiled(const at::Tensor& q_, const at::Tensor& k_,
-                                                             const at::Tensor& v_, const at::Tensor& cu_seqlens,
-                                                             double scale) {
-  check(q_);
+                                                             const at::Tensor& v_,
+                                                             const std::optional<at::Tensor>& sinks_,
+                                                             const at::Tensor& cu_seqlens, double scale,
+                                                             std::int64_t window, double softcap) {
+  check(q_, v_);
+  TORCH_CHECK_VALUE(!sinks_ || (sinks_->scalar_type() == at::kFloat && sinks_->numel() == q_.size(1)),
+                    "varlen_attention_compiled: sinks must be float32, one per query head");
   const at::Tensor q = last_dim_contiguous(q_), k = last_dim_contiguous(k_), v = last_dim_contiguous(v_);
-  at::Tensor out = at::empty(q.sizes(), q.options());
+  const at::Tensor sinks = sinks_ ? sinks_->contiguous() : at::Tensor();
+  const float* sink_of_head = sinks_ ? sinks.const_data_ptr<float>() : nullptr;
+  at::Tensor out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
   at::Tensor lse = at::empty({q.size(0), q.size(1), 1}, q.options().dtype(at::kFloat));
   const auto& table = attention::kernels();
   if (q.scalar_type() == at::kFloat) {
-    forward_all<float>(q, k, v, cu_seqlens, scale, out, lse, table.forward_f32);
+    forward_all<float>(q, k, v, sink_of_head, cu_seqlens, scale, window, softcap, out, lse, table.forward_f32);
   } else {
-    forward_all<bf16_bits>(q, k, v, cu_seqlens, scale, out, lse, table.forward_bf16);
+    forward_all<bf16_bits>(q, k, v, sink_of_head, cu_seqlens, scale, window, softcap, out, lse, table.forward_bf16);
   }
   return {out, lse};
 }
@@ -100,34 +123,37 @@ std::tuple<at::Tensor, at::Tensor> varlen_attention_compiled(const at::Tensor& q
 template <typename scalar_t, typename kernel_t>
 void backward_all(const at::Tensor& d_out, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                   const at::Tensor& out, const at::Tensor& lse, const at::Tensor& cu_seqlens, double scale,
-                  const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv, kernel_t kernel) {
-  const std::int64_t group = q.size(1) / k.size(1), dim = q.size(2);
+                  std::int64_t window, double softcap, const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv,
+                  kernel_t kernel) {
+  const std::int64_t group = q.size(1) / k.size(1);
   const auto tasks = tasks_of(cu_seqlens, k.size(1));
   if (tasks.empty()) return;
-  for_each_task(tasks, attention::backward_scratch(tasks[0].length, dim), [&](const Task& task, float* scratch) {
+  const std::int64_t scratch_floats = attention::backward_scratch(tasks[0].length, q.size(2), v.size(2));
+  for_each_task(tasks, scratch_floats, [&](const Task& task, float* scratch) {
     const std::int64_t t = task.begin, h = task.kv_head;
     const auto in = [&](const at::Tensor& x, std::int64_t head) { return heads<const scalar_t, scalar_t>(x, t, head); };
     const auto to = [&](const at::Tensor& x, std::int64_t head) { return heads<scalar_t, scalar_t>(x, t, head); };
-    kernel({in(d_out, h * group), in(q, h * group), in(k, h), in(v, h), in(out, h * group),
-            heads<const float, float>(lse, t, h * group), to(dq, h * group), to(dk, h), to(dv, h), task.length, dim,
-            group, static_cast<float>(scale)},
+    kernel({problem_of(task, q, k, v, scale, window, softcap), in(d_out, h * group), in(q, h * group), in(k, h),
+            in(v, h), in(out, h * group), heads<const float, float>(lse, t, h * group), to(dq, h * group), to(dk, h),
+            to(dv, h)},
            scratch);
   });
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_compiled_backward(
     const at::Tensor& d_out_, const at::Tensor& q_, const at::Tensor& k_, const at::Tensor& v_, const at::Tensor& out,
-    const at::Tensor& lse, const at::Tensor& cu_seqlens, double scale) {
-  check(q_);
+    const at::Tensor& lse, const at::Tensor& cu_seqlens, double scale, std::int64_t window, double softcap) {
+  check(q_, v_);
   const at::Tensor q = last_dim_contiguous(q_), k = last_dim_contiguous(k_), v = last_dim_contiguous(v_);
   const at::Tensor d_out = last_dim_contiguous(d_out_);
   at::Tensor dq = at::empty(q.sizes(), q.options());
   at::Tensor dk = at::empty(k.sizes(), k.options()), dv = at::empty(v.sizes(), v.options());
   const auto& table = attention::kernels();
   if (q.scalar_type() == at::kFloat) {
-    backward_all<float>(d_out, q, k, v, out, lse, cu_seqlens, scale, dq, dk, dv, table.backward_f32);
+    backward_all<float>(d_out, q, k, v, out, lse, cu_seqlens, scale, window, softcap, dq, dk, dv, table.backward_f32);
   } else {
-    backward_all<bf16_bits>(d_out, q, k, v, out, lse, cu_seqlens, scale, dq, dk, dv, table.backward_bf16);
+    backward_all<bf16_bits>(d_out, q, k, v, out, lse, cu_seqlens, scale, window, softcap, dq, dk, dv,
+                            table.backward_bf16);
   }
   return {dq, dk, dv};
 }

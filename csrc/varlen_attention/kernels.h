@@ -1,7 +1,7 @@
 // The loops of packed causal attention, as one table of functions per instruction set. This file does not depend on
 // torch.
 //
-// Sizes: L tokens of a sequence, D head dim, G query heads that share a kv head.
+// Sizes: L tokens of a sequence, D head dim of q and k, V head dim of v, G query heads that share a kv head.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ using bf16_bits = std::uint16_t;
 constexpr std::int64_t QUERIES = 32;  // per block
 constexpr std::int64_t KEYS = 128;    // per block; a block of scores, QUERIES x KEYS float32, fits the L1 cache
 constexpr std::int64_t D_MULTIPLE = 16;
-constexpr std::int64_t MAX_D = 256;
+constexpr std::int64_t MAX_D = 256;  // of D and of V
 
 // One or several heads of one sequence. Element (token, head, d) is at
 // data[token * token_stride + head * head_stride + d].
@@ -23,33 +23,38 @@ struct Heads {
   std::int64_t token_stride, head_stride;
 };
 
-// The attention of one sequence under one kv head.
-template <typename scalar_t>
-struct Forward {
-  Heads<const scalar_t> q, k, v;  // q has G heads; k and v have one
-  Heads<scalar_t> out;
-  Heads<float> lse;  // (L, G), log-sum-exp of the scaled scores
-  std::int64_t length, dim, group;
+// What defines the attention of one sequence under one kv head, except for its tensors.
+struct Problem {
+  std::int64_t length, dim, value_dim, group;
+  std::int64_t window;  // tokens that a token attends to, itself included; `length` or more for all
   float scale;
+  float softcap;  // a score s becomes softcap * tanh(s / softcap); 0 for no cap
 };
 
 template <typename scalar_t>
-struct Backward {
+struct Forward : Problem {
+  Heads<const scalar_t> q, k, v;  // q has G heads; k and v have one
+  Heads<scalar_t> out;
+  Heads<float> lse;    // (L, G), log-sum-exp of the scores and the sink
+  const float* sinks;  // (G), a score of each head whose value is zero; null without sinks
+};
+
+// The gradients of q, k and v. `out` and `lse` contain the effect of the sinks.
+template <typename scalar_t>
+struct Backward : Problem {
   Heads<const scalar_t> d_out, q, k, v, out;
   Heads<const float> lse;
   Heads<scalar_t> dq, dk, dv;
-  std::int64_t length, dim, group;
-  float scale;
 };
 
 inline std::int64_t padded(std::int64_t length) { return (length + KEYS - 1) / KEYS * KEYS; }
 
 // Scratch memory of one task, in floats.
-inline std::int64_t forward_scratch(std::int64_t length, std::int64_t dim) {
-  return 2 * padded(length) * dim + QUERIES * (2 * dim + KEYS);
+inline std::int64_t forward_scratch(std::int64_t length, std::int64_t dim, std::int64_t value_dim) {
+  return padded(length) * (dim + value_dim) + QUERIES * (dim + value_dim + KEYS);
 }
-inline std::int64_t backward_scratch(std::int64_t length, std::int64_t dim) {
-  return 5 * padded(length) * dim + QUERIES * (3 * dim + 2 * KEYS);
+inline std::int64_t backward_scratch(std::int64_t length, std::int64_t dim, std::int64_t value_dim) {
+  return padded(length) * (3 * dim + 2 * value_dim) + QUERIES * (2 * dim + 2 * value_dim + 2 * KEYS);
 }
 
 struct Kernels {

@@ -5,6 +5,9 @@
 // and V by rows. Each block of QUERIES then iterates over the blocks of keys that are visible to it. Every product has
 // the form C (+)= A . B with the rows of B along vectors, so one small routine computes all seven. Memory traffic:
 // q, k, v (and out, d_out) are read once, the results are written once, and everything else stays in `scratch`.
+//
+// A sink is one more key whose value is zero: the online softmax starts from its score, and neither the outputs nor the
+// backward pass change otherwise, because out and lse contain it.
 #include <math.h>
 
 #include <cstdint>
@@ -51,6 +54,26 @@ inline Vector exp_of(Vector x) {
 }
 
 inline float exp_one(float x) { return exp_of(splat(x))[0]; }
+
+// tanh x to about one ulp: the polynomial of Cephes near 0, where 1 - 2 / (e**2x + 1) would cancel.
+inline Vector tanh_of(Vector x) {
+  const Vector magnitude = x < Vector{} ? -x : x, square = x * x;
+  Vector p = splat(-5.70498872745e-3f);
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const Vector e = exp_of(magnitude * -2.0f);
+  const Vector far = (1.0f - e) / (1.0f + e);
+  return magnitude < splat(0.625f) ? p * square * x + x : (x < Vector{} ? -far : far);
+}
+
+inline void cap(float* scores, std::int64_t columns, float softcap) {
+  for (std::int64_t j = 0; j < columns; j += WIDTH) {
+    auto& s = *reinterpret_cast<Vector*>(scores + j);
+    s = tanh_of(s / softcap) * softcap;
+  }
+}
 
 // C (TILE_ROWS, COLUMNS * WIDTH) (+)= A (TILE_ROWS, depth) . B. Element (i, k) of A is a[i * by_row + k * by_depth].
 template <int COLUMNS>
@@ -122,10 +145,26 @@ void scatter(const float* from, std::int64_t begin, std::int64_t count, std::int
   }
 }
 
-// One step of the online softmax, for one row of scores. Masks the keys after the first `visible`, updates `max` and
-// `sum`, and replaces each score with e^(score - max). Returns the factor that rescales the earlier sums.
-inline float update_softmax(float* scores, std::int64_t columns, std::int64_t visible, float& max, float& sum) {
-  for (std::int64_t j = visible; j < columns; ++j) scores[j] = -INFINITY;
+// The keys of one block that a query attends to, as columns [begin, end).
+struct Visible {
+  std::int64_t begin, end;
+};
+
+inline Visible visible_keys(std::int64_t query, std::int64_t first_key, std::int64_t columns, std::int64_t window) {
+  const std::int64_t begin = query - window + 1 - first_key, end = query + 1 - first_key;
+  return {begin < 0 ? 0 : smaller(begin, columns), end < 0 ? 0 : smaller(end, columns)};
+}
+
+// The first block of keys that the queries from `begin` on attend to.
+inline std::int64_t first_block(std::int64_t begin, std::int64_t window) {
+  return begin < window ? 0 : (begin - window + 1) / KEYS * KEYS;
+}
+
+// One step of the online softmax, for one row of scores. Masks the keys that are not visible, updates `max` and `sum`,
+// and replaces each score with e^(score - max). Returns the factor that rescales the earlier sums.
+inline float update_softmax(float* scores, std::int64_t columns, Visible visible, float& max, float& sum) {
+  for (std::int64_t j = 0; j < visible.begin; ++j) scores[j] = -INFINITY;
+  for (std::int64_t j = visible.end; j < columns; ++j) scores[j] = -INFINITY;
   Vector block_max = splat(-INFINITY);
   for (std::int64_t j = 0; j < columns; j += WIDTH)
     block_max = larger(*reinterpret_cast<Vector*>(scores + j), block_max);
@@ -147,103 +186,116 @@ inline float update_softmax(float* scores, std::int64_t columns, std::int64_t vi
 
 template <typename scalar_t>
 void forward(const Forward<scalar_t>& task, float* scratch) {
-  const std::int64_t L = task.length, D = task.dim;
+  const std::int64_t L = task.length, D = task.dim, V = task.value_dim;
   float* k_t = scratch;
   float* v = k_t + padded(L) * D;
-  float* q = v + padded(L) * D;
+  float* q = v + padded(L) * V;
   float* out = q + QUERIES * D;
-  float* scores = out + QUERIES * D;
+  float* scores = out + QUERIES * V;
   gather_transposed(task.k, L, D, k_t);
-  gather(task.v, 0, 0, L, padded(L), D, 1.0f, v);
+  gather(task.v, 0, 0, L, padded(L), V, 1.0f, v);
   for (std::int64_t head = 0; head < task.group; ++head) {
     for (std::int64_t begin = 0; begin < L; begin += QUERIES) {
       const std::int64_t count = smaller(QUERIES, L - begin), end = begin + count;
+      const std::int64_t start = first_block(begin, task.window);
+      // A sink of -inf is no sink.
+      const float sink = task.sinks == nullptr ? -INFINITY : task.sinks[head];
       float max[QUERIES], sum[QUERIES];
-      for (std::int64_t i = 0; i < QUERIES; ++i) max[i] = -INFINITY, sum[i] = 0.0f;
+      for (std::int64_t i = 0; i < QUERIES; ++i) max[i] = sink, sum[i] = sink == -INFINITY ? 0.0f : 1.0f;
       gather(task.q, head, begin, count, QUERIES, D, task.scale, q);
-      for (std::int64_t first = 0; first < end; first += KEYS) {
+      for (std::int64_t first = start; first < end; first += KEYS) {
         const std::int64_t columns = round_up(smaller(KEYS, end - first), D_MULTIPLE);
         product(QUERIES, columns, D, q, D, 1, k_t + first * D, KEYS, scores, KEYS, false);
         for (std::int64_t i = 0; i < QUERIES; ++i) {
-          const std::int64_t visible = smaller(columns, begin + smaller(i, count - 1) + 1 - first);
+          if (task.softcap > 0.0f) cap(scores + i * KEYS, columns, task.softcap);
+          const Visible visible = visible_keys(begin + smaller(i, count - 1), first, columns, task.window);
           const float rescale = update_softmax(scores + i * KEYS, columns, visible, max[i], sum[i]);
-          if (first > 0 && rescale != 1.0f)
-            for (std::int64_t d = 0; d < D; ++d) out[i * D + d] *= rescale;
+          if (first > start && rescale != 1.0f)
+            for (std::int64_t d = 0; d < V; ++d) out[i * V + d] *= rescale;
         }
-        product(QUERIES, D, columns, scores, KEYS, 1, v + first * D, D, out, D, first > 0);
+        product(QUERIES, V, columns, scores, KEYS, 1, v + first * V, V, out, V, first > start);
       }
       for (std::int64_t i = 0; i < count; ++i) {
-        for (std::int64_t d = 0; d < D; ++d) out[i * D + d] /= sum[i];
+        for (std::int64_t d = 0; d < V; ++d) out[i * V + d] /= sum[i];
         task.lse.data[(begin + i) * task.lse.token_stride + head * task.lse.head_stride] = max[i] + logf(sum[i]);
       }
-      scatter(out, begin, count, D, head, 1.0f, task.out);
+      scatter(out, begin, count, V, head, 1.0f, task.out);
     }
   }
 }
 
-// Turns scores into probabilities and d_probabilities into d_scores, both in place. Both are 0 for keys after the first
-// `visible`.
-inline void softmax_backward(float* scores, float* d_scores, std::int64_t columns, std::int64_t visible, float lse,
-                             float delta) {
+// Turns scores into probabilities and d_probabilities into d_scores, both in place. Both are 0 for keys that are not
+// visible. The scores come in before the cap.
+inline void softmax_backward(float* scores, float* d_scores, std::int64_t columns, Visible visible, float lse,
+                             float delta, float softcap) {
   for (std::int64_t j = 0; j < columns; j += WIDTH) {
     auto& p = *reinterpret_cast<Vector*>(scores + j);
     auto& dp = *reinterpret_cast<Vector*>(d_scores + j);
-    p = exp_of(p - lse);
-    dp = p * (dp - delta);
+    if (softcap > 0.0f) {
+      const Vector t = tanh_of(p / softcap);
+      p = exp_of(t * softcap - lse);
+      dp = p * (dp - delta) * (1.0f - t * t);
+    } else {
+      p = exp_of(p - lse);
+      dp = p * (dp - delta);
+    }
   }
-  for (std::int64_t j = visible < 0 ? 0 : visible; j < columns; ++j) scores[j] = d_scores[j] = 0.0f;
+  for (std::int64_t j = 0; j < visible.begin; ++j) scores[j] = d_scores[j] = 0.0f;
+  for (std::int64_t j = visible.end; j < columns; ++j) scores[j] = d_scores[j] = 0.0f;
 }
 
 template <typename scalar_t>
 void backward(const Backward<scalar_t>& task, float* scratch) {
-  const std::int64_t L = task.length, D = task.dim;
+  const std::int64_t L = task.length, D = task.dim, V = task.value_dim;
   float* k_t = scratch;
   float* v_t = k_t + padded(L) * D;
-  float* k = v_t + padded(L) * D;
+  float* k = v_t + padded(L) * V;
   float* dk = k + padded(L) * D;
   float* dv = dk + padded(L) * D;
-  float* q = dv + padded(L) * D;
-  float* d_out = q + QUERIES * D;
-  float* dq = d_out + QUERIES * D;
-  float* scores = dq + QUERIES * D;
+  float* q = dv + padded(L) * V;
+  float* dq = q + QUERIES * D;
+  float* d_out = dq + QUERIES * D;
+  float* out = d_out + QUERIES * V;
+  float* scores = out + QUERIES * V;
   float* d_scores = scores + QUERIES * KEYS;
   gather_transposed(task.k, L, D, k_t);
-  gather_transposed(task.v, L, D, v_t);
+  gather_transposed(task.v, L, V, v_t);
   gather(task.k, 0, 0, L, padded(L), D, 1.0f, k);
-  for (std::int64_t i = 0; i < padded(L) * D; ++i) dk[i] = dv[i] = 0.0f;
+  for (std::int64_t i = 0; i < padded(L) * (D + V); ++i) dk[i] = 0.0f;  // dv follows dk
   for (std::int64_t head = 0; head < task.group; ++head) {
     for (std::int64_t begin = 0; begin < L; begin += QUERIES) {
       const std::int64_t count = smaller(QUERIES, L - begin), end = begin + count;
+      const std::int64_t start = first_block(begin, task.window);
       float lse[QUERIES], delta[QUERIES];
-      gather(task.out, head, begin, count, QUERIES, D, 1.0f, dq);  // dq holds `out` until it is written
-      gather(task.d_out, head, begin, count, QUERIES, D, 1.0f, d_out);
+      gather(task.out, head, begin, count, QUERIES, V, 1.0f, out);
+      gather(task.d_out, head, begin, count, QUERIES, V, 1.0f, d_out);
       gather(task.q, head, begin, count, QUERIES, D, task.scale, q);
       for (std::int64_t i = 0; i < QUERIES; ++i) {
         const std::int64_t token = begin + smaller(i, count - 1);
         lse[i] = task.lse.data[token * task.lse.token_stride + head * task.lse.head_stride];
         Vector total{};
-        for (std::int64_t d = 0; d < D; d += WIDTH)
-          total += *reinterpret_cast<Vector*>(dq + i * D + d) * *reinterpret_cast<Vector*>(d_out + i * D + d);
+        for (std::int64_t d = 0; d < V; d += WIDTH)
+          total += *reinterpret_cast<Vector*>(out + i * V + d) * *reinterpret_cast<Vector*>(d_out + i * V + d);
         delta[i] = 0.0f;
         for (int w = 0; w < WIDTH; ++w) delta[i] += total[w];
       }
-      for (std::int64_t first = 0; first < end; first += KEYS) {
+      for (std::int64_t first = start; first < end; first += KEYS) {
         const std::int64_t columns = round_up(smaller(KEYS, end - first), D_MULTIPLE);
         product(QUERIES, columns, D, q, D, 1, k_t + first * D, KEYS, scores, KEYS, false);
-        product(QUERIES, columns, D, d_out, D, 1, v_t + first * D, KEYS, d_scores, KEYS, false);
+        product(QUERIES, columns, V, d_out, V, 1, v_t + first * V, KEYS, d_scores, KEYS, false);
         for (std::int64_t i = 0; i < QUERIES; ++i) {
-          const std::int64_t visible = i < count ? smaller(columns, begin + i + 1 - first) : 0;
-          softmax_backward(scores + i * KEYS, d_scores + i * KEYS, columns, visible, lse[i], delta[i]);
+          const Visible visible = i < count ? visible_keys(begin + i, first, columns, task.window) : Visible{0, 0};
+          softmax_backward(scores + i * KEYS, d_scores + i * KEYS, columns, visible, lse[i], delta[i], task.softcap);
         }
-        product(columns, D, QUERIES, scores, 1, KEYS, d_out, D, dv + first * D, D, true);
+        product(columns, V, QUERIES, scores, 1, KEYS, d_out, V, dv + first * V, V, true);
         product(columns, D, QUERIES, d_scores, 1, KEYS, q, D, dk + first * D, D, true);
-        product(QUERIES, D, columns, d_scores, KEYS, 1, k + first * D, D, dq, D, first > 0);
+        product(QUERIES, D, columns, d_scores, KEYS, 1, k + first * D, D, dq, D, first > start);
       }
       scatter(dq, begin, count, D, head, task.scale, task.dq);
     }
   }
   scatter(dk, 0, L, D, 0, 1.0f, task.dk);
-  scatter(dv, 0, L, D, 0, 1.0f, task.dv);
+  scatter(dv, 0, L, V, 0, 1.0f, task.dv);
 }
 
 const Kernels KERNELS = {

@@ -5,13 +5,15 @@ folder, every file is synced and hashed into a manifest, and only then is the fo
 recorded in `latest`. A kill at any moment therefore leaves either a complete checkpoint or a folder that is ignored.
 
 A checkpoint that does not match its manifest is never loaded: it is set aside with a warning, and the previous one is
-used. If none is intact, reading raises CheckpointError; training never restarts silently.
+used. If none is intact, reading raises CheckpointError; training never restarts silently. An intact checkpoint of
+another format raises OtherFormatError, because an older one would be older work.
 
     checkpoints/msm/
         latest                                 the name of the last checkpoint
         step-00000012/
             state-00000-of-00002.safetensors   fp32 weights and optimizer moments of the parameters that rank 0 wrote
-            trainer.json                       step, optimizer steps, running totals of the log, data fingerprint
+            trainer.json                       step, configuration, data fingerprint, running totals of the log, and
+                                               the number and hash of the records in metrics.jsonl
             manifest.json                      size and sha256 of every other file
         .writing-step-00000016/                a checkpoint that is being written
         damaged-step-00000020/                 a damaged checkpoint; deleted after the next one is written
@@ -28,7 +30,6 @@ import contextlib
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -38,16 +39,29 @@ from typing import Any, Protocol
 from safetensors import safe_open
 from torch import Tensor
 
-from delib_fast.files import hash_file, remove_temporary_files, sync_folder, write_atomic
+from delib_fast.digests import DamagedError, seal, unseal
+from delib_fast.files import (
+    hash_file,
+    open_regular,
+    read_text,
+    remove_temporary_files,
+    remove_tree,
+    sync_folder,
+    write_atomic,
+)
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
-FORMAT = 2
+FORMAT = 3
 _NAME = re.compile(r"^step-(\d{8})$")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be read or written. The message says why, and what to do."""
+
+
+class OtherFormatError(CheckpointError):
+    """An intact checkpoint has a format that this version does not read."""
 
 
 class Group(Protocol):
@@ -88,28 +102,44 @@ class Checkpoint:
     trainer: dict[str, Any]
     files: tuple[str, ...] = ()
 
-    def reader(self) -> Callable[[str], Tensor]:
-        """Return a function that maps a key to its full tensor, read from whichever file holds it.
+    def reader(self) -> TensorReader:
+        """Return a reader of the tensors of all files."""
+        return TensorReader(self)
 
-        Raises:
-            CheckpointError (the returned function): no file has a tensor of that key.
-        """
-        handles: dict[str, Any] = {}
-        for name in self.files:
+
+class TensorReader:
+    """Maps a key to its full tensor, read from whichever file of a checkpoint holds it.
+
+    Raises:
+        CheckpointError (when called): no file has a tensor of that key.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._folder = checkpoint.folder
+        self._handles: dict[str, Any] = {}
+        for name in checkpoint.files:
             if name.endswith(".safetensors"):
-                handle = safe_open(self.folder / name, framework="pt")
-                handles.update(dict.fromkeys(handle.keys(), handle))  # type: ignore[no-untyped-call]
+                handle = safe_open(checkpoint.folder / name, framework="pt")
+                self._handles.update(dict.fromkeys(handle.keys(), handle))  # type: ignore[no-untyped-call]
+        self._unread = set(self._handles)
 
-        def read(key: str) -> Tensor:
-            if key not in handles:
-                raise CheckpointError(
-                    f"{self.folder} has no tensor {key!r}: another model or optimizer wrote it; use another run_dir, "
-                    "or delete the checkpoint to start again"
-                )
-            tensor: Tensor = handles[key].get_tensor(key)
-            return tensor
+    def __call__(self, key: str) -> Tensor:
+        if key not in self._handles:
+            raise CheckpointError(f"{self._folder} has no tensor {key!r}: {_ANOTHER_MODEL}")
+        self._unread.discard(key)
+        tensor: Tensor = self._handles[key].get_tensor(key)
+        return tensor
 
-        return read
+    def refuse_unread(self) -> None:
+        """Raise CheckpointError if a tensor was never read: the model that is restored has no place for it."""
+        if self._unread:
+            key = min(self._unread)
+            raise CheckpointError(f"{self._folder} has a tensor {key!r}, which the model lacks: {_ANOTHER_MODEL}")
+
+
+_ANOTHER_MODEL = (
+    "another model or optimizer wrote it; use another run_dir, or delete the checkpoints of the stage to train it again"
+)
 
 
 # --- the folder of a stage's checkpoints --------------------------------------------------------------------
@@ -150,7 +180,7 @@ def publish(root: Path, step: int, trainer: dict[str, Any], shards: dict[str, di
     write_atomic(temporary / "trainer.json", content)
     files = {**shards, "trainer.json": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
     write_atomic(temporary / MANIFEST, _manifest(step, files))
-    if final.exists():
+    if final.exists() or final.is_symlink():
         raise CheckpointError(f"{final} already exists; a checkpoint is never overwritten")
     temporary.rename(final)
     sync_folder(root)
@@ -159,14 +189,14 @@ def publish(root: Path, step: int, trainer: dict[str, Any], shards: dict[str, di
 
 
 def _manifest(step: int, files: dict[str, Any]) -> bytes:
-    return json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1, sort_keys=True).encode()
+    return seal({"format": FORMAT, "step": step, "files": files}, indent=1).encode()
 
 
 def prune(root: Path, keep_last: int, keep_every: int | None) -> None:
     """Delete old and damaged checkpoints.
 
     A folder is renamed before it is deleted, so that a kill during the deletion leaves no partial checkpoint under a
-    final name.
+    final name. Of a symbolic link, only the link is deleted.
 
     Args:
         root: the folder of a stage's checkpoints.
@@ -175,10 +205,12 @@ def prune(root: Path, keep_last: int, keep_every: int | None) -> None:
     """
     for step in list_steps(root)[:-keep_last]:
         if not (keep_every and step % keep_every == 0):
-            step_folder(root, step).rename(root / f".deleting-step-{step:08d}")
+            doomed = root / f".deleting-step-{step:08d}"
+            remove_tree(doomed)
+            step_folder(root, step).rename(doomed)
     for pattern in (".deleting-step-*", "damaged-step-*"):
         for path in root.glob(pattern):
-            shutil.rmtree(path)
+            remove_tree(path)
 
 
 def remove_leftovers(root: Path) -> None:
@@ -186,8 +218,10 @@ def remove_leftovers(root: Path) -> None:
     if root.is_dir():
         for pattern in (".writing-step-*", ".deleting-step-*"):
             for path in root.glob(pattern):
-                shutil.rmtree(path, ignore_errors=True)
-        remove_temporary_files(root)
+                with contextlib.suppress(OSError):
+                    remove_tree(path)
+        with contextlib.suppress(OSError):
+            remove_temporary_files(root)
 
 
 # --- reading ------------------------------------------------------------------------------------------------
@@ -197,19 +231,21 @@ def verify(folder: Path, group: Group | None = None) -> Checkpoint:
     """Check every file of a checkpoint against its manifest. A collective: the hashing is split across the ranks.
 
     Raises:
+        OtherFormatError: on every rank, if the checkpoint has a format that this version does not read.
         CheckpointError: on every rank, if a file is missing or differs from the manifest.
     """
     group = group or SingleProcess()
     checkpoint: Checkpoint | None = None
-    fault = ""
+    fault = {"kind": "", "message": ""}
     try:
         with group.local_work("verifying a checkpoint"):
             checkpoint = _verify_share(folder, group.rank, group.world_size)
     except CheckpointError as error:
-        fault = str(error)
-    faults = [text for text in group.gather_texts(fault) if text]
+        fault = {"kind": type(error).__name__, "message": str(error)}
+    faults = [found for found in map(json.loads, group.gather_texts(json.dumps(fault))) if found["kind"]]
     if faults:
-        raise CheckpointError(faults[0])
+        kind = OtherFormatError if faults[0]["kind"] == OtherFormatError.__name__ else CheckpointError
+        raise kind(faults[0]["message"])
     assert checkpoint is not None
     return checkpoint
 
@@ -217,19 +253,49 @@ def verify(folder: Path, group: Group | None = None) -> Checkpoint:
 def _verify_share(folder: Path, rank: int, world_size: int) -> Checkpoint:
     """Check names and sizes of all files, and the hashes of every `world_size`-th one."""
     try:
-        content = (folder / MANIFEST).read_bytes()
-        manifest = json.loads(content)
-        step, files = int(manifest["step"]), dict(manifest["files"])
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{folder}: its format is {manifest['format']}; this version reads format {FORMAT}")
-        if content != _manifest(step, files) or folder.name != f"step-{step:08d}":
-            raise CheckpointError(f"{folder}: {MANIFEST} was changed after it was written")
+        step, files = _read_manifest(folder)
         for number, (name, expected) in enumerate(sorted(files.items())):
             _verify_file(folder / name, expected, with_hash=number % world_size == rank)
-        trainer = json.loads((folder / "trainer.json").read_text())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: the manifest cannot be read ({error})") from None
+        with open_regular(folder / "trainer.json") as file:
+            trainer = json.load(file)
+        if not isinstance(trainer, dict) or trainer["step"] != step:
+            raise CheckpointError(f"{folder}: trainer.json is not that of step {step}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error})") from None
     return Checkpoint(folder, step, trainer, tuple(sorted(files)))
+
+
+def _read_manifest(folder: Path) -> tuple[int, dict[str, Any]]:
+    """The step of a checkpoint, and the size and hash of each of its files by name."""
+    with open_regular(folder / MANIFEST) as file:
+        content = file.read()
+    try:
+        manifest = unseal(content)
+    except DamagedError as error:
+        if _is_format_2(content):
+            manifest = {"format": 2}
+        else:
+            raise CheckpointError(f"{folder}: {MANIFEST} was changed after it was written: {error}") from None
+    if manifest["format"] != FORMAT:
+        raise OtherFormatError(
+            f"{folder}: its format is {manifest['format']}, and this version of delib_fast reads format {FORMAT}. "
+            "Finish the run with the version that began it, or give another run_dir"
+        )
+    step, files = int(manifest["step"]), dict(manifest["files"])
+    if content != _manifest(step, files) or folder.name != step_folder(folder.parent, step).name:
+        raise CheckpointError(f"{folder}: {MANIFEST} was changed after it was written")
+    if outside := [name for name in files if Path(name).name != name]:
+        raise CheckpointError(f"{folder}: {MANIFEST} names {outside[0]!r}, which is not a file of the folder")
+    return step, files
+
+
+def _is_format_2(content: bytes) -> bool:
+    """Whether this is the intact manifest of format 2, which had no digest."""
+    try:
+        manifest = json.loads(content)
+        return bool(json.dumps(manifest, indent=1, sort_keys=True).encode() == content and manifest["format"] == 2)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def _verify_file(path: Path, expected: dict[str, Any], *, with_hash: bool) -> None:
@@ -250,7 +316,8 @@ def load_newest(root: Path, warn: Callable[[str], None], group: Group | None = N
         warn: called with a message for each damaged checkpoint that is skipped. Such a checkpoint is renamed, so
             that it is reported once.
     Raises:
-        CheckpointError: checkpoints were written, but none is intact; or the ranks see different checkpoints.
+        CheckpointError: checkpoints were written, but none is intact; the newest one has a format that this version
+            does not read; or the ranks see different checkpoints.
     """
     group = group or SingleProcess()
     steps = _agreed_steps(root, group)
@@ -260,6 +327,8 @@ def load_newest(root: Path, warn: Callable[[str], None], group: Group | None = N
         try:
             found = verify(step_folder(root, step), group)
             break
+        except OtherFormatError:
+            raise
         except CheckpointError as error:
             damaged.append((step, str(error)))
     latest = _latest(root)
@@ -280,7 +349,7 @@ def load_newest(root: Path, warn: Callable[[str], None], group: Group | None = N
         warn(f"{reason}; resuming from the previous checkpoint")
         if group.rank == 0 and step in steps:
             aside = root / f"damaged-step-{step:08d}"
-            shutil.rmtree(aside, ignore_errors=True)
+            remove_tree(aside)
             step_folder(root, step).rename(aside)
     if group.rank == 0 and damaged and found is not None:
         write_atomic(root / LATEST, f"{found.folder.name}\n".encode())
@@ -301,7 +370,7 @@ def _agreed_steps(root: Path, group: Group) -> Sequence[int]:
 def _latest(root: Path) -> int | None:
     """The step that `latest` names; None if the file is missing or unreadable."""
     try:
-        match = _NAME.match((root / LATEST).read_text().strip())
+        match = _NAME.match(read_text(root / LATEST).strip())
     except (OSError, UnicodeDecodeError):
         return None
     return int(match.group(1)) if match else None

@@ -8,8 +8,8 @@ any moment, the unfinished folder is ignored.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -28,7 +28,7 @@ from delib_fast.checkpoint.format import (
     step_folder,
     temporary_folder,
 )
-from delib_fast.files import hash_file, sync_file
+from delib_fast.files import hash_file, remove_tree, sync_file
 
 Tensors = Iterable[tuple[str, Callable[[], Tensor]]]
 """Pairs of a key and a function that gathers the full tensor. The functions are collectives: every rank must call all
@@ -131,7 +131,8 @@ class CheckpointWriter:
             self._thread.join()
         self._group.barrier()
         if self._group.rank == 0:  # the unfinished checkpoint may be what fills the disk
-            shutil.rmtree(temporary_folder(self._root, self._step), ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove_tree(temporary_folder(self._root, self._step))
         steps = list_steps(self._root)
         last = (
             f"the last good checkpoint is {step_folder(self._root, steps[-1])}"
@@ -170,7 +171,7 @@ class CheckpointWriter:
 
 
 def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_tree(folder)
     folder.mkdir(parents=True)
 
 

@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import json
 import re
-import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -27,6 +26,7 @@ from delib_fast.datagen.settings import SETTINGS_FILE, DeliberateSettings, Docum
 from delib_fast.datagen.spec import Spec
 from delib_fast.datagen.spec_leak import SpecLeakError
 from delib_fast.datagen.stopping import BudgetSpent, Interrupted, LowYield
+from delib_fast.terminal import echo
 
 S = TypeVar("S", bound=RunSettings)
 
@@ -194,7 +194,7 @@ def data_report(
     from delib_fast.reports.data_report import write_report
 
     for path in write_report(data, spec=spec, out=out):
-        typer.echo(path)
+        echo(path)
 
 
 # --- shared ---------------------------------------------------------------------------------------------------
@@ -243,15 +243,19 @@ def _run(
         _exit(f"stopped: {error}; {kept} once the limit is raised", 4)
     except NoAnswer as error:
         _exit(f"error: {error.reason}: {error}\n{kept}", 3)
-    except (EndpointError, WriteError, LowYield) as error:
+    except (EndpointError, LowYield) as error:
         _exit(f"error: {error}\n{kept}", 3)
+    except WriteError as error:
+        _exit(f"error: {error}", 3)
+    except OSError as error:  # of a file that is not written through the session, e.g. one that is renamed
+        _exit(f"error: {WriteError(Path(error.filename or out), error)}", 3)
     except SpecLeakError as error:
         _exit(f"error: {error}\nThis is a bug; no rows were written.", 3)
 
 
 def _exit(message: str, code: int) -> NoReturn:
     """Print the message to stderr and exit with the code."""
-    print(message, file=sys.stderr)
+    echo(message, err=True)
     raise typer.Exit(code)
 
 
@@ -264,10 +268,10 @@ def _print_summary(out: Path, summary: Mapping[str, Any], made: str, result: str
     """
     paid = summary["paid"]
     cost = f", cost {money(paid['cost'])}" if paid["cost"] is not None else ""
-    typer.echo(f"{result} → {out / file}")
+    echo(f"{result} → {out / file}")
     if summary["dropped"]:
-        typer.echo("dropped: " + ", ".join(f"{reason} {n}" for reason, n in summary["dropped"].items()))
-    typer.echo(
+        echo("dropped: " + ", ".join(f"{reason} {n}" for reason, n in summary["dropped"].items()))
+    echo(
         f"answers paid for: {paid['answers']} ({paid['prompt_tokens']:,} + {paid['completion_tokens']:,} tokens"
         f"{cost}), {summary['this_run']['answers']} in this run; retries "
         + (json.dumps(summary["this_run"]["retries"]) if summary["this_run"]["retries"] else "none")
@@ -279,4 +283,4 @@ def _print_summary(out: Path, summary: Mapping[str, Any], made: str, result: str
             3,
         )
     if unanswered := summary["dropped"].get("no_answer"):
-        typer.echo(f"{unanswered} requests got no answer; the same command sends them again")
+        echo(f"{unanswered} requests got no answer; the same command sends them again")

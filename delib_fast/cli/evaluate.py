@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from delib_fast.config import ConfigError
+from delib_fast.terminal import echo
 
 
 def eval_command(
@@ -58,12 +59,12 @@ def eval_command(
     if settings.model is None:
         raise ConfigError("give a run directory, a model folder or a peft adapter folder to evaluate")
     try:
-        evaluation = evaluate(EvalTarget(Path(settings.model), settings), log=lambda text: typer.echo(text, err=True))
+        evaluation = evaluate(EvalTarget(Path(settings.model), settings), log=lambda text: echo(text, err=True))
     except (DataError, UnsupportedModelError, JudgeError) as error:
         raise ConfigError(str(error)) from None  # `main` prints it without a traceback
     print_tables(evaluation)
     page = write_page(evaluation)
-    typer.echo(f"results       {evaluation.folder / 'report.json'}\npage          {page}")
+    echo(f"results       {evaluation.folder / 'report.json'}\npage          {page}")
 
 
 def register(app: typer.Typer) -> None:

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from delib_fast.config import ConfigError
 from delib_fast.config.load import dump_config, json_schema, load_config
+from delib_fast.terminal import console, echo, guard_process_output, print_document, report_error
 
 # Commands in other modules, with their help texts. A module is imported when its command runs: importing all of them
 # takes seconds.
@@ -25,6 +26,9 @@ _LAZY_COMMANDS = {
     "eval": ("delib_fast.cli.evaluate", "Evaluate a model; writes JSON, tables and an HTML page."),
     "study": ("delib_fast.cli.study", "Train the arms of a study and compare them."),
 }
+
+
+_USAGE_ERROR: Any = typer.BadParameter.__base__  # of click, or of the copy of click in newer versions of typer
 
 
 class _LazyGroup(TyperGroup):
@@ -70,11 +74,11 @@ def config(
 ) -> None:
     """Check a configuration and print it with every default; or print the JSON schema."""
     if schema:
-        typer.echo(json_schema())
+        print_document(json_schema())
     elif path is None:
         raise ConfigError("give a configuration file to check, or --schema")
     else:
-        typer.echo(dump_config(load_config(path, overrides)), nl=False)
+        print_document(dump_config(load_config(path, overrides)).removesuffix("\n"))
 
 
 @app.command()
@@ -108,15 +112,22 @@ def train(
 @app.command()
 def ledger(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]) -> None:
     """Print the held-out losses and the stages of a run, from its ledger."""
-    from rich.console import Console
-
     from delib_fast.training.console import heldout_table, stage_table
     from delib_fast.training.run_directory import read_ledger
 
-    content = read_ledger(run_dir)
-    console = Console(highlight=False)
-    console.print(heldout_table(content["evaluations"]))
-    console.print(stage_table([stage for stage in content["stages"] if stage["status"] == "finished"]))
+    try:
+        content = read_ledger(run_dir)
+        finished = [stage for stage in content["stages"] if stage["status"] == "finished"]
+        tables = [heldout_table(content["evaluations"]), stage_table(finished)]
+    except ConfigError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration, OverflowError) as error:
+        raise ConfigError(
+            f"{run_dir / 'ledger.json'} is damaged ({type(error).__name__}: {error}); restore it from a copy"
+        ) from None
+    out = console()
+    for table in tables:
+        out.print(table)
 
 
 @app.command()
@@ -124,15 +135,25 @@ def env(brief: Annotated[bool, typer.Option("--brief", help="print one line")] =
     """Print versions, the device, and which backends of the fused ops can run."""
     from delib_fast.cli.env import describe, one_line
 
-    typer.echo(one_line() if brief else describe())
+    echo(one_line() if brief else describe())
 
 
 def main() -> None:
     try:
-        app()
+        code = app(standalone_mode=False)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report_error(error)
         sys.exit(2)
+    except _USAGE_ERROR as error:  # typer would print the arguments as they are
+        if error.ctx is not None:
+            echo(f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} --help' for help.\n", err=True)
+        report_error(error.format_message())
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    finally:
+        guard_process_output()  # typer prints tracebacks through a hook of its own
+    sys.exit(code)
 
 
 if __name__ == "__main__":

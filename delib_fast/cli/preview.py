@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from delib_fast.config import ConfigError
 from delib_fast.config.load import load_config
+from delib_fast.terminal import console, echo, report_error
 
 WIDTH = 80  # of the tables, in columns
 _SET = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a value (repeatable)")]
@@ -24,7 +23,7 @@ def _user_errors() -> Iterator[None]:
     try:
         yield
     except ValueError as error:  # includes ConfigError and DataError
-        print(f"error: {error}", file=sys.stderr)
+        report_error(error)
         raise typer.Exit(2) from None
 
 
@@ -42,7 +41,7 @@ def inspect(
 ) -> None:
     """Show the exact tokens that the model will see, their segments, and their weights in the loss."""
     from delib_fast.preview.dry_run import SMALL_VOCABULARY, dry_run, preview_config
-    from delib_fast.preview.tokens import describe_ignored_fields, render_example, view_example
+    from delib_fast.preview.tokens import describe_left_out, render_example, view_example
     from delib_fast.reports.inspect_page import inspect_page
 
     config = preview_config(path, overrides, tokenizer=tokenizer, kind=kind, capacity=capacity)
@@ -50,28 +49,28 @@ def inspect(
     if not stages:
         raise ConfigError(f"--stage {stage}: no such stage; the stages are {', '.join(s.name for s in config.stages)}")
     if config.run_dir == "-" and tokenizer is None:
-        print(
+        echo(
             f"--tokenizer is not given: using a tokenizer of {SMALL_VOCABULARY} tokens, trained on the file itself",
-            file=sys.stderr,
+            err=True,
         )
     with dry_run(config) as dataset:
         examples = []
         for s in stages:
             end = min(row + count, len(dataset.mixed(s)[0]))
             examples += [view_example(dataset, s, i) for i in range(row, max(end, row + 1))]
-        ignored = describe_ignored_fields(dataset, stages)
+        left_out = describe_left_out(dataset, stages)
     if html is None:
-        console = Console(highlight=False)
+        out = console()
         for example in examples:
-            console.print(render_example(example))
-        for line in ignored:
-            console.print(line, markup=False)
+            out.print(render_example(example))
+        for line in left_out:
+            out.print(line)
         return
     try:
-        html.write_text(inspect_page(f"Tokens of {path.name}", examples, ignored), encoding="utf-8")
+        html.write_text(inspect_page(f"Tokens of {path.name}", examples, left_out), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--html {html}: cannot write the page: {error.strerror}") from None
-    print(html)
+    echo(html)
 
 
 @_user_errors()
@@ -103,14 +102,14 @@ def plan(
     if chosen not in ("fp32", "bf16", "fp16"):
         raise ConfigError(f"--precision {precision}: must be fp32, bf16 or fp16")
     shape, plans = plan_run(config, lengths, ranks=gpus, precision=chosen, card_gib=memory_gib)
-    console = Console(highlight=False, width=WIDTH)
-    console.print(
+    out = console(width=WIDTH)
+    out.print(
         f"{shape.parameters:,} parameters ({shape.embedding_parameters:,} of them embeddings), "
         f"{shape.layers} layers of {shape.hidden}; {gpus} × {memory_gib:g} GiB, "
         f"ZeRO {config.engine.zero_stage}, {chosen}"
     )
     for stage_plan in plans:
-        console.print(render_plan(stage_plan, memory_gib, tflops))
+        out.print(render_plan(stage_plan, memory_gib, tflops))
 
 
 @_user_errors()
@@ -126,7 +125,7 @@ def report(
     """Report on one or several runs: losses by segment, throughput, memory, ledger, chain of stages."""
     from delib_fast.reports.run_page import report_runs
 
-    typer.echo(f"page          {report_runs(runs, out)}")
+    echo(f"page          {report_runs(runs, out)}")
 
 
 def register(app: typer.Typer) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from delib_fast.config import ConfigError
+from delib_fast.terminal import console, echo, report_error
 
 WIDTH = 80
 _METRICS_PER_TABLE = 2
@@ -37,30 +38,29 @@ def study_command(
     require_matplotlib()
     try:
         if dry_run:
-            typer.echo(describe_plan(study))
+            echo(describe_plan(study))
             return
-        result = run_study(study, log=lambda text: typer.echo(text, err=True))
+        result = run_study(study, log=lambda text: echo(text, err=True))
     except DataError as error:
         raise ConfigError(str(error)) from None
     except StudyError as error:
-        typer.echo(f"error: {error}\nAll other tasks are done; the same command retries the failed ones.", err=True)
+        report_error(f"{error}\nAll other tasks are done; the same command retries the failed ones.")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo("interrupted; the same command resumes the study", err=True)
+        echo("interrupted; the same command resumes the study", err=True)
         raise typer.Exit(130) from None
     print_arms(result.summary)
-    typer.echo(f"results       {result.json}\npage          {result.page}")
+    echo(f"results       {result.json}\npage          {result.page}")
 
 
 def print_arms(summary: dict[str, Any]) -> None:
     """Print the arms, in tables of two metrics and at most 80 columns each; and the contrasts."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from delib_fast.reports.study_page import estimate_text
 
-    console = Console(width=WIDTH, highlight=False)
+    out = console(width=WIDTH)
     sized = any(arm["size"] for arm in summary["arms"])
     names = list(summary["metrics"])
     for metrics in [names[i : i + _METRICS_PER_TABLE] for i in range(0, max(1, len(names)), _METRICS_PER_TABLE)]:
@@ -70,9 +70,9 @@ def print_arms(summary: dict[str, Any]) -> None:
         for arm in summary["arms"]:
             size = [] if not sized else ["" if arm["size"] is None else f"{arm['size']:,}"]
             table.add_row(arm["label"], *size, *(estimate_text(arm["figures"][m]["over seeds"]) for m in metrics))
-        console.print(table)
+        out.print(table)
     for contrast in summary["contrasts"]:
-        console.print(f"{contrast['title']}: {contrast['metric']} {estimate_text(contrast['estimate'])}")
+        out.print(f"{contrast['title']}: {contrast['metric']} {estimate_text(contrast['estimate'])}")
 
 
 def _numbers(text: str) -> list[int]:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
@@ -36,8 +36,16 @@ class Section(BaseModel):
             for key, value in values.items():
                 problem = _odd_number(value) if key in cls.model_fields and _is_numeric(cls, key) else None
                 if problem:  # a validator of each field would also know the key, but cannot have a discriminator
-                    raise PydanticCustomError("odd_number", problem, {"key": key})  # type: ignore[arg-type]
+                    raise PydanticCustomError("odd_number", problem, {"key": key})
         return values
+
+    @model_validator(mode="after")
+    def _refuse_huge_integers(self) -> Self:
+        """Refuse an integer of more than 64 bits that was given as a float or as text."""
+        for key, value in self:
+            if isinstance(value, int) and (problem := None if isinstance(value, bool) else _odd_number(value)):
+                raise PydanticCustomError("odd_number", problem, {"key": key})
+        return self
 
 
 @cache
@@ -80,7 +88,7 @@ def expand_path(path: str) -> str:
     """Replace `~`, `~user`, `${NAME}` and `$NAME` in a path. A `$NAME` that is not an environment variable is kept.
 
     Raises:
-        ValueError: `${NAME}` is not an environment variable, or the user does not exist.
+        ValueError: the path is empty, `${NAME}` is not an environment variable, or the user does not exist.
     """
 
     def value_of(match: re.Match[str]) -> str:
@@ -89,6 +97,8 @@ def expand_path(path: str) -> str:
             raise ValueError(f"{path}: the environment variable {name!r} is not set; set it, or write the path out")
         return os.environ.get(name, match[0])
 
+    if not path.strip():
+        raise ValueError("the path is empty; write null for no path, or . for the current folder")
     expanded = _VARIABLE.sub(value_of, path)
     if not expanded.startswith("~"):
         return expanded

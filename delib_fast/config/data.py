@@ -36,8 +36,9 @@ class SourceConfig(Section):
     """Chats with several assistant turns. `last`: train on the last turn. `each`: make one example per turn, so that
     the chain of thought of every turn is trained on (chat templates drop those of earlier turns)."""
     think_tags: tuple[str, str] | None = None
-    """The opening and closing tag of a chain of thought in these rows, if not <think>, <thinking>, <reasoning> or
-    <SCRATCHPAD_REASONING>. The model is always trained on the tags of its own chat template."""
+    """The opening and closing tag of a chain of thought in these rows, if they are not among the known ones: <think>,
+    <thinking>, <thought>, <reasoning>, <SCRATCHPAD_REASONING>, [THINK], <seed:think>, ◁think▷ and
+    <|begin_of_thought|>. The model is always trained on the tags of its own chat template."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What to do with a row that cannot be used. `error`: abort with its location. `skip`: skip it, and count it by
     reason."""

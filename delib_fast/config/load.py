@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ from delib_fast.config.base import ConfigError, Section, expand_path, is_same_fi
 from delib_fast.config.schema import Config
 from delib_fast.config.yaml_text import dump_yaml
 from delib_fast.config.yaml_text import read_yaml as read_yaml
+from delib_fast.files import read_text
+from delib_fast.redaction import redact, register_secrets
 
 S = TypeVar("S", bound=Section)
 
@@ -91,7 +92,9 @@ def load(
         key, equals, raw = override.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set {override}: write it as key.sub=value, e.g. --set stages.0.epochs=2")
-        _put(tree, key.strip(), read_yaml(raw, where=f"--set {key}"), f"--set {override}")
+        value = read_yaml(raw, where=f"--set {key}")
+        register_secrets({key.rpartition(".")[2].strip(): value})  # before any message shows it
+        _put(tree, key.strip(), value, f"--set {override}")
     return parse(kind, tree, where=where)
 
 
@@ -102,6 +105,7 @@ def parse_config(tree: Mapping[str, Any], *, where: str = "config") -> Config:
 
 def parse(kind: type[S], tree: Mapping[str, Any], *, where: str) -> S:
     """Parse and validate a section. Raises ConfigError, which lists every error with its location after `where`."""
+    register_secrets(tree)
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
@@ -121,11 +125,12 @@ def read_yaml_file(path: Path, name: str) -> dict[str, Any]:
         ConfigError: the file cannot be read, is not valid YAML, or is not a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file (working directory: {Path.cwd()})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or not a path
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(f"{path}: cannot be read: {why}") from None
     tree = read_yaml(text, where=str(path))
     if not isinstance(tree, dict):
         holds = "it is empty" if tree is None else f"it holds a YAML {type(tree).__name__}"
@@ -275,38 +280,6 @@ def _tags(options: Sequence[Any]) -> dict[str, type[Section]]:
 
 
 # --- writing ------------------------------------------------------------------------------------------------
-
-_SECRET_KEY = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|access_?key|credential)s?$", re.IGNORECASE)
-_SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL)S?$", re.IGNORECASE)
-# API keys, recognized by their prefixes: Hugging Face, OpenAI and similar services, GitHub, AWS.
-_SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16})")
-_URL_USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
-
-
-def redact(tree: Any, key: str = "") -> Any:
-    """The tree with everything that looks like a secret replaced by `***`. References such as `${ENV}` are kept."""
-    if isinstance(tree, Mapping):
-        return {k: redact(v, str(k)) for k, v in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [redact(v, key) for v in tree]
-    if isinstance(tree, str):
-        if _SECRET_KEY.search(key) and not tree.startswith("${"):
-            return "***"
-        return redact_text(tree)
-    return tree
-
-
-def redact_text(text: str) -> str:
-    """The text with secrets replaced by `***`.
-
-    These are API keys, user names and passwords in URLs, and the values of environment variables whose names end like
-    those of secrets (TOKEN, PASSWORD, …).
-    """
-    text = _URL_USERINFO.sub("***@", _SECRET_VALUE.sub("***", text))
-    for name, value in os.environ.items():
-        if len(value) >= 8 and _SECRET_NAME.search(name):
-            text = text.replace(value, "***")
-    return text
 
 
 def dump_config(config: Config) -> str:

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from delib_fast.config.base import ConfigError, FilePath, Section, nearest
+from delib_fast.config.base import ConfigError, FilePath, Section, expand_path, nearest
 from delib_fast.config.data import SourceConfig, TokenizerConfig
 from delib_fast.config.model import ModelConfig
 
@@ -237,6 +237,14 @@ class CheckpointConfig(Section):
     """Also save at every multiple of this many steps, and never delete those checkpoints."""
 
 
+class ExportConfig(Section):
+    """What is done with the model, or the adapter, that a stage exports."""
+
+    check: bool = True
+    """Load each exported folder with transformers, and abort if a tensor differs from what was trained, or if logits on
+    held-out rows differ by more than the rounding of the dtype. Reads the folder once, and computes 512 tokens."""
+
+
 class GuardConfig(Section):
     """Protection against non-finite steps, loss spikes, and ranks that hang."""
 
@@ -287,12 +295,26 @@ class Config(Section):
     """Device, precision and DeepSpeed ZeRO."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When checkpoints are written, and which are kept."""
+    export: ExportConfig = ExportConfig()
+    """The check of exported models."""
     guard: GuardConfig = GuardConfig()
     """Protection against non-finite steps, loss spikes, and ranks that hang."""
     log: LogConfig = LogConfig()
     """Where metrics go."""
     deepspeed: dict[str, Any] = Field({})
     """Merged into the generated DeepSpeed JSON. A key that this configuration decides is refused with an error."""
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _expand_paths(cls, block: dict[str, Any]) -> dict[str, Any]:
+        """Expand `~` and variables in the paths of DeepSpeed's keys, such as nvme_path and output_path."""
+
+        def expand(value: Any, key: str) -> Any:
+            if isinstance(value, dict):
+                return {k: expand(v, str(k)) for k, v in value.items()}
+            return expand_path(value) if isinstance(value, str) and key.endswith(("_path", "_dir")) else value
+
+        return {key: expand(value, str(key)) for key, value in block.items()}
 
     @field_validator("data", mode="before")
     @classmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Mapping
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import yaml
 
@@ -47,8 +47,8 @@ def _add_resolvers(owner: Any) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (yaml's own attribute)
-    yaml_constructors: dict[Any, Any] = {}  # noqa: RUF012
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]  # the stubs differ
+    yaml_constructors: ClassVar[dict[Any, Any]] = {}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -62,14 +62,14 @@ def _error(node: Any, problem: str) -> NoReturn:
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     if not isinstance(node, yaml.MappingNode):
         _error(node, "a mapping is expected here")
-    seen: list[Any] = []
+    seen: set[Any] = set()
     for key_node, _ in node.value:
         key = "<<" if key_node.tag == _PREFIX + "merge" else loader.construct_object(key_node, deep=True)
         if not isinstance(key, Hashable):
             _error(key_node, "a key must be a text or a number, not a list or a mapping")
         if key in seen:
             _error(key_node, f"the key {key!r} is given twice")
-        seen.append(key)
+        seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
 
@@ -133,7 +133,7 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 _add_resolvers(_Loader)
 _add_resolvers(_Dumper)
-_CONSTRUCTORS = {"map": _mapping, "seq": _sequence, "str": _scalar, "int": _integer, "float": _float}
+_CONSTRUCTORS: dict[str, Any] = {"map": _mapping, "seq": _sequence, "str": _scalar, "int": _integer, "float": _float}
 for _name, _construct in (_CONSTRUCTORS | {"bool": _boolean, "null": _null}).items():
     _Loader.add_constructor(_PREFIX + _name, _construct)
 _Loader.add_constructor(_AMBIGUOUS, _ambiguous)
@@ -174,5 +174,8 @@ def _count(value: Any, known: dict[int, int]) -> int:
 
 
 def dump_yaml(tree: Mapping[str, Any]) -> str:
-    """Write plain data as YAML, which `read_yaml` reads as the same data."""
-    return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
+    """Write plain data as YAML, which `read_yaml` reads as the same data. What is not printable is escaped."""
+    text = str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
+    if all(map(str.isprintable, text.split("\n"))):
+        return text
+    return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=110))

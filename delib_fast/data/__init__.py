@@ -12,9 +12,9 @@ imports a later one. The tokenizer is an argument, a fast one of Hugging Face; n
 """
 
 from delib_fast.data.decontamination import Overlap, find_overlap, refuse_overlap, refuse_spec_in_prompts
-from delib_fast.data.encode.chat import PLAIN_TEMPLATE
 from delib_fast.data.encode.encoder import encode_row
 from delib_fast.data.encode.stream import encode_rows, encode_stream, encoding_options, split_document
+from delib_fast.data.encode.template import PLAIN_TEMPLATE
 from delib_fast.data.encode.tokenized_dataset import Counts, Example, TokenizedDataset
 from delib_fast.data.holdout import split_holdout
 from delib_fast.data.pack.batch import IGNORE_INDEX, PackedBatch, empty_pack

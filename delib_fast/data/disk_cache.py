@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from delib_fast.config import ConfigError, expand_path
-from delib_fast.files import locked, write_atomic
+from delib_fast.digests import DamagedError, read_json, write_json
+from delib_fast.files import locked
 
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 """Increase it whenever equal inputs would give a different result or a different file format."""
 
 
@@ -47,16 +48,17 @@ def cache_key(inputs: Mapping[str, Any]) -> str:
 
 
 def cached_json(folder: Path, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return the JSON stored under a key. If there is none, one process computes and stores it while the others wait.
+    """Return the JSON stored under a key.
 
+    If there is none, or it is damaged, one process computes and stores it while the others wait.
     Raises OSError if the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{key}.json"
     with locked(path.with_suffix(".lock")):
         try:
-            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            result = read_json(path)
+        except (OSError, DamagedError):
             result = compute()
-            write_atomic(path, json.dumps(result))
+            write_json(path, result)
         return result

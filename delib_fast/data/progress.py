@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
+
+from delib_fast.terminal import echo
 
 T = TypeVar("T")
 
@@ -26,5 +27,5 @@ def log_progress(items: Iterable[T], total: int, what: str, *, every_s: float = 
         if done and now - printed >= every_s:
             printed = now
             left_s = (now - started) / done * (total - done)
-            print(f"{what}: {done:,} of {total:,} rows, {left_s:.0f} s left", file=sys.stderr, flush=True)
+            echo(f"{what}: {done:,} of {total:,} rows, {left_s:.0f} s left", err=True)
         yield item

@@ -9,9 +9,11 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from delib_fast.datagen.prompt_files import Chat
+from delib_fast.redaction import redact
 
 _MOST_TOKENS = 10**8  # no model reads or writes so many in one request
 _FINISH_CHARS, _NAME_CHARS = 64, 200
@@ -56,9 +58,11 @@ class Request:
     sample: int = 0
     """Requests that differ only in this number are answered independently."""
 
-    @property
+    @cached_property
     def id(self) -> str:
-        content = {"model": self.model, "messages": self.messages, "params": self.params, "sample": self.sample}
+        """The hash of what determines the answer. A secret in the parameters does not: another key gives the same."""
+        params = redact(self.params)
+        content = {"model": self.model, "messages": self.messages, "params": params, "sample": self.sample}
         return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
 
 

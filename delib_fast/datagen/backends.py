@@ -4,10 +4,10 @@ submits batches of them, and `in_process.py` runs a model in this process.
 
 from __future__ import annotations
 
-import json
 from typing import Protocol
 
 from delib_fast.datagen.answers import Answer, Request
+from delib_fast.redaction import redact_text
 
 _SHOWN_CHARS = 300
 
@@ -52,24 +52,7 @@ class Backend(Protocol):
         """Release connections or threads, after the last request."""
 
 
-class Secrets:
-    """Redacts the API keys of a run from text."""
-
-    def __init__(self) -> None:
-        self._known: set[str] = set()
-
-    def add(self, key: str) -> None:
-        """Register a key, to be redacted also where JSON escapes it."""
-        if len(key) >= 6:  # a shorter one, such as "none", may occur in ordinary text
-            self._known |= {key, json.dumps(key, ensure_ascii=False)[1:-1]}
-
-    def scrub(self, text: str) -> str:
-        """Replace every registered key in a text with ***."""
-        for key in self._known:
-            text = text.replace(key, "***")
-        return text
-
-    def describe(self, text: str) -> str:
-        """Make a short text for messages from one that an endpoint sent: printable, one line, without secrets."""
-        printable = "".join(c for c in " ".join(text.split()) if c.isprintable())
-        return self.scrub(printable)[:_SHOWN_CHARS]  # only the whole text contains the whole key
+def describe(text: str) -> str:
+    """Make a short text for messages from one that an endpoint sent: printable, one line, without secrets."""
+    printable = "".join(c for c in " ".join(text.split()) if c.isprintable())
+    return redact_text(printable)[:_SHOWN_CHARS]  # only the whole text contains the whole key

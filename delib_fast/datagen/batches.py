@@ -9,15 +9,16 @@ endpoint has been asked twice and does not have it. Answers are collected into t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import secrets as random_secrets
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from delib_fast.datagen.answers import Answer, BatchEntry, Charge, Request, request_entry
-from delib_fast.datagen.backends import EndpointError, RequestRejected, Retry, Secrets
+from delib_fast.datagen.backends import EndpointError, RequestRejected, Retry
 from delib_fast.datagen.batch_apis import (
     AnthropicBatches,
     BatchApi,
@@ -33,6 +34,7 @@ from delib_fast.datagen.request_log import RequestLog
 from delib_fast.datagen.settings import EndpointSettings
 from delib_fast.datagen.spending import at_most, cost_of, most_of
 from delib_fast.datagen.stopping import RequestsStopped
+from delib_fast.redaction import redact
 
 T = TypeVar("T")
 _QUIET_S = 0.2  # a batch is submitted when no request has been added for this long
@@ -51,15 +53,15 @@ class BatchBackend:
 
     resumable = True
 
-    def __init__(self, settings: EndpointSettings, secrets: Secrets, log: RequestLog, meter: Meter) -> None:
-        self._connection = Connection(settings, secrets)
+    def __init__(self, settings: EndpointSettings, log: RequestLog, meter: Meter) -> None:
+        self._connection = Connection(settings)
         api = AnthropicBatches if settings.api == "anthropic" else OpenAIBatches
         self._api: BatchApi = api(self._connection)
         self._settings, self._log, self._meter = settings, log, meter
         self._key = endpoint_key(settings)
         self._queue: list[Request] = []
         self._waiting: dict[str, asyncio.Future[Answer]] = {}  # by request id
-        self._in_batches: set[str] = set()  # request ids
+        self._in_batches: dict[str, object] = {}  # for each request, the batch that it is waiting for
         self._tasks: set[asyncio.Task[None]] = set()
         self._gathering: asyncio.Task[None] | None = None
         self._resumed = False
@@ -105,7 +107,8 @@ class BatchBackend:
             while size < len(self._queue) < self._api.max_requests:
                 size = len(self._queue)
                 await asyncio.sleep(_QUIET_S)
-            batch, bytes_left = [], self._api.max_bytes
+            batch: list[Request] = []
+            bytes_left = self._api.max_bytes
             while self._queue and len(batch) < self._api.max_requests and bytes_left > 0:
                 request = self._queue.pop(0)
                 if request.id in self._waiting:  # otherwise the run is stopping
@@ -116,8 +119,8 @@ class BatchBackend:
 
     def _start(self, ids: Iterable[str], work: Coroutine[Any, Any, None]) -> None:
         """Run `work` for these requests. When it ends, whatever the reason, none of them is left waiting."""
-        own = set(ids)
-        self._in_batches |= own
+        batch = object()
+        self._in_batches.update(dict.fromkeys(ids, batch))
 
         async def run() -> None:
             fault: BaseException = Retry("batch_incomplete", detail="the results do not contain the request")
@@ -129,8 +132,8 @@ class BatchBackend:
             except Exception as error:  # noqa: BLE001 (raised in each waiting request)
                 fault = error
             finally:
-                self._in_batches -= own
-                for request_id in own:
+                # A request of which the result was an error may be in another batch already.
+                for request_id in [i for i, its_batch in self._in_batches.items() if its_batch is batch]:
                     self._settle(request_id, fault)
 
         task = asyncio.create_task(run())
@@ -138,7 +141,8 @@ class BatchBackend:
         task.add_done_callback(self._tasks.discard)
 
     def _settle(self, request_id: str, outcome: Answer | BaseException) -> None:
-        """Give a waiting request its answer, or its error."""
+        """Give a request its answer, or its error. It can then be requested again."""
+        self._in_batches.pop(request_id, None)
         future = self._waiting.get(request_id)
         if future is None or future.done():
             return
@@ -201,7 +205,8 @@ class BatchBackend:
     async def _collect_earlier(self, entry: BatchEntry) -> None:
         batch_id = entry.batch_id
         if batch_id is None:
-            batch_id = await self._find(entry)
+            with self._explained(entry):
+                batch_id = await self._find(entry)
             if batch_id is None:
                 await self._log.batch_collected(entry.key, "never created")
                 raise Retry("batch_lost", detail="the batch was planned, but not created before the run ended")
@@ -211,22 +216,28 @@ class BatchBackend:
 
     async def _collect(self, entry: BatchEntry, batch_id: str, requests: Sequence[Request]) -> None:
         """Wait until a batch has ended, and write its answers to the log."""
-        try:
+        with self._explained(entry, batch_id):
             state = await self._ended(entry, batch_id)
             if state.fault is not None:
                 await self._log.batch_collected(entry.key, "failed")
                 raise Retry("batch_failed", detail=state.fault)
-            by_custom_id = {custom_id(entry.key, request): request for request in requests}
+            missing = {custom_id(entry.key, request): request for request in requests}
             for path in state.files:
-                await self._retried(lambda path=path: self._read(path, entry, by_custom_id))  # type: ignore[misc]
-        except EndpointError as error:
-            raise EndpointError(
-                f"batch {batch_id} of {len(requests)} requests: {error}. If its results are lost, and its requests "
-                f'are to be paid for again, append the line {{"is": "batch", "state": "collected", "key": '
-                f'"{entry.key}"}} to {self._log.path}'
-            ) from None
+                await self._retried(lambda path=path: self._read(path, entry, missing))  # type: ignore[misc]
         answered = sum(request.id in self._log for request in requests)
         await self._log.batch_collected(entry.key, f"{answered} of {len(requests)} answered")
+
+    @contextlib.contextmanager
+    def _explained(self, entry: BatchEntry, batch_id: str | None = None) -> Iterator[None]:
+        """Add to an EndpointError which batch it is about, and how to go on without the batch."""
+        try:
+            yield
+        except EndpointError as error:
+            raise EndpointError(
+                f"batch {batch_id or entry.key} of {len(entry.requests)} requests: {error}. If its results are lost, "
+                f'and its requests are to be paid for again, append the line {{"is": "batch", "state": "collected", '
+                f'"key": "{entry.key}"}} to {self._log.path}'
+            ) from None
 
     async def _ended(self, entry: BatchEntry, batch_id: str) -> BatchState:
         """Poll a batch until it has ended."""
@@ -236,17 +247,18 @@ class BatchBackend:
             await asyncio.sleep(self._settings.batch_poll_s)
         return state
 
-    async def _read(self, path: str, entry: BatchEntry, requests: Mapping[str, Request]) -> None:
-        """Write the answers in a file of results to the log, and give them to the requests that wait for them."""
+    async def _read(self, path: str, entry: BatchEntry, missing: dict[str, Request]) -> None:
+        """Write the answers in a file of results to the log, and give them to the requests that wait for them.
+
+        Args:
+            missing: the requests without a result, by custom_id; those in the file are removed from it.
+        """
         appending: list[asyncio.Task[None]] = []
-        seen: set[str] = set()
 
         async def receive(line: Mapping[str, Any]) -> None:
-            name = str(line.get("custom_id"))
-            request = requests.get(name)
-            if request is None or name in seen:
+            request = missing.pop(str(line.get("custom_id")), None)
+            if request is None:  # of another batch, or the second result of a request
                 return
-            seen.add(name)
             try:
                 answer = self._api.outcome(line)
             except (Retry, RequestRejected) as error:
@@ -258,7 +270,7 @@ class BatchBackend:
                 appending.clear()
 
         try:
-            await read_results(self._connection, path, len(requests), receive)
+            await read_results(self._connection, path, len(entry.requests), receive)
         finally:
             await asyncio.gather(*appending)
 
@@ -290,10 +302,10 @@ class BatchBackend:
     def _pause(self, attempt: int, error: Retry) -> float:
         if error.after_s is not None:
             return min(error.after_s, self._settings.longest_wait_s)
-        return min(self._settings.longest_wait_s, self._settings.first_backoff_s * 2 ** (attempt - 1))
+        return self._settings.backoff_s(attempt)
 
 
 def endpoint_key(settings: EndpointSettings) -> str:
     """Identifies the endpoint of a batch: API, address, model and sampling parameters."""
-    content = [settings.api, base_url_of(settings), settings.model, params_of(settings)]
+    content = [settings.api, base_url_of(settings), settings.model, redact(params_of(settings))]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

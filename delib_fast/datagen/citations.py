@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from delib_fast.data.decontamination import words_of
 from delib_fast.datagen.spec import Section, Spec
 
+_NAME_CHARS = 200
 _QUOTED_WORDS = 7  # this many consecutive words of a section are a quotation of it
 _NUMBERED_ID = re.compile(r"^(?P<word>[a-z]+)-(?P<number>\d{1,3})$")
 _LETTER_TITLE = re.compile(r"^(?P<label>[A-Z]{1,3}\d{1,3}(?:\.\d{1,3})*)[.:)\s]")
@@ -36,19 +38,30 @@ class Label:
     quotations: frozenset[str] = frozenset()
     """The word 7-grams of the category's section."""
 
+    @cached_property
+    def word(self) -> re.Pattern[str]:
+        """Matches the written label of the category (V3, rule-5)."""
+        return _label_word(self.category)
+
 
 def labels_of_spec(spec: Spec) -> list[Label]:
     """Return the label of each section of a spec."""
-    return [Label(s.id, _pattern(_names_of(s)), frozenset(_quotations(words_of(_body(s))))) for s in spec.sections]
+    return [
+        Label(s.id, pattern_of_names(_names_of(s)), frozenset(_quotations(words_of(_body(s))))) for s in spec.sections
+    ]
 
 
 def labels_of_names(categories: Iterable[str]) -> list[Label]:
     """Return labels of categories without a spec, by name only: "Self-Harm", "Violence / Physical Harm"."""
     labels = []
     for category in categories:
-        parts = [part for part in re.split(r"\s*/\s*", category) if part]
-        labels.append(Label(category, _pattern([category, *parts])))
+        labels.append(Label(category, pattern_of_names(names_of_category(category))))
     return labels
+
+
+def names_of_category(category: str) -> list[str]:
+    """Return the name of a category and its parts: "Violence / Physical Harm" is also named by "Physical Harm"."""
+    return [category, *(category.split("/") if len(category) <= _NAME_CHARS else ())]
 
 
 def cited(text: str, labels: Sequence[Label]) -> list[str]:
@@ -66,13 +79,16 @@ def mentions_spec(text: str, labels: Sequence[Label], *, prompt: str = "") -> st
         prompt: words that occur in the prompt (an insurance policy, the rules of chess) do not count.
     """
     prompt_words = prompt.casefold()
+    in_prompt: dict[str, bool] = {}  # for each noun; there are few of them
     for match in _SPEC_WORDS.finditer(text):
-        noun = next(group for group in match.groups() if group)
-        if noun.casefold() not in prompt_words:
+        noun = next(group for group in match.groups() if group).casefold()
+        if noun not in in_prompt:
+            in_prompt[noun] = noun in prompt_words
+        if not in_prompt[noun]:
             return match[0]
     quotations = set(_quotations(words_of(text)))
     for label in labels:
-        if (named := _label_word(label.category).search(text)) and named[0] not in prompt:
+        if (named := label.word.search(text)) and named[0] not in prompt:
             return named[0]
         if quoted := sorted(quotations & label.quotations):
             return quoted[0]
@@ -113,9 +129,14 @@ def _names_of(section: Section) -> list[str]:
     return [name for name in names if name]
 
 
-def _pattern(names: Iterable[str]) -> re.Pattern[str]:
-    escaped = (r"[\s-]+".join(map(re.escape, re.split(r"[\s-]+", name.strip()))) for name in names)
-    return re.compile("|".join(rf"(?<!\w){name}(?!\w)" for name in escaped), re.IGNORECASE)
+def pattern_of_names(names: Iterable[str]) -> re.Pattern[str]:
+    """Match any of these names as whole words, ignoring case; white space and hyphens between words are equal.
+
+    A name without words, or of more than 200 characters, is not searched for.
+    """
+    words = ([word for word in re.split(r"[\s-]+", name) if word] for name in names if len(name) <= _NAME_CHARS)
+    found = [r"[\s-]+".join(map(re.escape, parts)) for parts in words if parts]
+    return re.compile("|".join(rf"(?<!\w){name}(?!\w)" for name in found) or "(?!)", re.IGNORECASE)
 
 
 def _body(section: Section) -> str:

@@ -1,6 +1,6 @@
 """The client for all models of a run. It sends only those requests that have no answer in the request log yet.
 
-client = Client(log, meter, secrets)
+client = Client(log, meter)
 endpoint = client.endpoint(settings.generator)
 answer = await endpoint.ask(chat, purpose="generate", sample=0)
 """
@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from delib_fast.datagen.answers import Answer, BatchEntry, Charge, Request, Totals
-from delib_fast.datagen.backends import Backend, EndpointError, RequestRejected, Retry, Secrets
+from delib_fast.datagen.backends import Backend, EndpointError, RequestRejected, Retry
 from delib_fast.datagen.batches import BatchBackend, endpoint_key
 from delib_fast.datagen.dialects import params_of
 from delib_fast.datagen.endpoints import EndpointBackend
@@ -52,7 +52,6 @@ class Client:
     Args:
         log: stores every answer; None to store none.
         meter: counts requests and answers, and shows progress.
-        secrets: the API keys are registered here.
         max_cost, max_paid_tokens: the run stops before the answers in the log can cost more, or have more tokens.
         yield_check: stops the run if too little of what it pays for is usable.
         make_backend: creates the backend of an endpoint; by default according to the endpoint's settings.
@@ -62,7 +61,6 @@ class Client:
         self,
         log: RequestLog | None,
         meter: Meter,
-        secrets: Secrets,
         *,
         max_cost: float | None = None,
         max_paid_tokens: int | None = None,
@@ -79,7 +77,7 @@ class Client:
         self._earlier = {i: key for key, batch in self.earlier_batches.items() for i in batch.ids}
         self.budget = Budget(log.totals if log is not None else Totals(), max_cost, max_paid_tokens, self._committed)
         self._endpoints: list[Endpoint] = []
-        self._make_backend = make_backend or (lambda settings: _backend_of(settings, secrets, log, meter))
+        self._make_backend = make_backend or (lambda settings: _backend_of(settings, log, meter))
 
     def endpoint(self, settings: EndpointSettings) -> Endpoint:
         """Return the endpoint of these settings. Equal settings share one endpoint and its concurrency limit."""
@@ -100,13 +98,18 @@ class Client:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Stop the run on SIGINT or SIGTERM while the block runs. After it, wait for requests in flight, and close."""
+        """Stop the run on SIGINT or SIGTERM while the block runs. After it, wait for requests in flight, and close.
+
+        If the block raises RequestsStopped, the cause of the stop is raised instead.
+        """
         loop = asyncio.get_running_loop()
         for sig in (signal.SIGINT, signal.SIGTERM):
             with contextlib.suppress(NotImplementedError, ValueError, RuntimeError):
                 loop.add_signal_handler(sig, self._on_signal)
         try:
             yield
+        except RequestsStopped:
+            raise (self.stop.cause or Interrupted()) from None
         finally:
             await self.close()
             for sig in (signal.SIGINT, signal.SIGTERM):
@@ -122,13 +125,15 @@ class Client:
         """Wait for the requests in flight and close every connection."""
         while self.in_flight:
             await asyncio.wait(self.in_flight.values())
-        for endpoint in self._endpoints:
-            await endpoint.close()
+        # An error of a connection that is no longer needed must not replace the error that ended the run.
+        await asyncio.gather(*(endpoint.close() for endpoint in self._endpoints), return_exceptions=True)
 
     def _on_signal(self) -> None:
         if self.stop.cause is None:
             self.stop.set(Interrupted())
             waiting = sum(e.in_flight for e in self._endpoints if not e.resumable)
+            if any(e.in_flight for e in self._endpoints if e.resumable):
+                self.meter.print("stopping: the same command collects the answers of the batches")
             if waiting:
                 self.meter.print(
                     f"stopping: waiting for {waiting} answers, which will be kept; press Ctrl-C again to discard them"
@@ -213,7 +218,8 @@ class Endpoint:
         client, settings = self._client, self.settings
         start = time.monotonic()
         for attempt in range(1, settings.attempts + 1):
-            if (fault := client.yield_check and client.yield_check.fault()) is not None:
+            fault = None if client.yield_check is None else client.yield_check.fault()
+            if fault is not None:
                 client.stop.set(fault)
                 raise RequestsStopped
             charge = self._charge(request)
@@ -228,12 +234,16 @@ class Endpoint:
                     raise RequestsStopped from None
                 except Retry as error:
                     failure, paid = error, charge if error.may_be_paid else Charge()
+                    wait_s = self._wait_of(attempt, error)  # before the write: others must not be sent meanwhile
                     await self._record_failure(request, error.reason, error, attempt, start, paid)
                 else:
                     self._last_answer, self._failures = time.monotonic(), 0
                     return await self._keep(request, answer, attempt, time.monotonic() - start)
             client.meter.retried(failure.reason)
-            await self._wait_or_give_up(attempt, failure, start)
+            client.stop.check()
+            if attempt == settings.attempts:
+                self._give_up(failure, start)
+            await client.stop.sleep(wait_s)
         raise AssertionError("the last attempt returns or raises")
 
     def _charge(self, request: Request) -> Charge:
@@ -266,30 +276,28 @@ class Endpoint:
                 self.in_flight -= 1
                 self._client.meter.in_flight -= 1
 
-    async def _wait_or_give_up(self, attempt: int, error: Retry, start: float) -> None:
-        """Wait for the pause that the endpoint requests, or for the backoff; give up after the last attempt."""
-        stop, settings = self._client.stop, self.settings
-        stop.check()
+    def _wait_of(self, attempt: int, error: Retry) -> float:
+        """Return the seconds to wait after a failed attempt, and pause the endpoint if it requests a pause.
+
+        A pause that is too long stops the run.
+        """
+        settings = self.settings
+        wait = settings.backoff_s(attempt) * random.uniform(0.5, 1.0)
+        if error.after_s is not None:
+            wait = error.after_s * random.uniform(1.0, 1.05)
         if error.after_s is not None and error.after_s > settings.longest_wait_s:
-            stop.set(
+            self._client.stop.set(
                 EndpointError(
                     f"the endpoint requests a pause of {error.after_s:.0f} s ({error}), more than longest_wait_s "
                     f"({settings.longest_wait_s:g}); run the same command again after it"
                 )
             )
-            raise RequestsStopped
-        if attempt == settings.attempts:
-            self._give_up(error, start)
-        backoff = min(settings.longest_wait_s, settings.first_backoff_s * 2 ** (attempt - 1))
-        wait = backoff * random.uniform(0.5, 1.0)
-        if error.after_s is not None:
-            wait = error.after_s * random.uniform(1.0, 1.05)
-        if error.after_s is not None or error.reason == "rate_limit":  # the limit applies to the whole endpoint
+        elif error.after_s is not None or error.reason == "rate_limit":  # the limit applies to the whole endpoint
             self._paused_until = max(self._paused_until, time.monotonic() + wait)
-        await stop.sleep(wait)
+        return wait
 
     def _give_up(self, error: Retry, start: float) -> None:
-        """Raise NoAnswer, or stop the run if the endpoint has not answered anything in the meantime and seems down."""
+        """Raise NoAnswer; or stop the run, if the endpoint has not answered anything in the meantime and seems down."""
         if self._last_answer <= start:  # otherwise only this request fails
             self._failures += 1
             if error.reason == "connection" or self._failures >= _MAX_FAILURES_IN_A_ROW:
@@ -340,7 +348,7 @@ class Endpoint:
             raise RequestsStopped from None
 
 
-def _backend_of(settings: EndpointSettings, secrets: Secrets, log: RequestLog | None, meter: Meter) -> Backend:
+def _backend_of(settings: EndpointSettings, log: RequestLog | None, meter: Meter) -> Backend:
     if settings.backend == "transformers":
         from delib_fast.datagen.in_process import TransformersBackend  # imports torch
 
@@ -348,8 +356,8 @@ def _backend_of(settings: EndpointSettings, secrets: Secrets, log: RequestLog | 
     if settings.batch:
         if log is None:
             raise ValueError("batch needs a request log")
-        return BatchBackend(settings, secrets, log, meter)
-    return EndpointBackend(settings, secrets)
+        return BatchBackend(settings, log, meter)
+    return EndpointBackend(settings)
 
 
 async def for_each(

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from delib_fast.data.decontamination import words_of
-from delib_fast.datagen.answers import DAMAGED, Answer, estimated_tokens, plausible_tokens
+from delib_fast.datagen.answers import DAMAGED, Answer, clean_text, estimated_tokens, plausible_tokens
 from delib_fast.datagen.client import NoAnswer
 from delib_fast.datagen.dedup import NearDuplicates
 from delib_fast.datagen.filters import leaked_scaffolding
@@ -191,8 +191,11 @@ class _DocumentGenerator:
                 )
                 return
             documents = (await self._request_ideas(wave_requests))[:wave]
+            first = not self.documents
             await self.session.for_each(documents, self._write_document)
             self._count(documents)
+            if first and self.tokens < self.settings.tokens:
+                self.session.print_yield()
 
     async def _request_ideas(self, requests: list[IdeaRequest]) -> list[Document]:
         """Send these requests. Returns the ideas in the order of the requests, each as a document without text."""
@@ -241,7 +244,7 @@ class _DocumentGenerator:
                 self.tokens += document.tokens
                 self.session.meter.keep(document.tokens)
             else:
-                self.session.meter.drop(document.dropped, document.detail)
+                self.session.meter.drop_made(document.dropped, document.detail)
         self.documents += documents
         self._write_stages()
 
@@ -383,5 +386,5 @@ def _parse_faults(answer: Answer) -> list[str]:
     for value in json_values(answer.text, dict):
         faults = value.get("faults")
         if isinstance(faults, list) and all(isinstance(fault, str) for fault in faults):
-            return [fault for fault in faults if fault.strip()]
+            return [clean_text(fault) for fault in faults if fault.strip()]
     raise MalformedAnswer('it contains no {"faults": […]}')

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from delib_fast.config import ConfigError
 from delib_fast.datagen.answers import Answer, Request
-from delib_fast.datagen.backends import EndpointError, RequestRejected, Retry, Secrets
+from delib_fast.datagen.backends import EndpointError, RequestRejected, Retry, describe
 from delib_fast.datagen.dialects import decode, dialect_of, error_of, no_quota, retry_after
 from delib_fast.datagen.settings import EndpointSettings, check_base_url
 from delib_fast.datagen.transport import HttpClient, Reply
+from delib_fast.redaction import register_secret, register_secrets, scrub
 
 _DEFAULT_URL = {"openai": "https://api.openai.com/v1", "anthropic": "https://api.anthropic.com/v1"}
 _URL_VARIABLE = {"openai": "OPENAI_BASE_URL", "anthropic": "ANTHROPIC_BASE_URL"}
@@ -22,26 +24,25 @@ class Connection:
 
     Args:
         settings: the model, its address, and the name of the environment variable that holds the key.
-        secrets: the key is registered here.
         require_key: whether a server on another machine needs a key.
     Raises:
         ConfigError: the httpx package or `settings.model` is missing, or a key is required and not set.
     """
 
-    def __init__(self, settings: EndpointSettings, secrets: Secrets, *, require_key: bool = True) -> None:
+    def __init__(self, settings: EndpointSettings, *, require_key: bool = True) -> None:
         if not settings.model:
             raise ConfigError("generator.model is not set: pass --model NAME, the model's name at the endpoint")
+        register_secrets(settings.extra)
         self.settings = settings
         self.dialect = dialect_of(settings)
-        self.describe = secrets.describe  # an endpoint may repeat the key in an error message
+        self.describe = describe  # an endpoint may repeat the key in an error message
         address = base_url_of(settings)
-        key = _key(settings, address, secrets, required=require_key)
+        key = _key(settings, address, required=require_key)
         self.http = HttpClient(
             address,
             self.dialect.headers(key),
             deadline_s=settings.timeout_s,
             max_bytes=round(settings.max_answer_mib * 2**20),
-            describe=secrets.describe,
         )
 
     async def json(self, method: str, path: str, **content: Any) -> dict[str, Any]:
@@ -69,7 +70,7 @@ class Connection:
 
     def error(self, status: int, code: str, message: str, path: str, headers: Mapping[str, str]) -> Exception:
         """The exception for an error that the endpoint reports."""
-        text, where = self.describe(message), self.http.base_url
+        text, where = self.describe(message), self.describe(self.http.base_url)
         if no_quota(code) or status == 402:
             return EndpointError(f"{where} reports that the account has no quota left: {text}")
         if status in (401, 403):
@@ -88,9 +89,9 @@ class Connection:
         return RequestRejected(f"HTTP {status}: {text}")
 
     def parse(self, reply: Mapping[str, Any], path: str) -> Answer:
-        """Parse the body of an answer. Some endpoints send an error with status 200."""
+        """Parse the body of an answer, and remove the key from it. Some endpoints send an error with status 200."""
         try:
-            return self.dialect.parse(reply)
+            return _without_secrets(self.dialect.parse(reply))
         except Retry as malformed:
             code, message, status = error_of(reply)
             if status is not None or no_quota(code):
@@ -109,8 +110,8 @@ class EndpointBackend:
 
     resumable = False
 
-    def __init__(self, settings: EndpointSettings, secrets: Secrets, *, require_key: bool = True) -> None:
-        self._connection = Connection(settings, secrets, require_key=require_key)
+    def __init__(self, settings: EndpointSettings, *, require_key: bool = True) -> None:
+        self._connection = Connection(settings, require_key=require_key)
 
     async def complete(self, request: Request) -> Answer:
         path = self._connection.dialect.chat_path
@@ -126,6 +127,18 @@ class EndpointBackend:
         await self._connection.close()
 
 
+def _without_secrets(answer: Answer) -> Answer:
+    """The answer without the keys of the run. Given text, which the log and the rows contain, is never changed."""
+    reasoning = None if answer.reasoning is None else scrub(answer.reasoning)
+    return replace(
+        answer,
+        text=scrub(answer.text),
+        reasoning=reasoning,
+        finish=scrub(answer.finish),
+        served_by=scrub(answer.served_by),
+    )
+
+
 def base_url_of(settings: EndpointSettings) -> str:
     """The address of an endpoint: the configured one, that of the environment, or the API's own."""
     variable = _URL_VARIABLE[settings.api]
@@ -138,12 +151,12 @@ def base_url_of(settings: EndpointSettings) -> str:
     return f"{url}/v1" if settings.api == "anthropic" and not url.endswith("/v1") else url
 
 
-def _key(settings: EndpointSettings, address: str, secrets: Secrets, *, required: bool) -> str:
+def _key(settings: EndpointSettings, address: str, *, required: bool) -> str:
     key = os.environ.get(settings.api_key_env, "").strip()
     if key:
         if not key.isascii() or not key.isprintable():
             raise ConfigError(f"the key in the environment variable {settings.api_key_env} is not printable ASCII")
-        secrets.add(key)
+        register_secret(key)
         return key
     host = address.split("://")[-1].split("/")[0].rsplit(":", 1)[0]
     if not required or host in ("localhost", "[::1]") or host.startswith("127."):

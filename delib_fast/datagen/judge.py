@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from delib_fast.datagen.answers import Answer
-from delib_fast.datagen.backends import EndpointError, Secrets
+from delib_fast.datagen.answers import Answer, clean_text
+from delib_fast.datagen.backends import EndpointError, describe
 from delib_fast.datagen.client import Client, NoAnswer, for_each
 from delib_fast.datagen.endpoints import EndpointBackend
 from delib_fast.datagen.parsing import MalformedAnswer, parse_scores
@@ -74,7 +74,7 @@ async def judge_row(
             purpose="judge",
             first_sample=number * _SAMPLES_PER_VOTE,
         )
-        return {**{str(axis): score for axis, score in scores.items()}, "why": why}, request_ids
+        return {**{str(axis): score for axis, score in scores.items()}, "why": clean_text(why)}, request_ids
 
     judgement = Judgement()
     if not settings.stop_early:  # the votes do not depend on each other: with `batch`, they are in one batch
@@ -109,15 +109,12 @@ def request_verdicts(endpoint: EndpointSettings, prompts: Sequence[str], allowed
     try:
         return asyncio.run(_request_verdicts(endpoint, prompts, allowed))
     except (EndpointError, NoAnswer) as error:
-        where = endpoint.base_url or "the endpoint"
+        where = describe(endpoint.base_url or "the endpoint")
         raise JudgeError(f"judge {endpoint.model!r} at {where}: {error}") from None
 
 
 async def _request_verdicts(endpoint: EndpointSettings, prompts: Sequence[str], allowed: Sequence[str]) -> list[str]:
-    secrets = Secrets()
-    client = Client(
-        None, Meter(), secrets, make_backend=lambda settings: EndpointBackend(settings, secrets, require_key=False)
-    )
+    client = Client(None, Meter(), make_backend=lambda settings: EndpointBackend(settings, require_key=False))
     judge = client.endpoint(endpoint)
     verdicts: dict[int, str] = {}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +10,13 @@ from typing import Any, Literal
 
 from delib_fast.data.read.cot_tags import split_cot
 from delib_fast.data.rows import DataError
-from delib_fast.datagen.request_log import Answer
+from delib_fast.datagen.answers import Answer, clean_text
 from delib_fast.datagen.settings import AXES, Axis
 
 COT_TAG, RESPONSE_TAG = "deliberation", "reply"
-_THINKING = re.compile(r"^\s*(?:<think>)?.*?</think>", re.DOTALL)
+_THINKING_END = "</think>"
+_NUMBER = re.compile(r"\d{1,9}(?:\.\d{1,9})?")
+_RESCANNED = 8  # how often `json_values` may read a character again after values that are not valid JSON
 _decoder = json.JSONDecoder()
 
 
@@ -24,26 +25,43 @@ class MalformedAnswer(ValueError):  # noqa: N818 (named after the answer)
 
 
 def strip_thinking(text: str) -> str:
-    """Remove the <think> block at the beginning of a text, if any."""
-    return _THINKING.sub("", text, count=1)
+    """Remove everything up to the first </think>, if there is one: the chat template may have opened the block."""
+    before, closing, after = text.partition(_THINKING_END)
+    return after if closing else before
 
 
 def json_values(text: str, kind: type[dict[str, Any]] | type[list[Any]]) -> list[Any]:
-    """Return every outermost JSON object (or list) of a text. Prose, code fences and a <think> block are skipped."""
+    """Return every outermost JSON object (or list) of a text. Prose, code fences and a <think> block are skipped.
+
+    The cost is linear in the text. After a value that is not valid JSON, the search continues inside it, which reads
+    its characters again: on average at most 8 times, then it continues where the value stopped being valid. Values
+    after one that is nested too deeply for Python are not found.
+    """
     text = strip_thinking(text)
     opening = "{" if kind is dict else "["
     values = []
+    budget = _RESCANNED * len(text)
     start = text.find(opening)
     while start >= 0:
         try:
             value, end = _decoder.raw_decode(text, start)
-        except (json.JSONDecodeError, RecursionError, ValueError):
+        except json.JSONDecodeError as error:
+            budget -= max(error.pos, _string_end(text, error)) - start
+            end = start + 1 if budget > 0 else max(error.pos, start + 1)
+        except RecursionError:
+            break
+        except ValueError:  # an integer with more digits than Python reads
             end = start + 1
         else:
             if isinstance(value, kind):
                 values.append(value)
         start = text.find(opening, end)
     return values
+
+
+def _string_end(text: str, error: json.JSONDecodeError) -> int:
+    """Where the decoder stopped reading: the position of an unterminated string is that of its beginning."""
+    return len(text) if error.msg.startswith("Unterminated string") else error.pos
 
 
 def parse_scores(text: str) -> tuple[dict[Axis, float], str]:
@@ -58,7 +76,8 @@ def parse_scores(text: str) -> tuple[dict[Axis, float], str]:
         if not any(axis in value for axis in AXES):
             continue
         try:
-            found.append(({axis: _score(value, axis) for axis in AXES}, str(value.get("why", ""))))
+            why = value.get("why")
+            found.append(({axis: _score(value, axis) for axis in AXES}, why if isinstance(why, str) else ""))
         except MalformedAnswer as error:
             fault = str(error)
     if not found:
@@ -70,12 +89,13 @@ def parse_scores(text: str) -> tuple[dict[Axis, float], str]:
 
 def _score(value: Mapping[str, Any], axis: Axis) -> float:
     score = value.get(axis)
-    if isinstance(score, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*", score):
+    if isinstance(score, str) and _NUMBER.fullmatch(score.strip()):
         score = float(score)
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+    if isinstance(score, bool) or not isinstance(score, int | float) or score != score:
         raise MalformedAnswer(f"{axis} is not a number" if axis in value else f"{axis} is missing")
     if not 1 <= score <= 10:
-        raise MalformedAnswer(f"{axis} is {score:g}, outside 1 to 10")
+        shown = f"{score:g}" if abs(score) < 1e9 else "too large"  # an int may be too large for a float
+        raise MalformedAnswer(f"{axis} is {shown}, outside 1 to 10")
     return float(score)
 
 
@@ -87,7 +107,8 @@ def parse_strings(text: str, *, min_items: int = 1) -> list[str]:
     """
     for value in json_values(text, list):
         if value and all(isinstance(item, str) for item in value):
-            items = list(dict.fromkeys(" ".join(item.split()) for item in value if item.strip()))
+            # JSON inside of an answer has its own escapes, of NUL and of half surrogate pairs.
+            items = list(dict.fromkeys(" ".join(clean_text(item).split()) for item in value if item.strip()))
             if len(items) >= min_items:
                 return items
     raise MalformedAnswer(f"it contains no JSON list of at least {min_items} strings")

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID
 
 from delib_fast.datagen.answers import Answer
 from delib_fast.datagen.request_log import RequestLog
+from delib_fast.redaction import redact_text
+from delib_fast.terminal import console as plain_console
+from delib_fast.terminal import text_column
 
 _PLAIN_EVERY_S = 5.0  # interval of plain lines
-_UNPAID = frozenset({"spec_in_prompt", "duplicate_prompt"})  # dropped before any request
+MADE = "samples or documents"
 _GOOD_ENOUGH = frozenset({"not_best"})  # usable, but others are better
+
+
+@dataclass
+class Share:
+    """How many of what was paid for are usable."""
+
+    total: int = 0
+    usable: int = 0
 
 
 class Meter:
@@ -38,9 +48,10 @@ class Meter:
         self.dropped: Counter[str] = Counter()
         self.first_drop = ""
         """The reason and the message of the first drop."""
-        self.outcomes = self.usable = 0
-        """Samples, documents and failed steps that were paid for; and those that are usable."""
-        self._console = console or Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
+        self.shares: dict[str, Share] = {}
+        """How many of what was paid for are usable: samples or documents (`MADE`), and the lists and judgements of each
+        purpose."""
+        self._console = console or plain_console(err=True)
         self._live: Progress | None = None
         self._task = TaskID(0)
         self._what, self._unit = "", ""
@@ -65,16 +76,23 @@ class Meter:
         """Count a row or document that is kept, with its number of tokens."""
         self.kept += 1
         self.kept_tokens += tokens
-        self.outcomes += 1
-        self.usable += 1
+        self.share(MADE, True)
 
     def drop(self, reason: str, detail: str = "") -> None:
-        """Count a row, document or prompt that is dropped. `detail`: the message, by default the reason."""
+        """Count something that is dropped. `detail`: the message, by default the reason."""
         self.dropped[reason] += 1
         self.first_drop = self.first_drop or (f"{reason}: {detail}" if detail not in ("", reason) else reason)
-        if reason not in _UNPAID:
-            self.outcomes += 1
-            self.usable += reason in _GOOD_ENOUGH
+
+    def drop_made(self, reason: str, detail: str = "") -> None:
+        """Count a sample or document that is dropped after it was paid for."""
+        self.drop(reason, detail)
+        self.share(MADE, reason in _GOOD_ENOUGH)
+
+    def share(self, what: str, usable: bool) -> None:
+        """Count something that was paid for, and whether it is usable."""
+        share = self.shares.setdefault(what, Share())
+        share.total += 1
+        share.usable += usable
 
     def drop_kept(self, reason: str, tokens: int = 0) -> None:
         """Count a row as dropped that was counted as kept before. It was usable."""
@@ -86,7 +104,7 @@ class Meter:
 
     def print(self, text: str) -> None:
         """Print a line above the progress."""
-        self._console.print(Text(text))
+        self._console.print(redact_text(text))
 
     def start(self, what: str, total: float, unit: str = "") -> None:
         """Start a phase of the run.
@@ -100,12 +118,12 @@ class Meter:
         self._what, self._unit, self._done, self._total = what, unit, 0.0, total
         self._phase_start, self._last_line = time.monotonic(), 0.0
         if self._console.is_terminal:
-            count = MofNCompleteColumn() if not unit else TextColumn("{task.fields[count]}")
+            count = MofNCompleteColumn() if not unit else text_column("{task.fields[count]}")
             self._live = Progress(
-                TextColumn("{task.description}"),
+                text_column("{task.description}"),
                 BarColumn(bar_width=12),
                 count,
-                TextColumn("{task.fields[status]}"),
+                text_column("{task.fields[status]}"),
                 console=self._console,
             )
             self._live.start()
@@ -160,7 +178,7 @@ class Meter:
         elif last or now - self._last_line >= _PLAIN_EVERY_S:
             self._last_line = now
             unit = f" {self._unit}" if self._unit else ""
-            self._console.print(Text(f"{self._what} {self._done:,.0f}/{self._total:,.0f}{unit}  {self.status()}"))
+            self._console.print(f"{self._what} {self._done:,.0f}/{self._total:,.0f}{unit}  {self.status()}")
 
 
 def money(amount: float) -> str:

@@ -43,7 +43,7 @@ _REFUSALS = re.compile(
     ),
     re.IGNORECASE,
 )
-_QUOTED = re.compile(r"[\"“][^\"”\n]*[\"”]")
+_QUOTED = re.compile(r"[\"“][^\"“”\n]*[\"”]")
 _PIVOT = re.compile(
     r"\b(?:however|but I can|I can (?:help|offer|tell|say|explain|give|still|instead)|what I can|that said|instead|"
     r"if (?:what )?you(?:['’]re| are| need| want| mean)|happy to|here(?:['’]s| is| are)|in general|generally speaking|"

@@ -20,7 +20,7 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,8 +29,7 @@ from typing import Any
 from delib_fast.config import ConfigError
 from delib_fast.datagen.answers import Answer, BatchEntry, Charge, Request, Totals, hashed_messages, sha256_of
 from delib_fast.files import FileLock, sync_descriptor, sync_folder
-
-__all__ = ["Answer", "Request", "RequestLog", "WriteError", "lock_folder", "read_answers"]
+from delib_fast.redaction import redact
 
 
 class WriteError(RuntimeError):
@@ -39,7 +38,7 @@ class WriteError(RuntimeError):
     def __init__(self, path: Path, error: OSError, what: str = "written") -> None:
         super().__init__(
             f"{path}: cannot be {what}: {error.strerror or error}; free space on the disk, or repair it, and run the "
-            "same command again; what was written before is kept"
+            "same command again; what was written before is kept, and is not paid for again"
         )
 
 
@@ -75,19 +74,16 @@ class _Pending:
 class RequestLog:
     """The request log of a folder. Only one process may open it: call `lock_folder` first.
 
-    Args:
-        scrub: removes secrets from each line before it is written.
     Raises:
         ConfigError: a line in the middle is damaged.
         WriteError: the file cannot be read or created.
     """
 
-    def __init__(self, path: Path, *, scrub: Callable[[str], str] = lambda text: text) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.totals = Totals()
         self.batches: dict[str, BatchEntry] = {}
         """The batches whose answers have not been collected, by key."""
-        self._scrub = scrub
         self._locations: dict[str, tuple[int, int]] = {}  # request id → offset and length of its line
         self._texts: set[str] = set()
         self._pending: list[_Pending] = []
@@ -141,7 +137,7 @@ class RequestLog:
                 "purpose": request.purpose,
                 "model": request.model,
                 "messages": hashed_messages(request),
-                "params": dict(request.params),
+                "params": redact(request.params),
                 "sample": request.sample,
                 "answer": {k: v for k, v in asdict(answer).items() if k != "request_id"},
                 "cost": cost,
@@ -179,7 +175,7 @@ class RequestLog:
             "key": entry.key,
             "endpoint": entry.endpoint,
             "model": entry.model,
-            "params": dict(entry.params),
+            "params": redact(entry.params),
             "requests": list(entry.requests),
             "at_most": entry.at_most.record(),
             "at": entry.at,
@@ -220,17 +216,14 @@ class RequestLog:
 
     # --- writing --------------------------------------------------------------------------------------------
 
-    def _line(self, record: Mapping[str, Any]) -> bytes:
-        return self._scrub(json.dumps(record, ensure_ascii=False)).encode("utf-8", "replace") + b"\n"
-
     def _lines(self, batch: list[_Pending]) -> list[bytes]:
         """Return the bytes of each record: the lines of the texts that the file does not have yet, then its own."""
         known, lines = set(self._texts), []
         for item in batch:
             new = [sha256 for sha256 in item.texts if sha256 not in known]
             known.update(new)
-            texts = b"".join(self._line({"is": "text", "sha256": s, "text": item.texts[s]}) for s in new)
-            lines.append(texts + self._line(item.record))
+            texts = b"".join(_line({"is": "text", "sha256": s, "text": item.texts[s]}) for s in new)
+            lines.append(texts + _line(item.record))
         return lines
 
     async def _write_pending(self) -> None:
@@ -323,10 +316,13 @@ class RequestLog:
     def _read_texts(self, wanted: set[str]) -> dict[str, str]:
         """Return texts by their SHA-256."""
         found: dict[str, str] = {}
-        with self.path.open("rb") as file:
-            for line in file:
-                if line.startswith(b'{"is": "text"') and (text := json.loads(line))["sha256"] in wanted:
-                    found[text["sha256"]] = text["text"]
+        try:
+            with self.path.open("rb") as file:
+                for line in file:
+                    if line.startswith(b'{"is": "text"') and (text := json.loads(line))["sha256"] in wanted:
+                        found[text["sha256"]] = text["text"]
+        except OSError as error:
+            raise WriteError(self.path, error, "read") from None
         return found
 
     def _record(self, request_id: str) -> dict[str, Any]:
@@ -359,6 +355,10 @@ def _settle(written: asyncio.Future[None], fault: BaseException | None) -> None:
         written.set_result(None)
     else:
         written.set_exception(fault if isinstance(fault, Exception) else RuntimeError(f"not written: {fault!r}"))
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
 
 
 def _now() -> str:

@@ -137,7 +137,7 @@ class _RowGenerator:
             if sample.dropped is None:
                 session.meter.keep(sample.tokens)
             else:
-                session.meter.drop(sample.dropped, sample.detail)
+                session.meter.drop_made(sample.dropped, sample.detail)
         self.samples[prompt.id] = samples
         session.meter.advance()
 

@@ -6,23 +6,23 @@ import contextlib
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
-from delib_fast.config.load import redact
+from delib_fast.config.yaml_text import dump_yaml
 from delib_fast.datagen.answers import Answer
-from delib_fast.datagen.backends import Backend, Secrets
+from delib_fast.datagen.backends import Backend
 from delib_fast.datagen.client import Client, Endpoint, NoAnswer, for_each
 from delib_fast.datagen.parsing import MalformedAnswer, strip_thinking
-from delib_fast.datagen.progress import Meter
+from delib_fast.datagen.progress import MADE, Meter
 from delib_fast.datagen.prompt_files import Chat, PromptFiles
 from delib_fast.datagen.request_log import RequestLog, WriteError, lock_folder
 from delib_fast.datagen.settings import EndpointSettings, RunSettings
 from delib_fast.datagen.spec import Section, Spec, first_sentence
 from delib_fast.datagen.spending import YieldCheck
 from delib_fast.files import write_atomic
+from delib_fast.redaction import redact
 
 T = TypeVar("T")
 _SHORT_SECTION_WORDS = 30  # a section of at most this many words is its own summary
@@ -31,9 +31,7 @@ _SHORT_SECTION_WORDS = 30  # a section of at most this many words is its own sum
 class Session:
     """One run on one folder. Create it with `async with Session.open(...)`."""
 
-    def __init__(
-        self, out: Path, spec: Spec, settings: RunSettings, client: Client, log: RequestLog, secrets: Secrets
-    ) -> None:
+    def __init__(self, out: Path, spec: Spec, settings: RunSettings, client: Client, log: RequestLog) -> None:
         self.out, self.spec, self.settings, self.client, self.log = out, spec, settings, client, log
         self.meter = client.meter
         self.prompts = PromptFiles(
@@ -42,7 +40,6 @@ class Session:
         self.generator: Endpoint = client.endpoint(settings.generator)
         self.judge: Endpoint = client.endpoint(settings.judge_or_generator())
         self.summaries: dict[str, str] = {}
-        self._scrub = secrets.scrub
 
     @staticmethod
     @contextlib.asynccontextmanager
@@ -59,11 +56,10 @@ class Session:
         Raises ConfigError if the folder is in use or cannot be written, or its log is damaged; WriteError if a file
         cannot be written. An error in the block is never replaced by one that follows from closing.
         """
-        secrets = Secrets()
         async with contextlib.AsyncExitStack() as stack:
             lock = lock_folder(out)
             stack.callback(lock.release)
-            log = RequestLog(out / "requests.jsonl", scrub=secrets.scrub)
+            log = RequestLog(out / "requests.jsonl")
             stack.push(_closing(log))
             meter = meter or Meter()
             meter.log = log
@@ -71,13 +67,12 @@ class Session:
             client = Client(
                 log,
                 meter,
-                secrets,
                 max_cost=settings.max_cost,
                 max_paid_tokens=settings.max_paid_tokens,
                 yield_check=YieldCheck(meter, log.totals, settings.probe_size, settings.least_yield),
                 make_backend=make_backend,
             )
-            session = Session(out, spec, settings, client, log, secrets)
+            session = Session(out, spec, settings, client, log)
             await stack.enter_async_context(client.running())
             session.write_settings()
             yield session
@@ -94,9 +89,16 @@ class Session:
                 raise MalformedAnswer("the answer was cut off at the token limit")
             return parse(answer)
 
-        return await endpoint.ask_with_retry(
-            chat, parse_whole, purpose=purpose, attempts=self.settings.list_attempts, first_sample=first_sample
-        )
+        attempts = self.settings.list_attempts
+        try:
+            found = await endpoint.ask_with_retry(
+                chat, parse_whole, purpose=purpose, attempts=attempts, first_sample=first_sample
+            )
+        except NoAnswer:
+            self.meter.share(f"answers for {purpose!r}", False)
+            raise
+        self.meter.share(f"answers for {purpose!r}", True)
+        return found
 
     async def for_each(self, items: Iterable[T], work: Callable[[T], Awaitable[Any]]) -> None:
         """Await `work(item)` for every item, with enough items in progress to keep the endpoints busy."""
@@ -106,11 +108,16 @@ class Session:
     async def probe_first(self, items: Sequence[T], work: Callable[[T], Awaitable[Any]], *, probe_items: int) -> None:
         """Await `work(item)` for every item; for the first `probe_items` before the others, to report their yield."""
         await self.for_each(items[:probe_items], work)
-        check = self.client.yield_check
-        if len(items) > probe_items and check is not None and self.meter.answers:
-            usable, outcomes = self.meter.usable, self.meter.outcomes
-            self.meter.print(f"{usable} of the first {outcomes} are usable; {check.figures()}")
+        if len(items) > probe_items:
+            self.print_yield()
         await self.for_each(items[probe_items:], work)
+
+    def print_yield(self) -> None:
+        """Print how many of the first samples or documents are usable, and what they cost; not if nothing was paid."""
+        check = self.client.yield_check
+        made = self.meter.shares.get(MADE)
+        if made is not None and check is not None and self.meter.answers:
+            self.meter.print(f"{made.usable} of the first {made.total} are usable; {check.figures()}")
 
     async def summarize(self) -> None:
         """Set `summaries`, one sentence per section, by section id. A short section is its own summary."""
@@ -147,14 +154,13 @@ class Session:
 
     def write_settings(self) -> None:
         """Write settings.yaml, without secrets."""
-        settings = redact(self.settings.model_dump(mode="json"))
-        self.write("settings.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110))
+        self.write("settings.yaml", dump_yaml(redact(self.settings.model_dump(mode="json"))))
 
     def write(self, name: str, text: str) -> Path:
-        """Write a file in the folder atomically, without secrets. Returns its path. Raises WriteError if that fails."""
+        """Write a file in the folder atomically. Returns its path. Raises WriteError if that fails."""
         path = self.out / name
         try:
-            write_atomic(path, self._scrub(text))
+            write_atomic(path, text)
         except OSError as error:
             raise WriteError(path, error) from None
         return path
@@ -180,7 +186,8 @@ class Session:
                 "by_purpose": totals.by_purpose,
             },
             "failed_attempts": dict(totals.failed.most_common()),
-            "usable": {"outcomes": meter.outcomes, "usable": meter.usable, "tokens": meter.kept_tokens},
+            "usable": {what: asdict(share) for what, share in meter.shares.items()},
+            "usable_tokens": meter.kept_tokens,
             "first_drop": meter.first_drop,
             "this_run": {"answers": meter.answers, "reused": meter.reused, "retries": dict(meter.retries)},
         }

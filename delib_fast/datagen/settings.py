@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Mapping
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from delib_fast.config import FilePath, Section
 from delib_fast.config.load import FileKind
+from delib_fast.redaction import has_entropy, redact_setting, register_secret
 
 Axis = Literal["compliance", "helpfulness", "reasoning"]
 _BATCH_CONCURRENCY = 1000
@@ -89,6 +91,15 @@ class EndpointSettings(Section):
             raise ValueError("batch needs an endpoint; a model in this process always computes batches")
         return self
 
+    def backoff_s(self, attempt: int) -> float:
+        """Return the seconds to wait after a failed attempt, counted from 1."""
+        return min(self.longest_wait_s, self.first_backoff_s * 2.0 ** min(attempt - 1, 60))
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _valid_key_variable(cls, value: str) -> str:
+        return check_key_variable(value)
+
     @field_validator("extra")
     @classmethod
     def _only_further_fields(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -98,15 +109,42 @@ class EndpointSettings(Section):
         return value
 
 
+def check_key_variable(name: str) -> str:
+    """Return the name of the environment variable that holds a key, which is then kept out of every message.
+
+    Raises ValueError, without showing the value, if it is not a name, or looks like the key itself.
+    """
+    looks_like_key = has_entropy(name) and any(map(str.isdigit, name)) and any(map(str.islower, name))
+    if not (name.isascii() and name.isidentifier()) or looks_like_key or redact_setting(name) != name:
+        register_secret(name)
+        raise ValueError(
+            "api_key_env is not the name of an environment variable, e.g. OPENAI_API_KEY; if it is the key itself, put "
+            "it into a variable and give its name here"
+        )
+    register_secret(os.environ.get(name, ""))
+    return name
+
+
 def check_base_url(url: str) -> str:
     """Return the address of an endpoint. Raises ValueError if it is not an http(s) address, or contains a key."""
-    if re.search(r"://[^/@\s]+@", url):
+    if "@" in urlsplit(url).netloc:
         raise ValueError(
             "base_url contains a user name or key before the @: remove it, and put the key into the environment "
             "variable that api_key_env names"
         )
-    if not re.match(r"https?://", url):
+    if not url.startswith(("http://", "https://")):
         raise ValueError("base_url must begin with http:// or https://")
+    if "?" in url or "#" in url:
+        raise ValueError(
+            "base_url contains a ? or #: give the address up to the path, e.g. https://models.example/v1; put a key "
+            "into the environment variable that api_key_env names"
+        )
+    try:
+        host, _ = urlsplit(url).hostname, urlsplit(url).port
+    except ValueError as error:  # e.g. a port above 65535
+        raise ValueError(f"base_url is not a valid address: {error}") from None
+    if not host or not url.isprintable() or " " in url:
+        raise ValueError("base_url is not a valid address: write it as https://models.example/v1")
     return url
 
 

@@ -10,17 +10,21 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from delib_fast.config import ConfigError
+from delib_fast.files import read_text
 
-_HEADING = re.compile(r"^(#{1,6})[ \t]+(.+?)[ \t]*#*[ \t]*$")
+_HEADING = re.compile(r"(#{1,6})[ \t]+([^ \t].*)", re.DOTALL)
 _UNDERLINE = re.compile(r"^(=+|-{3,})[ \t]*$")
 _FENCE = re.compile(r"^[ \t]*(```|~~~)")
 _NUMBERED = re.compile(r"^(\d{1,3})[.)][ \t]+(.*)$")
-_ANCHOR = re.compile(r"[ \t]*\{#([\w.-]+)[^}]*\}[ \t]*$")
+_ANCHOR = re.compile(r"\{#([\w.-]+)[^}]*\}")
+_MAX_SLUGGED = 200  # characters of a title that can be in its id, which has at most 60
 _PLACEHOLDER = re.compile(r"\{(model_name|provider_name)\}")
 
 
@@ -55,7 +59,7 @@ class Spec:
     ) -> Spec:
         """Read a spec from a Markdown or text file. Raises ConfigError if it cannot be read or is empty."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = read_text(path)
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: the spec cannot be read: {error}") from None
         return Spec.of(
@@ -92,8 +96,13 @@ class Spec:
 
     def section(self, name: str) -> Section | None:
         """Return the section with this id or title, ignoring case and punctuation; None if there is none."""
-        wanted = _slug(name)
-        return next((s for s in self.sections if s.id == name or s.id == wanted or _slug(s.title) == wanted), None)
+        return self._by_name.get(name) or self._by_name.get(_slug(name))
+
+    @cached_property
+    def _by_name(self) -> dict[str, Section]:
+        """The sections by id, and by the slug of their title where that is not the id of another section."""
+        by_title = {_slug(s.title): s for s in reversed(self.sections)}
+        return {**by_title, **{s.id: s for s in self.sections}}
 
     def for_categories(self, categories: Iterable[str], summaries: Mapping[str, str]) -> str:
         """Return the spec for a prompt: a summary of every section, then the full text of the relevant ones.
@@ -117,7 +126,7 @@ class Spec:
 
 def first_sentence(section: Section, limit: int = 240) -> str:
     """Return the first sentence of a section, without its heading, cut to about `limit` characters."""
-    body = " ".join(line for line in section.text.split("\n") if not _HEADING.match(line))
+    body = " ".join(line for line in section.text.split("\n") if _heading(line) is None)
     body = re.sub(r"[*`]+", "", re.sub(r"\s+", " ", body)).strip() or section.title
     body = _NUMBERED.sub(r"\2", body)
     end = re.search(r"(?<=[.!?])\s", body)
@@ -149,7 +158,7 @@ def _by_headings(lines: Sequence[str], fallback: str) -> list[_Part]:
     def close(end: int) -> None:
         body = lines[start:end]
         has_own_text = any(
-            line.strip() and not _HEADING.match(line) and not _UNDERLINE.match(line)
+            line.strip() and _heading(line) is None and not _UNDERLINE.match(line)
             for line in body[1 if parts or above else 0 :]
         )
         if has_own_text:
@@ -163,8 +172,7 @@ def _by_headings(lines: Sequence[str], fallback: str) -> list[_Part]:
             continue
         close(i)
         level, name = found
-        anchor = match[1] if (match := _ANCHOR.search(name)) else None
-        name = _ANCHOR.sub("", name) or name
+        name, anchor = _split_anchor(name)
         above = [(lv, t) for lv, t in above if lv < level]
         start, title, path = i, name, tuple(t for _, t in above)
         above.append((level, name))
@@ -172,9 +180,27 @@ def _by_headings(lines: Sequence[str], fallback: str) -> list[_Part]:
     return parts
 
 
+def _heading(line: str) -> tuple[int, str] | None:
+    """The level and the title of a line such as `## Title ##`; None if it is not a heading."""
+    match = _HEADING.fullmatch(line)
+    if match is None:
+        return None
+    title = match[2].rstrip(" \t").rstrip("#").rstrip(" \t") or "#"
+    return len(match[1]), title.strip()
+
+
+def _split_anchor(title: str) -> tuple[str, str | None]:
+    """Split the title `A title {#anchor attribute}` into ("A title", "anchor")."""
+    start = title.rfind("{#")
+    match = _ANCHOR.fullmatch(title, start) if start >= 0 else None
+    if match is None:
+        return title, None
+    return title[:start].rstrip(" \t") or title, match[1]
+
+
 def _heading_at(lines: Sequence[str], i: int) -> tuple[int, str] | None:
-    if match := _HEADING.match(lines[i]):
-        return len(match[1]), match[2].strip()
+    if (heading := _heading(lines[i])) is not None:
+        return heading
     following = lines[i + 1] if i + 1 < len(lines) else ""
     before = lines[i - 1] if i else ""
     if lines[i].strip() and not before.strip() and _UNDERLINE.match(following):
@@ -192,7 +218,7 @@ def _by_items(part: _Part) -> list[_Part]:
     if len(starts) < 3 or [int(m[1]) for _, m in starts] != list(range(1, len(starts) + 1)):
         return [part]
     opening = part.lines[: starts[0][0]]
-    opens_with_text = any(line.strip() and not _HEADING.match(line) for line in opening)
+    opens_with_text = any(line.strip() and _heading(line) is None for line in opening)
     in_list = len("".join(part.lines[starts[0][0] :])) / max(1, len("".join(part.lines)))
     if in_list < 0.8 and not all(m[2].startswith("**") for _, m in starts):
         return [part]
@@ -211,21 +237,23 @@ def _named(parts: Iterable[_Part]) -> list[Section]:
     """Assign ids: `rule-5` for item 5 of "Rules", otherwise the words of the heading. Repeated ids get a number."""
     sections: list[Section] = []
     taken: set[str] = set()
+    copies: defaultdict[str, int] = defaultdict(lambda: 1)  # the highest number that was given to each id
     for part in parts:
         if part.number is not None:
             base = f"{_singular(_slug(part.path[-1]))}-{part.number}"
         else:
             base = part.anchor or _slug(part.title)
-        name, copy = base, 2
+        name = base
         while name in taken:
-            name, copy = f"{base}-{copy}", copy + 1
+            copies[base] += 1
+            name = f"{base}-{copies[base]}"
         taken.add(name)
         sections.append(Section(name, part.title, part.path, "\n".join(part.lines).strip("\n"), part.line))
     return sections
 
 
 def _slug(title: str) -> str:
-    words = re.sub(r"['’]", "", title.casefold())
+    words = re.sub(r"['’]", "", title[:_MAX_SLUGGED].casefold())
     return re.sub(r"[^\w]+", "-", words).strip("-_")[:60].rstrip("-") or "section"
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 from delib_fast.datagen.answers import Answer, Charge, Request, Totals
-from delib_fast.datagen.progress import Meter, money
+from delib_fast.datagen.progress import Meter, Share, money
 from delib_fast.datagen.settings import EndpointSettings
 from delib_fast.datagen.stopping import BudgetSpent, LowYield, RequestsStopped, StopFlag
 
@@ -108,8 +109,10 @@ class Budget:
 class YieldCheck:
     """Stops a run that pays for what it cannot use.
 
+    Samples or documents are checked, and the lists and judgements of each purpose, each on its own.
+
     Args:
-        meter: counts the samples or documents, and those that are usable.
+        meter: counts them, and those that are usable.
         totals: of the request log.
         after: their number at the first check. Later checks are made whenever their number has doubled, so that at
             most as much is wasted as was spent before.
@@ -117,23 +120,27 @@ class YieldCheck:
     """
 
     def __init__(self, meter: Meter, totals: Totals, after: int, least: float) -> None:
-        self._meter, self._totals, self._next, self._least = meter, totals, after, least
-        self._outcomes = self._usable = 0  # at the last check
+        self._meter, self._totals, self._after, self._least = meter, totals, after, least
+        self._checked: dict[str, Share] = {}  # the numbers at the last check
 
     def fault(self) -> LowYield | None:
         """Return the cause to stop before another request is paid for, or None."""
-        meter = self._meter
-        if meter.outcomes < self._next:
-            return None
-        outcomes, usable = meter.outcomes - self._outcomes, meter.usable - self._usable
-        self._outcomes, self._usable, self._next = meter.outcomes, meter.usable, 2 * meter.outcomes
-        if usable >= self._least * outcomes:
-            return None
-        reasons = ", ".join(f"{reason} {n}" for reason, n in meter.dropped.most_common(4))
+        for what, share in self._meter.shares.items():
+            last = self._checked.get(what, Share())
+            if share.total < (2 * last.total or self._after):
+                continue
+            self._checked[what] = replace(share)
+            total, usable = share.total - last.total, share.usable - last.usable
+            if usable < self._least * total:
+                return self._fault(what, total, usable)
+        return None
+
+    def _fault(self, what: str, total: int, usable: int) -> LowYield:
+        reasons = ", ".join(f"{reason} {n}" for reason, n in self._meter.dropped.most_common(4)) or "nothing yet"
         return LowYield(
-            f"only {usable} of the last {outcomes} samples or documents are usable, less than least_yield "
-            f"({self._least:g}). Dropped: {reasons}. The first: {meter.first_drop}. So far, {self.figures()}. Change "
-            "the prompt files, the model or the thresholds; or set least_yield to 0 to continue"
+            f"only {usable} of the last {total} {what} are usable, less than least_yield ({self._least:g}). Dropped: "
+            f"{reasons}. The first: {self._meter.first_drop or 'none'}. So far, {self.figures()}. Change the prompt "
+            "files, the model or the thresholds; or set least_yield to 0 to continue"
         )
 
     def figures(self) -> str:

@@ -20,9 +20,10 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 from delib_fast.config import ConfigError
-from delib_fast.datagen.backends import EndpointError, Retry
+from delib_fast.datagen.backends import EndpointError, Retry, describe
 
 _ERROR_BYTES = 64 * 1024  # of the body of an error, which only becomes a message
+_MANY_PIECES, _SMALL_BYTES = 20_000, 64
 _MIB = 2**20
 
 
@@ -45,7 +46,6 @@ class HttpClient:
         headers: sent with every request, e.g. the key.
         deadline_s: seconds for one attempt, from connecting to the last byte.
         max_bytes: limit of the decompressed body.
-        describe: turns text of the endpoint into a short text for messages, without secrets.
     Raises:
         ConfigError: httpx is not installed, or the base URL is not valid.
     """
@@ -57,7 +57,6 @@ class HttpClient:
         *,
         deadline_s: float,
         max_bytes: int,
-        describe: Callable[[str], str],
     ) -> None:
         try:
             import httpx  # an optional dependency
@@ -68,7 +67,7 @@ class HttpClient:
             ) from None
         self._httpx = httpx
         self.base_url = base_url.rstrip("/")
-        self._deadline_s, self._max_bytes, self._describe = deadline_s, max_bytes, describe
+        self._deadline_s, self._max_bytes = deadline_s, max_bytes
         try:
             httpx.URL(self.base_url)
             self._client = httpx.AsyncClient(
@@ -92,13 +91,13 @@ class HttpClient:
             Retry: there was no complete response: `connection`, `timeout`, `too_large` or `malformed_body`.
             EndpointError: the endpoint redirects to another address.
         """
-        chunks: list[bytes] = []
+        body = bytearray()  # a list of very small chunks would need much more memory
 
         async def keep(chunk: bytes) -> None:
-            chunks.append(chunk)
+            body.extend(chunk)
 
         status, headers = await self._exchange(method, path, keep, self._max_bytes, self._deadline_s, content)
-        return Reply(status, headers, b"".join(chunks))
+        return Reply(status, headers, bytes(body))
 
     async def lines(
         self, path: str, receive: Callable[[bytes], Awaitable[None]], *, max_lines: int, deadline_s: float
@@ -109,20 +108,22 @@ class HttpClient:
             max_lines: more lines than this, or a line longer than `max_bytes`, raise Retry (`too_large`).
             deadline_s: seconds until the last line.
         """
-        rest, count = b"", 0
+        rest, count = bytearray(), 0  # the line that is not complete yet, and the number of complete ones
 
         async def split(chunk: bytes) -> None:
             nonlocal rest, count
-            *complete, rest = (rest + chunk).split(b"\n")
-            count += len(complete)
-            if count > max_lines or len(rest) > self._max_bytes:
+            first, *others = chunk.split(b"\n")
+            rest += first
+            count += len(others)
+            if count > max_lines or max(len(rest), *map(len, others), 0) > self._max_bytes:
                 raise _too_large(f"more than {max_lines} lines, or a line of more than {_mib(self._max_bytes)}")
-            for line in complete:
+            for following in others:
+                line, rest = bytes(rest), bytearray(following)
                 await receive(line)
 
         status, headers = await self._exchange("GET", path, split, max_lines * self._max_bytes, deadline_s, {})
         if rest:
-            await receive(rest)
+            await receive(bytes(rest))
         return Reply(status, headers, b"")
 
     async def close(self) -> None:
@@ -154,7 +155,7 @@ class HttpClient:
         except (httpx.TransportError, OSError) as error:
             raise Retry("connection", detail=self._cause(error), may_be_paid=True) from None
         except httpx.InvalidURL as error:
-            raise EndpointError(f"{self._describe(url)}: {self._cause(error)}") from None
+            raise EndpointError(f"{describe(url)}: {self._cause(error)}") from None
 
     async def _refuse_redirect(self, response: Any) -> None:
         """Raise EndpointError if a response is a redirect. Called before httpx looks at its target."""
@@ -165,15 +166,15 @@ class HttpClient:
             target = str(url.join(target)) if target else ""
         if target:
             path = str(url).removeprefix(self.base_url)
-            hint = f"; if you trust that address, set base_url to {self._describe(target.removesuffix(path))}"
-        shown = self._describe(target) or "an address that it does not name"
+            hint = f"; if you trust that address, set base_url to {describe(target.removesuffix(path))}"
+        shown = describe(target) or "an address that it does not name"
         raise EndpointError(
-            f"{self._describe(self.base_url)} redirects to {shown} (HTTP {response.status_code}). No redirect is "
+            f"{describe(self.base_url)} redirects to {shown} (HTTP {response.status_code}). No redirect is "
             f"followed, because the key and the prompt would be sent there{hint}"
         )
 
     def _cause(self, error: BaseException) -> str:
-        text = self._describe(str(error))
+        text = describe(str(error))
         return f"{type(error).__name__}{f': {text}' if text else ''}"
 
 
@@ -183,8 +184,11 @@ async def _decompressed(response: Any, max_bytes: int, *, cut: bool) -> AsyncIte
     if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
         raise Retry("malformed_body", detail=f"content-encoding {encoding[:40]!r} was not requested", may_be_paid=True)
     inflate = zlib.decompressobj(wbits=47) if encoding not in ("identity", "") else None  # 47: gzip or zlib
-    room = max_bytes
+    room, pieces, received = max_bytes, 0, 0
     async for raw in response.aiter_raw():
+        pieces, received = pieces + 1, received + len(raw)
+        if pieces > _MANY_PIECES and received < pieces * _SMALL_BYTES:  # each costs as much time as a large one
+            raise _too_large(f"more than {_MANY_PIECES:,} pieces of less than {_SMALL_BYTES} bytes")
         try:
             data = raw if inflate is None else inflate.decompress(raw, room + 1)
         except zlib.error as error:

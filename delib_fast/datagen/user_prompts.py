@@ -21,6 +21,7 @@ from delib_fast.datagen.parsing import parse_strings
 from delib_fast.datagen.session import Session
 from delib_fast.datagen.settings import DeliberateSettings
 from delib_fast.datagen.spec import Spec
+from delib_fast.files import read_text
 
 _MESSAGES_PER_SITUATION = 4
 _MAX_SITUATIONS = 12  # per domain and round
@@ -75,7 +76,7 @@ def read_prompts(path: str | os.PathLike[str], spec: Spec) -> list[UserPrompt]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: the prompts cannot be read: {error}") from None
     prompts = []

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from delib_fast.checkpoint.format import Checkpoint, load_newest, remove_leftovers
+from delib_fast.checkpoint.format import Checkpoint, CheckpointError, load_newest, remove_leftovers
 from delib_fast.checkpoint.writer import CheckpointWriter, Tensors
 from delib_fast.config import Config, ConfigError, StageBase
 from delib_fast.config.dtypes import DTYPES
@@ -216,25 +216,40 @@ class Engine:
             self.ranks.heartbeat(f"gathering {key} for a checkpoint")
             yield key, gather
 
-    def resume(self, root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    def resume(
+        self, root: Path, warn: Callable[[str], None], check: Callable[[Checkpoint], None] = lambda found: None
+    ) -> Checkpoint | None:
         """Load the newest intact checkpoint under `root`, if one was ever written. A collective.
 
         Args:
             warn: called with a message for each damaged checkpoint that is skipped.
+            check: called with the checkpoint before anything is loaded; raises if it does not belong to this run.
         Raises:
-            CheckpointError: checkpoints were written, but none is intact.
+            CheckpointError: checkpoints were written, but none is intact, or another model wrote the newest one.
         """
         if self.rank == 0:
             remove_leftovers(root)
         self.ranks.barrier()
         found = load_newest(root, warn, self.ranks)
         if found is not None:
-            self.state.restore(found.reader(), found.trainer["optimizer_steps"], self.ranks.heartbeat)
+            check(found)
+            self._restore(found)
+        return found
+
+    def _restore(self, found: Checkpoint) -> None:
+        read = found.reader()
+        try:
+            self.state.restore(read, found.trainer["optimizer_steps"], self.ranks.heartbeat)
             self.guard.restore(found.trainer["guard"])
             if self._scaler is not None and found.trainer.get("loss_scale"):  # runs in another precision do not save it
                 self._scaler.restore(found.trainer["loss_scale"])
-            self.step = found.step
-        return found
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{found.folder} cannot be restored: {error}. Use another run_dir, or delete the checkpoints of the "
+                "stage to train it again"
+            ) from error
+        read.refuse_unread()
+        self.step = found.step
 
     def close(self) -> None:
         """Free what DeepSpeed holds for this stage."""

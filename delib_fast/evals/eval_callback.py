@@ -11,7 +11,6 @@ RUN/evals/in_loop.jsonl.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from delib_fast.config import ConfigError
 from delib_fast.data import Row
+from delib_fast.digests import append_json_line
 from delib_fast.evals.extra import import_extra
 from delib_fast.evals.intervals import Estimate
 from delib_fast.evals.metrics.drift import drift_from_base
@@ -106,8 +106,7 @@ class EvalCallback(Callback):
     def _write(self, run: RunContext, record: Mapping[str, Any]) -> None:
         path = run.directory.path / "evals" / "in_loop.jsonl"
         path.parent.mkdir(exist_ok=True)
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+        append_json_line(path, record)
         summary = ", ".join(
             f"{name} {figure['value']:.3f}" for name, figure in record["figures"].items() if figure["value"] is not None
         )

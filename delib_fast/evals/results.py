@@ -6,15 +6,15 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from delib_fast.digests import DamagedError, read_json, write_json
 from delib_fast.evals.intervals import Estimate
-from delib_fast.files import write_atomic
 
-FORMAT = 1
+FORMAT = 2
 """Increased when the meaning of a suite's figures changes: older results are then recomputed."""
 Cell = Estimate | str | int | float | None
 
@@ -92,12 +92,20 @@ class ResultStore:
         text = json.dumps({"format": FORMAT, "suite": suite, **depends_on}, sort_keys=True, default=str)
         return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
 
-    def load(self, suite: str, key: str) -> SuiteResult | None:
-        """The stored result of exactly these inputs; None if it is missing or damaged."""
+    def load(self, suite: str, key: str, log: Callable[[str], None] = lambda _: None) -> SuiteResult | None:
+        """The stored result of exactly these inputs; None if it is missing or damaged.
+
+        Args:
+            log: called with a message if the file is damaged.
+        """
+        path = self._path(suite, key)
         try:
-            tree = json.loads(self._path(suite, key).read_text(encoding="utf-8"))
+            tree = read_json(path)
             return result_from_json(tree["result"]) if tree["key"] == key else None
-        except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        except FileNotFoundError:
+            return None
+        except (OSError, DamagedError, KeyError, TypeError, ValueError) as error:
+            log(f"{path} is damaged ({error}); its suite runs again")
             return None
 
     def save(self, result: SuiteResult, key: str, depends_on: Mapping[str, Any], seconds: float) -> None:
@@ -127,4 +135,4 @@ class ResultStore:
 
     def _write(self, path: Path, record: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(record, indent=1, ensure_ascii=False, default=str))
+        write_json(path, json.loads(json.dumps(record, default=str)))

@@ -18,6 +18,7 @@ from delib_fast.evals.results import ResultStore, SuiteResult
 from delib_fast.evals.sampling import ChatModel, Reply, Sampler
 from delib_fast.evals.settings import SAMPLED, EvalConfig
 from delib_fast.evals.target import EvalTarget
+from delib_fast.files import open_regular
 from delib_fast.models.generate import Sampling
 
 _TEACHER_FORCED: dict[str, Callable[[EvalTarget], SuiteResult]] = {
@@ -96,7 +97,7 @@ def evaluate(target: EvalTarget, log: Callable[[str], None] = lambda _: None) ->
         try:
             depends_on = _depends_on(suite, target)
             key = store.key(suite, depends_on)
-            result = store.load(suite, key)
+            result = store.load(suite, key, log)
             if result is None:
                 log(f"{suite} …")
                 start = time.perf_counter()
@@ -136,9 +137,9 @@ def _depends_on(suite: str, target: EvalTarget) -> Mapping[str, Any]:
     settings = target.settings.model_dump(mode="json")
     depends: dict[str, Any] = {"settings": {name: settings[name] for name in _SETTINGS_OF[suite]}}
     if suite != "monitor":
-        depends |= {"model": target.sha256, "system_prompt": target.system_prompt}
+        depends |= {"model": target.sha256, "files": target.files_key, "system_prompt": target.system_prompt}
     if suite == "drift":
-        depends["base"] = target.base_key
+        depends |= {"base": target.base_key, "base_files": target.base_files_key}
     if suite == "dose":
         depends["stages"] = [stage.model_dump(mode="json") for stage in target.aft_stages]
     if suite in _READS_HELD_OUT:
@@ -155,7 +156,8 @@ def _hash_file(settings: EvalConfig, name: str) -> str | None:
     if path is None:
         return None
     try:
-        return _hash(Path(path).read_bytes())
+        with open_regular(path) as file:
+            return _hash(file.read())
     except OSError as error:
         raise ConfigError(f"{name}: {path} cannot be read: {error.strerror}") from None
 
@@ -189,6 +191,6 @@ class _LazySampler:
                 sampling,
                 system_prompt=target.system_prompt,
                 cache=self._store.replies(target.sha256),
-                identity=f"{target.sha256} {asdict(sampling)} {target.settings.precision}",
+                identity=f"{target.files_key} {asdict(sampling)} {target.settings.precision}",
             )
         return self._sampler(chats, thinking=thinking, sample=sample)

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 from delib_fast.data import Message
 from delib_fast.data.encode.encoder import encoder_for
+from delib_fast.digests import append_json_line, read_json_lines
 from delib_fast.models.generate import Sampling, generate_ids
 
 Tags = Literal["none", "closed", "unclosed", "stray"]
@@ -141,18 +142,15 @@ def parse_reply(text: str, *, opened: bool | None, finished: bool = True, tokens
 
 
 class _ReplyCache:
-    """Replies by key in a .jsonl file. A line cut off by a crash is ignored, so that its reply is generated again."""
+    """Replies by key in a .jsonl file. A damaged line, or one cut off by a crash, is ignored: its reply is generated
+    again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[str, Reply] = {}
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    record = json.loads(line)
-                    self._known[record["key"]] = Reply(**record["reply"])
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    continue
+            records, _ = read_json_lines(path)
+            self._known = {record["key"]: Reply(**record["reply"]) for record in records}
 
     def get(self, key: str) -> Reply | None:
         return self._known.get(key)
@@ -160,5 +158,4 @@ class _ReplyCache:
     def put(self, key: str, reply: Reply) -> None:
         self._known[key] = reply
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "reply": asdict(reply)}) + "\n")
+        append_json_line(self._path, {"key": key, "reply": asdict(reply)})

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
 
 from delib_fast.config import FilePath, Precision, Section, SourceConfig
 from delib_fast.config.load import FileKind, load
-from delib_fast.datagen.settings import EndpointSettings, check_base_url
+from delib_fast.datagen.settings import EndpointSettings, check_base_url, check_key_variable
 
 FORCED = ("segments", "dose", "drift", "early", "reliance", "agentic")
 """Suites that only score given text."""
@@ -70,6 +70,11 @@ class JudgeConfig(Section):
     @classmethod
     def _valid_base_url(cls, value: str) -> str:
         return check_base_url(value)
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _valid_key_variable(cls, value: str) -> str:
+        return check_key_variable(value)
 
     @property
     def endpoint(self) -> EndpointSettings:

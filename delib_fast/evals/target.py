@@ -13,13 +13,15 @@ from typing import Any
 import torch
 
 from delib_fast.config import AFTConfig, Config, ConfigError, LoraConfig, ModelConfig, SourceConfig
-from delib_fast.config.load import parse_config, read_yaml_file
+from delib_fast.config.load import parse_config
 from delib_fast.data import Row, Source, read_source
+from delib_fast.digests import hash_files, hash_weights
 from delib_fast.evals.metrics.segments import categories_of
 from delib_fast.evals.scoring import Scorer
 from delib_fast.evals.settings import EvalConfig
-from delib_fast.files import hash_files, hash_weights
 from delib_fast.models import TrainableLM, adapter_settings, add_adapter, build_model, load_adapter, load_tokenizer
+from delib_fast.training.artifacts import refuse_changed_export
+from delib_fast.training.run_directory import read_ledger, read_run_config
 from delib_fast.training.sources import held_out_rows, source_of
 
 
@@ -46,7 +48,7 @@ class EvalTarget:
         self.config: Config | None = None
         self.model_folder = self.path
         if saved.exists():
-            self.config = parse_config(read_yaml_file(saved, "a configuration"), where=str(saved))
+            self.config = parse_config(read_run_config(self.path, read_ledger(self.path)), where=str(saved))
             self.model_folder = self.path / "model"
         self.adapter: tuple[LoraConfig, str] | None = None
         """The adapter's settings and the path of its base, if the path is an adapter folder."""
@@ -72,12 +74,25 @@ class EvalTarget:
     @cached_property
     def sha256(self) -> str:
         """The hash of the model's weights, as in a run's ledger. For an adapter, it covers the base's weights too."""
-        own = _hash_model(self.model_folder)
+        own = hash_weights(_hashes(self.model_folder))
         return own if self.adapter is None else hashlib.sha256(f"{own} {self.base_key}".encode()).hexdigest()
+
+    @cached_property
+    def files_key(self) -> str:
+        """The hash of every file of the model: weights, configuration, tokenizer. For an adapter, its base's too."""
+        own = _hash_all(self.model_folder)
+        return own if self.adapter is None else hashlib.sha256(f"{own} {self.base_files_key}".encode()).hexdigest()
+
+    @cached_property
+    def base_files_key(self) -> str | None:
+        """As `files_key`, of the base model; None if the base is not a folder."""
+        path = None if self.base_config is None else self.base_config[0].path
+        return _hash_all(Path(path)) if path is not None and Path(path).is_dir() else None
 
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of the model folder; for an adapter folder without a tokenizer, that of the base."""
+        _hashes(self.model_folder)  # before anything is read from it
         own = self.adapter is None or (self.model_folder / "tokenizer_config.json").exists()
         return load_tokenizer(str(self.model_folder) if own else self.model_path)
 
@@ -121,7 +136,7 @@ class EvalTarget:
             return None
         config = self.base_config[0]
         if config.path is not None and Path(config.path).is_dir():
-            return _hash_model(Path(config.path))
+            return hash_weights(_hashes(Path(config.path)))
         return hashlib.sha256(f"{config.model_dump_json()} {self._seed}".encode()).hexdigest()
 
     @cached_property
@@ -136,6 +151,9 @@ class EvalTarget:
         return self.config.seed if self.config is not None else 0
 
     def _load(self, config: ModelConfig) -> TrainableLM:
+        for path in (config.path, self.path if self.adapter is not None else None):
+            if path is not None and Path(path).is_dir():
+                _hashes(Path(path))
         model = build_model(config, self.tokenizer, dtype=self.settings.precision, seed=self._seed)
         if self.adapter is not None:
             add_adapter(model, self.adapter[0], base=self.adapter[1], seed=self._seed)
@@ -187,8 +205,18 @@ class EvalTarget:
         return self._sources[name]
 
 
-def _hash_model(folder: Path) -> str:
-    files = hash_files(folder)
+def _hashes(folder: Path) -> dict[str, str]:
+    """The hash of each file of a model folder. Raises ConfigError if a run exported it and it was changed since."""
+    try:
+        files = hash_files(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be read: {error}") from None
     if not any(name.endswith(".safetensors") for name in files):
         raise ConfigError(f"{folder}: has no *.safetensors file; export the model in that format")
-    return hash_weights(files)
+    refuse_changed_export(folder, files)
+    return files
+
+
+def _hash_all(folder: Path) -> str:
+    listed = "".join(f"{name} {sha256}\n" for name, sha256 in sorted(_hashes(folder).items()))
+    return hashlib.sha256(listed.encode()).hexdigest()

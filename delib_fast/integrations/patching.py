@@ -21,12 +21,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from delib_fast.integrations.switching import configs_with_attention, in_a_pack, set_attention, switching_name
-from delib_fast.integrations.unpadding import as_pack, why_not_a_pack
+from delib_fast.integrations.switching import switching_name
+from delib_fast.integrations.unpadding import CACHES, AsPack, as_pack, why_not_a_pack
+from delib_fast.models.active_pack import ActivePack, in_a_pack
 from delib_fast.models.attention import UnsupportedModelError, unsupported
+from delib_fast.models.documents import run_documents
 from delib_fast.models.forward_patch import ForwardPatch, remove_patches
+from delib_fast.models.hf_utils import trunk
+from delib_fast.models.labels import shifts_labels
 from delib_fast.models.layers import check_layers, patch_layers
 from delib_fast.models.lm import check_logits, logit_options, unsupported_head
+from delib_fast.models.rope import patch_rope
+from delib_fast.models.separation import Separation, configs_with_attention, separate, set_attention
 from delib_fast.ops import linear_cross_entropy
 
 _log = logging.getLogger("delib_fast")
@@ -58,24 +64,25 @@ class _Applied:
 class _HeadForward(ForwardPatch):
     """head(hidden) returns logits as before; head(hidden, targets) is the fused loss, without a (T, V) tensor."""
 
-    def __init__(self, module: nn.Module, **options: Any) -> None:
+    def __init__(self, module: nn.Module, *, vocabulary: int | None, **options: Any) -> None:
         super().__init__(module)
-        self.options = options
+        self.vocabulary, self.options = vocabulary, options
 
     def patched(self, hidden: Tensor, targets: Tensor | None = None, loss_weights: Tensor | None = None) -> Any:
         if targets is None:
             return self.original(hidden)
-        return linear_cross_entropy(
-            hidden, self.module.weight, targets, loss_weights, bias=self.module.bias, **self.options
-        )
+        weight, bias = self.module.weight, self.module.bias
+        if self.vocabulary is not None and self.vocabulary < weight.shape[0]:
+            weight, bias = weight[: self.vocabulary], None if bias is None else bias[: self.vocabulary]
+        return linear_cross_entropy(hidden, weight, targets, loss_weights, bias=bias, **self.options)
 
 
 class _BaseForward(ForwardPatch):
     """Runs the base model on one pack without padding. A call that cannot be a pack runs as before, and is logged."""
 
-    def __init__(self, module: PreTrainedModel, backend: str) -> None:
+    def __init__(self, module: PreTrainedModel, backend: str, separation: Separation) -> None:
         super().__init__(module)
-        self.backend = backend
+        self.backend, self.separation = backend, separation
         self._logged: set[str] = set()
 
     def patched(self, *args: Any, **kwargs: Any) -> Any:
@@ -88,18 +95,34 @@ class _BaseForward(ForwardPatch):
                 self._logged.add(reason)
                 _log.info("a call of %s runs with its own attention: %s", type(self.module).__name__, reason)
             return self.original(**kwargs)
-        with in_a_pack():
-            output = self.original(**pack.kwargs)
+        if self.separation.kind == "documents":
+            output = self._run_documents(pack)
+        else:
+            positions: Any = "standard" if kwargs.get("position_ids") is None else "given"
+            arguments = frozenset(pack.kwargs)
+            with in_a_pack(ActivePack(pack.kwargs["cu_seqlens_host"], positions=positions, arguments=arguments)):
+                output = self.original(**pack.kwargs)
         if isinstance(output, tuple):
             return (pack.restore(output[0]), *output[1:])
         output.last_hidden_state = pack.restore(output.last_hidden_state)
         return output
+
+    def _run_documents(self, pack: AsPack) -> Any:
+        """The trunk's output, from one call per document."""
+        names = ["input_ids", "inputs_embeds"] + (["position_ids"] if pack.continues else [])
+        tokens = {name: pack.kwargs[name] for name in names if pack.kwargs.get(name) is not None}
+        options = {name: pack.kwargs[name] for name in ("return_dict",) if name in pack.kwargs}
+        return run_documents(self.original, pack.kwargs["cu_seqlens_host"], tokens, **options)
 
 
 class _ModelForward(ForwardPatch):
     """A call with labels returns the loss and no logits; without labels, the model runs as before."""
 
     _ADDED = ("shift_labels", "loss_weights", "loss_normalizer", "num_items_in_batch")
+
+    def __init__(self, module: PreTrainedModel, shifts_labels: bool) -> None:
+        super().__init__(module)
+        self.shifts_labels = shifts_labels
 
     def _signature(self, class_signature: inspect.Signature) -> inspect.Signature:
         """The class's signature, and the arguments that the fused loss adds."""
@@ -130,11 +153,13 @@ class _ModelForward(ForwardPatch):
         model = self.module
         as_tuple = kwargs.pop("return_dict", None) is False
         self._check_options(kwargs)
+        if shifted is None and not self.shifts_labels:
+            labels, shifted = None, labels
         targets, weights = _targets(labels, shifted, weights)
-        _check_no_target_after_padding(model.base_model, targets, kwargs.get("attention_mask"))
-        if kwargs.get("past_key_values") is None:
+        _check_no_target_after_padding(trunk(model), targets, kwargs.get("attention_mask"))
+        if all(kwargs.get(name) is None for name in CACHES):
             kwargs["use_cache"] = False
-        hidden = model.base_model(**kwargs).last_hidden_state
+        hidden = trunk(model)(**kwargs).last_hidden_state
         head = model.get_output_embeddings()
         hidden, targets = hidden.to(head.weight.device), targets.to(head.weight.device)
         weights = None if weights is None else weights.to(head.weight.device, torch.float32).flatten()
@@ -267,15 +292,25 @@ def apply(
     check_layers(layers, next(inner.parameters()).device)
     if reason := (unsupported(inner) if attention else None) or (unsupported_head(inner) if loss else None):
         raise UnsupportedModelError(reason)
+    shifts: bool | None = True
     if loss:
-        head = inner.get_output_embeddings()
-        check_logits(inner, next(name for name, module in inner.named_modules() if module is head))
-    changes = _Applied(patches=patch_layers(inner, layers), attention=[])
-    if loss:
-        changes.patches += _patch_loss(inner, loss_backend)
+        check_logits(inner)
+        shifts = shifts_labels(inner)
+    separation = Separation()
     if attention:
-        changes.patches.append(_BaseForward(inner.base_model, attention_backend))  # type: ignore[arg-type]
+        compiled = "Compiled layers need one pass: set layers to eager" if layers == "compile" else None
+        separation = separate(inner, attention_backend=attention_backend, in_one_pass=compiled)
+        if separation.note:
+            _log.warning("%s: %s", type(inner).__name__, separation.note)
+    changes = _Applied(patches=separation.patches + patch_layers(inner, layers), attention=[])
+    if loss:
+        changes.patches += _patch_loss(inner, loss_backend, shifts)
+    if attention:
+        changes.patches += patch_rope(inner)
+        base: Any = trunk(inner)
+        changes.patches.append(_BaseForward(base, attention_backend, separation))
         changes.patches[-1].install()
+    if attention and separation.kind != "documents":
         for config in configs_with_attention(inner):
             changes.attention.append((config, config._attn_implementation))
             set_attention(config, switching_name(config._attn_implementation))
@@ -283,9 +318,9 @@ def apply(
     return model
 
 
-def _patch_loss(model: PreTrainedModel, backend: str) -> list[ForwardPatch]:
+def _patch_loss(model: PreTrainedModel, backend: str, shifts: bool | None) -> list[ForwardPatch]:
     head = _HeadForward(model.get_output_embeddings(), backend=backend, **logit_options(model))
-    patches: list[ForwardPatch] = [head, _ModelForward(model)]
+    patches: list[ForwardPatch] = [head, _ModelForward(model, shifts is not False)]
     for patch in patches:
         patch.install()
     return patches

@@ -5,57 +5,24 @@ The attention `attention.NAME` raises an error for a call that is not a pack, wh
 trains. In other trainers, a model also evaluates, and generates with a cache. Such a model gets the attention
 `delib_fast_or_sdpa` (or `delib_fast_or_` with the name of its own attention). The caller marks a pack by `in_a_pack`
 while masks are built, and by the keyword `varlen_backend` in each layer, which is also present when a checkpointed
-layer is recomputed.
+layer is recomputed. A layer that drops the keyword would run its own attention without a mask, so it raises an error.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from delib_fast.models.active_pack import active_pack
 from delib_fast.models.attention import attend, no_mask
 
 _PREFIX = "delib_fast_or_"
-_packed: ContextVar[bool] = ContextVar("delib_fast_packed", default=False)
-
-
-@contextmanager
-def in_a_pack() -> Iterator[None]:
-    """Build no masks inside a block, because packed attention needs none."""
-    token = _packed.set(True)
-    try:
-        yield
-    finally:
-        _packed.reset(token)
-
-
-def configs_with_attention(model: PreTrainedModel) -> list[PreTrainedConfig]:
-    """Every config object from which a part of the model takes its attention implementation, without duplicates."""
-    found: dict[int, PreTrainedConfig] = {
-        id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)
-    }
-    for config in list(found.values()):
-        for key in getattr(config, "sub_configs", {}):
-            part = getattr(config, key, None)
-            if part is not None:
-                found[id(part)] = part
-    return list(found.values())
-
-
-def set_attention(config: PreTrainedConfig, name: str | None) -> None:
-    """Set the attention of this config only, without checking the name or loading a kernel.
-
-    The name must be one that the config had before, or one registered here.
-    """
-    config._attn_implementation_internal = name
 
 
 def switching_name(original: str | None) -> str:
@@ -74,7 +41,11 @@ def _attention(original: str) -> Callable[..., Any]:
     def attend_or_original(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        if "varlen_backend" in kwargs:
+        # In a pack no mask was built. If the layer dropped the pack's arguments, `attend` raises an error. Layers
+        # without a vocabulary (of images) never get them.
+        config = getattr(module, "config", None)
+        is_text = config is None or hasattr(config, "vocab_size")
+        if "varlen_backend" in kwargs or (active_pack() is not None and is_text):
             return attend(module, query, key, value, attention_mask, **kwargs)
         return _original_attention(original, module)(module, query, key, value, attention_mask, **kwargs)
 
@@ -90,7 +61,7 @@ def _original_attention(original: str, module: nn.Module) -> Callable[..., Any]:
 
 def _mask(original: str) -> Callable[..., Any]:
     def mask_or_none(*args: Any, **kwargs: Any) -> Any:
-        if _packed.get():
+        if active_pack() is not None:
             return no_mask(*args, **kwargs)
         return ALL_MASK_ATTENTION_FUNCTIONS[original](*args, **kwargs)
 

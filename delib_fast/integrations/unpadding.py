@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+# The names of the argument that holds a KV cache; the second is that of transformers 5.24 and newer.
+CACHES = ("past_key_values", "cache", "cache_params")
+
 
 class AsPack(NamedTuple):
     """A call of the base model as one pack, and how to restore its result."""
@@ -25,6 +28,8 @@ class AsPack(NamedTuple):
     """The (B, S) of the original call."""
     kept: Tensor | None
     """(T,) int64, the indices in B·S of the pack's tokens; None if the pack holds all of them, in order."""
+    continues: bool
+    """Whether a sequence begins at a position other than 0."""
 
     def restore(self, hidden: Tensor) -> Tensor:
         """(1, T, H) to (B, S, H), with zeros at padding."""
@@ -40,7 +45,7 @@ def why_not_a_pack(config: PreTrainedConfig, kwargs: dict[str, Any]) -> str | No
     tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     if tokens is None:
         return "it has neither input_ids nor inputs_embeds"
-    if kwargs.get("past_key_values") is not None:
+    if any(kwargs.get(name) is not None for name in CACHES):
         return "it has a KV cache"
     if _is_requested(config, kwargs, "use_cache") and kwargs.get("cu_seq_lens_q") is None:
         return "it requests a KV cache"
@@ -73,6 +78,8 @@ def as_pack(kwargs: dict[str, Any], backend: str) -> AsPack | None:
         and attention_mask          0 is padding; a sequence also ends where the value changes (axolotl numbers them so)
         else                        every row is a sequence
 
+    Without position_ids, the positions of each sequence begin at 0, as if it were alone.
+
     If the arguments are on a device, this waits for it once for all layers. Raises ValueError for cu_seq_lens_q with
     more than one row.
     """
@@ -90,6 +97,11 @@ def as_pack(kwargs: dict[str, Any], backend: str) -> AsPack | None:
         kept, cu_seqlens = _find_sequences(kwargs, positions, (B, S))
         if kept is not None and kept.numel() == 0:
             return None
+    positions = positions if kept is None else positions[kept]
+    first = positions[cu_seqlens[:-1].clamp(max=len(positions) - 1)]
+    if kwargs.get("position_ids") is None:
+        positions = positions - first.repeat_interleave(cu_seqlens.diff())
+        first = first.new_zeros(1)
     host = tuple(cu_seqlens.tolist())
     longest = max((end - start for start, end in pairwise(host)), default=0)
     packed = dict(kwargs)
@@ -97,7 +109,7 @@ def as_pack(kwargs: dict[str, Any], backend: str) -> AsPack | None:
         if packed.get(key) is not None:
             packed[key] = _pick(packed[key].flatten(0, 1), kept)
     packed |= {
-        "position_ids": _pick(positions, kept),
+        "position_ids": positions.unsqueeze(0),
         # All ones: without a mask, transformers would search position_ids on the device for sequences that are known.
         "attention_mask": torch.ones(
             (1, B * S if kept is None else kept.numel()), dtype=torch.bool, device=given.device
@@ -110,7 +122,7 @@ def as_pack(kwargs: dict[str, Any], backend: str) -> AsPack | None:
         "cu_seqlens_host": host,
         "varlen_backend": backend,
     }
-    return AsPack(packed, (B, S), kept)
+    return AsPack(packed, (B, S), kept, bool(first.any()))
 
 
 def _pick(flat: Tensor, kept: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from delib_fast.models.lora import (
 )
 from delib_fast.models.recompute import recompute
 from delib_fast.models.shape import ModelShape, model_shape
-from delib_fast.models.tokenizer import build_tokenizer, load_tokenizer, train_tokenizer
+from delib_fast.models.tokenizer import build_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 
 __all__ = [
     "LeakError",
@@ -42,6 +42,7 @@ __all__ = [
     "merged_weights",
     "model_shape",
     "recompute",
+    "save_tokenizer",
     "skeleton_without_adapter",
     "train_tokenizer",
 ]

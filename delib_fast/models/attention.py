@@ -20,24 +20,39 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from delib_fast.data import PackedBatch
 from delib_fast.models import ulysses
+from delib_fast.models.active_pack import active_pack
+from delib_fast.models.errors import UnsupportedModelError
+from delib_fast.models.rope import rope_that_depends_on_length, unsupported_rope
 from delib_fast.ops import varlen_attention
+
+__all__ = [
+    "NAME",
+    "UnsupportedModelError",
+    "attend",
+    "no_mask",
+    "packed_inputs",
+    "unsupported",
+    "why_not_share_prompts",
+]
 
 NAME = "delib_fast_varlen"
 
-_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+# Kinds of layers that run packed attention, or whose other mixing of tokens `models.separation` finds by running them.
+_KNOWN_LAYERS = frozenset(
+    ["full_attention", "sliding_attention", "linear_attention", "conv", "mamba", "hybrid", "mlp", "moe"]
+)
 _DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
-# Arguments of an attention layer that change the maths in a way the op does not support.
+# What some arguments of attention layers do that the op does not support.
 _CHANGES_THE_MATHS = {
-    "softcap": "a cap on the attention scores (attn_logit_softcapping)",
-    "s_aux": "attention sinks (s_aux)",
-    "position_bias": "a bias on the attention scores (position_bias)",
-    "alibi": "a bias on the attention scores (alibi)",
+    "position_bias": "a bias on the attention scores",
+    "alibi": "a bias on the attention scores",
     "cache": "a paged cache",
+    "sinks": "attention sinks of each token",
+    "indices": "a selection of the keys that each token attends to",
+    "block_indices": "a selection of the keys that each token attends to",
 }
-
-
-class UnsupportedModelError(ValueError):
-    """The model does something that packed training cannot reproduce exactly. The message says what, and what to do."""
+# Arguments that layers add to those of the model's call, and that do not change the result of packed attention.
+_IGNORED = {"cache_position", "deterministic", "output_attentions", "position_embeddings", "position_ids", "use_cache"}
 
 
 def packed_inputs(
@@ -72,28 +87,26 @@ def unsupported(model: PreTrainedModel) -> str | None:
     """Why the model cannot be trained on packs, judged by its class and config, with the remedy; or None."""
     config = model.config.get_text_config()
     name = type(model).__name__
-    if not model._can_set_attn_implementation():
-        return (
-            f"{name} does not take its attention from transformers' AttentionInterface, so packed "
-            "documents cannot be isolated from each other; use an architecture that does, such as qwen3 or llama"
-        )
     if getattr(config, "is_encoder_decoder", False):
         return f"{name} is an encoder-decoder; a causal language model is needed"
-    if unknown := sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS):
-        return (
-            f"{name} has layers of type {', '.join(unknown)}; only full_attention and sliding_attention "
-            "isolate packed documents from each other"
-        )
-    if getattr(config, "attention_chunk_size", None) is not None and not hasattr(config, "layer_types"):
-        return f"{name} has chunked attention (attention_chunk_size), which is not supported"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return f"{name} caps its attention scores (attn_logit_softcapping), which is not supported"
     if getattr(config, "use_bidirectional_attention", None):
         return f"{name} attends in both directions (use_bidirectional_attention); only causal attention is supported"
     for key in _DROPOUT_KEYS:
         value = getattr(config, key, 0)
         if isinstance(value, int | float) and value > 0:
             return f"{name} has {key} {value}, and packed attention has no dropout; set {key} to 0"
+    return unsupported_rope(model)
+
+
+def why_not_packed(model: PreTrainedModel) -> str | None:
+    """Why the model's class and config do not allow packed attention in every layer, or None."""
+    if not model._can_set_attn_implementation():
+        return "it does not take its attention from transformers' AttentionInterface"
+    config = model.config.get_text_config()
+    if unknown := sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS):
+        return f"it has layers of type {', '.join(unknown)}"
+    if getattr(config, "attention_chunk_size", None) is not None and not hasattr(config, "layer_types"):
+        return "it has chunked attention (attention_chunk_size)"
     return None
 
 
@@ -106,6 +119,10 @@ def why_not_share_prompts(config: PreTrainedConfig, backend: str) -> str | None:
         return (
             "its attention has a sliding window, which across a shared prompt only the slow reference backend supports"
         )
+    if kind := rope_that_depends_on_length(config):
+        return f"its rotary frequencies depend on the length of prompt and reply (rope_type {kind})"
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        return "its attention caps its scores, which across a shared prompt only the slow reference backend supports"
     if backend == "flash":
         return "model.attention: flash cannot merge two attentions in its backward pass, which a shared prompt needs"
     return None
@@ -149,6 +166,8 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
@@ -158,9 +177,11 @@ def attend(
     sequence_group: dist.ProcessGroup | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Packed attention with transformers' signature: q, k, v (1, heads, T, D) to (1, T, heads, D).
+    """Packed attention as transformers calls it: q and k (1, heads, T, D), v (1, heads, T, Dv) to (1, T, heads, Dv).
 
     Args:
+        softcap: bound of the scores (attn_logit_softcapping).
+        s_aux: (heads,), the attention sinks.
         sequence_group: the ranks across which the pack's tokens are sharded. T is then the length of this rank's
             shard, while cu_seq_lens_q describes the whole pack.
     Raises:
@@ -172,6 +193,7 @@ def attend(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if sequence_group is not None:
         q, k, v = ulysses.to_heads(q, k, v, sequence_group)
+        s_aux = None if s_aux is None else ulysses.own_heads(s_aux, sequence_group)
     out = varlen_attention(
         q,
         k,
@@ -180,6 +202,8 @@ def attend(
         max_length_q,
         scale=scaling,
         window=_window(module, sliding_window),
+        softcap=softcap,
+        sinks=s_aux,
         cu_seqlens_host=cu_seqlens_host,
         prefix=varlen_prefix,
         backend=varlen_backend,
@@ -204,9 +228,10 @@ def _check_call(
     if cu_seq_lens_q is None or max_length_q is None:
         raise _unsupported_layer(
             module,
-            "its attention function received no cu_seqlens, so documents cannot be isolated from each other. Call the "
-            "model through delib_fast.models.TrainableLM, or set a different attn_implementation to use it without "
-            "packs (TrainableLM.unpatch does)",
+            "its attention function received no cu_seqlens, so documents cannot be isolated from each other. Either the"
+            " layer does not pass its keyword arguments on, and this architecture cannot be trained on packs, or the "
+            "model was called without a pack: call it through delib_fast.models.TrainableLM, or set a different "
+            "attn_implementation to use it without packs (TrainableLM.unpatch does)",
         )
     if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise _unsupported_layer(
@@ -226,7 +251,15 @@ def _check_call(
         )
     for kwarg, what in _CHANGES_THE_MATHS.items():
         if others.get(kwarg) is not None:
-            raise _unsupported_layer(module, f"it has {what}, which is not supported")
+            raise _unsupported_layer(module, f"it has {what} ({kwarg}), which is not supported")
+    if torch.compiler.is_compiling():  # the eager first pass has checked it (layers.py)
+        return
+    pack = active_pack()  # None if a checkpointed layer is recomputed
+    for kwarg in () if pack is None else others.keys() - pack.arguments - _IGNORED:
+        if others[kwarg] is not None and others[kwarg] is not False:
+            raise _unsupported_layer(
+                module, f"it passes {kwarg} to its attention function, which packed attention does not know"
+            )
 
 
 def no_mask(

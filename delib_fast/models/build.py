@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError  # transformers raises it for an invalid config
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -23,7 +22,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from delib_fast.config import ConfigError, ModelConfig, nearest
 from delib_fast.config.dtypes import DTYPES
 from delib_fast.models.attention import unsupported
-from delib_fast.models.hf_utils import why_not_loaded, without_progress_bar
+from delib_fast.models.folder import loading
+from delib_fast.models.hf_utils import without_progress_bar
+from delib_fast.models.labels import unsupported_loss
 from delib_fast.models.tokenizer import IM_END
 
 # The vocabulary of a new model is rounded up to a multiple of this: GEMMs of other widths leave tensor cores idle.
@@ -70,7 +71,7 @@ def validated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config
     """Return the model with its KV cache turned off, or raise ConfigError if it does not fit the tokenizer or cannot be
     trained on packs."""
     _check_vocabulary(model, tokenizer, "model.path" if config.architecture is None else "model.architecture")
-    if reason := unsupported(model):
+    if reason := unsupported(model) or unsupported_loss(model):
         raise ConfigError(f"model: {reason}")
     model.config.use_cache = False  # with a cache, transformers' own attention leaks across packed documents
     return model
@@ -78,18 +79,15 @@ def validated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config
 
 def _load(config: ModelConfig, dtype: torch.dtype, quantize: str) -> PreTrainedModel:
     options = {} if quantize == "none" else {"quantization_config": _nf4_config(dtype)}
-    try:
-        with without_progress_bar():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(config.path),
-                dtype=dtype,
-                trust_remote_code=config.trust_remote_code,
-                output_loading_info=True,
-                **options,
-            )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        why = why_not_loaded(str(config.path), error)
-        raise ConfigError(f"model.path: cannot load {config.path!r}: {why}") from error
+    with loading(str(config.path), "model.path", "load", weights=True), without_progress_bar():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(config.path),
+            dtype=dtype,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            use_safetensors=True,
+            **options,
+        )
     model: PreTrainedModel
     model, info = loaded
     for module in model.modules() if options else ():

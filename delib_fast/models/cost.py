@@ -6,7 +6,8 @@ that a slower loss would compute.
     matrix products    per weight and token: 2 FLOPs forward, 2 for the gradient of the input, and 2 for the gradient of
                        the weight if it is trained; the head on supervised tokens only; of the experts, those that a
                        token is routed to
-    attention          per layer: 12 · heads · head_dim · (pairs of tokens of which one attends to the other)
+    attention          per layer: 6 · heads · (head dim of queries and keys + of values) · (pairs of tokens of which one
+                       attends to the other)
     not counted        norms, rotary positions, softmax
 """
 
@@ -21,6 +22,7 @@ from torch import nn
 
 from delib_fast.data import PackedBatch
 from delib_fast.models.lm import TrainableLM
+from delib_fast.models.shape import head_dims
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,8 @@ class StepCost:
                 body += _flops_of(parameter) * (active / experts if ".experts." in name else 1)
         layers = config.num_hidden_layers
         heads = config.num_attention_heads
-        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-        return StepCost(body, _flops_of(head), 12.0 * width, tuple(_window(config, i) for i in range(layers)))
+        width = heads * sum(head_dims(config))
+        return StepCost(body, _flops_of(head), 6.0 * width, tuple(_window(config, i) for i in range(layers)))
 
     def flops(self, batches: Iterable[PackedBatch]) -> float:
         """The FLOPs of these packs; for a shard of a pack, its share of the pack's attention."""

@@ -32,6 +32,7 @@ from transformers.utils.hub import cached_file, cached_files
 from delib_fast.config import ConfigError, ModelConfig
 from delib_fast.config.dtypes import DTYPES
 from delib_fast.models.build import build_model, new_model, validated
+from delib_fast.models.folder import loading
 
 # The value of every placeholder. Not 0, so that a forward pass with it (`lm.check_logits`) still depends on the
 # architecture.
@@ -89,7 +90,8 @@ def build_deferred(
 def _without_loading(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model as from_pretrained returns it, except for the weights."""
     path, trust = str(config.path), config.trust_remote_code
-    hf_config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    with loading(path, "model.path", "load", weights=True):
+        hf_config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=trust)
     with contextlib.suppress(OSError):  # not every folder has one
         model.generation_config = GenerationConfig.from_pretrained(path)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from delib_fast.files import replace_folder
 from delib_fast.models.hf_utils import without_progress_bar
 from delib_fast.models.lm import TrainableLM
+from delib_fast.models.tokenizer import save_tokenizer
 
 
 def export_model(
@@ -46,6 +47,18 @@ def export_model(
 
 def _complete_weights(model: PreTrainedModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The given weights under the inner model's names, on the CPU, in its dtype, with each tied weight once."""
+    weights, dtype = exported_weights(model, given)
+    return {
+        name: weight.detach().to("cpu", dtype if weight.is_floating_point() else weight.dtype)
+        for name, weight in weights.items()
+    }
+
+
+def exported_weights(model: PreTrainedModel, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.dtype]:
+    """The given weights under the inner model's names, with each tied weight once; and the dtype of their export.
+
+    Raises ValueError as `export_model` does.
+    """
     names = set(model.state_dict())
     # In a TrainableLM's own state_dict, and in what an engine gathers from it, the names begin with "model.".
     inner = {name.removeprefix("model.") if name.startswith("model.") else "" for name in given}
@@ -72,11 +85,7 @@ def _complete_weights(model: PreTrainedModel, given: Mapping[str, Tensor]) -> di
                 f"{name} has shape {tuple(weight.shape)}, not {tuple(shape)}; gather the complete state_dict before "
                 "exporting (ZeRO-3 shards its parameters) and pass state_dict="
             )
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return {
-        name: weight.detach().to("cpu", dtype if weight.is_floating_point() else weight.dtype)
-        for name, weight in weights.items()
-    }
+    return weights, next(p.dtype for p in model.parameters() if p.is_floating_point())
 
 
 def _full_shape(parameter: Tensor) -> torch.Size:
@@ -95,7 +104,7 @@ def _write(
             model.save_pretrained(folder, state_dict=dict(weights))  # save_pretrained empties the dict
     finally:
         config.use_cache = use_cache
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     written = sum(_count_elements(file) for file in folder.glob("*.safetensors"))
     expected = sum(weight.numel() for weight in weights.values())
     if written != expected:

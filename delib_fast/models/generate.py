@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from delib_fast.models.eval_mode import eval_mode
 from delib_fast.models.lm import TrainableLM
-
-# Attention with a key-value cache and left padding. Packed attention has neither.
-_ATTENTION = "sdpa"
+from delib_fast.models.rope import longest_regular_text, new_rope
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +55,38 @@ def generate_ids(
         if not prompt:
             raise ValueError(f"prompt {index} has no tokens; generation needs at least one")
     replies: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     with _ready_to_generate(model) as plain:
         _check_length(plain, max(map(len, prompts), default=0), sampling)
         config = _generation_config(sampling, end_ids, pad_id)
         devices = [plain.device] if plain.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(sampling.seed)
-            for start in range(0, len(order), sampling.batch_size):
-                members = order[start : start + sampling.batch_size]
-                new = _batch(plain, [prompts[i] for i in members], config, pad_id)
+            for members in _batches(plain, prompts, sampling):
+                with new_rope(plain):
+                    new = _batch(plain, [prompts[i] for i in members], config, pad_id)
                 for i, ids in zip(members, new, strict=True):
                     replies[i] = _until_end(ids, end_ids)
     return replies
+
+
+def _batches(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+    """The indices of the prompts of each batch, longest prompts first.
+
+    If the rotary frequencies change within the texts, they follow the longest text of a batch, so all of its prompts
+    must have the same length.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    regular = longest_regular_text(model)
+    mixed = regular is None or max(map(len, prompts), default=0) + sampling.max_new_tokens <= regular
+    batches: list[list[int]] = []
+    for index in order:
+        last = batches[-1] if batches else []
+        fits = 0 < len(last) < sampling.batch_size and (mixed or len(prompts[last[0]]) == len(prompts[index]))
+        if fits:
+            last.append(index)
+        else:
+            batches.append([index])
+    return batches
 
 
 @contextlib.contextmanager
@@ -76,7 +94,8 @@ def _ready_to_generate(model: TrainableLM | PreTrainedModel) -> Iterator[PreTrai
     """The transformers model, in evaluation mode, with an attention and a cache that can generate."""
     with model.unpatched() if isinstance(model, TrainableLM) else contextlib.nullcontext(model) as plain:
         attention, use_cache = plain.config._attn_implementation, plain.config.use_cache
-        plain.set_attn_implementation(_ATTENTION)
+        # With a key-value cache and left padding, which packed attention has not. sdpa has no cap and no sinks.
+        plain.set_attn_implementation("sdpa" if plain._supports_sdpa else "eager")
         plain.config.use_cache = True
         try:
             with eval_mode(plain):

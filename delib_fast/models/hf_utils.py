@@ -9,6 +9,8 @@ from pathlib import Path
 from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not in __all__
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 
@@ -41,3 +43,15 @@ def why_not_loaded(path: str, error: BaseException) -> str:
         f"{first}. There is no such folder; if it is a hub name, check the spelling and your access to it; {offline} "
         f"it must be in the cache, which `hf download {path}` fills"
     )
+
+
+def trunk(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal LM below its head: its base model, or its only part that is a model of its own.
+
+    The latter is for classes whose `base_model_prefix` names a part of another class (Llama4ForCausalLM). Returns
+    `model` itself if there is no such part.
+    """
+    if model.base_model is not model:
+        return model.base_model
+    parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+    return parts[0] if len(parts) == 1 else model

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from delib_fast.data import IGNORE_INDEX, PackedBatch, Segment
+from delib_fast.data import PackedBatch
 from delib_fast.models.eval_mode import eval_mode
 from delib_fast.models.lm import TrainableLM
+from delib_fast.models.rope import lowered_switch
+from delib_fast.models.separation import probe_pack, probe_tokens
 from delib_fast.models.ulysses import gather_tokens
 
 # The lengths differ, so that a wrong boundary shows; the middle sequence has two neighbours.
@@ -43,6 +47,7 @@ def check_isolation(
         for each token changed:   nll of other sequences, and of its sequence's earlier tokens, must not change
         for each sequence:        nll in the pack = nll alone
         shares_prompts:           nll of two replies that share one prompt = nll of each after its own copy
+        backward pass:            the nll of a sequence has no gradient at the embeddings of other sequences
 
     Args:
         trainable: a `TrainableLM`, or a wrapper that calls its forward (a DeepSpeed engine, DDP). With ZeRO-3 all
@@ -53,11 +58,18 @@ def check_isolation(
     Raises:
         LeakError: tokens leak, or a changed token has no effect at all, so that a leak could not be seen.
 
-    Cost: eight forward passes (11 with shares_prompts) on at most 18 tokens, without gradients. Leaks are checked in
-    the mode (train or eval) that the model is in, with the same random numbers each time. The comparison with separate
-    sequences runs in eval mode. Modes and the global random generators are restored.
+    Rotary frequencies that change with the length of a text do so within the probe, as they do in long documents.
+
+    Cost: eight forward passes (11 with shares_prompts) on at most 18 tokens without gradients, and one forward and
+    backward pass, which gives no gradients to parameters. At ZeRO 3 the backward pass is not checked. Leaks are checked
+    in the mode (train or eval) that the model is in, with the same random numbers each time. The comparison with
+    separate sequences runs in eval mode. Modes and the global random generators are restored.
     """
-    device = torch.device(device)
+    with lowered_switch(trainable, _LENGTHS[1]):  # the first sequence is past the switch, the others are not
+        _check_isolation(trainable, torch.device(device), shares_prompts)
+
+
+def _check_isolation(trainable: nn.Module, device: torch.device, shares_prompts: bool) -> None:
     vocab_size, dtype, group = _properties(trainable)
     tokens = torch.arange(sum(_LENGTHS)) * 7919 % vocab_size  # spread over the vocabulary
     nll_of = _Probe(trainable, device, group)
@@ -73,6 +85,8 @@ def check_isolation(
         position = start + 2
         changed[position] = (changed[position] + vocab_size // 2) % vocab_size
         _check_change(index, position, (start, end), (nll_of(changed, _LENGTHS) - packed).abs(), packed)
+    if (gradient := nll_of.gradient(tokens, _LENGTHS, of=1)) is not None:
+        _check_gradient(gradient, bounds[1])
     tolerance = _TOLERANCE.get(dtype, 5e-2)
     _compare_alone(nll_of.in_eval_mode(), tokens, bounds, tolerance)
     if shares_prompts:
@@ -87,7 +101,8 @@ def _compare_alone(nll_of: _Probe, tokens: Tensor, bounds: Sequence[tuple[int, i
             raise LeakError(
                 f"sequence {index + 1} of a pack has a different loss than alone (relative difference "
                 f"{difference:.1e}), though no other sequence affects it: the model does not respect the batch's "
-                "position_ids. Use an architecture that does, or train without packing (one example per pack)"
+                "position_ids, or the longest sequence changes the positions of the others. Use an architecture that "
+                "does not, or train without packing (one example per pack)"
             )
 
 
@@ -138,6 +153,18 @@ def _check_change(index: int, position: int, bounds: tuple[int, int], change: Te
             )
 
 
+def _check_gradient(gradient: Tensor, bounds: tuple[int, int]) -> None:
+    """Check where the loss of the second sequence, with these bounds, has a gradient; (T,) the largest per token."""
+    start, end = bounds
+    own, elsewhere = gradient[start:end].max().item(), torch.cat([gradient[:start], gradient[end:]]).max().item()
+    if not elsewhere <= _LEAK_TOLERANCE * own:
+        raise LeakError(
+            f"packed documents leak in the backward pass: the loss of sequence 2 has a gradient of {elsewhere:.1e} at "
+            f"other sequences (of {own:.1e} at its own tokens), though its value does not depend on them. Set "
+            "model.attention to another backend, and please report this"
+        )
+
+
 class _Probe:
     """Runs token ids through the model as packs; returns the nll (T,) float64 of every token with a target, else 0."""
 
@@ -157,7 +184,50 @@ class _Probe:
         )
         with mode, torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)  # dropout elsewhere in the model is then the same in every pass
-            return self._nll(_pack(tokens, lengths, prefix)).double().cpu()
+            return self._nll(probe_pack(tokens, lengths, prefix)).double().cpu()
+
+    def gradient(self, tokens: Tensor, lengths: Sequence[int], of: int) -> Tensor | None:
+        """The largest entry (T,) float64 of the gradient of one sequence's loss at each token's embedding.
+
+        None if the embeddings are not a module's output (T, H), or the weights are sharded (ZeRO 3). Parameters get no
+        gradient.
+        """
+        inner = _trainable_lm(self._trainable)
+        if any(hasattr(parameter, "ds_id") for parameter in inner.parameters()):
+            return None
+        found: list[Tensor] = []
+
+        def capture(_module: nn.Module, _args: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor):
+                return output
+            found.append(output.detach().requires_grad_())
+            return found[-1].clone()  # some models write into it
+
+        pack = probe_pack(tokens, lengths)
+        bounds = pack.cu_seqlens_host
+        own = torch.zeros_like(pack.loss_weights)
+        own[bounds[of] : bounds[of + 1] - 1] = 1
+        pack = replace(pack, loss_weights=own, loss_positions=own.nonzero().squeeze(-1))
+        if self._group is not None:
+            pack = pack.shard_of(dist.get_rank(self._group), dist.get_world_size(self._group))
+        embeddings: Any = inner.model.get_input_embeddings()
+        handle = embeddings.register_forward_hook(capture)
+        devices = [self._device] if self._device.type == "cuda" else []
+        try:
+            with torch.enable_grad(), torch.random.fork_rng(devices=devices):
+                loss = inner(pack.to(self._device)).loss_sum
+                gradients = torch.autograd.grad(loss, found, allow_unused=True) if found else ()
+        finally:
+            handle.remove()
+        largest = [
+            torch.zeros(x.shape[1]) if gradient is None else gradient[0].abs().amax(-1).double().cpu()
+            for x, gradient in zip(found, gradients, strict=True)
+            if x.dim() == 3
+        ]
+        per_token = torch.cat(largest) if largest else torch.zeros(0)
+        if self._group is not None:
+            per_token = gather_tokens(per_token.float().to(self._device), self._group)[: len(tokens)].double().cpu()
+        return per_token if len(per_token) == len(tokens) else None
 
     def _nll(self, pack: PackedBatch) -> Tensor:
         if self._group is None:
@@ -167,32 +237,15 @@ class _Probe:
         return gather_tokens(self._trainable(shard.to(self._device)).nll, self._group)[: pack.num_tokens]
 
 
-def _pack(tokens: Tensor, lengths: Sequence[int], prefix: tuple[int, ...] | None) -> PackedBatch:
-    bounds = tuple(accumulate(lengths, initial=0))
-    first = [0 if parent < 0 else lengths[parent] for parent in prefix or (-1,) * len(lengths)]
-    targets = tokens.roll(-1)
-    targets[[end - 1 for end in bounds[1:]]] = IGNORE_INDEX
-    supervised = targets != IGNORE_INDEX
-    return PackedBatch(
-        input_ids=tokens,
-        targets=targets,
-        loss_weights=supervised.float(),
-        segment_ids=torch.full_like(tokens, Segment.DOCUMENT, dtype=torch.int8),
-        position_ids=torch.cat(
-            [torch.arange(start, start + length) for start, length in zip(first, lengths, strict=True)]
-        ),
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        max_seqlen=max(lengths),
-        loss_positions=supervised.nonzero().squeeze(-1),
-        cu_seqlens_host=bounds,
-        example_ids=tuple(range(len(lengths))),
-        prefix=prefix,
-    )
+def _trainable_lm(trainable: nn.Module) -> TrainableLM:
+    """The TrainableLM inside a wrapper."""
+    inner = next((module for module in trainable.modules() if isinstance(module, TrainableLM)), None)
+    if inner is None:
+        raise TypeError(f"check_isolation takes a TrainableLM or a module around one, not {type(trainable).__name__}")
+    return inner
 
 
 def _properties(trainable: nn.Module) -> tuple[int, torch.dtype, dist.ProcessGroup | None]:
     """The vocabulary size, compute dtype and sequence group of the TrainableLM inside a wrapper."""
-    inner = next((module for module in trainable.modules() if isinstance(module, TrainableLM)), None)
-    if inner is None:
-        raise TypeError(f"check_isolation takes a TrainableLM or a module around one, not {type(trainable).__name__}")
-    return inner.vocab_size, next(inner.parameters()).dtype, inner.sequence_group
+    inner = _trainable_lm(trainable)
+    return probe_tokens(inner.model, 1)[1], next(inner.parameters()).dtype, inner.sequence_group

@@ -20,10 +20,16 @@ from transformers import PreTrainedModel
 
 from delib_fast.data import PackedBatch
 from delib_fast.models import ulysses
+from delib_fast.models.active_pack import ActivePack, in_a_pack
 from delib_fast.models.attention import NAME, UnsupportedModelError, packed_inputs, unsupported, why_not_share_prompts
+from delib_fast.models.documents import run_documents
 from delib_fast.models.eval_mode import eval_mode
 from delib_fast.models.forward_patch import remove_patches
+from delib_fast.models.hf_utils import trunk
+from delib_fast.models.labels import shifts_labels
 from delib_fast.models.layers import patch_layers
+from delib_fast.models.rope import patch_rope
+from delib_fast.models.separation import RUN_ERRORS, first_line, separate
 from delib_fast.ops import FusedLossHead, LossOutput
 
 _PROBE_TOKENS = 4
@@ -46,6 +52,8 @@ class TrainableLM(nn.Module):
             `models.layers`).
         sequence_group: the ranks across which each pack is sharded (`models.ulysses`), in the order of its shards. The
             model then takes this rank's shard of a pack, and all ranks of the group must call it together.
+        in_one_pass: why every pack must run in one pass through the model, with the remedy; None if layers, or the
+            model, may run one document at a time where they cannot keep documents apart (`models.separation`).
     Raises:
         UnsupportedModelError: the model does something that cannot be computed exactly this way; the message names it.
             The head is wrapped by LoRA or is not an nn.Linear, the logits are changed after the head by more than a
@@ -60,6 +68,7 @@ class TrainableLM(nn.Module):
         loss_backend: str = "auto",
         layers: str = "eager",
         sequence_group: dist.ProcessGroup | None = None,
+        in_one_pass: str | None = None,
     ) -> None:
         super().__init__()
         if reason := unsupported(model) or unsupported_head(model) or unsupported_group(model, sequence_group):
@@ -75,10 +84,15 @@ class TrainableLM(nn.Module):
             model.config._attn_implementation,
             getattr(model.config, "use_cache", None),
         )
-        check_logits(model, self._head_name)
-        self._layer_patches = patch_layers(model, layers)
-        model.set_attn_implementation(NAME)
-        model.config.use_cache = False
+        check_logits(model)
+        shifts_labels(model)  # raises if the model adds a second loss
+        if sequence_group is not None:
+            in_one_pass = "Packs are sharded across ranks, which needs one pass: set sequence_parallel to 1"
+        elif layers == "compile":
+            in_one_pass = "Compiled layers need one pass: set layers to eager"
+        self.separation = separate(model, attention_backend=attention_backend, in_one_pass=in_one_pass)
+        self._layer_patches = [*self.separation.patches, *patch_layers(model, layers), *patch_rope(model)]
+        self._use_own_attention()
         fused = FusedLossHead.from_linear(head, backend=loss_backend, **logit_options(model))
         model.set_submodule(self._head_name, fused)
 
@@ -97,10 +111,28 @@ class TrainableLM(nn.Module):
         output: LossOutput = self.head(self.hidden(batch), batch.targets, batch.loss_weights, batch.loss_positions)
         return output
 
+    def _use_own_attention(self) -> None:
+        if self.separation.kind != "documents":
+            self.model.set_attn_implementation(NAME)
+        self.model.config.use_cache = False
+
     def hidden(self, batch: PackedBatch) -> Tensor:
         """The hidden states (T, H) of a pack, as the head receives them."""
+        if self.separation.kind != "packed" and batch.prefix is not None:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__}: {self.separation.note}. Replies cannot share a prompt then; set "
+                "share_prompts: never"
+            )
+        bounds = batch.cu_seqlens_host
+        if self.separation.kind == "documents":
+            output = run_documents(trunk(self.model), bounds, {"input_ids": batch.input_ids[None]})
+            alone: Tensor = output.last_hidden_state
+            return alone.squeeze(0)
         inputs = packed_inputs(batch, self.attention_backend, self.sequence_group)
-        states: Tensor = self.model.base_model(**inputs).last_hidden_state
+        first_token = None if batch.shard is None else batch.shard.rank * len(batch.input_ids)
+        pack = ActivePack(bounds, batch.prefix, first_token, arguments=frozenset(inputs))
+        with in_a_pack(pack):
+            states: Tensor = trunk(self.model)(**inputs).last_hidden_state
         return states.squeeze(0)
 
     @property
@@ -113,7 +145,8 @@ class TrainableLM(nn.Module):
     @property
     def shares_prompts(self) -> bool:
         """Whether packs in which replies share their prompt run at full speed."""
-        return why_not_share_prompts(self.model.config, self.attention_backend) is None
+        reason = why_not_share_prompts(self.model.config, self.attention_backend)
+        return self.separation.kind == "packed" and reason is None
 
     @property
     def vocab_size(self) -> int:
@@ -145,8 +178,7 @@ class TrainableLM(nn.Module):
             yield self.model
         finally:
             self.model.set_submodule(self._head_name, fused)
-            self.model.set_attn_implementation(NAME)
-            self.model.config.use_cache = False
+            self._use_own_attention()
 
     def _restore(self) -> None:
         if self._original is None:
@@ -156,7 +188,8 @@ class TrainableLM(nn.Module):
         linear.weight = self.head.weight
         linear.register_parameter("bias", self.head.bias)
         self.model.set_submodule(self._head_name, linear)
-        self.model.set_attn_implementation(attention)
+        if self.separation.kind != "documents":
+            self.model.set_attn_implementation(attention)
         self.model.config.use_cache = use_cache
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainableLM:
@@ -189,7 +222,7 @@ def unsupported_group(model: PreTrainedModel, group: dist.ProcessGroup | None) -
 def unsupported_head(model: PreTrainedModel) -> str | None:
     """Why the model's output head cannot be fused with the loss, with the remedy, or None."""
     name, head = type(model).__name__, model.get_output_embeddings()
-    if head is None or model.base_model is model:
+    if head is None or trunk(model) is model:
         return f"{name} has no output embeddings over a base model; a causal language model is needed"
     if hasattr(head, "base_layer"):
         return (
@@ -203,58 +236,70 @@ def unsupported_head(model: PreTrainedModel) -> str | None:
 
 
 def logit_options(model: PreTrainedModel) -> dict[str, Any]:
-    """`logit_scale` and `softcap` of `ops.linear_cross_entropy`, from the model's config; `check_logits` checks them.
+    """`logit_scale`, `softcap` and `vocabulary` of `FusedLossHead` by the model's config; `check_logits` checks them.
 
-    Architectures name the factor differently: Cohere multiplies by `logit_scale`, Falcon-H1 by `lm_head_multiplier`,
-    and Granite and MiniCPM3 divide by `logits_scaling`. Gemma 2 and its successors cap at `final_logit_softcapping`.
+    Architectures name the factor differently: Cohere multiplies by `logit_scale`, Falcon-H1 by `lm_head_multiplier`;
+    Granite and MiniCPM3 divide by `logits_scaling`, Inkling by `logits_mup_width_multiplier`. Gemma 2 and its
+    successors cap at `final_logit_softcapping`, xLSTM at `output_logit_soft_cap`, RecurrentGemma at `logits_soft_cap`.
+    Inkling has logits for the first `unpadded_vocab_size` tokens only.
     """
     config = model.config.get_text_config()
     scale = 1.0
-    for key, power in (("logit_scale", 1), ("lm_head_multiplier", 1), ("logits_scaling", -1)):
+    for key, power in (
+        ("logit_scale", 1),
+        ("lm_head_multiplier", 1),
+        ("logits_scaling", -1),
+        ("logits_mup_width_multiplier", -1),
+    ):
         scale *= float(getattr(config, key, None) or 1.0) ** power
-    return {"logit_scale": scale, "softcap": getattr(config, "final_logit_softcapping", None) or None}
+    caps = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
+    return {
+        "logit_scale": scale,
+        "softcap": next(filter(None, (getattr(config, key, None) for key in caps)), None),
+        "vocabulary": getattr(config, "unpadded_vocab_size", None),
+    }
 
 
-class _Echo(nn.Module):
-    """Replaces the head: its "logits" are the hidden states, unchanged."""
+def check_logits(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError if the logits are not head(trunk(…)) with the options of `logit_options`.
 
-    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden
-
-
-def check_logits(model: PreTrainedModel, head_name: str) -> None:
-    """Raise UnsupportedModelError if the logits are not head(base_model(…)) with the factor and cap of `logit_options`.
-
-    With a head that returns its input, the "logits" must be the base model's hidden states, scaled and capped: any
-    other change before or after the head shows, whatever the config calls it. Cost: two forward passes of the trunk on
-    4 tokens. The check is skipped if the weights are not available (meta device, ZeRO-3's partitioned initialisation).
+    Any other change before or after the head shows, whatever the config calls it. Cost: two forward passes of the
+    trunk on 4 tokens. The check is skipped if the weights are not available (meta device, ZeRO-3's partitioned
+    initialisation).
     """
     if any(p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") for p in model.parameters()):
         return
-    head = model.get_submodule(head_name)
+    name, head, options = type(model).__name__, model.get_output_embeddings(), logit_options(model)
     input_ids = torch.arange(_PROBE_TOKENS, device=next(model.parameters()).device).unsqueeze(0)
-    model.set_submodule(head_name, _Echo())
     try:
         with eval_mode(model):
             logits = model(input_ids=input_ids, use_cache=False).logits
-            hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-    except RuntimeError:  # some kernels reject placeholders (`models.deferred`); a rank with weights reports errors
+            expected = head(trunk(model)(input_ids=input_ids, use_cache=False).last_hidden_state)
+    except RUN_ERRORS as error:
+        # Some kernels reject placeholders (`models.deferred`). A rank with weights reports errors.
         if any(hasattr(p, "deferred") for p in model.parameters()):
             return
-        raise
-    finally:
-        model.set_submodule(head_name, head)
-    if logits.shape != hidden.shape or not _is_scaled_and_capped(hidden, logits, **logit_options(model)):
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise UnsupportedModelError(
-            f"the logits of {type(model).__name__} are not its head applied to its hidden states: it changes them "
-            f"before or after the head by more than its config says ({logit_options(model)})"
+            f"{name} cannot run on {_PROBE_TOKENS} tokens of text alone: {first_line(error)}"
+        ) from error
+    if not _is_scaled_and_capped(expected, logits, **options):
+        raise UnsupportedModelError(
+            f"the logits of {name} are not its head applied to its hidden states: it changes them before or after the "
+            f"head by more than its config says ({options})"
         )
 
 
-def _is_scaled_and_capped(hidden: Tensor, logits: Tensor, logit_scale: float, softcap: float | None) -> bool:
-    """Whether the logits are the hidden states, scaled and capped; bitwise if there is neither a scale nor a cap."""
-    expected = hidden.float() * logit_scale
+def _is_scaled_and_capped(
+    head_output: Tensor, logits: Tensor, logit_scale: float, softcap: float | None, vocabulary: int | None
+) -> bool:
+    """Whether the logits are the head's output, scaled and capped, except for rounding."""
+    expected = head_output.float()[..., :vocabulary] * logit_scale
     if softcap is not None:
         expected = softcap * torch.tanh(expected / softcap)
-    tolerance = 0 if (logit_scale, softcap) == (1, None) else 8 * torch.finfo(logits.dtype).eps
-    return torch.allclose(logits.float(), expected.to(logits.dtype).float(), rtol=tolerance, atol=0, equal_nan=True)
+    if logits.shape != expected.shape:
+        return False
+    tolerance = 8 * torch.finfo(logits.dtype).eps
+    largest = expected.abs().max().item()
+    return torch.allclose(logits.float(), expected, rtol=tolerance, atol=tolerance * largest, equal_nan=True)

@@ -19,12 +19,13 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from delib_fast.config import ConfigError, LoraConfig, nearest
-from delib_fast.files import replace_folder
+from delib_fast.files import open_regular, read_text, replace_folder
 
 _ADAPTER = "default"
 _PEFT_PREFIX = "base_model.model."
@@ -111,7 +112,7 @@ def adapter_settings(folder: str | Path) -> tuple[LoraConfig, str | None]:
     """
     file = Path(folder) / "adapter_config.json"
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
+        saved = json.loads(read_text(file))
         modules = saved["target_modules"]
         settings = LoraConfig(
             r=saved["r"],
@@ -119,7 +120,7 @@ def adapter_settings(folder: str | Path) -> tuple[LoraConfig, str | None]:
             rslora=saved.get("use_rslora", False),
             targets=[modules] if isinstance(modules, str) else sorted(modules),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"cannot read {file} ({error!r}); give a folder in which peft saved a LoRA adapter") from None
     return settings, saved.get("base_model_name_or_path")
 
@@ -135,9 +136,12 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> dict[str, Tensor
     """
     folder = Path(folder)
     try:
-        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        saved = json.loads(read_text(folder / "adapter_config.json"))
+        if not isinstance(saved, dict):
+            raise ValueError("adapter_config.json is not a JSON object")
+        open_regular(folder / _WEIGHTS).close()
         tensors = load_file(folder / _WEIGHTS)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ConfigError(
             f"cannot read the adapter {folder} ({error}); give a folder with adapter_config.json and {_WEIGHTS}"
         ) from None

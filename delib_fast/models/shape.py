@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from delib_fast.config import ConfigError, ModelConfig
 from delib_fast.models.attention import why_not_share_prompts
 from delib_fast.models.build import architecture_config
-from delib_fast.models.hf_utils import why_not_loaded
+from delib_fast.models.folder import loading
 from delib_fast.models.lora import adapter_size
 
 
@@ -28,6 +28,9 @@ class ModelShape:
     heads: int
     kv_heads: int
     head_dim: int
+    """Size of the query and key heads."""
+    value_dim: int
+    """Size of the value heads."""
     vocabulary: int
     largest_layer: int
     """Parameters of the largest layer."""
@@ -40,7 +43,8 @@ class ModelShape:
 
     @property
     def attention_width(self) -> int:
-        return self.heads * self.head_dim
+        """The width of queries and keys, averaged with that of values: attention takes as many FLOPs for each."""
+        return self.heads * (self.head_dim + self.value_dim) // 2
 
     @property
     def quadratic_cost(self) -> float:
@@ -62,8 +66,9 @@ def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) 
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(hf_config, trust_remote_code=config.trust_remote_code)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, KeyError) as error:
-        raise ConfigError(f"model: this {type(hf_config).__name__} is not a valid model: {error}") from error
+    except Exception as error:  # the code of any architecture, with any values
+        kind = "" if isinstance(error, ValueError | TypeError | RuntimeError) else f"{type(error).__name__}: "
+        raise ConfigError(f"model: this {type(hf_config).__name__} is not a valid model: {kind}{error}") from error
     text = hf_config.get_text_config()
     embeddings = {
         id(module.weight): module.weight.numel()
@@ -74,6 +79,7 @@ def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) 
     layers = [sum(p.numel() for p in layer.parameters()) for layer in stacks[0]] if stacks else []
     adapter, adapted = adapter_size(model, config.lora) if config.lora is not None else (0, 0)
     heads, hidden = text.num_attention_heads, text.hidden_size
+    head_dim, value_dim = head_dims(text)
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()),
         embedding_parameters=sum(embeddings.values()),
@@ -82,7 +88,8 @@ def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) 
         heads=heads,
         intermediate=getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or hidden // heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
         vocabulary=text.vocab_size,
         largest_layer=max(layers, default=0),
         adapter_parameters=adapter,
@@ -91,14 +98,19 @@ def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) 
     )
 
 
+def head_dims(text: PreTrainedConfig) -> tuple[int, int]:
+    """The sizes of the query and key heads, and of the value heads (smaller in multi-head latent attention)."""
+    nope, rope = getattr(text, "qk_nope_head_dim", None), getattr(text, "qk_rope_head_dim", None)
+    own: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head_dim = own if nope is None or rope is None else nope + rope
+    return head_dim, getattr(text, "v_head_dim", None) or head_dim
+
+
 def _hf_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedConfig:
     if config.architecture is not None:
         return architecture_config(config.architecture, tokenizer)
-    try:
+    with loading(str(config.path), "model.path", "read the config of"):
         hf_config: PreTrainedConfig = AutoConfig.from_pretrained(
             str(config.path), trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        why = why_not_loaded(str(config.path), error)
-        raise ConfigError(f"model.path: cannot read the config of {config.path!r}: {why}") from error
     return hf_config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from delib_fast.config import ConfigError, TokenizerTrainConfig
-from delib_fast.models.hf_utils import why_not_loaded
+from delib_fast.files import read_text
+from delib_fast.models.folder import loading
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 END_OF_TEXT, IM_START, IM_END, THINK, END_THINK = CONTROL_TOKENS
@@ -110,10 +113,8 @@ def load_tokenizer(path: str, *, key: str = "model.path", trust_remote_code: boo
     Raises:
         ConfigError: the tokenizer cannot be loaded, is not a fast one, or has no end-of-text token.
     """
-    try:
+    with loading(path, key, "load a tokenizer from"):
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{key}: cannot load a tokenizer from {path!r}: {why_not_loaded(path, error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(
             f"{key}: the tokenizer of {path!r} is a {type(tokenizer).__name__}; a fast tokenizer is needed (a folder "
@@ -129,8 +130,23 @@ def load_tokenizer(path: str, *, key: str = "model.path", trust_remote_code: boo
     return tokenizer
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
+    """Write a tokenizer to a folder, as transformers does. Raises OSError if the disk is full or fails.
+
+    The tokenizers library raises a bare Exception then, whose text ends with "(os error 28)".
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:
+        if (found := re.search(r"\(os error (\d+)\)$", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from None
+
+
 def _read_template(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"tokenizer.chat_template: cannot read {path}: {error}") from None

@@ -10,13 +10,14 @@ all tokens of the pack and the boundaries of all its documents, so documents are
 nothing is inferred from positions. If there are fewer kv heads than ranks (P a multiple of Hkv), each kv head is copied
 to P / Hkv ranks, and its gradient is summed over them.
 
-Sizes: T tokens of a pack (padded to a multiple of P), P ranks, Hq and Hkv heads of D.
-Cost per layer and rank, forward: (2·Hq + 2·max(Hkv, P))·D·T/P elements sent, in two all-to-alls; the same backward.
+Sizes: T tokens of a pack (padded to a multiple of P), P ranks, Hq and Hkv heads of D, with values of Dv.
+Cost per layer and rank, forward: (Hq + max(Hkv, P))·(D + Dv)·T/P elements sent, in two all-to-alls; the same backward.
 Source: DeepSpeed-Ulysses, arXiv 2309.14509.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ def why_not(heads: int, kv_heads: int, size: int) -> str | None:
 
 
 def to_heads(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Exchange this rank's tokens (T/P, heads, D) for this rank's heads of all tokens: q (T, Hq/P, D), k and v
-    (T, max(1, Hkv/P), D).
+    """Exchange this rank's tokens (T/P, heads, D or Dv) for this rank's heads of all tokens: q (T, Hq/P, D), k
+    (T, max(1, Hkv/P), D) and v (T, max(1, Hkv/P), Dv).
 
     A collective, forward and backward. Raises ValueError if the heads cannot be split across P ranks.
     """
@@ -47,6 +48,11 @@ def to_heads(q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup) -> tuple
     apply: Any = _ToHeads.apply
     heads: tuple[Tensor, Tensor, Tensor] = apply(q, k, v, group)
     return heads
+
+
+def own_heads(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's part of one value per query head: (Hq,) to (Hq/P,). The gradients of the ranks add up to all."""
+    return values.tensor_split(dist.get_world_size(group))[dist.get_rank(group)]
 
 
 def to_tokens(out: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -85,6 +91,17 @@ def _join_heads(blocks: Tensor) -> Tensor:
     return blocks.transpose(0, 1).flatten(1, 2)
 
 
+def _join(blocks: Sequence[Tensor]) -> Tensor:
+    """Tensors (…, heads, D) of several sizes to one (…, Σ heads·D)."""
+    return torch.cat([x.flatten(-2) for x in blocks], dim=-1)
+
+
+def _split(joined: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """The inverse of `_join`, from the (heads, D) of each tensor."""
+    parts = joined.split([heads * dim for heads, dim in shapes], dim=-1)
+    return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
 class _ToHeads(torch.autograd.Function):
     """q, k and v are sent in one message, so there is one collective, in the same order on every rank."""
 
@@ -94,17 +111,17 @@ class _ToHeads(torch.autograd.Function):
         ctx.group, ctx.copies = group, max(1, size // k.shape[1])
         if ctx.copies > 1:
             k, v = k.repeat_interleave(ctx.copies, 1), v.repeat_interleave(ctx.copies, 1)
-        ctx.heads = (q.shape[1] // size, k.shape[1] // size, v.shape[1] // size)
-        sent = torch.cat([_split_heads(x, size) for x in (q, k, v)], dim=2)
-        received: tuple[Tensor, ...] = _exchange(sent, group).flatten(0, 1).split(ctx.heads, dim=1)
-        return received
+        blocks = [_split_heads(x, size) for x in (q, k, v)]
+        ctx.shapes = [tuple(x.shape[2:]) for x in blocks]
+        received = _exchange(_join(blocks), group).flatten(0, 1)
+        return tuple(_split(received, ctx.shapes))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         size = dist.get_world_size(ctx.group)
-        sent = torch.cat(gradients, dim=1).unflatten(0, (size, -1))
-        dq, dk, dv = (_join_heads(blocks) for blocks in _exchange(sent, ctx.group).split(ctx.heads, dim=2))
+        sent = _join([x.unflatten(0, (size, -1)) for x in gradients])
+        dq, dk, dv = (_join_heads(blocks) for blocks in _split(_exchange(sent, ctx.group), ctx.shapes))
         if ctx.copies > 1:
             dk, dv = (x.unflatten(1, (-1, ctx.copies)).sum(2) for x in (dk, dv))
         return dq, dk, dv, None

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from delib_fast.checkpoint.format import SingleProcess
 from delib_fast.config import Config, ConfigError, StageConfig, packs_per_rank
@@ -17,6 +16,7 @@ from delib_fast.data import PackedDataLoader, PromptSharing, SourceShare, Tokeni
 from delib_fast.models import ModelShape, model_shape, ulysses
 from delib_fast.preview.dry_run import dry_run
 from delib_fast.preview.synthetic_lengths import Lengths, parse_lengths, synthetic_examples
+from delib_fast.terminal import plain
 from delib_fast.training.dataset import RunDataset, pack_stage
 from delib_fast.training.memory import GIB, MemoryBudget, MemoryPart, memory_parts, resolve_activation_checkpointing
 
@@ -214,12 +214,12 @@ def render_plan(plan: StagePlan, card_gib: float, tflops: float | None = None) -
     """
     stage = plan.stage
     return Group(
-        Text(f"\n{stage.name} ({stage.kind})", "bold"),
+        plain(f"\n{stage.name} ({stage.kind})", "bold"),
         _facts(plan, tflops),
         *_mix(plan),
-        Text("lengths of the examples"),
+        plain("lengths of the examples"),
         _histogram(plan),
-        Text(f"estimated memory of a rank, of {card_gib:g} GiB"),
+        plain(f"estimated memory of a rank, of {card_gib:g} GiB"),
         _memory(plan, card_gib),
     )
 
@@ -291,7 +291,7 @@ def _mix(plan: StagePlan) -> list[RenderableType]:
             f"{s.share:.2%}",
             "" if s.wanted is None else f"{s.wanted:.2%}",
         )
-    return [Text("sources of an epoch"), table]
+    return [plain("sources of an epoch"), table]
 
 
 def _histogram(plan: StagePlan) -> Table:
@@ -317,16 +317,16 @@ def _memory(plan: StagePlan, card_gib: float) -> Table:
     table.add_column(justify="right", width=10)
     table.add_column(max_width=50)
     for part in plan.memory:
-        table.add_row(part.name, _gib(part.bytes), Text(part.why, "dim"))
+        table.add_row(part.name, _gib(part.bytes), plain(part.why, "dim"))
     total = sum(part.bytes for part in plan.memory) / GIB
     fits = (
         f"{total / card_gib:.0%} of the memory"
         if total <= card_gib
         else f"does NOT fit in {card_gib:g} GiB; the error of training suggests a setting"
     )
-    table.add_row(Text("total", "bold"), Text(_gib(total * GIB), "bold"), fits)
+    table.add_row(plain("total", "bold"), plain(_gib(total * GIB), "bold"), fits)
     if plan.longest is not None:
-        table.add_row("longest pack", f"{plan.longest:,}", Text("tokens that fit with these settings", "dim"))
+        table.add_row("longest pack", f"{plan.longest:,}", plain("tokens that fit with these settings", "dim"))
     return table
 
 

@@ -9,7 +9,6 @@ Sizes: N examples.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from delib_fast.config import Config, ConfigError, StageConfig
 from delib_fast.data import Counts, DataError, Segment, TokenizedDataset
+from delib_fast.files import read_text
 
 _LOGNORMAL_DEFAULTS = {"examples": 0.0, "median": 0.0, "sigma": 1.0, "supervised": 1.0}
 _SHORTEST = 16
@@ -51,7 +51,7 @@ def _parse(value: str, where: str, seed: int) -> Lengths:
     if value.startswith("lognormal:"):
         return _draw(value.removeprefix("lognormal:"), where, seed)
     try:
-        lines = Path(value).read_text(encoding="utf-8").splitlines()
+        lines = read_text(value).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{where}: {value!r} is neither a readable file of lengths ({error}) nor "

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 from rich.console import Group, RenderableType
-from rich.text import Text
 
 from delib_fast.config import StageConfig
 from delib_fast.data import Example, Segment
 from delib_fast.data.pack.shared_prompts import MIN_SHARED_TOKENS
 from delib_fast.data.pack.weights import segment_weights
+from delib_fast.terminal import plain
 from delib_fast.training.dataset import RunDataset
 
 COLOURS = {
@@ -87,12 +87,15 @@ def view_example(dataset: RunDataset, stage: StageConfig, index: int) -> Example
     return ExampleView(stage.name, index, len(encoded), example.location, spans, replies)
 
 
-def describe_ignored_fields(dataset: RunDataset, stages: Sequence[StageConfig]) -> list[str]:
-    """One line for each source of the stages: the fields of its rows that are ignored, with the number of rows."""
+def describe_left_out(dataset: RunDataset, stages: Sequence[StageConfig]) -> list[str]:
+    """Lines about what is not trained on: rows that are skipped, by reason, and fields of rows that are ignored."""
     lines = []
+    for stage in stages:
+        if counts := dataset.left_out(stage):
+            lines.append(f"stage {stage.name}: left out {', '.join(f'{n:,} {reason}' for reason, n in counts.items())}")
     for name in dict.fromkeys(name for stage in stages for name in (*stage.train, *stage.eval)):
-        if counts := dataset.source(name).ignored_fields:
-            fields = ", ".join(f"{field} ({rows:,})" for field, rows in counts.most_common())
+        if ignored := dataset.source(name).ignored_fields:
+            fields = ", ".join(f"{field} ({rows:,})" for field, rows in ignored.most_common())
             lines.append(f"source {name}: ignored fields (rows that have them): {fields}")
     return lines
 
@@ -133,11 +136,11 @@ def make_visible(text: str) -> str:
 
 def render_example(example: ExampleView) -> RenderableType:
     """For a terminal: each span under its segment, number of tokens and weight; control tokens are in reverse video."""
-    parts: list[RenderableType] = [Text(example.heading, "bold")]
+    parts: list[RenderableType] = [plain(example.heading, "bold")]
     for span in example.spans:
         colour = COLOURS[span.segment]
-        parts.append(Text(f"── {span.segment.name}, {span.description}", colour))
-        line = Text()
+        parts.append(plain(f"── {span.segment.name}, {span.description}", colour))
+        line = plain("")
         for k, piece in enumerate(span.pieces):
             style = f"reverse {colour}" if piece.control else f"underline {colour}" if k % 2 else colour
             line.append(make_visible(piece.text), style)

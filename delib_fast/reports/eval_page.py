@@ -13,12 +13,13 @@ from markupsafe import Markup
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
-from rich.text import Text
 
+from delib_fast import terminal
 from delib_fast.evals.intervals import Estimate
 from delib_fast.evals.results import Cell, Curve, SuiteResult, Table
 from delib_fast.files import write_atomic
 from delib_fast.reports.html import HtmlTable, render
+from delib_fast.terminal import plain, printable
 
 if TYPE_CHECKING:
     from delib_fast.evals.run import Evaluation
@@ -28,21 +29,21 @@ WIDTH = 80
 
 def print_tables(evaluation: Evaluation, console: Console | None = None) -> None:
     """Print every table of every suite, 80 columns wide."""
-    console = console or Console(width=WIDTH, highlight=False)
+    console = console or terminal.console(width=WIDTH)
     for result in evaluation.results:
-        console.print(Text(f"\n{result.title}", style="bold"))
-        console.print(Text(result.note), style="dim")
+        console.print(plain(f"\n{result.title}", "bold"))
+        console.print(plain(result.note, "dim"))
         for table in result.tables:
             console.print(rich_table(table))
     for suite, reason in evaluation.skipped.items():
-        console.print(Text(f"skipped {suite}: {reason}", style="dim"))
-    console.print(Text(f"95 % intervals: {interval_methods(evaluation.results)}.", style="dim"))
+        console.print(plain(f"skipped {suite}: {reason}", "dim"))
+    console.print(plain(f"95 % intervals: {interval_methods(evaluation.results)}.", "dim"))
 
 
 def rich_table(table: Table) -> RichTable:
     """A table for a terminal. Numbers are not wrapped, and headings wrap between words."""
     rich = RichTable(
-        title=table.title,
+        title=plain(table.title),
         title_justify="left",
         title_style="",
         pad_edge=False,
@@ -52,18 +53,18 @@ def rich_table(table: Table) -> RichTable:
     )
     numeric = _numeric_columns(table)
     for k, name in enumerate(table.columns):
-        cells = [cell_text(row[k]) for row in table.rows]
+        cells = [printable(cell_text(row[k])) for row in table.rows]
         width = max(map(len, [*(cells if k in numeric else ()), *name.split()]), default=1)
-        heading = "\n".join(textwrap.wrap(name, width)) if k in numeric else name
+        heading = "\n".join(textwrap.wrap(printable(name), width)) if k in numeric else name
         rich.add_column(
-            heading,
+            plain(heading),
             justify="right" if k in numeric else "left",
             overflow="fold",
             no_wrap=k in numeric,
             min_width=width,
         )
     for row in table.rows:
-        rich.add_row(*map(cell_text, row))
+        rich.add_row(*(plain(cell_text(cell)) for cell in row))
     return rich
 
 

@@ -16,13 +16,13 @@ SEGMENT_NAMES = {
 }
 
 
-def inspect_page(title: str, examples: Sequence[ExampleView], ignored: Sequence[str] = ()) -> str:
-    """The page as HTML. `ignored`: lines about the fields of the rows that are ignored."""
+def inspect_page(title: str, examples: Sequence[ExampleView], left_out: Sequence[str] = ()) -> str:
+    """The page as HTML. `left_out`: lines about what is not trained on."""
     return render(
         "inspect.jinja",
         title=title,
         examples=examples,
-        ignored=ignored,
+        left_out=left_out,
         segment_names=SEGMENT_NAMES,
         make_visible=make_visible,
     )

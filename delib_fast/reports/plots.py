@@ -33,6 +33,7 @@ _STYLE: dict[Any, Any] = {
     "grid.color": "#e6eaee",
     "legend.frameon": False,
     "legend.fontsize": SMALL_FONT,
+    "text.parse_math": False,  # a name with two $ is not a formula
     "svg.hashsalt": "delib_fast",  # the same figures give the same file
 }
 

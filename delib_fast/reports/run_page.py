@@ -14,6 +14,7 @@ from delib_fast.files import write_atomic
 from delib_fast.reports.html import HtmlTable, Picture, render
 from delib_fast.reports.run_figures import draw_pictures
 from delib_fast.reports.run_record import RunRecord, differences, read_runs
+from delib_fast.terminal import echo
 from delib_fast.training.console import count_text, duration_text
 
 _STAGE_COLUMNS = (
@@ -34,6 +35,10 @@ def report_runs(runs: Sequence[Path], out: Path | None = None) -> Path:
             installed.
     """
     records = read_runs(runs)
+    for record in records:
+        if record.damaged_lines:
+            shown = ", ".join(map(str, record.damaged_lines))
+            echo(f"{record.path / 'metrics.jsonl'}: damaged lines are left out: {shown}", err=True)
     folder = out or (runs[0] / "report" if len(runs) == 1 else Path("report"))
     try:
         folder.mkdir(parents=True, exist_ok=True)

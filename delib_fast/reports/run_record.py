@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from delib_fast.config import ConfigError
 from delib_fast.config.load import flatten
-from delib_fast.training.run_directory import read_ledger
+from delib_fast.digests import read_json_lines
+from delib_fast.training.run_directory import read_ledger, read_run_config
 
 MetricsRecord = Mapping[str, Any]
 
@@ -38,6 +35,9 @@ class RunRecord:
     """The records of metrics.jsonl in the order of the stages, each with `run_step` and `run_tokens`, which are counted
     over all stages."""
     config: dict[str, Any]
+    damaged_lines: tuple[int, ...] = ()
+    """The numbers of the lines of metrics.jsonl that do not match their digest, and are left out. A running run may be
+    writing its last line."""
 
     @property
     def stages(self) -> list[dict[str, Any]]:
@@ -71,17 +71,16 @@ class RunRecord:
 
 def read_run(path: Path) -> RunRecord:
     """Read a run directory. Raises ConfigError if it is not one, or if a file in it cannot be read."""
+    ledger = read_ledger(path)
+    config = read_run_config(path, ledger)
     try:
-        ledger = read_ledger(path)
-        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{error.filename}: no such file; is {path} a run directory?") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: a file of the run cannot be read: {error}") from None
-    metrics = path / "metrics.jsonl"
-    records = _parse_records(metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else [])
-    name = path.resolve().name
-    return RunRecord(path, name, ledger, _count_over_run(records, [s["name"] for s in ledger["stages"]]), config)
+        records, damaged = read_json_lines(path / "metrics.jsonl")
+    except FileNotFoundError:
+        records, damaged = [], []
+    except OSError as error:
+        raise ConfigError(f"{path / 'metrics.jsonl'} cannot be read: {error.strerror}") from None
+    name, stages = path.resolve().name, [stage["name"] for stage in ledger["stages"]]
+    return RunRecord(path, name, ledger, _count_over_run(records, stages), config, tuple(damaged))
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
@@ -103,14 +102,6 @@ def differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[Any]]]:
         for key in keys
         if key != "run_dir" and any(tree.get(key) != flat[0].get(key) for tree in flat)
     ]
-
-
-def _parse_records(lines: Sequence[str]) -> list[dict[str, Any]]:
-    records = []
-    for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):  # a running run may be writing its last line
-            records.append(json.loads(line))
-    return records
 
 
 def _count_over_run(records: list[dict[str, Any]], stages: Sequence[str]) -> list[dict[str, Any]]:

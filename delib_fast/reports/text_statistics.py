@@ -93,10 +93,10 @@ def citation_accuracy(cots: Sequence[str], right: Sequence[Sequence[str]], label
     """
     by_category: dict[str, Counter[str]] = {}
     total: Counter[str] = Counter()
+    with_quotations = [label for label in labels if label.quotations]
     for cot, wanted in zip(cots, right, strict=True):
         excerpts = policy_sentences(cot, spec_words=True)
-        quoted = [label.category for label in labels if label.quotations and label.category in cited(cot, [label])]
-        names = set(cited(excerpts, labels)) | set(quoted)
+        names = {*cited(excerpts, labels), *cited(cot, with_quotations)}
         kind = "none" if not names else "right" if names & set(wanted) else "wrong"
         total[kind] += 1
         total["speaks_of_policy"] += bool(excerpts)

@@ -5,23 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from delib_fast import __version__
 from delib_fast.config import ConfigError
+from delib_fast.digests import DamagedError, read_json, write_json
 from delib_fast.evals.intervals import Estimate
 from delib_fast.evals.metrics.forced_choices import ChoiceFigures, choose, read_choices
 from delib_fast.evals.results import SuiteResult, to_json_data
 from delib_fast.evals.run import evaluate
 from delib_fast.evals.settings import load_eval_config
 from delib_fast.evals.target import EvalTarget
-from delib_fast.files import write_atomic
 from delib_fast.study.settings import ChoicesMetric, SuiteMetric
 
-FORMAT = 1
+FORMAT = 2
 """Increased when the meaning of a figure changes; older figures are then recomputed."""
 
 
@@ -50,6 +50,21 @@ def metric_key(
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
+def read_measured(file: Path, log: Callable[[str], None] = lambda _: None) -> dict[str, Any] | None:
+    """The figure in a file that `measure` wrote; None if there is none, or it is damaged.
+
+    Args:
+        log: called with a message if the file is damaged.
+    """
+    try:
+        return dict(read_json(file)["measured"])
+    except FileNotFoundError:
+        return None
+    except (OSError, DamagedError, KeyError, TypeError, ValueError) as error:
+        log(f"{file} is damaged ({error}); it is measured again")
+        return None
+
+
 def measure(task: Mapping[str, Any]) -> dict[str, Any]:
     """Compute the missing metrics of one arm and seed, and write each as soon as it is computed. Workers call this.
 
@@ -72,7 +87,7 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
             figure = _score_choices(target, ChoicesMetric.model_validate(item["metric"]), task["thinks"], scored)
         else:
             figure = _select_figure(name, SuiteMetric.model_validate(item["metric"]), results)
-        write_atomic(Path(item["file"]), json.dumps(figure))
+        write_json(Path(item["file"]), {"measured": figure})
         found[name] = figure
     return found
 

@@ -18,11 +18,12 @@ from typing import Any
 from delib_fast import __version__
 from delib_fast.config import Config, ConfigError
 from delib_fast.config.load import parse_config
-from delib_fast.files import hash_tree
+from delib_fast.digests import hash_tree
 from delib_fast.study.settings import PREPARED, StudyConfig
+from delib_fast.training.run_directory import read_ledger
 
 # Settings of a run that do not change its weights.
-_WITHOUT_EFFECT_ON_WEIGHTS = ("run_dir", "log", "checkpoint", "cache_dir", "overlap")
+_WITHOUT_EFFECT_ON_WEIGHTS = ("run_dir", "log", "checkpoint", "export", "cache_dir", "overlap")
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,13 @@ class Node:
         return self.folder / "model"
 
     def finished(self) -> bool:
-        """Whether its run directory contains the finished stage."""
+        """Whether its run directory contains the finished stage.
+
+        False also for a damaged ledger: the training run, which then starts, refuses it with the reason.
+        """
         try:
-            ledger = json.loads((self.folder / "ledger.json").read_text())
-        except (OSError, json.JSONDecodeError):
+            ledger = read_ledger(self.folder)
+        except ConfigError:
             return False
         finished = [stage for stage in ledger["stages"] if stage["status"] == "finished"]
         return len(finished) == 1 and (self.model / "config.json").exists()

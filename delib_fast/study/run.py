@@ -16,20 +16,31 @@ from pathlib import Path
 from typing import Any
 
 from delib_fast.config import ConfigError
+from delib_fast.digests import (
+    DamagedError,
+    append_json_line,
+    hash_file_once,
+    hash_tree,
+    read_json,
+    read_json_lines,
+    write_json,
+)
 from delib_fast.evals.intervals import Estimate
 from delib_fast.evals.metrics.forced_choices import read_choices
 from delib_fast.evals.results import to_json_data
-from delib_fast.files import hash_tree, write_atomic
+from delib_fast.files import write_atomic
 from delib_fast.reports.eval_page import cell_text
 from delib_fast.reports.study_figures import draw_pictures
 from delib_fast.reports.study_page import write_page
-from delib_fast.study.measure import metric_key
+from delib_fast.study.measure import metric_key, read_measured
 from delib_fast.study.plan import Arm, Node, Plan, fill_in, plan_study
-from delib_fast.study.pool import Task, run_tasks, worker_environments
+from delib_fast.study.pool import StudyError, Task, run_tasks, worker_environments
 from delib_fast.study.settings import ChoicesMetric, StudyConfig
 from delib_fast.study.summary import find_arm, summarize
 
 Log = Callable[[str], None]
+_PREPARED = ".prepared.json"
+"""Written last to the folder of a seed's data: the hash of each of its files."""
 _EVALUATION_FILES = ("questions", "solutions", "refusal_prompts", "refusal_labelled")
 
 
@@ -58,7 +69,7 @@ def run_study(study: StudyConfig, log: Log = lambda _: None) -> StudyResult:
     prepared = prepare_data(study, len(environments), log)
     plan = _checked_plan(study, prepared)
     costs = _Costs(out / "cost.jsonl")
-    tasks, measures = plan_tasks(study, plan, prepared)
+    tasks, measures = plan_tasks(study, plan, prepared, log)
     log(
         f"{len(plan.arms)} arms × {len(study.seeds)} seeds: {len(plan.nodes)} stages ({plan.stages_without_sharing} "
         f"without sharing), {sum(n.finished() for n in plan.nodes)} of them already trained; {len(tasks)} tasks for "
@@ -78,14 +89,21 @@ def run_study(study: StudyConfig, log: Log = lambda _: None) -> StudyResult:
         run_tasks(tasks, environments, on_done)
     costs.add_wall(time.perf_counter() - start, len(environments))
     figures = {
-        arm_and_seed: {name: _estimate(json.loads(file.read_text(encoding="utf-8"))) for name, file in files.items()}
+        arm_and_seed: {name: _estimate(_measured(file)) for name, file in files.items()}
         for arm_and_seed, files in measures.items()
     }
-    result = summarize(study, figures, plan.arms, costs.total(plan))
+    result = summarize(study, figures, plan.arms, costs.total(plan, log))
     write_atomic(out / "study.json", json.dumps(to_json_data(result), indent=1, ensure_ascii=False) + "\n")
     pictures = draw_pictures(result, out)
     page = write_page(result, pictures, out, published=study.published)
     return StudyResult(result, out / "study.json", page, tuple(picture.path for picture in pictures))
+
+
+def _measured(file: Path) -> dict[str, Any]:
+    found = read_measured(file)
+    if found is None:
+        raise StudyError(f"{file} was damaged or removed while the study ran; start it again, and it is measured again")
+    return found
 
 
 def _checked_plan(study: StudyConfig, prepared: Mapping[int, Path | None]) -> Plan:
@@ -132,12 +150,35 @@ def prepare_data(study: StudyConfig, workers: int, log: Log) -> dict[int, Path |
     arguments = [str(arg) for arg in study.prepare.args]
     key = hashlib.blake2b(script.read_bytes() + "\0".join(arguments).encode(), digest_size=6).hexdigest()
     folders = {seed: Path(study.out) / "prepared" / f"seed{seed}-{key}" for seed in study.seeds}
-    missing = [seed for seed in study.seeds if not (folders[seed] / ".whole").exists()]
+    missing = [seed for seed in study.seeds if not _is_prepared(folders[seed])]
     if missing:
         log(f"{script.name}: making the data of {len(missing)} seeds")
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(lambda seed: _run_script(script, arguments, seed, folders[seed]), missing))
     return dict(folders)
+
+
+def _is_prepared(folder: Path) -> bool:
+    """Whether the script has made the data of a seed. Raises ConfigError if the files were changed since."""
+    marker = folder / _PREPARED
+    if not marker.exists():
+        return False
+    try:
+        recorded = read_json(marker)["files"]
+    except (OSError, DamagedError, KeyError) as error:
+        recorded, why = {}, f"{marker} is damaged ({error})"
+    else:
+        found = _hash_all(folder)
+        changed = sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name))
+        if not changed:
+            return True
+        why = f"{folder / changed[0]} was changed after the script made it"
+    raise ConfigError(f"prepare.script: {why}. Delete {folder}, and the script makes it again")
+
+
+def _hash_all(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _PREPARED)
+    return {str(path.relative_to(folder)): hash_file_once(path) for path in files}
 
 
 def _run_script(script: Path, arguments: list[str], seed: int, folder: Path) -> None:
@@ -146,14 +187,15 @@ def _run_script(script: Path, arguments: list[str], seed: int, folder: Path) -> 
     if process.returncode:
         last_line = (process.stderr.strip().splitlines() or ["it printed no error"])[-1]
         raise ConfigError(f"prepare.script: {' '.join(command[1:])} exited with code {process.returncode}: {last_line}")
-    (folder / ".whole").touch()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / _PREPARED, {"files": _hash_all(folder)})
 
 
 # --- tasks --------------------------------------------------------------------------------------------------
 
 
 def plan_tasks(
-    study: StudyConfig, plan: Plan, prepared: Mapping[int, Path | None]
+    study: StudyConfig, plan: Plan, prepared: Mapping[int, Path | None], log: Log = lambda _: None
 ) -> tuple[list[Task], dict[tuple[Arm, int], dict[str, Path]]]:
     """Return the tasks of the study, and the files of the metrics of each arm and seed.
 
@@ -164,7 +206,7 @@ def plan_tasks(
     measures = {}
     measuring: dict[Node | None, dict[str, Task]] = defaultdict(dict)
     for (arm, seed), end in plan.ends.items():
-        task, measures[arm, seed] = _measuring_task(study, plan, arm, seed, end, prepared[seed], logs)
+        task, measures[arm, seed] = _measuring_task(study, plan, arm, seed, end, prepared[seed], log)
         if task is not None:
             measuring[end].setdefault(task.name, task)
     tasks = [*measuring[None].values()]
@@ -195,7 +237,7 @@ def _training_before(node: Node | None) -> tuple[str, ...]:
 
 
 def _measuring_task(
-    study: StudyConfig, plan: Plan, arm: Arm, seed: int, node: Node | None, prepared: Path | None, logs: Path
+    study: StudyConfig, plan: Plan, arm: Arm, seed: int, node: Node | None, prepared: Path | None, log: Log
 ) -> tuple[Task | None, dict[str, Path]]:
     """The task that computes the missing metrics of an arm (None if there are none), and the file of each metric."""
     model_path = str(study.run["model"].get("path"))
@@ -210,7 +252,7 @@ def _measuring_task(
         digest = metric_key(key, tree, hashes, evaluation, arm.thinks)
         file = Path(study.out) / "measures" / f"{metric_name}-{digest}.json"
         files[metric_name] = file
-        if not file.exists():
+        if read_measured(file, log) is None:
             missing[metric_name] = {"metric": tree, "file": str(file)}
     if not missing:
         return None, files
@@ -224,7 +266,7 @@ def _measuring_task(
         "base": None if base is None else str(base),
         "metrics": missing,
         "out": str(Path(study.out) / "evals" / name),
-        "log": str(logs / f"{name}.log"),
+        "log": str(Path(study.out) / "logs" / f"{name}.log"),
     }
     return Task(f"measure {name}", work, _training_before(node)), files
 
@@ -255,11 +297,14 @@ class _Costs:
         self._append({"sitting": True, "wall_s": round(seconds, 2), "workers": workers})
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+        append_json_line(self._path, record)
 
-    def total(self, plan: Plan) -> dict[str, Any]:
-        lines = [json.loads(line) for line in self._path.read_text().splitlines()]
+    def total(self, plan: Plan, log: Log) -> dict[str, Any]:
+        """The sums for the page, without damaged lines, which are logged."""
+        lines, damaged = read_json_lines(self._path)
+        if damaged:
+            shown = ", ".join(map(str, damaged))
+            log(f"{self._path}: damaged lines are left out, so the study's time is shown too low: {shown}")
         tasks, sittings = [r for r in lines if "task" in r], [r for r in lines if r.get("sitting")]
         trained = [r for r in tasks if r["task"].startswith("train")]
         return {

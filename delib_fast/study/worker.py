@@ -24,6 +24,7 @@ from typing import Any
 from delib_fast.config import ConfigError
 from delib_fast.config.load import parse_config
 from delib_fast.study.measure import measure
+from delib_fast.terminal import echo, guard_process_output
 
 _OUTPUTS = (1, 2)  # the file descriptors of standard output and standard error
 
@@ -61,7 +62,7 @@ def _answer(task: dict[str, Any]) -> dict[str, Any]:
         try:
             answer = {"ok": True, "result": _run(task)}
         except Exception as error:  # noqa: BLE001 (the study reports any error and continues with other tasks)
-            traceback.print_exc()
+            echo(traceback.format_exc(), err=True)
             readable = isinstance(error, ValueError | RuntimeError | ConfigError)
             answer = {"ok": False, "error": str(error) if readable else f"{type(error).__name__}: {error}"}
     return {**answer, "wall_s": time.perf_counter() - start, "cpu_s": _cpu_seconds() - cpu_start}
@@ -101,4 +102,5 @@ def _output_to(log: Path) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    guard_process_output()
     main()

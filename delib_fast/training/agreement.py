@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from delib_fast.checkpoint.format import MANIFEST, list_steps, step_folder
 from delib_fast.config import Config, StageConfig
 from delib_fast.config.load import flatten, redact
-from delib_fast.data.disk_cache import cache_folder, cache_key, cached_json
+from delib_fast.digests import hash_file_once
 from delib_fast.files import hash_file
 from delib_fast.training.errors import RanksDifferError
 
@@ -74,7 +74,6 @@ _NO_EFFECT = re.compile(
     r"(_(DIR|PATH|HOME|CACHE|LOGS?|LEVEL|VERBOSE|TIMEOUT)$|DEBUG|ALLOC_CONF|NUM_THREADS|DYNAMIC|WORKERS|KERNEL_DUMP"
     r"|DELIB_FAST_CACHE|PYTORCH_(BUILD|VERSION|NVML))"
 )
-_SMALL_FILE = 1 << 20  # bytes; smaller files are hashed again instead of remembered
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -279,40 +278,22 @@ def _model_facts(config: Config) -> dict[str, str]:
             facts[f"{key}: revision of {path}"] = _hub_revision(path)
             continue
         # At ZeRO 3 only rank 0 reads the weights: the others get theirs from it.
-        files = model_files(Path(path), config.cache_dir, weights_too=config.engine.zero_stage < 3)
+        files = model_files(Path(path), weights_too=config.engine.zero_stage < 3)
         facts |= {f"{key}: sha256 of {name} in {path}": value for name, value in files.items()}
     return facts
 
 
-def model_files(folder: Path, cache_dir: str | None, *, weights_too: bool) -> dict[str, str]:
+def model_files(folder: Path, *, weights_too: bool) -> dict[str, str]:
     """The sha256 of each file directly in a model folder, by name; hidden files are left out.
 
-    The hash of a large file is kept in the cache folder, with the file's size and times: it is read once per machine.
-
     Args:
-        cache_dir: the configured cache folder.
         weights_too: whether to hash files of weights; else their size stands for them.
     """
-    found = {}
-    with cache_folder(cache_dir) as cache:
-        for path in sorted(folder.iterdir()):
-            if path.name.startswith(".") or not path.is_file():
-                continue
-            if path.suffix in _WEIGHTS and not weights_too:
-                found[path.name] = f"{path.stat().st_size} B"
-            else:
-                found[path.name] = remembered_hash(path, cache)
-    return found
-
-
-def remembered_hash(path: Path, cache: Path) -> str:
-    """The sha256 of a file, from the cache if the file has the same size, times and inode as when it was hashed."""
-    found = path.stat()
-    if found.st_size < _SMALL_FILE:
-        return hash_file(path)
-    identity = [str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-    stored = cached_json(cache / "hashes", cache_key({"file": identity}), lambda: {"sha256": hash_file(path)})
-    return str(stored["sha256"])
+    return {
+        path.name: f"{path.stat().st_size} B" if path.suffix in _WEIGHTS and not weights_too else hash_file_once(path)
+        for path in sorted(folder.iterdir())
+        if path.is_file() and not path.name.startswith(".")
+    }
 
 
 def _hub_revision(name: str) -> str:

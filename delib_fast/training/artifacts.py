@@ -10,13 +10,17 @@ LoRA, adapter: merge    model ─▶ msm ─▶ stages/msm/model, merged ─▶ 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from delib_fast.config import ConfigError
-from delib_fast.files import hash_files, hash_weights
+from delib_fast.digests import DamagedError, hash_files, hash_weights, read_json
 from delib_fast.training.errors import TrainingError
+from delib_fast.training.export_check import ExportChecker, probe
+from delib_fast.training.run_directory import TRAINED_ON, read_ledger
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +37,8 @@ class Weights:
     """Weights, as the ledger records the parent and the result of a stage."""
 
     path: str | None
-    """A folder or hub name; None for a new model."""
+    """A folder (an absolute path, so that a run resumes in any working directory), a hub name, or None for a new
+    model."""
     sha256: str | None
     """`files.hash_weights` of the folder; None for a hub name or a new model."""
 
@@ -79,11 +84,27 @@ def stage_inputs(run: RunContext, index: int) -> StageInputs:
     return StageInputs(base, exported_by(run, index - 1, "adapter"))
 
 
+def check_inputs(run: RunContext) -> None:
+    """Refuse a model, an adapter or a tokenizer that another run exported and that has been changed since.
+
+    A collective. Call it before anything is read from these folders.
+    """
+    config = run.config
+    adapter = None if config.model.lora is None else config.model.lora.path
+    for path in dict.fromkeys((config.model.path, adapter, config.tokenizer.path)):
+        _user_weights(run, path)
+
+
 def _user_weights(run: RunContext, path: str | None) -> Weights:
-    """The weights that the user configured. A hub name is not hashed. A collective."""
+    """The weights that the user configured. A hub name is not hashed. A collective.
+
+    Raises ConfigError if they are the export of a run, and were changed since.
+    """
     if path is None or not Path(path).is_dir():
         return Weights(path, None)
-    return Weights(path, hash_weights(_hashes(run, Path(path))))
+    folder, hashes = Path(path), _hashes(run, Path(path))
+    run.ranks.raise_together(lambda: refuse_changed_export(folder, hashes) if run.ranks.rank == 0 else None)
+    return Weights(os.path.abspath(path), hash_weights(hashes))
 
 
 def _hashes(run: RunContext, folder: Path) -> dict[str, str]:
@@ -93,9 +114,72 @@ def _hashes(run: RunContext, folder: Path) -> dict[str, str]:
         with run.watchdog.local_work(f"hashing {folder}"):
             return hash_files(folder) if run.ranks.rank == 0 else {}
 
-    hashes = run.ranks.raise_together(of_this_rank)
+    try:
+        hashes = run.ranks.raise_together(of_this_rank)
+    except OSError as error:
+        raise TrainingError(f"{folder} cannot be read: {error}") from None
     of_rank_0: dict[str, str] = json.loads(run.ranks.gather_texts(json.dumps(hashes))[0])
     return of_rank_0
+
+
+def refuse_changed_export(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Raise ConfigError if a run exported the folder, and its files are no longer those that the run's ledger records.
+
+    A folder outside a run directory passes: nothing is known about it.
+
+    Args:
+        folder: a model, adapter or tokenizer folder.
+        hashes: `digests.hash_files` of the folder.
+    """
+    for path in dict.fromkeys((Path(os.path.abspath(folder)), Path(os.path.realpath(folder)))):
+        for run_dir in (path.parent, path.parents[2] if len(path.parents) > 2 else path.parent):
+            within = path.relative_to(run_dir).as_posix()
+            if within == "tokenizer" and (why := why_not_as_trained(path, hashes)):
+                raise ConfigError(f"{why}; restore it, or copy the folder out of the run directory")
+            if within in ("model", "adapter") or within.startswith("stages/"):
+                _compare_with_ledger(folder, hashes, run_dir, within)
+
+
+def why_not_as_trained(folder: Path, hashes: Mapping[str, str]) -> str:
+    """What was changed in the tokenizer folder of a run; "" if nothing was, or if it is not one."""
+    marker = folder / TRAINED_ON
+    if not marker.exists():
+        return ""
+    try:
+        recorded: dict[str, str] = read_json(marker)["files"]
+    except (OSError, DamagedError, KeyError) as error:
+        return f"{marker} is damaged ({error})"
+    return _difference(folder, {name: hashes[name] for name in hashes if name != TRAINED_ON}, recorded)
+
+
+def _compare_with_ledger(folder: Path, hashes: Mapping[str, str], run_dir: Path, within: str) -> None:
+    """Raise ConfigError if a folder is not the export that the ledger of its run records.
+
+    Args:
+        run_dir: a folder, which passes if it is not a run directory.
+        within: the path of the folder in it, e.g. "stages/msm/model".
+    """
+    what = within.rsplit("/", 1)[-1]
+    if not all((run_dir / name).exists() for name in ("ledger.json", "config.yaml")):
+        return
+    entries = [entry for entry in read_ledger(run_dir)["stages"] if entry.get(f"{what}_folder") == within]
+    if not entries:
+        raise ConfigError(f"{folder}: {run_dir / 'ledger.json'} does not record it: its run has not finished")
+    if why := _difference(folder, hashes, entries[-1][f"{what}_files"]):
+        raise ConfigError(
+            f"{why}: the {what} is not what stage {entries[-1]['name']!r} exported. Restore it; to use a {what} "
+            "that you changed on purpose, copy the folder out of the run directory"
+        )
+
+
+def _difference(folder: Path, hashes: Mapping[str, str], recorded: Mapping[str, str]) -> str:
+    """What is wrong with the first file of a folder that is not as recorded; "" if all are. A README may be added."""
+    for name, sha256 in recorded.items():
+        if hashes.get(name) != sha256:
+            return f"{folder / name} {'is missing' if name not in hashes else 'was changed after it was written'}"
+    if added := sorted(name for name in hashes.keys() - recorded.keys() if not name.endswith(".md")):
+        return f"{folder / added[0]} was added after the export"
+    return ""
 
 
 def exported_by(run: RunContext, index: int, what: Literal["model", "adapter"]) -> Weights:
@@ -103,15 +187,11 @@ def exported_by(run: RunContext, index: int, what: Literal["model", "adapter"]) 
     stage = run.config.stages[index]
     folder = _folder(run, index, what)
     recorded = (run.directory.stage(stage.name) or {})[f"{what}_files"]
-    actual = _hashes(run, folder)
-    for name, sha256 in recorded.items():
-        if actual.get(name) != sha256:
-            reason = "is missing" if name not in actual else "was changed after it was written"
-            raise TrainingError(
-                f"{folder / name} {reason}: the {what} is not what stage {stage.name!r} exported. Restore it, or "
-                "delete run_dir to start again"
-            )
-    return Weights(str(folder), hash_weights(recorded))
+    if why := _difference(folder, _hashes(run, folder), recorded):
+        raise TrainingError(
+            f"{why}: the {what} is not what stage {stage.name!r} exported. Restore it, or delete run_dir to start again"
+        )
+    return Weights(os.path.abspath(folder), hash_weights(recorded))
 
 
 def _folder(run: RunContext, index: int, what: Literal["model", "adapter"]) -> Path:
@@ -173,34 +253,51 @@ def export(run: RunContext, engine: Engine, index: int, inputs: StageInputs) -> 
     Returns:
         The ledger's record of the exported folders.
     Raises:
-        TrainingError: on every rank, if a folder cannot be written.
+        TrainingError: on every rank, if a folder cannot be written, or is not what was trained (`export.check`).
     """
     from safetensors import SafetensorError
+
+    from delib_fast.models.export_check import ExportCheckError
 
     lora, stages = run.config.model.lora, run.config.stages
     kinds: list[Literal["model", "adapter"]] = ["model"] if lora is None else ["adapter"]
     if lora is not None and (index == len(stages) - 1 or stages[index + 1].adapter == "merge"):
         kinds.append("model")
+    name = stages[index].name
+    compared = probe(run, engine, stages[index])
     # A 4-bit base is not gathered: `_write` re-reads the exact weights and merges the adapter into those.
     exact = lora is None or lora.quantize == "none"
     weights = engine.full_weights(frozen="model" in kinds and exact)
     entry: dict[str, Any] = {}
     fault = ""
     if run.ranks.rank == 0:
+        checker = ExportChecker(run, compared, run.console.print) if compared else None
         try:
             with run.watchdog.local_work("writing the model"):
                 for what in kinds:
                     folder = _folder(run, index, what)
-                    _write(run, engine.module, what, folder, weights, inputs)
+                    exported = _write(run, engine.module, what, folder, weights, inputs)
                     files = hash_files(folder)
-                    entry |= {what: Weights(str(folder), hash_weights(files)).describe(), f"{what}_files": files}
+                    entry |= {
+                        what: Weights(os.path.abspath(folder), hash_weights(files)).describe(),
+                        f"{what}_folder": folder.relative_to(run.directory.path).as_posix(),
+                        f"{what}_files": files,
+                    }
+                    if checker is not None:
+                        checked = _check(run, checker, what, folder, exported, inputs)
+                        entry.setdefault("export_check", {"rows": checker.rows})[what] = checked
         except (OSError, SafetensorError, ConfigError) as error:
-            fault = str(error)
+            fault = (
+                f"the export of stage {name!r} cannot be written: {error}. Free some space and run the same command "
+                "again: it resumes from the last checkpoint"
+            )
+        except ExportCheckError as error:
+            fault = (
+                f"the export of stage {name!r} is not what was trained: {folder}: {error}. The folder is kept. Please "
+                "report this; to finish the run without the check, run the same command with export.check: false"
+            )
     if fault := run.ranks.gather_texts(fault)[0]:
-        raise TrainingError(
-            f"the export of stage {stages[index].name!r} cannot be written: {fault}. Free some space and run the same "
-            "command again: it resumes from the last checkpoint"
-        )
+        raise TrainingError(fault)
     recorded: dict[str, Any] = json.loads(run.ranks.gather_texts(json.dumps(entry))[0])
     return recorded
 
@@ -212,20 +309,38 @@ def _write(
     folder: Path,
     weights: dict[str, Tensor],
     inputs: StageInputs,
-) -> None:
+) -> tuple[Any, Mapping[str, Tensor]]:
+    """Write a folder. Returns the model that gives the names of the exported weights, and the weights."""
     from delib_fast.models import build_model, export_adapter, export_model, merged_weights, skeleton_without_adapter
 
     config = run.config
     tokenizer, lora = run.dataset.tokenizer, config.model.lora
     if lora is None:
         export_model(module, tokenizer, folder, state_dict=weights)
-        return
+        return module.model, weights
     weights = {name.removeprefix(_PREFIX): weight for name, weight in weights.items()}
     if what == "adapter":
         export_adapter(module.model, folder, weights)
-        return
+        return module.model, weights
     if lora.quantize != "none":  # merge into the exact weights, not into the 4-bit ones
         weights |= build_model(_source(config, inputs), tokenizer, dtype=config.engine.precision).state_dict()
-    export_model(
-        skeleton_without_adapter(module.model), tokenizer, folder, state_dict=merged_weights(module.model, weights)
-    )
+    skeleton, merged = skeleton_without_adapter(module.model), merged_weights(module.model, weights)
+    export_model(skeleton, tokenizer, folder, state_dict=merged)
+    return skeleton, merged
+
+
+def _check(
+    run: RunContext,
+    checker: ExportChecker,
+    what: Literal["model", "adapter"],
+    folder: Path,
+    exported: tuple[Any, Mapping[str, Tensor]],
+    inputs: StageInputs,
+) -> dict[str, Any]:
+    if what == "model":
+        return checker.model(folder, exported)
+    from delib_fast.models import build_model
+
+    config = run.config
+    base = build_model(_source(config, inputs), run.dataset.tokenizer, dtype=config.engine.precision, seed=config.seed)
+    return checker.adapter(folder, base, exported)

@@ -6,14 +6,52 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
+from delib_fast.checkpoint.format import Checkpoint, CheckpointError
 from delib_fast.checkpoint.writer import CheckpointWriter
+from delib_fast.config import ConfigError
 from delib_fast.training.errors import Stopped
+from delib_fast.training.run_directory import config_differences, plain_config
 
 if TYPE_CHECKING:
     from delib_fast.config import StageConfig
     from delib_fast.engine import Engine
+    from delib_fast.training.artifacts import StageInputs
     from delib_fast.training.context import RunContext
     from delib_fast.training.step_log import StepLog
+
+
+def refuse_foreign_checkpoint(run: RunContext, stage: StageConfig, inputs: StageInputs, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError unless this run wrote the checkpoint: this stage, configuration, data and parent weights."""
+    folder, saved = checkpoint.folder, checkpoint.trainer
+    if missing := [name for name in ("stage", "config", "inputs", "data", "log", "metrics") if name not in saved]:
+        raise CheckpointError(f"{folder}: trainer.json has no {missing[0]!r}, so it is not a checkpoint of a run")
+    if saved["stage"] != stage.name:
+        raise ConfigError(
+            f"{folder} is a checkpoint of stage {saved['stage']!r}, not of {stage.name!r}; move it to where it belongs"
+        )
+    if lines := config_differences(saved["config"], run.config):
+        raise ConfigError(
+            "\n".join(
+                [
+                    f"{folder} was written by a run with another configuration; restore the configuration, or give "
+                    "another run_dir:",
+                    *lines,
+                ]
+            )
+        )
+    if saved["data"] != run.dataset.fingerprint(stage):
+        raise ConfigError(
+            f"the data of stage {stage.name!r} changed since {folder} was written; put the "
+            "old files back, or give another run_dir"
+        )
+    for name, now in inputs.describe().items():
+        before = saved["inputs"].get(name)
+        if before is None or before["sha256"] != now["sha256"]:
+            raise ConfigError(
+                f"{now['path']} is no longer the {'model' if name == 'parent' else 'base model'} from which stage "
+                f"{stage.name!r} began: its weights changed since {folder} was written; restore them, or give another "
+                "run_dir"
+            )
 
 
 @dataclass(frozen=True)
@@ -76,12 +114,15 @@ class Checkpointer:
 
     def save(self) -> None:
         """Begin to write a checkpoint of the engine's step. A collective."""
+        entry = self._run.directory.stage(self._stage.name) or {}
         extra = {
             "stage": self._stage.name,
+            "config": plain_config(self._run.config),
+            "inputs": {name: entry[name] for name in ("parent", "base") if name in entry},
             "data": self._run.dataset.fingerprint(self._stage),
             "log": self._log.state(self._engine),
+            "metrics": self._run.directory.sync_metrics(),  # before the checkpoint, which promises these records
         }
-        self._run.directory.sync_metrics()  # first: the checkpoint promises the records before it
         self.finish()
         self._engine.save(self._writer, extra)
         self._saved_at, self._saved_step = time.monotonic(), self._engine.step

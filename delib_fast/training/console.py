@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from rich.table import Table
-from rich.text import Text
+
+from delib_fast.redaction import redact_text
+from delib_fast.terminal import console, text_column
 
 _PLAIN_EVERY_S = 5.0  # without a terminal, at most one line in this many seconds
 
@@ -24,7 +24,7 @@ class ConsoleLogger:
 
     def __init__(self, *, enabled: bool) -> None:
         self._enabled = enabled
-        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=not sys.stdout.isatty())
+        self._console = console()
         self._live: Progress | None = None
         self._task: Any = None
         self._started = self._last_line = 0.0
@@ -33,7 +33,7 @@ class ConsoleLogger:
     def print(self, text: str) -> None:
         """Print a line of plain text, above the progress bar if there is one."""
         if self._enabled:
-            self._console.print(Text(text))
+            self._console.print(redact_text(text))
 
     def begin_stage(self, name: str, first_step: int, num_steps: int) -> None:
         """Show the progress of a stage.
@@ -45,10 +45,10 @@ class ConsoleLogger:
         self._started, self._last_line = time.perf_counter(), 0.0
         if self._enabled and self._console.is_terminal:
             self._live = Progress(
-                TextColumn("{task.description}"),
+                text_column("{task.description}"),
                 BarColumn(bar_width=12),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
+                text_column("{task.fields[status]}"),
                 console=self._console,
             )
             self._live.start()
@@ -94,7 +94,7 @@ def heldout_table(evaluations: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("segment")
     table.add_column("tokens", justify="right")
     for evaluation in evaluations:
-        table.add_column(evaluation["moment"], justify="right")
+        table.add_column(str(evaluation["moment"]), justify="right")
     segments = list(dict.fromkeys(name for e in evaluations for name in e["segments"]))
     for segment in segments:
         parts = [e["segments"].get(segment) for e in evaluations]
@@ -110,7 +110,7 @@ def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(name, justify="left" if name == "stage" else "right")
     for stage in stages:
         table.add_row(
-            stage["name"],
+            str(stage["name"]),
             str(stage["steps"]),
             count_text(stage["tokens"]),
             count_text(sum(stage["supervised_tokens"].values())),

@@ -36,8 +36,10 @@ from delib_fast.data.disk_cache import cache_folder, cache_key, cached_json
 from delib_fast.data.encode.cache import cached_dataset, tokenizer_fingerprint
 from delib_fast.data.encode.encoder import Cot
 from delib_fast.data.progress import log_progress
-from delib_fast.files import hash_tree, sync_file, write_atomic
-from delib_fast.models import ModelShape, build_tokenizer, model_shape
+from delib_fast.digests import DamagedError, hash_files, hash_tree, read_json, write_json
+from delib_fast.files import read_text, remove_tree, sync_file
+from delib_fast.models import ModelShape, build_tokenizer, model_shape, save_tokenizer
+from delib_fast.training.run_directory import TRAINED_ON
 from delib_fast.training.sources import held_out_rows, reraise_as_data_error, source_of
 
 if TYPE_CHECKING:
@@ -104,14 +106,17 @@ class RunDataset:
                 ]
             ).encode()
         ).hexdigest()
-        marker = folder / "trained_on.sha256"
-        if marker.exists() and marker.read_text() == trained_on:
+        marker = folder / TRAINED_ON
+        if _is_intact(marker, trained_on):
             return
         texts = (text for row in self.training_rows(train.sources) for text in row.texts)
-        self._build_tokenizer(train=train, texts=lambda: texts).save_pretrained(folder)
+        tokenizer = self._build_tokenizer(train=train, texts=lambda: texts)
+        remove_tree(folder)
+        save_tokenizer(tokenizer, folder)
         for file in folder.iterdir():
             sync_file(file)
-        write_atomic(marker, trained_on)  # written last: without it, the tokenizer is trained again
+        record = {"trained_on": trained_on, "files": hash_files(folder)}
+        write_json(marker, record)  # written last: without it, the tokenizer is trained again
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -184,7 +189,7 @@ class RunDataset:
         """Raise DataError if a prompt contains text of the spec, or evaluation rows occur in the training data."""
         if isinstance(stage, AFTConfig) and stage.spec is not None:
             try:
-                spec = Path(stage.spec).read_text(encoding="utf-8")
+                spec = read_text(stage.spec)
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"stage {stage.name!r}: spec: {stage.spec} cannot be read: {error}") from None
             system_prompt = stage.system_prompt or ""
@@ -355,6 +360,16 @@ class RunDataset:
             "packs_per_epoch": batches.packs_per_epoch,
             "fill": batches.fill,
         }
+
+
+def _is_intact(marker: Path, trained_on: str) -> bool:
+    """Whether a tokenizer was trained on exactly this, and its files are as they were written."""
+    try:
+        record = read_json(marker)
+        files = {name: sha256 for name, sha256 in hash_files(marker.parent).items() if name != marker.name}
+        return bool(record == {"trained_on": trained_on, "files": files})
+    except (OSError, DamagedError):
+        return False
 
 
 def pack_stage(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ import yaml
 
 from delib_fast.config import Config, ConfigError
 from delib_fast.config.load import dump_config
-from delib_fast.files import write_atomic
+from delib_fast.digests import read_json, write_json
 
 
 def refuse_missing_loggers(config: Config) -> None:
@@ -88,7 +87,7 @@ class Loggers:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         ids_path = self._run_dir / "trackers.json"
-        ids: dict[str, str] = json.loads(ids_path.read_text()) if ids_path.exists() else {}
+        ids: dict[str, str] = read_json(ids_path) if ids_path.exists() else {}
         options = self._options(name, ids.get(name), steps_done)
         tracker = LOGGER_TYPE_TO_CLASS[name]("tensorboard" if name == "tensorboard" else self._project, **options)
         tracker.start()
@@ -99,7 +98,7 @@ class Loggers:
                 importlib.import_module(name).log_dict(self._settings, "config.json")
             ids[name] = tracker.active_run.info.run_id
         if ids:
-            write_atomic(ids_path, json.dumps(ids, indent=1))
+            write_json(ids_path, ids)
         return tracker
 
     def _options(self, name: str, run_id: str | None, steps_done: int) -> dict[str, Any]:

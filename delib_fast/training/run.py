@@ -18,12 +18,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delib_fast.config import Config, ConfigError, StageConfig
-from delib_fast.training.artifacts import StageInputs, build_stage_model, export, exported_by, stage_inputs
+from delib_fast.training.artifacts import (
+    StageInputs,
+    build_stage_model,
+    check_inputs,
+    export,
+    exported_by,
+    stage_inputs,
+)
+from delib_fast.training.checkpointing import refuse_foreign_checkpoint
 from delib_fast.training.console import ConsoleLogger
 from delib_fast.training.context import RunContext
 from delib_fast.training.errors import LostRankError, Stopped
 from delib_fast.training.loggers import Loggers, refuse_missing_loggers
 from delib_fast.training.memory import MemoryBudget, check_fits, resolve_activation_checkpointing
+from delib_fast.training.metrics_file import NO_LINES
 from delib_fast.training.run_directory import RunDirectory
 from delib_fast.training.signals import StopRequest
 from delib_fast.training.watchdog import Watchdog
@@ -132,6 +141,7 @@ def run_stages(run: RunContext, callbacks: Sequence[Callback] = ()) -> None:
     stages = run.config.stages
     finished = {entry["name"]: entry for entry in run.directory.ledger["stages"] if entry["status"] == "finished"}
     with run.stop.raise_immediately("reading the data"):
+        check_inputs(run)
         prepare(run, [stage for stage in stages if stage.name not in finished])
     for index, stage in enumerate(stages):
         if stage.name in finished:
@@ -210,7 +220,7 @@ def run_stage(run: RunContext, index: int, callbacks: Sequence[Callback] = ()) -
     config = resolve_activation_checkpointing(run.config, stage, run.dataset.shape, memory_budget(run))
     run.console.print(f"{stage.name}: {run.dataset.describe(stage)}")
     engine = build_engine(run, config, stage, inputs)
-    checkpoint = resume(run, engine, stage)
+    checkpoint = resume(run, engine, index, inputs)
     if index == 0:
         evaluate(run, engine, "start")
     entry = stage_entry(run, config, stage, inputs, engine)
@@ -224,8 +234,15 @@ def run_stage(run: RunContext, index: int, callbacks: Sequence[Callback] = ()) -
     entry |= {**figures, "wall_s": time.perf_counter() - began}
     evaluate(run, engine, f"after {stage.name}", checkpointer)
     exported = export(run, engine, index, inputs)
-    run.directory.record_stage(entry | exported | {"status": "finished"})
+    metrics = run.directory.sync_metrics()
+    run.directory.record_stage(entry | exported | {"status": "finished", "metrics": metrics})
     engine.close()
+
+
+_ZERO_3 = (
+    "ZeRO 3 gathers weights whenever a layer runs, so every rank must run each layer equally often: set "
+    "engine.zero_stage to 2"
+)
 
 
 def build_engine(run: RunContext, config: Config, stage: StageConfig, inputs: StageInputs) -> Engine:
@@ -245,33 +262,36 @@ def build_engine(run: RunContext, config: Config, stage: StageConfig, inputs: St
                 loss_backend=config.model.loss,
                 sequence_group=ranks.sequence_group,
                 layers=config.model.layers,
+                in_one_pass=_ZERO_3 if config.engine.zero_stage == 3 else None,
             )
             return module, exact_weights
 
     module, exact_weights = ranks.raise_together(build)
+    if module.separation.note is not None:
+        run.console.print(f"{stage.name}: {module.separation.note}")
     engine = Engine(module, config, stage, batches.num_steps, ranks)
     engine.state.set_weights(exact_weights)
     check_isolation(engine.wrapped, ranks.device, shares_prompts=batches.shares_prompts)
     return engine
 
 
-def resume(run: RunContext, engine: Engine, stage: StageConfig) -> Checkpoint | None:
+def resume(run: RunContext, engine: Engine, index: int, inputs: StageInputs) -> Checkpoint | None:
     """Load the stage's newest checkpoint, if there is one, and delete the metrics records of later steps.
 
     Raises:
-        ConfigError: the stage's data has changed since the checkpoint was written.
-        CheckpointError: there are checkpoints, but none is intact.
+        ConfigError: another configuration, other data or other parent weights wrote the checkpoint.
+        CheckpointError: there are checkpoints, but none is intact; or another model wrote it.
     """
-    checkpoint = engine.resume(run.directory.checkpoints(stage.name), run.console.print)
+    stage, warn = run.config.stages[index], run.console.print
+    checkpoint = engine.resume(
+        run.directory.checkpoints(stage.name), warn, partial(refuse_foreign_checkpoint, run, stage, inputs)
+    )
+    before = run.directory.stage(run.config.stages[index - 1].name) if index else None
+    promise = checkpoint.trainer["metrics"] if checkpoint else before["metrics"] if before else NO_LINES
     if checkpoint is not None:
-        if checkpoint.trainer["data"] != run.dataset.fingerprint(stage):
-            raise ConfigError(
-                f"the data of stage {stage.name!r} changed since {checkpoint.folder} was written; put the "
-                "old files back, or give another run_dir"
-            )
         steps = run.dataset.batches(stage).num_steps
         run.console.print(f"{stage.name}: resuming from step {checkpoint.step} of {steps}")
-    run.directory.rewind_metrics(stage.name, engine.step)
+    run.directory.rewind_metrics(promise, stage.name, engine.step, warn)
     return checkpoint
 
 

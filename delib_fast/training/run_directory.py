@@ -2,8 +2,8 @@
 
 run_dir/
     config.yaml      the resolved configuration, secrets redacted
-    ledger.json      for each stage: parent, data, steps, tokens, wall time; and the evaluations
-    metrics.jsonl    one record per logged step
+    ledger.json      for each stage: parent, data, steps, tokens, wall time, hashes of its export; and the evaluations
+    metrics.jsonl    one record per logged step; see `training.metrics_file`
     tokenizer/       the tokenizer, if the run trains one
     checkpoints/STAGE/step-N/
     stages/STAGE/    the export of each stage except the last: model/, and with LoRA adapter/
@@ -11,30 +11,44 @@ run_dir/
     adapter/         with LoRA, the adapter of the last stage as a peft folder
     tensorboard/, trackers.json    see `training.loggers`
     .lock, .ranks/   the lock of the running process, and the heartbeats of its ranks
+
+Every file that is read back is checked: the ledger has a digest, and the hashes of config.yaml and of the exported
+models; metrics.jsonl and the checkpoints have their own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 
 from delib_fast.config import Config, ConfigError
 from delib_fast.config.load import dump_config, flatten, is_same_value, parse_config
-from delib_fast.files import FileLock, remove_temporary_files, sync_descriptor, write_atomic
+from delib_fast.digests import DamagedError, read_json, write_json
+from delib_fast.files import FileLock, open_regular, read_text, remove_temporary_files, remove_tree, write_atomic
+from delib_fast.training.metrics_file import MetricsFile, Promise
+
+FORMAT = 2
+"""The format of a run directory. Others are refused."""
+
+TRAINED_ON = "trained_on.json"
+"""The file in tokenizer/ with the hash of what the tokenizer was trained on, and of each of its files."""
 
 # Prefixes of the keys that may differ when a run resumes. They affect where and how fast it computes and what it logs,
 # not what it learns.
 _MAY_CHANGE = (
     "run_dir",
+    "cache_dir",
+    "overlap",
     "log",
     "checkpoint",
+    "export",
     "guard.max_bad_steps",
     "guard.hang_timeout_s",
     "engine.zero_stage",
@@ -51,8 +65,8 @@ _MAY_CHANGE = (
     "deepspeed",
 )
 
-# The files of a run that was killed before it wrote its configuration.
-_LEFT_BY_A_KILL = (".lock", ".config.yaml.tmp")
+# What a run creates only after its ledger.
+_AFTER_THE_LEDGER = ("checkpoints", "stages", "model", "adapter", "metrics.jsonl")
 
 
 class RunDirectory:
@@ -62,8 +76,8 @@ class RunDirectory:
         self.path = Path(path)
         self._writes = writes
         self._lock: FileLock | None = None
-        self._metrics: TextIO | None = None
-        self.ledger: dict[str, Any] = {"format": 1, "stages": [], "evaluations": []}
+        self._metrics = MetricsFile(self.path / "metrics.jsonl")
+        self.ledger: dict[str, Any] = {"format": FORMAT, "config": "", "stages": [], "evaluations": []}
 
     # --- paths ----------------------------------------------------------------------------------------------
 
@@ -104,25 +118,30 @@ class RunDirectory:
             raise ConfigError(f"run_dir {self.path} cannot be created: {error}") from None
         if self._writes:
             self._take_lock()
-            shutil.rmtree(self.heartbeats, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove_tree(self.heartbeats)
             remove_temporary_files(self.path)
         saved, ledger = self.path / "config.yaml", self.path / "ledger.json"
-        if ledger.exists():
+        made = next((name for name in _AFTER_THE_LEDGER if os.path.lexists(self.path / name)), None)
+        if ledger.exists() or made is not None:
+            for file, what in ((saved, "its configuration cannot be compared with this one"), (ledger, _LOST_LEDGER)):
+                if not file.exists():
+                    raise ConfigError(
+                        f"run_dir {self.path} holds a run, but {file.name} is missing, so {what}; restore the file, "
+                        "or give another run_dir"
+                    )
             self.ledger = read_ledger(self.path)
-        if ledger.exists() or (self.path / "checkpoints").exists():
-            if not saved.exists():
-                raise ConfigError(
-                    f"run_dir {self.path} holds a run, but config.yaml is missing, so its configuration cannot be "
-                    "compared with this one; restore the file, or give another run_dir"
-                )
-            self._refuse_other_config(_read_whole(saved, yaml.safe_load, "run_dir"), config)
-        elif self._writes:  # nothing has been trained, so a corrected configuration may replace one that failed
-            unexpected = sorted(p.name for p in self.path.iterdir() if p.name not in _LEFT_BY_A_KILL)
+            self._refuse_other_config(read_run_config(self.path, self.ledger), config)
+            return
+        text = dump_config(config)
+        self.ledger["config"] = _hash_text(text)
+        if self._writes:  # nothing has been trained, so a corrected configuration may replace one that failed
+            unexpected = sorted(p.name for p in self.path.iterdir() if p.name != ".lock")
             if unexpected and not saved.exists():
                 raise ConfigError(
                     f"run_dir {self.path} is not empty and holds no run (it has {unexpected[0]!r}); give a new folder"
                 )
-            write_atomic(saved, dump_config(config))
+            write_atomic(saved, text)
 
     def _take_lock(self) -> None:
         try:
@@ -134,33 +153,21 @@ class RunDirectory:
         except OSError as error:
             raise ConfigError(f"run_dir {self.path} cannot be locked: {error}; give another run_dir") from None
 
-    def _refuse_other_config(self, saved: Any, config: Config) -> None:
-        with contextlib.suppress(ConfigError):  # adds the defaults of keys that did not exist when the file was written
-            saved = yaml.safe_load(dump_config(parse_config(saved)))
-        theirs, ours = flatten(saved), flatten(yaml.safe_load(dump_config(config)))
-        differ = [
-            key
-            for key in sorted(theirs.keys() | ours.keys())
-            if not is_same_value(key, theirs.get(key), ours.get(key)) and not key.startswith(_MAY_CHANGE)
-        ]
-        if differ:
-            lines = [f"  {key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differ[:8]]
-            more = [f"  and {len(differ) - 8} more"] if len(differ) > 8 else []
+    def _refuse_other_config(self, saved: Mapping[str, Any], config: Config) -> None:
+        if lines := config_differences(saved, config):
             raise ConfigError(
                 "\n".join(
                     [
                         f"run_dir {self.path} holds a run with another configuration; give "
                         "another run_dir, or delete this one to start again:",
                         *lines,
-                        *more,
                     ]
                 )
             )
 
     def close(self) -> None:
         """Close the open files and release the lock."""
-        if self._metrics is not None:
-            self._metrics.close()
+        self._metrics.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -188,72 +195,105 @@ class RunDirectory:
 
     def _write_ledger(self) -> None:
         if self._writes:
-            write_atomic(self.path / "ledger.json", json.dumps(self.ledger, indent=1))
+            write_json(self.path / "ledger.json", self.ledger)
 
     # --- metrics --------------------------------------------------------------------------------------------
 
-    def rewind_metrics(self, stage: str, step: int) -> None:
-        """Delete the records of the steps that a resumed run repeats: those of `stage` after `step`."""
-        path = self.path / "metrics.jsonl"
-        if not self._writes or not path.exists():
-            return
-        kept: list[str] = []
-        text = path.read_text()
-        lines = text.splitlines()
-        for line in lines:
-            with contextlib.suppress(
-                json.JSONDecodeError
-            ):  # a crash may have cut the last record, which is then written again
-                record = json.loads(line)
-                if record["stage"] != stage or record["step"] <= step:
-                    kept.append(line)
-        if len(kept) < len(lines) or not text.endswith("\n"):
-            if self._metrics is not None:  # the open file is the old one, which is about to be replaced
-                self._metrics.close()
-                self._metrics = None
-            write_atomic(path, "".join(f"{line}\n" for line in kept))
+    def rewind_metrics(self, promise: Promise, stage: str, step: int, warn: Callable[[str], None]) -> None:
+        """Delete the records of the steps that a resumed run repeats; see `MetricsFile.rewind`."""
+        if self._writes:
+            self._metrics.rewind(promise, stage, step, warn)
 
     def write_metrics(self, record: Mapping[str, Any]) -> None:
         """Append a metrics record."""
-        if not self._writes:
-            return
-        if self._metrics is None:
-            self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
-        self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
+        if self._writes:
+            self._metrics.write(record)
 
-    def sync_metrics(self) -> None:
-        """Flush all records to disk."""
-        if self._metrics is not None:
-            sync_descriptor(self._metrics.fileno())
+    def sync_metrics(self) -> Promise:
+        """Flush all records to disk, and return what a checkpoint promises about them; only rank 0 returns it."""
+        return self._metrics.sync() if self._writes else {}
+
+
+_LOST_LEDGER = "it is not known which of its stages are finished"
 
 
 def read_ledger(run_dir: Path) -> dict[str, Any]:
-    """The ledger of a run. Raises ConfigError if there is none, or if it is damaged."""
+    """The ledger of a run. Raises ConfigError if there is none, if it is damaged, or if it has another format."""
     path = run_dir / "ledger.json"
-    if not path.exists():
-        raise ConfigError(f"{path}: no such file; is {run_dir} a run directory?")
-    ledger = _read_whole(path, json.loads, "stages", "evaluations")
-    for entry in ledger["stages"]:
-        if "updates" in entry:  # the name of version 0.1
-            entry["steps"] = entry.pop("updates")
+    try:
+        ledger = read_json(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; is {run_dir} a run directory?") from None
+    except (OSError, DamagedError) as error:
+        ledger = {"format": _format_without_digest(path)}
+        if ledger["format"] is None:
+            raise _damaged(path, str(error)) from None
+    if ledger["format"] != FORMAT:
+        raise ConfigError(
+            f"{path}: the run has format {ledger['format']}, and this version of delib_fast reads format {FORMAT}: use "
+            "the version that wrote it, or train it again in another run_dir. Its exported models can still be used "
+            "from another folder: copy model/ there"
+        )
     return ledger
 
 
-def _read_whole(file: Path, parse: Callable[[str], Any], *keys: str) -> dict[str, Any]:
-    """Read a file that is always written atomically.
+def _format_without_digest(path: Path) -> int | None:
+    """The format of a ledger of before format 2, which had no digest; None for any other file."""
+    try:
+        with open_regular(path) as file:
+            ledger = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return None
+    older = isinstance(ledger, dict) and "digest" not in ledger and ledger.get("format") == 1
+    return 1 if older else None
+
+
+def read_run_config(run_dir: Path, ledger: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration that a run wrote, as plain data.
 
     Args:
-        parse: turns the text into a mapping.
-        keys: the keys that the mapping must have.
+        ledger: what `read_ledger` returned; it has the hash of the file.
     Raises:
-        ConfigError: the file was damaged after it was written.
+        ConfigError: the file is missing, or is not the one that the run wrote.
     """
+    path = run_dir / "config.yaml"
     try:
-        content = parse(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict) or not content.keys() >= set(keys):
-            raise ValueError(f"it is not a mapping with the keys {' and '.join(keys)}")
-    except (ValueError, yaml.YAMLError, OSError) as error:
-        why = " ".join(str(error).split())
-        raise ConfigError(f"{file} is damaged ({why}); restore it from a copy, or give another run_dir") from None
+        text = read_text(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise _damaged(path, str(error)) from None
+    if _hash_text(text) != ledger["config"]:
+        raise _damaged(path, "it is not the file whose hash ledger.json has")
+    content: dict[str, Any] = yaml.safe_load(text)
     return content
+
+
+def config_differences(saved: Mapping[str, Any], config: Config) -> list[str]:
+    """One line for each key that may not change when a run resumes, and has.
+
+    Args:
+        saved: the configuration of the run as plain data, with secrets redacted.
+    """
+    with contextlib.suppress(ConfigError):  # adds the defaults of keys that did not exist when it was written
+        saved = plain_config(parse_config(saved))
+    theirs, ours = flatten(saved), flatten(plain_config(config))
+    differ = [
+        key
+        for key in sorted(theirs.keys() | ours.keys())
+        if not is_same_value(key, theirs.get(key), ours.get(key)) and not key.startswith(_MAY_CHANGE)
+    ]
+    lines = [f"  {key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differ[:8]]
+    return lines + ([f"  and {len(differ) - 8} more"] if len(differ) > 8 else [])
+
+
+def plain_config(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain data, with secrets redacted: what config.yaml and checkpoints store."""
+    plain: dict[str, Any] = yaml.safe_load(dump_config(config))
+    return plain
+
+
+def _hash_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _damaged(path: Path, why: str) -> ConfigError:
+    return ConfigError(f"{path} is damaged ({' '.join(why.split())}); restore it from a copy, or give another run_dir")

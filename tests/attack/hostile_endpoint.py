@@ -108,6 +108,13 @@ def endless_body(exchange: Exchange) -> None:
         exchange.chunk(b"x" * 65536)
 
 
+def two_bytes_at_a_time(exchange: Exchange) -> None:
+    """A body without an end, in the smallest chunks that are objects of their own."""
+    exchange.start()
+    while True:
+        exchange.send(b"2\r\nxy\r\n" * 8192)
+
+
 def endless_head(exchange: Exchange) -> None:
     exchange.send(b"HTTP/1.1 200 OK\r\n")
     while True:
@@ -212,6 +219,7 @@ BEHAVIOURS: dict[str, Behaviour] = {
     "silence": silence,
     "early-hints": early_hints,
     "endless-body": endless_body,
+    "two-bytes-at-a-time": two_bytes_at_a_time,
     "endless-head": endless_head,
     "gzip-bomb": gzip_bomb,
     "gzip-of-gzip": gzip_of_gzip,

@@ -15,10 +15,13 @@ import pytest
 
 pytest.importorskip("httpx", reason="generation needs the httpx package (extra `generate`)")
 
-from hostile_endpoint import CONTENTS, MALFORMED, STATUS_200_ERRORS, USAGES, HostileEndpoint
+import typer
+from hostile_endpoint import BEHAVIOURS, CONTENTS, MALFORMED, STATUS_200_ERRORS, USAGES, HostileEndpoint
+from typer.testing import CliRunner
 
+from delib_fast.cli.datagen import register
 from delib_fast.datagen.answers import Answer
-from delib_fast.datagen.backends import EndpointError, Secrets
+from delib_fast.datagen.backends import EndpointError
 from delib_fast.datagen.client import Client, NoAnswer, for_each
 from delib_fast.datagen.judge import JudgeError, request_verdicts
 from delib_fast.datagen.progress import Meter
@@ -64,7 +67,7 @@ def ask(url: str, folder: Path, prompts: tuple[str, ...] = (PROMPT,), **changes:
 
     async def main() -> None:
         log = RequestLog(folder / "requests.jsonl")
-        client = Client(log, Meter(log), Secrets())
+        client = Client(log, Meter(log))
         endpoint = client.endpoint(settings_for(url, **changes))
 
         async def one(prompt: str) -> None:
@@ -177,6 +180,13 @@ def test_an_attempt_has_a_deadline(behaviour: str, server: HostileEndpoint, tmp_
     assert all(f["at_most"] == {"tokens": 100 + len(PROMPT) + 32, "cost": pytest.approx(264e-6)} for f in found)
 
 
+def test_the_number_of_pieces_is_bounded(server: HostileEndpoint, tmp_path: Path) -> None:
+    """Two bytes of a body take as much time as 64 KiB."""
+    (answer,) = ask(server.url("two-bytes-at-a-time"), tmp_path, attempts=1)
+    assert isinstance(answer, NoAnswer)
+    assert "too_large: the answer has more than 20,000 pieces of less than 64 bytes" in str(answer)
+
+
 @pytest.mark.parametrize("behaviour", ["endless-body", "gzip-bomb"])
 def test_the_size_of_an_answer_is_bounded(behaviour: str, server: HostileEndpoint, tmp_path: Path) -> None:
     """After decompression, and in memory."""
@@ -276,3 +286,53 @@ def test_errors_with_status_200(behaviour: str, server: HostileEndpoint, tmp_pat
         {"code": 500, "message": "broken"},
     )
     assert any(word in failures(tmp_path)[0]["detail"] for word in ("slow down", "broken"))
+
+
+# --- whole commands -------------------------------------------------------------------------------------------
+
+SPEC = """# Conduct of Quill
+
+## Rules
+
+1. **Answer first.** Put the answer before any concern, and voice a concern once.
+2. **Say how sure you are.** Separate what is known from what is guessed, in every answer.
+"""
+SAMPLE = ("page", "deep", "usage-320-digits", "half-surrogate", "drip", "redirect-307-other")
+
+
+@pytest.mark.parametrize("command", ["deliberate spec.md prompts.txt", "document spec.md --tokens 2k"])
+@pytest.mark.parametrize(
+    "behaviour",
+    [b if b in SAMPLE else pytest.param(b, marks=pytest.mark.full) for b in (*BEHAVIOURS, "redirect-307-other")],
+)
+def test_a_command_ends_with_a_reason(
+    behaviour: str,
+    command: str,
+    server: HostileEndpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No behaviour makes a row. Every run ends soon, with exit code 3 and a printable reason, and the same again."""
+    monkeypatch.chdir(tmp_path)
+    Path("spec.md").write_text(SPEC)
+    Path("prompts.txt").write_text("How do I prune a rose?\nMay I read my son's diary?\n")
+    app = typer.Typer(pretty_exceptions_enable=False)
+    register(app)
+    server.targets["other"] = "https://other.example/v1/chat/completions"
+    settings = ("first_backoff_s=0.01", "attempts=2", "timeout_s=0.5", "max_answer_mib=1")
+    arguments = [
+        *(*command.split(), "-o", "out", "--model", "m", "--base-url", server.url(behaviour)),
+        *(part for setting in settings for part in ("--set", f"generator.{setting}")),
+    ]
+    for _ in range(2):
+        start = time.monotonic()
+        result = CliRunner().invoke(app, arguments)
+        assert time.monotonic() - start < GENEROUS_S
+        assert isinstance(result.exception, SystemExit), result.exception
+        assert result.exit_code == 3, result.output
+        assert "error: " in result.output
+        assert result.output.replace("\n", "").isprintable()
+        for text in (result.output, *(p.read_text() for p in Path("out").iterdir() if p.is_file())):
+            assert KEY not in text
+    assert Path("out/summary.json").exists()
+    assert len(server.received) < 200

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sys
 import tempfile
@@ -23,10 +24,11 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT)]
 
 from helpers.chat_oracle import chat, document  # noqa: E402
 from helpers.chat_tokenizers import CHATML, fast_tokenizer, tokenizer  # noqa: E402
-from test_row_formats import REFUSED  # noqa: E402
+from test_row_refusals import REFUSED  # noqa: E402
 from test_sources import DAMAGED_ROWS, FOREIGN_FILES, GOOD, write  # noqa: E402
 
 from delib_fast.config import SourceConfig  # noqa: E402
+from delib_fast.config.load import load_config  # noqa: E402
 from delib_fast.data import (  # noqa: E402
     DataError,
     Example,
@@ -73,6 +75,8 @@ def files() -> Iterator[tuple[str, str, str]]:
             path = write(Path(name), content, file_name)
             yield kind, "", message_of(lambda path=path: read(path))
         yield "no such file", "", message_of(lambda: read(Path(name) / "none.jsonl"))
+        os.mkfifo(Path(name) / "pipe.jsonl")
+        yield "a pipe", "", message_of(lambda: read(Path(name) / "pipe.jsonl"))
         path = write(Path(name), GOOD)
         before, source_cache.MAX_BYTES_IN_MEMORY = source_cache.MAX_BYTES_IN_MEMORY, 0
         try:
@@ -88,9 +92,10 @@ def encoding() -> Iterator[tuple[str, str, str]]:
     row, tool = chat("p", "c", "r"), '[{"type": "function", "function": {"name": "f"}}]'
     endless = CHATML.replace("<|im_end|>\\n", "").replace("<|im_end|>", "")
     for kind, broken, more in (
-        ("a reserved character", chat("a \U00100001", None, "r"), {}),
+        ("a reserved character", chat("a \U0010fffc", None, "r"), {}),
         ("only a CoT, with cot: strip", chat("p", "c", " "), {"cot": "strip"}),
         ("longer than a pack", chat("p " * 500, None, "r"), {}),
+        ("more than 16 Mi characters", document("a " * (9 << 20)), {}),
         ("every row longer than a pack", chat("p " * 500, None, "r"), {"over_long": "drop"}),
         (
             "a template that drops the system message",
@@ -103,6 +108,7 @@ def encoding() -> Iterator[tuple[str, str, str]]:
             {"template": CHATML.replace("message['content']", "(message['content'] | upper)")},
         ),
         ("a template without an end of turn", chat("p", None, "r"), {"template": endless}),
+        ("a template with the operator **", row, {"template": CHATML + "{{ 9**9**9**9 }}"}),
         ("a template that refuses the row", row, {"template": "{{ raise_exception('No user query found') }}"}),
         ("a template without tools", replace(row, tools=tool), {"template": CHATML}),
     ):
@@ -172,6 +178,30 @@ def packing() -> Iterator[tuple[str, str, str]]:
     )
 
 
+def configuration() -> Iterator[tuple[str, str, str]]:
+    """Values of a YAML file that seem to mean something else than they do, and paths that cannot be expanded."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "run.yaml"
+        for kind, key, value in (
+            ("a leading zero", "epochs", "010"),
+            ("minutes and seconds", "max_steps", "1:30"),
+            ("yes", "share_prompts", "yes"),
+            ("None", "max_steps", "None"),
+            ("true for a number", "epochs", "true"),
+            ("an infinite number", "optimizer", "{lr: .inf}"),
+            ("a number of many digits", "epochs", "9" * 5000),
+            ("a number of more than 64 bits", "epochs", str(1 << 64)),
+            ("a key that is given twice", "optimizer", "{lr: 1, lr: 2}"),
+            ("a tag", "optimizer", "!!python/name:os.system"),
+            ("an unknown variable in a path", "spec", "${NOT_SET_ANYWHERE}/spec.md"),
+            ("an unknown user in a path", "spec", "~nobody-of-this-name/spec.md"),
+            ("an empty path", "spec", '""'),
+        ):
+            text = "run_dir: run\nmodel: {path: m}\ndata: {a: a.jsonl}\nstages:\n  - kind: aft\n    train: [a]\n"
+            path.write_text(f"{text}    {key}: {value}\n")
+            yield kind, "", message_of(lambda: load_config(path))
+
+
 def page() -> str:
     parts = [
         HEAD,
@@ -183,6 +213,7 @@ def page() -> str:
                 ("Encoding", encoding),
                 ("Decontamination", decontamination),
                 ("Packing", packing),
+                ("Configuration", configuration),
             )
         ),
     ]

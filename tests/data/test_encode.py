@@ -357,8 +357,8 @@ def test_a_row_without_anything_to_train_on_raises():
 
 
 def test_rows_and_tokenizers_that_cannot_be_encoded_raise():
-    with pytest.raises(DataError, match=r"rows.jsonl:1: contains the private-use character U\+100000"):
-        encode_row(chat("a\U00100000", None, "r"), tokenizer("qwen3"))
+    with pytest.raises(DataError, match=r"rows.jsonl:1: contains the private-use character U\+10FFFD"):
+        encode_row(chat("a\U0010fffd", None, "r"), tokenizer("qwen3"))
     with pytest.raises(ValueError, match="cot is 'keep'; it must be 'train', 'context' or 'strip'"):
         encode_row(chat("p", None, "r"), tokenizer("qwen3"), cot="keep")
     no_eos = fast_tokenizer(tokenizer("chatml").backend_tokenizer)

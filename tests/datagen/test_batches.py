@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import random
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -100,8 +101,20 @@ def test_openai_batches_give_the_rows_of_single_requests(spec, prompts_file, tmp
     assert (tmp_path / "out" / "rows.jsonl").read_bytes() == (expected / "rows.jsonl").read_bytes()
 
 
-def test_results_that_fail_are_requested_again(batch_server, spec, prompts_file, tmp_path, expected) -> None:
-    """In the first batches: a result is missing, one failed, one expired, one is not an answer, one is there twice."""
+def test_results_that_fail_are_requested_again(
+    batch_server, spec, prompts_file, tmp_path, expected, monkeypatch
+) -> None:
+    """In the first batches: a result is missing, one failed, one expired, one is not an answer.
+
+    A failed request is requested again before its batch is finished.
+    """
+    collected = RequestLog.batch_collected
+
+    async def slowly(self, key: str, outcome: str) -> None:
+        await asyncio.sleep(0.3)
+        await collected(self, key, outcome)
+
+    monkeypatch.setattr(RequestLog, "batch_collected", slowly)
     anthropic = isinstance(batch_server, AnthropicBatchServer)
     done: set[str] = set()
 
@@ -272,7 +285,7 @@ def test_a_killed_run_pays_for_no_batch_twice(batch_server, prompts_file, tmp_pa
         folder.mkdir()
         batch_server.paid.clear()
         codes = []
-        for number in (at, at + 2, 0):  # killed up to twice
+        for number in (at, at + 2, 0) if full else (at, 0):  # killed once or twice
             killer = Killer(batch_server, number, when)
             killer.process = CliProcess(command_of(batch_server, folder, prompts_file), folder)
             code, output = killer.process.wait()
@@ -285,6 +298,45 @@ def test_a_killed_run_pays_for_no_batch_twice(batch_server, prompts_file, tmp_pa
         assert batch_server.paid_twice() == [], (at, when)
         assert sum(batch_server.paid.values()) == 42
         assert comparable(folder / "out") == comparable(expected)
+
+
+def test_a_full_disk_between_a_batch_and_its_id(
+    batch_server, spec, prompts_file, tmp_path, expected, monkeypatch
+) -> None:
+    """The batch exists, and its id cannot be written: the next run finds it."""
+
+    async def full_disk(self, key, batch_id) -> None:
+        raise WriteError(self.path, OSError(28, "No space left on device"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RequestLog, "batch_submitted", full_disk)
+        with pytest.raises(WriteError, match="No space left"):
+            asyncio.run(run_deliberate(tmp_path / "out", spec, batch_settings(batch_server), prompts_file))
+    assert len(batch_server.batches) == 1
+    asyncio.run(run_deliberate(tmp_path / "out", spec, batch_settings(batch_server), prompts_file))
+    assert comparable(tmp_path / "out") == comparable(expected)
+    assert batch_server.paid_twice() == []
+
+
+def test_a_batch_that_is_lost_is_not_paid_for_again_silently(batch_server, spec, prompts_file, tmp_path) -> None:
+    """The endpoint does not know the batch any more: the error says which it is, and what to append to the log."""
+
+    def fault(request: Request, moment: str) -> Response | None:
+        lost = request.method == "GET" and moment == "before"
+        return as_json({"error": {"message": "no such batch"}}, 404) if lost else None
+
+    batch_server.fault = fault
+    for _ in range(2):
+        with pytest.raises(EndpointError, match=r"batch \w+ of 6 requests: .*HTTP 404: no such batch") as error:
+            asyncio.run(run_deliberate(tmp_path / "out", spec, batch_settings(batch_server), prompts_file))
+    assert len(batch_server.batches) == 1
+    remedy = re.search(r"append the line (\{.*\}) to (\S+)", str(error.value))
+    assert remedy is not None
+    with open(remedy[2], "a") as log:
+        log.write(remedy[1] + "\n")
+    batch_server.fault = lambda request, moment: None
+    assert asyncio.run(run_deliberate(tmp_path / "out", spec, batch_settings(batch_server), prompts_file))["rows"] == 12
+    assert len(batch_server.batches) == 1 + 4
 
 
 def test_a_failing_log_reaches_every_request_of_a_batch(

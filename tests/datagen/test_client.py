@@ -14,7 +14,7 @@ from scripted_model import ScriptedModel, status
 
 from delib_fast.config import ConfigError
 from delib_fast.config.load import load
-from delib_fast.datagen.backends import EndpointError, Secrets
+from delib_fast.datagen.backends import EndpointError
 from delib_fast.datagen.client import Client, NoAnswer, for_each
 from delib_fast.datagen.progress import Meter
 from delib_fast.datagen.request_log import Answer, RequestLog
@@ -30,7 +30,7 @@ def ask_all(model: ScriptedModel, folder: Path, texts: list[str], **changes: Any
 
     async def main() -> Client:
         log = RequestLog(folder / "requests.jsonl")
-        client = Client(log, Meter(log), Secrets())
+        client = Client(log, Meter(log))
         endpoint = client.endpoint(settings)
 
         async def one(item: tuple[int, str]) -> None:
@@ -84,8 +84,8 @@ def test_retry_after_pauses_the_whole_endpoint(header: dict[str, str], model: Sc
     model.fault, model.delay_s = fault, 0.02
     answers, client = ask_all(model, tmp_path, [f"{i}" for i in range(12)], concurrency=2)
     assert all(isinstance(a, Answer) for a in answers)
-    later = [at for _, at, _ in model.received if at > limited_at[0] + 0.1]  # one may have been in flight
-    assert min(later) >= limited_at[0] + 0.6
+    # Of the other 11, those that were on their way before the client saw the 429 may arrive during the pause.
+    assert sum(limited_at[0] < at < limited_at[0] + 0.6 for _, at, _ in model.received) <= 4
     assert client.meter.retries == {"rate_limit": 1}
 
 
@@ -168,7 +168,7 @@ def test_key_is_read_only_from_the_environment(
     remote = EndpointSettings(model="m", base_url="https://models.example/v1", api_key_env="NOT_SET_ANYWHERE")
     log = RequestLog(tmp_path / "r.jsonl")
     with pytest.raises(ConfigError, match="set the environment variable NOT_SET_ANYWHERE"):
-        Client(log, Meter(), Secrets()).endpoint(remote)
+        Client(log, Meter()).endpoint(remote)
     for bad in ({"api_key": "sk-1"}, {"base_url": "https://me:sk-1@models.example/v1"}, {"extra": {"messages": []}}):
         with pytest.raises(ConfigError):
             load(DeliberateSettings, None, SETTINGS_FILE, [f"generator={bad}".replace("'", '"')])

@@ -16,7 +16,7 @@ from werkzeug import Response
 
 from delib_fast.cli.datagen import register
 from delib_fast.datagen.answers import Answer, Charge, Request, Totals, plausible_tokens
-from delib_fast.datagen.progress import Meter
+from delib_fast.datagen.progress import Meter, Share
 from delib_fast.datagen.request_log import RequestLog
 from delib_fast.datagen.settings import EndpointSettings
 from delib_fast.datagen.spec import Spec
@@ -92,7 +92,8 @@ def test_dropped_rows_are_a_failure_too(invoke, model: ScriptedModel) -> None:
 def test_documents_of_which_none_is_usable_stop_soon(useless: str, invoke, model: ScriptedModel) -> None:
     """6,217 answers were paid for, with no document, against a budget of 6,000 tokens."""
     model.answer = lambda purpose, text: "nothing of use" if purpose == useless else None
-    code, output = invoke("document spec.md -o out --tokens 6k URL")
+    command = "document spec.md -o out --tokens 6k URL --set domains=2"
+    code, output = invoke(command)
     assert code == 3
     assert "only 0 of the last" in output
     assert "less than least_yield (0.01)" in output
@@ -101,7 +102,7 @@ def test_documents_of_which_none_is_usable_stop_soon(useless: str, invoke, model
     assert paid < 300
 
     model.received.clear()
-    assert invoke("document spec.md -o out --tokens 6k URL")[0] == 3
+    assert invoke(command)[0] == 3
     assert len(model.received) <= 40  # what was in flight at the stop may be requested before the next check
 
 
@@ -130,8 +131,12 @@ def test_the_probe_comes_first_and_is_reported(
     assert set(order[: 2 + 4 + 8]) == {"classify", "generate", "judge"}
     assert order[14] == "classify"
     assert "4 of the first 4 are usable; 14 answers with " in capsys.readouterr().err
-    assert summary["usable"]["outcomes"] == summary["usable"]["usable"] == 12
-    assert summary["usable"]["tokens"] > 12 * 20
+    assert summary["usable"] == {
+        "answers for 'classify'": {"total": 6, "usable": 6},
+        "answers for 'judge'": {"total": 24, "usable": 24},
+        "samples or documents": {"total": 12, "usable": 12},
+    }
+    assert summary["usable_tokens"] > 12 * 20
 
 
 def test_yield_is_checked_again_when_the_number_has_doubled() -> None:
@@ -142,7 +147,7 @@ def test_yield_is_checked_again_when_the_number_has_doubled() -> None:
         for _ in range(usable):
             meter.keep()
         for _ in range(useless):
-            meter.drop("no_cot", "the detail")
+            meter.drop_made("no_cot", "the detail")
         return check.fault()
 
     assert count(1, 2) is None  # 3 of them: too few to judge
@@ -158,9 +163,23 @@ def test_yield_is_checked_again_when_the_number_has_doubled() -> None:
 
 def test_rows_that_are_good_enough_are_usable() -> None:
     meter = Meter()
-    for reason in ("not_best", "spec_in_prompt", "duplicate_prompt", "low_compliance"):
-        meter.drop(reason)
-    assert (meter.outcomes, meter.usable) == (2, 1)
+    meter.drop("duplicate_prompt")  # before anything is paid for
+    meter.drop_made("not_best")
+    meter.drop_made("low_compliance")
+    assert meter.shares == {"samples or documents": Share(2, 1)}
+
+
+def test_a_run_whose_lists_fail_sometimes_continues(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+    """Failed steps do not count as useless samples: each kind of request has a share of its own."""
+
+    def answer(purpose: str, text: str) -> str | None:
+        return "no list" if purpose == "user_messages" and sum(text.encode()) % 2 else None
+
+    model.answer = answer
+    settings = settings_for(model, prompts_from_spec=8, samples=1, probe_size=2, list_attempts=1)
+    summary = asyncio.run(run_deliberate(tmp_path / "out", spec, settings, None))
+    assert summary["dropped"]["malformed_user_messages"] >= 2
+    assert summary["rows"] == 8
 
 
 # --- limits ---------------------------------------------------------------------------------------------------

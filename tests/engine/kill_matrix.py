@@ -22,45 +22,10 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-import yaml
 from helpers.forking import ForkServer, Job
-from helpers.tiny_run import metrics, tiny
-from safetensors.torch import load_file
-
-TIMES = (
-    "seconds",
-    "tokens_per_s",
-    "supervised_tokens_per_s",
-    "mfu",
-    "model_tflops_per_s",
-    "data_wait_s",
-    "memory_peak_mib",
-)
-LEDGER_TIMES = (
-    "train_s",
-    "wall_s",
-    "tokens_per_s",
-    "supervised_tokens_per_s",
-    "resumed_at_steps",
-    "mfu",
-    "peak_tflops_per_s",
-)
-
-
-def short_run(folder: Path, zero_stage: int = 0) -> Path:
-    """A run of a few steps of both stages that saves after every step and logs after every second one."""
-    path = tiny(folder)
-    tree = yaml.safe_load(path.read_text())
-    tree["model"]["architecture"]["num_hidden_layers"] = 1
-    for stage, steps in zip(tree["stages"], (3, 4), strict=True):
-        stage |= {"max_steps": steps, "epochs": 2, "pack_capacity": 1024, "tokens_per_step": 4096}
-    tree |= {"checkpoint": {"every_steps": 1, "keep_last": 2}, "log": {"every_steps": 2}}
-    tree["engine"]["zero_stage"] = zero_stage
-    path.write_text(yaml.safe_dump(tree, sort_keys=False))
-    return path
+from helpers.run_facts import facts
+from helpers.tiny_run import short_run
 
 
 @dataclass
@@ -191,26 +156,6 @@ class Matrix:
         assert epochs
         for ids in epochs.values():
             assert len(ids) == len(set(ids)), "an example was seen twice in an epoch"
-
-
-def facts(run_dir: Path) -> dict[str, Any]:
-    """Everything about a run that must not depend on whether and when it was killed."""
-    models = {
-        f.relative_to(run_dir).as_posix(): {k: bits(v) for k, v in load_file(f).items()}
-        for f in sorted(run_dir.rglob("model.safetensors"))
-    }
-    records = [{k: v for k, v in record.items() if k not in TIMES} for record in metrics(run_dir)]
-    text = (run_dir / "metrics.jsonl").read_text()
-    assert text.endswith("\n")
-    ledger = json.loads((run_dir / "ledger.json").read_text().replace(str(run_dir.parent), ""))
-    for stage in ledger["stages"]:
-        for name in LEDGER_TIMES:
-            stage.pop(name, None)
-    return {"models": models, "metrics": records, "ledger": ledger}
-
-
-def bits(tensor: torch.Tensor) -> tuple[tuple[int, ...], bytes]:
-    return tuple(tensor.shape), tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def table(matrices: list[Matrix]) -> str:

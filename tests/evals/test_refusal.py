@@ -154,3 +154,13 @@ def test_a_judge_that_cannot_be_reached(judge):
 def test_an_invalid_address_of_a_judge_is_an_error():
     with pytest.raises(ValueError, match="base_url must begin with http"):
         JudgeConfig(base_url="127.0.0.1:8000/v1", model="m")
+
+
+def test_a_judge_whose_key_is_in_the_settings() -> None:
+    from pydantic import ValidationError
+
+    from delib_fast.evals.settings import JudgeConfig
+
+    settings = {"model": "m", "base_url": "http://127.0.0.1/v1", "api_key_env": "Canary-7f3a9b1c2d4e"}
+    with pytest.raises(ValidationError, match="api_key_env is not the name of an environment variable"):
+        JudgeConfig.model_validate(settings)

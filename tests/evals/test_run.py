@@ -17,11 +17,13 @@ from delib_fast.cli.evaluate import register
 from delib_fast.config import ConfigError, SourceConfig
 from delib_fast.data import read_source, split_holdout
 from delib_fast.data.read import source_cache
+from delib_fast.digests import write_json
 from delib_fast.evals.intervals import Estimate, mean, wilson
 from delib_fast.evals.results import SuiteResult, Table, result_from_json, to_json_data
 from delib_fast.evals.run import evaluate
 from delib_fast.evals.settings import SUITES, load_eval_config
 from delib_fast.evals.target import EvalTarget
+from delib_fast.files import hash_file
 from delib_fast.models import export_model
 from delib_fast.reports.eval_page import WIDTH, cell_text, print_tables, rich_table, write_page
 
@@ -92,6 +94,8 @@ def test_training_rows_of_a_large_source_are_not_kept_in_memory(folder, tmp_path
             }
         )
     )
+    config = hash_file(tmp_path / "config.yaml")
+    write_json(tmp_path / "ledger.json", {"format": 2, "config": config, "stages": [], "evaluations": []})
     (tmp_path / "model").symlink_to(folder / "model")
     rows = read_source("rows", SourceConfig(path=str(path)))
     for limit in (source_cache.MAX_BYTES_IN_MEMORY, 0):
@@ -137,7 +141,8 @@ def test_a_killed_evaluation_resumes(folder, tmp_path, monkeypatch):
     half.write_text(half.read_text()[:100])  # a damaged result is recomputed
     logged.clear()
     evaluate(EvalTarget(folder / "model", settings), logged.append)
-    assert logged[0] == "segments …"
+    assert logged[0].endswith("; its suite runs again")
+    assert logged[1] == "segments …"
 
 
 def test_the_hash_of_the_weights_is_that_of_the_ledger(finished, tmp_path):

@@ -46,6 +46,7 @@ class ForkServer:
             ROOT / "tests",
             ROOT / "tests" / "engine",
             ROOT / "tests" / "training",
+            ROOT / "tests" / "attack",
             os.environ.get("PYTHONPATH", ""),
         )
         path = os.pathsep.join(map(str, folders))

@@ -48,6 +48,14 @@ _SMALL = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [3.0, 4.0, 6.0, 8.0],
+    "original_max_position_embeddings": 12,
+    "factor": 8.0,
+}
 ARCHITECTURES = {
     "qwen2": {"model_type": "qwen2"},
     "qwen2 tied": {"model_type": "qwen2", "tie_word_embeddings": True},
@@ -88,8 +96,8 @@ ARCHITECTURES = {
     # These change the logits after the head; caps and factors are strong enough to matter.
     "gemma2, capped logits": {
         "model_type": "gemma2",
-        "head_dim": 8,
-        "attn_logit_softcapping": None,
+        "head_dim": 16,
+        "attn_logit_softcapping": 1.5,
         "sliding_window": 6,
         "final_logit_softcapping": 2.0,
         "query_pre_attn_scalar": 8,
@@ -103,6 +111,73 @@ ARCHITECTURES = {
         "sliding_window": 6,
         "query_pre_attn_scalar": 8,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "gpt-oss, sinks": {
+        "model_type": "gpt_oss",
+        "head_dim": 16,
+        "sliding_window": 6,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    "mimo, sinks and small values": {
+        "model_type": "mimo_v2_flash",
+        "head_dim": 16,
+        "v_head_dim": 8,
+        "swa_head_dim": 16,
+        "swa_v_head_dim": 8,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "sliding_window": 6,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+    },
+    "deepseek v3, small values": {
+        "model_type": "deepseek_v3",
+        "kv_lora_rank": 8,
+        "q_lora_rank": 12,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    # The rotary frequencies of these change within the lengths of the documents below.
+    "phi3, longrope": {
+        "model_type": "phi3",
+        "original_max_position_embeddings": 12,
+        "rope_parameters": LONGROPE,
+    },
+    "phimoe, longrope": {
+        "model_type": "phimoe",
+        "num_local_experts": 4,
+        "sliding_window": None,
+        "router_jitter_noise": 0.0,
+        "input_jitter_noise": 0.0,
+        "rope_parameters": LONGROPE | {"short_mscale": 1.1, "long_mscale": 1.3},
+    },
+    "llama, dynamic rope": {
+        "model_type": "llama",
+        "max_position_embeddings": 10,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    },
+    "gemma3, dynamic rope in some layers": {
+        "model_type": "gemma3_text",
+        "head_dim": 8,
+        "sliding_window": 6,
+        "query_pre_attn_scalar": 8,
+        "max_position_embeddings": 10,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+        },
     },
 }
 LENGTHS = (13, 1, 7, 30, 2, 11)
@@ -162,18 +237,25 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def ground_truth(model: PreTrainedModel, docs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """nll of every target and gradients of the weighted sum: transformers' eager attention, unpacked, full logits."""
-    model = copy.deepcopy(model)
-    model.set_attn_implementation("eager")
+    """nll of every target and gradients of the weighted sum: transformers' eager attention, unpacked, full logits.
+
+    Every document gets a new model, because some rotary embeddings remember the longest text that they have seen.
+    """
     nlls = []
+    grads: dict[str, torch.Tensor] = dict.fromkeys(gradients(model))
     for tokens, weights in docs:
+        alone = copy.deepcopy(model)
+        alone.set_attn_implementation("eager")
         nll = torch.zeros(len(tokens))
         if len(tokens) > 1:
-            logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1]
+            logits = alone(input_ids=tokens[None], use_cache=False).logits[0, :-1]
             nll[:-1] = F.cross_entropy(logits, tokens[1:], reduction="none")
             (nll[:-1] * weights[1:]).sum().backward()
         nlls.append(nll.detach())
-    return torch.cat(nlls), gradients(model)
+        for name, grad in gradients(alone).items():
+            if grad is not None:
+                grads[name] = grad if grads[name] is None else grads[name] + grad
+    return torch.cat(nlls), grads
 
 
 def ours(model: PreTrainedModel, batches: Sequence[PackedBatch], **kwargs):

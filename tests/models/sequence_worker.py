@@ -68,9 +68,10 @@ def leak_of_other_wrappers(group) -> str:
         T = q.shape[0]
         return right(q, k, v, torch.tensor([0, T], dtype=torch.int32), T, cu_seqlens_host=(0, T), **kwargs)
 
+    trainable = TrainableLM(build("qwen3"), sequence_group=group)
     attention.varlen_attention = no_boundaries
     try:
-        check_isolation(TrainableLM(build("qwen3"), sequence_group=group), "cpu")
+        check_isolation(trainable, "cpu")
     except LeakError as error:
         return str(error)
     finally:
@@ -95,7 +96,13 @@ def main() -> None:
     results = {}
     for size in (1, 2, 4):
         group = dist.new_subgroups(size)[0]
-        for name in ("qwen3", "qwen3 tied, one kv head", "mistral sliding"):
+        for name in (
+            "qwen3",
+            "qwen3 tied, one kv head",
+            "mistral sliding",
+            "mimo, sinks and small values",
+            "phi3, longrope",
+        ):
             results[f"{name} {size}"] = against_separate(name, group)
         results[f"checkpointed {size}"] = against_separate("qwen3", group, checkpointing=True)
         results[f"shared prompt {size}"] = shared_prompt(group)

@@ -319,3 +319,16 @@ def test_rejects_a_tokenizer_of_another_model(tokenizer, tmp_path) -> None:
         r"ids go up to 399",
     ):
         build_model(ModelConfig(path=str(tmp_path)), tokenizer)
+
+
+def test_a_full_disk_is_an_oserror(tmp_path) -> None:
+    """The tokenizers library raises a bare Exception, which would end an export in a traceback."""
+    from delib_fast.models import save_tokenizer
+
+    class OnFullDisk:
+        def save_pretrained(self, folder) -> None:
+            raise Exception("No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        save_tokenizer(OnFullDisk(), tmp_path)
+    assert caught.value.errno == 28

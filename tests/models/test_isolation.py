@@ -12,10 +12,10 @@ from helpers.small_models import build
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports():
     """Import when the first test runs, not when tests are collected."""
-    global AutoConfig, AutoModelForCausalLM, LeakError, TrainableLM, check_isolation, packed_inputs
+    global AutoConfig, AutoModelForCausalLM, LeakError, TrainableLM, attention, check_isolation, packed_inputs
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from delib_fast.models import LeakError, TrainableLM, check_isolation
+    from delib_fast.models import LeakError, TrainableLM, attention, check_isolation
     from delib_fast.models.attention import packed_inputs
 
 
@@ -110,9 +110,34 @@ def test_catches_looking_ahead(monkeypatch) -> None:
             ]
         )
 
+    trainable = TrainableLM(build("llama"))
     monkeypatch.setattr("delib_fast.models.attention.varlen_attention", both_ways)
     with pytest.raises(LeakError, match="changes the loss of the earlier tokens of its own sequence"):
-        check_isolation(TrainableLM(build("llama")), "cpu")
+        check_isolation(trainable, "cpu")
+
+
+def test_catches_a_leak_of_the_backward_pass_alone(monkeypatch) -> None:
+    """As from a kernel that is wrong only there."""
+
+    class Spread(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient + gradient.roll(-1, 0)
+
+    right = attention.varlen_attention
+    monkeypatch.setattr(
+        attention, "varlen_attention", lambda q, k, v, *args, **more: right(q, Spread.apply(k), v, *args, **more)
+    )
+    trainable = TrainableLM(build("llama"))
+    with pytest.raises(
+        LeakError, match=r"leak in the backward pass: the loss of sequence 2 has a gradient of .* at other"
+    ):
+        check_isolation(trainable, "cpu")
+    assert all(parameter.grad is None for parameter in trainable.parameters())
 
 
 def test_catches_positions_that_do_not_restart(monkeypatch) -> None:

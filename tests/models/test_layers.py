@@ -52,7 +52,14 @@ def assert_same(ours, theirs) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "checkpointed", "kinds"), [("qwen3", False, 1), ("llama long rope", True, 1), ("gemma3 text", False, 2)]
+    ("name", "checkpointed", "kinds"),
+    [
+        ("qwen3", False, 1),
+        ("llama long rope", True, 1),
+        ("gemma3 text", False, 2),
+        ("gemma2, capped logits", False, 2),
+        ("phi3, longrope", False, 1),
+    ],
 )
 def test_compiled_once_for_all_layers_and_packs(name, checkpointed, kinds, counter) -> None:
     """One graph per kind of layer (sliding, full). It must not depend on a layer's index or a pack's lengths."""

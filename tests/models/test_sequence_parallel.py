@@ -19,7 +19,16 @@ def results():
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize(
-    "case", ["qwen3", "qwen3 tied, one kv head", "mistral sliding", "checkpointed", "shared prompt"]
+    "case",
+    [
+        "qwen3",
+        "qwen3 tied, one kv head",
+        "mistral sliding",
+        "mimo, sinks and small values",
+        "phi3, longrope",
+        "checkpointed",
+        "shared prompt",
+    ],
 )
 def test_loss_and_gradients(results, case, size):
     """With 2 kv heads on 4 ranks, or 1 on 2 and 4, kv heads are copied and their gradients summed."""

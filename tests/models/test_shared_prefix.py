@@ -70,7 +70,7 @@ def pack_with_empty_sequences(documents, lengths) -> PackedBatch:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("name", ["qwen3", "qwen3 tied, one kv head", "llama"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3 tied, one kv head", "llama", "deepseek v3, small values"])
 def test_shared_equals_separate_rows(name, backend, record_property) -> None:
     model = build(name)
     separate = [(torch.cat([prompt, c]), weights_of(prompt, c)) for prompt, completions in rows() for c in completions]
@@ -93,8 +93,10 @@ def test_shared_equals_separate_rows(name, backend, record_property) -> None:
     assert len(batch.input_ids) < sum(len(tokens) for tokens, _ in separate)
 
 
-def test_a_sliding_window_includes_the_prefix() -> None:
-    model = build("qwen3 sliding")
+@pytest.mark.parametrize("name", ["qwen3 sliding", "gpt-oss, sinks", "gemma2, capped logits"])
+def test_a_sliding_window_includes_the_prefix(name) -> None:
+    """Sinks count once, after prompt and reply are merged."""
+    model = build(name)
     separate = [(torch.cat([prompt, c]), weights_of(prompt, c)) for prompt, completions in rows() for c in completions]
     _, true_gradients = ground_truth(model, separate)
     batch = shared_pack()

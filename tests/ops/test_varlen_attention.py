@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from attention_cases import assert_as_accurate_as_torch, inputs, offsets
+from attention_cases import assert_as_accurate_as_torch, inputs, offsets, sinks_of
 
 from delib_fast.ops import BackendUnavailable, varlen_attention
 from delib_fast.ops.varlen_attention import _cpu, _flash, _torch, reference
@@ -22,23 +22,46 @@ LENGTHS = {
 HEADS = {"mha": (2, 2), "gqa": (4, 2), "mqa": (3, 1)}
 
 
-def run(backend, lengths, q, k, v, g, **kwargs) -> list[torch.Tensor]:
-    """Output and the three gradients."""
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    out = varlen_attention(*leaves, offsets(lengths), max(lengths, default=0), backend=backend, **kwargs)
+# What changes the scores or the values, beside scale and window; (D, Dv) is (16, 16) if it is not given.
+OPTIONS = {
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": True},
+    "smaller values": {"dims": (48, 32)},
+    "larger values": {"dims": (16, 32)},
+    "odd dims": {"dims": (24, 8), "sinks": True},  # torch's kernel, which needs equal dims
+    "all": {"softcap": 1.5, "sinks": True, "dims": (32, 16)},
+}
+
+
+def run(backend, lengths, q, k, v, g, sinks=None, **kwargs) -> list[torch.Tensor]:
+    """Output and the three gradients, or four with sinks."""
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, *([] if sinks is None else [sinks]))]
+    out = varlen_attention(
+        *leaves[:3],
+        offsets(lengths),
+        max(lengths, default=0),
+        backend=backend,
+        sinks=None if sinks is None else leaves[3],
+        **kwargs,
+    )
     return [out.detach(), *torch.autograd.grad(out, leaves, g)]
 
 
-def run_eager(lengths, q, k, v, g, scale=None, window=None) -> list[torch.Tensor]:
+def run_eager(lengths, q, k, v, g, sinks=None, scale=None, window=None, softcap=None) -> list[torch.Tensor]:
     """Plain torch in the dtype of the inputs, as in most models: the baseline for the accuracy of a backend."""
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, *([] if sinks is None else [sinks]))]
     outs = []
-    for qr, kr, vr in zip(*(x.split(lengths) for x in leaves), strict=True):
+    for qr, kr, vr in zip(*(x.split(lengths) for x in leaves[:3]), strict=True):
         kr, vr = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (kr, vr))
         distance = torch.arange(len(qr))[:, None] - torch.arange(len(qr))
         hidden = (distance < 0) | (distance >= (window or len(qr)))
         scores = torch.einsum("qhd,khd->hqk", qr, kr) * (scale or q.shape[-1] ** -0.5)
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, leaves[3].view(-1, 1, 1).expand(-1, len(qr), 1)], -1)
+        weights = scores.softmax(-1)[..., : len(qr)]
         outs.append(torch.einsum("hqk,khd->qhd", weights, vr))
     out = torch.cat(outs)
     return [out.detach(), *torch.autograd.grad(out, leaves, g)]
@@ -55,6 +78,44 @@ def test_matches_reference(lengths, heads, window, dtype) -> None:
     ours = run("cpu", lengths, *data, window=window)
     assert [x.dtype for x in ours] == [dtype] * 4
     assert_as_accurate_as_torch(ours, exact, torchs, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("window", [None, 5, 60])
+def test_options_match_reference(window, options, dtype) -> None:
+    """Sequences span several blocks of queries and keys; with a window, blocks are skipped or partly visible."""
+    lengths = [290, 3, 131, 40, 0, 1]
+    dim, value_dim = options.get("dims", (16, 16))
+    data = inputs(lengths, (4, 2), dim, dtype, value_dim=value_dim)
+    if "sinks" in options:
+        data.append(sinks_of(4, dtype))
+    more = {"window": window, "softcap": options.get("softcap")}
+    exact = run("reference", lengths, *(x.double() for x in data), **more)
+    if more["softcap"] and dtype in (torch.float64, torch.float16):
+        with pytest.raises(BackendUnavailable, match="with a softcap it supports float32 and bfloat16"):
+            run("cpu", lengths, *data, **more)
+        return
+    ours = run("cpu", lengths, *data, **more)
+    assert [x.dtype for x in ours] == [dtype] * len(ours)
+    assert ours[0].shape == (465, 4, value_dim)
+    assert_as_accurate_as_torch(ours, exact, run_eager(lengths, *data, **more), dtype)
+
+
+def test_a_sink_is_a_key_whose_value_is_zero() -> None:
+    """out·σ(lse − sink), with the log-sum-exp of the scores; and a sink of -inf is no sink."""
+    lengths = [9, 4]
+    q, k, v, g = inputs(lengths, (2, 2))
+    sinks = torch.tensor([0.5, float("-inf")])
+    starts = [0] * 9 + [9] * 4
+    lse = torch.stack([(q[i] * k[start : i + 1]).sum(-1).div(4).logsumexp(0) for i, start in enumerate(starts)])
+    plain = run("cpu", lengths, q, k, v, g)[0]
+    expected = plain * torch.sigmoid(lse - sinks).unsqueeze(-1)
+    for backend in ("cpu", "reference"):
+        out, *_, d_sinks = run(backend, lengths, q, k, v, g, sinks)
+        torch.testing.assert_close(out, expected)
+        assert torch.equal(out[:, 1], run(backend, lengths, q, k, v, g)[0][:, 1])
+        assert d_sinks[1] == 0
 
 
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
@@ -99,33 +160,46 @@ def test_reference_is_masked_attention() -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("window", [None, 2])
-def test_gradcheck(backend, window) -> None:
+@pytest.mark.parametrize("value_dim", [4, 3, 6])
+def test_gradcheck(backend, window, value_dim) -> None:
     lengths = [4, 0, 1, 3]
-    q, k, v, _ = (x.requires_grad_() for x in inputs(lengths, (2, 1), 4, torch.float64))
+    q, k, v, _ = (x.requires_grad_() for x in inputs(lengths, (2, 1), 4, torch.float64, value_dim=value_dim))
+    softcap = 1.5 if backend == "reference" else None  # the C++ loops have no float64
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, sinks: varlen_attention(
+            q, k, v, offsets(lengths), 4, window=window, softcap=softcap, sinks=sinks, backend=backend
+        ),
+        (q, k, v, sinks_of(2, torch.float64).requires_grad_()),
+    )
     assert torch.autograd.gradcheck(
         lambda *x: varlen_attention(*x, offsets(lengths), 4, window=window, backend=backend), (q, k, v)
     )
 
 
 @pytest.mark.parametrize("window", [0, 3])
-def test_opcheck(window) -> None:
+@pytest.mark.parametrize("sinks", [None, sinks_of(4)], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_opcheck(window, sinks, softcap) -> None:
     lengths = [6, 2, 0, 5]
-    q, k, v, _ = (x.requires_grad_() for x in inputs(lengths, (4, 2), 8))
+    q, k, v, _ = (x.requires_grad_() for x in inputs(lengths, (4, 2), 16, value_dim=32))
+    sinks = None if sinks is None else sinks.clone().requires_grad_()
     torch.library.opcheck(
-        torch.ops.delib_fast.varlen_attention_cpu.default, (q, k, v, offsets(lengths), 6, 0.3, window)
+        torch.ops.delib_fast.varlen_attention_cpu.default, (q, k, v, sinks, offsets(lengths), 6, 0.3, window, softcap)
     )
 
 
 def test_compile_fullgraph() -> None:
     lengths = [6, 2, 0, 5]
-    q, k, v, g = inputs(lengths)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
+    q, k, v, g, sinks = [*inputs(lengths, dim=32, value_dim=16), sinks_of(4)]
+    leaves = [x.requires_grad_() for x in (q, k, v, sinks)]
     compiled = torch.compile(
-        lambda *x: varlen_attention(*x, cu_seqlens=cu_seqlens, max_seqlen=6) * 2, fullgraph=True, backend="aot_eager"
+        lambda *x: varlen_attention(*x[:3], cu_seqlens, 6, window=4, softcap=2.0, sinks=x[3]) * 2,
+        fullgraph=True,
+        backend="aot_eager",
     )
     cu_seqlens = offsets(lengths)
     out = compiled(*leaves)
-    eager = run("cpu", lengths, q, k, v, 2 * g)
+    eager = run("cpu", lengths, q, k, v, 2 * g, sinks, window=4, softcap=2.0)
     torch.testing.assert_close(out.detach(), 2 * eager[0])
     for ours, theirs in zip(torch.autograd.grad(out, leaves, g), eager[1:], strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -142,13 +216,18 @@ def test_no_tokens(backend) -> None:
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_nan_in_another_sequence_does_not_leak(backend) -> None:
     lengths = [6, 5, 6, 4]  # one kernel call computes the first three
-    data = inputs(lengths)
-    clean = run(backend, lengths, *data)
-    for x in data:
+    data = [*inputs(lengths), sinks_of(4)]
+    data[3][6:11] = 0
+    *clean, clean_d_sinks = run(backend, lengths, *data)
+    for x in data[:3]:
         x[6:11] = float("nan")
     rest = torch.cat([torch.arange(6), torch.arange(11, 21)])
-    for a, b in zip(run(backend, lengths, *data), clean, strict=True):
+    *tensors, d_sinks = run(backend, lengths, *data)
+    for a, b in zip(tensors, clean, strict=True):
         assert torch.equal(a[rest], b[rest])
+    if backend == "cpu":  # autograd of the reference multiplies the NaN by zero
+        assert torch.isfinite(d_sinks).all()
+        torch.testing.assert_close(d_sinks, clean_d_sinks)
 
 
 def test_a_sequence_in_a_pack_equals_the_sequence_alone() -> None:
@@ -176,10 +255,12 @@ def test_non_contiguous() -> None:
 
 def test_deterministic() -> None:
     lengths = [120, 64, 64, 3, 3, 90]
-    data = inputs(lengths, (8, 2), 64)
-    first = run("cpu", lengths, *data)
-    for _ in range(3):
-        assert all(torch.equal(a, b) for a, b in zip(first, run("cpu", lengths, *data), strict=True))
+    data = [*inputs(lengths, (8, 2), 64), sinks_of(8)]
+    for softcap in (None, 2.0):
+        first = run("cpu", lengths, *data, softcap=softcap)
+        for _ in range(3):
+            again = run("cpu", lengths, *data, softcap=softcap)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_every_token_is_written() -> None:
@@ -201,7 +282,13 @@ def call(**changes):
         ({"q": torch.zeros(7, 64)}, "q, k and v must be (T, heads, D); they are (7, 64), (7, 2, 16) and (7, 2, 16)"),
         (
             {"q": torch.zeros(6, 4, 16)},
-            "q (T, Hq, D), k and v (T, Hkv, D) must agree in T and D; they are (6, 4, 16), (7, 2, 16) and (7, 2, 16)",
+            "q (T, Hq, D), k (T, Hkv, D) and v (T, Hkv, Dv) must agree in T, Hkv and D; "
+            "they are (6, 4, 16), (7, 2, 16) and (7, 2, 16)",
+        ),
+        (
+            {"v": torch.zeros(7, 4, 16)},
+            "q (T, Hq, D), k (T, Hkv, D) and v (T, Hkv, Dv) must agree in T, Hkv and D; "
+            "they are (7, 4, 16), (7, 2, 16) and (7, 4, 16)",
         ),
         ({"q": torch.zeros(7, 3, 16)}, "the number of query heads (3) must be a multiple of the kv heads (2)"),
         (
@@ -226,6 +313,20 @@ def call(**changes):
             "max_seqlen must be an int on the host, the length of the longest sequence; got tensor(4)",
         ),
         ({"window": 0}, "window must be at least 1 (the token itself) or None; it is 0"),
+        ({"softcap": 0.0}, "softcap must be a finite number above 0, or None; it is 0.0"),
+        ({"softcap": float("inf")}, "softcap must be a finite number above 0, or None; it is inf"),
+        (
+            {"sinks": torch.zeros(2)},
+            "sinks must be (4,) floating point, one logit per query head; they are (2,) torch.float32",
+        ),
+        (
+            {"sinks": torch.zeros(4, dtype=torch.int64)},
+            "sinks must be (4,) floating point, one logit per query head; they are (4,) torch.int64",
+        ),
+        (
+            {"sinks": torch.zeros(4, device="meta")},
+            "sinks and q must be on one device; they are on meta and cpu",
+        ),
         (
             {"backend": "tpu"},
             "varlen_attention: backend='tpu' does not exist; choose from auto, flash, torch, cpu, reference",
@@ -247,12 +348,111 @@ def test_an_unavailable_backend_raises() -> None:
     )
 
 
+def test_a_softcap_needs_the_compiled_module(monkeypatch) -> None:
+    q, k, v, _ = inputs([3])
+    assert _cpu.why_not(q, k, v, None, softcap=True) is None
+    monkeypatch.setattr(_cpu, "WHY_NO_COMPILED", "it is not built")
+    assert _cpu.why_not(q, k, v, None, softcap=True) == "softcap needs the C++ loops: it is not built"
+    assert _cpu.why_not(q, k, v, None, sinks=True) is None
+
+
 def test_why_not_depends_only_on_device_and_dtype() -> None:
     q, k, v, _ = inputs([3])
     for backend in (_torch, _flash):
         assert backend.why_not(q, k, v, None) == "it needs CUDA tensors; these are on cpu"
     meta = [x.to("meta") for x in (q, k, v)]
     assert _cpu.why_not(*meta, None) == "it needs CPU tensors; these are on meta"
+
+
+def test_flash_and_torch_refuse_what_their_kernels_lack(monkeypatch) -> None:
+    """Judged from sizes and versions only, with tensors that claim to be on an H100."""
+    q = inputs([3], dim=64, dtype=torch.bfloat16)[0]
+
+    class OnCuda:
+        device, dtype, shape = torch.device("cuda"), torch.bfloat16, q.shape
+
+    class Odd(OnCuda):
+        shape = (3, 2, 72 + 4)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    tensors = (OnCuda(), OnCuda(), OnCuda())
+    assert _torch.why_not(*tensors, 4, sinks=True) is None
+    assert _torch.why_not(*tensors, None, softcap=True) == (
+        "varlen_attn has no softcap; a flash-attention package (flash-attn or flash-attn-3) has one"
+    )
+    assert _torch.why_not(OnCuda(), OnCuda(), Odd(), None) == (
+        "it supports head dims that are multiples of 8 and at most 256, not 76"
+    )
+    packages = {"flash_attn.cute.interface": lambda q, softcap=0.0: None}
+    monkeypatch.setattr(_flash, "_installed", lambda module: module in packages)
+    monkeypatch.setattr(_flash, "_function", packages.__getitem__)
+    _flash._generation.cache_clear()
+    assert _flash.why_not(*tensors, None) is None
+    assert _flash.why_not(*tensors, None, sinks=True) == (
+        "its backward function takes no log-sum-exp, which sinks need"
+    )
+    no_softcap = (
+        "the installed flash-attention package has no softcap; flash-attn 2.6 or newer and flash-attn-3 have one"
+    )
+    assert _flash.why_not(*tensors, None, softcap=True) == no_softcap
+    for function, reason in ((lambda q: None, no_softcap), (lambda q, softcap=0.0: None, None)):
+        packages["flash_attn.flash_attn_interface"] = function
+        _flash._generation.cache_clear()
+        assert _flash.why_not(*tensors, None, softcap=True) == reason
+    _flash._generation.cache_clear()
+
+
+def test_the_flash_backend_without_a_gpu(monkeypatch) -> None:
+    """Value heads are padded, and the scale is that of the query heads; the package is replaced by the cpu backend."""
+    lengths = [20, 33]
+
+    def flash(q, k, v, *, cu_seqlens_q, max_seqlen_q, softmax_scale, causal, window_size, softcap=0.0, **_):
+        assert causal
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1] == 48
+        window = window_size[0] + 1 or None
+        return varlen_attention(
+            q, k, v, cu_seqlens_q, max_seqlen_q, scale=softmax_scale, window=window, softcap=softcap or None
+        )
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(_flash, "_installed", lambda module: module == "flash_attn.flash_attn_interface")
+    monkeypatch.setattr(_flash, "_function", lambda _: flash)
+    _flash._generation.cache_clear()
+    for dims, options in (((48, 32), {"softcap": 2.0}), ((32, 48), {"window": 7}), ((48, 16), {})):
+        q, k, v, g = inputs(lengths, dim=dims[0], value_dim=dims[1])
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = _flash.varlen_attention(*leaves, offsets(lengths), 33, **options)
+        ours = [out.detach(), *torch.autograd.grad(out, leaves, g)]
+        for a, b in zip(ours, run("cpu", lengths, q, k, v, g, **options), strict=True):
+            torch.testing.assert_close(a, b)
+    _flash._generation.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["torch", "flash"])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_gpu_options_match_reference(options, window, backend) -> None:
+    lengths = [290, 3, 131, 40, 1]
+    dim, value_dim = options.get("dims", (64, 64))
+    data = [x.cuda() for x in inputs(lengths, (4, 2), dim, torch.bfloat16, value_dim=value_dim)]
+    sinks = [sinks_of(4, torch.bfloat16).cuda()] if "sinks" in options else []
+    more = {"window": window, "softcap": options.get("softcap")}
+    module = {"torch": _torch, "flash": _flash}[backend]
+    if reason := module.why_not(*data[:3], window, False, bool(more["softcap"]), bool(sinks)):
+        pytest.skip(reason)
+
+    def on_gpu(name, tensors):
+        leaves = [x.detach().clone().requires_grad_() for x in (*tensors[:3], *tensors[4:])]
+        out = varlen_attention(
+            *leaves[:3], offsets(lengths).cuda(), 290, sinks=leaves[3] if sinks else None, backend=name, **more
+        )
+        return [out.detach(), *torch.autograd.grad(out, leaves, tensors[3])]
+
+    exact = on_gpu("reference", [x.double() for x in (*data, *sinks)])
+    torchs = [x.cuda() for x in run_eager(lengths, *(x.cpu() for x in (*data, *sinks)), **more)]
+    assert_as_accurate_as_torch(on_gpu(backend, [*data, *sinks]), exact, torchs, torch.bfloat16)
 
 
 @pytest.mark.gpu
@@ -288,7 +488,7 @@ def test_compiled_loops(heads, dim, dtype) -> None:
     """
     lengths = [257, 1, 130, 33]
     data = inputs(lengths, heads, dim, dtype)
-    assert _cpu.compiled_supports(data[0], data[1], [0, *accumulate(lengths)], 0)
+    assert _cpu.compiled_supports(*data[:3], [0, *accumulate(lengths)], 0.0)
     views = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in data]
     ours = run("cpu", lengths, *views)
     exact = run("reference", lengths, *(x.double() for x in data))
@@ -303,10 +503,11 @@ def test_compiled_loops(heads, dim, dtype) -> None:
 
 def test_a_single_sequence_uses_the_kernel_of_torch() -> None:
     """One sequence with one kv head is a single task for the C++ loops; torch's kernel uses all threads."""
-    q, k, *_ = inputs([64], (2, 1), 16)
+    q, k, v, _ = inputs([64], (2, 1), 16)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        assert not _cpu.compiled_supports(q, k, [0, 64], 0)
+        assert not _cpu.compiled_supports(q, k, v, [0, 64], 0.0)
+        assert _cpu.compiled_supports(q, k, v, [0, 64], 2.0), "only the C++ loops cap scores"
     finally:
         torch.set_num_threads(threads)

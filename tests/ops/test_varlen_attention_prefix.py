@@ -1,14 +1,17 @@
-"""varlen_attention with shared prefixes, compared with attention over each full text (prefixes and completion)."""
+"""varlen_attention with shared prefixes, compared with attention over each full text (prefixes and completion).
+
+Sinks on the torch backend use the same op, so they are tested here as well.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import assert_as_accurate_as_torch, inputs, offsets
+from attention_cases import assert_as_accurate_as_torch, inputs, offsets, sinks_of
 
 from delib_fast.ops import BackendUnavailable, varlen_attention
 from delib_fast.ops.varlen_attention import _cpu, _torch
-from delib_fast.ops.varlen_attention._prefix import Layout, _PrefixCall, ancestors, plan_prefixes
+from delib_fast.ops.varlen_attention._merged import NO_PREFIX, Layout, _MergedCall, ancestors, plan_prefixes
 
 # (lengths, prefix)
 CASES = {
@@ -28,21 +31,23 @@ CASES = {
 }
 
 
-def shared(backend, lengths, prefix, q, k, v, g, **kwargs) -> list[torch.Tensor]:
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    out = varlen_attention(*leaves, offsets(lengths), max(lengths), prefix=prefix, backend=backend, **kwargs)
+def shared(backend, lengths, prefix, q, k, v, g, sinks=None, **kwargs) -> list[torch.Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, *([] if sinks is None else [sinks]))]
+    kwargs |= {} if sinks is None else {"sinks": leaves[3]}
+    out = varlen_attention(*leaves[:3], offsets(lengths), max(lengths), prefix=prefix, backend=backend, **kwargs)
     return [out.detach(), *torch.autograd.grad(out, leaves, g)]
 
 
-def separate(lengths, prefix, q, k, v, g, **kwargs) -> list[torch.Tensor]:
+def separate(lengths, prefix, q, k, v, g, sinks=None, **kwargs) -> list[torch.Tensor]:
     """Attention over one full text at a time: a sequence after copies of its prefixes. Returns its own outputs."""
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, *([] if sinks is None else [sinks]))]
+    kwargs |= {} if sinks is None else {"sinks": leaves[3]}
     positions = list(torch.arange(sum(lengths)).split(lengths))
     outs = []
     for i, length in enumerate(lengths):
         text = torch.cat([positions[j] for j in (*ancestors(prefix, i), i)])
         alone = varlen_attention(
-            *(x[text] for x in leaves), offsets([len(text)]), len(text), backend="reference", **kwargs
+            *(x[text] for x in leaves[:3]), offsets([len(text)]), len(text), backend="reference", **kwargs
         )
         outs.append(alone[len(text) - length :])
     out = torch.cat(outs)
@@ -61,12 +66,22 @@ def test_shared_prefixes_equal_separate_texts(lengths, prefix, heads, dtype) -> 
     assert_as_accurate_as_torch(ours, exact, torchs, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dim", "value_dim"), [(16, 16), (48, 32), (8, 24)])
+@pytest.mark.parametrize(("lengths", "prefix"), CASES.values(), ids=CASES)
+def test_a_sink_counts_once(lengths, prefix, dim, value_dim, dtype) -> None:
+    data = [*inputs(lengths, dim=dim, dtype=dtype, value_dim=value_dim), sinks_of(4, dtype)]
+    exact = separate(lengths, prefix, *(x.double() for x in data))
+    ours = shared("cpu", lengths, prefix, *data)
+    assert_as_accurate_as_torch(ours, exact, separate(lengths, prefix, *data), dtype)
+
+
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 200])
 @pytest.mark.parametrize(("lengths", "prefix"), CASES.values(), ids=CASES)
 def test_the_reference_equals_separate_texts(lengths, prefix, window) -> None:
-    data = inputs(lengths, dtype=torch.float64)
-    ours = shared("reference", lengths, prefix, *data, window=window)
-    for a, b in zip(ours, separate(lengths, prefix, *data, window=window), strict=True):
+    data = [*inputs(lengths, dtype=torch.float64, value_dim=24), sinks_of(4, torch.float64)]
+    ours = shared("reference", lengths, prefix, *data, window=window, softcap=1.5)
+    for a, b in zip(ours, separate(lengths, prefix, *data, window=window, softcap=1.5), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -86,24 +101,32 @@ def test_head_dims_and_scale(dim) -> None:
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_gradcheck(backend) -> None:
     lengths, prefix = [3, 2, 0, 2, 2], [-1, 0, 0, 1, -1]
-    q, k, v, _ = (x.requires_grad_() for x in inputs(lengths, (2, 1), 4, torch.float64))
+    q, k, v, _ = (x.requires_grad_() for x in inputs(lengths, (2, 1), 4, torch.float64, value_dim=3))
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, sinks: varlen_attention(
+            q, k, v, offsets(lengths), 3, sinks=sinks, prefix=prefix, backend=backend
+        ),
+        (q, k, v, sinks_of(2, torch.float64).requires_grad_()),
+    )
     assert torch.autograd.gradcheck(
         lambda *x: varlen_attention(*x, offsets(lengths), 3, prefix=prefix, backend=backend), (q, k, v)
     )
 
 
-def test_opcheck() -> None:
+@pytest.mark.parametrize("sinks", [None, sinks_of(4)], ids=["no sinks", "sinks"])
+def test_opcheck(sinks) -> None:
     lengths, prefix = CASES["a tree"]
     q, k, v, _ = (x.requires_grad_() for x in inputs(lengths, dim=8))
+    sinks = None if sinks is None else sinks.clone().requires_grad_()
     plan = plan_prefixes(tuple(offsets(lengths).tolist()), tuple(prefix), q.device)
-    torch.library.opcheck(
-        torch.ops.delib_fast.varlen_attention_prefix_cpu.default, (q, k, v, offsets(lengths), max(lengths), 0.3, *plan)
-    )
+    call = (q, k, v, sinks, offsets(lengths), max(lengths), 0.3)
+    torch.library.opcheck(torch.ops.delib_fast.varlen_attention_merged_cpu.default, (*call, 0, *plan))
+    torch.library.opcheck(torch.ops.delib_fast.varlen_attention_merged_cpu.default, (*call, 3, *NO_PREFIX))
 
 
 def test_the_call_tuple_matches_the_schema() -> None:
-    arguments = torch.ops.delib_fast.varlen_attention_prefix_cpu.default._schema.arguments
-    assert [argument.name for argument in arguments] == list(_PrefixCall._fields)
+    arguments = torch.ops.delib_fast.varlen_attention_merged_cpu.default._schema.arguments
+    assert [argument.name for argument in arguments] == list(_MergedCall._fields)
 
 
 def test_compile_fullgraph() -> None:
@@ -142,18 +165,31 @@ def test_deterministic_and_non_contiguous() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, shared("cpu", lengths, prefix, *tensors), strict=True))
 
 
-def test_the_torch_backend_without_a_gpu(monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("prefix", "sinks", "window", "value_dim"),
+    [
+        (CASES["a tree"][1], None, None, 16),
+        (CASES["a tree"][1], sinks_of(4), None, 16),
+        (None, sinks_of(4), None, 16),
+        (None, sinks_of(4), 3, 16),
+        (None, sinks_of(4), 3, 8),
+        (CASES["a tree"][1], sinks_of(4), None, 24),
+    ],
+)
+def test_the_torch_backend_without_a_gpu(prefix, sinks, window, value_dim, monkeypatch) -> None:
     """Layouts and arguments are translated correctly; torch's two ops are replaced by the cpu backend."""
     import torch.nn.attention.varlen  # registers the real ops
 
-    lengths, prefix = CASES["a tree"]
-    q, k, v, g = inputs(lengths)
+    lengths = CASES["a tree"][0]
+    q, k, v, g = inputs(lengths, value_dim=value_dim)
+    left = -1 if window is None else window - 1
 
     class TorchAttn:
         @staticmethod
         def _varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size):
-            assert window_size in ([-1, 0], [-1, -1])
-            layout = Layout(cu_q, cu_k, max_q, max_k, causal=window_size == [-1, 0])
+            assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+            assert window_size in ([left, 0], [-1, -1])
+            layout = Layout(cu_q, cu_k, max_q, max_k, window_size[1] == 0, window_size[0] + 1)
             out, lse = _cpu._attention(q, k, v, layout, scale)
             return out, lse.squeeze(-1).T.contiguous(), None
 
@@ -162,15 +198,15 @@ def test_the_torch_backend_without_a_gpu(monkeypatch) -> None:
             assert not causal
             assert lse.shape == (q.shape[1], q.shape[0])
             assert lse.is_contiguous()
-            layout = Layout(cu_q, cu_k, max_q, max_k, causal=window_size == [-1, 0])
+            layout = Layout(cu_q, cu_k, max_q, max_k, window_size[1] == 0, window_size[0] + 1)
             return _cpu._attention_backward(d_out, q, k, v, out, lse.T.unsqueeze(-1), layout, scale)
 
     monkeypatch.setattr(torch.ops, "torch_attn", TorchAttn, raising=False)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    out = _torch.varlen_attention(*leaves, offsets(lengths), max(lengths), prefix=prefix)
-    for a, b in zip(
-        [out.detach(), *torch.autograd.grad(out, leaves, g)], shared("cpu", lengths, prefix, q, k, v, g), strict=True
-    ):
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, *([] if sinks is None else [sinks]))]
+    more = {} if sinks is None else {"sinks": leaves[3]}
+    out = _torch.varlen_attention(*leaves[:3], offsets(lengths), max(lengths), prefix=prefix, window=window, **more)
+    expected = shared("reference", lengths, prefix, q, k, v, g, sinks, window=window)
+    for a, b in zip([out.detach(), *torch.autograd.grad(out, leaves, g)], expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -194,14 +230,17 @@ def test_an_invalid_prefix_raises(prefix, message) -> None:
     assert str(error.value) == message
 
 
-def test_a_window_uses_the_reference() -> None:
+def test_a_window_or_a_softcap_uses_the_reference() -> None:
     lengths, prefix = CASES["some sequences share"]
     data = inputs(lengths)
     with pytest.raises(BackendUnavailable, match="a sliding window is not supported together with a shared prefix"):
         shared("cpu", lengths, prefix, *data, window=4)
-    ours = shared("auto", lengths, prefix, *data, window=4)
-    for a, b in zip(ours, separate(lengths, prefix, *data, window=4), strict=True):
-        torch.testing.assert_close(a, b)
+    with pytest.raises(BackendUnavailable, match="a softcap is not supported together with a shared prefix"):
+        shared("cpu", lengths, prefix, *data, softcap=2.0)
+    for options in ({"window": 4}, {"softcap": 2.0}):
+        ours = shared("auto", lengths, prefix, *data, **options)
+        for a, b in zip(ours, separate(lengths, prefix, *data, **options), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.gpu

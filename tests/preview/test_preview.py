@@ -82,15 +82,17 @@ def test_page_is_self_contained(tmp_path):
     assert "東京" in re.sub(r"<[^>]+>", "", html)
 
 
-def test_inspect_lists_the_fields_that_are_ignored(tmp_path):
+def test_inspect_lists_what_is_left_out(tmp_path):
     rows, page = tmp_path / "rows.jsonl", tmp_path / "page.html"
     response = "A spec says what an assistant does, and a chain of thought cites it before the answer is given."
     items = [{"prompt": "p", "response": response, "id": k, **({"score": 1} if k else {})} for k in range(3)]
+    items += [{"prompt": "p", "response": "r", "rejected": "s"}] * 2
     rows.write_text("".join(json.dumps(item) + "\n" for item in items))
-    line = "source rows: ignored fields (rows that have them): id (3), score (2)"
-    assert line in command("inspect", rows).output.replace("\n", " ")
+    output = command("inspect", rows).output.replace("\n", " ")
     assert command("inspect", rows, "--html", page).exit_code == 0
-    assert line in page.read_text()
+    for line in ("source rows: ignored fields (rows that have them): id (3), score (2)", "left out 2 unread field"):
+        assert line in output
+        assert line in page.read_text()
 
 
 def test_user_errors_exit_with_code_2(tmp_path):

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.tiny_run import metrics
+from helpers.tiny_run import edited_ledger, metrics, replace_in_config
 
 from delib_fast.cli.main import main
 from delib_fast.reports.run_figures import smooth
@@ -41,14 +41,13 @@ def test_page_of_two_runs(finished, tmp_path, monkeypatch):
     """One of them is still running: its ledger has no totals yet, and its last line is incomplete."""
     other = tmp_path / "running"
     shutil.copytree(finished, other, ignore=shutil.ignore_patterns("model", "stages", "checkpoints"))
-    ledger = json.loads((other / "ledger.json").read_text())
-    ledger["stages"][1] = {k: v for k, v in ledger["stages"][1].items() if k not in ("mfu", "model", "train_s")}
-    ledger["stages"][1]["status"] = "running"
-    ledger["evaluations"].pop()
-    (other / "ledger.json").write_text(json.dumps(ledger))
+    with edited_ledger(other) as ledger:
+        ledger["stages"][1] = {k: v for k, v in ledger["stages"][1].items() if k not in ("mfu", "model", "train_s")}
+        ledger["stages"][1]["status"] = "running"
+        ledger["evaluations"].pop()
     text = (other / "metrics.jsonl").read_text()
     (other / "metrics.jsonl").write_text(text[: text.rindex('"loss"')])
-    (other / "config.yaml").write_text((other / "config.yaml").read_text().replace("seed: 0", "seed: 3", 1))
+    replace_in_config(other, "seed: 0", "seed: 3")
     assert report(monkeypatch, finished, other, "--out", tmp_path / "out") == 0
     page = (tmp_path / "out" / "index.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page), "the page loads nothing"

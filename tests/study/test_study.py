@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,127 @@ def test_the_page_loads_nothing(done):
     assert "MSM (values) + AFT (CoT)" in page
 
 
+@pytest.fixture
+def copied(done, tmp_path):
+    """A copy of the finished study, its folder, and what `run_study` would do there: tasks, figures and messages."""
+    from delib_fast.study import load_study
+    from delib_fast.study.plan import plan_study
+    from delib_fast.study.run import plan_tasks, prepare_data
+
+    path, result = done
+    out = tmp_path / "out"
+    shutil.copytree(result.json.parent, out)
+    study = load_study(path, out=str(out))
+
+    def look():
+        messages: list[str] = []
+        prepared = prepare_data(study, 1, messages.append)
+        tasks, measures = plan_tasks(study, plan_study(study, prepared), prepared, messages.append)
+        return tasks, measures, messages
+
+    tasks, _, messages = look()
+    assert not tasks
+    assert not messages
+    return study, out, look
+
+
+@pytest.mark.slow
+def test_a_damaged_figure_is_measured_again(copied):
+    from delib_fast.study.measure import measure, read_measured
+
+    _, out, look = copied
+    file = sorted((out / "measures").iterdir())[0]
+    before = read_measured(file)
+    for damage in (lambda text: text.replace('"n": 6', '"n": 7'), lambda text: text[:20], lambda text: ""):
+        whole = file.read_text()
+        file.write_text(damage(whole))
+        assert file.read_text() != whole
+        (task,), _, (message,) = look()
+        assert message.startswith(f"{file} is damaged (")
+        assert message.endswith("; it is measured again")
+        measure(task.work)
+        assert read_measured(file) == before
+    assert not look()[0]
+
+
+@pytest.mark.slow
+def test_a_torn_list_of_costs_is_no_traceback(copied):
+    from delib_fast.study import run_study
+
+    study, out, _ = copied
+    text = (out / "cost.jsonl").read_text()
+    lines = text.splitlines(keepends=True)
+    cpu_s = json.loads(lines[0])["cpu_s"]
+    (out / "cost.jsonl").write_text("".join([lines[0].replace('"cpu_s": ', '"cpu_s": 1'), *lines[1:]])[:-9])
+    messages: list[str] = []
+    before = json.loads((out / "study.json").read_text())
+    after = run_study(study, messages.append).summary
+    assert f"damaged lines are left out, so the study's time is shown too low: 1, {len(lines)}" in messages[-1]
+    assert after["arms"] == before["arms"]
+    assert after["cost"]["cpu_s"] == pytest.approx(before["cost"]["cpu_s"] - cpu_s)
+    assert after["cost"]["sittings"] == 1, "the damaged line was that of the first session; the new one is appended"
+
+
+@pytest.mark.slow
+def test_a_damaged_parent_is_neither_trained_on_nor_measured(copied):
+    """Its ledger has its hash: without a check, one flipped bit in 900,000 would change every figure below it."""
+    from delib_fast.config.load import parse_config
+    from delib_fast.study.measure import measure
+    from delib_fast.training.run import run
+
+    _, out, look = copied
+    parent = next((out / "stages").glob("msm-seed1-*")) / "model" / "model.safetensors"
+    data = bytearray(parent.read_bytes())
+    data[-100] ^= 1
+    parent.write_bytes(data)
+    assert not look()[0], "everything below it is done"
+    shutil.rmtree(out / "measures")
+    (out / "measures").mkdir()
+    child = next(
+        folder
+        for folder in (out / "stages").glob("aft-seed1-*")
+        if json.loads((folder / "ledger.json").read_text())["stages"][0]["parent"]["path"].split("/")[-2]
+        == parent.parts[-3]
+    )
+    shutil.rmtree(child)
+    tasks, _, _ = look()
+    trains = next(task for task in tasks if task.work["do"] == "train")
+    measures = next(task for task in tasks if task.name == f"measure {parent.parts[-3]}")
+    with pytest.raises(ConfigError, match=r"model\.safetensors was changed after it was written"):
+        run(parse_config(trains.work["config"]))
+    with pytest.raises(ConfigError, match=r"model\.safetensors was changed after it was written"):
+        measure(measures.work)
+
+
+@pytest.mark.slow
+def test_a_damaged_ledger_is_refused_by_its_run(copied):
+    from delib_fast.config.load import parse_config
+    from delib_fast.training.run import run
+
+    _, out, look = copied
+    ledger = next((out / "stages").glob("aft-seed1-*")) / "ledger.json"
+    for text in ("{}", ledger.read_text().replace('"finished"', '"finishes"')):
+        ledger.write_text(text)
+        (task,), _, _ = look()
+        with pytest.raises(ConfigError, match=r"ledger\.json is damaged"):
+            run(parse_config(task.work["config"]))
+
+
+@pytest.mark.slow
+def test_changed_prepared_data_is_refused(copied):
+    """Otherwise every stage that reads it would be trained again on the damaged rows, without a message."""
+    _, out, look = copied
+    folder = sorted((out / "prepared").iterdir())[0]
+    (folder / "demos.jsonl").write_bytes((folder / "demos.jsonl").read_bytes().replace(b"oak", b"oaj", 1))
+    with pytest.raises(ConfigError, match=r"demos\.jsonl was changed after the script made it. Delete .*seed1"):
+        look()
+    (folder / ".prepared.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"\.prepared\.json is damaged .*Delete .*, and the script makes it again"):
+        look()
+    shutil.rmtree(folder)
+    assert not look()[0]
+
+
 def test_keys_depend_on_what_weights_depend_on(tmp_path):
     """A different seed, file, setting or parent gives a different key; a different location or log does not."""
     from delib_fast.study import load_study
@@ -124,6 +246,14 @@ def test_keys_depend_on_what_weights_depend_on(tmp_path):
     assert not keys(seeds=[1], prepare={"script": "make.py", "args": ["--rows", 13]}) & one
     run = load_study(tiny_study(tmp_path, seeds=[1])).run
     assert keys(seeds=[1], run={**run, "log": {"every_steps": 1}}) == one
+    assert keys(seeds=[1], run={**run, "export": {"check": False}}) == one
+    templates = {}
+    for name, text in (("first", "{{ messages }}"), ("copy", "{{ messages }}"), ("other", "{{ messages }}.")):
+        (tmp_path / f"{name}.jinja").write_text(text)
+        template = {"chat_template": str(tmp_path / f"{name}.jinja")}
+        templates[name] = keys(seeds=[1], run={**run, "tokenizer": {**run["tokenizer"], **template}})
+    assert templates["first"] == templates["copy"], "the content of a file matters, not its path"
+    assert not templates["first"] & templates["other"]
     base = {"kind": "msm", "name": "pretrain", "train": ["text"], "pack_capacity": 64, "tokens_per_step": 64}
     assert not keys(seeds=[1], base=[base]) & one, "a changed parent changes all later stages"
     aft = {"train": ["demos"], "pack_capacity": 64, "tokens_per_step": 128}

@@ -162,6 +162,8 @@ def test_two_ranks_under_zero_3_have_the_loss_of_one(tmp_path, finished):
     done = launch(launcher, tiny(tmp_path), "--set", "engine.zero_stage=3")
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("Held-out nll") == 1, "only rank 0 prints"
+    for stage in json.loads((tmp_path / "run" / "ledger.json").read_text())["stages"]:
+        assert stage["export_check"]["model"]["difference"] < 1e-6
     for ours, alone in zip(metrics(tmp_path / "run"), metrics(finished), strict=True):
         assert (ours["stage"], ours["step"], ours["tokens"]) == (alone["stage"], alone["step"], alone["tokens"])
         assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-4)  # AdamW magnifies the order of sums
@@ -218,6 +220,8 @@ def test_two_nodes_shard_each_pack(tmp_path, finished):
         for run in (tmp_path / "run", finished)
     )
     assert len(output) == len(expected) == 3
+    for stage in json.loads((tmp_path / "run" / "ledger.json").read_text())["stages"]:
+        assert stage["export_check"]["model"]["difference"] < 1e-6  # of the tokens of the first shard
     for moment in (0, 1):  # before training, and after MSM
         for segment, figures in expected[moment].items():
             assert output[moment][segment]["tokens"] == figures["tokens"]

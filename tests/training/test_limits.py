@@ -13,10 +13,15 @@ def full(*values):
 @pytest.mark.parametrize(
     ("limit", "value", "moment", "message"),
     [
-        ("NOFILE", 2, "start", "Too many open files: 'rank-00000.stack'. Everything that was saved before is intact: "),
+        ("NOFILE", 2, "start", "rank-00000.stack: Too many open files. Everything that was saved before is intact: "),
         full("NOFILE", 8, "start", "Too many open files"),
         full("FSIZE", 100_000, "step", "the checkpoint of step 2 cannot be written (rank 0: Error while serializing: "),
-        full("AS", 2_000_000, "step", "can't start new thread. Everything that was saved before is intact: raise the "),
+        full(
+            "AS",
+            2_000_000,
+            "step",
+            "no more threads can be started (see ulimit -u and ulimit -v). Everything that was saved before",
+        ),
     ],
 )
 def test_the_limit_is_named(tmp_path, fork_server, limit, value, moment, message):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,9 @@ from delib_fast.config import ConfigError, LoraConfig, ModelConfig
 from delib_fast.config.load import load_config
 from delib_fast.models import StepCost, TrainableLM, add_adapter, build_model, load_adapter
 from delib_fast.models.build import _nf4_config
+from delib_fast.models.export_check import ExportCheckError
+from delib_fast.training import run as training_run
+from delib_fast.training.export_check import ExportChecker, Probe
 
 ARCHITECTURE = tiny_qwen3(vocab_size=512, initializer_range=0.1)
 SMALL = ["stages.msm.max_steps=3", "stages.aft.max_steps=3"]
@@ -109,6 +114,41 @@ def test_adapter_and_merged_model_agree(paper):
     assert (adapted - plain).abs().max() > 1e-4 * plain.abs().max(), "it learned something"
     head = load_file(paper / "run" / "model" / "model.safetensors")["lm_head.weight"]
     assert torch.equal(head, load_file(paper / "base" / "model.safetensors")["lm_head.weight"])
+    first, last = (stage["export_check"] for stage in ledger(paper)["stages"])
+    assert set(first) == {"rows", "adapter"}
+    assert first["adapter"]["tensors"] == last["adapter"]["tensors"] == 28
+    assert max(part["difference"] for part in (first["adapter"], last["adapter"], last["model"])) < 1e-5
+    assert abs(last["model"]["lost_effect"]) < 1e-3
+
+
+def test_a_merge_that_loses_the_adapter_is_reported(tmp_path, capsys, monkeypatch):
+    """A wrong scale is an error in fp32. In bf16, where rounding can lose an effect, it is a warning."""
+    from delib_fast.models import lora
+
+    merge = lora.merged_weights
+
+    def halves(model, weights):
+        return merge(model, {k: w / 2 if "lora_B" in k else w for k, w in weights.items()})
+
+    monkeypatch.setattr("delib_fast.models.merged_weights", halves)
+    base = {"path": str(base_model(tmp_path)), "lora": {"r": 4, "alpha": 4}}
+    short = [
+        f"stages.{stage}.{setting}" for stage in ("msm", "aft") for setting in ("max_steps=1", "optimizer.lr=1e-3")
+    ]
+    engine = {"precision": "bf16", "device": "cpu"}
+    assert run(tiny(tmp_path, model=base, engine=engine), *short) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    found = re.search(r"the merged model lacks (\d+)% of the adapter's effect on the logits: in bf16", printed)
+    assert found, printed
+    assert 40 <= int(found[1]) <= 65
+    fp32 = SimpleNamespace(config=load_config(tmp_path / "run.yaml", ["engine.precision=fp32"]))
+    checker = ExportChecker(fp32, Probe("held-out", [], []), pytest.fail)
+    checker._judge_lost_effect(0.09, tmp_path)
+    checker._judge_lost_effect(None, tmp_path)
+    with pytest.raises(
+        ExportCheckError, match="the merged model lacks 50% of the adapter's effect on the logits; 10% is"
+    ):
+        checker._judge_lost_effect(0.5, tmp_path)
 
 
 def test_merge_starts_a_new_adapter_on_the_merged_model(tmp_path):
@@ -128,6 +168,33 @@ def test_merge_starts_a_new_adapter_on_the_merged_model(tmp_path):
     )
     moved = {name for name, w in start.items() if not torch.equal(w, merged[name])}
     assert moved == {f"model.layers.{i}.{part}.weight" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.up_proj")}
+
+
+def test_a_saved_configuration_resumes_in_another_folder(tmp_path, monkeypatch, capsys):
+    """Also the second stage, whose base the ledger names; and by another path to the same files."""
+    base_model(tmp_path)
+    tiny(tmp_path, run_dir="run", model={"path": "base", "lora": {"r": 4}})
+    monkeypatch.chdir(tmp_path)
+    assert run(Path("run.yaml"), *SMALL, "data.deliberation=none.jsonl") == 2
+    with monkeypatch.context() as stops:
+        stops.setattr("delib_fast.training.run.run_stage", _only_the_first(training_run.run_stage))
+        with pytest.raises(KeyboardInterrupt):
+            training_run.run(load_config("run.yaml", SMALL))
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.chdir("/")
+    saved = tmp_path / "run" / "config.yaml"
+    assert run(saved, "data.deliberation.path=" + str(tmp_path / "link" / "deliberation.jsonl")) == 0
+    assert "msm: already finished" in capsys.readouterr().out
+    assert [stage["status"] for stage in ledger(tmp_path)["stages"]] == ["finished", "finished"]
+
+
+def _only_the_first(run_stage):
+    def run(context, index, callbacks=()):
+        if index:
+            raise KeyboardInterrupt
+        run_stage(context, index, callbacks)
+
+    return run
 
 
 def test_a_given_adapter_is_continued(paper, tmp_path):
@@ -165,6 +232,9 @@ def test_qlora_merges_into_the_exact_weights(tmp_path, monkeypatch):
     plain = logits(base)
     expected = logits(PeftModel.from_pretrained(base, tmp_path / "run/adapter"))
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "run/model", dtype=torch.float32))
+    checked = ledger(tmp_path)["stages"][1]["export_check"]
+    assert checked["model"]["tolerance"] is None  # the model in training has a 4-bit base
+    assert "lost_effect" not in checked["model"]
     # One more rounding to bf16 is 1/200 of the adapter's effect; merging into the 4-bit weights would be a third.
     assert (merged - expected).norm() < 0.02 * (expected - plain).norm()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -24,6 +24,7 @@ QWEN3_8B = ModelShape(
     heads=32,
     kv_heads=8,
     head_dim=128,
+    value_dim=128,
     vocabulary=V,
     largest_layer=MATRICES // LAYERS,
     adapter_parameters=ADAPTER,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 
@@ -285,20 +284,10 @@ def test_versions_and_files_of_packages_are_compared(tmp_path):
     assert facts["sha256 of the files of delib_fast"][1] == agreement.package_hash()
 
 
-def test_large_model_files_are_hashed_once(tmp_path, monkeypatch):
-    folder, large = tmp_path / "model", tmp_path / "model" / "model.safetensors"
-    folder.mkdir()
-    large.write_bytes(b"x" * (agreement._SMALL_FILE + 1))
-    (folder / "config.json").write_text("{}")
-    hashed = []
-    plain = agreement.hash_file
-    monkeypatch.setattr(agreement, "hash_file", lambda path: hashed.append(path.name) or plain(path))
-    first = model_files(folder, str(tmp_path / "cache"), weights_too=True)
-    assert first == {name: plain(folder / name) for name in ("config.json", "model.safetensors")}
-    assert model_files(folder, str(tmp_path / "cache"), weights_too=True) == first
-    assert hashed.count("model.safetensors") == 1
-    times = large.stat()
-    large.write_bytes(b"y" * (agreement._SMALL_FILE + 1))
-    os.utime(large, ns=(times.st_atime_ns, times.st_mtime_ns))  # the same size and time of change
-    assert model_files(folder, str(tmp_path / "cache"), weights_too=True)["model.safetensors"] == plain(large)
-    assert model_files(folder, str(tmp_path / "cache"), weights_too=False)["model.safetensors"] == f"{1 + (1 << 20)} B"
+def test_weights_are_hashed_where_every_rank_reads_them(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / ".hidden").write_text("")
+    hashes = {name: agreement.hash_file(tmp_path / name) for name in ("config.json", "model.safetensors")}
+    assert model_files(tmp_path, weights_too=True) == hashes
+    assert model_files(tmp_path, weights_too=False) == hashes | {"model.safetensors": "7 B"}

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_run import metrics, run, tiny
+from helpers.tiny_run import edited_ledger, metrics, run, tiny
 
 from delib_fast.config import ConfigError
 from delib_fast.config.load import load_config
+from delib_fast.digests import write_json
 from delib_fast.stages import AFT, MSM, Recipe
 
 
@@ -19,6 +20,40 @@ def test_run_directory_has_every_file_and_no_pickle(finished):
     names = {p.name for p in (finished / "model").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
     assert not [p for p in finished.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".pth")]
+
+
+def test_each_export_is_checked(finished):
+    for stage in json.loads((finished / "ledger.json").read_text())["stages"]:
+        checked = stage["export_check"]
+        assert checked["rows"] == "held-out"
+        assert checked["model"]["tensors"] == 24  # the head is tied to the embedding
+        assert checked["model"]["difference"] < 1e-6 < checked["model"]["tolerance"] == 1e-4
+
+
+def test_an_export_that_is_not_what_was_trained_aborts_the_run(tmp_path, capsys, monkeypatch):
+    """The folder is kept, and the same command finishes without the check."""
+    from delib_fast.models import export
+
+    write = export._write
+
+    def damages(model, tokenizer, weights, folder):
+        name = "model.layers.1.mlp.down_proj.weight"
+        weights[name] = weights[name].clone()  # not the tensor of the model in training
+        weights[name][0, 0] += 1
+        write(model, tokenizer, weights, folder)
+
+    path = tiny(tmp_path)
+    short = ["stages.msm.max_steps=1", "stages.aft.max_steps=1"]
+    monkeypatch.setattr(export, "_write", damages)
+    assert run(path, *short) == 1
+    error = capsys.readouterr().err
+    assert "the export of stage 'msm' is not what was trained: " in error
+    assert "1 of the 2,048 values of model.layers.1.mlp.down_proj.weight differ from those that were trained" in error
+    assert "run the same command with export.check: false" in error
+    assert run(path, *short, "export.check=false") == 0
+    assert all(
+        "export_check" not in stage for stage in json.loads((tmp_path / "run/ledger.json").read_text())["stages"]
+    )
 
 
 def test_held_out_nll_falls(finished):
@@ -158,7 +193,7 @@ def test_a_run_without_its_configuration_is_refused_by_all_ranks(tmp_path, fork_
     """Catches a traceback, and ranks that wait forever for rank 0, which is the only one that checks."""
     path = tiny(tmp_path)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "ledger.json").write_text('{"format": 1, "stages": [], "evaluations": []}')
+    write_json(tmp_path / "run" / "ledger.json", {"format": 2, "config": "", "stages": [], "evaluations": []})
     job = fork_server.start("helpers.tiny_run:run", [path], world_size=world_size)
     assert fork_server.wait(job) == [2] * world_size
     assert "holds a run, but config.yaml is missing" in fork_server.output(job)[0]
@@ -172,15 +207,17 @@ def test_a_run_without_its_configuration_is_refused_by_all_ranks(tmp_path, fork_
         ("ledger.json", b"[]"),
         ("ledger.json", b"\xff\xfe"),
         ("ledger.json", b"{}"),
+        ("ledger.json", b'{"format": 2, "config": "", "stages": [], "evaluations": [], "digest": "0"}'),
         ("config.yaml", b"a: [1"),
         ("config.yaml", b""),
         ("config.yaml", b"\0"),
+        ("config.yaml", b"seed: 1"),
     ],
 )
 def test_a_run_with_a_damaged_file_is_refused(tmp_path, capsys, name, content):
     path = tiny(tmp_path)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "ledger.json").write_text('{"format": 1, "stages": [], "evaluations": []}')
+    write_json(tmp_path / "run" / "ledger.json", {"format": 2, "config": "", "stages": [], "evaluations": []})
     (tmp_path / "run" / name).write_bytes(content)
     if name == "ledger.json":
         (tmp_path / "run" / "config.yaml").write_text("run_dir: x")
@@ -213,9 +250,8 @@ def test_a_corrected_configuration_reuses_the_folder(tmp_path, capsys):
 def test_damaged_parent_is_refused(tmp_path, capsys):
     path = tiny(tmp_path)
     assert run(path, "stages.aft.max_steps=1") == 0
-    ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
-    ledger["stages"][1]["status"] = "running"
-    (tmp_path / "run" / "ledger.json").write_text(json.dumps(ledger))
+    with edited_ledger(tmp_path / "run") as ledger:
+        ledger["stages"][1]["status"] = "running"
     file = tmp_path / "run" / "stages" / "msm" / "model" / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1

@@ -81,7 +81,6 @@ def cached_dataset(
 
 
 def _write(folder: Path, encoded_rows: Iterable[Sequence[Example]], description: Mapping[str, Any]) -> None:
-    folder.mkdir()
     counts, columns = Counts(), _ExampleColumns()
     with (folder / "ids").open("wb") as ids, (folder / "segments").open("wb") as segments:
         for row_examples in encoded_rows:

@@ -102,12 +102,12 @@ class TemplateInput:
     has_slots: bool = False
     """Whether the texts of the reply are placeholders, which cannot be in several text blocks."""
 
-    def messages(self) -> list[dict[str, Any]]:
-        """The messages before the reply."""
+    def messages(self, *, earlier_cots: bool = True) -> list[dict[str, Any]]:
+        """The messages before the reply, with or without their chains of thought."""
         built = []
         for k, role in enumerate(self.chat.roles):
             message = {"role": role, "content": self.chat.texts[2 * k]}
-            if self.chat.texts[2 * k + 1]:
+            if earlier_cots and self.chat.texts[2 * k + 1]:
                 message["reasoning_content"] = self.chat.texts[2 * k + 1]
             built.append(self._complete(message, k))
         return built

@@ -18,11 +18,13 @@ import tokenizers
 
 from delib_fast.data.rows import DataError
 
-_PRIVATE = range(0x100000, 0x10FFFE)  # private-use characters that may stand for control tokens (Unicode plane 16)
+# Private-use characters that may stand for control tokens: Unicode plane 16 from its end; fonts use its beginning.
+_PRIVATE = range(0x10FFFD, 0xFFFFF, -1)
 _SLOTS = re.compile("[\U000f0000-\U000fffff]")
 _BREAK = "\U000fffff"  # a noncharacter, inserted into control tokens that a row spells out
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _MARKUP = re.compile(r"<[^<>\s]+>|\[/?[A-Z0-9_]+\]")
+_BRACKETED = re.compile(r"[^\w\s]+\w[^\s]*[^\w\s]+")
 _TAG = re.compile(r"</?[A-Za-z][A-Za-z0-9]*/?>")
 
 
@@ -130,13 +132,11 @@ def _is_control(token: dict[str, Any], template_text: str) -> bool:
         return False
     if token["special"]:
         return True
-    # White space that a tokenizer adds as tokens (several spaces) is ordinary text, and so are added words.
-    if content.isspace() or content.isalnum():
-        return False
-    if content in template_text:
-        return True
-    # So are the HTML tags of Gemma's vocabulary, but not <|fim_prefix|>, <tool_call> or [INST].
-    return bool(_MARKUP.fullmatch(content)) and not _TAG.fullmatch(content)
+    # Others may be ordinary text: words, punctuation, white space, and the HTML tags of Gemma's vocabulary. Control
+    # tokens have the form of <tool_call>, <|fim_prefix|>, [INST] or ]~b].
+    if _MARKUP.fullmatch(content):
+        return content in template_text or not _TAG.fullmatch(content)
+    return content in template_text and bool(_BRACKETED.fullmatch(content))
 
 
 def _break_up(match: re.Match[str]) -> str:

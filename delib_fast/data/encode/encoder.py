@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from delib_fast.data.encode.chat import PLAIN_TEMPLATE, ChatRenderer
+from delib_fast.data.encode.chat import ChatRenderer
 from delib_fast.data.encode.chat_input import THINK, ChatInput
 from delib_fast.data.encode.control_tokens import ControlTokens
 from delib_fast.data.encode.skeleton import Skeleton
+from delib_fast.data.encode.template import PLAIN_TEMPLATE, ChatTemplate
 from delib_fast.data.encode.tokenized_dataset import Example
 from delib_fast.data.rows import DataError, Message, Row, Segment
 
@@ -42,7 +43,7 @@ class Encoder:
         self.control = ControlTokens(tokenizer, (template or PLAIN_TEMPLATE) + "".join(THINK))
         self._eos: int | None = tokenizer.eos_token_id
         self._bos = _leading_ids(tokenizer)
-        self._renderer = ChatRenderer(tokenizer, self.control, add_bos=bool(self._bos))
+        self._renderer = ChatRenderer(ChatTemplate(tokenizer, self.control, add_bos=bool(self._bos)))
 
     def encode(self, rows: Sequence[Row], *, cot: Cot, system_prompt: str | None) -> list[Example]:
         """Encode each row as one example. Raises DataError with the row's location."""
@@ -53,14 +54,15 @@ class Encoder:
                 self.control.refuse_reserved(text, row.location)
         chats = [self._chat(row, cot, system_prompt) for row in rows]
         skeletons = [
-            chat and self._renderer.skeleton(chat, row.location) for row, chat in zip(rows, chats, strict=True)
+            None if chat is None else self._renderer.skeleton(chat, row.location)
+            for row, chat in zip(rows, chats, strict=True)
         ]
         with ThreadPoolExecutor(1) as pool:  # the tokenizer runs without the GIL
             encoded = pool.submit(self._encode, rows, chats, skeletons)
             rendered = [
                 (chat, skeleton, row.location)
                 for row, chat, skeleton in zip(rows, chats, skeletons, strict=True)
-                if chat and skeleton
+                if chat is not None and skeleton is not None
             ]
             verified = iter(self._renderer.verified(rendered))
             examples = encoded.result()
@@ -119,11 +121,11 @@ class Encoder:
         messages = _with_system_prompt(messages, system_prompt)
         for message in messages:
             self.control.refuse_reserved(message.content, "a prompt")
-        chat = _prompt_chat(messages, "thought")
+        chat = _prompt_chat(messages, "" if thinking is None else "thought")
+        skeleton = self._skeleton(chat, "a prompt")
         if thinking is None:
-            text = self._renderer.prompt(chat, "a prompt")
+            text = self._renderer.prompt(chat, skeleton.style, "a prompt")
         else:
-            skeleton = self._skeleton(chat, "a prompt")
             cores = [*(text.strip() for text in chat.texts[:-2]), "", ""]
             text = skeleton.fill_before(len(cores) - 2 if thinking else len(cores) - 1, cores)
         return list(self.control.encode_batch([text])[0].ids)

@@ -6,10 +6,9 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import jinja2
-
 from delib_fast.data.encode.chat_input import ChatInput, TemplateInput
 from delib_fast.data.encode.skeleton import slot, turn_end
+from delib_fast.data.encode.template import TEMPLATE_ERRORS
 from delib_fast.data.rows import DataError
 
 Render = Callable[[TemplateInput], str]
@@ -49,7 +48,7 @@ def _tail_of_a_text(inputs: TemplateInput, render: Render) -> str:
     plain = replace(chat, calls=(*chat.calls[:-1], "")).with_texts([*chat.texts[:-1], last])
     try:
         text = inputs.control.spell(render(replace(inputs, chat=plain)))
-    except (jinja2.TemplateError, TypeError):
+    except TEMPLATE_ERRORS:
         return ""
     return text.rpartition(last)[2].strip()
 
@@ -61,7 +60,7 @@ def _is_part_of_a_call(inputs: TemplateInput, text: str, token: str, render: Ren
     twice = replace(chat, calls=(*chat.calls[:-1], json.dumps([*calls, *calls], ensure_ascii=False)))
     try:
         longer = inputs.control.spell(render(replace(inputs, chat=twice)))
-    except (jinja2.TemplateError, TypeError):
+    except TEMPLATE_ERRORS:
         return False  # the template writes one call, and what follows it
     return longer.count(token) > text.count(token)
 
@@ -86,7 +85,7 @@ def refuse_dropped_tools(inputs: TemplateInput, finished: str, reply: str, rende
     for what, fewer in _without(inputs.chat):
         try:
             same = render(replace(inputs, chat=fewer)) == finished
-        except (jinja2.TemplateError, TypeError):
+        except TEMPLATE_ERRORS:
             continue  # the template reads what was removed
         if same:
             raise DataError(

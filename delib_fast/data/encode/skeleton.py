@@ -50,6 +50,16 @@ class Rendering:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptForm:
+    """How the generation prompt is rendered."""
+
+    kwargs: dict[str, bool]
+    """Keyword arguments of `apply_chat_template`."""
+    earlier_cots: bool = True
+    """Whether the earlier messages have their chains of thought."""
+
+
+@dataclass(frozen=True, slots=True)
 class Skeleton:
     """The rendering of a chat, split into chain of thought and response, and how to compare it with stock."""
 
@@ -63,8 +73,7 @@ class Skeleton:
     """The template's own rendering of the chat with its reply, as `apply_chat_template` returns it."""
     prompt: Rendering
     """The template's own generation prompt, as `apply_chat_template(add_generation_prompt=True)` returns it."""
-    prompt_kwargs: dict[str, bool]
-    """The keyword arguments of the generation prompt."""
+    prompt_form: PromptForm
 
     def fill(self, cores: Sequence[str]) -> tuple[str, tuple[int, ...]]:
         """Return (the whole text, the three boundaries as positions in it). `cores` are the stripped texts."""
@@ -93,7 +102,7 @@ def skip_thought(control: ControlTokens, text: str, cot_slot: str, response_slot
     cot_at, response_at = text.find(cot_slot), text.find(response_slot)
     opening, closing = map(control.spell, THINK)
     if cot_at < 0:
-        empty = re.compile(rf"\s*(?:{re.escape(opening)})?\s*{re.escape(closing)}\s*").match(text, supplied)
+        empty = re.compile(rf"\s*(?:{re.escape(opening)}\s*)?{re.escape(closing)}\s*").match(text, supplied)
         return empty.end() if empty else supplied
     limit = response_at if response_at >= 0 else len(text)
     closed = text.find(closing, cot_at, limit)

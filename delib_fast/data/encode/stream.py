@@ -14,6 +14,8 @@ from delib_fast.data.rows import DataError, Row
 
 OverLong = Literal["split", "drop", "error"]
 _CHUNK_ROWS, _CHUNK_CHARS = 512, 4 << 20  # the tokenizer needs about a hundred bytes of memory for each token
+MAX_ROW_CHARS = 16 << 20
+"""The limit for the texts of a row: several times the context of any model, and 3 GiB of memory."""
 
 
 class EncodingOptions(TypedDict):
@@ -100,6 +102,13 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
     chars = 0
     for row in rows:
         size = sum(map(len, row.texts))
+        if size > MAX_ROW_CHARS:
+            raise DataError(
+                f"the row has {size / 2**20:.1f} Mi characters, more than the limit of {MAX_ROW_CHARS >> 20} Mi: the "
+                "tokenizer needs almost 200 bytes of memory for each; split it into several rows",
+                reason="long_row",
+                location=row.location,
+            )
         if chunk and (len(chunk) == _CHUNK_ROWS or chars + size > _CHUNK_CHARS):
             yield chunk
             chunk, chars = [], 0

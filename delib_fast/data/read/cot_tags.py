@@ -15,12 +15,12 @@ TAGS: tuple[tuple[str, str], ...] = (
     ("<SCRATCHPAD_REASONING>", "</SCRATCHPAD_REASONING>"),
     ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"),
+    ("◁think▷", "◁/think▷"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
 )
 """The model always sees the tags of its own template, whichever tags the row uses."""
-_SIMILAR_TAG = re.compile(
-    r"<([a-z0-9_:|. -]*(?:think|thought|reason|scratchpad|deliberat|reflect|analysis)[a-z0-9_:|. -]*)>", re.IGNORECASE
-)
+_TAG = re.compile(r"<([a-z0-9_:|. -]{1,80})>", re.IGNORECASE)
+_SIMILAR_NAME = re.compile("think|thought|reason|scratchpad|deliberat|reflect|analysis", re.IGNORECASE)
 _HARMONY = re.compile(r"<\|(?:channel|start)\|?>")
 
 
@@ -76,8 +76,8 @@ def _opening_pair(stripped: str, tags: tuple[tuple[str, str], ...]) -> tuple[str
 
 
 def _refuse_similar_tags(stripped: str) -> None:
-    similar = _SIMILAR_TAG.match(stripped)
-    if similar and f"</{similar[1]}>" in stripped:
+    tag = _TAG.match(stripped)
+    if tag and _SIMILAR_NAME.search(tag[1]) and f"</{tag[1]}>" in stripped:
         _fail(
             "the reply begins with a tag that is similar to <think> but not known; known are "
             f"{', '.join(opening for opening, _ in TAGS)}: set think_tags to the pair of tags in these rows"
@@ -97,14 +97,12 @@ def _closing_position(body: str, closing: str) -> int:
     if body.count(closing) == 1:
         return body.index(closing)
     alone = []
-    start = body.find(closing)
-    while start >= 0:
-        end = start + len(closing)
-        line_start = body.rfind("\n", 0, start) + 1
-        line_end = body.find("\n", end)
-        if not body[line_start:start].strip() and not body[end : None if line_end < 0 else line_end].strip():
-            alone.append(start)
-        start = body.find(closing, end)
+    line_start = 0
+    for line in body.split("\n"):
+        before, found, after = line.partition(closing)
+        if found and not before.strip() and not after.strip():
+            alone.append(line_start + len(before))
+        line_start += len(line) + 1
     if len(alone) != 1:
         _fail(
             f"{closing} occurs {body.count(closing)} times, {len(alone)} of them alone on a line: the end of the chain "

@@ -103,10 +103,18 @@ class Fields:
         return value
 
     def text(self, keys: tuple[str, ...]) -> str | None:
-        """Read the text of one of several keys; None if none is given, or if the text is empty or white space."""
-        key = self.optional_key(keys)
-        value = None if key is None else self.string(key)
-        return value if value is not None and value.strip() else None
+        """Read the text of one of several keys; None if none is given, or if the text is empty or white space.
+
+        Several keys may be given if only one has a text, or if the texts are the same.
+        """
+        texts = {key: value for key in keys if key in self._values and (value := self.string(key)).strip()}
+        if len({value.strip() for value in texts.values()}) > 1:
+            self.optional_key(tuple(texts))
+        return next(iter(texts.values()), None)
+
+    def text_key(self, keys: tuple[str, ...]) -> str | None:
+        """The key whose text `text` returns."""
+        return next((key for key in keys if isinstance(v := self._values.get(key), str) and v.strip()), None)
 
     def loss_weight(self) -> float:
         """Read the weight and the flags that say whether the row or message is trained on; 1 without any of them."""

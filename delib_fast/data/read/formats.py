@@ -190,7 +190,7 @@ def _with_system(fields: Fields, turns: list[Turn]) -> list[Turn]:
     if first is None:
         return [Turn("system", system), *turns]
     if first.content.strip() != system.strip():
-        key = fields.optional_key(SYSTEM_KEYS)
+        key = fields.text_key(SYSTEM_KEYS)
         fail("ambiguous", f"has two system prompts: {key!r} and a system message, which differ; keep one")
     return turns
 
@@ -214,8 +214,8 @@ def _reply(fields: Fields, key: str, settings: FormatSettings) -> Turn:
             fail("bad_role", f"{key}[0] is a {reply.role} message, but the reply must be an assistant message")
         _refuse_other_cot(fields, reply)
         return reply
-    response, cot_key = fields.string(key), fields.optional_key(COT_KEYS)
-    cot, response = join_cot(fields.text(COT_KEYS), response, cot_key, "", settings.tags)
+    given, cot_key = fields.text(COT_KEYS), fields.text_key(COT_KEYS)
+    cot, response = join_cot(given, fields.string(key), cot_key, "", settings.tags)
     if cot is None and key == "answer":
         cot, response = _split_gsm8k(response)
     return Turn("assistant", response, cot)

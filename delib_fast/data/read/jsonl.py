@@ -11,6 +11,7 @@ from typing import IO, Any
 from delib_fast.data.read.json_list import MAX_LIST_BYTES, list_values, refuse_large_list
 from delib_fast.data.read.strict_json import decode
 from delib_fast.data.rows import DataError, fingerprint
+from delib_fast.files import open_regular
 
 MAX_LINE_BYTES = 64 << 20
 _MAGIC = (
@@ -53,7 +54,7 @@ class HashingFile:
     """A file that is read from start to end, and hashed while it is read."""
 
     def __init__(self, path: Path) -> None:
-        self._file: IO[bytes] = path.open("rb")
+        self._file: IO[bytes] = open_regular(path)
         self._digest = hashlib.sha256()
 
     def readline(self, limit: int) -> bytes:

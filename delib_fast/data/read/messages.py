@@ -61,7 +61,7 @@ def read_turn(message: Any, where: str, tags: Tags, ignored: Counter[str]) -> Tu
     turn = Turn(role, "", calls=_calls(fields))
     if turn.calls and role != "assistant":
         fail("tools", f"{where} is a {role} message with tool calls, but only assistant messages may call tools")
-    more = {key: fields.string(key) for key in ("name", "tool_call_id") if key in fields}
+    more: dict[str, Any] = {key: fields.string(key) for key in ("name", "tool_call_id") if key in fields}
     thoughts = _read_content(turn, fields, more, ignored)
     if is_call:
         if turn.calls:
@@ -102,8 +102,7 @@ def _calls(fields: Fields) -> str:
 
 def _cot_of(turn: Turn, fields: Fields, thoughts: str | None, tags: Tags) -> tuple[str | None, str]:
     """The chain of thought and the content of an assistant message."""
-    key = fields.optional_key(COT_KEYS)
-    given = fields.text(COT_KEYS)
+    given, key = fields.text(COT_KEYS), fields.text_key(COT_KEYS)
     if given is not None and thoughts is not None:
         fail("ambiguous", f"{fields.where} has its chain of thought twice: as {key!r} and in the content")
     return join_cot(given if given is not None else thoughts, turn.content, key, fields.where, tags)

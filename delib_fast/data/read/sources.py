@@ -131,6 +131,8 @@ def _refuse_path(name: str, path: Path, config: SourceConfig) -> None:
         what = f"no such file (working directory: {Path.cwd()})"
     elif path.is_dir():
         what = "is a folder, but was not written by datasets' save_to_disk; give a file"
+    elif not path.is_file():
+        what = "is not a regular file, but a pipe or a device, which may never end; copy it into a file"
     elif suffix not in (*ROW_FILES, *TEXT_FILES):
         known = ", ".join((*ROW_FILES, *TEXT_FILES))
         what = f"has the unknown extension {suffix!r}; known are {known}"

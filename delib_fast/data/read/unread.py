@@ -25,6 +25,7 @@ _WEIGHT = "would not change the loss; a row's or a message's weight is read from
 _PREFERENCE = "belongs to preference data: only prompts with one reply can be trained on; remove it"
 _TOKENS = "belongs to encoded data, and would be ignored: a row is text, which is encoded here; remove it"
 _UNFINISHED = "says that the message is not finished, but the end of a turn would be trained on; remove the row"
+_CUT_OFF = "says that the reply was cut off, but the end of its turn would be trained on; remove the row"
 _SHOWN = "would be missing in the prompt; write it into the text of the prompt, and remove the field"
 
 _ANYWHERE = {
@@ -58,7 +59,11 @@ _MESSAGE = {
     "recipient": "names the tool that is called; write the call as 'tool_calls'",
     "refusal": "is what the assistant said; write it as the content",
     "function_calls": "holds calls of tools; write them as 'tool_calls'",
-    "functions": "holds tools; write them as 'tools' of the row",
+    **dict.fromkeys(("functions", "tools"), "holds tools; write them as 'tools' of the row"),
+    **dict.fromkeys(("tool_results", "tool_responses"), "holds results of tools; write them as messages of role tool"),
+    **dict.fromkeys(("attachments", "file", "files"), _MEDIA),
+    **dict.fromkeys(("rejected", "rejected_content"), _PREFERENCE),
+    "context": _SHOWN,
 }
 _BY_FORMAT = {
     "pair": _ROW | _PAIR,
@@ -92,6 +97,8 @@ def _why_refused(key: str, value: Any, refused: Mapping[str, str], kind: str, *,
         return (
             "marks a reply that is not wanted; remove the row" if value is False and kind in ("pair", "chat") else None
         )
+    if key in ("finish_reason", "stop_reason"):
+        return _CUT_OFF if value in ("length", "max_tokens", "model_length") else None
     if key in ("eot", "end_turn"):
         return _UNFINISHED if value is False and kind == "message" else None
     if key == "labels":

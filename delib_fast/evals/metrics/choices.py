@@ -6,15 +6,16 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
 from delib_fast.data import Row
 
 LETTERS = "ABCDEFGH"
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-_STATED = re.compile(r"(?:answer|choice|option)\s*(?:is|:|=)?\s*\**\(?([A-H])\)?\b(?!\w)", re.IGNORECASE)
+_STATED = re.compile(r"(?:answer|choice|option)\s*(?:(?:is|:|=)\s*)?\**\(?([A-H])\)?\b(?!\w)", re.IGNORECASE)
+_MAX_DIGITS = 24  # Decimal computes with 28 digits
 _BRACKETED = re.compile(r"\(([A-H])\)")
-_ALONE = re.compile(r"^\W*([A-H])\W*$", re.MULTILINE)
+_ALONE = re.compile(r"^[^\w\n]*([A-H])[^\w\n]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +91,9 @@ def _wrong_numbers(row: Row, result: Decimal, count: int, generator: random.Rand
 
 
 def _decimal(text: str) -> Decimal | None:
-    try:
-        return Decimal(text.replace(",", ""))
-    except InvalidOperation:
-        return None
+    """The number of a text; None if it has more digits than the arithmetic is exact for."""
+    digits = text.replace(",", "")
+    return Decimal(digits) if len(digits) <= _MAX_DIGITS else None
 
 
 def _format(number: Decimal) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _WORD = re.compile(r"\S+\s*")
-_NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?![\w])")
+_NUMBER = re.compile(r"(?<![\w.])\d{1,18}(?:\.\d{1,18})?(?![\w])")
 _NEGATABLE = re.compile(r"\b(is|are|was|were|can|should|must|will|would|could|does|do|has|have)\b(?! not\b|n't)")
 _NEGATED = re.compile(r"\b(is|are|was|were|can|should|must|will|would|could|does|do|has|have)(?: not\b|n't\b)")
 _FALSE = "In fact it is the other way round, and what was said so far does not hold."
@@ -68,7 +68,7 @@ def corrupted(cot: str, seed: str) -> Corruption:
             spot = generator.choice(spots)
             return Corruption(cot[: spot.start()] + spot.expand(negated) + cot[spot.end() :], "negation")
     parts = sentences(cot)
-    parts.insert(generator.randrange(1, len(parts) + 1), _FALSE)
+    parts.insert(generator.randrange(1, len(parts) + 1) if parts else 0, _FALSE)
     return Corruption(" ".join(parts), "sentence")
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from delib_fast.evals.extra import import_extra
 from delib_fast.evals.intervals import Estimate, bootstrap, wilson
+from delib_fast.files import open_regular
 
 View = Literal["response", "cot+response"]
 VIEWS: tuple[View, View] = ("response", "cot+response")
@@ -30,6 +31,8 @@ FOLDS = 5
 _HASHED = 2048
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _STEP = re.compile(r"<<([\d.+\-*/() ]+)=([\d.]+)>>")
+_OPERAND = re.compile(r"\d+(?:\.\d+)?|\.\d+|[-+*/()]")
+_MAX_EXPRESSION = 200  # characters of a step that is computed; each nested parenthesis is a recursion
 _TOKEN = re.compile(r"[^\W\d_]+|\d|[^\w\s]")
 
 
@@ -215,7 +218,12 @@ def _features(transcripts: Sequence[Transcript], view: View) -> NDArray[np.float
 
 
 def step_holds(expression: str, result: str) -> bool:
-    """Whether an arithmetic expression (numbers, + − * / and parentheses) equals `result`; False if malformed."""
+    """Whether an arithmetic expression (numbers, + − * / and parentheses) equals `result`.
+
+    False if it is malformed, or has more than 200 characters.
+    """
+    if len(expression) > _MAX_EXPRESSION:
+        return False
     try:
         return abs(_Expression(expression).value() - float(result)) < 0.01
     except (ValueError, ZeroDivisionError, IndexError):
@@ -226,7 +234,7 @@ class _Expression:
     """Arithmetic by recursive descent. Text of a model is never evaluated as code."""
 
     def __init__(self, text: str) -> None:
-        self._tokens = re.findall(r"\d+(?:\.\d+)?|\.\d+|[-+*/()]", text)
+        self._tokens = _OPERAND.findall(text)
 
     def value(self) -> float:
         total = self._sum()
@@ -268,7 +276,7 @@ def transcripts_from_solutions(path: str | Path, limit: int | None = None) -> li
         limit: the number of questions to read; None for all.
     """
     transcripts = []
-    with Path(path).open(encoding="utf-8") as file:
+    with open_regular(path) as file:
         for line in itertools.islice(file, limit):
             record = json.loads(line)
             for solution in (value for value in record.values() if isinstance(value, dict)):

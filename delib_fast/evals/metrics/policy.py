@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from delib_fast.datagen.citations import policy_sentences
+from delib_fast.datagen.citations import names_of_category, pattern_of_names, policy_sentences
 from delib_fast.evals.extra import import_extra
 from delib_fast.evals.intervals import Estimate, wilson
 
@@ -68,7 +68,7 @@ class PolicyClassifier:
         self._bayes: Any = import_extra("sklearn.naive_bayes").MultinomialNB()
         self._bayes.fit(self._vectorizer.fit_transform([text for text, _ in pairs]), [label for _, label in pairs])
         self._names = [
-            _any_of([label, *re.split(r"\s*/\s*", label), *(names or {}).get(label, ())]) for label in self.labels
+            pattern_of_names([*names_of_category(label), *(names or {}).get(label, ())]) for label in self.labels
         ]
 
     @property
@@ -121,8 +121,3 @@ def policy_retrieval(
         wilson(sum(known), len(known)),
         {name: wilson(sum(oks), len(oks)) for name, oks in members.items()},
     )
-
-
-def _any_of(names: Sequence[str]) -> re.Pattern[str]:
-    spaced = [r"[\s-]+".join(map(re.escape, re.split(r"[\s-]+", name.strip()))) for name in names if name.strip()]
-    return re.compile("|".join(rf"(?<!\w){name}(?!\w)" for name in spaced), re.IGNORECASE)

@@ -11,6 +11,7 @@ import csv
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ from delib_fast.datagen.judge import request_verdicts
 from delib_fast.datagen.refusals import VERDICTS, Verdict, classify_reply
 from delib_fast.datagen.settings import EndpointSettings
 from delib_fast.evals.intervals import Estimate, newcombe, wilson
+from delib_fast.files import open_regular, read_text
 
 Classifier = Callable[[str, str], Verdict]
 """A function of (prompt, response)."""
@@ -92,7 +94,7 @@ def read_prompts(path: str | Path) -> list[RefusalPrompt]:
     Raises ValueError if a column is missing or a label is neither.
     """
     path = Path(path)
-    with path.open(encoding="utf-8", newline="") as file:
+    with open_regular(path) as binary, TextIOWrapper(binary, encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         missing = [name for name in ("prompt", "label") if name not in (reader.fieldnames or ())]
         if missing:
@@ -155,7 +157,7 @@ def classifier_figures(
 def read_labelled(path: str | Path) -> list[tuple[str, str, Verdict]]:
     """Read the (prompt, response, label) of each line of a .jsonl file. Raises ValueError for an unknown label."""
     labelled = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         record = json.loads(line)
         if record["label"] not in VERDICTS:
             raise ValueError(f"{path}:{number}: label is {record['label']!r}; it must be one of {', '.join(VERDICTS)}")

@@ -162,6 +162,8 @@ class FusedLossHead(nn.Module):
     `weight` is the same Parameter as that of the replaced head, so tied embeddings stay tied. It is used only inside
     the forward pass of this module, so the hooks of ZeRO-3 or FSDP2 on this module gather it and reduce its gradient. A
     weight that is still a DTensor in the forward pass is gathered there, once per call (gather_weight).
+
+    `vocabulary` is the number of rows of the weight that are tokens, if the others only pad it; None for all.
     """
 
     weight: nn.Parameter  # (V, H)
@@ -178,10 +180,12 @@ class FusedLossHead(nn.Module):
         label_smoothing: float = 0.0,
         backend: str = "auto",
         chunk_tokens: int | None = None,
+        vocabulary: int | None = None,
     ):
         super().__init__()
         self.weight = weight
         self.register_parameter("bias", bias)
+        self._vocabulary = vocabulary
         self.logit_scale = logit_scale
         self.softcap = softcap
         self.z_loss = z_loss
@@ -212,12 +216,13 @@ class FusedLossHead(nn.Module):
         loss_positions: Tensor | None = None,  # (L,)
     ) -> LossOutput:
         """Return linear_cross_entropy with the weight, the bias and the options of this head."""
+        weight, bias = self._weight_and_bias()
         return linear_cross_entropy(
             hidden,
-            gather_weight(self.weight),
+            weight,
             targets,
             loss_weights,
-            bias=None if self.bias is None else gather_weight(self.bias),
+            bias=bias,
             logit_scale=self.logit_scale,
             softcap=self.softcap,
             z_loss=self.z_loss,
@@ -229,19 +234,28 @@ class FusedLossHead(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return all logits (T, V), scaled and capped, as float32 (float64 for float64)."""
-        bias = None if self.bias is None else gather_weight(self.bias)
-        logits = F.linear(hidden.to(self.weight.dtype), gather_weight(self.weight), bias)
+        weight, bias = self._weight_and_bias()
+        logits = F.linear(hidden.to(self.weight.dtype), weight, bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.logit_scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias, without rows that only pad them."""
+        weight, bias = gather_weight(self.weight), None if self.bias is None else gather_weight(self.bias)
+        if self._vocabulary is None or self._vocabulary >= weight.shape[0]:
+            return weight, bias
+        return weight[: self._vocabulary], None if bias is None else bias[: self._vocabulary]
 
     @property
     def vocabulary(self) -> int:
         """The number of vocabulary entries, V."""
-        return self.weight.shape[0]
+        rows: int = self.weight.shape[0]
+        return rows if self._vocabulary is None else min(self._vocabulary, rows)
 
     def extra_repr(self) -> str:
         """Describe the head in the repr of a model."""
         V, H = getattr(self.weight, "ds_shape", self.weight.shape)  # under ZeRO-3 `weight` itself is a flat shard
+        V = V if self._vocabulary is None else min(V, self._vocabulary)
         softcap = "" if self.softcap is None else f", softcap={self.softcap:g}"
         return f"hidden={H}, vocabulary={V}{softcap}, backend={self.backend!r}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -9,15 +10,15 @@ import torch
 from torch import Tensor
 
 
-def check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None) -> None:
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
     """Raise ValueError if shapes, dtypes or devices do not match. Device memory is not read."""
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
         raise ValueError(
             f"q, k and v must be (T, heads, D); they are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
-    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+    if k.shape[:2] != v.shape[:2] or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
         raise ValueError(
-            "q (T, Hq, D), k and v (T, Hkv, D) must agree in T and D; they are "
+            "q (T, Hq, D), k (T, Hkv, D) and v (T, Hkv, Dv) must agree in T, Hkv and D; they are "
             f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
@@ -37,8 +38,23 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqle
         raise ValueError(
             f"max_seqlen must be an int on the host, the length of the longest sequence; got {max_seqlen!r}"
         )
+
+
+def check_options(q: Tensor, window: int | None, softcap: float | None, sinks: Tensor | None) -> None:
+    """Raise ValueError if an option is out of its range, or sinks do not match the query heads."""
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (the token itself) or None; it is {window}")
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be a finite number above 0, or None; it is {softcap}")
+    if sinks is None:
+        return
+    if sinks.shape != (q.shape[1],) or not sinks.is_floating_point():
+        raise ValueError(
+            f"sinks must be ({q.shape[1]},) floating point, one logit per query head; they are {tuple(sinks.shape)} "
+            f"{sinks.dtype}"
+        )
+    if sinks.device != q.device:
+        raise ValueError(f"sinks and q must be on one device; they are on {sinks.device} and {q.device}")
 
 
 def check_prefix(prefix: Sequence[int], num_sequences: int) -> None:

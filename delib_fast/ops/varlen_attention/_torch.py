@@ -2,7 +2,8 @@
 
 torch's op has its own fake kernel and autograd formula, so none are registered here. It reads `cu_seqlens` on the
 device and takes `max_seqlen` as an int on the host, so there is no device sync. Padding must be a sequence of
-`cu_seqlens`: torch 2.13 does not write the gradients of tokens after the last sequence, so they would be NaN.
+`cu_seqlens`: torch 2.13 does not write the gradients of tokens after the last sequence, so they would be NaN. Its
+kernels need value heads of the size of the query and key heads, so the smaller are padded with zeros.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from delib_fast.ops.varlen_attention._prefix import Layout, plan_prefixes, register
+from delib_fast.ops.varlen_attention._merged import NO_PREFIX, Layout, plan_prefixes, register
+from delib_fast.ops.varlen_attention._padding import same_head_dims
 
 
 @cache
@@ -38,7 +40,15 @@ def _gqa_argument() -> dict[str, Any]:
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def why_not(q: Tensor, k: Tensor, v: Tensor, window: int | None, shared_prefix: bool = False) -> str | None:
+def why_not(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    shared_prefix: bool = False,
+    softcap: bool = False,
+    sinks: bool = False,
+) -> str | None:
     """Return the reason that this backend cannot run these tensors, or None."""
     if q.device.type != "cuda":
         return f"it needs CUDA tensors; these are on {q.device.type}"
@@ -46,21 +56,29 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, window: int | None, shared_prefix: 
         return missing
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"it supports bfloat16 and float16, not {q.dtype}"
-    if q.shape[-1] > 256 or q.shape[-1] % 8:
-        return f"it supports head dims that are multiples of 8 and at most 256, not {q.shape[-1]}"
+    dim = max(q.shape[-1], v.shape[-1])
+    if dim > 256 or dim % 8:
+        return f"it supports head dims that are multiples of 8 and at most 256, not {dim}"
     if torch.cuda.get_device_capability(q.device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or higher"
-    return _why_no_shared_prefix(window) if shared_prefix else None
-
-
-def _why_no_shared_prefix(window: int | None) -> str | None:
-    if window is not None:
+    if softcap:
+        return "varlen_attn has no softcap; a flash-attention package (flash-attn or flash-attn-3) has one"
+    if shared_prefix and window is not None:
         return "a sliding window is not supported together with a shared prefix"
+    return _why_no_merge("a shared prefix needs" if shared_prefix else "sinks need") if shared_prefix or sinks else None
+
+
+def _why_no_merge(what: str) -> str | None:
     # varlen_attn returns a log-sum-exp but takes none; its backward op takes one.
     for name in ("_varlen_attn", "_varlen_attn_backward"):
         if not hasattr(torch.ops.torch_attn, name):
-            return f"torch {torch.__version__} has no torch_attn::{name}, which a shared prefix needs"
+            return f"torch {torch.__version__} has no torch_attn::{name}, which {what}"
     return None
+
+
+def _window_size(layout: Layout) -> list[int]:
+    """torch counts the tokens *before* the query: a window of 1 (the token itself) is (0, 0), no window is (-1, 0)."""
+    return [layout.window - 1 if layout.window else -1, 0 if layout.causal else -1]
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> tuple[Tensor, Tensor]:
@@ -73,7 +91,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> t
         layout.max_q,
         layout.max_k,
         scale=scale,
-        window_size=[-1, 0 if layout.causal else -1],
+        window_size=_window_size(layout),
     )
     return out, lse.T.unsqueeze(-1)  # (Hq, T) to (T, Hq, 1)
 
@@ -96,12 +114,12 @@ def _backward(
         False,
         no_dropout,
         scale,
-        [-1, 0 if layout.causal else -1],
+        _window_size(layout),
     )
     return dq, dk, dv
 
 
-_with_prefix = register("varlen_attention_prefix_torch", _forward, _backward)
+_merged = register("varlen_attention_merged_torch", _forward, _backward)
 
 
 def varlen_attention(
@@ -113,19 +131,25 @@ def varlen_attention(
     *,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     cu_seqlens_host: Sequence[int] | None = None,
     prefix: Sequence[int] | None = None,
 ) -> Tensor:
     """Run the op; the arguments and the result are those of `ops.varlen_attention`."""
     from torch.nn.attention.varlen import varlen_attn
 
+    assert softcap is None, "why_not must be called first"
+    scale, value_dim = q.shape[-1] ** -0.5 if scale is None else scale, v.shape[-1]
+    q, k, v = same_head_dims(q, k, v)
+    window = 0 if window is None or window >= max_seqlen else window
+    plan = None
     if prefix is not None:
         host = tuple(cu_seqlens.tolist()) if cu_seqlens_host is None else tuple(cu_seqlens_host)
-        if plan := plan_prefixes(host, tuple(prefix), q.device):
-            scale = q.shape[-1] ** -0.5 if scale is None else scale
-            return _with_prefix(q, k, v, cu_seqlens, max_seqlen, scale, *plan)[0]
-    # torch counts the tokens *before* the query: a window of 1 (the token itself) is (0, 0), no window is (-1, 0).
-    left = -1 if window is None or window >= max_seqlen else window - 1
+        plan = plan_prefixes(host, tuple(prefix), q.device)
+    if plan or sinks is not None:
+        merged = _merged(q, k, v, sinks, cu_seqlens, max_seqlen, scale, window, *(plan or NO_PREFIX))[0]
+        return merged[..., :value_dim]
     gqa = _gqa_argument() if q.shape[1] != k.shape[1] else {}
     out = varlen_attn(
         q.contiguous(),
@@ -136,8 +160,8 @@ def varlen_attention(
         max_seqlen,
         max_seqlen,
         scale=scale,
-        window_size=(left, 0),
+        window_size=(window - 1, 0),
         **gqa,
     )
     assert isinstance(out, Tensor), "varlen_attn returns a tuple only if return_aux is given"
-    return out
+    return out[..., :value_dim]

@@ -1,12 +1,13 @@
-"""Shared prefixes as two ordinary attentions, merged by their log-sum-exp.
+"""Shared prefixes and sinks as ordinary attentions, merged by their log-sum-exp.
 
     out₁, lse₁ = causal attention of each sequence to itself
     out₂, lse₂ = full attention of all tokens that continue a prefix to that prefix and its own prefixes
-    lse = log(e^lse₁ + e^lse₂);   out = out₁·e^(lse₁ − lse) + out₂·e^(lse₂ − lse)
+    out₃, lse₃ = 0, the sink of the head
+    lse = log Σ e^lseᵢ;   out = Σ outᵢ·e^(lseᵢ − lse)
 
 The backward pass is exact. A flash backward recomputes each probability as e^(score − lse) and subtracts
-rowsum(dout·out). If each of the two attentions is given the *merged* out and lse, it returns its part of the true
-gradients, and the parts are added.
+rowsum(dout·out). If each of the attentions is given the *merged* out and lse, it returns its part of the true
+gradients, and the parts are added. The gradient of a sink is the sum of −e^(sink − lse)·rowsum(dout·out).
 
 In the second attention all tokens that continue one prefix form one sequence of queries, wherever they are in the pack,
 because there is no causal order between them and the prefix. The keys of a prefix are therefore read once for all of
@@ -49,6 +50,8 @@ class Layout(NamedTuple):
     max_q: int
     max_k: int
     causal: bool
+    window: int = 0
+    """Tokens that a token attends to, including itself; 0 for all. Only with `causal`."""
 
 
 # forward(q, k, v, layout, scale) -> (out, lse), where lse is (Tq, Hq, 1)
@@ -60,9 +63,11 @@ Backward = Callable[
 ]
 
 _ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, int max_seqlen, float scale, "
-    "Tensor queries, Tensor keys, Tensor cu_queries, Tensor cu_keys, int max_queries, int max_keys"
+    "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor cu_seqlens, int max_seqlen, float scale, int window, "
+    "Tensor? queries, Tensor? keys, Tensor? cu_queries, Tensor? cu_keys, int max_queries, int max_keys"
 )
+NO_PREFIX = (None, None, None, None, 0, 0)
+"""The plan of a call without shared prefixes."""
 
 
 def ancestors(prefix: Sequence[int], sequence: int) -> list[int]:
@@ -109,20 +114,22 @@ def plan_prefixes(cu_seqlens: tuple[int, ...], prefix: tuple[int, ...], device: 
 def register(name: str, forward: Forward, backward: Backward) -> Callable[..., tuple[Tensor, Tensor]]:
     """Register the op delib_fast::`name` and its backward op, given the attention of one backend.
 
-    Returns the op: (q, k, v, cu_seqlens, max_seqlen, scale, *plan) -> (out, lse).
+    Returns the op: (q, k, v, sinks, cu_seqlens, max_seqlen, scale, window, *plan) -> (out, lse), with the plan of
+    `plan_prefixes` or NO_PREFIX. The head dims of q, k and v are equal; a window or None, and 0 for no window.
     """
 
     def op(*args: Any) -> tuple[Tensor, Tensor]:
-        return _merged_forward(forward, _PrefixCall(*args))
+        return _merged_forward(forward, _MergedCall(*args))
 
     def backward_op(d_out: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _merged_backward(backward, d_out, out, lse, _PrefixCall(*args))
+        return _merged_backward(backward, d_out, out, lse, _MergedCall(*args))
 
     def autograd(ctx: Any, d_out: Tensor, _d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, cu_seqlens, queries, keys, cu_queries, cu_keys, out, lse = ctx.saved_tensors
-        call = (q, k, v, cu_seqlens, ctx.max_seqlen, ctx.scale, queries, keys, cu_queries, cu_keys, *ctx.max_lengths)
+        *tensors, out, lse = ctx.saved_tensors
+        call = ctx.call._replace(**dict(zip(_TENSORS, tensors, strict=True)))
         grads = getattr(torch.ops.delib_fast, f"{name}_backward")(d_out, out, lse, *call)
-        return (*grads, *[None] * (len(_PrefixCall._fields) - 3))
+        d_sinks = sinks_gradient(d_out, out, lse, call.sinks) if ctx.needs_input_grad[3] else None
+        return (*grads, d_sinks, *[None] * (len(_MergedCall._fields) - 4))
 
     LIBRARY.define(f"{name}({_ARGUMENTS}) -> (Tensor out, Tensor lse)")
     LIBRARY.define(
@@ -136,49 +143,78 @@ def register(name: str, forward: Forward, backward: Backward) -> Callable[..., t
     return registered
 
 
-class _PrefixCall(NamedTuple):
+class _MergedCall(NamedTuple):
     """The arguments of the op, in the order of its schema: _ARGUMENTS."""
 
     q: Tensor
     k: Tensor
     v: Tensor
+    sinks: Tensor | None
     cu_seqlens: Tensor
     max_seqlen: int
     scale: float
-    queries: Tensor
-    keys: Tensor
-    cu_queries: Tensor
-    cu_keys: Tensor
+    window: int
+    queries: Tensor | None
+    keys: Tensor | None
+    cu_queries: Tensor | None
+    cu_keys: Tensor | None
     max_queries: int
     max_keys: int
 
     @property
     def own(self) -> Layout:
         """Each sequence on itself."""
-        return Layout(self.cu_seqlens, self.cu_seqlens, self.max_seqlen, self.max_seqlen, causal=True)
+        return Layout(self.cu_seqlens, self.cu_seqlens, self.max_seqlen, self.max_seqlen, True, self.window)
 
     @property
     def shared(self) -> Layout:
         """The continuing tokens on their prefixes."""
+        assert self.cu_queries is not None
+        assert self.cu_keys is not None
         return Layout(self.cu_queries, self.cu_keys, self.max_queries, self.max_keys, causal=False)
 
 
-def _merged_forward(forward: Forward, call: _PrefixCall) -> tuple[Tensor, Tensor]:
+_TENSORS = ("q", "k", "v", "sinks", "cu_seqlens", "queries", "keys", "cu_queries", "cu_keys")
+
+
+def merge_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return out (…, Hq, D) and lse (…, Hq, 1) with the sinks (Hq,), both in the dtype of lse."""
+    both = torch.logaddexp(lse, sinks.to(lse.dtype).unsqueeze(-1))
+    return out.to(lse.dtype) * (lse - both).exp(), both
+
+
+def sinks_gradient(d_out: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Return the gradient of the sinks (Hq,), from out (T, Hq, D) and lse (T, Hq, 1) that contain them.
+
+    Tokens whose upstream gradient is zero are left out, so that a NaN in a token without a loss does not leak.
+    """
+    delta = (d_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    probability = (sinks.to(lse.dtype) - lse.squeeze(-1)).exp()
+    dead = (d_out == 0).all(-1)
+    return -(probability * delta).masked_fill(dead, 0).sum(0).to(sinks.dtype)
+
+
+def _merged_forward(forward: Forward, call: _MergedCall) -> tuple[Tensor, Tensor]:
     q, k, v, queries, keys = call.q, call.k, call.v, call.queries, call.keys
     out, lse = forward(q, k, v, call.own, call.scale)
-    out_C, lse_C = forward(q[queries], k[keys], v[keys], call.shared, call.scale)
-    own = lse[queries]
-    both = torch.logaddexp(own, lse_C)
-    merged = out[queries].to(lse.dtype) * (own - both).exp() + out_C.to(lse.dtype) * (lse_C - both).exp()
-    out, lse = out.to(lse.dtype).index_copy(0, queries, merged), lse.index_copy(0, queries, both)
+    if queries is not None and keys is not None:
+        out_C, lse_C = forward(q[queries], k[keys], v[keys], call.shared, call.scale)
+        own = lse[queries]
+        both = torch.logaddexp(own, lse_C)
+        merged = out[queries].to(lse.dtype) * (own - both).exp() + out_C.to(lse.dtype) * (lse_C - both).exp()
+        out, lse = out.to(lse.dtype).index_copy(0, queries, merged), lse.index_copy(0, queries, both)
+    if call.sinks is not None:
+        out, lse = merge_sinks(out, lse, call.sinks)
     return out.to(q.dtype), lse
 
 
 def _merged_backward(
-    backward: Backward, d_out: Tensor, out: Tensor, lse: Tensor, call: _PrefixCall
+    backward: Backward, d_out: Tensor, out: Tensor, lse: Tensor, call: _MergedCall
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, queries, keys = call.q, call.k, call.v, call.queries, call.keys
     dq, dk, dv = backward(d_out, q, k, v, out, lse, call.own, call.scale)
+    if queries is None or keys is None:
+        return dq, dk, dv
     dq_C, dk_K, dv_K = backward(
         d_out[queries], q[queries], k[keys], v[keys], out[queries], lse[queries], call.shared, call.scale
     )
@@ -198,9 +234,7 @@ def _fake_backward(d_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    call = _PrefixCall(*inputs)
-    ctx.save_for_backward(
-        call.q, call.k, call.v, call.cu_seqlens, call.queries, call.keys, call.cu_queries, call.cu_keys, *output
-    )
+    call = _MergedCall(*inputs)
+    ctx.save_for_backward(*(getattr(call, name) for name in _TENSORS), *output)
     ctx.mark_non_differentiable(output[1])
-    ctx.max_seqlen, ctx.scale, ctx.max_lengths = call.max_seqlen, call.scale, (call.max_queries, call.max_keys)
+    ctx.call = call._replace(**dict.fromkeys(_TENSORS))  # type: ignore[arg-type]  # the tensors are saved above
