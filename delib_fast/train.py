@@ -28,7 +28,7 @@ from delib_fast.config import ConfigError
 from delib_fast.config.load import load_config
 from delib_fast.engine.slurm import init_from_slurm
 from delib_fast.terminal import echo, guard_process_output, report_error
-from delib_fast.training.errors import LostRankError, Stopped, TrainingError
+from delib_fast.training.errors import LostRankError, Stopped, TrainingError, describe_system_error
 
 if TYPE_CHECKING:
     from delib_fast.training.callbacks import Callback
@@ -81,32 +81,14 @@ def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] =
         return _fail("interrupted; the same command resumes from the last checkpoint", 130, prints=is_main)
     except ConfigError as error:
         return _fail(str(error), 2, prints=is_main)
-    except (OSError, MemoryError) as error:
-        if isinstance(error, OSError) and error.errno is None:
-            raise
-        return _fail(_describe_system_error(error), 1, prints=True)  # it may concern only this rank's machine
     except Exception as error:
-        if str(error) == "can't start new thread":
-            return _fail(_describe_system_error(error), 1, prints=True)
+        if message := describe_system_error(error):
+            return _fail(message, 1, prints=True)  # it may concern only this rank's machine
         if not _has_user_message(error):
             raise
         prints = error.reports if isinstance(error, LostRankError) else is_main
         return _fail(str(error), 2 if isinstance(error, ValueError) else 1, prints=prints)
     return 0
-
-
-def _describe_system_error(error: Exception) -> str:
-    """What the system refused (disk, memory, threads, open files), and what to do. Nothing that was saved is lost."""
-    if isinstance(error, MemoryError):
-        what = "there is not enough memory"
-    elif isinstance(error, OSError):
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    else:
-        what = "no more threads can be started (see ulimit -u)"
-    return (
-        f"{what}. Everything that was saved before is intact: free some space, raise the limit or grant access, and "
-        "the same command resumes from the last checkpoint"
-    )
 
 
 def _has_user_message(error: Exception) -> bool:

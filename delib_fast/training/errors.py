@@ -21,3 +21,19 @@ class LostRankError(TrainingError):
     def __init__(self, message: str, *, reports: bool) -> None:
         super().__init__(message)
         self.reports = reports
+
+
+def describe_system_error(error: Exception) -> str | None:
+    """What the system refused (disk, memory, threads, open files), and what to do; None for any other error."""
+    if isinstance(error, MemoryError):
+        what = "there is not enough memory"
+    elif isinstance(error, OSError) and error.errno is not None:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    elif str(error) == "can't start new thread":
+        what = "no more threads can be started (see ulimit -u)"
+    else:
+        return None
+    return (
+        f"{what}. Everything that was saved before is intact: free some space, raise the limit or grant access, and "
+        "the same command resumes from the last checkpoint"
+    )
