@@ -30,7 +30,7 @@ from delib_fast.config import Config, ConfigError
 from delib_fast.config.load import load_config
 from delib_fast.engine.slurm import has_launcher, init_from_slurm
 from delib_fast.terminal import echo, guard_process_output, report_error
-from delib_fast.training.errors import RanksDifferError, Stopped, TrainingError
+from delib_fast.training.errors import RanksDifferError, Stopped, TrainingError, describe_system_error
 
 if TYPE_CHECKING:
     from delib_fast.training.callbacks import Callback
@@ -90,13 +90,9 @@ def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] =
         return _fail("interrupted; the same command resumes from the last checkpoint", 130, prints=is_main)
     except ConfigError as error:
         return _fail(str(error), 2, prints=is_main or isinstance(error, RanksDifferError))
-    except (OSError, MemoryError) as error:
-        if isinstance(error, OSError) and error.errno is None:
-            raise
-        return _fail(_describe_system_error(error), 1, prints=True)  # it may concern only this rank's machine
     except Exception as error:
-        if str(error) == "can't start new thread" or "can't allocate memory" in str(error):
-            return _fail(_describe_system_error(error), 1, prints=True)
+        if message := describe_system_error(error):
+            return _fail(message, 1, prints=True)  # it may concern only this rank's machine
         if not _has_user_message(error):
             _report_to_ranks(f"it failed: {type(error).__name__}: {error}")
             raise
@@ -121,20 +117,6 @@ def _report_to_ranks(message: str) -> None:
 
         with contextlib.suppress(ConfigError, RuntimeError):
             Rendezvous.current().abort(message)
-
-
-def _describe_system_error(error: Exception) -> str:
-    """What the system refused (disk, memory, threads, open files), and what to do. Nothing that was saved is lost."""
-    if isinstance(error, OSError):
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    elif str(error) == "can't start new thread":
-        what = "no more threads can be started (see ulimit -u and ulimit -v)"
-    else:
-        what = "there is not enough memory"
-    return (
-        f"{what}. Everything that was saved before is intact: free some space, raise the limit or grant access, and "
-        "the same command resumes from the last checkpoint"
-    )
 
 
 def _has_user_message(error: Exception) -> bool:
