@@ -24,24 +24,16 @@ import argparse
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from delib_fast.config import Config, ConfigError
 from delib_fast.config.load import load_config
 from delib_fast.engine.slurm import has_launcher, init_from_slurm
-from delib_fast.terminal import echo, guard_process_output, report_error
+from delib_fast.terminal import ArgumentParser, echo, guard_process_output, report_error
 from delib_fast.training.errors import RanksDifferError, Stopped, TrainingError, describe_system_error
 
 if TYPE_CHECKING:
     from delib_fast.training.callbacks import Callback
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Print a wrong argument as text, without control characters, and exit with code 2."""
-        echo(self.format_usage().rstrip("\n"), err=True)
-        report_error(message)
-        sys.exit(2)
 
 
 def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] = ()) -> int:
@@ -54,7 +46,7 @@ def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] =
         The exit code: 0 finished, or stopped on request; 1 failed while training; 2 the configuration, the rows or
         the model cannot be used; 130 interrupted twice.
     """
-    parser = _Parser(prog="delib_fast/train.py", description="Train the stages of a run.")
+    parser = ArgumentParser(prog="delib_fast/train.py", description="Train the stages of a run.")
     parser.add_argument("--config", required=True, metavar="FILE", help="the run, as YAML")
     parser.add_argument(
         "--set",
