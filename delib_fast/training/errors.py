@@ -30,3 +30,17 @@ class RanksDifferError(ConfigError):
 
     Every rank prints it: on a cluster, each may have its own output.
     """
+
+
+def describe_system_error(error: Exception) -> str:
+    """What the system refused (disk, memory, threads, open files), and what to do. Nothing that was saved is lost."""
+    if isinstance(error, OSError):
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    elif str(error) == "can't start new thread":
+        what = "no more threads can be started (see ulimit -u and ulimit -v)"
+    else:
+        what = "there is not enough memory"
+    return (
+        f"{what}. Everything that was saved before is intact: free some space, raise the limit or grant access, and "
+        "the same command resumes from the last checkpoint"
+    )
