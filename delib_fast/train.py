@@ -21,14 +21,14 @@ if __name__ == "__main__" and sys.path and os.path.basename(sys.path[0]) == "del
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from delib_fast.config import Config, ConfigError
+from delib_fast.config import ConfigError
 from delib_fast.config.load import load_config
-from delib_fast.engine.slurm import has_launcher, init_from_slurm
+from delib_fast.engine.launch import on_every_rank, report_to_ranks
+from delib_fast.engine.slurm import init_from_slurm
 from delib_fast.terminal import ArgumentParser, echo, guard_process_output, report_error
 from delib_fast.training.errors import RanksDifferError, Stopped, TrainingError, describe_system_error
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] =
         options = parser.parse_args(arguments)
     except SystemExit as left:
         if left.code:
-            _report_to_ranks("its command line is not valid")
+            report_to_ranks("its command line is not valid")
         raise
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] =
     is_main = os.environ.get("RANK", "0") == "0"
     overrides = [item for group in options.overrides for item in group]
     try:
-        config = _on_every_rank(partial(load_config, options.config, overrides))
+        config = on_every_rank(partial(load_config, options.config, overrides))
         from delib_fast.training.run import run
 
         run(config, callbacks)
@@ -86,29 +86,11 @@ def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] =
         if message := describe_system_error(error):
             return _fail(message, 1, prints=True)  # it may concern only this rank's machine
         if not _has_user_message(error):
-            _report_to_ranks(f"it failed: {type(error).__name__}: {error}")
+            report_to_ranks(f"it failed: {type(error).__name__}: {error}")
             raise
         prints = getattr(error, "reports", is_main)
         return _fail(str(error), 2 if isinstance(error, ValueError) else 1, prints=prints)
     return 0
-
-
-def _on_every_rank(load: Callable[[], Config]) -> Config:
-    """Call `load`; if it fails on one rank, it fails on all of them, which would wait for that rank otherwise."""
-    if not has_launcher(os.environ):
-        return load()  # without importing torch
-    from delib_fast.engine.rendezvous import Rendezvous
-
-    return Rendezvous.current().raise_together(load)
-
-
-def _report_to_ranks(message: str) -> None:
-    """Let the other ranks end with an error that names this one, if the run has not begun on them."""
-    if has_launcher(os.environ):
-        from delib_fast.engine.rendezvous import Rendezvous
-
-        with contextlib.suppress(ConfigError, RuntimeError):
-            Rendezvous.current().abort(message)
 
 
 def _has_user_message(error: Exception) -> bool:

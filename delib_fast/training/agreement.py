@@ -175,7 +175,8 @@ def compare_directories(rendezvous: Rendezvous, directory: RunDirectory, config:
         facts = {
             "run_dir: shows the files of rank 0": fact("yes" if file.exists() else "no"),
             "run_dir: ledger.json": fact(
-                json.dumps(directory.ledger, sort_keys=True), shown=_describe_ledger(directory.ledger)
+                json.dumps([directory.ledger[part] for part in ("stages", "evaluations")], sort_keys=True),
+                shown=_describe_ledger(directory.ledger),
             ),
         }
         for stage in config.stages:

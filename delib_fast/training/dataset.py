@@ -36,11 +36,11 @@ from delib_fast.data.disk_cache import cache_folder, cache_key, cached_json
 from delib_fast.data.encode.cache import cached_dataset, tokenizer_fingerprint
 from delib_fast.data.encode.encoder import Cot
 from delib_fast.data.progress import log_progress
-from delib_fast.digests import DamagedError, hash_files, hash_tree, read_json, write_json
-from delib_fast.files import read_text, remove_tree, sync_file
-from delib_fast.models import ModelShape, build_tokenizer, model_shape, save_tokenizer
-from delib_fast.training.run_directory import TRAINED_ON
+from delib_fast.digests import hash_tree
+from delib_fast.files import read_text
+from delib_fast.models import ModelShape, build_tokenizer, model_shape
 from delib_fast.training.sources import held_out_rows, reraise_as_data_error, source_of
+from delib_fast.training.trained_tokenizer import is_intact, store
 
 if TYPE_CHECKING:
     from delib_fast.checkpoint.format import SingleProcess
@@ -106,17 +106,10 @@ class RunDataset:
                 ]
             ).encode()
         ).hexdigest()
-        marker = folder / TRAINED_ON
-        if _is_intact(marker, trained_on):
+        if is_intact(folder, trained_on):
             return
         texts = (text for row in self.training_rows(train.sources) for text in row.texts)
-        tokenizer = self._build_tokenizer(train=train, texts=lambda: texts)
-        remove_tree(folder)
-        save_tokenizer(tokenizer, folder)
-        for file in folder.iterdir():
-            sync_file(file)
-        record = {"trained_on": trained_on, "files": hash_files(folder)}
-        write_json(marker, record)  # written last: without it, the tokenizer is trained again
+        store(self._build_tokenizer(train=train, texts=lambda: texts), folder, trained_on)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -360,16 +353,6 @@ class RunDataset:
             "packs_per_epoch": batches.packs_per_epoch,
             "fill": batches.fill,
         }
-
-
-def _is_intact(marker: Path, trained_on: str) -> bool:
-    """Whether a tokenizer was trained on exactly this, and its files are as they were written."""
-    try:
-        record = read_json(marker)
-        files = {name: sha256 for name, sha256 in hash_files(marker.parent).items() if name != marker.name}
-        return bool(record == {"trained_on": trained_on, "files": files})
-    except (OSError, DamagedError):
-        return False
 
 
 def pack_stage(
