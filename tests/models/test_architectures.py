@@ -8,13 +8,13 @@ from sweep import examine, model_types, row, rows_of_page
 # One of each code path; --full examines all.
 # packed: plain, tied, biases, positions learned or relative, scalings, caps, windows, experts, sinks, MLA, longrope
 PACKED = """
-    llama gpt2 opt gptj phi cohere granite gemma2 gemma3_text gemma4_text starcoder2 olmo3 nanochat hunyuan_v1_dense
-    mixtral qwen3_moe phimoe dbrx gpt_oss deepseek_v3 minicpm3 phi3
+    llama gpt2 opt gptj phi cohere granite gemma2 gemma3_text gemma4_text starcoder2 nanochat hunyuan_v1_dense
+    mixtral qwen3_moe dbrx gpt_oss deepseek_v3 minicpm3 phi3
 """
 # linear attention, convolution, state space, and attention with a convolution
-MIXERS = "qwen3_next lfm2 falcon_h1 jamba nemotron_h recurrent_gemma minimax xlstm zaya"
+MIXERS = "qwen3_next lfm2 falcon_h1 jamba nemotron_h recurrent_gemma minimax zaya"
 # outside the AttentionInterface, arguments dropped, chunks, selections of keys, masks of their own
-DOCUMENTS = "bloom mpt rwkv stablelm nemotron llama4_text deepseek_v32 doge qwen4_exp_text"
+DOCUMENTS = "bloom mpt rwkv stablelm llama4_text deepseek_v32 doge"
 # labels that are not shifted, logits for a part of the head's rows, a trunk of another name, images, no loss for text
 OTHERS = "whisper bart inkling_text mllama fuyu git"
 # both directions, other heads, inputs that are not text; not built
