@@ -322,7 +322,10 @@ def test_a_file_system_without_locks(tmp_path, capsys, monkeypatch):
     [
         (OSError(errno.EIO, "Input/output error", "/run/a"), "/run/a: Input/output error. Everything"),
         (MemoryError(), "there is not enough memory. Everything"),
-        (RuntimeError("can't start new thread"), "no more threads can be started (see ulimit -u). Everything"),
+        (
+            RuntimeError("can't start new thread"),
+            "no more threads can be started (see ulimit -u and ulimit -v). Everything",
+        ),
         (OSError("a library's own error"), None),
         (RuntimeError("a fault of ours"), None),
     ],
