@@ -257,7 +257,7 @@ class Rendezvous:
 
     def _set(self, key: str, text: str) -> None:
         with self._reraise():
-            self._store.set(key, text.encode("utf-8", errors="surrogateescape"))
+            self._store.set(key, text.encode("utf-8", errors="surrogateescape"))  # type: ignore[arg-type]  # bytes work
 
     def _has(self, key: str) -> bool:
         with self._reraise():
