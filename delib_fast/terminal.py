@@ -7,13 +7,14 @@ markup in a text stays text. Lines are free of secrets.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 import threading
 import traceback
 from collections.abc import Iterator
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import TextColumn
@@ -82,6 +83,15 @@ def guard_process_output() -> None:
 class _EchoHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         echo(self.format(record), err=True)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser that prints a wrong argument as text, without control characters, and exits with code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        echo(self.format_usage().rstrip("\n"), err=True)
+        report_error(message)
+        sys.exit(2)
 
 
 class PlainConsole(Console):

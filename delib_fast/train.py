@@ -23,25 +23,17 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import argparse
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from delib_fast.config import ConfigError
 from delib_fast.config.load import load_config
 from delib_fast.engine.launch import on_every_rank, report_to_ranks
 from delib_fast.engine.slurm import init_from_slurm
-from delib_fast.terminal import echo, guard_process_output, report_error
+from delib_fast.terminal import ArgumentParser, echo, guard_process_output, report_error
 from delib_fast.training.errors import RanksDifferError, Stopped, TrainingError, describe_system_error
 
 if TYPE_CHECKING:
     from delib_fast.training.callbacks import Callback
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Print a wrong argument as text, without control characters, and exit with code 2."""
-        echo(self.format_usage().rstrip("\n"), err=True)
-        report_error(message)
-        sys.exit(2)
 
 
 def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] = ()) -> int:
@@ -54,7 +46,7 @@ def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] =
         The exit code: 0 finished, or stopped on request; 1 failed while training; 2 the configuration, the rows or
         the model cannot be used; 130 interrupted twice.
     """
-    parser = _Parser(prog="delib_fast/train.py", description="Train the stages of a run.")
+    parser = ArgumentParser(prog="delib_fast/train.py", description="Train the stages of a run.")
     parser.add_argument("--config", required=True, metavar="FILE", help="the run, as YAML")
     parser.add_argument(
         "--set",
@@ -90,13 +82,9 @@ def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] =
         return _fail("interrupted; the same command resumes from the last checkpoint", 130, prints=is_main)
     except ConfigError as error:
         return _fail(str(error), 2, prints=is_main or isinstance(error, RanksDifferError))
-    except (OSError, MemoryError) as error:
-        if isinstance(error, OSError) and error.errno is None:
-            raise
-        return _fail(describe_system_error(error), 1, prints=True)  # it may concern only this rank's machine
     except Exception as error:
-        if str(error) == "can't start new thread" or "can't allocate memory" in str(error):
-            return _fail(describe_system_error(error), 1, prints=True)
+        if message := describe_system_error(error):
+            return _fail(message, 1, prints=True)  # it may concern only this rank's machine
         if not _has_user_message(error):
             report_to_ranks(f"it failed: {type(error).__name__}: {error}")
             raise

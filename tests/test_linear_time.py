@@ -36,11 +36,15 @@ def literal(node: ast.expr) -> str | None:
 
 
 def regular_expressions() -> dict[str, tuple[str, re.Pattern[str], str]]:
-    """`file:line` → (file, pattern, method of `re` that is called) of every regular expression in the source."""
+    """`file:line` → (file, pattern, how it is used: match, fullmatch or search) of every expression in the source."""
     found: dict[str, tuple[str, re.Pattern[str], str]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
-        file = str(path.relative_to(PACKAGE))
-        for node in ast.walk(ast.parse(path.read_text())):
+        file, source = str(path.relative_to(PACKAGE)), path.read_text()
+        tree = ast.parse(source)
+        names = {
+            id(node.value): ast.unparse(node.targets[0]) for node in ast.walk(tree) if isinstance(node, ast.Assign)
+        }
+        for node in ast.walk(tree):
             if (
                 isinstance(node, ast.Call)
                 and isinstance(node.func, ast.Attribute)
@@ -54,18 +58,16 @@ def regular_expressions() -> dict[str, tuple[str, re.Pattern[str], str]]:
                         if isinstance(name, ast.Attribute) and name.attr.isupper():
                             flags |= getattr(re, name.attr)
                 text = literal(node.args[0])
+                methods = {node.func.attr}
+                if node.func.attr == "compile":  # a constant; which of its methods are called
+                    methods = set(re.findall(rf"\b{re.escape(names.get(id(node), '?'))}\.(\w+)", source))
+                only = next((m for m in ("match", "fullmatch") if methods == {m}), "search")
                 if text is not None:
-                    found[f"{file}:{node.lineno}"] = (file, re.compile(text, flags), node.func.attr)
+                    found[f"{file}:{node.lineno}"] = (file, re.compile(text, flags), only)
     return found
 
 
 EXPRESSIONS = regular_expressions()
-# Expressions that are only matched at a given position, never searched for.
-MATCHED_ONLY = {
-    name
-    for name, (file, pattern, _) in EXPRESSIONS.items()
-    if file in ("data/read/json_list.py", "data/read/text_files.py", "datagen/spec.py")
-}
 
 
 def test_the_source_has_expressions():
@@ -78,10 +80,7 @@ def test_the_source_has_expressions():
 )
 def test_regular_expressions_are_linear(name, full):
     _, pattern, method = EXPRESSIONS[name]
-    if method in ("match", "fullmatch") or name in MATCHED_ONLY:
-        use: Callable[[str], object] = pattern.match if method != "fullmatch" else pattern.fullmatch
-    else:
-        use = pattern.findall
+    use: Callable[[str], object] = pattern.findall if method == "search" else getattr(pattern, method)
     assert assert_linear(use, name, full=full, seed=len(name)) > 50
 
 

@@ -309,6 +309,16 @@ def _verify_file(path: Path, expected: dict[str, Any], *, with_hash: bool) -> No
         )
 
 
+def _refuse_dangling_link(root: Path) -> None:
+    """Raise CheckpointError if the folder of the checkpoints is a link to what is not there, such as another disk."""
+    for folder in (root.parent, root):
+        if folder.is_symlink() and not folder.exists():
+            raise CheckpointError(
+                f"{folder} is a symbolic link to {folder.readlink()}, which does not exist: mount or restore it, or "
+                "delete the link to train the stage again from its start"
+            )
+
+
 def load_newest(root: Path, warn: Callable[[str], None], group: Group | None = None) -> Checkpoint | None:
     """Return the newest intact checkpoint under `root`, or None if none was ever written. A collective.
 
@@ -320,6 +330,7 @@ def load_newest(root: Path, warn: Callable[[str], None], group: Group | None = N
             does not read; or the ranks see different checkpoints.
     """
     group = group or SingleProcess()
+    _refuse_dangling_link(root)
     steps = _agreed_steps(root, group)
     damaged: list[tuple[int, str]] = []
     found: Checkpoint | None = None

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from delib_fast.integrations.loss import denominator, shifted_targets
 from delib_fast.integrations.switching import switching_name
 from delib_fast.integrations.unpadding import CACHES, AsPack, as_pack, why_not_a_pack
 from delib_fast.models.active_pack import ActivePack, in_a_pack
@@ -155,7 +156,7 @@ class _ModelForward(ForwardPatch):
         self._check_options(kwargs)
         if shifted is None and not self.shifts_labels:
             labels, shifted = None, labels
-        targets, weights = _targets(labels, shifted, weights)
+        targets, weights = shifted_targets(labels, shifted, weights)
         _check_no_target_after_padding(trunk(model), targets, kwargs.get("attention_mask"))
         if all(kwargs.get(name) is None for name in CACHES):
             kwargs["use_cache"] = False
@@ -164,7 +165,7 @@ class _ModelForward(ForwardPatch):
         hidden, targets = hidden.to(head.weight.device), targets.to(head.weight.device)
         weights = None if weights is None else weights.to(head.weight.device, torch.float32).flatten()
         output = head(hidden.flatten(0, 1), targets.flatten(), weights)
-        loss = output.loss_sum / _denominator(targets.flatten(), weights, normalizer, count)
+        loss = output.loss_sum / denominator(targets.flatten(), weights, normalizer, count)
         result = FusedCausalLMOutput(
             loss=loss, nll=output.nll.view(targets.shape), correct=output.correct.view(targets.shape)
         )
@@ -187,26 +188,6 @@ class _ModelForward(ForwardPatch):
             )
 
 
-def _targets(labels: Tensor | None, shifted: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(targets, weights), both shifted: position t holds the target that it predicts, and its weight.
-
-    Weights are passed aligned with the labels. Raises ValueError if their shapes differ.
-    """
-    given = shifted if shifted is not None else labels
-    assert given is not None
-    if weights is not None and weights.shape != given.shape:
-        raise ValueError(
-            f"loss_weights must have the shape of the labels, {tuple(given.shape)}; it is {tuple(weights.shape)}"
-        )
-    if shifted is not None:
-        return shifted, weights
-    targets = torch.full_like(given, -100)
-    targets[..., :-1] = given[..., 1:]
-    if weights is not None:
-        weights = torch.nn.functional.pad(weights[..., 1:], (0, 1))
-    return targets, weights
-
-
 def _check_no_target_after_padding(base: nn.Module, targets: Tensor, mask: Tensor | None) -> None:
     """Raise ValueError if a target is predicted from a padding token, whose hidden state is not computed."""
     if mask is None or mask.shape != targets.shape or not isinstance(base.__dict__.get("forward"), _BaseForward):
@@ -217,32 +198,6 @@ def _check_no_target_after_padding(base: nn.Module, targets: Tensor, mask: Tenso
             f"{wrong} labels would be predicted from padding (attention_mask 0), which is not computed: set labels on "
             "padding to -100, and with padding on the left also the label of each row's first token"
         )
-
-
-def _denominator(
-    targets: Tensor, weights: Tensor | None, normalizer: Tensor | float | None, count: Tensor | int | None
-) -> Tensor | float:
-    """What the sum of losses is divided by: the sum over the whole step if the trainer passes it, else over this call.
-
-    Weights with only num_items_in_batch raise a ValueError, because num_items_in_batch counts labels. Divided by it, a
-    loss with weights below 1 would be too small, by a factor that changes from step to step with the share of weighted
-    tokens. Divided by the sum of weights of this call alone, it would be too large by the number of accumulated
-    batches, since a trainer that passes num_items_in_batch does not divide by that number.
-    """
-    if normalizer is not None:
-        return normalizer.to(targets.device) if isinstance(normalizer, Tensor) else normalizer
-    if weights is not None:
-        if count is not None:
-            raise ValueError(
-                "loss_weights were passed with num_items_in_batch, which counts labels and is not the sum of their "
-                "weights; also pass loss_normalizer, the sum of loss_weights over all labels of the step on all ranks "
-                "(delib_fast.integrations.hf.prepare(trainer) makes a Trainer do so)"
-            )
-        total = weights.masked_fill(targets == -100, 0).sum()
-        return torch.where(total > 0, total, 1)
-    if count is not None:
-        return count.to(targets.device) if isinstance(count, Tensor) else count
-    return (targets != -100).sum().clamp(min=1)
 
 
 def apply(

@@ -16,6 +16,7 @@ from delib_fast.models.lora import (
     load_adapter,
     merged_weights,
     skeleton_without_adapter,
+    unreached_weights,
 )
 from delib_fast.models.recompute import recompute
 from delib_fast.models.shape import ModelShape, model_shape
@@ -45,4 +46,5 @@ __all__ = [
     "save_tokenizer",
     "skeleton_without_adapter",
     "train_tokenizer",
+    "unreached_weights",
 ]

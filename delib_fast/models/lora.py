@@ -102,6 +102,32 @@ def adapter_size(model: PreTrainedModel, config: LoraConfig) -> tuple[int, int]:
     )
 
 
+def unreached_weights(model: PreTrainedModel) -> str | None:
+    """A sentence about matrices of the trunk that the model's adapter does not reach, or None if it reaches all.
+
+    peft adapts nn.Linear. Many models store the experts of a layer as one tensor instead.
+    """
+    ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
+    reached, missed = 0, dict[str, int]()
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or parameter.dim() < 2 or id(parameter) in ends:
+            continue
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        if ".base_layer." in name:
+            reached += size
+        else:
+            leaf = ".".join(part for part in name.split(".")[-3:] if not part.isdigit())
+            missed[leaf] = missed.get(leaf, 0) + size
+    if not missed:
+        return None
+    share = reached / (reached + sum(missed.values()))
+    largest = sorted(missed, key=lambda leaf: -missed[leaf])[:3]
+    return (
+        f"the adapter reaches {share:.1%} of the weights in the matrices between the embeddings and the head; it does "
+        f"not reach {', '.join(largest)}{' and others' if len(missed) > 3 else ''}"
+    )
+
+
 # --- reading --------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from delib_fast.datagen.citations import labels_of_names, labels_of_spec
 from delib_fast.datagen.refusals import classify_reply
 from delib_fast.datagen.request_log import read_answers
 from delib_fast.datagen.spec import Spec
+from delib_fast.files import read_text
 from delib_fast.reports.data_page import data_page
 from delib_fast.reports.text_statistics import (
     by_quantile,
@@ -75,7 +76,7 @@ def _spec(path: Path, folder: Path | None) -> Spec:
     """The spec with the names that the run filled in, so that its hash is the rows' spec_sha256."""
     names = {"model_name": "the assistant", "provider_name": "its developer", "cut_numbered_items": True}
     if folder is not None and (folder / "settings.yaml").exists():
-        kept = read_yaml((folder / "settings.yaml").read_text(encoding="utf-8"), where="settings.yaml")
+        kept = read_yaml(read_text(folder / "settings.yaml"), where="settings.yaml")
         names = {key: kept.get(key, value) for key, value in names.items()}
     return Spec.read(path, **names)  # type: ignore[arg-type]
 
@@ -237,11 +238,20 @@ def _documents(rows: Sequence[tuple[Row, Mapping[str, Any]]]) -> dict[str, Any]:
     }
 
 
+def _json_lines(path: Path, *, whole: bool = False) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file, or the one of a whole file. Raises ConfigError if the file is damaged."""
+    try:
+        text = read_text(path)
+        return [dict(json.loads(part)) for part in ([text] if whole else text.splitlines())]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); run the command that made the folder again") from None
+
+
 def _run(folder: Path) -> dict[str, Any]:
     """Statistics of the run: its summary, its requests, and the scores of dropped samples."""
     run: dict[str, Any] = {}
     if (folder / "summary.json").exists():
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        (summary,) = _json_lines(folder / "summary.json", whole=True)
         run |= {
             key: summary[key]
             for key in (
@@ -269,7 +279,7 @@ def _run(folder: Path) -> dict[str, Any]:
             "seconds": quantiles([a["seconds"] for a in answers]),
         }
     if (folder / "dropped.jsonl").exists():
-        lines = [json.loads(line) for line in (folder / "dropped.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = _json_lines(folder / "dropped.jsonl")
         votes = [vote for line in lines for vote in line["votes"]]
         run["dropped_scores"] = {
             axis: _score_bars([v[axis] for v in votes]) for axis in ("compliance", "helpfulness", "reasoning") if votes

@@ -207,7 +207,7 @@ def build_stage_model(run: RunContext, inputs: StageInputs, config: Config) -> t
     Returns:
         The model, and the fp32 weights of its adapter by parameter name if the stage continues one, else an empty dict.
     """
-    from delib_fast.models import add_adapter, build_deferred, build_model, load_adapter, recompute
+    from delib_fast.models import add_adapter, build_deferred, build_model, load_adapter, recompute, unreached_weights
 
     lora = config.model.lora
     # ZeRO keeps the fp32 values of trained weights as master weights. Frozen weights have none: they are loaded in the
@@ -231,6 +231,8 @@ def build_stage_model(run: RunContext, inputs: StageInputs, config: Config) -> t
     if lora is None:
         return model, {}
     add_adapter(model, lora, base=inputs.model.path, seed=config.seed)
+    if note := unreached_weights(model):
+        run.console.print(note)
     if inputs.adapter is None:
         return model, {}
     assert inputs.adapter.path is not None

@@ -32,14 +32,16 @@ class RanksDifferError(ConfigError):
     """
 
 
-def describe_system_error(error: Exception) -> str:
-    """What the system refused (disk, memory, threads, open files), and what to do. Nothing that was saved is lost."""
-    if isinstance(error, OSError):
+def describe_system_error(error: Exception) -> str | None:
+    """What the system refused (disk, memory, threads, open files), and what to do; None for any other error."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch raises RuntimeError
+        what = "there is not enough memory"
+    elif isinstance(error, OSError) and error.errno is not None:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     elif str(error) == "can't start new thread":
         what = "no more threads can be started (see ulimit -u and ulimit -v)"
     else:
-        what = "there is not enough memory"
+        return None
     return (
         f"{what}. Everything that was saved before is intact: free some space, raise the limit or grant access, and "
         "the same command resumes from the last checkpoint"

@@ -228,11 +228,11 @@ def read_ledger(run_dir: Path) -> dict[str, Any]:
         ledger = {"format": _format_without_digest(path)}
         if ledger["format"] is None:
             raise _damaged(path, str(error)) from None
-    if ledger["format"] != FORMAT:
+    if ledger.get("format") != FORMAT:
         raise ConfigError(
-            f"{path}: the run has format {ledger['format']}, and this version of delib_fast reads format {FORMAT}: use "
-            "the version that wrote it, or train it again in another run_dir. Its exported models can still be used "
-            "from another folder: copy model/ there"
+            f"{path}: the run has format {ledger.get('format')}, and this version of delib_fast reads format {FORMAT}: "
+            "use the version that wrote it, or train it again in another run_dir. Its exported models can still be "
+            "used from another folder: copy model/ there"
         )
     return ledger
 

@@ -35,6 +35,7 @@ from typing import NoReturn
 
 from delib_fast.config import ConfigError
 from delib_fast.engine.processes import Process
+from delib_fast.terminal import echo
 from delib_fast.training.heartbeats import Heartbeat, HeartbeatFolder
 
 EXIT_CODE = 3
@@ -281,11 +282,11 @@ class Watchdog:
             "The same command resumes from the last checkpoint. If a step can take longer than that, increase "
             "guard.hang_timeout_s"
         )
-        print("\n".join(text), file=sys.stderr, flush=True)
+        echo("\n".join(text), err=True)
         for rank in blamed:
             process = self._processes[rank]
             if rank != self._rank and process.is_here and not process.has_ended and (reason := process.kill()):
-                print(f"{self._who(rank)} was not killed: {reason}", file=sys.stderr, flush=True)
+                echo(f"{self._who(rank)} was not killed: {reason}", err=True)
         os._exit(EXIT_CODE)
 
     def _end_after_report(self) -> None:

@@ -186,6 +186,38 @@ def test_kept_results(tmp_path, full):
     assert kept["healed"] > 90
 
 
+def test_the_encoding_cache(tmp_path, full):
+    """Arrow aborts the process on some damaged files, so they are compared with their hashes before it reads them."""
+    from helpers.chat_oracle import chat
+    from helpers.chat_tokenizers import tokenizer
+
+    from delib_fast.data.encode.cache import _open, cached_dataset
+    from delib_fast.data.encode.stream import encode_stream
+
+    rows = [chat(f"prompt {k}", f"thought {k}", f"reply {k}") for k in range(30)]
+    key = "ab" * 32
+    cached_dataset(tmp_path, key, encode_stream(rows, tokenizer("qwen3"), pack_capacity=256))
+    entry = tmp_path / "ab" / key
+
+    def observe() -> Any:
+        found = _open(entry)
+        if found is None:
+            return None
+        return [found.digest(), str(found.counts), [found.location(k) for k in range(len(found))]]
+
+    expected = observe()
+    assert expected is not None
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for file in files_of(entry):
+        for _ in flipped(file, 2000 if full else 60):
+            seen = observe()
+            counts[file.name]["healed" if seen is None else "harmless" if seen == expected else "silent"] += 1
+    report("the encoding cache", counts)
+    total = sum(counts.values(), Counter())
+    assert total["silent"] == 0
+    assert total["healed"] > 0.9 * total.total()
+
+
 # --- a study ------------------------------------------------------------------------------------------------
 
 

@@ -74,7 +74,7 @@ def test_random_faults_in_whole_runs(shim, tmp_path, monkeypatch):
         reference = fresh("reference")
         assert run(reference)[0] == 0
         expected = facts(reference / "run")
-        for number in range(60):
+        for number in range(20):
             folder = fresh(str(number))
             error = generator.choice([errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, 0])
             settings = {

@@ -127,8 +127,7 @@ def outcome(tokenizer: Any, messages: list[dict[str, Any]]) -> Outcome:
     try:
         example = encode_row(read(messages), tokenizer)
     except DataError as error:
-        reason = str(error).split(": ", 1)[1]
-        return Outcome("refused", reason=reason)
+        return Outcome("refused", reason=str(error).removeprefix("rows.jsonl:1").split(": ", 1)[-1])
     ids = example.input_ids.tolist()
     for entry, changed in _variants(messages):
         if ids == stock_ids(tokenizer, changed):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -27,7 +29,7 @@ from template_table import (
 )
 from tokenizers import AddedToken, Tokenizer
 
-from delib_fast.data import DataError, Message, encode_row, encode_rows
+from delib_fast.data import DataError, Message, Segment, encode_row, encode_rows
 from delib_fast.data.encode.encoder import Encoder, encoder_for
 
 pytestmark = pytest.mark.skipif(not published(), reason="TRL with its chat templates is not installed")
@@ -424,6 +426,52 @@ def test_a_control_token_of_one_character_cannot_be_written_by_a_row():
     tok = fast_tokenizer(backend, CHATML, eos_token="<|im_end|>")
     with pytest.raises(DataError, match=r"^rows.jsonl:1: contains '§', which is a control token of the tokenizer"):
         encode_row(chat("a § b", None, "r"), tok)
+
+
+PIECES = [
+    "/no_think", "/think", "detailed thinking off", '{"a": 1}', '"q"', "\\n", "\n", "\n\n", " ", "  ", "\t", "<b>",
+    "&amp;", "'s", "None", "[]", "{{x}}", "{%", "tool", "user", "assistant", "Hello", "thought", "final", "ünï", "🙂",
+    "#### 3", "CONTINUE_FINAL_MESSAGE_TAG ", "\u2028", "10", "<image>",
+]  # fmt: skip
+
+
+def random_chat(draw):
+    """A chat with random texts, turns, thoughts and calls."""
+
+    def text():
+        return "".join(draw.choice(PIECES) for _ in range(draw.randrange(0, 5))) + "x"
+
+    def reply(**more):
+        return {"role": "assistant", **more} | ({"reasoning_content": text()} if draw.random() < 0.5 else {})
+
+    def step():
+        calls = [call(text(), draw.randrange(9))["tool_calls"][0] for _ in range(draw.choice([1, 1, 2]))]
+        return reply(content=draw.choice(["", None, text()]), tool_calls=calls)
+
+    messages = [{"role": "system", "content": text()}] if draw.random() < 0.4 else []
+    messages.append({"role": "user", "content": text()})
+    if draw.random() < 0.4:
+        messages += [reply(content=text()), {"role": "user", "content": text()}]
+    for _ in range(draw.randrange(0, 3)):
+        messages.append(step())
+        messages += [
+            {"role": "tool", "tool_call_id": c["id"], "name": "get_weather", "content": text()}
+            for c in messages[-1]["tool_calls"]
+        ]
+    return [*messages, step() if draw.random() < 0.3 else reply(content=text())]
+
+
+def test_random_chats_have_the_ids_of_stock_or_are_refused(full):
+    draw = random.Random(0)
+    names = [name for name in (*published(), *OWN) if not name.endswith("_training")]
+    entries = Counter()
+    for _ in range(2000 if full else 60):
+        name, messages = draw.choice(names), random_chat(draw)
+        found = outcome(template_tokenizer(name), messages)
+        assert found.entry != "different", (name, messages)
+        assert found.example is None or Segment.RESPONSE in found.example.segments
+        entries[found.entry] += 1
+    assert entries["="] > entries["refused"]
 
 
 # --- templates that cannot be trained with ---------------------------------------------------------------------

@@ -51,8 +51,13 @@ def test_a_template_that_loops_is_refused(monkeypatch):
         "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
     )
     monkeypatch.setattr(template_limits, "RENDERING_S", 0.2)
-    with pytest.raises(DataError, match=r"it did not finish within 0.3 s, so it may loop for ever; use another one"):
-        render_within_limits("", 1, template.render)
+    monkeypatch.setattr(template_limits, "_endless", {})
+    for render in (template.render, pytest.fail):  # it is not tried again
+        with pytest.raises(
+            DataError, match=r"it did not finish within 0.3 s, so it may loop for ever; use another one"
+        ):
+            render_within_limits("a loop", 1, render)
+    assert render_within_limits("another", 1, list) == []
 
 
 def test_a_template_that_fails_in_its_own_way_is_a_template_error():

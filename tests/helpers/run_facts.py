@@ -45,6 +45,9 @@ def facts(run_dir: Path) -> dict[str, Any]:
     for stage in ledger["stages"]:
         for name in LEDGER_TIMES:
             stage.pop(name, None)
+        for check in stage.get("export_check", {}).values():
+            if isinstance(check, dict):
+                check.pop("wall_s", None)
     return {"models": models, "metrics": records, "damaged": damaged, "ledger": ledger}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.small_models import build, documents, pack
+from helpers.small_models import build
 
 STABLELM = {
     "vocab_size": 96,

@@ -147,6 +147,7 @@ def test_buffers_follow_the_device() -> None:
                 "num_hidden_layers": 1,
                 "num_attention_heads": 2,
                 "intermediate_size": 16,
+                "attention_probs_dropout_prob": 0.0,
             },
             "the logits of BertLMHeadModel are not its head applied to its hidden states",
         ),

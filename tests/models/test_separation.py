@@ -191,3 +191,38 @@ def test_finds_a_new_layer_that_mixes_tokens() -> None:
     rows = batch.loss_positions
     torch.testing.assert_close(output.nll[rows], true_nll[rows], rtol=1e-5, atol=1e-5)
     assert largest_deviation(gradients(model), true_gradients)[0] <= 1e-5
+
+
+def test_a_second_loss_is_refused_before_training() -> None:
+    """The balance loss of a router, and what a config adds to the nll under another name."""
+    model = architectures.build("mixtral")
+    model.config.output_router_logits = True
+    for accept in (TrainableLM, delib_fast.apply):
+        with pytest.raises(UnsupportedModelError, match="adds the balance loss of its router"):
+            accept(model)
+    model.config.output_router_logits = False
+    TrainableLM(model)
+    model = architectures.build("bamba")
+    model.z_loss_coefficient = 0.1
+    for accept in (TrainableLM, delib_fast.apply):
+        with pytest.raises(UnsupportedModelError, match="It adds a second loss"):
+            accept(model)
+
+
+def test_the_share_of_the_weights_that_an_adapter_reaches() -> None:
+    from delib_fast.config import LoraConfig
+    from delib_fast.models import add_adapter, unreached_weights
+
+    model = architectures.build("mixtral")
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    router = sum(p.numel() for name, p in model.named_parameters() if name.endswith("gate.weight"))
+    attention = sum(p.numel() for name, p in model.named_parameters() if "self_attn" in name)
+    add_adapter(model, LoraConfig(r=2), base=None, seed=0)
+    share = attention / (attention + experts + router)
+    assert unreached_weights(model) == (
+        f"the adapter reaches {share:.1%} of the weights in the matrices between the embeddings and the head; it does "
+        "not reach mlp.experts.gate_up_proj, mlp.experts.down_proj, mlp.gate.weight"
+    )
+    dense = build("llama")
+    add_adapter(dense, LoraConfig(r=2), base=None, seed=0)
+    assert unreached_weights(dense) is None

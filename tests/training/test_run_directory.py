@@ -317,6 +317,23 @@ def test_a_file_system_without_locks(tmp_path, capsys, monkeypatch):
     assert "in use by another process" not in error
 
 
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (OSError(errno.EIO, "Input/output error", "/run/a"), "/run/a: Input/output error. Everything"),
+        (MemoryError(), "there is not enough memory. Everything"),
+        (RuntimeError("can't start new thread"), "no more threads can be started (see ulimit -u). Everything"),
+        (OSError("a library's own error"), None),
+        (RuntimeError("a fault of ours"), None),
+    ],
+)
+def test_what_the_system_refuses_is_no_traceback(error, what):
+    from delib_fast.training.errors import describe_system_error
+
+    found = describe_system_error(error)
+    assert found is None if what is None else found.startswith(what)
+
+
 # --- the tokenizer ------------------------------------------------------------------------------------------
 
 

@@ -1,13 +1,13 @@
 """The encoding cache: encoded sources, kept between runs as memory-mapped Arrow files.
 
     CACHE/ab/abcd…/tokens.arrow      input_ids int32 and segments int8, one row for each token
-    CACHE/ab/abcd…/examples.arrow    length, weight, targets by segment, prompt and location of each example;
-                                     counts and a digest as metadata
+    CACHE/ab/abcd…/examples.arrow    length, weight, targets by segment, prompt and location of each example
+    CACHE/ab/abcd…/entry.json        counts, and the hash of both files
 
 The folder's name is a hash of everything that the encoding depends on: the rows, the tokenizer, its chat template and
 the settings. An entry is written to a temporary folder and renamed under a lock, so a killed process leaves no entry
-that looks complete. If two processes start at the same time, one encodes and the other waits. An entry that does not
-match its digest is damaged, and is encoded again.
+that looks complete. If two processes start at the same time, one encodes and the other waits. An entry whose files do
+not match their hashes is damaged, and is encoded again.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ import numpy as np
 import pyarrow as pa
 
 from delib_fast.data.encode.tokenized_dataset import NUM_SEGMENTS, Counts, Example, TokenizedDataset
-from delib_fast.files import locked, replace_folder
+from delib_fast.digests import DamagedError, read_json, write_json
+from delib_fast.files import hash_file, locked, replace_folder
 
 _TARGETS = [f"targets_{k}" for k in range(NUM_SEGMENTS)]
 _PROMPTS = ["prompt_length", "prompt_hash"]
 _LOCATIONS_PER_CHUNK = 1 << 16
+_FILES, _ENTRY = ("tokens.arrow", "examples.arrow"), "entry.json"
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -98,9 +100,16 @@ def _write(folder: Path, encoded_rows: Iterable[Sequence[Example]], description:
     (folder / "ids").unlink()
     (folder / "segments").unlink()
     examples = columns.batch()
-    digest = _dataset(folder / "tokens.arrow", examples, counts).digest()
-    metadata = {"counts": asdict(counts), "digest": digest, "tokens": counts.tokens, "description": dict(description)}
-    _write_arrow(folder / "examples.arrow", examples.replace_schema_metadata({"delib_fast": json.dumps(metadata)}))
+    _write_arrow(folder / "examples.arrow", examples)
+    (known,) = _dataset(folder / "tokens.arrow", examples, counts).array_digests()
+    record = {
+        "counts": asdict(counts),
+        "tokens": counts.tokens,
+        "array_digest": known,
+        "files": {name: hash_file(folder / name) for name in _FILES},
+        "description": dict(description),
+    }
+    write_json(folder / _ENTRY, record)
 
 
 class _ExampleColumns:
@@ -153,11 +162,15 @@ def _write_arrow(path: Path, batch: pa.RecordBatch) -> None:
 def _open(entry: Path) -> TokenizedDataset | None:
     """Open the dataset of an entry. Returns None if there is no entry or it is damaged."""
     try:
+        record = read_json(entry / _ENTRY)
+        # Before Arrow reads a file: it aborts the process on some damaged ones.
+        if any(hash_file(entry / name) != record["files"][name] for name in _FILES):
+            return None
         examples = _batch(entry / "examples.arrow")
-        metadata = json.loads(examples.schema.metadata[b"delib_fast"])
-        dataset = _dataset(entry / "tokens.arrow", examples, Counts(**metadata["counts"]))
-        return dataset if dataset.digest() == metadata["digest"] else None
-    except (OSError, pa.ArrowInvalid, pa.ArrowException, KeyError, TypeError, ValueError, IndexError):
+        dataset = _dataset(entry / "tokens.arrow", examples, Counts(**record["counts"]))
+        dataset.set_array_digest(record["array_digest"])
+        return dataset
+    except (OSError, DamagedError, pa.ArrowException, KeyError, TypeError, ValueError):
         return None
 
 

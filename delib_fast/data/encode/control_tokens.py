@@ -24,7 +24,7 @@ _SLOTS = re.compile("[\U000f0000-\U000fffff]")
 _BREAK = "\U000fffff"  # a noncharacter, inserted into control tokens that a row spells out
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _MARKUP = re.compile(r"<[^<>\s]+>|\[/?[A-Z0-9_]+\]")
-_BRACKETED = re.compile(r"[^\w\s]+\w[^\s]*[^\w\s]+")
+_BRACKETED = re.compile(r"[^\w\s]+\w\S*[^\w\s]")
 _TAG = re.compile(r"</?[A-Za-z][A-Za-z0-9]*/?>")
 
 

@@ -14,6 +14,9 @@ from delib_fast.data.encode.skeleton import MAX_TEXTS, PromptForm, Rendering, Sk
 from delib_fast.data.encode.template import TEMPLATE_ERRORS, ChatTemplate, refused
 from delib_fast.data.rows import DataError
 
+_DISTINCT = 32
+"""Characters of a text that is not by chance a part of what a template writes itself."""
+
 
 @dataclass(frozen=True)
 class SkeletonBuilder:
@@ -150,7 +153,9 @@ class SkeletonBuilder:
         """Raise DataError if a message can be replaced without a change of the rendering."""
         texts = inputs.chat.texts
         for k, role in enumerate(inputs.chat.roles):
-            if texts[2 * k].strip() in finished:
+            core = texts[2 * k].strip()
+            elsewhere = len(core) < _DISTINCT or any(core in text for i, text in enumerate(texts) if i != 2 * k)
+            if not core or (core in finished and not elsewhere):
                 continue
             other = inputs.chat.with_texts([*texts[: 2 * k], slot(2 * k), *texts[2 * k + 1 :]])
             same = False

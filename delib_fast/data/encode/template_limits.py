@@ -16,6 +16,8 @@ T = TypeVar("T")
 RENDERING_S = 20.0
 """Time that a template may take for one call, in seconds. Most take less than a millisecond for a row."""
 PER_ROW_S = 0.1
+_endless: dict[Any, str] = {}
+"""Templates that did not finish once, with the reason: they are not tried again, row after row."""
 
 
 def render_within_limits(template: Any, rows: int, render: Callable[[], T]) -> T:
@@ -28,15 +30,17 @@ def render_within_limits(template: Any, rows: int, render: Callable[[], T]) -> T
     if isinstance(template, str):
         _refuse_power(template)
     try:
-        return call_within(RENDERING_S + PER_ROW_S * rows, render)
+        if template not in _endless:
+            return call_within(RENDERING_S + PER_ROW_S * rows, render)
     except TimeoutError as error:
-        raise DataError(
-            f"the chat template cannot be used: {error}, so it may loop for ever; use another one "
-            "(tokenizer.chat_template)",
-            reason="template",
-        ) from None
+        _endless[template] = str(error)
     except (MemoryError, RecursionError, ArithmeticError) as error:
         raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from None
+    raise DataError(
+        f"the chat template cannot be used: {_endless[template]}, so it may loop for ever; use another one "
+        "(tokenizer.chat_template)",
+        reason="template",
+    )
 
 
 @lru_cache(maxsize=8)

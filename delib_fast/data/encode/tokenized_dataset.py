@@ -236,10 +236,20 @@ class TokenizedDataset(Sequence[Example]):
         digest = hashlib.sha256()
         for array in (self.array_of, self.starts, self.lengths, self.weights, self.target_counts, self.prompt_keys):
             digest.update(np.ascontiguousarray(array).data)
-        for k, arrays in enumerate(self.arrays):
-            known = self._array_digests[k] = self._array_digests[k] or arrays.digest()
+        for known in self.array_digests():
             digest.update(known.encode())
         return digest.hexdigest()
+
+    def array_digests(self) -> list[str]:
+        """The digest of each of `arrays`, which is computed once."""
+        found = [known or arrays.digest() for known, arrays in zip(self._array_digests, self.arrays, strict=True)]
+        self._array_digests[:] = found
+        return found
+
+    def set_array_digest(self, digest: str) -> None:
+        """Set the digest of the only array, if its content is known to be what that digest was computed from."""
+        assert len(self.arrays) == 1
+        self._array_digests[0] = digest
 
 
 def _concatenate(arrays: list[NDArray[Any]], dtype: type) -> NDArray[Any]:
