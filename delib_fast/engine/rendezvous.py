@@ -20,6 +20,9 @@ from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 
+# Documented, but not in torch's __all__.
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
 from delib_fast.config import ConfigError
 from delib_fast.engine.processes import Process
 from delib_fast.engine.slurm import has_launcher
@@ -68,14 +71,14 @@ class Rendezvous:
         self._round = 0
         self._limit_s: float | None = limit_s
         self._groups = 0
-        self._store: dist.Store
+        self._store: Store
         if not has_launcher(environment):
-            self._store = dist.HashStore()  # type: ignore[attr-defined]  # documented, but not in torch's __all__
+            self._store = HashStore()
             return
         self.rank, self.world_size, address, port = _variables(environment)
         store = self._connect(address, port, environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
         attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's agent serves one store for all
-        self._store = dist.PrefixStore(f"delib_fast/{attempt}", store)
+        self._store = PrefixStore(f"delib_fast/{attempt}", store)
         self._meet(port)
 
     _current: Rendezvous | None = None
@@ -87,10 +90,10 @@ class Rendezvous:
             cls._current = cls(os.environ)
         return cls._current
 
-    def store_of_group(self) -> dist.Store:
+    def store_of_group(self) -> Store:
         """A store for `torch.distributed.init_process_group`; a new one for each process group."""
         self._groups += 1
-        return dist.PrefixStore(f"group {self._groups}", self._store)
+        return PrefixStore(f"group {self._groups}", self._store)
 
     # --- exchanges: every rank must call them, in the same order --------------------------------------------
 
@@ -189,13 +192,13 @@ class Rendezvous:
 
     # --- connecting -----------------------------------------------------------------------------------------
 
-    def _connect(self, address: str, port: int, agent_serves: bool) -> dist.Store:
+    def _connect(self, address: str, port: int, agent_serves: bool) -> Store:
         serves = self.rank == 0 and not agent_serves
         limit_s = self._limit_s or START_LIMIT_S
         until = time.monotonic() + limit_s
         while True:
             try:
-                return dist.TCPStore(
+                return TCPStore(
                     address,
                     port,
                     is_master=serves,
@@ -254,7 +257,7 @@ class Rendezvous:
 
     def _set(self, key: str, text: str) -> None:
         with self._reraise():
-            self._store.set(key, text.encode("utf-8", errors="surrogateescape"))
+            self._store.set(key, text.encode("utf-8", errors="surrogateescape"))  # type: ignore[arg-type]  # bytes work
 
     def _has(self, key: str) -> bool:
         with self._reraise():

@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any
 
 from delib_fast.checkpoint.format import MANIFEST, list_steps, step_folder
 from delib_fast.config import Config, StageConfig
-from delib_fast.config.load import flatten, redact
+from delib_fast.config.load import flatten
 from delib_fast.digests import hash_file_once
 from delib_fast.files import hash_file
+from delib_fast.redaction import redact
 from delib_fast.training.errors import RanksDifferError
 
 if TYPE_CHECKING:

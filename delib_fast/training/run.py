@@ -201,7 +201,7 @@ def compare_stages(run: RunContext, stages: Sequence[StageConfig]) -> None:
 
     def collect() -> Facts:
         with run.watchdog.local_work("comparing the ranks"):
-            settings = {"engine.precision (resolved)": run.config.engine.precision}
+            settings: dict[str, str] = {"engine.precision (resolved)": run.config.engine.precision}
             for stage in stages:
                 found = resolve_activation_checkpointing(run.config, stage, run.dataset.shape, memory_budget(run))
                 settings[f"stages.{stage.name}: activation checkpointing"] = found.model.activation_checkpointing

@@ -24,15 +24,16 @@ CONFIG = Path("run.yaml")
 def main(folder: str, case: str) -> int:
     rank = os.environ["RANK"]
     own = Path(folder) / f"rank-{rank}"
-    shutil.copytree(Path(folder) / "given", own)
+    shutil.copytree(Path(folder) / "given", own, dirs_exist_ok=True)
     os.chdir(own)
     overrides = globals()[case]() if rank == "1" else None
     return run(CONFIG, *(overrides or ()))
 
 
 def alone(folder: str) -> int:
-    """One rank, in the folder that is copied afterwards."""
-    os.chdir(folder)
+    """One rank, in the folder of rank 0."""
+    shutil.copytree(Path(folder) / "given", Path(folder) / "rank-0")
+    os.chdir(Path(folder) / "rank-0")
     return run(CONFIG, "checkpoint.every_steps=1")
 
 
@@ -148,10 +149,6 @@ def package_files():
 def own_run_dir():
     """The path is the same, but it is a disk of this machine."""
     with_key(lambda tree: tree.update(run_dir="run"))
-
-
-def has_not_begun():
-    shutil.rmtree("run")
 
 
 def killed():

@@ -134,8 +134,8 @@ def test_a_run_directory_that_is_not_shared(tmp_path, fork_server, cache):
 def test_a_run_that_only_one_rank_would_resume(tmp_path, fork_server, cache):
     """run_dir is the same path on two disks, and the run has begun on one of them."""
     tiny(tmp_path / "given", run_dir="run")
-    fork_server.run("differing_worker:alone", [tmp_path / "given"], DELIB_FAST_CACHE=str(cache))
-    codes, outputs = start(fork_server, tmp_path, "has_not_begun", cache, run_dir="run")
+    fork_server.run("differing_worker:alone", [tmp_path], DELIB_FAST_CACHE=str(cache))
+    codes, outputs = start(fork_server, tmp_path, "nothing", cache, run_dir="run")
     assert codes == [2, 2]
     for output in outputs:
         assert "run_dir: ledger.json: msm finished, aft finished on rank 0; no stage has begun on rank 1" in output
