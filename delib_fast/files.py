@@ -29,7 +29,7 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """Open a regular file for reading.
 
     Raises:
-        OSError: it cannot be opened, or it is a named pipe, a device or a socket, which may block for ever or never
+        OSError: it cannot be opened, or it is a named pipe, a device or a socket, which may block forever or never
             end.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -25,7 +25,7 @@ from delib_fast.redaction import redact_text
 
 
 def printable(text: object) -> str:
-    """The text with every character but line breaks that is not printable as its escape: `\\x1b`, `\\u202e`.
+    """Return the text with every non-printable character except line breaks as its escape: `\\x1b`, `\\u202e`.
 
     These are control characters (C0 and C1), line and paragraph separators, bidirectional and zero-width formatting,
     surrogates and unassigned characters. A tab becomes four spaces.

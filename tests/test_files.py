@@ -208,7 +208,7 @@ def test_a_lock_that_another_process_holds(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_no_other_process(tmp_path, monkeypatch, number):
+def test_a_file_system_without_locks_is_not_another_process(tmp_path, monkeypatch, number):
     def fails(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 

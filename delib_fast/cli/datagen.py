@@ -213,7 +213,7 @@ def _run(
 ) -> dict[str, Any]:
     """Open a session, do the work in it and return its summary; or exit with a message.
 
-    Exit codes: 2 invalid input; 3 the endpoint or the disk failed, or too little of the answers is usable; 4 the budget
+    Exit codes: 2 invalid input; 3 the endpoint or the disk failed, or too few answers are usable; 4 the budget
     does not cover another request; 130 interrupted. After 3, 4 and 130 the same command resumes the run.
     """
     spec = Spec.read(

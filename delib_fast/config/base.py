@@ -31,7 +31,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_odd_numbers(cls, values: Any) -> Any:
-        """Refuse what pydantic would convert: `true` is 1 to it. Also an integer of more than 64 bits."""
+        """Refuse `true` and `false`, which pydantic would convert to 1 and 0, and integers of more than 64 bits."""
         if isinstance(values, Mapping):
             for key, value in values.items():
                 problem = _odd_number(value) if key in cls.model_fields and _is_numeric(cls, key) else None

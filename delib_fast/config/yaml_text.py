@@ -1,4 +1,4 @@
-"""YAML as plain data, read so that no value means something else than it seems to.
+"""Read and write YAML as plain data. A value that could be misread is refused.
 
 The subset on which YAML 1.1 and 1.2 agree is read. What they read differently (010, yes, 1:30) is refused with its line
 and the remedy, except 1e-4, which is a number, and dates, which are texts. Merge keys (`<<`) are supported. Tags that

@@ -1,4 +1,4 @@
-"""A time limit for Python code that others wrote, such as a chat template that loops for ever."""
+"""A time limit for Python code that others wrote, such as a chat template that loops forever."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class _TimedOut(BaseException):
-    """Raised inside a call that takes too long; a BaseException, so that the called code does not catch it."""
+    """Raised inside a call that takes too long. It is a BaseException, so that the called code does not catch it."""
 
 
 _lock = threading.Lock()

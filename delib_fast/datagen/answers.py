@@ -60,7 +60,7 @@ class Request:
 
     @cached_property
     def id(self) -> str:
-        """The hash of what determines the answer. A secret in the parameters does not: another key gives the same."""
+        """The hash of what determines the answer. Secrets in the parameters are left out: all API keys give one id."""
         params = redact(self.params)
         content = {"model": self.model, "messages": self.messages, "params": params, "sample": self.sample}
         return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]

@@ -40,7 +40,7 @@ T = TypeVar("T")
 _QUIET_S = 0.2  # a batch is submitted when no request has been added for this long
 _ENDS_WITHIN_S = 26 * 3600.0  # both APIs end a batch after 24 hours
 _NOT_CREATED = frozenset({"rate_limit", "http_503", "http_529"})  # failures after which a batch does not exist
-_CONCURRENT_APPENDS = 256  # share one sync of the log
+_CONCURRENT_APPENDS = 256  # so many answers share one sync of the log
 
 
 class BatchBackend:
@@ -229,7 +229,7 @@ class BatchBackend:
 
     @contextlib.contextmanager
     def _explained(self, entry: BatchEntry, batch_id: str | None = None) -> Iterator[None]:
-        """Add to an EndpointError which batch it is about, and how to go on without the batch."""
+        """Add to an EndpointError which batch it is about, and how to continue without the batch."""
         try:
             yield
         except EndpointError as error:

@@ -53,7 +53,7 @@ class Client:
         log: stores every answer; None to store none.
         meter: counts requests and answers, and shows progress.
         max_cost, max_paid_tokens: the run stops before the answers in the log can cost more, or have more tokens.
-        yield_check: stops the run if too little of what it pays for is usable.
+        yield_check: stops the run if too few of the answers that it pays for are usable.
         make_backend: creates the backend of an endpoint; by default according to the endpoint's settings.
     """
 

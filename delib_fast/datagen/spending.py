@@ -67,9 +67,9 @@ class Budget:
 
     @contextlib.asynccontextmanager
     async def hold(self, charge: Charge, stop: StopFlag) -> AsyncIterator[None]:
-        """Hold a part of the budget while the block runs. Waits for others that hold parts, if it does not suffice.
+        """Reserve a part of the budget while the block runs. Waits until others release theirs if too little is left.
 
-        Raises RequestsStopped, and stops the run, if it will not suffice.
+        Stops the run, and raises RequestsStopped, if the budget is too small even then.
         """
         if self.max_cost is None and self.max_tokens is None:
             yield
@@ -109,7 +109,7 @@ class Budget:
 class YieldCheck:
     """Stops a run that pays for what it cannot use.
 
-    Samples or documents are checked, and the lists and judgements of each purpose, each on its own.
+    Samples or documents, and the lists and judgements of each purpose, are checked separately.
 
     Args:
         meter: counts them, and those that are usable.

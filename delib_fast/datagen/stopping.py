@@ -23,7 +23,7 @@ class BudgetSpent(Exception):  # noqa: N818
 
 
 class LowYield(Exception):  # noqa: N818
-    """The cause of a stop: too little of what was paid for is usable."""
+    """The cause of a stop: too few of the answers that were paid for are usable."""
 
 
 class StopFlag:

@@ -21,7 +21,7 @@ _VARIABLE = "TORCH_EXTENSIONS_DIR"
 
 
 def guard_builds(builder: type[Any]) -> None:
-    """Let every build of an op builder class (DeepSpeed's `OpBuilder`) survive a killed one.
+    """Ensure that a build of an op builder class (DeepSpeed's `OpBuilder`) that is killed never blocks later ones.
 
     If $TORCH_EXTENSIONS_DIR is set, builds go there and torch's own locks are kept: another program may hold them.
     """

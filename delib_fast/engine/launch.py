@@ -1,4 +1,7 @@
-"""What one rank does before a run must reach the others, which wait for it. Without a launcher, torch is not loaded."""
+"""Report a failure of one rank before a run begins to the other ranks, which would otherwise wait for it.
+
+Without a launcher, torch is not loaded.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def on_every_rank(load: Callable[[], T]) -> T:
 
 
 def report_to_ranks(message: str) -> None:
-    """Let the other ranks end with an error that names this one, if their run has not begun."""
+    """End the other ranks with an error that names this one, if their run has not begun."""
     if has_launcher(os.environ):
         from delib_fast.engine.rendezvous import Rendezvous
 

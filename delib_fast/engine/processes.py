@@ -127,7 +127,7 @@ class _Stat:
 
     @classmethod
     def read(cls, pid: int) -> _Stat | None:
-        """Read them; None if there is no such process."""
+        """Read the fields of a process; None if it does not exist."""
         try:
             fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rsplit(")", 1)[1].split()
             user = os.stat(f"/proc/{pid}").st_uid

@@ -1,4 +1,4 @@
-"""The variables by which a launcher tells a rank its number; and those of plain `srun` under the same names."""
+"""The environment variables that a launcher sets for each rank; under plain `srun` they are set here."""
 
 from __future__ import annotations
 

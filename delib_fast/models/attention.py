@@ -258,7 +258,7 @@ def _check_call(
     for kwarg in () if pack is None else others.keys() - pack.arguments - _IGNORED:
         if others[kwarg] is not None and others[kwarg] is not False:
             raise _unsupported_layer(
-                module, f"it passes {kwarg} to its attention function, which packed attention does not know"
+                module, f"it passes {kwarg} to its attention function, which packed attention does not support"
             )
 
 

@@ -2,4 +2,4 @@
 
 
 class UnsupportedModelError(ValueError):
-    """The model does something that packed training cannot reproduce exactly. The message says what, and what to do."""
+    """The model does something that packed training cannot reproduce exactly. The message says what, and the remedy."""

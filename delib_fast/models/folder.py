@@ -1,4 +1,4 @@
-"""Model folders from anyone: what must not be loaded is refused first, and whatever loading raises becomes readable."""
+"""Model folders that may be damaged or hostile: unsafe files are refused, and all errors become ConfigErrors."""
 
 from __future__ import annotations
 

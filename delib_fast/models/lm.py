@@ -286,8 +286,9 @@ def check_logits(model: PreTrainedModel) -> None:
         ) from error
     if not _is_scaled_and_capped(expected, logits, **options):
         raise UnsupportedModelError(
-            f"the logits of {name} are not its head applied to its hidden states: it changes them before or after the "
-            f"head by more than its config says ({options})"
+            f"the logits of {name} are not its head applied to its hidden states, with the changes that its config "
+            f"describes ({options}): the model changes them in another way, which is not supported; use another "
+            "architecture"
         )
 
 

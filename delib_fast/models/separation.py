@@ -131,7 +131,7 @@ def _why_not_structure(model: PreTrainedModel, backend: str) -> str | None:
     if mixing := sorted(types - {"full_attention", "sliding_attention", "mlp", "moe"}):
         return (
             f"it has layers of type {', '.join(mixing)}, which run one document at a time inside a pack. ZeRO 3 does "
-            "not allow that, as every rank must run each layer equally often: set engine.zero_stage to 2"
+            "not allow that, as every rank must run each layer the same number of times: set engine.zero_stage to 2"
         )
     if any(p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") for p in model.parameters()):
         return None

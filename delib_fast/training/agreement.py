@@ -1,7 +1,7 @@
 """Ranks that differ are refused before the first step: what they have is compared, and every difference is named.
 
-Ranks with another learning rate, other rows or another version of torch may train to the end without an error, and the
-result is then a model of no configuration. Other differences give collectives of different shapes, which hang or abort
+Ranks with another learning rate, other rows or another version of torch may train to the end without an error, but the
+result then belongs to no configuration. Other differences give collectives of different shapes, which hang or abort
 without a reason. Three comparisons therefore come before the first collective that depends on what they compare:
 
     before the process group            configuration, packages, environment, device; run directory and checkpoints

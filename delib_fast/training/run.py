@@ -240,7 +240,7 @@ def run_stage(run: RunContext, index: int, callbacks: Sequence[Callback] = ()) -
 
 
 _ZERO_3 = (
-    "ZeRO 3 gathers weights whenever a layer runs, so every rank must run each layer equally often: set "
+    "ZeRO 3 gathers weights whenever a layer runs, so every rank must run each layer the same number of times: set "
     "engine.zero_stage to 2"
 )
 

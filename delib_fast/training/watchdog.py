@@ -6,16 +6,17 @@ machine:
 
 - A rank whose heartbeat stays the same for `timeout_s` is dead, is stopped, or keeps the GIL, whatever it was doing. So
   is a rank whose process has ended while its file remains.
-- If all hearts beat, but no rank has moved for `timeout_s`, the rank that is furthest behind hangs and the others wait
-  for it in a collective. Only `local_work`, in which a rank waits for no other, may take longer.
+- If every heartbeat changes, but no rank has moved for `timeout_s`, the rank that is furthest behind hangs and the
+  others wait for it in a collective. Only `local_work`, in which a rank waits for no other, may take longer.
 
 The rank at fault is reported with its position and its stack, which it writes to a second file. If it holds the GIL, so
 that no Python thread can write, `faulthandler` writes the stack from a C thread. The rank gets SIGKILL if its process
 runs here and belongs to this job, and every rank ends with exit code 3.
 
 The ranks exchange files because they share the run directory's file system anyway, and because torch's store is served
-by a rank, which may be the one that hangs. The watching rank is the lowest one whose heart beats. Ages are measured on
-its own clock from the moments at which it saw a file change, so the clocks of two machines are never compared.
+by a rank, which may be the one that hangs. The watching rank is the lowest one whose heartbeat changes. Ages are
+measured on its own clock from the moments at which it saw a file change, so the clocks of two machines are never
+compared.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Watchdog:
     def local_work(self, activity: str) -> Iterator[None]:
         """Do not count this rank as hanging while the block runs: work of unknown duration without a collective.
 
-        Its heartbeat must go on. In collectives of `Ranks` and `Rendezvous` inside the block it counts as waiting.
+        Its heartbeat must continue. In collectives of `Ranks` and `Rendezvous` inside the block it counts as waiting.
         """
         before, was_local = self._position, self._local
         self._position, self._local = activity, True
@@ -226,7 +227,7 @@ class Watchdog:
         ]
 
     def _all_wait(self, now: float) -> bool:
-        """Whether no rank has moved for too long, although all hearts beat. Only the watching rank can know."""
+        """Whether no rank has moved for too long, although every heartbeat changes. Only the watching rank can know."""
         assert self._timeout_s is not None
         stuck = all(now - seen.moved > self._timeout_s for seen in self._seen.values())
         return self._watches_all and self._is_unmoved(now) and stuck

@@ -1,7 +1,7 @@
 """A hostile endpoint: every behaviour of a server that can cost keys, time, memory or answers.
 
     with HostileEndpoint() as server:
-        server.url("drip")        # the base URL of an endpoint that sends a byte at a time, for ever
+        server.url("drip")        # the base URL of an endpoint that sends a byte at a time, forever
 
 The first part of a path selects the behaviour. The server speaks raw HTTP, because no library sends such responses.
 """

@@ -1,4 +1,4 @@
-"""Model folders from someone who means harm, or whose disk does. Each is a small valid model with one change.
+"""Hostile or damaged model folders. Each is a small valid model with one change.
 
 Whatever the change, loading such a folder must end in an error that a user can act on, or in a model that computes
 what its files say; it must run no code of the folder, open no file outside it, and end in bounded time and memory.

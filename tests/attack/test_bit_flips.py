@@ -86,7 +86,7 @@ def outcome(run_dir: Path, code: int, output: str, expected: Any) -> str:
 
 
 def test_a_run_that_resumes(interrupted, tmp_path, fork_server, full):
-    """Each time the same folder, so that the paths in the ledger are the same: it is put back after every flip."""
+    """The same folder is restored after every flip, so that the paths in the ledger stay the same."""
     kept = tmp_path / "kept"
     shutil.copytree(interrupted / "run", kept)
     run_dir = interrupted / "run"

@@ -189,7 +189,7 @@ def test_the_number_of_pieces_is_bounded(server: HostileEndpoint, tmp_path: Path
 
 @pytest.mark.parametrize("behaviour", ["endless-body", "gzip-bomb"])
 def test_the_size_of_an_answer_is_bounded(behaviour: str, server: HostileEndpoint, tmp_path: Path) -> None:
-    """After decompression, and in memory."""
+    """The limit holds after decompression, and in memory."""
     tracemalloc.start()
     (answer,) = ask(server.url(behaviour), tmp_path, max_answer_mib=2)
     peak = tracemalloc.get_traced_memory()[1]

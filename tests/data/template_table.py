@@ -84,24 +84,25 @@ CASES: dict[str, list[dict[str, Any]]] = {
 HEAD = """\
 # Chat templates
 
-`python tests/data/template_table.py` generates this page, and a test compares it with the code. Each case is encoded,
-and its ids are compared with those of `tokenizer.apply_chat_template` in transformers. The templates are those that
-TRL {trl} ships, and, in italics, small ones with traits of models that are not there. Variants of TRL for training
-(`*_training`) are tested too. The tokenizer is a small byte-level BPE with the control tokens of the template.
+This page shows how rows are rendered by published chat templates: those that TRL {trl} ships and, in italics, small
+ones with traits of models that TRL does not cover. Each kind of row (a column) is encoded, and its ids are compared
+with those of `tokenizer.apply_chat_template` in transformers. TRL's variants for training (`*_training`) are tested
+too. The tokenizer is a small byte-level BPE with the control tokens of the template.
+`python tests/data/template_table.py` generates the page, and a test compares it with the code.
 
 | entry | meaning |
 |---|---|
-| = | the ids of `apply_chat_template` for the messages as they are in the row |
+| = | the row has the ids of `apply_chat_template` for its messages, unchanged |
 | tags | likewise, with the chain of thought between `<think>` tags at the beginning of the content, since the \
 template does not read `reasoning_content` |
-| prompt | the template removes a chain of thought from final replies: it is written after the generation prompt, \
-where the model will write it; the rest is as without it |
-| text | the ids of `apply_chat_template` with the contents as strings, since it fails for those of the row, or writes \
+| prompt | the template removes the chain of thought from final replies, so it is inserted after the generation \
+prompt, where the model will write it; all other ids are those of the row without it |
+| text | the ids of `apply_chat_template` with the contents as strings, since the template fails for lists, or writes \
 them as source code |
 | list | likewise, with the contents as lists of text blocks |
-| a number | the row is refused, with the reason below |
+| a number | the row is refused for the reason with this number, below |
 
-The rendering of every row, also in a run, is compared with that of stock transformers before its ids are used.
+In every run, the rendering of each row is compared with that of stock transformers before its ids are used.
 """
 
 

@@ -53,9 +53,7 @@ def test_a_template_that_loops_is_refused(monkeypatch):
     monkeypatch.setattr(template_limits, "RENDERING_S", 0.2)
     monkeypatch.setattr(template_limits, "_endless", {})
     for render in (template.render, pytest.fail):  # it is not tried again
-        with pytest.raises(
-            DataError, match=r"it did not finish within 0.3 s, so it may loop for ever; use another one"
-        ):
+        with pytest.raises(DataError, match=r"it did not finish within 0.3 s, so it may loop forever; use another one"):
             render_within_limits("a loop", 1, render)
     assert render_within_limits("another", 1, list) == []
 
@@ -71,6 +69,6 @@ def test_a_template_that_fails_in_its_own_way_is_a_template_error():
 
 
 def test_a_template_that_raises_to_a_power_is_refused():
-    with pytest.raises(jinja2.TemplateError, match=r"uses the operator \*\*, which may take for ever"):
+    with pytest.raises(jinja2.TemplateError, match=r"uses the operator \*\*, which may take forever"):
         render_within_limits("{% generation %}\n{{ 9**9**9**9 }}{% endgeneration %}", 1, list)
     assert render_within_limits("{% generation %}{{ '**' ~ 9 * 9 }} ** {# ** #}{% endgeneration %}", 1, list) == []

@@ -116,7 +116,7 @@ def request(content: str) -> Request:
 
 
 @pytest.mark.timeout(HANG_S)
-def test_every_waiting_append_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_waiting_append_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error that is not about the disk reaches every waiting request, too."""
 
     async def main() -> list[BaseException | None]:

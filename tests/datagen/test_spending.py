@@ -1,4 +1,4 @@
-"""What a run may spend: its limits hold with requests in flight, and it stops when what it pays for is of no use."""
+"""What a run may spend: its limits hold with requests in flight, and it stops when too few answers are usable."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def test_a_run_of_two_ranks(tmp_path, layers, seed):
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(2))
 def test_the_tests_themselves(tmp_path, seed):
-    """As `make test` runs them, on the tests that compile, draw, load models or start ranks."""
+    """The tests that compile, draw, load models or start ranks run as under `make test`."""
     command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--basetemp", str(tmp_path / "base"), *TESTS]
     hits = kill_and_restart(lambda: command, tmp_path, 5, random.Random(seed), 90.0)
     print(f"seed {seed}: {hits} of 5 kills hit tests that had not ended")

@@ -102,7 +102,7 @@ def test_a_rank_0_that_never_starts_is_named():
 
 
 def test_the_death_of_a_process_is_noticed():
-    """Rank 1 is a process that has said hello and is then killed."""
+    """Rank 1 is a process that has announced itself and is then killed."""
     port = free_port()
     code = (
         "import sys, time\n"

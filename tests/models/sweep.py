@@ -35,7 +35,7 @@ an exact gradient of 0, and both sides compute only rounding."""
 FORMS = ("padded right", "padded left", "position_ids", "cu_seq_lens")
 _HOW = {
     "packed": "whole packs in one pass",
-    "mixers": "whole packs in one pass, in which {} run one document at a time",
+    "mixers": "whole packs in one pass, except for the {} layers, which run one document at a time",
     "documents": "one document at a time: {}",
 }
 
@@ -201,13 +201,14 @@ def page(rows: dict[str, str]) -> str:
     lines = [
         "# Architectures",
         "",
-        "`python tests/models/sweep.py` generates this page, and a test compares it with the code. Every causal LM of",
-        "transformers (`MODEL_FOR_CAUSAL_LM_MAPPING`) was shrunk from its default config and trained in fp32: as a",
-        "`TrainableLM`, and under `delib_fast.apply` with batches padded on the right and on the left, and packs by",
-        "`position_ids` and by `cu_seq_lens`.",
+        "This page lists every causal LM of transformers (`MODEL_FOR_CAUSAL_LM_MAPPING`), and whether it trains",
+        "exactly as in transformers. A small model of each architecture, made from its default config, was trained in",
+        "fp32: as a `TrainableLM`, and under `delib_fast.apply` with batches padded on the right and on the left, and",
+        "with packs given by `position_ids` and by `cu_seq_lens`. `python tests/models/sweep.py` generates the page,",
+        "and a test compares it with the code.",
         "",
-        f"- *same*: the loss is within {LOSS:.0e}, and every gradient within {GRADIENT:.0e}, of transformers with one",
-        "  document at a time. Models that cannot run whole packs in one pass are as exact, and slower.",
+        f"- *same*: the loss is within {LOSS:.0e}, and every gradient within {GRADIENT:.0e}, of those of transformers",
+        "  with one document at a time. Models that cannot run whole packs in one pass are equally exact, but slower.",
         "- *refused*: `TrainableLM` and `apply` raise `UnsupportedModelError` before training.",
         "- *not built*: the test cannot create the model.",
         "",

@@ -1,4 +1,4 @@
-"""docs/architectures.md is what happens: every causal LM of transformers is the same as in transformers, or refused."""
+"""docs/architectures.md is true: every causal LM of transformers trains as in transformers, or is refused."""
 
 from __future__ import annotations
 

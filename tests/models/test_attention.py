@@ -43,7 +43,11 @@ PACK = {"cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32), "max_length
         ("indices", torch.zeros(1, 9, 3), "it has a selection of the keys that each token attends to (indices)"),
         ("sinks", torch.zeros(1, 4, 9, 1), "it has attention sinks of each token (sinks)"),
         ("position_bias", torch.zeros(1, 4, 9, 9), "it has a bias on the attention scores (position_bias)"),
-        ("temperature", 2.0, "it passes temperature to its attention function, which packed attention does not know"),
+        (
+            "temperature",
+            2.0,
+            "it passes temperature to its attention function, which packed attention does not support",
+        ),
     ],
 )
 def test_arguments_that_a_layer_adds_are_refused(argument, value, message) -> None:

@@ -147,7 +147,7 @@ def test_logits_of_another_vocabulary_are_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_the_lost_effect_of_an_adapter(dtype, share):
-    """Of merges that leave out a share of an adapter, also where the whole effect is as small as the rounding."""
+    """Merges leave out a known share of an adapter, also where the whole effect is as small as the rounding."""
     from delib_fast.models import add_adapter, merged_weights
 
     model = build("qwen2").to(dtype)

@@ -1,4 +1,4 @@
-"""Ranks that differ do not start, and each names what differs; an error or the death of one rank ends the others."""
+"""Ranks that differ do not start, and each says what differs; an error or the death of one rank ends the others."""
 
 from __future__ import annotations
 

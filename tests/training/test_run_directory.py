@@ -1,4 +1,4 @@
-"""A run directory that was damaged, mixed with another, or prepared by someone else: what is refused, what heals."""
+"""A damaged, mixed-up or hostile run directory: which damage is refused, and which is repaired."""
 
 from __future__ import annotations
 
@@ -330,7 +330,7 @@ def test_a_file_system_without_locks(tmp_path, capsys, monkeypatch):
         (RuntimeError("a fault of ours"), None),
     ],
 )
-def test_what_the_system_refuses_is_no_traceback(error, what):
+def test_what_the_system_refuses_causes_no_traceback(error, what):
     from delib_fast.training.errors import describe_system_error
 
     found = describe_system_error(error)
@@ -354,7 +354,7 @@ def test_a_damaged_tokenizer_is_trained_again(again):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_model_that_another_run_exported_is_checked(finished, tmp_path, capsys, name):
-    """Its ledger has the hash of each of its files; without a check, a flipped bit would be trained on in silence."""
+    """Its ledger has the hash of each of its files; without a check, a flipped bit would be trained on silently."""
     from delib_fast.config import ConfigError
     from delib_fast.evals.settings import load_eval_config
     from delib_fast.evals.target import EvalTarget

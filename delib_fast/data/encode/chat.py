@@ -56,7 +56,7 @@ class ChatRenderer:
         return self._own(chat, location, found) if isinstance(found, DataError) else found
 
     def verified(self, chats: Sequence[tuple[ChatInput, Skeleton, str]]) -> list[Skeleton]:
-        """Compare chats with stock.
+        """Compare chats with the renderings of stock transformers.
 
         Args:
             chats: each with its skeleton and location.

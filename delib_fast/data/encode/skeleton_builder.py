@@ -14,8 +14,9 @@ from delib_fast.data.encode.skeleton import MAX_TEXTS, PromptForm, Rendering, Sk
 from delib_fast.data.encode.template import TEMPLATE_ERRORS, ChatTemplate, refused
 from delib_fast.data.rows import DataError
 
+_ANOTHER = "use another template (tokenizer.chat_template)"
 _DISTINCT = 32
-"""Characters of a text that is not by chance a part of what a template writes itself."""
+"""A text of at least this many characters is assumed not to occur in what a template itself writes."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class SkeletonBuilder:
         raise first
 
     def _places_for_cot(self, inputs: TemplateInput) -> Iterator[Literal["field", "content", "prompt"]]:
-        """Yield the places for the chain of thought, the best first."""
+        """Yield the places where the chain of thought may be, the best first."""
         yield "field"
         if inputs.chat.has_cot:
             if self._thought_tags(inputs):
@@ -99,13 +100,13 @@ class SkeletonBuilder:
             yield "prompt"
 
     def _refuse_text_before_cot(self, inputs: TemplateInput, finished: str) -> None:
-        """Raise DataError if a thought inside the content would not be the first that the model writes."""
+        """Raise DataError if the model would have to write something before a thought that is in the content."""
         _, _, supplied = self._supplied(inputs, finished)
         text = self._template.control.spell(finished)
         opening, closing = map(self._template.control.spell, THINK)
         before = text[supplied : text.index(slot(len(inputs.chat.texts) - 2))]
         if closing in before or before.replace(opening, "").strip():
-            raise refused("the chat template writes the chain of thought after other parts of the reply")
+            raise refused(f"the chat template writes the chain of thought after other parts of the reply; {_ANOTHER}")
 
     def _thought_tags(self, inputs: TemplateInput) -> tuple[str, str] | None:
         """Return what a template writes around a thought that it removes from final replies; None if nothing.
@@ -162,7 +163,7 @@ class SkeletonBuilder:
             with suppress(*TEMPLATE_ERRORS):  # the template reads the text
                 same = self._template.finished(replace(inputs, chat=other)) == finished
             if same:
-                raise refused(f"the chat template drops the {role} message (number {k})")
+                raise refused(f"the chat template drops the {role} message (number {k}); {_ANOTHER}")
 
     def _supplied(self, inputs: TemplateInput, finished: str) -> tuple[str, PromptForm, int]:
         """Return the generation prompt, its form, and how many characters of a rendering it supplies.
@@ -191,7 +192,7 @@ class SkeletonBuilder:
                 return prompt, form, common
         raise refused(
             "the chat template writes these messages differently before a reply than as a prompt for one, "
-            "so that it is unclear what the model has to write"
+            f"so that it is unclear what the model has to write; {_ANOTHER}"
         )
 
     @staticmethod
@@ -255,14 +256,17 @@ def _refuse_dropped_texts(inputs: TemplateInput, finished: str) -> None:
         if isinstance(content, list):
             parts = [block["text"].strip() for block in content]
             if any(re.search(rf"""["']text["']\s*:\s*["']\s*{re.escape(part)}""", finished) for part in parts):
-                raise refused("the chat template writes the text blocks of a message as source code")
+                raise refused(f"the chat template writes the text blocks of a message as source code; {_ANOTHER}")
         else:
             parts = slots_in(content or "")
         if k < len(chat.roles) and any(part not in finished for part in parts):
-            raise refused(f"the chat template drops the {chat.roles[k]} message (number {k})")
+            raise refused(f"the chat template drops the {chat.roles[k]} message (number {k}); {_ANOTHER}")
     texts = chat.texts[-1:] if inputs.style.cot == "prompt" else chat.texts[-2:]
     wanted = [found for text in texts for found in slots_in(text)]
     if [found for found in slots_in(finished) if found in wanted] != wanted:
         if chat.has_calls:
-            raise refused("the chat template drops the text next to a tool call, or the chain of thought before it")
-        raise refused("the chat template drops the response, or writes it twice")
+            raise refused(
+                "the chat template drops the text next to a tool call, or the chain of thought before it; "
+                f"{_ANOTHER}, or remove them from the rows"
+            )
+        raise refused(f"the chat template drops the response, or writes it twice; {_ANOTHER}")

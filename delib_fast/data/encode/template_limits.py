@@ -1,4 +1,4 @@
-"""Limits of a chat template, which may come from anyone: it must finish, and it must not fail in ways of its own."""
+"""Limits for chat templates, which may be hostile: they must finish, and raise only errors that callers expect."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RENDERING_S = 20.0
 """Time that a template may take for one call, in seconds. Most take less than a millisecond for a row."""
 PER_ROW_S = 0.1
 _endless: dict[Any, str] = {}
-"""Templates that did not finish once, with the reason: they are not tried again, row after row."""
+"""Templates that did not finish once, with the reason. They are not tried again for every row."""
 
 
 def render_within_limits(template: Any, rows: int, render: Callable[[], T]) -> T:
@@ -37,7 +37,7 @@ def render_within_limits(template: Any, rows: int, render: Callable[[], T]) -> T
     except (MemoryError, RecursionError, ArithmeticError) as error:
         raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from None
     raise DataError(
-        f"the chat template cannot be used: {_endless[template]}, so it may loop for ever; use another one "
+        f"the chat template cannot be used: {_endless[template]}, so it may loop forever; use another one "
         "(tokenizer.chat_template)",
         reason="template",
     )
@@ -45,10 +45,10 @@ def render_within_limits(template: Any, rows: int, render: Callable[[], T]) -> T
 
 @lru_cache(maxsize=8)
 def _refuse_power(template: str) -> None:
-    """Raise jinja2.TemplateError if a template raises to a power: 9**9**9**9 takes for ever, and cannot be interrupted.
+    """Raise jinja2.TemplateError if a template raises to a power: 9**9**9**9 takes forever, and cannot be interrupted.
 
     Jinja computes such constants when it compiles the template.
     """
     for line, kind, value in jinja2.Environment().lex(template):
         if (kind, value) == ("operator", "**"):
-            raise jinja2.TemplateRuntimeError(f"line {line} uses the operator **, which may take for ever; remove it")
+            raise jinja2.TemplateRuntimeError(f"line {line} uses the operator **, which may take forever; remove it")

@@ -103,7 +103,11 @@ def _repeats_prompt(messages: Any, prompt: Any) -> bool:
 def _unknown_keys(fields: Fields) -> str:
     known = (*CHAT_KEYS, *PROMPT_KEYS, "text")
     keys = [key if SAFE_KEY.fullmatch(key) else "(a key that is not a name)" for key in (*fields, *fields.nulls)][:8]
-    close = [(key, near[0]) for key in keys if (near := difflib.get_close_matches(key, known, n=1, cutoff=0.75))]
+    close = [
+        (key, near[0])
+        for key in keys
+        if key not in known and (near := difflib.get_close_matches(key, known, n=1, cutoff=0.75))
+    ]
     hint = f"; did you mean {close[0][1]!r} instead of {close[0][0]!r}?" if close else ""
     which = "all null" if fields.nulls and not len(fields) else f"{len(fields.nulls)} of them null"
     nulls = f" ({which})" if fields.nulls else ""

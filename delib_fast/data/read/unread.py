@@ -55,7 +55,7 @@ _MESSAGE = {
     **dict.fromkeys(("train_detail", "training_detail"), "selects parts of a message, which is not supported"),
     **dict.fromkeys(("partial", "prefill", "prefix"), _UNFINISHED),
     "channel": "separates a chain of thought from a reply; join the messages into one with 'reasoning_content'",
-    "ipython": "marks a call of code, which is not supported; write it as 'tool_calls'",
+    "ipython": "marks a call of a code interpreter, which is not supported; write it as 'tool_calls'",
     "recipient": "names the tool that is called; write the call as 'tool_calls'",
     "refusal": "is what the assistant said; write it as the content",
     "function_calls": "holds calls of tools; write them as 'tool_calls'",
