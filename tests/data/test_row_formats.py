@@ -65,6 +65,10 @@ READ = {
     "#### in the last line": ({"question": "q", "answer": "a\nb #### 2"}, [("user: >q", None, "a\nb #### 2")]),
     "gsm8k in another field": ({"question": "q", "response": "a\n#### 2"}, [("user: >q", None, "a\n#### 2")]),
     "a cot and a result": ({"question": "q", "answer": "a\n#### 2", "cot": "c"}, [("user: >q", "c", "a\n#### 2")]),
+    "an empty instruction": ({"instruction": "", "input": "x", "output": "r"}, [("user: >x", None, "r")]),
+    "a reply that is repeated": (chat(HI, assistant("r"), response=" r\n"), [("user: >hi", None, "r")]),
+    "a reference answer": (chat(HI, assistant("It is 4."), answer="4"), [("user: >hi", None, "It is 4.")]),
+    "another spelling of a thought that is there": (pair(cot="c", Reasoning="good"), [("user: >p", "c", "r")]),
     # An empty field of a chain of thought says nothing; the content may contain one.
     "empty reasoning_content": (
         chat(HI, assistant("<think>c</think>r", reasoning_content="")),
@@ -296,7 +300,7 @@ def test_ignored_fields_are_counted_by_row(tmp_path):
 
 def test_nulls_are_read_as_in_parquet(tmp_path):
     items = [item for item, _ in READ.values() if "null argument" not in str(item) and "tool_calls" not in str(item)]
-    flat = [{k: v for k, v in item.items() if isinstance(v, str | None)} for item in items]
+    flat = [{k: v for k, v in item.items() if isinstance(v, str | None)} for item in items if "messages" not in item]
     flat = [item for item in flat if "response" in item or "answer" in item]
     keys = list(dict.fromkeys(key for item in flat for key in item))
     padded = [{key: item.get(key) for key in keys} for item in flat]

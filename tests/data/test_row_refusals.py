@@ -226,6 +226,59 @@ REFUSED = {
         "ambiguous",
         "has both 'tools' and 'functions'",
     ),
+    "a chat and another reply": (
+        chat(HI, BYE, response="other"),
+        "unread_field",
+        "'response' is outside of the messages and would be ignored",
+    ),
+    "a call and another reply": (
+        chat(HI, assistant("", tool_calls=[{"name": "f"}]), completion="other"),
+        "unread_field",
+        "'completion' is outside of the messages and would be ignored",
+    ),
+    "a context of a chat": (chat(HI, BYE, context="c"), "unread_field", "'context' would be missing in the prompt"),
+    "a call of another name": (
+        chat(HI, BYE | {"tool_call": {"name": "f"}}),
+        "unread_field",
+        "messages[1].tool_call holds calls of tools",
+    ),
+    "instructions": (
+        pair(instructions="Be brief."),
+        "unread_field",
+        "'instructions' would be missing in the prompt; rename it to 'system', or remove it",
+    ),
+    "a thought of another spelling": (pair(CoT="c"), "unread_field", "'CoT' is read only if it is spelled 'cot'"),
+    "a weight of another spelling": (pair(Weight=0), "unread_field", "'Weight' is read only if it is spelled 'weight'"),
+    "a flag of another spelling": (
+        chat(HI, BYE | {"Train": False}),
+        "unread_field",
+        "messages[1].Train is read only if it is spelled 'train'",
+    ),
+    "preference data of another spelling": (
+        pair(Rejected="no"),
+        "unread_field",
+        "'Rejected' belongs to preference data",
+    ),
+    "a chain of thought with hyphens": (
+        pair(**{"chain-of-thought": "c"}),
+        "unread_field",
+        "'chain-of-thought' looks like a chain of thought",
+    ),
+    "text of Cohere": (
+        {"prompt": "p", "response": "<|START_THINKING|>c<|END_THINKING|>r"},
+        "cot_tags",
+        "the reply begins with the markup of a chat template",
+    ),
+    "a monologue": (
+        {"prompt": "p", "response": "<inner_monologue>c</inner_monologue>r"},
+        "cot_tags",
+        "the reply begins with a tag that is similar to <think> but not known",
+    ),
+    "a reasoning block and tags": (
+        chat(HI, assistant([{"type": "thinking", "thinking": "c"}, {"type": "text", "text": "<think>d</think>r"}])),
+        "ambiguous",
+        "messages[1] has its chain of thought twice: in a reasoning block and in the content",
+    ),
     "a chat and another prompt": (chat(USER, CHAT, prompt="other"), "ambiguous", "has both 'messages' and 'prompt'"),
 }
 

@@ -122,6 +122,20 @@ def test_an_empty_think_block_with_other_tags_is_prompt():
     assert tok.decode(encoder_for(tok).end_ids) == "<|endoftext|><|END_OF_TURN_TOKEN|>"
 
 
+def test_a_thought_that_a_template_writes_after_the_response_goes_into_the_content():
+    after = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}<|im_end|>"
+    tok = fast_tokenizer(tokenizer("qwen3").backend_tokenizer, CHATML, eos_token="<|im_end|>")
+    tok.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}" + after + "\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert spell(tok, encode_row(chat("Hello", "Let me think.", ANSWER), tok))[-3:] == [
+        ("COT", TAGS),
+        ("RESPONSE", ANSWER + "<|im_end|>"),
+        ("PROMPT", "\n"),
+    ]
+
+
 def test_a_call_whose_name_would_not_be_written_is_refused():
     bare = call("Rome")
     del bare["tool_calls"][0]["id"]

@@ -134,6 +134,8 @@ class SkeletonBuilder:
         if text.count(cot_slot) != 1 or not text.startswith(prompt):
             return None
         cot_at = text.index(cot_slot)
+        if response_slot in text[:cot_at]:
+            return None  # the thought follows the response
         end = skip_thought(self._template.control, text, cot_slot, response_slot, len(prompt))
         return text[len(prompt) : cot_at], text[cot_at + 1 : end]
 

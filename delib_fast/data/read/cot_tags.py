@@ -20,8 +20,10 @@ TAGS: tuple[tuple[str, str], ...] = (
 )
 """The model always sees the tags of its own template, whichever tags the row uses."""
 _TAG = re.compile(r"<([a-z0-9_:|. -]{1,80})>", re.IGNORECASE)
-_SIMILAR_NAME = re.compile("think|thought|reason|scratchpad|deliberat|reflect|analysis", re.IGNORECASE)
-_HARMONY = re.compile(r"<\|(?:channel|start)\|?>")
+_SIMILAR_NAME = re.compile(
+    r"think|thought|reason|scratchpad|deliberat|reflect|analysis|monologue|\bcot\b", re.IGNORECASE
+)
+_MARKUP = re.compile(r"<\|(?:channel|start|START_THINKING|START_RESPONSE|START_ACTION|START_TEXT)\|?>")
 
 
 def split_cot(text: str, tags: tuple[tuple[str, str], ...] = TAGS) -> tuple[str | None, str]:
@@ -82,10 +84,10 @@ def _refuse_similar_tags(stripped: str) -> None:
             "the reply begins with a tag that is similar to <think> but not known; known are "
             f"{', '.join(opening for opening, _ in TAGS)}: set think_tags to the pair of tags in these rows"
         )
-    if _HARMONY.match(stripped):
+    if _MARKUP.match(stripped):
         _fail(
-            "the reply begins with the markup of a chat template (<|channel|>), but a row has plain texts: store the "
-            "chain of thought and the response in fields of their own"
+            "the reply begins with the markup of a chat template (of gpt-oss, Gemma or Cohere), but a row has plain "
+            "texts: store the chain of thought and the response in fields of their own"
         )
 
 

@@ -162,7 +162,7 @@ def _prompt_turns(fields: Fields, key: str, settings: FormatSettings) -> list[Tu
     prompt = fields.string(key)
     more = fields.text(("input", "context")) if key == "instruction" else None
     if more is not None:
-        prompt = f"{prompt}\n\n{more}"
+        prompt = f"{prompt}\n\n{more}" if prompt.strip() else more
     if not prompt.strip():
         fail("empty", f"{key!r} is empty")
     return _with_system(fields, [*_history(fields, settings), Turn("user", prompt)])
@@ -236,6 +236,17 @@ def _refuse_other_cot(fields: Fields, reply: Turn) -> None:
             fields.get(key)
 
 
+def _refuse_other_reply(fields: Fields, reply: Turn) -> None:
+    """Refuse a reply outside of the messages, unless it repeats the last message. An "answer" may be a reference."""
+    for key in ("response", "completion"):
+        value, content = fields.get(key), reply.content.strip()
+        if reply.role != "assistant" or says_nothing(value):
+            continue
+        if not isinstance(value, str) or not content or not value.strip().endswith(content):
+            where = "is outside of the messages and would be ignored; move it into them, or remove it"
+            fail("unread_field", f"{key!r} {where}")
+
+
 def _split_gsm8k(answer: str) -> tuple[str | None, str]:
     """Split an answer into its steps, which are the chain of thought, and its last line, `#### result`.
 
@@ -259,6 +270,7 @@ def _chat_rows(fields: Fields, settings: FormatSettings, location: str) -> Itera
     turns = [read_turn(message, f"{key}[{i}]", settings.tags, settings.ignored) for i, message in enumerate(messages)]
     turns = _with_system(fields, turns)
     _refuse_other_cot(fields, turns[-1])
+    _refuse_other_reply(fields, turns[-1])
     tools, weight = _tools(fields), fields.loss_weight()
     settle(fields, "chat", settings.ignored, has_cot=turns[-1].cot is not None)
     yield from _rows_of_chat(_Chat(turns=turns, weight=weight, tools=tools), settings, location)

@@ -129,7 +129,8 @@ def join_cot(given: str | None, content: str, key: str | None, where: str, tags:
         return given, content
     inner, rest = split_cot(content, tags)
     if inner is not None and inner.strip() != given.strip():
-        fail("ambiguous", f"{prefix} its chain of thought twice: as {key!r} and in the content")
+        where_else = "in a reasoning block" if key is None else f"as {key!r}"
+        fail("ambiguous", f"{prefix} its chain of thought twice: {where_else} and in the content")
     return given, rest
 
 

@@ -6,11 +6,12 @@ A field carries meaning if another trainer would train on it, mask with it, or s
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from delib_fast.data.read.fields import Fields, fail, says_nothing
+from delib_fast.data.read.fields import MASK_FLAGS, TRAIN_FLAGS, WEIGHT_KEYS, Fields, fail, says_nothing
 from delib_fast.data.read.strict_json import SAFE_KEY
 
 COT_KEYS = ("cot", "reasoning_content", "reasoning", "thinking")
@@ -28,6 +29,12 @@ _UNFINISHED = "says that the message is not finished, but the end of a turn woul
 _CUT_OFF = "says that the reply was cut off, but the end of its turn would be trained on; remove the row"
 _SHOWN = "would be missing in the prompt; write it into the text of the prompt, and remove the field"
 
+_SPELLED = frozenset(
+    (*COT_KEYS, *WEIGHT_KEYS, *TRAIN_FLAGS, *MASK_FLAGS, "system", "system_prompt", "system_message", "history",
+     "tools", "functions", "tool_calls", "function_call", "tool_call_id")
+)  # fmt: skip
+"""Fields whose names must be spelled so: `CoT` or `Weight` would be lost otherwise."""
+
 _ANYWHERE = {
     **dict.fromkeys(("image", "images", "image_url", "video", "videos", "audio", "audios", "input_audio"), _MEDIA),
     **dict.fromkeys(("loss_scale", "loss_weights", "sample_weight", "token_weights", "weights"), _WEIGHT),
@@ -39,6 +46,11 @@ _ROW = {
     "chat_template_kwargs": "holds arguments of the chat template, which are not passed to it; remove it",
     "history": "holds earlier turns, which this kind of row does not have; write them as messages",
 }
+_INSTRUCTIONS = dict.fromkeys(
+    ("developer", "developer_message", "developer_prompt", "instructions", "system_instruction", "system_instructions"),
+    "would be missing in the prompt; rename it to 'system', or remove it",
+)
+_CHAT = dict.fromkeys(("context", "contexts", "passage", "passages"), _SHOWN)
 _PAIR = {
     **dict.fromkeys(("choices", "options", "context", "contexts", "passage", "passages"), _SHOWN),
     "input": "is read only after an 'instruction'; write it into the prompt, and remove the field",
@@ -58,7 +70,7 @@ _MESSAGE = {
     "ipython": "marks a call of a code interpreter, which is not supported; write it as 'tool_calls'",
     "recipient": "names the tool that is called; write the call as 'tool_calls'",
     "refusal": "is what the assistant said; write it as the content",
-    "function_calls": "holds calls of tools; write them as 'tool_calls'",
+    **dict.fromkeys(("function_calls", "tool_call"), "holds calls of tools; write them as 'tool_calls'"),
     **dict.fromkeys(("functions", "tools"), "holds tools; write them as 'tools' of the row"),
     **dict.fromkeys(("tool_results", "tool_responses"), "holds results of tools; write them as messages of role tool"),
     **dict.fromkeys(("attachments", "file", "files"), _MEDIA),
@@ -66,8 +78,8 @@ _MESSAGE = {
     "context": _SHOWN,
 }
 _BY_FORMAT = {
-    "pair": _ROW | _PAIR,
-    "chat": _ROW,
+    "pair": _ROW | _INSTRUCTIONS | _PAIR,
+    "chat": _ROW | _INSTRUCTIONS | _CHAT,
     "document": _ROW | _DOCUMENT,
     "message": _MESSAGE,
     "block": {},
@@ -93,6 +105,11 @@ def settle(fields: Fields, kind: str, ignored: Counter[str], *, prefix: str = ""
 
 
 def _why_refused(key: str, value: Any, refused: Mapping[str, str], kind: str, *, has_cot: bool) -> str | None:
+    spelled = re.sub(r"[- ]", "_", key).lower()
+    if spelled != key:
+        if spelled in _SPELLED and not (has_cot and spelled in COT_KEYS) and value not in ("", [], {}):
+            return f"is read only if it is spelled {spelled!r}; rename or remove it"
+        key = spelled
     if key in ("label", "kto_tag"):
         return (
             "marks a reply that is not wanted; remove the row" if value is False and kind in ("pair", "chat") else None
