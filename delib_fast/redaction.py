@@ -14,14 +14,12 @@ Given text (rows, prompts, specs) and the structure of files are never changed.
 from __future__ import annotations
 
 import base64
-import html
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
-from urllib.parse import parse_qsl, quote, quote_plus, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 REPLACEMENT = "***"
 _MIN_BITS = 18.0
@@ -157,28 +155,41 @@ def _known() -> frozenset[str]:
 
 @lru_cache(maxsize=8)
 def _pattern(secrets: frozenset[str]) -> re.Pattern[str]:
-    forms = {form for secret in secrets for form in _forms(secret)}
-    return re.compile("|".join(map(re.escape, sorted(forms, key=lambda form: (-len(form), form)))), re.IGNORECASE)
+    forms = {form for secret in secrets for form in _encoded_in_base64(secret)}
+    patterns = [_written(secret) for secret in sorted(secrets, key=lambda secret: (-len(secret), secret))]
+    patterns += map(re.escape, sorted(forms, key=lambda form: (-len(form), form)))
+    return re.compile("|".join(patterns), re.IGNORECASE)
 
 
-def _forms(secret: str) -> Iterable[str]:
-    """The secret as it is, and as JSON, Python, URLs, HTML and Base64 write it."""
+def _written(secret: str) -> str:
+    """An expression for the secret as it is, and as JSON, Python, URLs and HTML write it, also more than once."""
+    return "".join(c if c.isascii() and c.isalnum() else _mark(c) for c in secret)
+
+
+def _mark(char: str) -> str:
+    """An expression for a character that is not an ASCII letter or digit."""
+    code = f"{ord(char):x}"
+    percent = "".join(f"%(?:25)*{byte:02x}" for byte in char.encode("utf-8", "surrogateescape"))
+    units = char.encode("utf-16-be", "surrogatepass").hex()
+    escapes = "".join(rf"\\+u{units[i : i + 4]}" for i in range(0, len(units), 4))
+    entities = rf"&(?:amp;)*\#(?:0*{ord(char)}|x0*{code});"
+    named = {"&": "amp", "<": "lt", ">": "gt", '"': "quot", "'": "apos"}.get(char)
+    forms = [entities, percent, escapes, rf"\\+x{code.rjust(2, '0')}", re.escape(char), rf"\\+{re.escape(char)}"]
+    forms += [rf"&(?:amp;)*{named};"] if named else []
+    forms += [r"\+"] if char == " " else []
+    return f"(?:{'|'.join(forms)})"
+
+
+def _encoded_in_base64(secret: str) -> Iterable[str]:
+    """The secret as a part of a Base64 text."""
     raw = secret.encode("utf-8", "surrogateescape")
-    forms = {
-        secret,
-        json.dumps(secret)[1:-1],
-        json.dumps(secret, ensure_ascii=False)[1:-1],
-        repr(secret)[1:-1],
-        quote(raw, safe=""),
-        quote_plus(raw),
-        html.escape(secret),
-    }
-    for shift in range(3):  # where in a Base64 text the secret begins, e.g. after `user:`
+    forms = set()
+    for shift in range(3):  # where in the text the secret begins, e.g. after `user:`
         code = base64.b64encode(b"\0" * shift + raw).decode()
         whole = code.rstrip("=")[(0, 2, 3)[shift] :]
         whole = whole[: len(whole) - (code.endswith("="))]  # the last character also depends on what follows
         forms |= {whole, whole.replace("+", "-").replace("/", "_")}
-    return (form for form in forms if len(form) >= _MIN_FORM or form == secret)
+    return (form for form in forms if len(form) >= _MIN_FORM)
 
 
 def scrub(text: str) -> str:
@@ -202,15 +213,15 @@ def scrub(text: str) -> str:
 _PREFIXED = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}"
     r"|A[KS]IA[A-Z0-9]{16}|AIza[\w-]{30,}|xox[abprs]-[\w-]{20,}|gsk_[A-Za-z0-9]{30,}|nvapi-[\w-]{30,}|r8_\w{30,}"
-    r"|xai-\w{30,}|eyJ[\w-]{10,}\.[\w-]+(?:\.[\w-]+)?)"
+    r"|xai-\w{30,}|(?<!-)eyJ[\w-]{10,}\.[\w-]+(?:\.[\w-]+)?)"
 )
-_USERINFO = re.compile(r"(?<=://)[^/@\s?#]+@")
+_USERINFO = re.compile(r"(?<=://)[^/\s?#]+@")
 _QUERY = re.compile(r"([?&;]([\w.-]{1,80})=)[^&\s\"'<>#;]+")
-# `Authorization: Bearer …`, "x-api-key": "…", api_key='…', also with the quotes escaped.
-_ASSIGNMENT = re.compile(
-    r"""(?<![\w-])([\w-]{1,80})(\\?["']?[ \t]*[:=][ \t]*(?:b(?=["']))?\\?["']?)"""
-    r"""((?:(?:bearer|basic|token)[ \t]+)?[^\s"'\\,;&<>{}()]+)""",
-    re.IGNORECASE,
+# `Authorization: Bearer …`, "x-api-key": "…", api_key='…', also with the quotes escaped. The value is matched only after
+# the name of a secret: in `error: api_key=…`, it must not belong to `error`.
+_ASSIGNMENT = re.compile(r"""(?<![\w-])([\w-]{1,80})(\\?["']?[ \t]*[:=][ \t]*(?:b(?=["']))?\\?["']?)""", re.IGNORECASE)
+_VALUE = re.compile(
+    r"""(?:(?:bearer|basic|token|api-?key|digest|negotiate)[ \t]+)?[^\s"'\\,;&<>{}()]+""", re.IGNORECASE
 )
 _HEADER = re.compile(r"-|\A(?:authorization|cookie)\Z", re.IGNORECASE)
 _BEARER = re.compile(r"\b(bearer|basic)[ \t]+([A-Za-z0-9._~+/=-]{6,})", re.IGNORECASE)
@@ -222,7 +233,7 @@ def redact_text(text: str) -> str:
     That is: API keys with a known prefix, user names and passwords in URLs, and the values of headers, assignments and
     URL parameters with the name of a secret. For messages; `scrub` is for text that must stay as it is.
     """
-    text = _ASSIGNMENT.sub(_redact_assignment, redact_setting(text))
+    text = _redact_assignments(redact_setting(text))
     text = _BEARER.sub(lambda match: f"{match[1]} {REPLACEMENT}" if has_entropy(match[2]) else match[0], text)
     return text.replace(2 * REPLACEMENT, REPLACEMENT)
 
@@ -238,14 +249,22 @@ def _redact_parameter(match: re.Match[str]) -> str:
     return match[1] + REPLACEMENT if secret else match[0]
 
 
-def _redact_assignment(match: re.Match[str]) -> str:
-    name, separator, value = match.groups()
-    if value.startswith(("$", REPLACEMENT)) or not any(map(str.isalnum, value)) or not is_secret_name(name):
-        return match[0]
+def _redact_assignments(text: str) -> str:
+    shown, position = [], 0
+    for match in _ASSIGNMENT.finditer(text):
+        if match.start() < position or not is_secret_name(match[1]) or not (found := _VALUE.match(text, match.end())):
+            continue
+        shown += [text[position : match.end()], _redact_value(match[1], match[2], found[0])]
+        position = found.end()
+    return "".join([*shown, text[position:]])
+
+
+def _redact_value(name: str, separator: str, value: str) -> str:
+    if value.startswith(("$", REPLACEMENT)) or not any(map(str.isalnum, value)):
+        return value
     if separator.strip() == ":" and value.isalpha() and not _HEADER.search(name):
-        return match[0]  # a message about a key: `generator.api_key: unknown key`
-    end = value[len(value.rstrip(".:!?")) :]  # of a sentence
-    return f"{name}{separator}{REPLACEMENT}{end}"
+        return value  # a message about a key: `generator.api_key: unknown key`
+    return REPLACEMENT + value[len(value.rstrip(".:!?")) :]  # the end of a sentence is kept
 
 
 def redact(tree: Any, name: str = "") -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import time
 from urllib.parse import quote
 
 import pytest
@@ -87,6 +88,13 @@ def test_values_with_entropy(value, monkeypatch):
         (repr({"a": KEY}), "{'a': '***'}"),
         (quote(KEY, safe=""), "***"),
         (html.escape(KEY), "***"),
+        (quote(KEY), "***"),  # slashes as they are
+        (quote(quote(KEY, safe="")), "***"),
+        (json.dumps(json.dumps(KEY))[1:-1], '\\"***\\"'),
+        (KEY.replace("/", "\\/").replace('"', "\\u0022").replace("é", "\\u00E9").replace("<", "\\x3c"), "***"),
+        (html.escape(html.escape(KEY)), "***"),
+        ("".join(c if c.isalnum() and c.isascii() else f"&#{ord(c)};" for c in KEY), "***"),
+        ("".join(c if c.isalnum() and c.isascii() else f"&#x{ord(c):X};" for c in KEY), "***"),
     ],
 )
 def test_forms_of_a_known_secret(form, found):
@@ -128,6 +136,12 @@ def test_a_secret_that_is_cut_off():
         ("https://me:hunter2@host/v1", "https://***@host/v1"),
         ("https://host/v1?key=hunter2&api-version=2&sig=abc#x", "https://host/v1?key=***&api-version=2&sig=***#x"),
         ("Bearer 9f86d081884c7d65", "Bearer ***"),
+        ("error: api_key=hunter2", "error: api_key=***"),
+        ("HTTP 401: x-api-key:hunter2.", "HTTP 401: x-api-key:***."),
+        ("a=b=password='hunter2'", "a=b=password='***'"),
+        ("see https://host/login#access_token=hunter2", "see https://host/login#access_token=***"),
+        ("https://me:hunt@er2@host/v1", "https://***@host/v1"),
+        ("Authorization: ApiKey hunter2", "Authorization: ***"),
         ("the key sk-abcdefghij0123456789 is wrong", "the key *** is wrong"),
         ("generator.api_key: unknown key (did you mean 'api_key_env'?)",
          "generator.api_key: unknown key (did you mean 'api_key_env'?)"),
@@ -193,3 +207,11 @@ def test_secrets_of_settings_are_known():
     )
     text = "Canary-7f3a9b1c Canary-8e2d Canary-5a5a Canary-4c4c Canary-3b3b ollama"
     assert scrub(text) == "*** *** Canary-5a5a *** *** ollama"
+
+
+def test_a_text_of_many_beginnings_of_tokens_takes_linear_time():
+    """As in tests/test_linear_time.py, which has texts for all parsers: here for the prefixes of this module."""
+    for piece in ("eyJ-", "sk-", "xox", "hf_", "a=b:", "token=basic ", "://a@"):
+        begin = time.perf_counter()
+        redact_text(piece * (200_000 // len(piece)))
+        assert time.perf_counter() - begin < 60, piece  # a quadratic expression takes 200 s for the first
