@@ -136,6 +136,23 @@ def test_a_thought_that_a_template_writes_after_the_response_goes_into_the_conte
     ]
 
 
+@pytest.mark.parametrize(
+    ("texts", "written"),
+    [
+        (["<think>a", "</think>b"], "b"),
+        (["<think>a</think>", "b"], "b"),
+        (["<think>a</think>b", "c"], "bc"),
+        (["<think>a", "x</think>\n b", "", "c"], "bc"),
+        (["b", "c"], "bc"),
+    ],
+)
+def test_a_thought_in_the_text_blocks_of_an_earlier_message_is_not_written_as_text(texts, written):
+    blocks = [{"type": "text", "text": text} for text in texts]
+    row = read([QUESTION, {"role": "assistant", "content": blocks}, QUESTION, {"role": "assistant", "content": ANSWER}])
+    prompt = spell(template_tokenizer("qwen3_5_think"), encode_row(row, template_tokenizer("qwen3_5_think")))[0][1]
+    assert prompt.split("<|im_start|>")[-3] == f"assistant\n{written}<|im_end|>\n"
+
+
 def test_a_call_whose_name_would_not_be_written_is_refused():
     bare = call("Rome")
     del bare["tool_calls"][0]["id"]

@@ -71,6 +71,8 @@ def read_turn(message: Any, where: str, tags: Tags, ignored: Counter[str]) -> Tu
     if role == "assistant":
         turn.weight = fields.loss_weight()
         turn.cot, turn.content = _cot_of(turn, fields, thoughts, tags)
+        if len(more.get("content") or ()) > 1:
+            more["content"] = _blocks_of_rest(more["content"], turn.content)
     else:
         if asks := fields.asks_for_loss():
             fail(
@@ -169,6 +171,17 @@ def _read_content(turn: Turn, fields: Fields, more: dict[str, Any], ignored: Cou
     turn.content = "\n".join(texts)
     more["content"] = [{"type": "text", "text": text} for text in texts] if len(texts) > 1 else [{"type": "text"}]
     return "\n".join(thoughts) if any(thought.strip() for thought in thoughts) else None
+
+
+def _blocks_of_rest(blocks: list[dict[str, str]], content: str) -> list[dict[str, str]]:
+    """The text blocks of a message without its chain of thought, which `content` no longer begins with."""
+    cut = len("\n".join(block["text"] for block in blocks)) - len(content)
+    kept = []
+    for block in blocks:
+        if cut < len(block["text"]) or cut <= 0:
+            kept.append({"type": "text", "text": block["text"][max(cut, 0) :]})
+        cut -= len(block["text"]) + 1
+    return kept if len(kept) > 1 else [{"type": "text"}]
 
 
 def _read_block(block: Any, where: str, ignored: Counter[str]) -> tuple[str, str]:
