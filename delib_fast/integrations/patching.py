@@ -51,6 +51,10 @@ class FusedCausalLMOutput(ModelOutput):
     """(B, S) float32, detached, at the position that predicts the target; 0 if there is no target."""
     correct: Tensor | None = None
     """(B, S) bool: whether the target is the argmax."""
+    hidden_states: tuple[Tensor, ...] | None = None
+    """As of the model itself, if the call requests them (output_hidden_states)."""
+    attentions: tuple[Tensor, ...] | None = None
+    """As of the model itself, if the call requests them (output_attentions)."""
 
 
 @dataclass
@@ -160,14 +164,19 @@ class _ModelForward(ForwardPatch):
         _check_no_target_after_padding(trunk(model), targets, kwargs.get("attention_mask"))
         if all(kwargs.get(name) is None for name in CACHES):
             kwargs["use_cache"] = False
-        hidden = trunk(model)(**kwargs).last_hidden_state
+        base = trunk(model)(**kwargs)
+        hidden = base.last_hidden_state
         head = model.get_output_embeddings()
         hidden, targets = hidden.to(head.weight.device), targets.to(head.weight.device)
         weights = None if weights is None else weights.to(head.weight.device, torch.float32).flatten()
         output = head(hidden.flatten(0, 1), targets.flatten(), weights)
         loss = output.loss_sum / denominator(targets.flatten(), weights, normalizer, count)
         result = FusedCausalLMOutput(
-            loss=loss, nll=output.nll.view(targets.shape), correct=output.correct.view(targets.shape)
+            loss=loss,
+            nll=output.nll.view(targets.shape),
+            correct=output.correct.view(targets.shape),
+            hidden_states=getattr(base, "hidden_states", None),
+            attentions=getattr(base, "attentions", None),
         )
         return result.to_tuple() if as_tuple else result
 

@@ -173,6 +173,12 @@ REFUSED = {
         "unread_field",
         "messages[1].train_detail selects parts of a message",
     ),
+    "a row to leave out": (pair(skip=True), "unread_field", "'skip' may say that the row is not to be trained on"),
+    "a message to leave out": (
+        chat(HI, BYE | {"is_masked": True}),
+        "unread_field",
+        "messages[1].is_masked may say that the message is not to be trained on; write it as 'train': false",
+    ),
     "a loss scale": (
         chat(HI, BYE | {"loss_scale": 0.0}),
         "unread_field",

@@ -152,6 +152,22 @@ def test_no_logits_no_mask_and_no_padding() -> None:
     assert head_shapes == [torch.Size([])]
 
 
+def test_a_call_with_labels_returns_the_hidden_states_that_it_requests() -> None:
+    """As transformers does; the attention weights too, for which such a call runs the model's own attention."""
+    model = build("llama").eval()
+    model.set_attn_implementation("eager")
+    batch = {name: value for name, value in padded(rows()).items() if name != "loss_weights"}
+    expected = model(**batch, output_hidden_states=True, output_attentions=True)
+    delib_fast.apply(model)
+    got = model(**batch, output_hidden_states=True, output_attentions=True)
+    kept = batch["attention_mask"].bool()
+    assert len(got.hidden_states) == len(expected.hidden_states)
+    for one, other in zip(got.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(one[kept], other[kept])
+    assert len(got.attentions) == len(expected.attentions)
+    torch.testing.assert_close(got.loss, expected.loss)
+
+
 def test_without_labels_the_model_is_unchanged() -> None:
     model = build().eval()
     batch = {k: v for k, v in padded(rows(), "left").items() if k in ("input_ids", "attention_mask")}

@@ -27,6 +27,7 @@ _PREFERENCE = "belongs to preference data: only prompts with one reply can be tr
 _TOKENS = "belongs to encoded data, and would be ignored: a row is text, which is encoded here; remove it"
 _UNFINISHED = "says that the message is not finished, but the end of a turn would be trained on; remove the row"
 _CUT_OFF = "says that the reply was cut off, but the end of its turn would be trained on; remove the row"
+_LEFT_OUT = ("ignore", "ignored", "is_masked", "no_loss", "no_train", "skip")
 _SHOWN = "would be missing in the prompt; write it into the text of the prompt, and remove the field"
 
 _SPELLED = frozenset(
@@ -45,6 +46,7 @@ _ROW = {
     **dict.fromkeys(("input_ids", "loss_mask", "completion_mask", "assistant_mask", "assistant_masks"), _TOKENS),
     "chat_template_kwargs": "holds arguments of the chat template, which are not passed to it; remove it",
     "history": "holds earlier turns, which this kind of row does not have; write them as messages",
+    **dict.fromkeys(_LEFT_OUT, "may say that the row is not to be trained on; remove the row, or the field"),
 }
 _INSTRUCTIONS = dict.fromkeys(
     ("developer", "developer_message", "developer_prompt", "instructions", "system_instruction", "system_instructions"),
@@ -73,6 +75,7 @@ _MESSAGE = {
     **dict.fromkeys(("function_calls", "tool_call"), "holds calls of tools; write them as 'tool_calls'"),
     **dict.fromkeys(("functions", "tools"), "holds tools; write them as 'tools' of the row"),
     **dict.fromkeys(("tool_results", "tool_responses"), "holds results of tools; write them as messages of role tool"),
+    **dict.fromkeys(_LEFT_OUT, "may say that the message is not to be trained on; write it as 'train': false"),
     **dict.fromkeys(("attachments", "file", "files"), _MEDIA),
     **dict.fromkeys(("rejected", "rejected_content"), _PREFERENCE),
     "context": _SHOWN,
