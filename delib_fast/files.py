@@ -76,7 +76,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     _remove_abandoned(path)
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.randbelow(10**12):012d}.tmp")
-        with open(temporary, "xb", opener=_open_new) as file:
+        with open(temporary, "xb", opener=open_without_links) as file:
             descriptor = file.fileno()
             try:
                 with contextlib.suppress(OSError):  # some file systems have no locks
@@ -94,7 +94,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     sync_folder(path.parent)
 
 
-def _open_new(path: str | os.PathLike[str], flags: int) -> int:
+def open_without_links(path: str | os.PathLike[str], flags: int) -> int:
     """Open a file that is written to. Raises OSError for a symbolic link, and for anything but a regular file."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     try:
@@ -109,7 +109,7 @@ def _remove_abandoned(path: Path) -> None:
     """Delete the temporary files of writers of `path` that were killed: those on which nobody holds a lock."""
     for left in path.parent.glob(f".{glob_escape(path.name)}.{'[0-9]' * 12}.tmp"):
         with contextlib.suppress(OSError):
-            descriptor = _open_new(left, os.O_RDONLY)
+            descriptor = open_without_links(left, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 left.unlink()
@@ -155,7 +155,7 @@ class AppendFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "a+b", opener=_open_new)  # noqa: SIM115
+        self._file = open(path, "a+b", opener=open_without_links)  # noqa: SIM115
         try:
             descriptor = self._file.fileno()
             size = os.fstat(descriptor).st_size
@@ -254,7 +254,7 @@ class FileLock:
     """
 
     def __init__(self, path: Path, *, wait: bool) -> None:
-        self._descriptor = _open_new(path, os.O_RDWR | os.O_CREAT)
+        self._descriptor = open_without_links(path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BaseException as error:

@@ -217,7 +217,7 @@ _PREFIXED = re.compile(
 )
 _USERINFO = re.compile(r"(?<=://)[^/\s?#]+@")
 _QUERY = re.compile(r"([?&;]([\w.-]{1,80})=)[^&\s\"'<>#;]+")
-# `Authorization: Bearer …`, "x-api-key": "…", api_key='…', also with the quotes escaped. The value is matched only after
+# `Authorization: Bearer …`, "x-api-key": "…", api_key='…', also with the quotes escaped. A value is matched only after
 # the name of a secret: in `error: api_key=…`, it must not belong to `error`.
 _ASSIGNMENT = re.compile(r"""(?<![\w-])([\w-]{1,80})(\\?["']?[ \t]*[:=][ \t]*(?:b(?=["']))?\\?["']?)""", re.IGNORECASE)
 _VALUE = re.compile(

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from delib_fast.config import ConfigError
+from delib_fast.files import open_regular
 
 BUILT_IN = Path(__file__).parent / "prompts"
 _SLOT = re.compile(r"\{\{\s*([a-z_]+)\s*\}\}")
@@ -122,7 +123,8 @@ class PromptFiles:
 
 def _read(path: Path) -> PromptFile:
     try:
-        raw = path.read_bytes()
+        with open_regular(path) as file:
+            raw = file.read()
         text = raw.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: the prompt cannot be read: {error}") from None

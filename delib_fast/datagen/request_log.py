@@ -10,7 +10,7 @@
 The id of a request is the SHA-256 of what determines its answer: model, messages, sampling parameters and sample
 number. A resumed run, or one with a new threshold, therefore sends only the requests that have no answer yet. An answer
 counts as received when its line is synced to disk; answers that arrive together share one sync. An incomplete last
-line, after a kill, is removed when the log is opened.
+line, after a kill, is removed when the log is opened. Each line has a digest: a damaged one is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from typing import Any
 
 from delib_fast.config import ConfigError
 from delib_fast.datagen.answers import Answer, BatchEntry, Charge, Request, Totals, hashed_messages, sha256_of
-from delib_fast.files import FileLock, sync_descriptor, sync_folder
+from delib_fast.digests import seal, unseal
+from delib_fast.files import FileLock, open_regular, open_without_links, sync_descriptor, sync_folder
 from delib_fast.redaction import redact
 
 
@@ -52,9 +53,7 @@ def lock_folder(folder: Path) -> FileLock:
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / ".lock", wait=False)
     except BlockingIOError:
-        raise ConfigError(
-            f"{folder}: another run is writing to this folder; wait until it ends, or use another -o"
-        ) from None
+        raise ConfigError(f"{folder}: another run is writing to it; wait until it ends, or use another -o") from None
     except OSError as error:
         raise ConfigError(
             f"{folder}: cannot be created, written to or locked: {error.strerror}; use another -o"
@@ -91,8 +90,8 @@ class RequestLog:
         self._writing = threading.Lock()
         self._torn = False  # whether the file may have bytes after `_end`
         try:
-            self._end = self._load() if path.exists() else 0
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._descriptor = open_without_links(path, os.O_RDWR | os.O_CREAT)
+            self._end = self._load()
             sync_folder(path.parent)
         except OSError as error:
             raise WriteError(path, error, "opened") from None
@@ -317,7 +316,7 @@ class RequestLog:
         """Return texts by their SHA-256."""
         found: dict[str, str] = {}
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 for line in file:
                     if line.startswith(b'{"is": "text"') and (text := json.loads(line))["sha256"] in wanted:
                         found[text["sha256"]] = text["text"]
@@ -342,8 +341,8 @@ class RequestLog:
                 self._index(record, start, len(line))
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise _damaged(self.path, number) from None
-        if end < self.path.stat().st_size:
-            os.truncate(self.path, end)
+        if end < os.fstat(self._descriptor).st_size:
+            os.ftruncate(self._descriptor, end)
         return end
 
 
@@ -358,7 +357,7 @@ def _settle(written: asyncio.Future[None], fault: BaseException | None) -> None:
 
 
 def _line(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+    return seal(record).encode() + b"\n"
 
 
 def _now() -> str:
@@ -374,13 +373,14 @@ def _damaged(path: Path, number: int) -> ConfigError:
 def _records(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
     """Yield (offset, line, record) for each line, except for an incomplete last one."""
     offset = 0
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         lines = iter(file)
         for number, line in enumerate(lines, 1):
             try:
                 if not line.endswith(b"\n"):
                     return
-                record = json.loads(line)
+                # Lines that a user has written, or an old version, have no digest.
+                record = unseal(line) if b'"digest": "' in line else json.loads(line)
                 if record["is"] not in ("text", "answer", "failed", "batch"):
                     raise ValueError
                 if record["is"] == "answer":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from delib_fast.datagen.citations import labels_of_names, labels_of_spec
 from delib_fast.datagen.refusals import classify_reply
 from delib_fast.datagen.request_log import read_answers
 from delib_fast.datagen.spec import Spec
-from delib_fast.files import read_text
+from delib_fast.files import read_text, write_atomic
 from delib_fast.reports.data_page import data_page
 from delib_fast.reports.text_statistics import (
     by_quantile,
@@ -51,8 +51,8 @@ def write_report(data: Path, *, spec: Path | None = None, out: Path | None = Non
     out.mkdir(parents=True, exist_ok=True)
     stem = "report" if folder is not None else f"{data.stem}.report"
     page_file, json_file = out / f"{stem}.html", out / f"{stem}.json"
-    json_file.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    page_file.write_text(data_page(figures), encoding="utf-8")
+    write_atomic(json_file, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(page_file, data_page(figures))
     return page_file, json_file
 
 
@@ -240,10 +240,20 @@ def _documents(rows: Sequence[tuple[Row, Mapping[str, Any]]]) -> dict[str, Any]:
 
 def _json_lines(path: Path, *, whole: bool = False) -> list[dict[str, Any]]:
     """The objects of a .jsonl file, or the one of a whole file. Raises ConfigError if the file is damaged."""
-    try:
+    with _damage_named(path):
         text = read_text(path)
-        return [dict(json.loads(part)) for part in ([text] if whole else text.splitlines())]
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        parts = [text] if whole else text.removesuffix("\n").split("\n") if text else []
+        return [dict(json.loads(part)) for part in parts]
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Raise ConfigError if the content of the file is not what this project writes."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged ({error}); run the command that made the folder again") from None
 
 
@@ -270,18 +280,19 @@ def _run(folder: Path) -> dict[str, Any]:
             )
             if key in summary
         }
-    if (folder / "requests.jsonl").exists():
-        answers = list(read_answers(folder / "requests.jsonl"))
-        run["answers"] = {
-            "by_purpose": count_by(a["purpose"] for a in answers),
-            "by_finish": count_by(a["answer"]["finish"] for a in answers),
-            "attempts": count_by(a["attempts"] for a in answers),
-            "seconds": quantiles([a["seconds"] for a in answers]),
-        }
-    if (folder / "dropped.jsonl").exists():
-        lines = _json_lines(folder / "dropped.jsonl")
-        votes = [vote for line in lines for vote in line["votes"]]
-        run["dropped_scores"] = {
-            axis: _score_bars([v[axis] for v in votes]) for axis in ("compliance", "helpfulness", "reasoning") if votes
-        }
+    if (log := folder / "requests.jsonl").exists():
+        with _damage_named(log):
+            answers = list(read_answers(log))
+            run["answers"] = {
+                "by_purpose": count_by(a["purpose"] for a in answers),
+                "by_finish": count_by(a["answer"]["finish"] for a in answers),
+                "attempts": count_by(a["attempts"] for a in answers),
+                "seconds": quantiles([a["seconds"] for a in answers]),
+            }
+    if (dropped := folder / "dropped.jsonl").exists():
+        lines = _json_lines(dropped)
+        with _damage_named(dropped):
+            votes = [vote for line in lines for vote in line["votes"]]
+            axes = ("compliance", "helpfulness", "reasoning") if votes else ()
+            run["dropped_scores"] = {axis: _score_bars([v[axis] for v in votes]) for axis in axes}
     return run

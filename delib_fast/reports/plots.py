@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 from delib_fast.config import ConfigError
 from delib_fast.data.disk_cache import cache_folder
-from delib_fast.files import locked
+from delib_fast.files import locked, write_atomic
 
 # On white, each has a contrast of 4.5 or more, and they also differ in lightness.
 COLOURS = ("#0b6e99", "#b8430d", "#2f7a3d", "#7a4fa3", "#8a6100", "#b0306a", "#444444")
@@ -90,5 +91,7 @@ def save(figure: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    figure.savefig(path, dpi=DPI, metadata=metadata)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix.removeprefix("."), dpi=DPI, metadata=metadata)
+    write_atomic(path, picture.getvalue())
     plt.close(figure)

@@ -23,6 +23,7 @@ from typing import Any
 
 from delib_fast.config import ConfigError
 from delib_fast.config.load import parse_config
+from delib_fast.files import open_without_links
 from delib_fast.study.measure import measure
 from delib_fast.terminal import echo, guard_process_output
 
@@ -89,7 +90,7 @@ def _output_to(log: Path) -> Iterator[None]:
     sys.stdout.flush()
     kept = [os.dup(number) for number in _OUTPUTS]
     try:
-        with log.open("ab") as file:
+        with open(log, "ab", opener=open_without_links) as file:
             for number in _OUTPUTS:
                 os.dup2(file.fileno(), number)
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from generation_runs import read_rows, run_deliberate, settings_for
 from scripted_model import SPEC, ScriptedModel, scripted
 
-from delib_fast.config import SourceConfig
+from delib_fast.config import ConfigError, SourceConfig
 from delib_fast.data import read_source
 from delib_fast.datagen.documents import generate_documents
 from delib_fast.datagen.session import Session
@@ -209,6 +210,40 @@ def test_the_report_of_documents_has_their_statistics(model: ScriptedModel, spec
     assert part["tokens"] >= 1500
     assert part["near_duplicates"]["documents"]["count"] == 0
     assert "Documents, by domain" in Page(html.read_text()).words
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("summary.json", "", "summary.json is damaged"),
+        ("summary.json", "[1,2", "summary.json is damaged"),
+        ("dropped.jsonl", '{"votes": "x"}\n', "dropped.jsonl is damaged"),
+        ("dropped.jsonl", '{"votes": [{"compliance": "x"}]}\n', "dropped.jsonl is damaged"),
+        ("requests.jsonl", None, "requests.jsonl is damaged"),
+        ("requests.jsonl", '{"is": "answer", "id": "a", "answer": {"text": "a", "finish": "b"}}\n', "is damaged"),
+    ],
+)
+def test_a_report_names_the_damaged_file(name: str, content: str | None, message: str, tmp_path: Path) -> None:
+    """`None` is a named pipe, which is not waited for."""
+    (tmp_path / "documents.jsonl").write_text('{"text": "one document"}\n')
+    if content is None:
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        write_report(tmp_path)
+
+
+def test_a_report_follows_no_link_and_reads_line_separators(tmp_path: Path) -> None:
+    votes = [{"compliance": 5, "helpfulness": 5, "reasoning": 5, "why": "a\u2028b"}]
+    (tmp_path / "documents.jsonl").write_text('{"text": "one document"}\n')
+    (tmp_path / "dropped.jsonl").write_text(json.dumps({"votes": votes}, ensure_ascii=False) + "\n")
+    (tmp_path / "mine").write_text("a file of the user")
+    (tmp_path / "report.html").symlink_to("mine")
+    (tmp_path / "report.json").symlink_to("mine")
+    write_report(tmp_path)
+    assert (tmp_path / "mine").read_text() == "a file of the user"
+    assert json.loads((tmp_path / "report.json").read_text())["run"]["dropped_scores"]
 
 
 def test_the_report_of_the_example_rows_has_accurate_citations(tmp_path: Path) -> None:

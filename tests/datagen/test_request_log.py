@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,55 @@ def test_append_returns_when_the_answer_is_on_disk(tmp_path: Path, monkeypatch: 
 
 def test_second_run_on_a_folder_is_refused(tmp_path: Path) -> None:
     lock = lock_folder(tmp_path / "out")
-    with pytest.raises(ConfigError, match="another run is writing to this folder"):
+    with pytest.raises(ConfigError, match="another run is writing to it"):
         lock_folder(tmp_path / "out")
     lock.release()
     lock_folder(tmp_path / "out").release()
+
+
+def test_every_flipped_bit_is_refused_or_changes_nothing(tmp_path: Path) -> None:
+    """In every line but the last: an answer that was changed on disk is never used."""
+    path = tmp_path / "r.jsonl"
+    first = request("first")
+    write(path, first)
+    lines = len(path.read_bytes())
+    write(path, request("last"))
+    whole = path.read_bytes()
+    log = RequestLog(path)
+    expected = log.get(first.id), log.messages(first.id), log.totals
+    log.close()
+    refused = 0
+    for bit in random.Random(0).sample(range(8 * lines), 400):
+        path.write_bytes(whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :])
+        try:
+            log = RequestLog(path)
+        except ConfigError:
+            refused += 1
+        else:
+            assert (log.get(first.id), log.messages(first.id), log.totals) == expected
+            log.close()
+    assert refused > 380
+
+
+def test_lines_without_a_digest_are_read(tmp_path: Path) -> None:
+    """Those of an old version, and those that a user has appended."""
+    path = tmp_path / "r.jsonl"
+    write(path, request("first"))
+    records = [json.loads(line) for line in path.read_bytes().splitlines()]
+    assert all(record.pop("digest") for record in records)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert request("first").id in RequestLog(path)
+
+
+def test_links_and_pipes_are_refused(tmp_path: Path) -> None:
+    """The file of a link is not changed, and a named pipe is not waited for."""
+    other, path = tmp_path / "other.txt", tmp_path / "r.jsonl"
+    other.write_text("a file of the user")
+    path.symlink_to(other)
+    with pytest.raises(WriteError, match=r"r\.jsonl: cannot be opened"):
+        RequestLog(path)
+    assert other.read_text() == "a file of the user"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(WriteError, match=r"r\.jsonl: cannot be opened: is a named pipe, not a regular file"):
+        RequestLog(path)
