@@ -141,9 +141,17 @@ def env(brief: Annotated[bool, typer.Option("--brief", help="print one line")] =
 def main() -> None:
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()  # a full disk is an error of the command, not of the interpreter's end
     except ConfigError as error:
         report_error(error)
         sys.exit(2)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        report_error(f"{error.filename or 'the output'}: {error.strerror}")
+        sys.exit(3)
     except _USAGE_ERROR as error:  # typer would print the arguments as they are
         if error.ctx is not None:
             echo(f"{error.ctx.get_usage()}\nTry '{error.ctx.command_path} --help' for help.\n", err=True)

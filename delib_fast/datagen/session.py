@@ -21,6 +21,7 @@ from delib_fast.datagen.request_log import RequestLog, WriteError, lock_folder
 from delib_fast.datagen.settings import EndpointSettings, RunSettings
 from delib_fast.datagen.spec import Section, Spec, first_sentence
 from delib_fast.datagen.spending import YieldCheck
+from delib_fast.digests import seal
 from delib_fast.files import write_atomic
 from delib_fast.redaction import redact
 
@@ -170,7 +171,7 @@ class Session:
         return self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def write_summary(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Write summary.json: these fields, the counts of dropped rows, and the cost of the answers."""
+        """Write summary.json, with a digest: these fields, the counts of dropped rows, and the cost of the answers."""
         totals, meter = self.log.totals, self.meter
         summary = {
             **fields,
@@ -191,7 +192,7 @@ class Session:
             "first_drop": meter.first_drop,
             "this_run": {"answers": meter.answers, "reused": meter.reused, "retries": dict(meter.retries)},
         }
-        self.write("summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        self.write("summary.json", seal(summary, indent=1) + "\n")
         return summary
 
 

@@ -166,7 +166,9 @@ class HttpClient:
             target = str(url.join(target)) if target else ""
         if target:
             path = str(url).removeprefix(self.base_url)
-            hint = f"; if you trust that address, set base_url to {describe(target.removesuffix(path))}"
+            hint = (
+                f"; if you trust that address, set base_url to {describe(target.partition('?')[0].removesuffix(path))}"
+            )
         shown = describe(target) or "an address that it does not name"
         raise EndpointError(
             f"{describe(self.base_url)} redirects to {shown} (HTTP {response.status_code}). No redirect is "

@@ -51,7 +51,7 @@ def shifts_labels(model: PreTrainedModel) -> bool | None:
         return None
     candidates = {True: F.cross_entropy(logits[:-1], tokens[0, 1:]), False: F.cross_entropy(logits, tokens[0])}
     off = {shifted: (abs(loss - own) / own.abs().clamp_min(1e-6)).item() for shifted, loss in candidates.items()}
-    shifted = off[True] <= off[False]
+    shifted: bool = off[True] <= off[False]
     if off[shifted] > (1e-5 if output.logits.dtype == torch.float32 else 1e-2):
         raise UnsupportedModelError(
             f"the loss of {name} is not the mean nll of its labels, with or without a shift by one: it is {own:.4f}, "

@@ -212,7 +212,8 @@ class _Trial:
         base = trunk(self.model)
         with eval_mode(self.model):
             bounds = tuple(accumulate(_LENGTHS, initial=0))
-            return run_documents(base, bounds, {"input_ids": tokens[None]}).last_hidden_state[0].float()
+            hidden: Tensor = run_documents(base, bounds, {"input_ids": tokens[None]}).last_hidden_state[0].float()
+        return hidden
 
     def is_causal(self) -> bool:
         """Whether a changed token leaves the hidden states of earlier tokens unchanged."""

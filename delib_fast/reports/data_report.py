@@ -17,6 +17,7 @@ from delib_fast.datagen.citations import labels_of_names, labels_of_spec
 from delib_fast.datagen.refusals import classify_reply
 from delib_fast.datagen.request_log import read_answers
 from delib_fast.datagen.spec import Spec
+from delib_fast.digests import unseal
 from delib_fast.files import read_text, write_atomic
 from delib_fast.reports.data_page import data_page
 from delib_fast.reports.text_statistics import (
@@ -238,11 +239,11 @@ def _documents(rows: Sequence[tuple[Row, Mapping[str, Any]]]) -> dict[str, Any]:
     }
 
 
-def _json_lines(path: Path, *, whole: bool = False) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, or the one of a whole file. Raises ConfigError if the file is damaged."""
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file. Raises ConfigError if the file is damaged."""
     with _damage_named(path):
         text = read_text(path)
-        parts = [text] if whole else text.removesuffix("\n").split("\n") if text else []
+        parts = text.removesuffix("\n").split("\n") if text else []
         return [dict(json.loads(part)) for part in parts]
 
 
@@ -261,7 +262,8 @@ def _run(folder: Path) -> dict[str, Any]:
     """Statistics of the run: its summary, its requests, and the scores of dropped samples."""
     run: dict[str, Any] = {}
     if (folder / "summary.json").exists():
-        (summary,) = _json_lines(folder / "summary.json", whole=True)
+        with _damage_named(folder / "summary.json"):
+            summary = unseal(read_text(folder / "summary.json"))
         run |= {
             key: summary[key]
             for key in (

@@ -222,7 +222,7 @@ def read_ledger(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "ledger.json"
     try:
         ledger = read_json(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{path}: no such file; is {run_dir} a run directory?") from None
     except (OSError, DamagedError) as error:
         ledger = {"format": _format_without_digest(path)}

@@ -43,10 +43,19 @@ def test_config_prints_overrides_and_defaults():
     assert "weight_decay: 0.01" in done.stdout
 
 
-def test_ledger_of_a_missing_folder_is_a_config_error():
-    done = runner.invoke(app, ["ledger", "nowhere"])
+@pytest.mark.parametrize("name", ["nowhere", "README.md"])
+def test_ledger_of_no_run_directory_is_a_config_error(name):
+    done = runner.invoke(app, ["ledger", name])
     assert isinstance(done.exception, ConfigError)
-    assert "is nowhere a run directory?" in str(done.exception)
+    assert f"is {name} a run directory?" in str(done.exception)
+
+
+def test_output_that_cannot_be_written_is_an_error():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "delib_fast.cli.main", "config", "examples/quickstart.yaml"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[0] == "error: the output: No space left on device"
 
 
 def test_env_lists_the_backends_of_the_ops():

@@ -217,6 +217,7 @@ def test_the_report_of_documents_has_their_statistics(model: ScriptedModel, spec
     [
         ("summary.json", "", "summary.json is damaged"),
         ("summary.json", "[1,2", "summary.json is damaged"),
+        ("summary.json", '{"paid": 3, "digest": "0"}', "summary.json is damaged .it does not match its digest"),
         ("dropped.jsonl", '{"votes": "x"}\n', "dropped.jsonl is damaged"),
         ("dropped.jsonl", '{"votes": [{"compliance": "x"}]}\n', "dropped.jsonl is damaged"),
         ("requests.jsonl", None, "requests.jsonl is damaged"),
