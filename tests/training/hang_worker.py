@@ -168,8 +168,6 @@ class UnevenCallback(Callback):
         lower_the_limit()
         if not is_last():
             run.ranks.sum(1.0)
-        else:
-            time.sleep(600)
 
 
 def while_in_a_callback(path, _) -> int:
