@@ -302,5 +302,5 @@ def _is_scaled_and_capped(
     if logits.shape != expected.shape:
         return False
     tolerance = 8 * torch.finfo(logits.dtype).eps
-    largest = expected.abs().max().item()
+    largest = expected.nan_to_num(0, posinf=0, neginf=0).abs().max().item()
     return torch.allclose(logits.float(), expected, rtol=tolerance, atol=tolerance * largest, equal_nan=True)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from delib_fast.data import Example, PackedDataLoader
+from delib_fast.digests import read_json
 from delib_fast.models import StepCost, TrainableLM
 from delib_fast.training.loggers import Loggers
 from delib_fast.training.throughput import known_tflops
@@ -147,7 +148,7 @@ def test_a_tracker_gets_metrics_but_no_secret_and_may_fail(tmp_path, monkeypatch
     assert "no route" in warnings[0]
     assert fake.given["id"] is None
     assert "canary" not in json.dumps(fake.given, default=str)
-    assert json.loads((tmp_path / "trackers.json").read_text()) == {"wandb": "abc"}
+    assert read_json(tmp_path / "trackers.json") == {"wandb": "abc"}
     again = Loggers(load_config(path), tmp_path, enabled=True, warn=warnings.append)
     again.begin_stage(10, 5)
     assert fake.given["id"] == "abc", "a resumed run continues under its id"
