@@ -25,7 +25,6 @@ KINDS = (
     "scaled rotary",
     "experts merged",
     "renamed",
-    "no safetensors",
     "named by its config",
 )
 
@@ -67,9 +66,6 @@ def rewritten(folder, kind):
     weights = load_file(file) if file.exists() else {}
     if kind == "renamed":
         save_file({name.removeprefix("model."): weight for name, weight in weights.items()}, file, {"format": "pt"})
-    elif kind == "no safetensors":
-        file.unlink()
-        torch.save(weights, folder / "pytorch_model.bin")
     elif kind == "named by its config":
         save_file({name: w + 1 for name, w in weights.items()}, folder / "other.safetensors", {"format": "pt"})
         config = folder / "config.json"
@@ -91,9 +87,9 @@ def test_deferred_weights_equal_a_model_loaded_whole(fork_server, tmp_path, kind
             assert ours[what] == theirs[what], what
     assert deferred[0]["conversions"] == whole[0]["conversions"], "otherwise an export would have other names"
     assert bool(whole[0]["conversions"]) == (kind == "experts merged")
-    why = {"no safetensors": "it has no safetensors", "named by its config": "its config.json names other.safetensors"}
-    if kind in why:
-        assert f"the first rank loads the whole model into host memory: {why[kind]}" in deferred[0]["note"]
+    if kind == "named by its config":
+        why = "its config.json names other.safetensors"
+        assert f"the first rank loads the whole model into host memory: {why}" in deferred[0]["note"]
     else:
         assert deferred[0]["note"] is None
 

@@ -82,7 +82,8 @@ def _refuse_similar_tags(stripped: str) -> None:
     if tag and _SIMILAR_NAME.search(tag[1]) and f"</{tag[1]}>" in stripped:
         _fail(
             "the reply begins with a tag that is similar to <think> but not known; known are "
-            f"{', '.join(opening for opening, _ in TAGS)}: set think_tags to the pair of tags in these rows"
+            f"{', '.join(opening for opening, _ in TAGS)}: set think_tags to the pair of tags in these "
+            "rows, or to <think> and </think> if the tag belongs to the response"
         )
     if _MARKUP.match(stripped):
         _fail(
