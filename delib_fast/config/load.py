@@ -282,15 +282,21 @@ def _tags(options: Sequence[Any]) -> dict[str, type[Section]]:
 # --- writing ------------------------------------------------------------------------------------------------
 
 
-def dump_config(config: Config) -> str:
-    """The resolved configuration as YAML, with secrets redacted.
+def plain_config(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain data, with secrets redacted: what config.yaml and checkpoints store.
 
-    Paths are absolute, so that `load_config` reads the same configuration from it in any folder.
+    Paths are absolute, so that the same configuration is read from it in any folder.
     """
     tree = config.model_dump(mode="json")
     for pattern in (*_WRITTEN_PATHS, *RUN_FILE.paths, *RUN_FILE.names_or_paths):
         _resolve_paths(tree, pattern, Path.cwd(), RUN_FILE)
-    return dump_yaml(redact(tree))
+    plain: dict[str, Any] = redact(tree)
+    return plain
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; see `plain_config`."""
+    return dump_yaml(plain_config(config))
 
 
 def _matches(key: str, pattern: str) -> bool:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, NoReturn
 from delib_fast.checkpoint.format import Checkpoint, CheckpointError
 from delib_fast.checkpoint.writer import CheckpointWriter
 from delib_fast.config import ConfigError
+from delib_fast.config.load import plain_config
 from delib_fast.training.errors import Stopped
-from delib_fast.training.run_directory import config_differences, plain_config
+from delib_fast.training.run_directory import config_differences
 
 if TYPE_CHECKING:
     from delib_fast.config import StageConfig

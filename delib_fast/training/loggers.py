@@ -15,10 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from delib_fast.config import Config, ConfigError
-from delib_fast.config.load import dump_config
+from delib_fast.config.load import plain_config
 from delib_fast.digests import read_json, write_json
 
 
@@ -50,7 +48,7 @@ class Loggers:
 
     def __init__(self, config: Config, run_dir: Path, *, enabled: bool, warn: Callable[[str], None]) -> None:
         self._run_dir, self._enabled, self._warn = run_dir, enabled, warn
-        self._project, self._settings = config.log.project, yaml.safe_load(dump_config(config))
+        self._project, self._settings = config.log.project, plain_config(config)
         self._names = (["tensorboard"] if config.log.tensorboard else []) + list(config.log.trackers)
         self._open: dict[str, Any] | None = None
         self._steps_before = 0
@@ -107,7 +105,7 @@ class Loggers:
         run_name = self._run_dir.name
         if name == "mlflow":
             return {"run_id": run_id, "run_name": None if run_id else run_name}
-        options = {"name": run_name, "resume": "allow", "config": self._settings}
+        options: dict[str, Any] = {"name": run_name, "resume": "allow", "config": self._settings}
         if name == "wandb":  # neither console output nor source code is sent
             quiet = importlib.import_module(name).Settings(console="off", disable_git=True, save_code=False)
             options |= {"id": run_id, "dir": str(self._run_dir), "settings": quiet}

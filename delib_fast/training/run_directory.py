@@ -29,7 +29,7 @@ from typing import Any
 import yaml
 
 from delib_fast.config import Config, ConfigError
-from delib_fast.config.load import dump_config, flatten, is_same_value, parse_config
+from delib_fast.config.load import dump_config, flatten, is_same_value, parse_config, plain_config
 from delib_fast.digests import DamagedError, read_json, write_json
 from delib_fast.files import FileLock, open_regular, read_text, remove_temporary_files, remove_tree, write_atomic
 from delib_fast.training.metrics_file import MetricsFile, Promise
@@ -283,12 +283,6 @@ def config_differences(saved: Mapping[str, Any], config: Config) -> list[str]:
     ]
     lines = [f"  {key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differ[:8]]
     return lines + ([f"  and {len(differ) - 8} more"] if len(differ) > 8 else [])
-
-
-def plain_config(config: Config) -> dict[str, Any]:
-    """The resolved configuration as plain data, with secrets redacted: what config.yaml and checkpoints store."""
-    plain: dict[str, Any] = yaml.safe_load(dump_config(config))
-    return plain
 
 
 def _hash_text(text: str) -> str:
