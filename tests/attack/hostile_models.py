@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 HOSTILE: dict[str, Callable[[Path, Path], None]] = {}
-"""The changes by name. Each gets the folder, and a path that is created if code of the folder runs."""
+"""The changes, keyed by their name. Each receives the folder, and a path that is created if code of the folder runs."""
 
 
 def hostile(change: Callable[[Path, Path], None]) -> Callable[[Path, Path], None]:
@@ -366,42 +366,3 @@ def a_template_that_fills_memory(folder: Path, canary: Path) -> None:
 @hostile
 def a_template_that_does_not_parse(folder: Path, canary: Path) -> None:
     (folder / "chat_template.jinja").write_text("{% for %}")
-
-
-# --- using it -----------------------------------------------------------------------------------------------
-
-MEMORY_GIB = 8
-
-
-def load_all(top: str) -> int:
-    """Load each model folder below `top`; prints one JSON line for each. For a forked process."""
-    import resource
-    import traceback
-
-    from delib_fast.config import ConfigError, ModelConfig
-    from delib_fast.models import UnsupportedModelError, build_deferred, build_model, load_tokenizer, model_shape
-
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_GIB << 30, MEMORY_GIB << 30))
-    for folder in sorted(Path(top).iterdir()):
-        config, said = ModelConfig(path=str(folder / "model")), {"name": folder.name, "outcome": "loaded"}
-        try:
-            tokenizer = load_tokenizer(str(config.path))
-            model_shape(config, tokenizer)
-            build_model(config, tokenizer)
-            build_deferred(config, tokenizer, dtype="fp32", seed=0, first=True)
-        except (ConfigError, UnsupportedModelError) as error:
-            said |= {"outcome": "refused", "message": str(error)}
-        except Exception:  # noqa: BLE001
-            said |= {"outcome": "traceback", "message": traceback.format_exc()}
-        print("\n" + json.dumps(said), flush=True)
-    return 0
-
-
-def train_on(config: str) -> int:
-    """Train one step from a configuration file, in at most `MEMORY_GIB` of address space. For a forked process."""
-    import resource
-
-    from helpers.tiny_run import run
-
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_GIB << 30, MEMORY_GIB << 30))
-    return run(Path(config))

@@ -93,7 +93,7 @@ isolation)."""
 def test_loading_hostile_model_folders(good, tmp_path, fork_server):
     """Every folder is refused with a readable error, or loads without running its code."""
     names = hostile_copies(good, tmp_path / "folders")
-    job = fork_server.start("hostile_models:load_all", [tmp_path / "folders"])
+    job = fork_server.start("hostile_models_worker:load_all", [tmp_path / "folders"])
     fork_server.wait(job, timeout=900)
     (output,) = fork_server.output(job)
     found = {said["name"]: said for said in map(json.loads, re.findall(r"^\{.*\}$", output, re.MULTILINE))}
@@ -116,7 +116,7 @@ def test_training_on_hostile_model_folders(good, tmp_path, fork_server):
     faults = []
     for name in hostile_copies(good, tmp_path / "folders"):
         path = configure(tmp_path / "folders" / name, tmp_path / "folders" / name / "model")
-        job = fork_server.start("hostile_models:train_on", [path])
+        job = fork_server.start("hostile_models_worker:train_on", [path])
         (code,) = fork_server.wait(job, timeout=300)
         (output,) = fork_server.output(job)
         readable = code in (1, 2) and "error: " in output and "Traceback" not in output

@@ -15,8 +15,12 @@ from helpers.callbacks import StopAfter
 from helpers.run_facts import facts
 from helpers.tiny_run import edited_ledger, replace_in_config, run, tiny
 
-from delib_fast.digests import read_json_lines, seal
+from delib_fast.checkpoint.format import _manifest
+from delib_fast.config import ConfigError
+from delib_fast.digests import hash_files, read_json, read_json_lines, seal
+from delib_fast.files import hash_file
 from delib_fast.train import main
+from delib_fast.training.artifacts import refuse_changed_export
 from delib_fast.training.metrics_file import MetricsFile
 
 
@@ -52,18 +56,18 @@ def newest(run_dir: Path) -> Path:
 @contextmanager
 def edited_checkpoint(folder: Path):
     """The content of trainer.json, to be changed in the block; the manifest then fits it."""
-    import hashlib
-
-    from delib_fast.checkpoint.format import _manifest
-    from delib_fast.digests import read_json
-
-    trainer = json.loads((folder / "trainer.json").read_text())
+    file = folder / "trainer.json"
+    trainer = json.loads(file.read_text())
     yield trainer
-    content = json.dumps(trainer, indent=1).encode()
-    (folder / "trainer.json").write_bytes(content)
-    manifest = read_json(folder / "manifest.json")
-    manifest["files"]["trainer.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_bytes(_manifest(manifest["step"], manifest["files"]))
+    file.write_text(json.dumps(trainer, indent=1))
+    renew_manifest(file)
+
+
+def renew_manifest(file: Path) -> None:
+    """Make the manifest of a checkpoint fit one of its files, which was changed."""
+    manifest = read_json(file.parent / "manifest.json")
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": hash_file(file)}
+    (file.parent / "manifest.json").write_bytes(_manifest(manifest["step"], manifest["files"]))
 
 
 # --- metrics ------------------------------------------------------------------------------------------------
@@ -224,10 +228,6 @@ def test_a_checkpoint_without_the_state_of_a_run_is_refused(again, capsys):
 def test_a_checkpoint_of_another_model_is_refused(again, capsys, change):
     from safetensors.torch import load_file, save_file
 
-    from delib_fast.checkpoint.format import _manifest
-    from delib_fast.digests import read_json
-    from delib_fast.files import hash_file
-
     path, run_dir, _ = again
     folder = newest(run_dir)
     (shard,) = folder.glob("*.safetensors")
@@ -243,9 +243,7 @@ def test_a_checkpoint_of_another_model_is_refused(again, capsys, change):
         tensors["weight/model.model.layers.7.extra"] = tensors[key].clone()
         expected = "has a tensor 'weight/model.model.layers.7.extra', which the model lacks"
     save_file(tensors, shard)
-    manifest = read_json(folder / "manifest.json")
-    manifest["files"][shard.name] = {"bytes": shard.stat().st_size, "sha256": hash_file(shard)}
-    (folder / "manifest.json").write_bytes(_manifest(manifest["step"], manifest["files"]))
+    renew_manifest(shard)
     error = refused(path, capsys)
     assert expected in error
     assert str(folder) in error
@@ -355,7 +353,6 @@ def test_a_damaged_tokenizer_is_trained_again(again):
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_model_that_another_run_exported_is_checked(finished, tmp_path, capsys, name):
     """Its ledger has the hash of each of its files; without a check, a flipped bit would be trained on silently."""
-    from delib_fast.config import ConfigError
     from delib_fast.evals.settings import load_eval_config
     from delib_fast.evals.target import EvalTarget
 
@@ -376,10 +373,6 @@ def test_a_model_that_another_run_exported_is_checked(finished, tmp_path, capsys
 
 
 def test_a_tokenizer_that_another_run_trained_is_checked(finished, tmp_path):
-    from delib_fast.config import ConfigError
-    from delib_fast.digests import hash_files
-    from delib_fast.training.artifacts import refuse_changed_export
-
     folder = tmp_path / "tokenizer"
     shutil.copytree(finished / "tokenizer", folder)
     refuse_changed_export(folder, hash_files(folder))
@@ -391,10 +384,6 @@ def test_a_tokenizer_that_another_run_trained_is_checked(finished, tmp_path):
 
 
 def test_a_model_with_an_added_file_is_refused(finished, tmp_path):
-    from delib_fast.config import ConfigError
-    from delib_fast.digests import hash_files
-    from delib_fast.training.artifacts import refuse_changed_export
-
     other = tmp_path / "other"
     shutil.copytree(finished, other, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
     model = other / "stages" / "msm" / "model"
