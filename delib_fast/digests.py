@@ -109,7 +109,7 @@ def hash_file_once(path: Path) -> str:
     if before["size"] < _REMEMBERED_BYTES:
         return hash_file(path)
     name = hashlib.blake2b(os.path.realpath(path).encode(errors="surrogateescape"), digest_size=16).hexdigest()
-    record = _memory() / f"{name}.json"
+    record = default_cache_folder() / "hashes" / f"{name}.json"
     with contextlib.suppress(OSError, DamagedError, KeyError):
         known = read_json(record)
         if known["file"] == before:
@@ -122,9 +122,12 @@ def hash_file_once(path: Path) -> str:
     return sha256
 
 
-def _memory() -> Path:
+def default_cache_folder() -> Path:
+    """The folder of results that are kept between runs: $DELIB_FAST_CACHE if it is set, else ~/.cache/delib_fast."""
     folder = os.environ.get("DELIB_FAST_CACHE")
-    return (Path(folder) if folder else Path.home() / ".cache" / "delib_fast") / "hashes"
+    if not folder:
+        return Path.home() / ".cache" / "delib_fast"
+    return Path(os.path.expanduser(os.path.expandvars(folder)))
 
 
 def _identity(path: Path) -> dict[str, int]:
@@ -139,7 +142,7 @@ def _identity(path: Path) -> dict[str, int]:
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """The sha256 of each file directly inside a model folder, by file name; see `hash_file_once`.
+    """The sha256 of each file directly inside a model folder, keyed by file name; see `hash_file_once`.
 
     Hidden files are excluded.
     """
@@ -156,7 +159,7 @@ def hash_weights(files: Mapping[str, str]) -> str:
     The ledger, evaluations and studies all identify a model by this hash.
 
     Args:
-        files: the sha256 of each file, by name, as `hash_files` returns them.
+        files: the sha256 of each file, keyed by file name, as `hash_files` returns them.
     """
     digest = hashlib.sha256()
     for name, sha256 in sorted(files.items()):

@@ -9,6 +9,7 @@ import os
 import pytest
 
 from delib_fast import digests
+from delib_fast.data.disk_cache import cache_folder
 from delib_fast.digests import (
     DamagedError,
     append_json_line,
@@ -122,6 +123,18 @@ def test_a_file_that_has_just_changed_is_not_remembered(large):
     hash_file_once(path)
     hash_file_once(path)
     assert len(reads) == 4
+
+
+def test_hashes_are_kept_in_the_cache_folder_of_everything_else(tmp_path, monkeypatch):
+    """Catches a folder named `~` in the working directory."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value in ("~/kept", "$HOME/kept", "${HOME}/kept"):
+        monkeypatch.setenv("DELIB_FAST_CACHE", value)
+        with cache_folder(None) as folder:
+            assert digests.default_cache_folder() == folder == tmp_path / "kept"
+    monkeypatch.delenv("DELIB_FAST_CACHE")
+    with cache_folder(None) as folder:
+        assert digests.default_cache_folder() == folder == tmp_path / ".cache" / "delib_fast"
 
 
 def test_a_damaged_memory_is_not_believed(large, tmp_path):

@@ -6,13 +6,12 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from delib_fast.config import ConfigError, expand_path
-from delib_fast.digests import DamagedError, read_json, write_json
+from delib_fast.digests import DamagedError, default_cache_folder, read_json, write_json
 from delib_fast.files import locked
 
 CACHE_VERSION = 5
@@ -29,8 +28,7 @@ def cache_folder(configured: str | None) -> Iterator[Path]:
     Raises:
         ConfigError: the block raised OSError, so the folder cannot be used.
     """
-    path = configured or os.environ.get("DELIB_FAST_CACHE")
-    folder = Path(expand_path(path)) if path else Path.home() / ".cache" / "delib_fast"
+    folder = Path(expand_path(configured or str(default_cache_folder())))
     try:
         yield folder
     except OSError as error:
