@@ -266,7 +266,7 @@ def _verify_share(folder: Path, rank: int, world_size: int) -> Checkpoint:
 
 
 def _read_manifest(folder: Path) -> tuple[int, dict[str, Any]]:
-    """The step of a checkpoint, and the size and hash of each of its files by name."""
+    """The step of a checkpoint, and the size and hash of each file, keyed by file name."""
     with open_regular(folder / MANIFEST) as file:
         content = file.read()
     try:

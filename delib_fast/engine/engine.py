@@ -62,7 +62,7 @@ class Engine:
         self._unsharded_norm: Tensor | None = None
         settings = deepspeed_json(config, stage, ranks.world_size)
         precision = DTYPES[config.engine.precision]
-        shard_parameters(module, self.device, precision, settings, self._zero_stage, lambda text: ranks.heartbeat(text))
+        shard_parameters(module, self.device, precision, settings, self._zero_stage, ranks.heartbeat)
         self._optimizer = build_optimizer(module, stage.optimizer)
         with contextlib.redirect_stdout(io.StringIO()), _reraise_as_config_error():  # DeepSpeed prints memory figures
             self._engine, self._zero, _, _ = deepspeed.initialize(

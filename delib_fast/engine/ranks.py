@@ -65,7 +65,7 @@ class Ranks:
             self.sequence_group, _ = dist.new_subgroups(sequence_parallel)
 
     def _connect(self, backend: str) -> None:
-        """Create the process group, unless this process has one, and tell DeepSpeed about it."""
+        """Create the process group, unless this process has one, and let DeepSpeed use it."""
         meeting = self.rendezvous
         if not dist.is_initialized():
             os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed reads it

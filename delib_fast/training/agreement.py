@@ -286,10 +286,10 @@ def _model_facts(config: Config) -> dict[str, str]:
 
 
 def model_files(folder: Path, *, weights_too: bool) -> dict[str, str]:
-    """The sha256 of each file directly in a model folder, by name; hidden files are left out.
+    """The sha256 of each file directly inside a model folder, keyed by file name. Hidden files are excluded.
 
     Args:
-        weights_too: whether to hash files of weights; else their size stands for them.
+        weights_too: whether to hash files of weights; otherwise the value of such a file is its size.
     """
     return {
         path.name: f"{path.stat().st_size} B" if path.suffix in _WEIGHTS and not weights_too else hash_file_once(path)

@@ -40,7 +40,7 @@ class Weights:
     """A folder (an absolute path, so that a run resumes in any working directory), a hub name, or None for a new
     model."""
     sha256: str | None
-    """`files.hash_weights` of the folder; None for a hub name or a new model."""
+    """`digests.hash_weights` of the folder; None for a hub name or a new model."""
 
     def describe(self) -> dict[str, Any]:
         """For the ledger."""

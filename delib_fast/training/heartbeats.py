@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import stat
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -146,17 +145,12 @@ class HeartbeatFolder:
 
     def _read(self, name: str, limit: int) -> bytes:
         """The beginning of a file of ours. Raises OSError if it cannot be read, or is not one."""
-        with self._open(name) as descriptor:
-            return os.read(descriptor, limit)
-
-    @contextlib.contextmanager
-    def _open(self, name: str) -> Iterator[int]:
         # Non-blocking, because opening a FIFO would wait for its writer.
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self._folder)
         try:
             found = os.fstat(descriptor)
             if not stat.S_ISREG(found.st_mode) or found.st_uid != self._user:
                 raise OSError(f"{name} is not a file of this user")
-            yield descriptor
+            return os.read(descriptor, limit)
         finally:
             os.close(descriptor)

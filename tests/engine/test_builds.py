@@ -26,7 +26,7 @@ def builder(begun):
             folder.mkdir(exist_ok=True)
             begun.append(folder)
             baton = FileBaton(str(folder / "lock"))
-            assert baton.try_acquire(), "the lock of a killed build is still there: torch would wait for ever"
+            assert baton.try_acquire(), "the lock of a killed build is still there: torch would wait forever"
             if len(begun) == 1:
                 raise KeyboardInterrupt  # as after SIGKILL, the lock is not released
             baton.release()

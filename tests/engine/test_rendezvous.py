@@ -186,11 +186,11 @@ def test_other_numbers_of_ranks():
 
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(rank, range(2)))
-    told = (
+    message = (
         "the ranks do not agree on the number of ranks: WORLD_SIZE is 2 on rank 0 and 3 on rank 1; start all ranks "
         "with one launcher"
     )
-    assert answers == [told, f"rank 0: {told}"]
+    assert answers == [message, f"rank 0: {message}"]
 
 
 def test_ranks_of_another_machine_are_not_called_dead():

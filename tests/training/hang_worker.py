@@ -82,7 +82,7 @@ def while_training(path, fault) -> int:
 
 
 def while_exporting(path, fault) -> int:
-    """While rank 0 writes the model for ever and the last rank waits for it."""
+    """While rank 0 writes the model without end, and the last rank waits for it."""
     began = Path(path).with_name("export-began")
 
     def export_model(*_, **__):
@@ -113,7 +113,7 @@ def while_exporting(path, fault) -> int:
 
 
 def while_encoding(path, fault) -> int:
-    """While rank 0 encodes rows for ever."""
+    """While rank 0 encodes rows without end."""
 
     def encode_stream(*_, **__):
         lower_the_limit()
