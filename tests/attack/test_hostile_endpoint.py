@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("httpx", reason="generation needs the httpx package (extra `generate`)")
 
 import typer
+from helpers.marks import full
 from hostile_endpoint import BEHAVIOURS, CONTENTS, MALFORMED, STATUS_200_ERRORS, USAGES, HostileEndpoint
 from typer.testing import CliRunner
 
@@ -303,7 +304,7 @@ SAMPLE = ("page", "deep", "usage-320-digits", "half-surrogate", "drip", "redirec
 @pytest.mark.parametrize("command", ["deliberate spec.md prompts.txt", "document spec.md --tokens 2k"])
 @pytest.mark.parametrize(
     "behaviour",
-    [b if b in SAMPLE else pytest.param(b, marks=pytest.mark.full) for b in (*BEHAVIOURS, "redirect-307-other")],
+    [b if b in SAMPLE else full(b) for b in (*BEHAVIOURS, "redirect-307-other")],
 )
 def test_a_command_ends_with_a_reason(
     behaviour: str,

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 
 import pytest
 from helpers.launch import HANG_S
+from helpers.marks import full
 from helpers.tiny_run import tiny
 
 from delib_fast.config import ConfigError
@@ -65,10 +66,6 @@ def test_a_single_rank_that_hangs_ends_with_its_stack(tmp_path, fork_server):
     codes, output = run_with_fault(fork_server, tmp_path, "sleeps_in_python", 1)
     assert codes == [3], output
     assert "in sleeps_in_python" in output
-
-
-def full(*values):
-    return pytest.param(*values, marks=pytest.mark.full)
 
 
 @pytest.mark.slow

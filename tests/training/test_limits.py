@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from helpers.marks import full
 from helpers.tiny_run import tiny
-
-
-def full(*values):
-    return pytest.param(*values, marks=pytest.mark.full)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from helpers.launch import ROOT, start_ranks
+from helpers.marks import full
 from helpers.tiny_run import metrics, tiny, weights
 
 from delib_fast.config.load import load_config
@@ -43,10 +44,6 @@ def message(*lines):
             "give every rank the same configuration, files, packages and environment",
         ]
     )
-
-
-def full(*values):
-    return pytest.param(*values, marks=pytest.mark.full)
 
 
 @pytest.mark.parametrize(
