@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import random
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.hostile_text import assert_linear
+
+from delib_fast import redaction
 
 PACKAGE = Path(__file__).parents[1] / "delib_fast"
 # Modules whose regular expressions see no text from outside, each with what they see instead.
@@ -140,7 +145,7 @@ def parsers(folder: Path) -> dict[str, Callable[[str], object]]:
     from delib_fast.evals.metrics.monitors import Transcript, _features, step_holds
     from delib_fast.evals.sampling import parse_reply
     from delib_fast.preview.tokens import make_visible
-    from delib_fast.redaction import has_entropy, is_secret_name, redact, redact_text, register_secret, scrub
+    from delib_fast.redaction import has_entropy, is_secret_name, redact, redact_text, scrub
     from delib_fast.reports.text_statistics import diversity, near_duplicates
     from delib_fast.terminal import printable
 
@@ -148,13 +153,9 @@ def parsers(folder: Path) -> dict[str, Callable[[str], object]]:
     labels = [*labels_of_spec(spec), *labels_of_names(["Self-Harm / - Other", "rule-5"])]
     settings = {style: DeliberateSettings.model_validate({"style": style}) for style in ("cite", "internal")}
     guard = SpecGuard(spec)
-    register_secret("9f86d081884c7d659a2feaa0c55ad015")
     prompts = PromptFiles()
     condition = Condition(SCENARIOS[0], "none", "none")
     formats = FormatSettings("rows")
-
-    def block(text: str) -> dict[str, str]:
-        return {"type": "text", "text": text}
 
     def answer(text: str) -> Answer:
         return Answer(text, "stop")
@@ -191,7 +192,6 @@ def parsers(folder: Path) -> dict[str, Callable[[str], object]]:
     def user_prompts(name: str) -> Callable[[str], object]:
         return quiet(lambda text: read_prompts(write(name, text), spec), ConfigError)
 
-    faults = quiet(lambda text: _parse_faults(answer(text)), MalformedAnswer)
     return {
         # answers
         "strip_thinking": strip_thinking,
@@ -199,7 +199,7 @@ def parsers(folder: Path) -> dict[str, Callable[[str], object]]:
         "json_values of lists": lambda text: json_values(text, list),
         "parse_scores": quiet(parse_scores, MalformedAnswer),
         "parse_strings": quiet(parse_strings, MalformedAnswer),
-        "parse_faults": faults,
+        "parse_faults": quiet(lambda text: _parse_faults(answer(text)), MalformedAnswer),
         "parse_summary": quiet(lambda text: _parse_summary(answer(text)), MalformedAnswer),
         "parse_verdict": quiet(lambda text: _verdict_parser(["comply"])(answer(text)), MalformedAnswer),
         "split_answer at tags": lambda text: split_answer(answer(text), "tags"),
@@ -264,7 +264,7 @@ def parsers(folder: Path) -> dict[str, Callable[[str], object]]:
         "plans_it": lambda text: [plans_it(s, text) for s in SCENARIOS],
         "conduct": lambda text: conduct(condition, text),
         "result_of": result_of,
-        "wrong numbers": lambda text: _wrong(text, _wrong_numbers),
+        "wrong numbers": lambda text: _wrong_numbers(SimpleNamespace(cot=text), Decimal(7), 3, random.Random(0)),
         "chosen_option": lambda text: chosen_option(text, 8),
         "sentences": sentences,
         "shuffled": lambda text: shuffled(text, "seed"),
@@ -288,17 +288,12 @@ def parsers(folder: Path) -> dict[str, Callable[[str], object]]:
     }
 
 
-def _wrong(text: str, wrong_numbers: Callable[..., object]) -> None:
-    import random
-    from decimal import Decimal
-    from types import SimpleNamespace
-
-    wrong_numbers(SimpleNamespace(cot=text), Decimal(7), 3, random.Random(0))
-
-
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory):
-    return parsers(tmp_path_factory.mktemp("hostile"))
+    """The parsers, with a secret to search for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(redaction, "_registered", {"9f86d081884c7d659a2feaa0c55ad015"})
+        yield parsers(tmp_path_factory.mktemp("hostile"))
 
 
 PARSERS = list(parsers(Path()))

@@ -15,7 +15,7 @@ from typing import Any
 from delib_fast.datagen.prompt_files import Chat
 from delib_fast.redaction import redact
 
-_MOST_TOKENS = 10**8  # no model reads or writes so many in one request
+_MOST_TOKENS = 10**8  # no model reads or writes more in one request
 _FINISH_CHARS, _NAME_CHARS = 64, 200
 DAMAGED = "\ufffd"
 """Replaces what is not text: a lone surrogate, a NUL, a byte that is not UTF-8."""
@@ -133,8 +133,9 @@ class Charge:
         """The charge in a line of the request log; 0 for what is not a number."""
         found = value if isinstance(value, Mapping) else {}
         tokens = found.get("tokens")
-        whole = isinstance(tokens, int) and not isinstance(tokens, bool) and tokens >= 0
-        return Charge(tokens if isinstance(tokens, int) and whole else 0, amount(found.get("cost")) or 0.0)
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+            tokens = 0
+        return Charge(tokens, amount(found.get("cost")) or 0.0)
 
 
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ def estimated_tokens(text: str) -> int:
 
 
 def plausible_tokens(reported: int | None, text: str) -> int:
-    """Return the reported number of tokens of a text, or an estimate if the text cannot have so few or so many."""
+    """Return the reported number of tokens of a text, or an estimate if the text cannot have that number."""
     if reported is not None and len(text) / 20 <= reported <= max(16, len(text.encode())):
         return reported
     return estimated_tokens(text)

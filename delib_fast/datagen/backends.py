@@ -52,6 +52,11 @@ class Backend(Protocol):
         """Release connections or threads, after the last request."""
 
 
+def malformed(detail: str) -> Retry:
+    """The failure of an attempt whose answer cannot be read; it may have been paid for."""
+    return Retry("malformed_body", detail=detail, may_be_paid=True)
+
+
 def describe(text: str) -> str:
     """Make a short text for messages from one that an endpoint sent: printable, one line, without secrets."""
     printable = "".join(c for c in " ".join(text.split()) if c.isprintable())

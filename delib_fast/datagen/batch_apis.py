@@ -15,7 +15,7 @@ from datetime import datetime
 from typing import Any, Protocol
 
 from delib_fast.datagen.answers import Answer, BatchEntry, Request
-from delib_fast.datagen.backends import EndpointError, RequestRejected, Retry
+from delib_fast.datagen.backends import EndpointError, RequestRejected, Retry, describe
 from delib_fast.datagen.dialects import decode
 from delib_fast.datagen.endpoints import Connection
 
@@ -135,7 +135,7 @@ class OpenAIBatches:
         batch = await self._connection.json("GET", f"batches/{batch_id}")
         status = batch.get("status")
         if status == "failed":
-            return BatchState(fault=self._connection.describe(_first_error(batch.get("errors"))))
+            return BatchState(fault=describe(_first_error(batch.get("errors"))))
         if status not in ("completed", "expired", "cancelled"):
             return None
         names = [batch.get("output_file_id"), batch.get("error_file_id")]
@@ -148,8 +148,8 @@ class OpenAIBatches:
             if status == 200:
                 return self._connection.parse(body, "batches")
             if isinstance(status, int) and 400 <= status < 500 and status not in (408, 409, 425, 429):
-                raise RequestRejected(f"HTTP {status}: {self._connection.describe(json.dumps(body))}")
-        raise Retry("batch_error", detail=self._connection.describe(json.dumps(error)))
+                raise RequestRejected(f"HTTP {status}: {describe(json.dumps(body))}")
+        raise Retry("batch_error", detail=describe(json.dumps(error)))
 
 
 class AnthropicBatches:
@@ -210,7 +210,7 @@ class AnthropicBatches:
         if result.get("type") == "succeeded" and isinstance(message, dict):
             return self._connection.parse(message, "messages/batches")
         inner = error.get("error", error) if isinstance(error, dict) else {}
-        detail = self._connection.describe(json.dumps(inner))
+        detail = describe(json.dumps(inner))
         if isinstance(inner, dict) and inner.get("type") in ("invalid_request_error", "request_too_large"):
             raise RequestRejected(detail)
         raise Retry(
@@ -238,7 +238,8 @@ async def _listed(connection: Connection, path: str, cursor_name: str) -> AsyncI
 def _id(value: Any) -> str:
     """An id that an endpoint chose, which becomes a part of a path."""
     if not isinstance(value, str) or not _ID.fullmatch(value):
-        raise EndpointError(f"the endpoint sent {str(value)[:60]!r} as the id of a batch or file; it is not a valid id")
+        shown = describe(str(value))[:60]
+        raise EndpointError(f"the endpoint sent {shown!r} as the id of a batch or file; it is not a valid id")
     return value
 
 

@@ -15,6 +15,7 @@ import json
 import secrets as random_secrets
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from delib_fast.datagen.answers import Answer, BatchEntry, Charge, Request, request_entry
@@ -40,7 +41,7 @@ T = TypeVar("T")
 _QUIET_S = 0.2  # a batch is submitted when no request has been added for this long
 _ENDS_WITHIN_S = 26 * 3600.0  # both APIs end a batch after 24 hours
 _NOT_CREATED = frozenset({"rate_limit", "http_503", "http_529"})  # failures after which a batch does not exist
-_CONCURRENT_APPENDS = 256  # so many answers share one sync of the log
+_CONCURRENT_APPENDS = 256  # this many answers share one sync of the log
 
 
 class BatchBackend:
@@ -193,12 +194,12 @@ class BatchBackend:
         """Return the id of a planned batch if the endpoint has it. A request to create it may still be under way."""
         known = frozenset(b.batch_id for b in self._log.batches.values() if b.batch_id is not None)
         pause = self._settings.batch_poll_s
-        await asyncio.sleep(max(0.0, min(entry.at + pause, time.time() + pause) - time.time()))
-        found = await self._retried(lambda: self._api.find(entry, known, pause))
-        if found is None:
-            await asyncio.sleep(pause)
-            found = await self._retried(lambda: self._api.find(entry, known, pause))
-        return found
+        age = max(0.0, time.time() - entry.at)  # the clock may have been set back
+        for wait in (max(0.0, pause - age), pause):
+            await asyncio.sleep(wait)
+            if (found := await self._retried(partial(self._api.find, entry, known, pause))) is not None:
+                return found
+        return None
 
     # --- collecting -----------------------------------------------------------------------------------------
 
@@ -223,7 +224,7 @@ class BatchBackend:
                 raise Retry("batch_failed", detail=state.fault)
             missing = {custom_id(entry.key, request): request for request in requests}
             for path in state.files:
-                await self._retried(lambda path=path: self._read(path, entry, missing))  # type: ignore[misc]
+                await self._retried(partial(self._read, path, entry, missing))
         answered = sum(request.id in self._log for request in requests)
         await self._log.batch_collected(entry.key, f"{answered} of {len(requests)} answered")
 
@@ -287,7 +288,7 @@ class BatchBackend:
         self._settle(request.id, answer)
 
     async def _retried(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Call until there is no Retry, at most `attempts` times."""
+        """Call until no Retry is raised, at most `attempts` times."""
         for attempt in range(1, self._settings.attempts + 1):
             try:
                 return await call()

@@ -53,10 +53,7 @@ def labels_of_spec(spec: Spec) -> list[Label]:
 
 def labels_of_names(categories: Iterable[str]) -> list[Label]:
     """Return labels of categories without a spec, by name only: "Self-Harm", "Violence / Physical Harm"."""
-    labels = []
-    for category in categories:
-        labels.append(Label(category, pattern_of_names(names_of_category(category))))
-    return labels
+    return [Label(category, pattern_of_names(names_of_category(category))) for category in categories]
 
 
 def names_of_category(category: str) -> list[str]:

@@ -267,14 +267,12 @@ class Endpoint:
             stop.check()
             while (pause := self._paused_until - time.monotonic()) > 0:
                 await stop.sleep(pause)
-            self._client.meter.in_flight += 1
             self.in_flight += 1
             try:
                 answer = self._backend.complete(request)
                 return await (stop.wait_for(answer) if self.resumable else answer)
             finally:
                 self.in_flight -= 1
-                self._client.meter.in_flight -= 1
 
     def _wait_of(self, attempt: int, error: Retry) -> float:
         """Return the seconds to wait after a failed attempt, and pause the endpoint if it requests a pause.

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from delib_fast.datagen.answers import Answer, Request, token_count
-from delib_fast.datagen.backends import Retry
+from delib_fast.datagen.backends import describe, malformed
 from delib_fast.datagen.settings import EndpointSettings
 
 _NO_QUOTA = frozenset(
@@ -26,6 +26,7 @@ _NO_QUOTA = frozenset(
     }
 )
 _LONGEST_NUMBER = 30  # digits; Python refuses to read integers of more than 4300
+_SHOWN_BYTES, _SHOWN_CHARS = 4096, 80  # of a body that is not JSON: a key in it is removed before it is cut
 
 
 class Dialect(Protocol):
@@ -62,10 +63,10 @@ class OpenAIDialect:
         choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
         message = choice.get("message")
         if not isinstance(message, dict):
-            raise _malformed("the answer contains no choice with a message")
+            raise malformed("the answer contains no choice with a message")
         text = _text_of(message.get("content"), "text")
         if text is None:
-            raise _malformed("the content of the message is neither a string nor a list of texts")
+            raise malformed("the content of the message is neither a string nor a list of texts")
         refusal = message.get("refusal")
         names = ("reasoning_content", "reasoning")
         reasoning = next((r for n in names if isinstance(r := message.get(n), str) and r.strip()), None)
@@ -101,7 +102,7 @@ class AnthropicDialect:
     def parse(self, reply: Mapping[str, Any]) -> Answer:
         text = _text_of(reply.get("content"), "text")
         if reply.get("type") != "message" or text is None:
-            raise _malformed("the answer is not a message with a list of content blocks")
+            raise malformed("the answer is not a message with a list of content blocks")
         finish = _name(reply.get("stop_reason")) or "unknown"
         # Parts of the prompt that were read from a cache, or written to one, are counted separately.
         prompt = [
@@ -143,12 +144,12 @@ def decode(body: bytes) -> dict[str, Any]:
     try:
         value = json.loads(body.decode("utf-8-sig", "replace"), parse_int=_bounded_int)
     except RecursionError:
-        raise _malformed("the body is nested too deeply") from None
+        raise malformed("the body is nested too deeply") from None
     except ValueError:
-        start = body[:80].decode("utf-8", "replace")
-        raise _malformed(f"the body is not JSON: {' '.join(start.split())!r}") from None
+        start = describe(body[:_SHOWN_BYTES].decode("utf-8", "replace"))[:_SHOWN_CHARS]
+        raise malformed(f"the body is not JSON: {start!r}") from None
     if not isinstance(value, dict):
-        raise _malformed(f"the body is not a JSON object, but a {type(value).__name__}")
+        raise malformed(f"the body is not a JSON object, but a {type(value).__name__}")
     return value
 
 
@@ -213,7 +214,3 @@ def _text_of(content: Any, kind: str) -> str | None:
     if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
         return None
     return "".join(block[kind] for block in content if block.get("type") == kind and isinstance(block.get(kind), str))
-
-
-def _malformed(detail: str) -> Retry:
-    return Retry("malformed_body", detail=detail, may_be_paid=True)

@@ -35,7 +35,6 @@ class Connection:
         register_secrets(settings.extra)
         self.settings = settings
         self.dialect = dialect_of(settings)
-        self.describe = describe  # an endpoint may repeat the key in an error message
         address = base_url_of(settings)
         key = _key(settings, address, required=require_key)
         self.http = HttpClient(
@@ -55,10 +54,7 @@ class Connection:
         reply = await self.http.send(method, path, **content)
         if reply.status >= 400:
             raise self.status_error(reply, path)
-        try:
-            return decode(reply.body)
-        except Retry as error:
-            raise Retry(error.reason, detail=self.describe(error.detail), may_be_paid=True) from None
+        return decode(reply.body)
 
     def status_error(self, reply: Reply, path: str) -> Exception:
         """The exception for an HTTP error status."""
@@ -70,7 +66,7 @@ class Connection:
 
     def error(self, status: int, code: str, message: str, path: str, headers: Mapping[str, str]) -> Exception:
         """The exception for an error that the endpoint reports."""
-        text, where = self.describe(message), self.describe(self.http.base_url)
+        text, where = describe(message), describe(self.http.base_url)
         if no_quota(code) or status == 402:
             return EndpointError(f"{where} reports that the account has no quota left: {text}")
         if status in (401, 403):
@@ -92,13 +88,13 @@ class Connection:
         """Parse the body of an answer, and remove the key from it. Some endpoints send an error with status 200."""
         try:
             return _without_secrets(self.dialect.parse(reply))
-        except Retry as malformed:
+        except Retry as fault:
             code, message, status = error_of(reply)
             if status is not None or no_quota(code):
                 raise self.error(status or 429, code, message, path, {}) from None
             if message:
-                detail = f"{malformed.detail}, but an error: {self.describe(message)}"
-                raise Retry(malformed.reason, detail=detail) from None
+                detail = f"{fault.detail}, but an error: {describe(message)}"
+                raise Retry(fault.reason, detail=detail) from None
             raise
 
     async def close(self) -> None:

@@ -38,7 +38,6 @@ class Meter:
 
     def __init__(self, log: RequestLog | None = None, *, console: Console | None = None) -> None:
         self.log = log
-        self.in_flight = 0
         self.reused = 0
         self.answers = 0
         self.completion_tokens = 0
@@ -100,6 +99,10 @@ class Meter:
         self.kept_tokens -= tokens
         self.dropped[reason] += 1
 
+    def drop_reasons(self) -> str:
+        """The four most frequent reasons of drops, with their counts."""
+        return ", ".join(f"{reason} {n}" for reason, n in self.dropped.most_common(4))
+
     # --- showing --------------------------------------------------------------------------------------------
 
     def print(self, text: str) -> None:
@@ -150,8 +153,7 @@ class Meter:
         if self.kept or self.dropped:
             parts.append(f"kept {self.kept}")
         if self.dropped:
-            reasons = ", ".join(f"{reason} {n}" for reason, n in self.dropped.most_common(4))
-            parts.append(f"dropped {self.dropped.total()} ({reasons})")
+            parts.append(f"dropped {self.dropped.total()} ({self.drop_reasons()})")
         elapsed = max(1e-3, time.monotonic() - self._start)
         if self.answers:
             parts.append(f"{self.answers} answers")

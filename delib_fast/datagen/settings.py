@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from delib_fast.config import FilePath, Section
 from delib_fast.config.load import FileKind
@@ -16,97 +24,6 @@ from delib_fast.redaction import has_entropy, redact_setting, register_secret
 Axis = Literal["compliance", "helpfulness", "reasoning"]
 _BATCH_CONCURRENCY = 1000
 AXES: tuple[Axis, ...] = ("compliance", "helpfulness", "reasoning")
-
-
-class EndpointSettings(Section):
-    """A model that answers requests: an endpoint, or a model loaded in this process."""
-
-    backend: Literal["openai", "transformers"] = "openai"
-    """`openai` sends requests to a server; `transformers` loads the model in this process."""
-    api: Literal["openai", "anthropic"] = "openai"
-    """The API of the server: `openai` for chat completions, which most servers offer, `anthropic` for Messages."""
-    batch: bool = False
-    """Submit requests as batches (OpenAI's Batch API, Anthropic's Message Batches): half the price, answers within 24
-    hours. The run may be stopped meanwhile; the same command collects the answers."""
-    batch_poll_s: PositiveFloat = Field(30.0, le=3600)
-    """Seconds between two requests for the state of a batch."""
-    model: str = ""
-    """The model's name at the endpoint; for `transformers`, a model folder or a name on the Hugging Face hub."""
-    base_url: str | None = None
-    """Address of the endpoint, e.g. http://127.0.0.1:8000/v1. The default is $OPENAI_BASE_URL or $ANTHROPIC_BASE_URL,
-    or the hosted API if that is not set. No request leaves this address: redirects are refused."""
-    api_key_env: str = "OPENAI_API_KEY"
-    """Name of the environment variable that holds the API key; for `api: anthropic`, the default is ANTHROPIC_API_KEY.
-    The key itself is never read from or written to a file."""
-    concurrency: PositiveInt = 16
-    """Maximum number of requests in flight; for `transformers`, the batch size; for `batch`, the maximum number of
-    requests in unfinished batches, by default 1000."""
-    temperature: NonNegativeFloat = 1.0
-    """Sampling temperature; 0 is greedy. Anthropic's API accepts at most 1."""
-    top_p: float | None = Field(1.0, gt=0, le=1)
-    """Nucleus sampling: sample from the smallest set of tokens with this probability; null does not send it."""
-    max_tokens: PositiveInt = 4096
-    """Maximum number of tokens in an answer. An answer that reaches it is counted as truncated and never used."""
-    token_limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    """The name under which the endpoint expects max_tokens."""
-    extra: dict[str, Any] = Field(default_factory=dict)
-    """Further fields of the request body, e.g. {chat_template_kwargs: {enable_thinking: true}}."""
-    timeout_s: PositiveFloat = 600.0
-    """Seconds for one attempt, from connecting to the last byte of the answer; then the request is retried."""
-    max_answer_mib: PositiveFloat = Field(16.0, le=1024)
-    """Maximum size of an answer in MiB after decompression. A larger one is not read further (`too_large`)."""
-    attempts: PositiveInt = 8
-    """Maximum number of times that a request is sent in a run (after 429, 5xx, timeouts, lost connections …)."""
-    first_backoff_s: PositiveFloat = 1.0
-    """Seconds to wait before the second attempt; the wait doubles with each attempt, with jitter. A Retry-After header
-    takes precedence."""
-    longest_wait_s: PositiveFloat = 300.0
-    """Upper limit of the backoff in seconds. A Retry-After above it stops the run, which can be resumed later."""
-    price_in: NonNegativeFloat | None = None
-    """Price of a million prompt tokens, in any currency; for the reported cost and for max_cost."""
-    price_out: NonNegativeFloat | None = None
-    """Price of a million completion tokens. Give the full prices also for `batch`, which costs half of them."""
-
-    @field_validator("base_url")
-    @classmethod
-    def _valid_base_url(cls, value: str | None) -> str | None:
-        return None if value is None else check_base_url(value)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults_of_the_api(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        anthropic = {"api_key_env": "ANTHROPIC_API_KEY"} if values.get("api") == "anthropic" else {}
-        batch = {"concurrency": _BATCH_CONCURRENCY} if values.get("batch") is True else {}
-        return {**anthropic, **batch, **values}
-
-    @model_validator(mode="after")
-    def _possible(self) -> EndpointSettings:
-        if self.api == "anthropic" and self.temperature > 1:
-            raise ValueError(f"temperature {self.temperature:g} is above 1, the maximum of api anthropic")
-        if self.api == "anthropic" and self.token_limit_name != "max_tokens":
-            raise ValueError(f"token_limit_name {self.token_limit_name} is not known to api anthropic; use max_tokens")
-        if self.batch and self.backend == "transformers":
-            raise ValueError("batch needs an endpoint; a model in this process always computes batches")
-        return self
-
-    def backoff_s(self, attempt: int) -> float:
-        """Return the seconds to wait after a failed attempt, counted from 1."""
-        return min(self.longest_wait_s, self.first_backoff_s * 2.0 ** min(attempt - 1, 60))
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _valid_key_variable(cls, value: str) -> str:
-        return check_key_variable(value)
-
-    @field_validator("extra")
-    @classmethod
-    def _only_further_fields(cls, value: dict[str, Any]) -> dict[str, Any]:
-        own = {"model", "messages", "temperature", "top_p", "max_tokens", "max_completion_tokens", "n", "stream"}
-        if taken := sorted(own & value.keys()):
-            raise ValueError(f"extra.{taken[0]} is set by the client itself; use the setting of that name")
-        return value
 
 
 def check_key_variable(name: str) -> str:
@@ -146,6 +63,93 @@ def check_base_url(url: str) -> str:
     if not host or not url.isprintable() or " " in url:
         raise ValueError("base_url is not a valid address: write it as https://models.example/v1")
     return url
+
+
+BaseUrl = Annotated[str, AfterValidator(check_base_url)]
+"""The address of an endpoint, without a key."""
+KeyVariable = Annotated[str, AfterValidator(check_key_variable)]
+"""The name of the environment variable that holds a key."""
+
+
+class EndpointSettings(Section):
+    """A model that answers requests: an endpoint, or a model loaded in this process."""
+
+    backend: Literal["openai", "transformers"] = "openai"
+    """`openai` sends requests to a server; `transformers` loads the model in this process."""
+    api: Literal["openai", "anthropic"] = "openai"
+    """The API of the server: `openai` for chat completions, which most servers offer, `anthropic` for Messages."""
+    batch: bool = False
+    """Submit requests as batches (OpenAI's Batch API, Anthropic's Message Batches): half the price, answers within 24
+    hours. The run may be stopped meanwhile; the same command collects the answers."""
+    batch_poll_s: PositiveFloat = Field(30.0, le=3600)
+    """Seconds between two requests for the state of a batch."""
+    model: str = ""
+    """The model's name at the endpoint; for `transformers`, a model folder or a name on the Hugging Face hub."""
+    base_url: BaseUrl | None = None
+    """Address of the endpoint, e.g. http://127.0.0.1:8000/v1. The default is $OPENAI_BASE_URL or $ANTHROPIC_BASE_URL,
+    or the hosted API if that is not set. No request leaves this address: redirects are refused."""
+    api_key_env: KeyVariable = "OPENAI_API_KEY"
+    """Name of the environment variable that holds the API key; for `api: anthropic`, the default is ANTHROPIC_API_KEY.
+    The key itself is never read from or written to a file."""
+    concurrency: PositiveInt = 16
+    """Maximum number of requests in flight; for `transformers`, the batch size; for `batch`, the maximum number of
+    requests in unfinished batches, by default 1000."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; 0 is greedy. Anthropic's API accepts at most 1."""
+    top_p: float | None = Field(1.0, gt=0, le=1)
+    """Nucleus sampling: sample from the smallest set of tokens with this probability; null does not send it."""
+    max_tokens: PositiveInt = 4096
+    """Maximum number of tokens in an answer. An answer that reaches it is counted as truncated and never used."""
+    token_limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """The name under which the endpoint expects max_tokens."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Further fields of the request body, e.g. {chat_template_kwargs: {enable_thinking: true}}."""
+    timeout_s: PositiveFloat = 600.0
+    """Seconds for one attempt, from connecting to the last byte of the answer; then the request is retried."""
+    max_answer_mib: PositiveFloat = Field(16.0, le=1024)
+    """Maximum size of an answer in MiB after decompression. A larger one is not read further (`too_large`)."""
+    attempts: PositiveInt = 8
+    """Maximum number of times that a request is sent in a run (after 429, 5xx, timeouts, lost connections …)."""
+    first_backoff_s: PositiveFloat = 1.0
+    """Seconds to wait before the second attempt; the wait doubles with each attempt, with jitter. A Retry-After header
+    takes precedence."""
+    longest_wait_s: PositiveFloat = 300.0
+    """Upper limit of the backoff in seconds. A Retry-After above it stops the run, which can be resumed later."""
+    price_in: NonNegativeFloat | None = None
+    """Price of a million prompt tokens, in any currency; for the reported cost and for max_cost."""
+    price_out: NonNegativeFloat | None = None
+    """Price of a million completion tokens. Give the full prices also for `batch`, which costs half of them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_api(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        anthropic = {"api_key_env": "ANTHROPIC_API_KEY"} if values.get("api") == "anthropic" else {}
+        batch = {"concurrency": _BATCH_CONCURRENCY} if values.get("batch") is True else {}
+        return {**anthropic, **batch, **values}
+
+    @model_validator(mode="after")
+    def _possible(self) -> EndpointSettings:
+        if self.api == "anthropic" and self.temperature > 1:
+            raise ValueError(f"temperature {self.temperature:g} is above 1, the maximum of api anthropic")
+        if self.api == "anthropic" and self.token_limit_name != "max_tokens":
+            raise ValueError(f"token_limit_name {self.token_limit_name} is not known to api anthropic; use max_tokens")
+        if self.batch and self.backend == "transformers":
+            raise ValueError("batch needs an endpoint; a model in this process always computes batches")
+        return self
+
+    def backoff_s(self, attempt: int) -> float:
+        """Return the seconds to wait after a failed attempt, counted from 1."""
+        return min(self.longest_wait_s, self.first_backoff_s * 2.0 ** min(attempt - 1, 60))
+
+    @field_validator("extra")
+    @classmethod
+    def _only_further_fields(cls, value: dict[str, Any]) -> dict[str, Any]:
+        own = {"model", "messages", "temperature", "top_p", "max_tokens", "max_completion_tokens", "n", "stream"}
+        if taken := sorted(own & value.keys()):
+            raise ValueError(f"extra.{taken[0]} is set by the client itself; use the setting of that name")
+        return value
 
 
 class RunSettings(Section):

@@ -136,11 +136,11 @@ class YieldCheck:
         return None
 
     def _fault(self, what: str, total: int, usable: int) -> LowYield:
-        reasons = ", ".join(f"{reason} {n}" for reason, n in self._meter.dropped.most_common(4)) or "nothing yet"
         return LowYield(
             f"only {usable} of the last {total} {what} are usable, less than least_yield ({self._least:g}). Dropped: "
-            f"{reasons}. The first: {self._meter.first_drop or 'none'}. So far, {self.figures()}. Change the prompt "
-            "files, the model or the thresholds; or set least_yield to 0 to continue"
+            f"{self._meter.drop_reasons() or 'nothing yet'}. The first: {self._meter.first_drop or 'none'}. So far, "
+            f"{self.figures()}. Change the prompt files, the model or the thresholds; or set least_yield to 0 to "
+            "continue"
         )
 
     def figures(self) -> str:

@@ -20,7 +20,7 @@ from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 from delib_fast.config import ConfigError
-from delib_fast.datagen.backends import EndpointError, Retry, describe
+from delib_fast.datagen.backends import EndpointError, Retry, describe, malformed
 
 _ERROR_BYTES = 64 * 1024  # of the body of an error, which only becomes a message
 _MANY_PIECES, _SMALL_BYTES = 20_000, 64
@@ -151,11 +151,11 @@ class HttpClient:
         except TimeoutError:
             raise Retry("timeout", detail=f"no complete answer within {deadline_s:g} s", may_be_paid=True) from None
         except (httpx.ConnectError, httpx.ProxyError, httpx.UnsupportedProtocol) as error:
-            raise Retry("connection", detail=self._cause(error)) from None
+            raise Retry("connection", detail=_cause(error)) from None
         except (httpx.TransportError, OSError) as error:
-            raise Retry("connection", detail=self._cause(error), may_be_paid=True) from None
+            raise Retry("connection", detail=_cause(error), may_be_paid=True) from None
         except httpx.InvalidURL as error:
-            raise EndpointError(f"{describe(url)}: {self._cause(error)}") from None
+            raise EndpointError(f"{describe(url)}: {_cause(error)}") from None
 
     async def _refuse_redirect(self, response: Any) -> None:
         """Raise EndpointError if a response is a redirect. Called before httpx looks at its target."""
@@ -175,16 +175,12 @@ class HttpClient:
             f"followed, because the key and the prompt would be sent there{hint}"
         )
 
-    def _cause(self, error: BaseException) -> str:
-        text = describe(str(error))
-        return f"{type(error).__name__}{f': {text}' if text else ''}"
-
 
 async def _decompressed(response: Any, max_bytes: int, *, cut: bool) -> AsyncIterator[bytes]:
     """Yield the decompressed body. If it is larger than `max_bytes`: end there if `cut`, otherwise raise Retry."""
     encoding = response.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "", "gzip", "x-gzip", "deflate"):
-        raise Retry("malformed_body", detail=f"content-encoding {encoding[:40]!r} was not requested", may_be_paid=True)
+        raise malformed(f"content-encoding {describe(encoding)[:40]!r} was not requested")
     inflate = zlib.decompressobj(wbits=47) if encoding not in ("identity", "") else None  # 47: gzip or zlib
     room, pieces, received = max_bytes, 0, 0
     async for raw in response.aiter_raw():
@@ -194,7 +190,7 @@ async def _decompressed(response: Any, max_bytes: int, *, cut: bool) -> AsyncIte
         try:
             data = raw if inflate is None else inflate.decompress(raw, room + 1)
         except zlib.error as error:
-            raise Retry("malformed_body", detail=f"content-encoding {encoding}: {error}", may_be_paid=True) from None
+            raise malformed(f"content-encoding {encoding}: {error}") from None
         if len(data) > room:
             if cut:
                 yield data[:room]
@@ -203,7 +199,12 @@ async def _decompressed(response: Any, max_bytes: int, *, cut: bool) -> AsyncIte
         room -= len(data)
         yield data
     if inflate is not None and not inflate.eof and not cut:
-        raise Retry("malformed_body", detail=f"content-encoding {encoding}: the body is cut short", may_be_paid=True)
+        raise malformed(f"content-encoding {encoding}: the body is cut short")
+
+
+def _cause(error: BaseException) -> str:
+    text = describe(str(error))
+    return f"{type(error).__name__}{f': {text}' if text else ''}"
 
 
 def _too_large(size: str) -> Retry:

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
 
 from delib_fast.config import FilePath, Precision, Section, SourceConfig
 from delib_fast.config.load import FileKind, load
-from delib_fast.datagen.settings import EndpointSettings, check_base_url, check_key_variable
+from delib_fast.datagen.settings import BaseUrl, EndpointSettings, KeyVariable
 
 FORCED = ("segments", "dose", "drift", "early", "reliance", "agentic")
 """Suites that only score given text."""
@@ -56,25 +56,15 @@ class SamplingConfig(Section):
 class JudgeConfig(Section):
     """A judge behind an OpenAI-compatible endpoint."""
 
-    base_url: str
+    base_url: BaseUrl
     """URL of the endpoint, including /v1. No request leaves this address: redirects are refused."""
     api: Literal["openai", "anthropic"] = "openai"
     """The API of the endpoint: `openai` for chat completions, which most servers offer, `anthropic` for Messages."""
     model: str
     """Name of the judge model at the endpoint."""
-    api_key_env: str = "DELIB_FAST_JUDGE_KEY"
+    api_key_env: KeyVariable = "DELIB_FAST_JUDGE_KEY"
     """Name of the environment variable that holds the API key, if the endpoint needs one. The key itself is never
     written to a file."""
-
-    @field_validator("base_url")
-    @classmethod
-    def _valid_base_url(cls, value: str) -> str:
-        return check_base_url(value)
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _valid_key_variable(cls, value: str) -> str:
-        return check_key_variable(value)
 
     @property
     def endpoint(self) -> EndpointSettings:

@@ -16,6 +16,7 @@ from delib_fast.data.read.jsonl import HashingFile, read_items
 from delib_fast.datagen.citations import labels_of_names, labels_of_spec
 from delib_fast.datagen.refusals import classify_reply
 from delib_fast.datagen.request_log import read_answers
+from delib_fast.datagen.settings import AXES
 from delib_fast.datagen.spec import Spec
 from delib_fast.digests import unseal
 from delib_fast.files import read_text, write_atomic
@@ -239,14 +240,6 @@ def _documents(rows: Sequence[tuple[Row, Mapping[str, Any]]]) -> dict[str, Any]:
     }
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file. Raises ConfigError if the file is damaged."""
-    with _damage_named(path):
-        text = read_text(path)
-        parts = text.removesuffix("\n").split("\n") if text else []
-        return [dict(json.loads(part)) for part in parts]
-
-
 @contextlib.contextmanager
 def _damage_named(path: Path) -> Iterator[None]:
     """Raise ConfigError if the content of the file is not what this project writes."""
@@ -292,9 +285,9 @@ def _run(folder: Path) -> dict[str, Any]:
                 "seconds": quantiles([a["seconds"] for a in answers]),
             }
     if (dropped := folder / "dropped.jsonl").exists():
-        lines = _json_lines(dropped)
         with _damage_named(dropped):
-            votes = [vote for line in lines for vote in line["votes"]]
-            axes = ("compliance", "helpfulness", "reasoning") if votes else ()
-            run["dropped_scores"] = {axis: _score_bars([v[axis] for v in votes]) for axis in axes}
+            text = read_text(dropped)
+            lines = text.removesuffix("\n").split("\n") if text else []
+            votes = [vote for line in lines for vote in json.loads(line)["votes"]]
+            run["dropped_scores"] = {axis: _score_bars([v[axis] for v in votes]) for axis in AXES if votes}
     return run

@@ -68,8 +68,8 @@ def pyplot(what: str, extra: str) -> Any:
 def _own_font_cache() -> Iterator[None]:
     """Keep matplotlib's list of fonts in this project's cache folder, unless $MPLCONFIGDIR says where.
 
-    A process that is killed while matplotlib writes that list leaves a lock file, for which every later one waits 5 s
-    in vain. In a folder of our own, and under a lock that the kernel releases, such a file is known to be stale.
+    A process that is killed while matplotlib writes that list leaves a lock file, for which every later one waits
+    5 s. In a folder of our own, and under a lock that the kernel releases, such a file is known to be stale.
     """
     if "MPLCONFIGDIR" in os.environ or "matplotlib" in sys.modules:
         yield

@@ -27,12 +27,11 @@ Behaviour = Callable[["Exchange"], None]
 class Exchange:
     """One request, and the connection for its response."""
 
-    def __init__(self, server: HostileEndpoint, connection: socket.socket, path: str, head: str, body: bytes) -> None:
-        self.server, self.connection, self.path, self.head, self.body = server, connection, path, head, body
+    def __init__(self, server: HostileEndpoint, connection: socket.socket, path: str, head: str) -> None:
+        self.server, self.connection, self.path, self.head = server, connection, path, head
 
     def send(self, data: bytes) -> None:
         self.connection.sendall(data)
-        self.server.sent += len(data)
 
     def pause(self) -> None:
         if self.server.closing.wait(PAUSE_S):
@@ -41,18 +40,20 @@ class Exchange:
     def respond(self, body: bytes | str, status: str = "200 OK", **headers: str) -> None:
         """Send a whole response."""
         data = body.encode() if isinstance(body, str) else body
-        fields = {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}
-        head = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items())
-        self.send(f"HTTP/1.1 {status}\r\n{head}\r\n".encode() + data)
+        self.send(head_of(status, Content_Length=str(len(data)), **headers) + data)
 
     def start(self, **headers: str) -> None:
         """Send the head of a response with a chunked body."""
-        fields = {"Content-Type": "application/json", "Transfer-Encoding": "chunked", **headers}
-        head = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items())
-        self.send(f"HTTP/1.1 200 OK\r\n{head}\r\n".encode())
+        self.send(head_of("200 OK", Transfer_Encoding="chunked", **headers))
 
     def chunk(self, data: bytes) -> None:
         self.send(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+
+
+def head_of(status: str, **headers: str) -> bytes:
+    fields = {"Content_Type": "application/json", **headers}
+    lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items())
+    return f"HTTP/1.1 {status}\r\n{lines}\r\n".encode()
 
 
 def completion(content: Any = "Here is an answer.", finish: Any = "stop", usage: Any = None, **message: Any) -> dict:
@@ -258,8 +259,6 @@ class HostileEndpoint:
     def __init__(self) -> None:
         self.targets: dict[str, str] = {}
         self.requests = 0
-        self.sent = 0
-        """Bytes that clients have taken."""
         self.cookies = 0
         """Requests with a cookie."""
         self.received: list[bytes] = []
@@ -323,4 +322,4 @@ class HostileEndpoint:
             body, rest = rest[:size], rest[size:]
             self.received.append(head + b"\r\n\r\n" + body)
             path = head.split(b" ")[1].decode()
-            yield Exchange(self, connection, path, head.decode("latin-1"), body)
+            yield Exchange(self, connection, path, head.decode("latin-1"))

@@ -54,6 +54,18 @@ class BatchServer:
     def reply(self, request: Request) -> Response:
         raise NotImplementedError
 
+    def view(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch as the API describes it."""
+        raise NotImplementedError
+
+    def page(self, request: Request, cursor_name: str) -> dict[str, Any]:
+        """The batches after the one that the cursor names, the latest first. Pages are small."""
+        batches = list(reversed(self.batches.values()))
+        if after := request.args.get(cursor_name):
+            batches = batches[[batch["id"] for batch in batches].index(after) + 1 :]
+        limit = min(2, int(request.args["limit"]))
+        return {"data": [self.view(batch) for batch in batches[:limit]], "has_more": len(batches) > limit}
+
     def create(self, prefix: str, requests: list[tuple[str, dict[str, Any]]], **fields: Any) -> dict[str, Any]:
         """Create a batch, and pay for its requests."""
         time.sleep(self.delay_s / 2)
@@ -108,13 +120,7 @@ class OpenAIBatchServer(BatchServer):
             requests = [(line["custom_id"], line["body"]) for line in lines]
             return as_json(self.view(self.create("batch_", requests, metadata=body["metadata"])))
         if parts == ["batches"]:
-            batches = list(reversed(self.batches.values()))
-            if after := request.args.get("after"):
-                names = [batch["id"] for batch in batches]
-                batches = batches[names.index(after) + 1 :]
-            limit = min(2, int(request.args["limit"]))  # small pages
-            page = [self.view(batch) for batch in batches[:limit]]
-            return as_json({"object": "list", "data": page, "has_more": len(batches) > limit})
+            return as_json({"object": "list", **self.page(request, "after")})
         if parts[0] == "batches":
             return as_json(self.view(self.batches[parts[1]]))
         if parts[0] == "files" and parts[2] == "content":
@@ -169,15 +175,8 @@ class AnthropicBatchServer(BatchServer):
             assert all(0 < len(name) <= 64 and name.replace("_", "").isalnum() for name, _ in requests)
             return as_json(self.view(self.create("msgbatch_", requests)))
         if parts == ["messages", "batches"]:
-            batches = list(reversed(self.batches.values()))
-            if after := request.args.get("after_id"):
-                names = [batch["id"] for batch in batches]
-                batches = batches[names.index(after) + 1 :]
-            limit = min(2, int(request.args["limit"]))
-            page = [self.view(batch) for batch in batches[:limit]]
-            return as_json(
-                {"data": page, "has_more": len(batches) > limit, "last_id": page[-1]["id"] if page else None}
-            )
+            page = self.page(request, "after_id")
+            return as_json({**page, "last_id": page["data"][-1]["id"] if page["data"] else None})
         if parts[:2] == ["messages", "batches"]:
             batch = self.batches[parts[2]]
             if len(parts) == 3:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +32,36 @@ def model() -> Iterator[ScriptedModel]:
     server.clear()
     if server.is_running():
         server.stop()
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with spec.md and prompts.txt."""
+    monkeypatch.chdir(tmp_path)
+    Path("spec.md").write_text(SPEC)
+    Path("prompts.txt").write_text("How do I prune a rose?\nMay I read my son's diary?\n")
+    return tmp_path
+
+
+@pytest.fixture
+def invoke(model: ScriptedModel, run_folder: Path) -> Callable[[str], tuple[int, str]]:
+    """Run a command in `run_folder`, with the options of the model for `URL`. Returns the exit code and the output."""
+    import typer
+    from typer.testing import CliRunner
+
+    from delib_fast.cli.datagen import register
+
+    app = typer.Typer()
+    register(app)
+
+    def run(command: str) -> tuple[int, str]:
+        url = f"--model scripted --base-url {model.base_url} --set generator.first_backoff_s=0.01"
+        result = CliRunner().invoke(app, command.replace("URL", url).split())
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.output
+
+    return run
 
 
 @pytest.fixture

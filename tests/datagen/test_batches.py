@@ -319,7 +319,7 @@ def test_a_full_disk_between_a_batch_and_its_id(
 
 
 def test_a_batch_that_is_lost_is_not_paid_for_again_silently(batch_server, spec, prompts_file, tmp_path) -> None:
-    """The endpoint does not know the batch any more: the error says which it is, and what to append to the log."""
+    """The endpoint no longer knows the batch: the error says which it is, and what to append to the log."""
 
     def fault(request: Request, moment: str) -> Response | None:
         lost = request.method == "GET" and moment == "before"

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import pytest
 import yaml
-from scripted_model import SPEC, ScriptedModel
+from scripted_model import ScriptedModel, scripted
 from werkzeug import Request, Response
 
 from delib_fast import redaction
@@ -51,11 +51,8 @@ def echo_of(request: Request) -> str:
 
 
 @pytest.fixture
-def command(model: ScriptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def command(model: ScriptedModel, run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     """Run `delib-fast` in a folder with a spec, prompts and settings. Returns the exit status and the output."""
-    monkeypatch.chdir(tmp_path)
-    Path("spec.md").write_text(SPEC)
-    Path("prompts.txt").write_text("How do I prune a rose?\nMay I read my son's diary?\n")
 
     def run(*arguments: str, key: str = KEYS["header"], **generator) -> tuple[int, str]:
         monkeypatch.setenv("MY_SERVER_KEY", key)
@@ -121,7 +118,7 @@ def test_answers_that_contain_the_keys(command, model, tmp_path) -> None:
     def fault(key: str, attempt: int, purpose: str, request: Request) -> Response | None:
         body = json.loads(request.get_data())
         text = "\n".join(m["content"] for m in body["messages"])
-        reply = json.loads(model.completion(_scripted(purpose, f"{text} {key}"), text, body))
+        reply = json.loads(model.completion(scripted(purpose, f"{text} {key}"), text, body))
         said = " ".join([*KEYS.values(), base64.b64encode(f"user:{KEYS['header']}".encode()).decode()])
         message = reply["choices"][0]["message"]
         message["content"] = message["content"].replace("I am sure of the first", f"I am sure of {said}")
@@ -144,12 +141,6 @@ def test_answers_that_contain_the_keys(command, model, tmp_path) -> None:
     code, output = command(*DELIBERATE, extra={**EXTRA, "api_key": "another-Key-1a2b3c4d5e"}, key="Other-1f2e3d4c5b6a")
     assert code == 0
     assert len(model.received) == sent, "nothing is paid for again with another key"
-
-
-def _scripted(purpose: str, text: str) -> str:
-    from scripted_model import scripted
-
-    return scripted(purpose, text)
 
 
 @pytest.mark.parametrize("key", ["ollama", "answer", "text", "rose", "is", "messages", "EMPTY", "sha256"])

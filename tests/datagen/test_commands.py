@@ -5,35 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import typer
-from scripted_model import SPEC, ScriptedModel, status
-from typer.testing import CliRunner
+from scripted_model import ScriptedModel, status
 
-from delib_fast.cli.datagen import register
 from delib_fast.config import ConfigError
 from delib_fast.config.load import load
 from delib_fast.datagen.settings import SETTINGS_FILE, DeliberateSettings, DocumentSettings
 from delib_fast.datagen.spec import Spec
 from delib_fast.datagen.user_prompts import read_prompts
-
-
-@pytest.fixture
-def invoke(model: ScriptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Run a command in a folder with spec.md and prompts.txt. Returns the exit status and the output."""
-    monkeypatch.chdir(tmp_path)
-    Path("spec.md").write_text(SPEC)
-    Path("prompts.txt").write_text("How do I prune a rose?\nMay I read my son's diary?\n")
-    app = typer.Typer()
-    register(app)
-
-    def run(command: str) -> tuple[int, str]:
-        url = f"--model scripted --base-url {model.base_url} --set generator.first_backoff_s=0.01"
-        result = CliRunner().invoke(app, command.replace("URL", url).split(), catch_exceptions=True)
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.exit_code, result.output
-
-    return run
 
 
 def test_a_spec_becomes_rows_documents_and_reports(invoke) -> None:

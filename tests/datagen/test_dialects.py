@@ -15,7 +15,7 @@ from scripted_model import ScriptedModel
 from werkzeug import Request, Response
 
 from delib_fast.config import ConfigError
-from delib_fast.datagen import answers
+from delib_fast.datagen import answers, batch_apis
 from delib_fast.datagen.answers import Answer, token_count
 from delib_fast.datagen.backends import EndpointError, RequestRejected, Retry
 from delib_fast.datagen.dialects import AnthropicDialect, OpenAIDialect, decode, params_of, retry_after
@@ -262,6 +262,19 @@ def test_bodies() -> None:
         with pytest.raises(Retry, match="malformed_body") as error:
             decode(body)
         assert message in str(error.value)
+
+
+@pytest.mark.parametrize("before", [53, 59, 65, 71])
+def test_a_key_is_removed_before_a_message_is_cut(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message shows the first characters of what an endpoint sent, which may end inside of the key."""
+    key = "Canary-7f3a9b1c2d4e5f6a7b8c9d"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(Retry) as body:
+        decode(f"{'x' * before} {key}".encode())
+    assert str(body.value) == f"malformed_body: the body is not JSON: '{'x' * before} ***'"
+    with pytest.raises(EndpointError) as name:
+        batch_apis._id(f"{'x' * (before - 20)} {key}")
+    assert f"sent '{'x' * (before - 20)} ***' as the id" in str(name.value)
 
 
 def test_text_that_is_not_text_makes_no_row(model: ScriptedModel, spec, prompts_file, tmp_path: Path) -> None:

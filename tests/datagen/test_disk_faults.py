@@ -6,15 +6,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import typer
-from scripted_model import SPEC, ScriptedModel, status
-from typer.testing import CliRunner
+from scripted_model import ScriptedModel, status
 
 from delib_fast import files
-from delib_fast.cli.datagen import register
 from delib_fast.datagen import request_log, session
 from delib_fast.datagen.answers import Answer, Charge, Request
 from delib_fast.datagen.request_log import RequestLog, WriteError
@@ -45,23 +43,9 @@ class FailingDisk:
 
 
 @pytest.fixture
-def run(model: ScriptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Run `deliberate` in this process. Returns the exit code and the output. A hang fails."""
-    monkeypatch.chdir(tmp_path)
-    Path("spec.md").write_text(SPEC)
-    Path("prompts.txt").write_text("How do I prune a rose?\nMay I read my son's diary?\n")
-    app = typer.Typer(pretty_exceptions_enable=False)
-    register(app)
-    app.command("other")(lambda: None)  # with a single command, typer would not expect its name
-    command = f"deliberate spec.md prompts.txt -o out --model scripted --base-url {model.base_url} --model-name Quill"
-
-    def invoke() -> tuple[int, str]:
-        result = CliRunner().invoke(app, command.split())
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.exit_code, result.output
-
-    return invoke
+def run(invoke: Callable[[str], tuple[int, str]]) -> Callable[[], tuple[int, str]]:
+    """Run `deliberate` in this process. Returns the exit code and the output."""
+    return lambda: invoke("deliberate spec.md prompts.txt -o out URL --model-name Quill")
 
 
 EVERY_CALL = ("pwrite", "fsync", "ftruncate", "pread")

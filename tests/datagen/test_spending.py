@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from generation_runs import run_deliberate, settings_for
-from scripted_model import SPEC, ScriptedModel, status
-from typer.testing import CliRunner
+from scripted_model import ScriptedModel, purpose_of, scripted, status
 from werkzeug import Response
 
-from delib_fast.cli.datagen import register
 from delib_fast.datagen.answers import Answer, Charge, Request, Totals, plausible_tokens
 from delib_fast.datagen.progress import Meter, Share
 from delib_fast.datagen.request_log import RequestLog
@@ -25,22 +23,8 @@ from delib_fast.datagen.stopping import BudgetSpent, LowYield, RequestsStopped, 
 
 
 @pytest.fixture
-def invoke(model: ScriptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Run a command in a folder with spec.md and prompts.txt. Returns the exit code and the output."""
-    monkeypatch.chdir(tmp_path)
-    Path("spec.md").write_text(SPEC)
-    Path("prompts.txt").write_text("How do I prune a rose?\nMay I read my son's diary?\n")
-    app = typer.Typer()
-    register(app)
-
-    def run(command: str) -> tuple[int, str]:
-        url = f"--model scripted --base-url {model.base_url} --set generator.first_backoff_s=0.01 --model-name Quill"
-        result = CliRunner().invoke(app, command.replace("URL", url).split())
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.exit_code, result.output
-
-    return run
+def invoke(invoke: Callable[[str], tuple[int, str]]) -> Callable[[str], tuple[int, str]]:
+    return lambda command: invoke(f"{command} --model-name Quill")
 
 
 # --- nothing made ---------------------------------------------------------------------------------------------
@@ -215,7 +199,7 @@ def test_the_most_that_an_answer_costs(prompt, completion, text, tokens) -> None
 def test_a_limit_holds_with_requests_in_flight(
     model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path
 ) -> None:
-    """Many requests are made at once, and none of them is sent unless its longest answer fits."""
+    """Many requests are made concurrently, and none of them is sent unless its longest answer fits."""
     model.delay_s = 0.02
     settings = settings_for(model, max_paid_tokens=30_000, generator={"concurrency": 16, "max_tokens": 500})
     with pytest.raises(BudgetSpent, match=r"max_paid_tokens \(30,000\) does not cover another request: the answers"):
@@ -230,8 +214,6 @@ def test_a_limit_holds_without_usage(usage, model: ScriptedModel, spec: Spec, pr
     """The endpoint reports no tokens, or none at all: every answer counts as the most that it can have."""
 
     def silent(key, attempt, purpose, request):
-        from scripted_model import purpose_of, scripted
-
         text = "\n".join(m["content"] for m in json.loads(request.get_data())["messages"])
         reply = json.loads(ScriptedModel.completion(scripted(purpose_of(text), f"{text} {key}")))
         reply["usage"] = None if usage is None else dict.fromkeys(reply["usage"], usage)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from eval_models import ROOT, shared
+from pydantic import ValidationError
 
 from delib_fast.datagen.judge import JudgeError, request_verdicts
 from delib_fast.datagen.refusals import classify_reply
@@ -157,10 +158,6 @@ def test_an_invalid_address_of_a_judge_is_an_error():
 
 
 def test_a_judge_whose_key_is_in_the_settings() -> None:
-    from pydantic import ValidationError
-
-    from delib_fast.evals.settings import JudgeConfig
-
     settings = {"model": "m", "base_url": "http://127.0.0.1/v1", "api_key_env": "Canary-7f3a9b1c2d4e"}
     with pytest.raises(ValidationError, match="api_key_env is not the name of an environment variable"):
         JudgeConfig.model_validate(settings)
