@@ -97,7 +97,7 @@ void forward_all(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, 
 }
 
 // Returns out (T, Hq, V) in the dtype of q, and the log-sum-exp of the scores and the sink (T, Hq, 1) in float32.
-// `sinks` is (Hq,) float32. A window or softcap of 0 is none.
+// `sinks` is (Hq,) float32. A window or softcap of 0 means none.
 std::tuple<at::Tensor, at::Tensor> varlen_attention_compiled(const at::Tensor& q_, const at::Tensor& k_,
                                                              const at::Tensor& v_,
                                                              const std::optional<at::Tensor>& sinks_,

@@ -198,7 +198,7 @@ void forward(const Forward<scalar_t>& task, float* scratch) {
     for (std::int64_t begin = 0; begin < L; begin += QUERIES) {
       const std::int64_t count = smaller(QUERIES, L - begin), end = begin + count;
       const std::int64_t start = first_block(begin, task.window);
-      // A sink of -inf is no sink.
+      // A sink of -inf has no effect.
       const float sink = task.sinks == nullptr ? -INFINITY : task.sinks[head];
       float max[QUERIES], sum[QUERIES];
       for (std::int64_t i = 0; i < QUERIES; ++i) max[i] = sink, sum[i] = sink == -INFINITY ? 0.0f : 1.0f;

@@ -30,7 +30,7 @@ from delib_fast.models.documents import run_documents
 from delib_fast.models.forward_patch import ForwardPatch, remove_patches
 from delib_fast.models.hf_utils import trunk
 from delib_fast.models.labels import shifts_labels
-from delib_fast.models.layers import check_layers, patch_layers
+from delib_fast.models.layers import check_layers, patch_layers, why_one_pass
 from delib_fast.models.lm import check_logits, logit_options, unsupported_head
 from delib_fast.models.rope import patch_rope
 from delib_fast.models.separation import Separation, configs_with_attention, separate, set_attention
@@ -262,8 +262,7 @@ def apply(
         shifts = shifts_labels(inner)
     separation = Separation()
     if attention:
-        compiled = "Compiled layers need one pass: set layers to eager" if layers == "compile" else None
-        separation = separate(inner, attention_backend=attention_backend, in_one_pass=compiled)
+        separation = separate(inner, attention_backend=attention_backend, in_one_pass=why_one_pass(layers))
         if separation.note:
             _log.warning("%s: %s", type(inner).__name__, separation.note)
     changes = _Applied(patches=separation.patches + patch_layers(inner, layers), attention=[])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-# The names of the argument that holds a KV cache; the second is that of transformers 5.24 and newer.
+# The names of the argument that holds a KV cache: transformers before 5.24, 5.24 and newer, Mamba before 5.24.
 CACHES = ("past_key_values", "cache", "cache_params")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +41,12 @@ def export_model(
         OSError: the folder cannot be written.
     """
     inner = model.model if isinstance(model, TrainableLM) else model
-    weights = _complete_weights(inner, inner.state_dict() if state_dict is None else state_dict)
+    weights = dict(exported_weights(inner, inner.state_dict() if state_dict is None else state_dict))
     return replace_folder(folder, lambda temporary: _write(inner, tokenizer, weights, temporary))
 
 
-def _complete_weights(model: PreTrainedModel, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The given weights under the inner model's names, on the CPU, in its dtype, with each tied weight once."""
-    weights, dtype = exported_weights(model, given)
-    return {
-        name: weight.detach().to("cpu", dtype if weight.is_floating_point() else weight.dtype)
-        for name, weight in weights.items()
-    }
-
-
-def exported_weights(model: PreTrainedModel, given: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], torch.dtype]:
-    """The given weights under the inner model's names, with each tied weight once; and the dtype of their export.
+def exported_weights(model: PreTrainedModel, given: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The given weights under the inner model's names, on the CPU, in its dtype, with each tied weight once.
 
     Raises ValueError as `export_model` does.
     """
@@ -85,7 +76,9 @@ def exported_weights(model: PreTrainedModel, given: Mapping[str, Tensor]) -> tup
                 f"{name} has shape {tuple(weight.shape)}, not {tuple(shape)}; gather the complete state_dict before "
                 "exporting (ZeRO-3 shards its parameters) and pass state_dict="
             )
-    return weights, next(p.dtype for p in model.parameters() if p.is_floating_point())
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    for name, weight in weights.items():
+        yield name, weight.detach().to("cpu", dtype if weight.is_floating_point() else weight.dtype)
 
 
 def _full_shape(parameter: Tensor) -> torch.Size:

@@ -22,13 +22,12 @@ from delib_fast.models.eval_mode import eval_mode
 from delib_fast.models.export import exported_weights
 from delib_fast.models.hf_utils import without_progress_bar
 from delib_fast.models.lm import TrainableLM
-from delib_fast.models.lora import adapter_parameters
+from delib_fast.models.lora import PEFT_PREFIX, adapter_parameters
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 0.1}
 """Largest difference of logits, by the dtype of the exported weights; see `compare_logits`."""
 MAX_LOST_EFFECT = 0.1
 """Largest share of an adapter's effect that merging may lose; see `lost_effect`."""
-_PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +93,13 @@ def compare_weights(reloaded: PreTrainedModel, skeleton: PreTrainedModel, weight
     Raises:
         ExportCheckError: names the first tensor that differs.
     """
-    expected, dtype = exported_weights(skeleton, weights)
-    found = reloaded.state_dict()
-    for name, weight in expected.items():
+    found, count = reloaded.state_dict(), 0
+    for name, wanted in exported_weights(skeleton, weights):
         if name not in found:
             raise ExportCheckError(f"{name} is missing in the reloaded model")
-        wanted = weight.detach().to("cpu", dtype if weight.is_floating_point() else weight.dtype)
         _compare(name, found[name], wanted.to(found[name].dtype))
-    return len(expected)
+        count += 1
+    return count
 
 
 def reload_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
@@ -119,9 +117,9 @@ def compare_adapter(reloaded: PeftModel, model: nn.Module, weights: Mapping[str,
     found = reloaded.state_dict()
     names = [name for name, _ in adapter_parameters(model)]
     for name in names:
-        if _PEFT_PREFIX + name not in found:
+        if PEFT_PREFIX + name not in found:
             raise ExportCheckError(f"{name} is missing in the reloaded adapter")
-        tensor = found[_PEFT_PREFIX + name]
+        tensor = found[PEFT_PREFIX + name]
         _compare(name, tensor, weights[name].detach().to("cpu", tensor.dtype))
     return len(names)
 

@@ -94,7 +94,8 @@ def _ready_to_generate(model: TrainableLM | PreTrainedModel) -> Iterator[PreTrai
     """The transformers model, in evaluation mode, with an attention and a cache that can generate."""
     with model.unpatched() if isinstance(model, TrainableLM) else contextlib.nullcontext(model) as plain:
         attention, use_cache = plain.config._attn_implementation, plain.config.use_cache
-        # With a key-value cache and left padding, which packed attention has not. sdpa has no cap and no sinks.
+        # Generation needs a key-value cache and left padding, which packed attention does not support. sdpa supports
+        # neither a softcap nor sinks; models with either say so by _supports_sdpa.
         plain.set_attn_implementation("sdpa" if plain._supports_sdpa else "eager")
         plain.config.use_cache = True
         try:

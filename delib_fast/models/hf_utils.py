@@ -49,7 +49,7 @@ def trunk(model: PreTrainedModel) -> nn.Module:
     """The part of a causal LM below its head: its base model, or its only part that is a model of its own.
 
     The latter is for classes whose `base_model_prefix` names a part of another class (Llama4ForCausalLM). Returns
-    `model` itself if there is no such part.
+    `model` itself if it has neither.
     """
     if model.base_model is not model:
         return model.base_model

@@ -21,15 +21,11 @@ from delib_fast.data import PackedBatch
 from delib_fast.models.eval_mode import eval_mode
 from delib_fast.models.lm import TrainableLM
 from delib_fast.models.rope import lowered_switch
-from delib_fast.models.separation import probe_pack, probe_tokens
+from delib_fast.models.separation import LEAK_TOLERANCE, probe_pack, probe_tokens
 from delib_fast.models.ulysses import gather_tokens
 
 # The lengths differ, so that a wrong boundary shows; the middle sequence has two neighbours.
 _LENGTHS = (7, 6, 5)
-# A changed token should have no effect on other sequences. An effect of up to this share of the one on its own sequence
-# is tolerated. Kernels that isolate sequences give bitwise zero, but a matrix product whose tiling depends on other
-# rows (experts) may round differently.
-_LEAK_TOLERANCE = 1e-2
 # Largest difference between the nll in the pack and alone, relative to the largest nll. Rounding stays below it; the
 # effect of a wrong position is far above it.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -70,9 +66,10 @@ def check_isolation(
 
 
 def _check_isolation(trainable: nn.Module, device: torch.device, shares_prompts: bool) -> None:
-    vocab_size, dtype, group = _properties(trainable)
-    tokens = torch.arange(sum(_LENGTHS)) * 7919 % vocab_size  # spread over the vocabulary
-    nll_of = _Probe(trainable, device, group)
+    inner = _trainable_lm(trainable)
+    tokens, vocab_size = probe_tokens(inner.model, sum(_LENGTHS))
+    tokens = tokens.cpu()
+    nll_of = _Probe(trainable, device, inner.sequence_group)
     packed = nll_of(tokens, _LENGTHS)
     if not torch.isfinite(packed).all():
         raise LeakError(
@@ -87,7 +84,7 @@ def _check_isolation(trainable: nn.Module, device: torch.device, shares_prompts:
         _check_change(index, position, (start, end), (nll_of(changed, _LENGTHS) - packed).abs(), packed)
     if (gradient := nll_of.gradient(tokens, _LENGTHS, of=1)) is not None:
         _check_gradient(gradient, bounds[1])
-    tolerance = _TOLERANCE.get(dtype, 5e-2)
+    tolerance = _TOLERANCE.get(next(inner.parameters()).dtype, 5e-2)
     _compare_alone(nll_of.in_eval_mode(), tokens, bounds, tolerance)
     if shares_prompts:
         _compare_shared(nll_of.in_eval_mode(), tokens, bounds, tolerance)
@@ -101,8 +98,8 @@ def _compare_alone(nll_of: _Probe, tokens: Tensor, bounds: Sequence[tuple[int, i
             raise LeakError(
                 f"sequence {index + 1} of a pack has a different loss than alone (relative difference "
                 f"{difference:.1e}), though no other sequence affects it: the model does not respect the batch's "
-                "position_ids, or the longest sequence changes the positions of the others. Use an architecture that "
-                "does not, or train without packing (one example per pack)"
+                "position_ids, or the longest sequence changes the positions of the others. Use another "
+                "architecture, or train without packing (one example per pack)"
             )
 
 
@@ -144,7 +141,7 @@ def _check_change(index: int, position: int, bounds: tuple[int, int], change: Te
         ("the earlier tokens of its own sequence", change[start : position - 1]),
     ):
         leak = elsewhere.max().item() if elsewhere.numel() else 0.0
-        if leak > _LEAK_TOLERANCE * expected:
+        if leak > LEAK_TOLERANCE * expected:
             raise LeakError(
                 f"packed documents leak: changing {token} changes the loss of {name} by {leak:.1e} (of the later "
                 f"tokens of its own sequence by {expected:.1e}). The model's attention, or another layer that mixes "
@@ -157,7 +154,7 @@ def _check_gradient(gradient: Tensor, bounds: tuple[int, int]) -> None:
     """Check where the loss of the second sequence, with these bounds, has a gradient; (T,) the largest per token."""
     start, end = bounds
     own, elsewhere = gradient[start:end].max().item(), torch.cat([gradient[:start], gradient[end:]]).max().item()
-    if not elsewhere <= _LEAK_TOLERANCE * own:
+    if not elsewhere <= LEAK_TOLERANCE * own:
         raise LeakError(
             f"packed documents leak in the backward pass: the loss of sequence 2 has a gradient of {elsewhere:.1e} at "
             f"other sequences (of {own:.1e} at its own tokens), though its value does not depend on them. Set "
@@ -207,15 +204,13 @@ class _Probe:
         bounds = pack.cu_seqlens_host
         own = torch.zeros_like(pack.loss_weights)
         own[bounds[of] : bounds[of + 1] - 1] = 1
-        pack = replace(pack, loss_weights=own, loss_positions=own.nonzero().squeeze(-1))
-        if self._group is not None:
-            pack = pack.shard_of(dist.get_rank(self._group), dist.get_world_size(self._group))
+        pack = self._of_rank(replace(pack, loss_weights=own, loss_positions=own.nonzero().squeeze(-1)))
         embeddings: Any = inner.model.get_input_embeddings()
         handle = embeddings.register_forward_hook(capture)
         devices = [self._device] if self._device.type == "cuda" else []
         try:
             with torch.enable_grad(), torch.random.fork_rng(devices=devices):
-                loss = inner(pack.to(self._device)).loss_sum
+                loss = inner(pack).loss_sum
                 gradients = torch.autograd.grad(loss, found, allow_unused=True) if found else ()
         finally:
             handle.remove()
@@ -230,11 +225,14 @@ class _Probe:
         return per_token if len(per_token) == len(tokens) else None
 
     def _nll(self, pack: PackedBatch) -> Tensor:
-        if self._group is None:
-            nll: Tensor = self._trainable(pack.to(self._device)).nll
-            return nll
-        shard = pack.shard_of(dist.get_rank(self._group), dist.get_world_size(self._group))
-        return gather_tokens(self._trainable(shard.to(self._device)).nll, self._group)[: pack.num_tokens]
+        nll: Tensor = self._trainable(self._of_rank(pack)).nll
+        return nll if self._group is None else gather_tokens(nll, self._group)[: pack.num_tokens]
+
+    def _of_rank(self, pack: PackedBatch) -> PackedBatch:
+        """This rank's shard of the pack, on the device."""
+        if self._group is not None:
+            pack = pack.shard_of(dist.get_rank(self._group), dist.get_world_size(self._group))
+        return pack.to(self._device)
 
 
 def _trainable_lm(trainable: nn.Module) -> TrainableLM:
@@ -243,9 +241,3 @@ def _trainable_lm(trainable: nn.Module) -> TrainableLM:
     if inner is None:
         raise TypeError(f"check_isolation takes a TrainableLM or a module around one, not {type(trainable).__name__}")
     return inner
-
-
-def _properties(trainable: nn.Module) -> tuple[int, torch.dtype, dist.ProcessGroup | None]:
-    """The vocabulary size, compute dtype and sequence group of the TrainableLM inside a wrapper."""
-    inner = _trainable_lm(trainable)
-    return probe_tokens(inner.model, 1)[1], next(inner.parameters()).dtype, inner.sequence_group

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from delib_fast.models.attention import UnsupportedModelError
 from delib_fast.models.eval_mode import eval_mode
-from delib_fast.models.separation import RUN_ERRORS, probe_tokens
+from delib_fast.models.separation import RUN_ERRORS, has_weights, probe_tokens
 
 _PROBE_TOKENS = 7
 
@@ -36,7 +36,7 @@ def shifts_labels(model: PreTrainedModel) -> bool | None:
     name = type(model).__name__
     if reason := unsupported_loss(model):
         raise UnsupportedModelError(reason)
-    if any(p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") or hasattr(p, "deferred") for p in model.parameters()):
+    if not has_weights(model):
         return None
     tokens = probe_tokens(model, _PROBE_TOKENS)[0].unsqueeze(0)
     try:

@@ -46,6 +46,11 @@ def check_layers(choice: str, device: torch.device) -> None:
         raise UnsupportedModelError(f"layers is liger: {reason}; set it to eager or compile")
 
 
+def why_one_pass(choice: str) -> str | None:
+    """Why every pack must run in one pass through the model, with the remedy, or None."""
+    return "Compiled layers need one pass: set layers to eager" if choice == "compile" else None
+
+
 def patch_layers(model: PreTrainedModel, choice: str = "eager") -> list[ForwardPatch]:
     """Make the decoder blocks of a model run as `choice` says.
 

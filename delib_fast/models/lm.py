@@ -27,9 +27,9 @@ from delib_fast.models.eval_mode import eval_mode
 from delib_fast.models.forward_patch import remove_patches
 from delib_fast.models.hf_utils import trunk
 from delib_fast.models.labels import shifts_labels
-from delib_fast.models.layers import patch_layers
+from delib_fast.models.layers import patch_layers, why_one_pass
 from delib_fast.models.rope import patch_rope
-from delib_fast.models.separation import RUN_ERRORS, first_line, separate
+from delib_fast.models.separation import RUN_ERRORS, first_sentence, has_weights, separate
 from delib_fast.ops import FusedLossHead, LossOutput
 
 _PROBE_TOKENS = 4
@@ -86,13 +86,12 @@ class TrainableLM(nn.Module):
         )
         check_logits(model)
         shifts_labels(model)  # raises if the model adds a second loss
+        in_one_pass = why_one_pass(layers) or in_one_pass
         if sequence_group is not None:
             in_one_pass = "Packs are sharded across ranks, which needs one pass: set sequence_parallel to 1"
-        elif layers == "compile":
-            in_one_pass = "Compiled layers need one pass: set layers to eager"
         self.separation = separate(model, attention_backend=attention_backend, in_one_pass=in_one_pass)
         self._layer_patches = [*self.separation.patches, *patch_layers(model, layers), *patch_rope(model)]
-        self._use_own_attention()
+        self._use_packed_attention()
         fused = FusedLossHead.from_linear(head, backend=loss_backend, **logit_options(model))
         model.set_submodule(self._head_name, fused)
 
@@ -111,7 +110,7 @@ class TrainableLM(nn.Module):
         output: LossOutput = self.head(self.hidden(batch), batch.targets, batch.loss_weights, batch.loss_positions)
         return output
 
-    def _use_own_attention(self) -> None:
+    def _use_packed_attention(self) -> None:
         if self.separation.kind != "documents":
             self.model.set_attn_implementation(NAME)
         self.model.config.use_cache = False
@@ -178,7 +177,7 @@ class TrainableLM(nn.Module):
             yield self.model
         finally:
             self.model.set_submodule(self._head_name, fused)
-            self._use_own_attention()
+            self._use_packed_attention()
 
     def _restore(self) -> None:
         if self._original is None:
@@ -267,7 +266,7 @@ def check_logits(model: PreTrainedModel) -> None:
     trunk on 4 tokens. The check is skipped if the weights are not available (meta device, ZeRO-3's partitioned
     initialisation).
     """
-    if any(p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") for p in model.parameters()):
+    if not has_weights(model, or_placeholders=True):
         return
     name, head, options = type(model).__name__, model.get_output_embeddings(), logit_options(model)
     input_ids = torch.arange(_PROBE_TOKENS, device=next(model.parameters()).device).unsqueeze(0)
@@ -277,12 +276,12 @@ def check_logits(model: PreTrainedModel) -> None:
             expected = head(trunk(model)(input_ids=input_ids, use_cache=False).last_hidden_state)
     except RUN_ERRORS as error:
         # Some kernels reject placeholders (`models.deferred`). A rank with weights reports errors.
-        if any(hasattr(p, "deferred") for p in model.parameters()):
+        if not has_weights(model):
             return
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UnsupportedModelError(
-            f"{name} cannot run on {_PROBE_TOKENS} tokens of text alone: {first_line(error)}"
+            f"{name} cannot run on {_PROBE_TOKENS} tokens of text alone: {first_sentence(error)}"
         ) from error
     if not _is_scaled_and_capped(expected, logits, **options):
         raise UnsupportedModelError(

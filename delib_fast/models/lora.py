@@ -28,7 +28,7 @@ from delib_fast.config import ConfigError, LoraConfig, nearest
 from delib_fast.files import open_regular, read_text, replace_folder
 
 _ADAPTER = "default"
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 _WEIGHTS = "adapter_model.safetensors"
 
 
@@ -279,8 +279,8 @@ def skeleton_without_adapter(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _peft_name(name: str) -> str:
-    return _PEFT_PREFIX + name.replace(f".{_ADAPTER}.", ".")
+    return PEFT_PREFIX + name.replace(f".{_ADAPTER}.", ".")
 
 
 def _model_name(name: str) -> str:
-    return name.removeprefix(_PEFT_PREFIX).removesuffix(".weight") + f".{_ADAPTER}.weight"
+    return name.removeprefix(PEFT_PREFIX).removesuffix(".weight") + f".{_ADAPTER}.weight"

@@ -138,7 +138,7 @@ class _RopePerDocument(ForwardPatch):
         for longest, members in groups:
             if len(groups) == 1:
                 return self._rotary(position_ids, longest, kwargs)
-            own = _of_tokens(pack, [int(member) for member in members], position_ids).bool()
+            own = _of_tokens(pack, members, position_ids)
             rotary = self._rotary(position_ids.masked_fill(~own, 0), longest, kwargs)
             result = rotary if result is None else pytree.tree_map(partial(torch.where, own[:, None]), rotary, result)
         return result
@@ -263,10 +263,10 @@ def _groups(pack: ActivePack, lengths: Sequence[int], regime_of: Any) -> list[tu
     return groups
 
 
-def _of_tokens(pack: ActivePack, values: Sequence[int], position_ids: Tensor) -> Tensor:
-    """(T,) the value of each token's sequence, on the device."""
+def _of_tokens(pack: ActivePack, members: Sequence[bool], position_ids: Tensor) -> Tensor:
+    """(T,) bool, whether each token's sequence is a member, on the device."""
     counts = torch.tensor([end - start for start, end in pairwise(pack.cu_seqlens)])
-    whole = torch.tensor(values).repeat_interleave(counts)
+    whole = torch.tensor(members).repeat_interleave(counts)
     own = whole[pack.first_token or 0 :][: position_ids.shape[-1]]
     return own.to(position_ids.device, non_blocking=True)
 

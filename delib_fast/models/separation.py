@@ -37,7 +37,7 @@ _LENGTHS = (7, 5, 6)
 _CHANGED = 5
 # An effect of a changed token on other documents, relative to that on its own. Kernels that isolate documents give
 # zero, but a matrix product whose tiling depends on other rows (experts) may round differently.
-_LEAK_TOLERANCE = 1e-2
+LEAK_TOLERANCE = 1e-2
 # Mean difference between the hidden states in the pack and alone, relative to their mean size. It is a mean, because
 # rounding in bf16 may route a token to another expert.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -65,12 +65,16 @@ class Separation:
     """The patches of layers that run one document at a time, for `remove_patches`."""
 
     @property
+    def mixers(self) -> list[str]:
+        """The classes of the layers that run one document at a time."""
+        return sorted({type(patch.module).__name__ for patch in self.patches if isinstance(patch, MixerForward)})
+
+    @property
     def note(self) -> str | None:
         """One sentence for the log, or None if the whole pack runs in one pass."""
         if self.kind == "packed":
             return None
-        names = sorted({type(p.module).__name__ for p in self.patches if isinstance(p, MixerForward)})
-        what = f"the layers {', '.join(names)} run" if self.kind == "mixers" else "the whole model runs"
+        what = f"the layers {', '.join(self.mixers)} run" if self.kind == "mixers" else "the whole model runs"
         return f"{what} one document at a time inside a pack, which is exact and slower: {self.reason}"
 
 
@@ -89,7 +93,7 @@ def separate(model: PreTrainedModel, *, attention_backend: str = "auto", in_one_
     """
     name = type(model).__name__
     reason = why_not_packed(model)
-    if not _has_weights(model):
+    if not has_weights(model):
         reason = reason or _why_not_structure(model, attention_backend)
         if reason:
             raise UnsupportedModelError(f"{name}: {reason}")
@@ -119,9 +123,15 @@ def _refuse_if(why: str | None, found: Separation, name: str) -> None:
         raise UnsupportedModelError(f"{name}: {found.note}. {why}")
 
 
-def _has_weights(model: nn.Module) -> bool:
+def has_weights(model: nn.Module, *, or_placeholders: bool = False) -> bool:
+    """Whether the weights are available here: not on the meta device, and neither sharded (ZeRO-3) nor deferred.
+
+    Args:
+        or_placeholders: accept the placeholders of deferred weights (`models.deferred`), with which a model can run.
+    """
     return not any(
-        p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") or hasattr(p, "deferred") for p in model.parameters()
+        p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") or (not or_placeholders and hasattr(p, "deferred"))
+        for p in model.parameters()
     )
 
 
@@ -133,7 +143,7 @@ def _why_not_structure(model: PreTrainedModel, backend: str) -> str | None:
             f"it has layers of type {', '.join(mixing)}, which run one document at a time inside a pack. ZeRO 3 does "
             "not allow that, as every rank must run each layer the same number of times: set engine.zero_stage to 2"
         )
-    if any(p.is_meta or p.numel() == 0 or hasattr(p, "ds_id") for p in model.parameters()):
+    if not has_weights(model, or_placeholders=True):
         return None
     try:
         trial = _Trial(model, backend)
@@ -222,7 +232,8 @@ class _Trial:
             effect = (self.alone(self.changed) - self.expected).abs()
         except RUN_ERRORS as error:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} cannot run on a document without an attention mask: {first_line(error)}"
+                f"{type(self.model).__name__} cannot run on a document without an attention mask: "
+                f"{first_sentence(error)}"
             ) from error
         return not _leaks(effect[:_CHANGED], effect[_CHANGED : _LENGTHS[0]], self.expected)
 
@@ -234,7 +245,7 @@ class _Trial:
         except RUN_ERRORS as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            return first_line(error)
+            return first_sentence(error)
         if not torch.isfinite(self.expected).all():  # the isolation check refuses such a model
             return None
         if _leaks(effect[_LENGTHS[0] :], effect[: _LENGTHS[0]], packed):
@@ -248,7 +259,7 @@ class _Trial:
         return None
 
 
-def first_line(error: BaseException) -> str:
+def first_sentence(error: BaseException) -> str:
     """The first sentence of an error's message, or the name of its class if it has none."""
     line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
     return line.split(". ")[0].removesuffix(".")
@@ -256,7 +267,7 @@ def first_line(error: BaseException) -> str:
 
 def _leaks(elsewhere: Tensor, own: Tensor, scale: Tensor) -> bool:
     leak = elsewhere.max().item() if elsewhere.numel() else 0.0
-    return leak > max(_LEAK_TOLERANCE * own.max().item(), 1e-6 * scale.abs().max().item())
+    return leak > max(LEAK_TOLERANCE * own.max().item(), 1e-6 * scale.abs().max().item())
 
 
 def _patch_mixers(trial: _Trial) -> list[ForwardPatch]:

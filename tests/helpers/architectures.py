@@ -191,7 +191,8 @@ def _shrunk(default: Any, extra: dict[str, Any]) -> dict[str, Any]:
                 changes[key] = VOCAB - 1
         elif isinstance(value, float) and any(word in key for word in ("drop", "jitter")):
             changes[key] = 0.0
-    for kv, heads in (("num_key_value_heads", "num_attention_heads"), ("num_kv_heads", "num_attention_heads")):
+    heads = "num_attention_heads"
+    for kv in ("num_key_value_heads", "num_kv_heads"):
         if isinstance(keys.get(kv), int) and keys[kv] == keys.get(heads):
             changes[kv] = changes.get(heads, keys[heads])
     if keys.get("qk_rope_head_dim") and keys.get("head_dim") == keys["qk_rope_head_dim"]:

@@ -81,8 +81,7 @@ def examine(model_type: str) -> Outcome:
     assert "delib_fast" not in str(applied.config._attn_implementation)
     assert torch.equal(_logits(applied, documents[0]), _logits(model, documents[0]))
     separation = trainable.separation
-    names = sorted({type(patch.module).__name__ for patch in separation.patches if hasattr(patch, "is_packed")})
-    return Outcome("same", _HOW[separation.kind].format(", ".join(names) or separation.reason))
+    return Outcome("same", _HOW[separation.kind].format(", ".join(separation.mixers) or separation.reason))
 
 
 def _documents() -> list[Tensor]:

@@ -1,9 +1,11 @@
-"""Helpers of the varlen_attention tests: inputs and the accuracy criterion."""
+"""Helpers of the varlen_attention tests: inputs, the op and plain torch with gradients, the accuracy criterion."""
 
 from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from delib_fast.ops import varlen_attention
 
 
 def offsets(lengths: list[int]) -> Tensor:
@@ -24,6 +26,45 @@ def inputs(lengths: list[int], heads=(4, 2), dim=16, dtype=torch.float32, seed=0
 def sinks_of(heads: int, dtype=torch.float32) -> Tensor:
     """Sinks (heads,) between -1 and 2: from a small share of the softmax to a large one."""
     return torch.linspace(-1, 2, heads, dtype=torch.float64).to(dtype)
+
+
+def leaves_of(q, k, v, sinks=None) -> list[Tensor]:
+    """Copies of q, k, v, and of sinks if they are given, that require gradients."""
+    return [x.detach().clone().requires_grad_() for x in (q, k, v, sinks) if x is not None]
+
+
+def run(backend, lengths, q, k, v, g, sinks=None, **kwargs) -> list[Tensor]:
+    """Output and the three gradients, or four with sinks."""
+    leaves = leaves_of(q, k, v, sinks)
+    out = varlen_attention(
+        *leaves[:3],
+        offsets(lengths),
+        max(lengths, default=0),
+        backend=backend,
+        sinks=None if sinks is None else leaves[3],
+        **kwargs,
+    )
+    return [out.detach(), *torch.autograd.grad(out, leaves, g)]
+
+
+def run_eager(lengths, q, k, v, g, sinks=None, scale=None, window=None, softcap=None) -> list[Tensor]:
+    """Plain torch in the dtype of the inputs, as in most models: the baseline for the accuracy of a backend."""
+    leaves = leaves_of(q, k, v, sinks)
+    outs = []
+    for qr, kr, vr in zip(*(x.split(lengths) for x in leaves[:3]), strict=True):
+        kr, vr = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (kr, vr))
+        distance = torch.arange(len(qr))[:, None] - torch.arange(len(qr))
+        hidden = (distance < 0) | (distance >= (window or len(qr)))
+        scores = torch.einsum("qhd,khd->hqk", qr, kr) * (scale or q.shape[-1] ** -0.5)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, leaves[3].view(-1, 1, 1).expand(-1, len(qr), 1)], -1)
+        weights = scores.softmax(-1)[..., : len(qr)]
+        outs.append(torch.einsum("hqk,khd->qhd", weights, vr))
+    out = torch.cat(outs)
+    return [out.detach(), *torch.autograd.grad(out, leaves, g)]
 
 
 def assert_as_accurate_as_torch(ours, exact, torchs, dtype, factor=3.0) -> None:

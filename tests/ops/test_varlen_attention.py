@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from attention_cases import assert_as_accurate_as_torch, inputs, offsets, sinks_of
+from attention_cases import assert_as_accurate_as_torch, inputs, offsets, run, run_eager, sinks_of
 
 from delib_fast.ops import BackendUnavailable, varlen_attention
 from delib_fast.ops.varlen_attention import _cpu, _flash, _torch, reference
@@ -31,40 +31,6 @@ OPTIONS = {
     "odd dims": {"dims": (24, 8), "sinks": True},  # torch's kernel, which needs equal dims
     "all": {"softcap": 1.5, "sinks": True, "dims": (32, 16)},
 }
-
-
-def run(backend, lengths, q, k, v, g, sinks=None, **kwargs) -> list[torch.Tensor]:
-    """Output and the three gradients, or four with sinks."""
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, *([] if sinks is None else [sinks]))]
-    out = varlen_attention(
-        *leaves[:3],
-        offsets(lengths),
-        max(lengths, default=0),
-        backend=backend,
-        sinks=None if sinks is None else leaves[3],
-        **kwargs,
-    )
-    return [out.detach(), *torch.autograd.grad(out, leaves, g)]
-
-
-def run_eager(lengths, q, k, v, g, sinks=None, scale=None, window=None, softcap=None) -> list[torch.Tensor]:
-    """Plain torch in the dtype of the inputs, as in most models: the baseline for the accuracy of a backend."""
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, *([] if sinks is None else [sinks]))]
-    outs = []
-    for qr, kr, vr in zip(*(x.split(lengths) for x in leaves[:3]), strict=True):
-        kr, vr = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (kr, vr))
-        distance = torch.arange(len(qr))[:, None] - torch.arange(len(qr))
-        hidden = (distance < 0) | (distance >= (window or len(qr)))
-        scores = torch.einsum("qhd,khd->hqk", qr, kr) * (scale or q.shape[-1] ** -0.5)
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        scores = scores.masked_fill(hidden, float("-inf"))
-        if sinks is not None:
-            scores = torch.cat([scores, leaves[3].view(-1, 1, 1).expand(-1, len(qr), 1)], -1)
-        weights = scores.softmax(-1)[..., : len(qr)]
-        outs.append(torch.einsum("hqk,khd->qhd", weights, vr))
-    out = torch.cat(outs)
-    return [out.detach(), *torch.autograd.grad(out, leaves, g)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -103,7 +69,7 @@ def test_options_match_reference(window, options, dtype) -> None:
 
 
 def test_a_sink_is_a_key_whose_value_is_zero() -> None:
-    """out·σ(lse − sink), with the log-sum-exp of the scores; and a sink of -inf is no sink."""
+    """out·σ(lse − sink), with the log-sum-exp of the scores; and a sink of -inf has no effect."""
     lengths = [9, 4]
     q, k, v, g = inputs(lengths, (2, 2))
     sinks = torch.tensor([0.5, float("-inf")])
@@ -270,164 +236,6 @@ def test_every_token_is_written() -> None:
             assert all(torch.isfinite(x).all() for x in run("cpu", lengths, *inputs(lengths), window=window))
 
 
-def call(**changes):
-    q, k, v, _ = inputs([3, 4])
-    arguments = {"q": q, "k": k, "v": v, "cu_seqlens": offsets([3, 4]), "max_seqlen": 4} | changes
-    return varlen_attention(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"q": torch.zeros(7, 64)}, "q, k and v must be (T, heads, D); they are (7, 64), (7, 2, 16) and (7, 2, 16)"),
-        (
-            {"q": torch.zeros(6, 4, 16)},
-            "q (T, Hq, D), k (T, Hkv, D) and v (T, Hkv, Dv) must agree in T, Hkv and D; "
-            "they are (6, 4, 16), (7, 2, 16) and (7, 2, 16)",
-        ),
-        (
-            {"v": torch.zeros(7, 4, 16)},
-            "q (T, Hq, D), k (T, Hkv, D) and v (T, Hkv, Dv) must agree in T, Hkv and D; "
-            "they are (7, 4, 16), (7, 2, 16) and (7, 4, 16)",
-        ),
-        ({"q": torch.zeros(7, 3, 16)}, "the number of query heads (3) must be a multiple of the kv heads (2)"),
-        (
-            {"q": torch.zeros(7, 4, 16, dtype=torch.float64)},
-            "q, k and v must have the same floating-point dtype; "
-            "they are torch.float64, torch.float32 and torch.float32",
-        ),
-        ({"cu_seqlens": torch.tensor([0, 3, 7])}, "cu_seqlens must be (N+1,) int32; it is (3,) torch.int64"),
-        (
-            {"cu_seqlens": torch.tensor([0, 3, 6], dtype=torch.int32)},
-            "cu_seqlens must start at 0 and end at T = 7, with padding as a sequence of its own; "
-            "it starts at 0 and ends at 6",
-        ),
-        (
-            {"cu_seqlens": torch.tensor([0, 5, 3, 7], dtype=torch.int32), "max_seqlen": 7},
-            "cu_seqlens must not decrease; cu_seqlens[1] is 5 and cu_seqlens[2] is 3",
-        ),
-        ({"max_seqlen": 3}, "max_seqlen is 3, but a sequence has 4 tokens"),
-        ({"max_seqlen": 2, "cu_seqlens_host": (0, 3, 7)}, "max_seqlen is 2, but a sequence has 4 tokens"),
-        (
-            {"max_seqlen": torch.tensor(4)},
-            "max_seqlen must be an int on the host, the length of the longest sequence; got tensor(4)",
-        ),
-        ({"window": 0}, "window must be at least 1 (the token itself) or None; it is 0"),
-        ({"softcap": 0.0}, "softcap must be a finite number above 0, or None; it is 0.0"),
-        ({"softcap": float("inf")}, "softcap must be a finite number above 0, or None; it is inf"),
-        (
-            {"sinks": torch.zeros(2)},
-            "sinks must be (4,) floating point, one logit per query head; they are (2,) torch.float32",
-        ),
-        (
-            {"sinks": torch.zeros(4, dtype=torch.int64)},
-            "sinks must be (4,) floating point, one logit per query head; they are (4,) torch.int64",
-        ),
-        (
-            {"sinks": torch.zeros(4, device="meta")},
-            "sinks and q must be on one device; they are on meta and cpu",
-        ),
-        (
-            {"backend": "tpu"},
-            "varlen_attention: backend='tpu' does not exist; choose from auto, flash, torch, cpu, reference",
-        ),
-    ],
-)
-def test_invalid_arguments_raise(changes, message) -> None:
-    with pytest.raises(ValueError, match=r".") as error:
-        call(**changes)
-    assert str(error.value) == message
-
-
-def test_an_unavailable_backend_raises() -> None:
-    with pytest.raises(BackendUnavailable) as error:
-        call(backend="torch")
-    assert str(error.value) == (
-        "varlen_attention: backend='torch' cannot run these inputs (torch: it needs CUDA tensors; these are on cpu); "
-        "these backends can: cpu, reference"
-    )
-
-
-def test_a_softcap_needs_the_compiled_module(monkeypatch) -> None:
-    q, k, v, _ = inputs([3])
-    assert _cpu.why_not(q, k, v, None, softcap=True) is None
-    monkeypatch.setattr(_cpu, "WHY_NO_COMPILED", "it is not built")
-    assert _cpu.why_not(q, k, v, None, softcap=True) == "softcap needs the C++ loops: it is not built"
-    assert _cpu.why_not(q, k, v, None, sinks=True) is None
-
-
-def test_why_not_depends_only_on_device_and_dtype() -> None:
-    q, k, v, _ = inputs([3])
-    for backend in (_torch, _flash):
-        assert backend.why_not(q, k, v, None) == "it needs CUDA tensors; these are on cpu"
-    meta = [x.to("meta") for x in (q, k, v)]
-    assert _cpu.why_not(*meta, None) == "it needs CPU tensors; these are on meta"
-
-
-def test_flash_and_torch_refuse_what_their_kernels_lack(monkeypatch) -> None:
-    """Judged from sizes and versions only, with tensors that claim to be on an H100."""
-    q = inputs([3], dim=64, dtype=torch.bfloat16)[0]
-
-    class OnCuda:
-        device, dtype, shape = torch.device("cuda"), torch.bfloat16, q.shape
-
-    class Odd(OnCuda):
-        shape = (3, 2, 72 + 4)
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    tensors = (OnCuda(), OnCuda(), OnCuda())
-    assert _torch.why_not(*tensors, 4, sinks=True) is None
-    assert _torch.why_not(*tensors, None, softcap=True) == (
-        "varlen_attn has no softcap; a flash-attention package (flash-attn or flash-attn-3) has one"
-    )
-    assert _torch.why_not(OnCuda(), OnCuda(), Odd(), None) == (
-        "it supports head dims that are multiples of 8 and at most 256, not 76"
-    )
-    packages = {"flash_attn.cute.interface": lambda q, softcap=0.0: None}
-    monkeypatch.setattr(_flash, "_installed", lambda module: module in packages)
-    monkeypatch.setattr(_flash, "_function", packages.__getitem__)
-    _flash._generation.cache_clear()
-    assert _flash.why_not(*tensors, None) is None
-    assert _flash.why_not(*tensors, None, sinks=True) == (
-        "its backward function takes no log-sum-exp, which sinks need"
-    )
-    no_softcap = (
-        "the installed flash-attention package has no softcap; flash-attn 2.6 or newer and flash-attn-3 have one"
-    )
-    assert _flash.why_not(*tensors, None, softcap=True) == no_softcap
-    for function, reason in ((lambda q: None, no_softcap), (lambda q, softcap=0.0: None, None)):
-        packages["flash_attn.flash_attn_interface"] = function
-        _flash._generation.cache_clear()
-        assert _flash.why_not(*tensors, None, softcap=True) == reason
-    _flash._generation.cache_clear()
-
-
-def test_the_flash_backend_without_a_gpu(monkeypatch) -> None:
-    """Value heads are padded, and the scale is that of the query heads; the package is replaced by the cpu backend."""
-    lengths = [20, 33]
-
-    def flash(q, k, v, *, cu_seqlens_q, max_seqlen_q, softmax_scale, causal, window_size, softcap=0.0, **_):
-        assert causal
-        assert q.shape[-1] == k.shape[-1] == v.shape[-1] == 48
-        window = window_size[0] + 1 or None
-        return varlen_attention(
-            q, k, v, cu_seqlens_q, max_seqlen_q, scale=softmax_scale, window=window, softcap=softcap or None
-        )
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    monkeypatch.setattr(_flash, "_installed", lambda module: module == "flash_attn.flash_attn_interface")
-    monkeypatch.setattr(_flash, "_function", lambda _: flash)
-    _flash._generation.cache_clear()
-    for dims, options in (((48, 32), {"softcap": 2.0}), ((32, 48), {"window": 7}), ((48, 16), {})):
-        q, k, v, g = inputs(lengths, dim=dims[0], value_dim=dims[1])
-        leaves = [x.requires_grad_() for x in (q, k, v)]
-        out = _flash.varlen_attention(*leaves, offsets(lengths), 33, **options)
-        ours = [out.detach(), *torch.autograd.grad(out, leaves, g)]
-        for a, b in zip(ours, run("cpu", lengths, q, k, v, g, **options), strict=True):
-            torch.testing.assert_close(a, b)
-    _flash._generation.cache_clear()
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["torch", "flash"])
@@ -499,15 +307,3 @@ def test_compiled_loops(heads, dim, dtype) -> None:
     others = [i for i in range(sum(lengths)) if i != 257]
     for before, after in zip(ours, again, strict=True):
         assert torch.equal(before[others], after[others]), "one sequence affects another, or two calls differ"
-
-
-def test_a_single_sequence_uses_the_kernel_of_torch() -> None:
-    """One sequence with one kv head is a single task for the C++ loops; torch's kernel uses all threads."""
-    q, k, v, _ = inputs([64], (2, 1), 16)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        assert not _cpu.compiled_supports(q, k, v, [0, 64], 0.0)
-        assert _cpu.compiled_supports(q, k, v, [0, 64], 2.0), "only the C++ loops cap scores"
-    finally:
-        torch.set_num_threads(threads)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import assert_as_accurate_as_torch, inputs, offsets, sinks_of
+from attention_cases import assert_as_accurate_as_torch, inputs, leaves_of, offsets, run, sinks_of
 
 from delib_fast.ops import BackendUnavailable, varlen_attention
 from delib_fast.ops.varlen_attention import _cpu, _torch
@@ -31,16 +31,13 @@ CASES = {
 }
 
 
-def shared(backend, lengths, prefix, q, k, v, g, sinks=None, **kwargs) -> list[torch.Tensor]:
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, *([] if sinks is None else [sinks]))]
-    kwargs |= {} if sinks is None else {"sinks": leaves[3]}
-    out = varlen_attention(*leaves[:3], offsets(lengths), max(lengths), prefix=prefix, backend=backend, **kwargs)
-    return [out.detach(), *torch.autograd.grad(out, leaves, g)]
+def shared(backend, lengths, prefix, *data, **kwargs) -> list[torch.Tensor]:
+    return run(backend, lengths, *data, prefix=prefix, **kwargs)
 
 
 def separate(lengths, prefix, q, k, v, g, sinks=None, **kwargs) -> list[torch.Tensor]:
     """Attention over one full text at a time: a sequence after copies of its prefixes. Returns its own outputs."""
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, *([] if sinks is None else [sinks]))]
+    leaves = leaves_of(q, k, v, sinks)
     kwargs |= {} if sinks is None else {"sinks": leaves[3]}
     positions = list(torch.arange(sum(lengths)).split(lengths))
     outs = []
@@ -202,7 +199,7 @@ def test_the_torch_backend_without_a_gpu(prefix, sinks, window, value_dim, monke
             return _cpu._attention_backward(d_out, q, k, v, out, lse.T.unsqueeze(-1), layout, scale)
 
     monkeypatch.setattr(torch.ops, "torch_attn", TorchAttn, raising=False)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v, *([] if sinks is None else [sinks]))]
+    leaves = leaves_of(q, k, v, sinks)
     more = {} if sinks is None else {"sinks": leaves[3]}
     out = _torch.varlen_attention(*leaves[:3], offsets(lengths), max(lengths), prefix=prefix, window=window, **more)
     expected = shared("reference", lengths, prefix, q, k, v, g, sinks, window=window)

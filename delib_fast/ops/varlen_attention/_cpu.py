@@ -27,7 +27,14 @@ from torch.nn.functional import pad
 
 from delib_fast.ops._library import LIBRARY, WHY_NO_COMPILED
 from delib_fast.ops.varlen_attention._checks import check_cu_seqlens
-from delib_fast.ops.varlen_attention._merged import Layout, merge_sinks, plan_prefixes, register, sinks_gradient
+from delib_fast.ops.varlen_attention._merged import (
+    Layout,
+    fake_outputs,
+    merge_sinks,
+    plan_prefixes,
+    register,
+    sinks_gradient,
+)
 from delib_fast.ops.varlen_attention._padding import same_head_dims
 
 _forward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -215,20 +222,7 @@ def _forward(
     return out, lse
 
 
-@_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty((*q.shape[:2], v.shape[-1])), q.new_empty((*q.shape[:2], 1), dtype=dtype)
+_forward.register_fake(fake_outputs)
 
 
 @torch.library.custom_op("delib_fast::varlen_attention_cpu_backward", mutates_args=())
@@ -279,18 +273,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

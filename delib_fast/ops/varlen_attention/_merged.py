@@ -115,7 +115,8 @@ def register(name: str, forward: Forward, backward: Backward) -> Callable[..., t
     """Register the op delib_fast::`name` and its backward op, given the attention of one backend.
 
     Returns the op: (q, k, v, sinks, cu_seqlens, max_seqlen, scale, window, *plan) -> (out, lse), with the plan of
-    `plan_prefixes` or NO_PREFIX. The head dims of q, k and v are equal; a window or None, and 0 for no window.
+    `plan_prefixes` or NO_PREFIX. The head dims of q, k and v are equal. A window of 0 means no limit; it must be 0 if a
+    sequence continues another.
     """
 
     def op(*args: Any) -> tuple[Tensor, Tensor]:
@@ -135,7 +136,7 @@ def register(name: str, forward: Forward, backward: Backward) -> Callable[..., t
     LIBRARY.define(
         f"{name}_backward(Tensor d_out, Tensor out, Tensor lse, {_ARGUMENTS}) -> (Tensor dq, Tensor dk, Tensor dv)"
     )
-    for suffix, kernel, fake in (("", op, _fake), ("_backward", backward_op, _fake_backward)):
+    for suffix, kernel, fake in (("", op, fake_outputs), ("_backward", backward_op, _fake_backward)):
         torch.library.impl(f"delib_fast::{name}{suffix}", "CompositeExplicitAutograd", kernel, lib=LIBRARY)
         torch.library.register_fake(f"delib_fast::{name}{suffix}", fake, lib=LIBRARY)
     torch.library.register_autograd(f"delib_fast::{name}", autograd, setup_context=_setup_context, lib=LIBRARY)
@@ -224,9 +225,10 @@ def _merged_backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def fake_outputs(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Return empty out (T, Hq, Dv) and lse (T, Hq, 1), as the ops do."""
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty((*q.shape[:2], 1), dtype=lse_dtype)
+    return q.new_empty((*q.shape[:2], v.shape[-1])), q.new_empty((*q.shape[:2], 1), dtype=lse_dtype)
 
 
 def _fake_backward(d_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> list[Tensor]:
