@@ -43,7 +43,7 @@ class Section(BaseModel):
     def _refuse_huge_integers(self) -> Self:
         """Refuse an integer of more than 64 bits that was given as a float or as text."""
         for key, value in self:
-            if isinstance(value, int) and (problem := None if isinstance(value, bool) else _odd_number(value)):
+            if isinstance(value, int) and not isinstance(value, bool) and (problem := _odd_number(value)):
                 raise PydanticCustomError("odd_number", problem, {"key": key})
         return self
 

@@ -51,7 +51,8 @@ RUN_FILE = FileKind(
     paths=("data.*", "data.*.path", "model.lora.path", "tokenizer.chat_template", "stages.*.spec"),
     names_or_paths=("model.path", "tokenizer.path"),
 )
-_WRITTEN_PATHS = ("run_dir", "cache_dir")  # these are relative to the working directory
+_ALL_PATHS = ("run_dir", "cache_dir", *RUN_FILE.paths, *RUN_FILE.names_or_paths)
+"""Also those that are relative to the working directory, wherever the file is."""
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -288,7 +289,7 @@ def plain_config(config: Config) -> dict[str, Any]:
     Paths are absolute, so that the same configuration is read from it in any folder.
     """
     tree = config.model_dump(mode="json")
-    for pattern in (*_WRITTEN_PATHS, *RUN_FILE.paths, *RUN_FILE.names_or_paths):
+    for pattern in _ALL_PATHS:
         _resolve_paths(tree, pattern, Path.cwd(), RUN_FILE)
     plain: dict[str, Any] = redact(tree)
     return plain
@@ -310,8 +311,7 @@ def is_same_value(key: str, value: Any, other: Any) -> bool:
     Args:
         key: a dotted key, as in `flatten`.
     """
-    patterns = (*_WRITTEN_PATHS, *RUN_FILE.paths, *RUN_FILE.names_or_paths)
-    if isinstance(value, str) and isinstance(other, str) and any(_matches(key, p) for p in patterns):
+    if isinstance(value, str) and isinstance(other, str) and any(_matches(key, p) for p in _ALL_PATHS):
         return is_same_file(value, other)
     return bool(value == other)
 

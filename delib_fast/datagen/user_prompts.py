@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from delib_fast.config import ConfigError
-from delib_fast.data.read.formats import CHAT_KEYS, PROMPT_KEYS, ROLES
+from delib_fast.data.read.formats import CHAT_KEYS, PROMPT_KEYS
+from delib_fast.data.read.messages import ROLES
 from delib_fast.data.read.strict_json import decode
 from delib_fast.data.rows import DataError
 from delib_fast.datagen.answers import DAMAGED, clean_text

@@ -6,8 +6,8 @@ import random
 import numpy as np
 import pytest
 from helpers.chat_oracle import KNOWS_REASONING, C, D, R, chat, document, nasty_text, oracle, spell
-from helpers.chat_tokenizers import CORPUS, FAMILIES, LLAMA3, QWEN3, fast_tokenizer, tokenizer, trained_backend
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from helpers.chat_tokenizers import CORPUS, FAMILIES, LLAMA3, QWEN3, fast_tokenizer, tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from delib_fast.data import (
     PLAIN_TEMPLATE,
@@ -223,18 +223,6 @@ def test_tokenizers_like_sentencepiece(kind, scheme):
     assert typed.count(tok.bos_token_id) == 1
 
 
-def test_added_words_and_spaces_are_ordinary_text():
-    backend = Tokenizer.from_str(tokenizer("chatml").backend_tokenizer.to_str())
-    backend.add_tokens([AddedToken("  ", normalized=False), AddedToken("proteinX"), AddedToken("user")])
-    tok = fast_tokenizer(backend, eos_token="<|im_end|>")
-    tok.chat_template = tokenizer("chatml").chat_template
-    row = chat("a  proteinX user  b", None, "  proteinX")
-    messages = [{"role": "user", "content": row.messages[0].content}, {"role": "assistant", "content": row.response}]
-    example = encode_row(row, tok)
-    assert example.input_ids.tolist() == tok.apply_chat_template(messages, return_dict=False)
-    assert tok.convert_tokens_to_ids("proteinX") in example.input_ids
-
-
 def test_a_chat_template_that_is_replaced_later_is_used():
     tok = fast_tokenizer(tokenizer("chatml").backend_tokenizer, eos_token="<|im_end|>")
     before = encode_row(chat("p", None, "r"), tok)
@@ -378,23 +366,6 @@ class FakeSlow(str):
 
 
 FakeSlow.__name__ = "str"
-
-
-def test_a_vocabulary_that_spells_a_control_token_cannot_write_it():
-    backend = Tokenizer.from_str(trained_backend("plain", False).to_str())
-    backend.train_from_iterator(["ab ab abc"] * 9, trainers.BpeTrainer(vocab_size=300, show_progress=False))
-    assert backend.encode("ab").tokens == ["ab"]  # the result of a merge
-    backend.add_special_tokens(["ab"])
-    tok = fast_tokenizer(backend, eos_token="ab")
-    assert tok.convert_ids_to_tokens(encode_row(document("ab abc"), tok).input_ids) == [
-        "a",
-        "b",
-        "Ġ",
-        "a",
-        "b",
-        "c",
-        "ab",
-    ]
 
 
 # --- real data ------------------------------------------------------------------------------------------------

@@ -27,11 +27,10 @@ from template_table import (
     table,
     trl_version,
 )
-from tokenizers import AddedToken, Tokenizer
 from written_segments import BY_NAME, TAGS
 
 from delib_fast.data import DataError, Message, Segment, encode_row, encode_rows
-from delib_fast.data.encode.encoder import Encoder, encoder_for
+from delib_fast.data.encode.encoder import encoder_for
 
 pytestmark = pytest.mark.skipif(not published(), reason="TRL with its chat templates is not installed")
 QUESTION = {"role": "user", "content": "Hello, you"}
@@ -287,14 +286,6 @@ def test_a_control_token_with_a_quotation_mark_stays_text_in_a_tool():
     assert counts[0] == counts[1] > 0
 
 
-def test_a_control_token_of_one_character_cannot_be_written_by_a_row():
-    backend = Tokenizer.from_str(tokenizer("chatml").backend_tokenizer.to_str())
-    backend.add_special_tokens([AddedToken("§", normalized=False)])
-    tok = fast_tokenizer(backend, CHATML, eos_token="<|im_end|>")
-    with pytest.raises(DataError, match=r"^rows.jsonl:1: contains '§', which is a control token of the tokenizer"):
-        encode_row(chat("a § b", None, "r"), tok)
-
-
 PIECES = [
     "/no_think", "/think", "detailed thinking off", '{"a": 1}', '"q"', "\\n", "\n", "\n\n", " ", "  ", "\t", "<b>",
     "&amp;", "'s", "None", "[]", "{{x}}", "{%", "tool", "user", "assistant", "Hello", "thought", "final", "ünï", "🙂",
@@ -378,35 +369,6 @@ def test_an_error_of_a_template_has_the_location_and_no_text_of_the_row():
 def test_a_template_for_lists_gets_lists_also_for_a_chain_of_thought():
     spans = spell(template_tokenizer("smolvlm"), encode_row(read(CASES["CoT"]), template_tokenizer("smolvlm")))
     assert spans[1:3] == [("COT", " " + TAGS), ("RESPONSE", ANSWER + "<end_of_utterance>")]
-
-
-# --- control tokens --------------------------------------------------------------------------------------------
-
-
-def test_a_vocabulary_with_private_use_characters_and_html_tags():
-    backend = Tokenizer.from_str(tokenizer("chatml").backend_tokenizer.to_str())
-    backend.add_tokens([AddedToken("\U0010fffd", normalized=False), AddedToken("</h3>", normalized=False)])
-    tok = fast_tokenizer(backend, CHATML, eos_token="<|im_end|>")
-    encoder = Encoder(tok)
-    assert not set(encoder.control.spelling.values()) & set("\U0010fffd")
-    row = chat("a </h3> \U0010fffd b", None, "</h3>")
-    messages = [{"role": "user", "content": "a </h3> \U0010fffd b"}, {"role": "assistant", "content": "</h3>"}]
-    ids = encode_row(row, tok).input_ids.tolist()
-    assert ids == tok.apply_chat_template(messages, return_dict=False)
-    assert ids.count(tok.convert_tokens_to_ids("</h3>")) == 2
-
-
-def test_names_of_control_tokens_may_begin_alike():
-    backend = Tokenizer.from_str(tokenizer("chatml").backend_tokenizer.to_str())
-    names = [f"<unused{k}>" for k in range(3000)] + ["<unused1>x", "<|im_end|>>"]
-    backend.add_special_tokens([AddedToken(name, normalized=False) for name in names])
-    control = Encoder(fast_tokenizer(backend, CHATML, eos_token="<|im_end|>")).control
-    text = "<unused1>x<unused12><unused3000><|im_end|>><|im_end|><unused1>"
-    spelled = control.spell(text)
-    assert [control.unspell(char) for char in spelled if control.is_control(char)] == [
-        "<unused1>x", "<unused12>", "<|im_end|>>", "<|im_end|>", "<unused1>",
-    ]  # fmt: skip
-    assert control.spell(control.escape(text)) == text
 
 
 def test_the_tools_of_a_row_are_those_of_the_table():

@@ -15,7 +15,14 @@ from typing import Any
 from delib_fast.data.encode.chat_input import ChatInput, Style, TemplateInput
 from delib_fast.data.encode.skeleton import PromptForm, Skeleton
 from delib_fast.data.encode.skeleton_builder import SkeletonBuilder
-from delib_fast.data.encode.template import ChatTemplate, located, refused, rendering_errors
+from delib_fast.data.encode.template import (
+    ChatTemplate,
+    finished_request,
+    located,
+    prompt_request,
+    refused,
+    rendering_errors,
+)
 from delib_fast.data.rows import DataError
 
 _MAX_SHAPES = 10_000
@@ -36,10 +43,8 @@ class ChatRenderer:
         Raises:
             DataError: the template refuses the row, drops a text or the tools, or writes nothing after the response.
         """
-        try:
+        with located(location):
             key = (chat.key, self.template.day)
-        except DataError as error:
-            raise located(error, location) from None
         found = self._skeletons.get(key)
         if found is None:
             for text in (chat.tools, *chat.calls, *chat.fields):
@@ -76,13 +81,14 @@ class ChatRenderer:
         escaped = self._escaped(chat, location)
         for text in chat.texts:
             self.template.control.refuse_slots(text, location)
-        try:
-            with rendering_errors(escaped):
-                skeleton = SkeletonBuilder(self.template).build(escaped, own=True)
-        except DataError as error:
-            raise located(generic or error, location) from None
-        if not self._equal_stock([(escaped, skeleton)])[0]:
-            raise located(generic or self._difference(chat), location)
+        with located(location):
+            try:
+                with rendering_errors(escaped):
+                    skeleton = SkeletonBuilder(self.template).build(escaped, own=True)
+            except DataError as error:
+                raise generic or error from None
+            if not self._equal_stock([(escaped, skeleton)])[0]:
+                raise generic or self._difference(chat)
         return skeleton
 
     @staticmethod
@@ -100,33 +106,20 @@ class ChatRenderer:
     def prompt(self, chat: ChatInput, style: Style, location: str) -> str:
         """Return the generation prompt of a chat. Control tokens are written as private-use characters."""
         escaped = self._escaped(chat, location)
-        try:
-            with rendering_errors(escaped):
-                inputs = TemplateInput(escaped, style, self.template.control)
-                return self.template.control.spell(self.template.prompt(inputs, PromptForm({})))
-        except DataError as error:
-            raise located(error, location) from None
+        inputs = TemplateInput(escaped, style, self.template.control)
+        with located(location), rendering_errors(escaped):
+            return self.template.control.spell(self.template.prompt(inputs, PromptForm({})))
 
     def _escaped(self, chat: ChatInput, location: str) -> ChatInput:
-        try:
+        with located(location):
             return chat.with_texts(self.template.control.escape(list(chat.texts)))
-        except DataError as error:
-            raise located(error, location) from None
 
     def _equal_stock(self, chats: Sequence[tuple[ChatInput, Skeleton]]) -> list[bool]:
         """Whether the skeleton of each chat, filled with its escaped texts, is what the template writes."""
         inputs = [TemplateInput(escaped, skeleton.style, self.template.control) for escaped, skeleton in chats]
-        finished = self.template.render_all([([*given.messages(), given.reply()], given.kwargs()) for given in inputs])
         forms = [skeleton.prompt_form for _, skeleton in chats]
-        prompts = self.template.render_all(
-            [
-                (
-                    given.messages(earlier_cots=form.earlier_cots),
-                    {"add_generation_prompt": True, **form.kwargs, **given.kwargs()},
-                )
-                for given, form in zip(inputs, forms, strict=True)
-            ]
-        )
+        finished = self.template.render_all(list(map(finished_request, inputs)))
+        prompts = self.template.render_all(list(map(prompt_request, inputs, forms)))
         equal = []
         for k, (escaped, skeleton) in enumerate(chats):
             cores = [text.strip() for text in escaped.texts]

@@ -87,10 +87,6 @@ class ChatInput:
         """Return a copy with other texts."""
         return replace(self, texts=tuple(texts))
 
-    def without_cot(self) -> ChatInput:
-        """Return a copy in which the reply has no chain of thought."""
-        return self.with_texts([*self.texts[:-2], "", self.texts[-1]])
-
 
 @dataclass(frozen=True, slots=True)
 class TemplateInput:

@@ -53,31 +53,26 @@ class Encoder:
             for text in row.texts:
                 self.control.refuse_reserved(text, row.location)
         chats = [self._chat(row, cot, system_prompt) for row in rows]
-        skeletons = [
-            None if chat is None else self._renderer.skeleton(chat, row.location)
+        rendered = [
+            None if chat is None else (chat, self._renderer.skeleton(chat, row.location), row.location)
             for row, chat in zip(rows, chats, strict=True)
         ]
+        filled = [
+            (row.text, None) if given is None else _filled(given[0], given[1])
+            for row, given in zip(rows, rendered, strict=True)
+        ]
         with ThreadPoolExecutor(1) as pool:  # the tokenizer runs without the GIL
-            encoded = pool.submit(self._encode, rows, chats, skeletons)
-            rendered = [
-                (chat, skeleton, row.location)
-                for row, chat, skeleton in zip(rows, chats, skeletons, strict=True)
-                if chat is not None and skeleton is not None
-            ]
-            verified = iter(self._renderer.verified(rendered))
+            encoded = pool.submit(self._encode, rows, filled)
+            given_chats = [(k, given) for k, given in enumerate(rendered) if given is not None]
+            verified = self._renderer.verified([given for _, given in given_chats])
             examples = encoded.result()
-        for k, skeleton in enumerate(skeletons):
-            if skeleton and (own := next(verified)) is not skeleton:
-                (examples[k],) = self._encode(rows[k : k + 1], chats[k : k + 1], [own])
+        for (k, (chat, skeleton, _)), own in zip(given_chats, verified, strict=True):
+            if own is not skeleton:
+                (examples[k],) = self._encode([rows[k]], [_filled(chat, own)])
         return examples
 
-    def _encode(
-        self, rows: Sequence[Row], chats: Sequence[ChatInput | None], skeletons: Sequence[Skeleton | None]
-    ) -> list[Example]:
-        filled: list[tuple[str, tuple[int, ...] | None]] = [
-            skeleton.fill([text.strip() for text in chat.texts]) if chat and skeleton else (row.text, None)
-            for row, chat, skeleton in zip(rows, chats, skeletons, strict=True)
-        ]
+    def _encode(self, rows: Sequence[Row], filled: Sequence[tuple[str, tuple[int, ...] | None]]) -> list[Example]:
+        """Tokenize the text of each row, which is given with the boundaries of its reply (None for a document)."""
         encodings = self.control.encode_batch([text for text, _ in filled])
         return [
             self._example(row, encoding, boundaries)
@@ -102,11 +97,7 @@ class Encoder:
         skeleton = self._skeleton(chat, row.location)
         cores = [text.strip() for text in chat.texts]
         filled = [skeleton.fill([*cores[:-2], cot.strip(), cores[-1]]) for cot in cots]
-        encodings = self.control.encode_batch([text for text, _ in filled])
-        return [
-            self._example(row, encoding, boundaries)
-            for encoding, (_, boundaries) in zip(encodings, filled, strict=True)
-        ]
+        return self._encode([row] * len(cots), filled)
 
     def encode_prompt(
         self, messages: Sequence[Message], *, thinking: bool | None = None, system_prompt: str | None = None
@@ -176,6 +167,10 @@ def _with_system_prompt(messages: Sequence[Message], system_prompt: str | None) 
     if system_prompt is None or messages[0].role in ("system", "developer"):
         return messages
     return (Message("system", system_prompt), *messages)
+
+
+def _filled(chat: ChatInput, skeleton: Skeleton) -> tuple[str, tuple[int, ...]]:
+    return skeleton.fill([text.strip() for text in chat.texts])
 
 
 def _prompt_chat(messages: Sequence[Message], cot: str) -> ChatInput:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from delib_fast.data.encode.chat_input import ChatInput, TemplateInput
 from delib_fast.data.encode.skeleton import slot, turn_end
-from delib_fast.data.encode.template import TEMPLATE_ERRORS
+from delib_fast.data.encode.template import TEMPLATE_ERRORS, refused
 from delib_fast.data.rows import DataError
 
 Render = Callable[[TemplateInput], str]
@@ -66,10 +66,9 @@ def _is_part_of_a_call(inputs: TemplateInput, text: str, token: str, render: Ren
 
 
 def _endless(what: str) -> DataError:
-    return DataError(
+    return refused(
         f"the chat template writes nothing after the {what}, so that the model would never learn to stop: let the "
-        "template end the turn with the tokenizer's end-of-turn token",
-        reason="template",
+        "template end the turn with the tokenizer's end-of-turn token"
     )
 
 
@@ -88,18 +87,16 @@ def refuse_dropped_tools(inputs: TemplateInput, finished: str, reply: str, rende
         except TEMPLATE_ERRORS:
             continue  # the template reads what was removed
         if same:
-            raise DataError(
+            raise refused(
                 f"the chat template does not write {what}: use one that does (tokenizer.chat_template), or remove "
-                "them from the rows",
-                reason="template",
+                "them from the rows"
             )
     for call in json.loads(inputs.chat.calls[-1]) if inputs.chat.has_calls else ():
         name = inputs.control.escape(call["name"])
         if name not in reply and json.dumps(name, ensure_ascii=False)[1:-1] not in reply:
-            raise DataError(
+            raise refused(
                 "the chat template does not write the name of the called function, only the id of the call: give each "
-                'call an "id" that contains the name, as the model\'s documentation describes',
-                reason="template",
+                'call an "id" that contains the name, as the model\'s documentation describes'
             )
 
 

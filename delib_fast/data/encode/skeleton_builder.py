@@ -146,10 +146,10 @@ class SkeletonBuilder:
             return supplied
         texts = inputs.chat.texts
         thoughtful = inputs.chat.with_texts([*texts[:-2], slot(len(texts) - 2), texts[-1]])
-        before, behind = self._tags(inputs, thoughtful, text[:supplied]) or ("", "")
-        if not before.strip() or not behind.strip():
+        before, following = self._tags(inputs, thoughtful, text[:supplied]) or ("", "")
+        if not before.strip() or not following.strip():
             return supplied
-        block = re.compile(rf"\s*{re.escape(before.strip())}\s*{re.escape(behind.strip())}\s*").match(text, supplied)
+        block = re.compile(rf"\s*{re.escape(before.strip())}\s*{re.escape(following.strip())}\s*").match(text, supplied)
         return block.end() if block else supplied
 
     def _refuse_dropped_messages(self, inputs: TemplateInput, finished: str) -> None:
@@ -222,10 +222,10 @@ class SkeletonBuilder:
         block = re.compile(rf"\s*(?:{opening})?(\s*){closing}(\s*)").match(finished, supplied)
         rest = finished[block.end() :] if block else finished[supplied:]
         line, after = ("\n" if block[1] else "", block[2]) if block else ("\n", "\n\n")
-        before, behind = self._thought_tags(inputs) or (opening + line, line + closing + after)
+        before, following = self._thought_tags(inputs) or (opening + line, line + closing + after)
         if prompt.rstrip().endswith(opening):
             before = before.removeprefix(opening).lstrip()
-        return f"{prompt}{before}{inputs.chat.texts[-2]}{behind}{rest}", len(prompt)
+        return f"{prompt}{before}{inputs.chat.texts[-2]}{following}{rest}", len(prompt)
 
     def _check_ids(self, rendering: Rendering, chat: ChatInput, *, own: bool) -> None:
         """Raise DataError if renaming the control tokens changes the ids of a sample row, or of the row itself."""

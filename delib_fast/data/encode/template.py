@@ -38,6 +38,17 @@ Request = tuple[list[dict[str, Any]], dict[str, Any]]
 """The messages and the keyword arguments of one rendering."""
 
 
+def finished_request(inputs: TemplateInput) -> Request:
+    """A chat with its reply."""
+    return [*inputs.messages(), inputs.reply()], inputs.kwargs()
+
+
+def prompt_request(inputs: TemplateInput, form: PromptForm) -> Request:
+    """The messages before the reply, as a generation prompt."""
+    kwargs = {"add_generation_prompt": True, **form.kwargs, **inputs.kwargs()}
+    return inputs.messages(earlier_cots=form.earlier_cots), kwargs
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """Renders the chat template of a tokenizer."""
@@ -64,12 +75,13 @@ class ChatTemplate:
 
     def finished(self, inputs: TemplateInput) -> str:
         """Render a chat with its reply. Raises what the template raises (TEMPLATE_ERRORS)."""
-        return self._apply([[*inputs.messages(), inputs.reply()]], inputs.kwargs())[0]
+        messages, kwargs = finished_request(inputs)
+        return self._apply([messages], kwargs)[0]
 
     def prompt(self, inputs: TemplateInput, form: PromptForm) -> str:
         """Render the messages before the reply as a generation prompt. Raises what the template raises."""
-        messages = inputs.messages(earlier_cots=form.earlier_cots)
-        return self._apply([messages], {"add_generation_prompt": True, **form.kwargs, **inputs.kwargs()})[0]
+        messages, kwargs = prompt_request(inputs, form)
+        return self._apply([messages], kwargs)[0]
 
     def render_all(self, requests: Sequence[Request]) -> list[str | None]:
         """Render many chats, those with equal arguments in one call. None where the template raises an error."""
@@ -109,14 +121,18 @@ def refused(message: str) -> DataError:
     return DataError(message, reason="template")
 
 
-def located(error: DataError, location: str) -> DataError:
-    """Add the location of the row to an error."""
-    return DataError(str(error), reason=error.reason, location=location)
+@contextmanager
+def located(location: str) -> Iterator[None]:
+    """Add the location of the row to a DataError."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error), reason=error.reason, location=location) from None
 
 
 @contextmanager
 def rendering_errors(chat: ChatInput) -> Iterator[None]:
-    """Convert the errors of a template into DataError. Their text is left out if it quotes the row."""
+    """Convert the errors of a template into DataError. Their text is omitted if it quotes the row."""
     try:
         yield
     except DataError:

@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 
 from delib_fast.data.rows import DataError
 
+SYSTEM_KEYS = ("system", "system_prompt", "system_message")
+TOOL_KEYS = ("tools", "functions")
 WEIGHT_KEYS = ("weight", "loss_weight")
 TRAIN_FLAGS = ("train", "training", "trainable", "loss")
 """Flags that are true if a message is trained on."""

@@ -26,8 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from delib_fast.data.read.cot_tags import TAGS
-from delib_fast.data.read.fields import Fields, fail, says_nothing, type_name
-from delib_fast.data.read.messages import ROLES as ROLES
+from delib_fast.data.read.fields import SYSTEM_KEYS, TOOL_KEYS, Fields, fail, says_nothing, type_name
 from delib_fast.data.read.messages import Turn, join_cot, read_turn
 from delib_fast.data.read.strict_json import SAFE_KEY
 from delib_fast.data.read.tools import read_tools
@@ -37,8 +36,6 @@ from delib_fast.data.rows import Message, Row, content_digest
 PROMPT_KEYS = ("prompt", "question", "instruction")
 RESPONSE_KEYS = ("response", "answer", "completion", "output")
 CHAT_KEYS = ("messages", "conversation", "conversations")
-SYSTEM_KEYS = ("system", "system_prompt", "system_message")
-_TOOL_KEYS = ("tools", "functions")
 _GSM8K_RESULT = re.compile(r"^####[ \t]+\S.*$", re.MULTILINE)
 
 
@@ -52,7 +49,7 @@ class FormatSettings:
     tags: tuple[tuple[str, str], ...] = TAGS
     """Pairs of tags around a chain of thought."""
     ignored: Counter[str] = field(default_factory=Counter)
-    """Counts the fields of the current object that are ignored, by name."""
+    """How often each field of the current object is ignored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +198,7 @@ def _with_system(fields: Fields, turns: list[Turn]) -> list[Turn]:
 
 def _tools(fields: Fields) -> str:
     """The tools of OpenAI's `tools`, or of its older `functions`."""
-    given = [key for key in _TOOL_KEYS if not says_nothing(fields.get(key))]
+    given = [key for key in TOOL_KEYS if not says_nothing(fields.get(key))]
     if len(given) > 1:
         fail("ambiguous", "has both 'tools' and 'functions'; keep one")
     return read_tools(fields.get(given[0]), given[0]) if given else ""

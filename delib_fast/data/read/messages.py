@@ -74,21 +74,25 @@ def read_turn(message: Any, where: str, tags: Tags, ignored: Counter[str]) -> Tu
         if len(more.get("content") or ()) > 1:
             more["content"] = _blocks_of_rest(more["content"], turn.content)
     else:
-        if asks := fields.asks_for_loss():
-            fail(
-                "bad_weight",
-                f"{asks} asks to train on a {role} message, but only assistant messages are trained on; remove it",
-            )
-        if thought_key := next((key for key in COT_KEYS if str(fields.get(key) or "").strip()), None):
-            fail(
-                "bad_block",
-                f"{where} is a {role} message with {thought_key!r}, but only assistant messages may have a chain of "
-                "thought",
-            )
+        _refuse_loss_and_cot(fields, role)
     turn.fields = json.dumps(more, ensure_ascii=False) if more else ""
     has_cot = role != "assistant" or turn.cot is not None
     settle(fields, "message", ignored, prefix=f"{where.split('[')[0]}[].", has_cot=has_cot)
     return turn
+
+
+def _refuse_loss_and_cot(fields: Fields, role: str) -> None:
+    """Refuse a message that is not the assistant's if it asks to be trained on, or has a chain of thought."""
+    if asks := fields.asks_for_loss():
+        fail(
+            "bad_weight",
+            f"{asks} asks to train on a {role} message, but only assistant messages are trained on; remove it",
+        )
+    if key := next((key for key in COT_KEYS if str(fields.get(key) or "").strip()), None):
+        fail(
+            "bad_block",
+            f"{fields.where} is a {role} message with {key!r}, but only assistant messages may have a chain of thought",
+        )
 
 
 def _calls(fields: Fields) -> str:
@@ -174,7 +178,7 @@ def _read_content(turn: Turn, fields: Fields, more: dict[str, Any], ignored: Cou
 
 
 def _blocks_of_rest(blocks: list[dict[str, str]], content: str) -> list[dict[str, str]]:
-    """The text blocks of a message without its chain of thought, which `content` no longer begins with."""
+    """The text blocks of a message without its chain of thought. `content` is the text of the result."""
     cut = len("\n".join(block["text"] for block in blocks)) - len(content)
     kept = []
     for block in blocks:

@@ -31,7 +31,7 @@ class Source:
     bad_rows: Counter[str]
     """Number of skipped rows, by reason."""
     ignored_fields: Counter[str]
-    """Number of objects with each ignored field, by name."""
+    """Number of objects with each ignored field."""
 
 
 def load_source(name: str, config: SourceConfig, cache_folder: Path) -> Source:

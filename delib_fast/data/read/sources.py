@@ -48,7 +48,7 @@ class SourceReader:
         self.bad_rows: Counter[str] = Counter()
         """Number of bad rows that the last complete iteration skipped, by reason."""
         self.ignored_fields: Counter[str] = Counter()
-        """Number of objects with each field that the last complete iteration ignored (`unread.py`), by name."""
+        """Number of objects with each field that the last complete iteration ignored (`unread.py`)."""
         self._dataset: Any = None
         if is_dataset(config.path):
             if config.cut != "none":

@@ -24,16 +24,11 @@ def read_tools(value: Any, name: str = "tools") -> str:
     Raises:
         DataError: reason "tools".
     """
-    if isinstance(value, str):
-        value = _decode(value, repr(name)) if value.strip() else []
-    if not value:
-        return ""
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        _fail(f"{name!r} is not a list of objects")
-    tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in value]
+    given = _objects(value, repr(name))
+    tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in given]
     for i, tool in enumerate(tools):
         _function(tool, f"{name}[{i}]")
-    return json.dumps(tools, ensure_ascii=False)
+    return json.dumps(tools, ensure_ascii=False) if tools else ""
 
 
 def read_calls(value: Any, where: str) -> str:
@@ -46,19 +41,25 @@ def read_calls(value: Any, where: str) -> str:
     Raises:
         DataError: reason "tools".
     """
-    if isinstance(value, str):
-        value = _decode(value, where) if value.strip() else []
-    if not value:
-        return ""
-    if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
-        _fail(f"{where} is not a list of objects")
-    return json.dumps([_call(call, f"{where}[{i}]") for i, call in enumerate(value)], ensure_ascii=False)
+    calls = [_call(call, f"{where}[{i}]") for i, call in enumerate(_objects(value, where))]
+    return json.dumps(calls, ensure_ascii=False) if calls else ""
 
 
 def read_call_text(text: str, where: str) -> str:
     """Read ShareGPT's `function_call` message: JSON text of one call, or of a list of calls."""
     value = _decode(text, where)
     return read_calls(value if isinstance(value, list) else [value], where)
+
+
+def _objects(value: Any, what: str) -> list[dict[str, Any]]:
+    """A list of objects, or JSON text of one. Empty values of other types count as an empty list."""
+    if isinstance(value, str):
+        value = _decode(value, what) if value.strip() else []
+    if not value:
+        return []
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        _fail(f"{what} is not a list of objects")
+    return value
 
 
 _ARGUMENT_KEYS = ("parameters", "args", "kwargs", "input")  # of other formats

@@ -11,7 +11,16 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from delib_fast.data.read.fields import MASK_FLAGS, TRAIN_FLAGS, WEIGHT_KEYS, Fields, fail, says_nothing
+from delib_fast.data.read.fields import (
+    MASK_FLAGS,
+    SYSTEM_KEYS,
+    TOOL_KEYS,
+    TRAIN_FLAGS,
+    WEIGHT_KEYS,
+    Fields,
+    fail,
+    says_nothing,
+)
 from delib_fast.data.read.strict_json import SAFE_KEY
 
 COT_KEYS = ("cot", "reasoning_content", "reasoning", "thinking")
@@ -31,8 +40,8 @@ _LEFT_OUT = ("ignore", "ignored", "is_masked", "no_loss", "no_train", "skip")
 _SHOWN = "would be missing in the prompt; write it into the text of the prompt, and remove the field"
 
 _SPELLED = frozenset(
-    (*COT_KEYS, *WEIGHT_KEYS, *TRAIN_FLAGS, *MASK_FLAGS, "system", "system_prompt", "system_message", "history",
-     "tools", "functions", "tool_calls", "function_call", "tool_call_id")
+    (*COT_KEYS, *WEIGHT_KEYS, *TRAIN_FLAGS, *MASK_FLAGS, *SYSTEM_KEYS, *TOOL_KEYS, "history", "tool_calls",
+     "function_call", "tool_call_id")
 )  # fmt: skip
 """Fields whose names must be spelled so: `CoT` or `Weight` would be lost otherwise."""
 
@@ -61,8 +70,7 @@ _PAIR = {
 _DOCUMENT = {
     key: "belongs to a chat, but the row has 'text' and is read as a document; keep one of the two"
     for key in (
-        "answer", "completion", "output", "response", *COT_KEYS, "system", "system_prompt", "system_message", "tools",
-        "functions", "role", "from",
+        "answer", "completion", "output", "response", *COT_KEYS, *SYSTEM_KEYS, *TOOL_KEYS, "role", "from",
     )
 }  # fmt: skip
 _MESSAGE = {
@@ -73,7 +81,7 @@ _MESSAGE = {
     "recipient": "names the tool that is called; write the call as 'tool_calls'",
     "refusal": "is what the assistant said; write it as the content",
     **dict.fromkeys(("function_calls", "tool_call"), "holds calls of tools; write them as 'tool_calls'"),
-    **dict.fromkeys(("functions", "tools"), "holds tools; write them as 'tools' of the row"),
+    **dict.fromkeys(TOOL_KEYS, "holds tools; write them as 'tools' of the row"),
     **dict.fromkeys(("tool_results", "tool_responses"), "holds results of tools; write them as messages of role tool"),
     **dict.fromkeys(_LEFT_OUT, "may say that the message is not to be trained on; write it as 'train': false"),
     **dict.fromkeys(("attachments", "file", "files"), _MEDIA),
@@ -95,7 +103,7 @@ def settle(fields: Fields, kind: str, ignored: Counter[str], *, prefix: str = ""
 
     Args:
         kind: what the fields describe: a pair, chat, document, message or block.
-        ignored: counts the ignored fields by name.
+        ignored: counts how often each field is ignored.
         prefix: what precedes the name of an ignored field, e.g. "messages[].".
         has_cot: whether the reply already has a chain of thought. A field that looks like one is refused if not.
     """
