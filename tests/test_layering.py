@@ -177,6 +177,14 @@ def test_files_have_at_most_400_lines():
             assert "longer than" in (ast.get_docstring(ast.parse(text)) or ""), f"{path} has {lines} lines"
 
 
+def test_the_names_of_test_modules_differ():
+    """pytest imports a test module by its file name, so it cannot collect two of one name from two folders."""
+    seen: dict[str, Path] = {}
+    for path in sorted(Path(__file__).parent.rglob("test_*.py")):
+        assert path.name not in seen, f"rename {path} or {seen[path.name]}: pytest cannot collect both"
+        seen[path.name] = path
+
+
 def test_train_py_is_short():
     assert (PACKAGE / "train.py").read_text().count("\n") <= 130
 

@@ -1,4 +1,4 @@
-"""Writes what a run writes on a disk that fails at one call; a program that `test_disk_faults.py` starts.
+"""Writes what a run writes on a disk that fails at one call; a program that `test_failing_system_calls.py` starts.
 
     LD_PRELOAD=disk_faults.so python faulty_disk.py FOLDER ERRNO...
 
