@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from delib_fast.datagen.answers import Answer, Request, token_count
 from delib_fast.datagen.backends import describe, malformed
 from delib_fast.datagen.settings import EndpointSettings
+from delib_fast.redaction import scrub
 
 _NO_QUOTA = frozenset(
     {
@@ -204,7 +205,8 @@ def _usage(reply: Mapping[str, Any], name: str) -> int | None:
 
 
 def _name(value: Any) -> str:
-    return value if isinstance(value, str) else ""
+    """A short string of an answer, or "". Keys are removed here, since an `Answer` keeps only its first characters."""
+    return scrub(value) if isinstance(value, str) else ""
 
 
 def _text_of(content: Any, kind: str) -> str | None:

@@ -124,15 +124,9 @@ class EndpointBackend:
 
 
 def _without_secrets(answer: Answer) -> Answer:
-    """The answer without the keys of the run. Given text, which the log and the rows contain, is never changed."""
+    """The answer with the keys of the run removed from its texts. The texts of the request are never changed."""
     reasoning = None if answer.reasoning is None else scrub(answer.reasoning)
-    return replace(
-        answer,
-        text=scrub(answer.text),
-        reasoning=reasoning,
-        finish=scrub(answer.finish),
-        served_by=scrub(answer.served_by),
-    )
+    return replace(answer, text=scrub(answer.text), reasoning=reasoning)
 
 
 def base_url_of(settings: EndpointSettings) -> str:

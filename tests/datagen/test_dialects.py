@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,16 @@ def test_a_key_is_removed_before_a_message_is_cut(before: int, monkeypatch: pyte
     with pytest.raises(EndpointError) as name:
         batch_apis._id(f"{'x' * (before - 20)} {key}")
     assert f"sent '{'x' * (before - 20)} ***' as the id" in str(name.value)
+    shown = f"{'x' * before} {base64.b64encode(key.encode()).decode()}"
+    for answer in (
+        OpenAIDialect().parse({"choices": [{"message": {"content": "a"}, "finish_reason": shown}], "model": shown}),
+        AnthropicDialect().parse(
+            {"type": "message", "content": [{"type": "text", "text": "a"}], "stop_reason": shown, "model": shown}
+        ),
+    ):
+        # The last one or two characters of Base64 remain: they also depend on what follows the key.
+        assert answer.finish[: before + 4] == f"{'x' * before} ***"[:64]
+        assert answer.served_by[: before + 4] == f"{'x' * before} ***" and len(answer.served_by) <= before + 6
 
 
 def test_text_that_is_not_text_makes_no_row(model: ScriptedModel, spec, prompts_file, tmp_path: Path) -> None:
