@@ -64,7 +64,7 @@ def print_arms(summary: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
-    from delib_fast.reports.study_page import estimate_text, registration_lines
+    from delib_fast.reports.study_page import cell_words, estimate_text, floor_text, registration_lines, verdict_text
 
     out = console(width=WIDTH)
     sized = any(arm["size"] for arm in summary["arms"])
@@ -75,13 +75,23 @@ def print_arms(summary: dict[str, Any]) -> None:
             table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=name in metrics)
         for arm in summary["arms"]:
             size = [] if not sized else ["" if arm["size"] is None else f"{arm['size']:,}"]
-            table.add_row(arm["label"], *size, *(estimate_text(arm["figures"][m]["over seeds"]) for m in metrics))
+            table.add_row(arm["label"], *size, *(cell_words(arm["figures"][m]) for m in metrics))
         out.print(table)
     for contrast in summary["contrasts"]:
         note = " (exploratory)" if contrast["exploratory"] and summary["preregistration"] else ""
-        out.print(f"{contrast['title']}: {contrast['metric']} {estimate_text(contrast['estimate'])}{note}")
+        value = "" if contrast["void"] else f"{estimate_text(contrast['estimate'])}; "
+        out.print(
+            f"{contrast['title']}: {contrast['metric']} {value}{verdict_text(contrast)}; "
+            f"floor {floor_text(contrast)}; placebo {_placebo(contrast)}{note}"
+        )
     for line in registration_lines(summary["preregistration"]):
         out.print(line)
+
+
+def _placebo(contrast: dict[str, Any]) -> str:
+    from delib_fast.reports.study_page import estimate_text
+
+    return "none" if contrast["placebo"] is None else estimate_text(contrast["placebo"]["estimate"])
 
 
 def _numbers(text: str) -> list[int]:

@@ -27,7 +27,11 @@ def draw_pictures(summary: Tree, out: Path) -> list[Picture]:
     plt = require_matplotlib()
     drawn = []
     for name, draw, caption in (
-        ("arms", _arms, "Arms at their largest AFT set. Pale points: seeds. Points: means with 95 % intervals."),
+        (
+            "arms",
+            _arms,
+            "Arms at their largest AFT set. Pale points: seeds. Points: means with 95 % intervals; hollow: void cells.",
+        ),
         ("efficiency", _efficiency, "Over the size of the AFT set, with 95 % intervals. Dashed: AFT alone."),
         ("variants", _variants, "By spec variant, with 95 % intervals."),
         ("frontier", _frontier, "Alignment against monitorability. Numbers: weight of the CoT in the loss."),
@@ -64,7 +68,8 @@ def _arms(plt: Any, summary: Tree) -> Any:
             seeds = [seed["value"] for seed in arm["figures"][name]["by seed"].values()]
             axis.scatter(seeds, [row] * len(seeds), s=14, color=colour, alpha=0.35, linewidths=0)
             mean = arm["figures"][name]["over seeds"]
-            axis.errorbar([mean["value"]], [row], xerr=_errors([mean]), fmt="o", ms=5, color=colour, lw=1.4)
+            face = "none" if arm["figures"][name].get("void") else colour
+            axis.errorbar([mean["value"]], [row], xerr=_errors([mean]), fmt="o", ms=5, color=colour, mfc=face, lw=1.4)
         _mark_chance(axis.axvline, metric)
         if metric["kind"] == "choices" and metric["figure"] != "margin":
             axis.set_xlim(-0.04, 1.04)  # shares and probabilities have one scale in every panel
@@ -79,7 +84,7 @@ def _arms(plt: Any, summary: Tree) -> Any:
 def _efficiency(plt: Any, summary: Tree) -> Any:
     """The alignment metric over the size of the AFT set: one panel per kind of AFT, one line per MSM variant."""
     name = summary["alignment"]
-    sized = [arm for arm in summary["arms"] if arm["size"] is not None]
+    sized = [arm for arm in _valid(summary, name) if arm["size"] is not None]
     if len({arm["size"] for arm in sized}) < 2:
         return None
     kinds = list(dict.fromkeys((arm["aft"], arm["cot_weight"]) for arm in sized))
@@ -117,7 +122,8 @@ def _efficiency(plt: Any, summary: Tree) -> Any:
 
 def _variants(plt: Any, summary: Tree) -> Any:
     """The alignment metric by spec variant, one bar per kind of AFT."""
-    name, arms = summary["alignment"], [arm for arm in largest(summary["arms"]) if arm["msm"] is not None]
+    name = summary["alignment"]
+    arms = [arm for arm in largest(_valid(summary, name)) if arm["msm"] is not None]
     variants = list(dict.fromkeys(arm["msm"] for arm in arms))
     if len(variants) < 2:
         return None
@@ -148,7 +154,7 @@ def _variants(plt: Any, summary: Tree) -> Any:
 def _frontier(plt: Any, summary: Tree) -> Any:
     """Alignment against monitorability: one line per variant over the weights of the CoT."""
     across, up = summary["monitorability"], summary["alignment"]
-    arms = [arm for arm in largest(summary["arms"]) if arm["aft"] is not None]
+    arms = [arm for arm in largest(_valid(summary, up, across)) if arm["aft"] is not None]
     if across is None or not arms:
         return None
     colours = _variant_colours(arms)
@@ -183,6 +189,15 @@ def _frontier(plt: Any, summary: Tree) -> Any:
 
 
 # --- helpers ------------------------------------------------------------------------------------------------
+
+
+def _valid(summary: Tree, *metrics: str | None) -> list[Tree]:
+    """The arms that are not placebos and have no void cell in these metrics."""
+    return [
+        arm
+        for arm in summary["arms"]
+        if not arm["placebo"] and not any(m is not None and arm["figures"][m].get("void") for m in metrics)
+    ]
 
 
 def largest(arms: Sequence[Tree]) -> list[Tree]:

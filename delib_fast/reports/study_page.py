@@ -34,7 +34,13 @@ def write_page(summary: Tree, pictures: Sequence[Picture], out: Path, *, publish
         overview=_overview(summary),
         registration=registration_lines(summary["preregistration"]),
         pictures=pictures,
-        tables=[_arms_table(summary), *([_contrasts_table(summary)] if summary["contrasts"] else [])],
+        tables=[
+            _arms_table(summary),
+            *_choices_tables(summary),
+            *([_contrasts_table(summary)] if summary["contrasts"] else []),
+            *([_placebos_table(summary)] if summary["placebos"] else []),
+        ],
+        explanations=_explanations(summary),
         efficiency=_efficiency_tables(summary),
         published=found,
         published_tables=[] if found is None else _published_tables(found),
@@ -79,15 +85,22 @@ def markdown(summary: Tree) -> str:
     """The arms at their largest size and the differences, as Markdown tables for a page of documentation."""
     metrics = summary["metrics"]
     columns = ["arm", *(metric_title(*item) for item in metrics.items())]
-    rows = [
-        [arm["label"], *(estimate_text(arm["figures"][name]["over seeds"]) for name in metrics)]
-        for arm in largest(summary["arms"])
-    ]
+    rows = [[arm["label"], *(cell_words(arm["figures"][name]) for name in metrics)] for arm in largest(summary["arms"])]
     text = _markdown_table(columns, rows)
     if summary["contrasts"]:
-        contrast_rows = [[*_contrast_names(c, metrics), estimate_text(c["estimate"]), _by_seed(c, " ")]
-                         for c in summary["contrasts"]]  # fmt: skip
+        contrast_rows = [
+            [
+                *_contrast_names(c, metrics),
+                "void" if c["void"] else estimate_text(c["estimate"]),
+                _by_seed(c, " "),
+                verdict_text(c),
+                floor_text(c),
+                "–" if c["placebo"] is None else estimate_text(c["placebo"]["estimate"]),
+            ]
+            for c in summary["contrasts"]
+        ]
         text += "\n" + _markdown_table(_CONTRAST_COLUMNS, contrast_rows)
+    text += "\n" + " ".join(registration_lines(summary["preregistration"])) + "\n"
     cost = summary["cost"]
     return (
         f"{text}\n{_count(len(summary['seeds']), 'seed')}. {_count(cost['stages'], 'stage')} "
@@ -136,16 +149,132 @@ def _mark(summary: Tree, part: Tree) -> str:
     return " (exploratory)" if part["exploratory"] and summary["preregistration"] else ""
 
 
-_CONTRAST_COLUMNS = ["difference, paired by seed", "a", "b", "metric", "a − b", "by seed"]
+def cell_words(figure: Tree) -> str:
+    """Format a cell of the table of arms, e.g. "0.512 [0.430, 0.594]", or "void" with the reason."""
+    if figure.get("void"):
+        return f"void: habit {figure['habit']:.2f} > content {figure['content']:.2f}"
+    return estimate_text(figure["over seeds"])
+
+
+def _cell(figure: Tree) -> Markup:
+    if figure.get("void"):
+        value = estimate_text(figure["over seeds"])
+        return Markup('<span class="void" title="{}">{}</span>').format(f"not valid: {value}", cell_words(figure))
+    return _html(figure["over seeds"])
+
+
+def _choices_tables(summary: Tree) -> list[HtmlTable]:
+    """For each metric of kind `choices` with both orders: the figure, the margin beside it, content and habit."""
+    tables = []
+    for name, metric in summary["metrics"].items():
+        arms = [arm for arm in summary["arms"] if arm["figures"][name].get("content") is not None]
+        if not arms:
+            continue
+        title = metric_title(name, metric)
+        rows: list[list[str | Markup]] = [
+            [
+                arm["name"],
+                _cell(figure := arm["figures"][name]),
+                _html(figure["margin"]),
+                f"{figure['content']:.3f}",
+                f"{figure['habit']:.3f}",
+                ", ".join(map(str, figure["void_seeds"])) or "none",
+            ]
+            for arm in arms
+        ]
+        columns = ["arm", title, "margin, nats", "content, nats", "habit, nats", "void seeds"]
+        tables.append(HtmlTable(columns, rows, f"Forced choices: {title}", range(1, 5)))
+    return tables
+
+
+_CONTRAST_COLUMNS = ["difference, paired by seed", "a", "b", "metric", "a − b", "by seed", "result", "floor", "placebo"]
 
 
 def _contrasts_table(summary: Tree) -> HtmlTable:
-    rows = [
-        [_role(summary, c), *_contrast_names(c, summary["metrics"]), _html(c["estimate"]), _by_seed(c, ", ")]
+    rows: list[list[str | Markup]] = [
+        [
+            _role(summary, c),
+            *_contrast_names(c, summary["metrics"]),
+            _void_difference(c) if c["void"] else _html(c["estimate"]),
+            _by_seed(c, ", "),
+            verdict_text(c),
+            floor_text(c),
+            _placebo_text(c),
+        ]
         for c in summary["contrasts"]
     ]
     columns = ["role", "difference", *_CONTRAST_COLUMNS[1:]]
     return HtmlTable(columns, rows, "Differences, paired by seed", numeric={5})
+
+
+def _void_difference(contrast: Tree) -> Markup:
+    return Markup('<span class="void" title="{}">void</span>').format(
+        f"not valid: {estimate_text(contrast['estimate'])}; the order of the options decides more than the options in "
+        f"{', '.join(contrast['void'])}"
+    )
+
+
+def verdict_text(contrast: Tree) -> str:
+    """Say what a difference shows, e.g. "null: the interval contains 0"."""
+    verdict, expected = contrast["verdict"], contrast["expect"]
+    if verdict in ("higher", "lower"):
+        stated = "" if expected is None else ", as expected" if verdict == expected else ", against the expectation"
+        return f"a is {verdict}{stated}"
+    return {
+        "null": "null: the interval contains 0",
+        "void": "void: the order of the options decides",
+        "no interval": "one seed: no interval over seeds",
+    }[verdict]
+
+
+def floor_text(contrast: Tree) -> str:
+    """Format the detection floor of a difference, e.g. "±0.12"; "–" with one seed."""
+    floor = contrast["floor"]
+    return "–" if floor is None or math.isnan(floor) else f"±{floor:.3g}"
+
+
+def _placebo_text(contrast: Tree) -> Markup:
+    placebo = contrast["placebo"]
+    if placebo is None:
+        return Markup("–")
+    return Markup('<span title="{}">{}</span>').format(
+        f"{placebo['arm']}, less the same arm with another seed", estimate_text(placebo["estimate"])
+    )
+
+
+def _placebos_table(summary: Tree) -> HtmlTable:
+    metrics = summary["metrics"]
+    rows: list[list[str | Markup]] = [
+        [p["arm"], metric_title(p["metric"], metrics[p["metric"]]), _html(p["estimate"]), _by_seed(p, ", ")]
+        for p in summary["placebos"]
+    ]
+    title = "Placebo: an arm less the same arm trained with another seed"
+    return HtmlTable(["arm", "metric", "difference", "by seed"], rows, title, numeric={2})
+
+
+def _explanations(summary: Tree) -> list[str]:
+    """What the columns of the tables mean, one paragraph each."""
+    found = []
+    if summary["contrasts"]:
+        found.append(
+            "Floor: the smallest true difference that this study detects with 80 % power at a two-sided level of 5 %: "
+            "(t(0.975, n − 1) + t(0.8, n − 1)) · s / √n, where s is the standard deviation of the n differences by "
+            "seed (Bloom 1995). A null result says that the difference is probably not much larger than the floor; it "
+            "does not say that there is none. "
+            + (
+                "Placebo: the difference between an arm and the same arm trained with another seed."
+                if summary["placebos"]
+                else "No arm has a placebo, that is, the same arm trained with another seed."
+            )
+        )
+    if any(arm["figures"][name].get("content") is not None for arm in summary["arms"] for name in summary["metrics"]):
+        found.append(
+            "Content and habit: each choice is scored with its two options in both orders. Content is half the sum of "
+            "the two margins, and habit is half their difference; the table has the means of their absolute values. A "
+            "cell is void if the habit exceeds the content: the order of the options then decides more than they do. "
+            "The margin is the mean of log p(a) − log p(b), in nats."
+        )
+    return found
 
 
 def _role(summary: Tree, contrast: Tree) -> Markup:
@@ -215,7 +344,9 @@ def _published_tables(published: Published) -> list[HtmlTable]:
             for model in dict.fromkeys(figure.model for figure in figures)
         ]
         source = figures[0].citation.split(", ")[1]
-        tables.append(HtmlTable(["model", *columns], rows, f"{title} ({source})", range(1, len(columns) + 1)))
+        tables.append(
+            HtmlTable([figures[0].rows_are, *columns], rows, f"{title} ({source})", range(1, len(columns) + 1))
+        )
     return tables
 
 

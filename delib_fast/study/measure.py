@@ -14,7 +14,7 @@ from delib_fast import __version__
 from delib_fast.config import ConfigError
 from delib_fast.digests import DamagedError, hash_tree, read_json, write_json
 from delib_fast.evals.intervals import Estimate
-from delib_fast.evals.metrics.forced_choices import ChoiceFigures, choose, read_choices
+from delib_fast.evals.metrics.forced_choices import ChoiceFigures, Orders, choose, read_choices
 from delib_fast.evals.results import SuiteResult, to_json_data
 from delib_fast.evals.run import NAMED_FILES, evaluate, inputs_of
 from delib_fast.evals.settings import load_eval_config
@@ -97,7 +97,7 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
     target = EvalTarget(Path(task["folder"]), load_eval_config(None, **settings))
     results = _evaluate_suites(target) if suites else {}
     found: dict[str, Any] = {}
-    scored: dict[tuple[str, bool], ChoiceFigures] = {}
+    scored: dict[tuple[str, bool, Orders], ChoiceFigures] = {}
     for name, item in task["metrics"].items():
         if item["metric"]["kind"] == "choices":
             figure = _score_choices(target, ChoicesMetric.model_validate(item["metric"]), task["thinks"], scored)
@@ -109,17 +109,23 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _score_choices(
-    target: EvalTarget, metric: ChoicesMetric, thinks: bool, scored: dict[tuple[str, bool], ChoiceFigures]
+    target: EvalTarget, metric: ChoicesMetric, thinks: bool, scored: dict[tuple[str, bool, Orders], ChoiceFigures]
 ) -> dict[str, Any]:
     """Score the items of a file, once for all metrics that read it."""
     think = {"as trained": thinks, "never": False, "always": True}[metric.cot]
-    if (metric.path, think) not in scored:
-        scored[metric.path, think] = choose(target.scorer, read_choices(metric.path), think=think)
-    figures = scored[metric.path, think]
+    key = (metric.path, think, metric.orders)
+    if key not in scored:
+        items = read_choices(metric.path, metric.orders)
+        scored[key] = choose(target.scorer, items, think=think, orders=metric.orders)
+    figures = scored[key]
     if getattr(figures, metric.figure) is None:
         raise ConfigError(f"{metric.path}: figure: {metric.figure} needs chains of thought; set cot: always")
+    split = figures.first_cot_split if metric.figure == "first_cot" else figures.split
     return {
         "estimate": to_json_data(getattr(figures, metric.figure)),
+        "margin": to_json_data(figures.margin),
+        "content": None if split is None else split.content,
+        "habit": None if split is None else split.habit,
         "margins": [round(m, 4) for m in figures.margins],
     }
 

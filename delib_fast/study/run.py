@@ -23,7 +23,7 @@ from delib_fast.digests import (
     write_json,
 )
 from delib_fast.evals.intervals import Estimate
-from delib_fast.evals.metrics.forced_choices import read_choices
+from delib_fast.evals.metrics.forced_choices import OrderSplit, read_choices
 from delib_fast.evals.results import to_json_data
 from delib_fast.files import write_atomic
 from delib_fast.reports.eval_page import cell_text
@@ -35,7 +35,7 @@ from delib_fast.study.plan import Arm, Node, Plan, fill_in, plan_study
 from delib_fast.study.pool import StudyError, Task, run_tasks, worker_environments
 from delib_fast.study.registration import compare, freeze
 from delib_fast.study.settings import ChoicesMetric, StudyConfig
-from delib_fast.study.summary import find_arm, summarize
+from delib_fast.study.summary import Choice, find_arm, summarize
 
 Log = Callable[[str], None]
 _PREPARED = ".prepared.json"
@@ -87,12 +87,13 @@ def run_study(study: StudyConfig, log: Log = lambda _: None) -> StudyResult:
     if tasks:
         run_tasks(tasks, environments, on_done)
     costs.add_wall(time.perf_counter() - start, len(environments))
-    figures = {
-        arm_and_seed: {name: _estimate(_measured(file)) for name, file in files.items()}
-        for arm_and_seed, files in measures.items()
+    trees = {key: {name: _measured(file) for name, file in files.items()} for key, files in measures.items()}
+    figures = {key: {name: _estimate(tree) for name, tree in found.items()} for key, found in trees.items()}
+    choices = {
+        key: {name: _choice(tree) for name, tree in found.items() if "margin" in tree} for key, found in trees.items()
     }
     registration = compare(study, plan, prepared, costs.first_stage_at(plan))
-    result = summarize(study, figures, plan.arms, costs.total(plan, log), registration)
+    result = summarize(study, figures, plan.arms, costs.total(plan, log), registration, choices)
     write_atomic(out / "study.json", json.dumps(to_json_data(result), indent=1, ensure_ascii=False) + "\n")
     pictures = draw_pictures(result, out)
     page = write_page(result, pictures, out, published=study.published)
@@ -115,7 +116,7 @@ def _checked_plan(study: StudyConfig, prepared: Mapping[int, Path | None]) -> Pl
     for seed in study.seeds:
         for metric in study.metrics.values():
             if isinstance(metric, ChoicesMetric):
-                read_choices(fill_in(metric.path, prepared[seed]))
+                read_choices(fill_in(metric.path, prepared[seed]), metric.orders)
     return plan
 
 
@@ -275,7 +276,13 @@ def _measuring_task(
     return Task(f"measure {name}", work, _training_before(node)), files
 
 
-def _estimate(measured: Mapping[str, Any]) -> Estimate:
-    tree = measured["estimate"]
-    numbers = [float("nan") if tree[key] is None else float(tree[key]) for key in ("value", "low", "high")]
+def _estimate(measured: Mapping[str, Any], key: str = "estimate") -> Estimate:
+    tree = measured[key]
+    numbers = [float("nan") if tree[name] is None else float(tree[name]) for name in ("value", "low", "high")]
     return Estimate(numbers[0], numbers[1], numbers[2], tree["n"], tree["method"])
+
+
+def _choice(measured: Mapping[str, Any]) -> Choice:
+    known = measured["content"] is not None
+    split = OrderSplit(measured["content"], measured["habit"]) if known else None
+    return Choice(_estimate(measured, "margin"), split)

@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, PrivateAttr, field_va
 
 from delib_fast.config import FilePath, Section, nearest
 from delib_fast.config.load import FileKind, load
+from delib_fast.evals.metrics.forced_choices import Orders
 from delib_fast.evals.settings import SUITES
 
 ArmName = Literal["base", "msm", "aft_no_cot", "aft_cot", "msm_aft_no_cot", "msm_aft_cot"]
@@ -68,6 +69,9 @@ class ChoicesMetric(Section):
     cot: Literal["as trained", "never", "always"] = "as trained"
     """Whether the replies follow the item's chain of thought: in arms that were trained with one, in none, or in
     all."""
+    orders: Orders = "both"
+    """`both`: every item is present with the two options in both orders, so that the preference for an order can be
+    separated. `none`: no prompt names its options, so that there is no order."""
     better: Better = "higher"
     """Direction in which the metric improves."""
     title: str = ""
@@ -145,6 +149,9 @@ class StudyConfig(Section):
     """Numbers of rows of `sized` that AFT trains on, one arm per size. Default: all rows."""
     sized: str | None = None
     """The source that `aft_sizes` limits. Default: the first of `aft.train`. Other sources are used in full."""
+    placebo: tuple[str, ...] = ()
+    """Arms, as the tables name them, that are trained a second time: with the same data, and another seed in every
+    stage after `base`. The difference between the two is what a change without effect looks like."""
     cot_weights: tuple[NonNegativeFloat, ...] = (1.0,)
     """Weights of a CoT token in the arms with CoT, one arm per weight. With 0 the CoT is in the context and not trained
     on."""
@@ -183,7 +190,7 @@ class StudyConfig(Section):
                 raise ValueError(f"{key} is set by the study (see {instead}); remove it")
         return value
 
-    @field_validator("seeds", "aft_sizes", "cot_weights", "arms")
+    @field_validator("seeds", "aft_sizes", "cot_weights", "arms", "placebo")
     @classmethod
     def _no_duplicates(cls, value: Sequence[Any]) -> Sequence[Any]:
         duplicates = [item for item in value if value.count(item) > 1]
