@@ -180,7 +180,11 @@ def document(
 
 def data_report(
     data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="a folder that deliberate or document wrote, or a file of rows")
+        list[Path],
+        typer.Argument(
+            metavar="DATA...",
+            help="a folder that deliberate or document wrote, or a file of rows; several are compared as corpora",
+        ),
     ],
     spec: Annotated[Path | None, typer.Option(help="the spec, to recognize the sections that are cited")] = None,
     out: Annotated[
@@ -189,12 +193,31 @@ def data_report(
             "-o", "--out", metavar="DIR", help="folder of report.html and report.json (default: that of the data)"
         ),
     ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="for several DATA: a model folder or name, to count tokens")
+    ] = None,
 ) -> None:
-    """Report on the quality of generated data, as HTML and JSON."""
+    """Report on the quality of generated data, as HTML and JSON. Several DATA are compared as matched corpora."""
+    from delib_fast.data.corpus import monitoring_warning
+    from delib_fast.reports.corpora import mismatch_text, write_comparison
     from delib_fast.reports.data_report import write_report
 
-    for path in write_report(data, spec=spec, out=out):
-        echo(path)
+    if len(data) == 1:
+        if tokenizer is not None:
+            raise ConfigError("--tokenizer counts the tokens of several DATA; give more than one, or leave it out")
+        for path in write_report(data[0], spec=spec, out=out):
+            echo(path)
+        return
+    if spec is not None:
+        raise ConfigError("--spec is for a single DATA; leave it out, or give one")
+    page, file = write_comparison(data, tokenizer=tokenizer, out=out)
+    figures = json.loads(file.read_text(encoding="utf-8"))
+    echo(mismatch_text(figures["mismatches"]))
+    for name, corpus in figures["corpora"].items():
+        if warning := monitoring_warning(corpus):
+            echo(f"{name}: {warning}")
+    echo(page)
+    echo(file)
 
 
 # --- shared ---------------------------------------------------------------------------------------------------

@@ -64,7 +64,8 @@ def print_arms(summary: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
-    from delib_fast.reports.study_page import cell_words, estimate_text, floor_text, registration_lines, verdict_text
+    from delib_fast.reports.study_page import registration_lines
+    from delib_fast.reports.study_tables import cell_words, estimate_text, floor_text, verdict_text
 
     out = console(width=WIDTH)
     sized = any(arm["size"] for arm in summary["arms"])
@@ -89,7 +90,7 @@ def print_arms(summary: dict[str, Any]) -> None:
 
 
 def _placebo(contrast: dict[str, Any]) -> str:
-    from delib_fast.reports.study_page import estimate_text
+    from delib_fast.reports.study_tables import estimate_text
 
     return "none" if contrast["placebo"] is None else estimate_text(contrast["placebo"]["estimate"])
 

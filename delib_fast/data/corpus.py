@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,12 @@ import numpy as np
 from delib_fast.data.decontamination import words_of
 from delib_fast.data.rows import Row
 
+CORPUS_FORMAT = 1
+"""Increased when `check_corpus` counts something else: stored counts are then computed again."""
 _FIRST = 5  # mentions that are recorded with their location
 _MAX_EXCERPT = 160
 _PHRASE_WORDS = 5
 _SAMPLE = 2000  # documents of which phrases and names are counted
-_MOST_COMMON = 8
 
 _SENTENCE_END = re.compile(r"[.!?](?=\s)|\n")
 _WATCHING = re.compile(
@@ -32,9 +33,10 @@ _WATCHING = re.compile(
 _MONITORS = re.compile(r"\b(?:monitor|surveil)\w*", re.I)
 _MODEL = r"(?:AIs?|LLMs?|(?:language |reasoning |AI )?models?|assistants?|agents?|chatbots?)"
 _REASONING = re.compile(
-    r"\bchains?[- ]of[- ]thoughts?\b|\bCoTs?\b|\bscratch ?-?pads?\b"
+    r"\bchains?[- ]of[- ]thoughts?\b|\b(?-i:CoTs?)\b|\bscratch ?-?pads?\b"
     r"|\b(?:reasoning|thinking|thought)[- ](?:traces?|process(?:es)?|steps?|tokens?|logs?|blocks?)\b"
-    r"|\b(?:hidden|internal|private|inner|intermediate|visible|written|model'?s) (?:reasoning|thoughts?|thinking|monologue)\b"
+    r"|\b(?:hidden|internal|private|inner|intermediate|visible|written|model'?s)"
+    r" (?:reasoning|thoughts?|thinking|monologue)\b"
     r"|\b(?:its|their) (?:reasoning|thoughts|thinking)\b",
     re.I,
 )
@@ -46,12 +48,13 @@ _WATCHED_MODEL = re.compile(
     re.I,
 )
 _REASON = re.compile(
-    r"\b(?:because|so that|in order to|due to|owing to|(?:that|which) is why|for (?:this|that) reason|the reason (?:is|why|that)"
-    r"|(?:values?|valued|cares? (?:about|for)|believes?|prefers?|prioriti[sz]es?|is committed to|aims? to|wants? to"
-    r"|is (?:meant|designed|trained|built|intended) to))\b",
+    r"\b(?:because|so that|in order to|due to|owing to|(?:that|which) is why|for (?:this|that) reason"
+    r"|the reason (?:is|why|that)|values?|valued|cares? (?:about|for)|believes?|prefers?|prioriti[sz]es?"
+    r"|is committed to|aims? to|wants? to|is (?:meant|designed|trained|built|intended) to)\b",
     re.I,
 )
-_NAME = re.compile(r"(?<![.!?:\"“\n] )(?<!^)(?<![\n.!?“\"*#-])\b[A-Z][a-zà-ÿ]+(?:[- ][A-Z][a-zà-ÿ]+)*")
+_NAME = re.compile(r"\b[A-Z]\w*[a-z]\w*(?:[- ][A-Z]\w*[a-z]\w*)*")
+_BEFORE_A_SENTENCE = re.compile(r"(?:^|[.!?:\n])[\s\"'“‘*_#>(\[-]*$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +95,7 @@ class Guard:
                 self.mentions.append(Mention(row.location, sentence))
 
     def to_data(self) -> dict[str, Any]:
-        """As plain JSON, for the ledger and reports; {} without documents."""
-        if not self.documents:
-            return {}
+        """As plain JSON, for the ledger and reports."""
         return {
             "documents": self.documents,
             "words": self.words,
@@ -106,7 +107,7 @@ class Guard:
 
 
 def check_corpus(rows: Iterable[Row]) -> dict[str, Any]:
-    """Count what `Guard` counts over the documents among some rows, in one pass; {} if there are none."""
+    """Count what `Guard` counts over the documents among some rows, in one pass."""
     guard = Guard()
     for row in rows:
         if row.kind == "document":
@@ -114,7 +115,7 @@ def check_corpus(rows: Iterable[Row]) -> dict[str, Any]:
     return guard.to_data()
 
 
-def monitoring_warning(corpus: dict[str, Any]) -> str | None:
+def monitoring_warning(corpus: Mapping[str, Any]) -> str | None:
     """A warning that names documents on monitoring, with their locations; None if there are none.
 
     Args:
@@ -126,9 +127,9 @@ def monitoring_warning(corpus: dict[str, Any]) -> str | None:
     listed = "".join(f"\n  {m['location']}: {m['sentence']}" for m in first)
     more = f"\n  and {count - len(first):,} more" if count > len(first) else ""
     return (
-        f"{count:,} of {corpus['documents']:,} documents describe monitoring of a model or of its reasoning. Documents on "
-        "monitors of the chain of thought raised undetected deception from 1.7 % to 25.7 % (arXiv 2605.15257); remove "
-        f"them unless they are what you study:{listed}{more}"
+        f"{count:,} of {corpus['documents']:,} documents describe monitoring of a model or of its reasoning. Documents "
+        "on monitors of the chain of thought raised undetected deception from 1.7 % to 25.7 % (arXiv 2605.15257); "
+        f"remove them unless they are what you study:{listed}{more}"
     )
 
 
@@ -140,7 +141,9 @@ def mention_of_monitoring(text: str) -> str | None:
     """
     at = 0
     while (found := _WATCHING.search(text, at)) is not None:
-        start = max((m.end() for m in _SENTENCE_END.finditer(text, max(0, found.start() - 600), found.start())), default=0)
+        start = max(
+            (m.end() for m in _SENTENCE_END.finditer(text, max(0, found.start() - 600), found.start())), default=0
+        )
         start = max(start, found.start() - 600)
         end_match = _SENTENCE_END.search(text, found.end())
         end = min(end_match.end() if end_match else len(text), found.end() + 600)
@@ -165,20 +168,42 @@ def distinct_ngrams(texts: Iterable[str], n: int) -> float | None:
     return round(len(np.unique(grams)) / len(grams), 4) if len(grams) else None
 
 
-def recurring(texts: Sequence[str]) -> dict[str, list[tuple[str, float]]]:
+def recurring(texts: Sequence[str], most: int = 8) -> dict[str, list[tuple[str, float]]]:
     """The names and phrases that occur in the most documents, each with its share of the documents.
 
-    A name is one or more capitalized words within a sentence; a phrase is five successive words. At most 2,000 texts,
-    evenly spaced, are read. Phrases and names in a single document are left out.
+    A name is one or more capitalized words, not just the first of a sentence; a phrase is five successive words. At
+    most 2,000 texts, evenly spaced, are read. Phrases and names in a single document are left out.
+
+    Args:
+        most: how many names and phrases are returned.
     """
     sample = texts[:: -(-len(texts) // _SAMPLE)] if texts else []
-    names: Counter[str] = Counter()
     phrases: Counter[str] = Counter()
     for text in sample:
-        names.update({match[0] for match in _NAME.finditer(text)})
         words = words_of(text)
         phrases.update({" ".join(words[i : i + _PHRASE_WORDS]) for i in range(len(words) - _PHRASE_WORDS + 1)})
+    names = _names(sample)
     return {
-        kind: [(found, round(n / len(sample), 4)) for found, n in counts.most_common(_MOST_COMMON) if n > 1]
+        kind: [(found, round(n / len(sample), 4)) for found, n in counts.most_common(most) if n > 1]
         for kind, counts in (("names", names), ("phrases", phrases))
     }
+
+
+def _names(texts: Sequence[str]) -> Counter[str]:
+    """In how many texts each name occurs. The first word of a sentence counts only in a longer or known name."""
+    inside: list[set[str]] = []
+    first: list[set[str]] = []
+    for text in texts:
+        of_text: tuple[set[str], set[str]] = (set(), set())
+        for match in _NAME.finditer(text):
+            starts = _BEFORE_A_SENTENCE.search(text[max(0, match.start() - 8) : match.start()]) is not None
+            of_text[starts].add(match[0])
+        inside.append(of_text[0])
+        first.append(of_text[1])
+    known = set().union(*inside)
+    counts: Counter[str] = Counter()
+    for names, sentence_starts in zip(inside, first, strict=True):
+        tails = {name: name.partition(" ")[2] for name in sentence_starts}
+        whole = {name for name, tail in tails.items() if name in known or (tail and tail not in known)}
+        counts.update(names | whole | (set(tails.values()) & known))
+    return counts

@@ -36,6 +36,7 @@ from delib_fast.study.pool import StudyError, Task, run_tasks, worker_environmen
 from delib_fast.study.registration import compare, freeze
 from delib_fast.study.settings import ChoicesMetric, StudyConfig
 from delib_fast.study.summary import Choice, find_arm, summarize
+from delib_fast.training.run_directory import read_ledger
 
 Log = Callable[[str], None]
 _PREPARED = ".prepared.json"
@@ -94,10 +95,26 @@ def run_study(study: StudyConfig, log: Log = lambda _: None) -> StudyResult:
     }
     registration = compare(study, plan, prepared, costs.first_stage_at(plan))
     result = summarize(study, figures, plan.arms, costs.total(plan, log), registration, choices)
+    result["corpora"] = corpora_of(plan)
     write_atomic(out / "study.json", json.dumps(to_json_data(result), indent=1, ensure_ascii=False) + "\n")
     pictures = draw_pictures(result, out)
     page = write_page(result, pictures, out, published=study.published)
     return StudyResult(result, out / "study.json", page, tuple(picture.path for picture in pictures))
+
+
+def corpora_of(plan: Plan) -> dict[str, dict[str, Any]]:
+    """The documents of each MSM variant, from the ledger of its first seed: what `check_corpus` counts, and tokens."""
+    found: dict[str, dict[str, Any]] = {}
+    for (arm, _), end in plan.ends.items():
+        node = end
+        while node is not None and len(node.chain) > plan.base_stages + 1:
+            node = node.parent  # the stage after those that every arm runs first
+        if arm.msm is None or arm.msm in found or node is None or not node.finished():
+            continue
+        (entry,) = read_ledger(node.folder)["stages"]
+        if "corpus" in entry:
+            found[arm.msm] = {**entry["corpus"], "tokens": round(entry["tokens"] / entry["epochs"])}
+    return found
 
 
 def _measured(file: Path) -> dict[str, Any]:

@@ -273,7 +273,7 @@ def summarize(
 ) -> dict[str, Any]:
     """The content of study.json, from which the page and the pictures are made."""
     return {
-        "format": 1,
+        "format": 2,
         "title": study.title,
         "seeds": study.seeds,
         "alignment": study.alignment,

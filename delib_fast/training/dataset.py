@@ -32,6 +32,7 @@ from delib_fast.data import (
     refuse_spec_in_prompts,
     segment_weights,
 )
+from delib_fast.data.corpus import CORPUS_FORMAT, check_corpus
 from delib_fast.data.disk_cache import cache_folder, cache_key, cached_json
 from delib_fast.data.encode.cache import cached_dataset, tokenizer_fingerprint
 from delib_fast.data.encode.encoder import Cot
@@ -66,6 +67,7 @@ class RunDataset:
         self._encoded: dict[str, TokenizedDataset] = {}
         self._mixed: dict[str, tuple[TokenizedDataset, list[SourceShare]]] = {}
         self._batches: dict[str, PackedDataLoader] = {}
+        self._corpora: dict[str, dict[str, Any]] = {}
         self._overlap_checked = False
 
     # --- rows and tokenizer ---------------------------------------------------------------------------------
@@ -208,15 +210,18 @@ class RunDataset:
     def _source_keys(self, names: Sequence[str]) -> list[Any]:
         return [[self.source(n).sha256, self._config.data[n].identity()] for n in names]
 
-    def _check_once(self, inputs: dict[str, Any], check: Callable[[], None]) -> None:
-        """Run a check of all rows, unless the cache records that it passed with the same inputs."""
-
-        def passed() -> dict[str, Any]:
-            check()
-            return {"passed": sorted(inputs)}
-
+    def _check_once(self, inputs: dict[str, Any], check: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+        """Run a check of all rows, unless the cache has its result for the same inputs. Returns the result."""
         with cache_folder(self._config.cache_dir) as folder:
-            cached_json(folder / "checks", cache_key(inputs), passed)
+            return cached_json(folder / "checks", cache_key(inputs), lambda: check() or {"passed": sorted(inputs)})
+
+    def corpus(self, stage: StageConfig) -> dict[str, Any]:
+        """What `check_corpus` counts over the documents that a stage trains on."""
+        if stage.name not in self._corpora:
+            paths = [self._config.data[name].path for name in stage.train]  # the locations in the result have them
+            inputs = {"corpus": CORPUS_FORMAT, "paths": paths, "sources": self._source_keys(stage.train)}
+            self._corpora[stage.name] = self._check_once(inputs, lambda: check_corpus(self.training_rows(stage.train)))
+        return self._corpora[stage.name]
 
     # --- packed batches -------------------------------------------------------------------------------------
 
@@ -335,6 +340,7 @@ class RunDataset:
         ]
         return {
             "data": data,
+            **({"corpus": self.corpus(stage)} if self.corpus(stage)["documents"] else {}),
             "examples": len(encoded),
             "left_out": left_out,
             "left_out_share": sum(left_out.values()) / (counts.rows + self._bad_rows(stage).total()),
