@@ -39,6 +39,7 @@ def done(tmp_path_factory):
             }
         ],
         primary="values less rules",
+        placebo=["MSM (values)"],
     )
     freeze_study(load_study(path))
     return path, run_study(load_study(path))
@@ -53,6 +54,7 @@ def test_every_arm_is_measured(done):
         for v in ("rules", "values")
         for name in ("MSM ({})", "MSM ({}) + AFT (no CoT)", "MSM ({}) + AFT (CoT)")
     ]
+    labels.append("MSM (values), other seed")
     assert list(dict.fromkeys(arm["label"] for arm in tree["arms"])) == labels
     for arm in tree["arms"]:
         figure = arm["figures"]["choice"]
@@ -67,14 +69,14 @@ def test_every_arm_is_measured(done):
 
 @pytest.mark.slow
 def test_each_stage_is_trained_once(done):
-    """2 seeds × (1 base + 2 MSM + 3 parents × 2 sizes × 2 kinds of AFT); separate runs of the arms would train more."""
+    """2 seeds × (1 base + 2 MSM + 1 placebo + 3 parents × 2 sizes × 2 kinds of AFT); separate runs would train more."""
     path, result = done
     cost = [json.loads(line) for line in (path.parent / "out/cost.jsonl").read_text().splitlines()]
     trained = [record["task"] for record in cost if record.get("task", "").startswith("train")]
-    assert len(trained) == len(set(trained)) == 2 * (1 + 2 + 3 * 2 * 2)
+    assert len(trained) == len(set(trained)) == 2 * (1 + 2 + 1 + 3 * 2 * 2)
     measured = [record.get("task", "").startswith("measure") for record in cost]
     assert measured.index(True) < len(trained), "models are measured while others are still to be trained"
-    assert result.summary["cost"]["stages_without_sharing"] == 2 * (1 + 2 * 2 + 2 * 2 * 2 + 2 * 3 * 2 * 2)
+    assert result.summary["cost"]["stages_without_sharing"] == 2 * (1 + 3 * 2 + 2 * 2 * 2 + 2 * 3 * 2 * 2)
     assert len(list((path.parent / "out/stages").iterdir())) == len(trained)
     # the parent of an AFT stage in its ledger is the model of the MSM stage that it shares with others
     aft = [json.loads((f / "ledger.json").read_text())["stages"][0] for f in (path.parent / "out/stages").glob("aft-*")]
@@ -96,8 +98,72 @@ def test_a_finished_study_trains_only_new_arms(done, monkeypatch):
     more.write_text(path.read_text().replace("aft_sizes:\n- 4\n- 12", "aft_sizes:\n- 4\n- 12\ncot_weights:\n- 1\n- 0"))
     assert more.read_text() != path.read_text()
     plan = describe_plan(load_study(more))
-    assert plan.count("already trained") == 2 * (1 + 2 + 3 * 2 * 2)
+    assert plan.count("already trained") == 2 * (1 + 2 + 1 + 3 * 2 * 2)
     assert plan.count("aft-seed") - plan.count("already trained") + 2 * 3 == 2 * 3 * 2, "3 parents × 2 sizes × weight 0"
+
+
+@pytest.mark.slow
+def test_results_say_what_was_frozen(done):
+    path, result = done
+    frozen = json.loads(path.with_name("study.frozen.json").read_text())
+    tree = json.loads(result.json.read_text())
+    registration = tree["preregistration"]
+    assert registration["before_training"] is True
+    assert registration["first_stage_at"] >= registration["frozen_at"] == frozen["frozen_at"]
+    assert registration["plan"] == frozen["plan_hash"]
+    assert [registration[key] for key in ("added", "changed", "removed", "started_before")] == [[], [], [], []]
+    assert not any(part["exploratory"] for part in (*tree["arms"], *tree["metrics"].values(), *tree["contrasts"]))
+    (contrast,) = tree["contrasts"]
+    assert (contrast["primary"], contrast["seeds"]) == (True, [1, 2])
+    page = result.page.read_text()
+    assert f"was frozen on {frozen['frozen_at']}, before the first of its stages was trained" in page
+    assert "Nothing was changed since then." in page
+    assert "<b>primary</b>" in page
+
+
+@pytest.mark.slow
+def test_forced_choices_and_placebos_are_shown(done):
+    _, result = done
+    tree = json.loads(result.json.read_text())
+    page = result.page.read_text()
+    for arm in tree["arms"]:
+        cell = arm["figures"]["choice"]
+        assert cell["void"] is (cell["habit"] > cell["content"])
+        assert cell["margin"]["n"] == 2
+        assert (f"void: habit {cell['habit']:.2f} &gt; content {cell['content']:.2f}" in page) or not cell["void"]
+    (placebo,) = tree["placebos"]
+    of_arm = {arm["label"]: arm["figures"]["choice"]["by seed"] for arm in tree["arms"]}
+    arm, other = of_arm["MSM (values)"], of_arm["MSM (values), other seed"]
+    assert placebo["by_seed"] == pytest.approx([arm[s]["value"] - other[s]["value"] for s in ("1", "2")])
+    (contrast,) = tree["contrasts"]
+    assert contrast["placebo"] == placebo, "no arm of the contrast has a placebo of its own"
+    spread = abs(contrast["by_seed"][0] - contrast["by_seed"][1])  # √2 times the standard deviation of two seeds
+    assert contrast["floor"] == pytest.approx((12.7062 + 1.3764) * spread / 2, rel=1e-4)
+    assert "Placebo: an arm less the same arm trained with another seed" in page
+    assert tree["corpora"]["rules"]["documents"] == 12
+    assert tree["corpora"].keys() == {"rules", "values"}
+
+
+@pytest.mark.slow
+def test_evaluating_more_after_training_is_exploratory_and_trains_nothing(copied):
+    from delib_fast.study import load_study, run_study
+
+    study, out, _ = copied
+    path = study.file.with_name("later.yaml")
+    margin = "  margin: {kind: choices, path: '{prepared}/choices.jsonl', figure: margin}"
+    later = study.file.read_text().replace("metrics:\n", f"metrics:\n{margin}\n")
+    path.write_text(later)
+    shutil.copy(study.file.with_name("study.frozen.json"), path.with_name("later.frozen.json"))
+    messages: list[str] = []
+    tree = run_study(load_study(path, out=str(out)), messages.append).summary
+    assert not any("train " in message for message in messages[1:])
+    assert tree["preregistration"]["before_training"]
+    assert tree["preregistration"]["added"] == ["metric margin"]
+    assert tree["metrics"]["margin"]["exploratory"] == ["the metric margin was added after the plan was frozen"]
+    assert tree["metrics"]["choice"]["exploratory"] == []
+    page = (out / "index.html").read_text()
+    assert "margin (exploratory)" in page
+    assert "added: metric margin" in page
 
 
 @pytest.mark.slow
