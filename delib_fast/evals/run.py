@@ -20,6 +20,7 @@ from delib_fast.evals.settings import SAMPLED, EvalConfig
 from delib_fast.evals.target import EvalTarget
 from delib_fast.files import open_regular
 from delib_fast.models.generate import Sampling
+from delib_fast.models.pretrained import PYPI, is_converted
 
 _TEACHER_FORCED: dict[str, Callable[[EvalTarget], SuiteResult]] = {
     "segments": teacher_forced.segments_suite,
@@ -116,7 +117,7 @@ def evaluate(target: EvalTarget, log: Callable[[str], None] = lambda _: None) ->
             skipped[suite] = str(error)
             log(f"{suite}: skipped: {error}")
     evaluated = {
-        "model": str(target.model_folder),
+        "model": str(target.given if is_converted(str(target.given)) else target.model_folder),
         "sha256": target.sha256,
         "base": target.base_config[1] if target.base_config else None,
     }
@@ -125,12 +126,17 @@ def evaluate(target: EvalTarget, log: Callable[[str], None] = lambda _: None) ->
 
 
 def results_folder(target: EvalTarget) -> Path:
-    """The folder of the results: `out`, else evals/ in the run directory, else NAME-evals next to the model folder."""
+    """The folder of the results: `out`, else evals/ in the run directory, else NAME-evals next to the model.
+
+    The results of a model that is fetched (`pypi:NAME`) are in the working directory.
+    """
     if target.settings.out is not None:
         return Path(target.settings.out)
     if target.config is not None:
         return target.path / "evals"
-    return target.path.with_name(f"{target.path.resolve().name}-evals")
+    given = target.given
+    name = given.stem if is_converted(str(given)) else given.resolve().name
+    return given.with_name(f"{name.removeprefix(PYPI)}-evals")
 
 
 def _depends_on(suite: str, target: EvalTarget) -> Mapping[str, Any]:

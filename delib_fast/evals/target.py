@@ -19,7 +19,16 @@ from delib_fast.digests import hash_files, hash_weights
 from delib_fast.evals.metrics.segments import categories_of
 from delib_fast.evals.scoring import Scorer
 from delib_fast.evals.settings import EvalConfig
-from delib_fast.models import TrainableLM, adapter_settings, add_adapter, build_model, load_adapter, load_tokenizer
+from delib_fast.models import (
+    TrainableLM,
+    adapter_settings,
+    add_adapter,
+    build_model,
+    is_converted,
+    load_adapter,
+    load_tokenizer,
+    local_model,
+)
 from delib_fast.training.artifacts import refuse_changed_export
 from delib_fast.training.run_directory import read_ledger, read_run_config
 from delib_fast.training.sources import held_out_rows, source_of
@@ -30,8 +39,9 @@ class EvalTarget:
     """A model to evaluate. Weights and rows are loaded when they are first needed.
 
     Args:
-        path: a run directory (it has config.yaml and model/), a model folder, or a peft adapter folder. The base of
-            an adapter is `settings.base`, or else the one named in its adapter_config.json.
+        path: a run directory (it has config.yaml and model/), a model folder, a GGUF file or `pypi:NAME` (see
+            `local_model`), or a peft adapter folder. The base of an adapter is `settings.base`, or else the one named
+            in its adapter_config.json.
         settings: the evaluation; its rows and base replace those of a run.
     Raises:
         ConfigError: the path is none of these, or one of its files is missing.
@@ -41,6 +51,10 @@ class EvalTarget:
     settings: EvalConfig
 
     def __post_init__(self) -> None:
+        self.given = self.path
+        """The path as it was given: a converted model is in the cache folder."""
+        if is_converted(str(self.path)):
+            self.path = Path(local_model(str(self.path), key="the model"))
         if not self.path.is_dir():
             raise ConfigError(f"{self.path}: no such folder; give a run directory or a model folder")
         saved = self.path / "config.yaml"
@@ -86,8 +100,8 @@ class EvalTarget:
     @cached_property
     def base_files_key(self) -> str | None:
         """As `files_key`, of the base model; None if the base is not a folder."""
-        path = None if self.base_config is None else self.base_config[0].path
-        return _hash_all(Path(path)) if path is not None and Path(path).is_dir() else None
+        folder = None if self.base_config is None else _folder(self.base_config[0])
+        return None if folder is None else _hash_all(folder)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -135,8 +149,8 @@ class EvalTarget:
         if self.base_config is None:
             return None
         config = self.base_config[0]
-        if config.path is not None and Path(config.path).is_dir():
-            return hash_weights(_hashes(Path(config.path)))
+        if (folder := _folder(config)) is not None:
+            return hash_weights(_hashes(folder))
         return hashlib.sha256(f"{config.model_dump_json()} {self._seed}".encode()).hexdigest()
 
     @cached_property
@@ -151,9 +165,9 @@ class EvalTarget:
         return self.config.seed if self.config is not None else 0
 
     def _load(self, config: ModelConfig) -> TrainableLM:
-        for path in (config.path, self.path if self.adapter is not None else None):
-            if path is not None and Path(path).is_dir():
-                _hashes(Path(path))
+        for folder in (_folder(config), self.path if self.adapter is not None else None):
+            if folder is not None:
+                _hashes(folder)
         model = build_model(config, self.tokenizer, dtype=self.settings.precision, seed=self._seed)
         if self.adapter is not None:
             add_adapter(model, self.adapter[0], base=self.adapter[1], seed=self._seed)
@@ -203,6 +217,12 @@ class EvalTarget:
             assert self.config is not None
             self._sources[name] = source_of(self.config, name)
         return self._sources[name]
+
+
+def _folder(config: ModelConfig) -> Path | None:
+    """The folder of a model, converted if it is a GGUF file; None for a hub name and a new model."""
+    folder = None if config.path is None else Path(local_model(config.path))
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def _hashes(folder: Path) -> dict[str, str]:
