@@ -74,7 +74,7 @@ class EvalTarget:
     @cached_property
     def sha256(self) -> str:
         """The hash of the model's weights, as in a run's ledger. For an adapter, it covers the base's weights too."""
-        own = hash_weights(_hashes(self.model_folder))
+        own = hash_weights(checked_hashes(self.model_folder))
         return own if self.adapter is None else hashlib.sha256(f"{own} {self.base_key}".encode()).hexdigest()
 
     @cached_property
@@ -92,7 +92,7 @@ class EvalTarget:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of the model folder; for an adapter folder without a tokenizer, that of the base."""
-        _hashes(self.model_folder)  # before anything is read from it
+        checked_hashes(self.model_folder)  # before anything is read from it
         own = self.adapter is None or (self.model_folder / "tokenizer_config.json").exists()
         return load_tokenizer(str(self.model_folder) if own else self.model_path)
 
@@ -136,7 +136,7 @@ class EvalTarget:
             return None
         config = self.base_config[0]
         if config.path is not None and Path(config.path).is_dir():
-            return hash_weights(_hashes(Path(config.path)))
+            return hash_weights(checked_hashes(Path(config.path)))
         return hashlib.sha256(f"{config.model_dump_json()} {self._seed}".encode()).hexdigest()
 
     @cached_property
@@ -153,7 +153,7 @@ class EvalTarget:
     def _load(self, config: ModelConfig) -> TrainableLM:
         for path in (config.path, self.path if self.adapter is not None else None):
             if path is not None and Path(path).is_dir():
-                _hashes(Path(path))
+                checked_hashes(Path(path))
         model = build_model(config, self.tokenizer, dtype=self.settings.precision, seed=self._seed)
         if self.adapter is not None:
             add_adapter(model, self.adapter[0], base=self.adapter[1], seed=self._seed)
@@ -205,7 +205,7 @@ class EvalTarget:
         return self._sources[name]
 
 
-def _hashes(folder: Path) -> dict[str, str]:
+def checked_hashes(folder: Path) -> dict[str, str]:
     """The hash of each file of a model folder. Raises ConfigError if a run exported it and it was changed since."""
     try:
         files = hash_files(folder)
@@ -218,5 +218,5 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _hash_all(folder: Path) -> str:
-    listed = "".join(f"{name} {sha256}\n" for name, sha256 in sorted(_hashes(folder).items()))
+    listed = "".join(f"{name} {sha256}\n" for name, sha256 in sorted(checked_hashes(folder).items()))
     return hashlib.sha256(listed.encode()).hexdigest()
