@@ -73,6 +73,11 @@ def print_arms(summary: dict[str, Any]) -> None:
         out.print(table)
     for contrast in summary["contrasts"]:
         out.print(f"{contrast['title']}: {contrast['metric']} {estimate_text(contrast['estimate'])}")
+    for paired in summary.get("paired") or ():
+        out.print(
+            f"{paired['title']}, paired by row: {paired['metric']} {estimate_text(paired['estimate'])}, "
+            f"{paired['agreeing']} of {paired['rows']} rows have this sign"
+        )
 
 
 def _numbers(text: str) -> list[int]:

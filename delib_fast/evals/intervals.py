@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,14 @@ class Estimate:
 
     def __str__(self) -> str:
         return "no data" if math.isnan(self.value) else f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True, slots=True)
+class RowEstimate(Estimate):
+    """A figure that is a ratio of sums over rows, with the numbers of each row, so that two models can be paired."""
+
+    by_row: tuple[tuple[float, float], ...] = field(default=(), compare=False, repr=False)
+    """Numerator and denominator of each row, in the order of the rows."""
 
 
 def no_data(method: str) -> Estimate:
@@ -92,6 +100,7 @@ def ratio(
     With fewer than about 20 rows, the percentile bootstrap is too narrow; a single row has no interval (NaN).
     """
     top, bottom = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
+    by_row = tuple(zip(top.tolist(), bottom.tolist(), strict=True))
     used = bottom > 0
     top, bottom = top[used], bottom[used]
     if not len(top):
@@ -102,7 +111,7 @@ def ratio(
         return sums
 
     low, high = _percentile_bootstrap(statistic, len(top), confidence, resamples, seed, vectorized=True)
-    return Estimate(float(top.sum() / bottom.sum()), low, high, len(top), "bootstrap by row")
+    return RowEstimate(float(top.sum() / bottom.sum()), low, high, len(top), "bootstrap by row", by_row)
 
 
 def mean(values: ArrayLike, *, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ def evaluate(target: EvalTarget, log: Callable[[str], None] = lambda _: None) ->
                     _TEACHER_FORCED[suite](target) if suite in _TEACHER_FORCED else _GENERATIVE[suite](target, model)
                 )
                 seconds = time.perf_counter() - start
+                result = replace(result, rows_key=_rows_key(suite, depends_on))
                 store.save(result, key, depends_on, seconds)
                 log(f"{suite}: {seconds:.1f} s")
             else:
@@ -154,6 +156,15 @@ def _depends_on(suite: str, target: EvalTarget) -> Mapping[str, Any]:
     for name in _FILES_OF.get(suite, ()):
         depends[name] = _hash_file(target.settings, name)
     return depends
+
+
+_OF_THE_MODEL = ("model", "files", "base", "base_files", "system_prompt", "stages")
+
+
+def _rows_key(suite: str, depends_on: Mapping[str, Any]) -> str:
+    """Identifies the rows of a suite: a hash of all that its figures depend on, except for the model."""
+    facts = {name: value for name, value in depends_on.items() if name not in _OF_THE_MODEL}
+    return _hash(json.dumps([suite, facts], sort_keys=True, default=str).encode())
 
 
 def _hash_file(settings: EvalConfig, name: str) -> str | None:

@@ -88,7 +88,7 @@ class EvalTarget:
     @cached_property
     def sha256(self) -> str:
         """The hash of the model's weights, as in a run's ledger. For an adapter, it covers the base's weights too."""
-        own = hash_weights(_hashes(self.model_folder))
+        own = hash_weights(checked_hashes(self.model_folder))
         return own if self.adapter is None else hashlib.sha256(f"{own} {self.base_key}".encode()).hexdigest()
 
     @cached_property
@@ -106,7 +106,7 @@ class EvalTarget:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of the model folder; for an adapter folder without a tokenizer, that of the base."""
-        _hashes(self.model_folder)  # before anything is read from it
+        checked_hashes(self.model_folder)  # before anything is read from it
         own = self.adapter is None or (self.model_folder / "tokenizer_config.json").exists()
         return load_tokenizer(str(self.model_folder) if own else self.model_path)
 
@@ -150,7 +150,7 @@ class EvalTarget:
             return None
         config = self.base_config[0]
         if (folder := _folder(config)) is not None:
-            return hash_weights(_hashes(folder))
+            return hash_weights(checked_hashes(folder))
         return hashlib.sha256(f"{config.model_dump_json()} {self._seed}".encode()).hexdigest()
 
     @cached_property
@@ -167,7 +167,7 @@ class EvalTarget:
     def _load(self, config: ModelConfig) -> TrainableLM:
         for folder in (_folder(config), self.path if self.adapter is not None else None):
             if folder is not None:
-                _hashes(folder)
+                checked_hashes(folder)
         model = build_model(config, self.tokenizer, dtype=self.settings.precision, seed=self._seed)
         if self.adapter is not None:
             add_adapter(model, self.adapter[0], base=self.adapter[1], seed=self._seed)
@@ -225,7 +225,7 @@ def _folder(config: ModelConfig) -> Path | None:
     return folder if folder is not None and folder.is_dir() else None
 
 
-def _hashes(folder: Path) -> dict[str, str]:
+def checked_hashes(folder: Path) -> dict[str, str]:
     """The hash of each file of a model folder. Raises ConfigError if a run exported it and it was changed since."""
     try:
         files = hash_files(folder)
@@ -238,5 +238,5 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _hash_all(folder: Path) -> str:
-    listed = "".join(f"{name} {sha256}\n" for name, sha256 in sorted(_hashes(folder).items()))
+    listed = "".join(f"{name} {sha256}\n" for name, sha256 in sorted(checked_hashes(folder).items()))
     return hashlib.sha256(listed.encode()).hexdigest()

@@ -33,7 +33,11 @@ def write_page(summary: Tree, pictures: Sequence[Picture], out: Path, *, publish
         wide=True,
         overview=_overview(summary),
         pictures=pictures,
-        tables=[_arms_table(summary), *([_contrasts_table(summary)] if summary["contrasts"] else [])],
+        tables=[
+            _arms_table(summary),
+            *([_contrasts_table(summary)] if summary["contrasts"] else []),
+            *([_paired_table(summary)] if summary.get("paired") else []),
+        ],
         efficiency=_efficiency_tables(summary),
         published=found,
         published_tables=[] if found is None else _published_tables(found),
@@ -57,6 +61,9 @@ def markdown(summary: Tree) -> str:
         contrast_rows = [[*_contrast_names(c, metrics), estimate_text(c["estimate"]), _by_seed(c, " ")]
                          for c in summary["contrasts"]]  # fmt: skip
         text += "\n" + _markdown_table(_CONTRAST_COLUMNS, contrast_rows)
+    if summary.get("paired"):
+        paired = [[*row[:4], estimate_text(row[4]), row[5]] for row in _paired_rows(summary)]
+        text += "\n" + _markdown_table(_PAIRED_COLUMNS, paired)
     cost = summary["cost"]
     return (
         f"{text}\n{_count(len(summary['seeds']), 'seed')}. {_count(cost['stages'], 'stage')} "
@@ -101,6 +108,22 @@ def _contrasts_table(summary: Tree) -> HtmlTable:
         [*_contrast_names(c, summary["metrics"]), _html(c["estimate"]), _by_seed(c, ", ")] for c in summary["contrasts"]
     ]
     return HtmlTable(["difference", *_CONTRAST_COLUMNS[1:]], rows, "Differences, paired by seed", numeric={4})
+
+
+_PAIRED_COLUMNS = ["difference, paired by row", "a", "b", "metric", "a − b", "rows with this sign"]
+
+
+def _paired_rows(summary: Tree) -> list[list[Any]]:
+    return [
+        [*_contrast_names(p, summary["metrics"]), p["estimate"], f"{p['agreeing']} of {p['rows']}"]
+        for p in summary.get("paired") or ()
+    ]
+
+
+def _paired_table(summary: Tree) -> HtmlTable:
+    rows = [[*row[:4], _html(row[4]), row[5]] for row in _paired_rows(summary)]
+    title = "Differences, paired by row: intervals over rows, for the seeds that were trained"
+    return HtmlTable(["difference", *_PAIRED_COLUMNS[1:]], rows, title, numeric={4, 5})
 
 
 def _contrast_names(contrast: Tree, metrics: Tree) -> list[str]:

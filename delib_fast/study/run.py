@@ -33,6 +33,7 @@ from delib_fast.reports.eval_page import cell_text
 from delib_fast.reports.study_figures import draw_pictures
 from delib_fast.reports.study_page import write_page
 from delib_fast.study.measure import metric_key, read_measured
+from delib_fast.study.paired import paired_contrasts
 from delib_fast.study.plan import Arm, Node, Plan, fill_in, plan_study
 from delib_fast.study.pool import StudyError, Task, run_tasks, worker_environments
 from delib_fast.study.settings import ChoicesMetric, StudyConfig
@@ -88,11 +89,13 @@ def run_study(study: StudyConfig, log: Log = lambda _: None) -> StudyResult:
     if tasks:
         run_tasks(tasks, environments, on_done)
     costs.add_wall(time.perf_counter() - start, len(environments))
-    figures = {
-        arm_and_seed: {name: _estimate(_measured(file)) for name, file in files.items()}
+    measured = {
+        arm_and_seed: {name: _measured(file) for name, file in files.items()}
         for arm_and_seed, files in measures.items()
     }
+    figures = {key: {name: _estimate(tree) for name, tree in trees.items()} for key, trees in measured.items()}
     result = summarize(study, figures, plan.arms, costs.total(plan, log))
+    result["paired"] = paired_contrasts(study, measured, plan.arms)
     write_atomic(out / "study.json", json.dumps(to_json_data(result), indent=1, ensure_ascii=False) + "\n")
     pictures = draw_pictures(result, out)
     page = write_page(result, pictures, out, published=study.published)

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from delib_fast.config import ConfigError
+from delib_fast.config.dtypes import DTYPES
 from delib_fast.digests import DamagedError, hash_files, hash_weights, read_json
 from delib_fast.training.errors import TrainingError
-from delib_fast.training.export_check import ExportChecker, probe
+from delib_fast.training.export_check import ExportChecker, merge_note, probe
 from delib_fast.training.run_directory import TRAINED_ON, read_ledger
 
 if TYPE_CHECKING:
@@ -316,9 +317,13 @@ def export(run: RunContext, engine: Engine, index: int, inputs: StageInputs) -> 
                         f"{what}_folder": folder.relative_to(run.directory.path).as_posix(),
                         f"{what}_files": files,
                     }
+                    if what == "model":
+                        entry["model_dtype"] = export_precision(run.config)
                     if checker is not None:
                         checked = _check(run, checker, what, folder, exported, inputs)
                         entry.setdefault("export_check", {"rows": checker.rows})[what] = checked
+                        if note := merge_note(name, entry["export_check"], export_precision(run.config)):
+                            run.console.print(note)
         except (OSError, SafetensorError, ConfigError) as error:
             fault = (
                 f"the export of stage {name!r} cannot be written: {error}. Free some space and run the same command "
@@ -335,6 +340,11 @@ def export(run: RunContext, engine: Engine, index: int, inputs: StageInputs) -> 
     return recorded
 
 
+def export_precision(config: Config) -> str:
+    """The precision of exported models: "fp32", "bf16" or "fp16"."""
+    return "fp32" if config.export.dtype == "fp32" else config.engine.precision
+
+
 def _write(
     run: RunContext,
     module: Any,
@@ -348,16 +358,20 @@ def _write(
 
     config = run.config
     tokenizer, lora = run.dataset.tokenizer, config.model.lora
+    precision = export_precision(config)
     if lora is None:
-        export_model(module, tokenizer, folder, state_dict=weights)
-        return module.model, weights
+        same = precision == config.engine.precision
+        model = module.model if same else skeleton_without_adapter(module.model, DTYPES[precision])
+        export_model(model, tokenizer, folder, state_dict=weights)
+        return model, weights
     weights = {name.removeprefix(_PREFIX): weight for name, weight in weights.items()}
     if what == "adapter":
         export_adapter(module.model, folder, weights)
         return module.model, weights
     if lora.quantize != "none":  # merge into the exact weights, not into the 4-bit ones
-        weights |= build_model(_source(config, inputs), tokenizer, dtype=config.engine.precision).state_dict()
-    skeleton, merged = skeleton_without_adapter(module.model), merged_weights(module.model, weights)
+        weights |= build_model(_source(config, inputs), tokenizer, dtype=precision).state_dict()
+    dtype = DTYPES[precision]
+    skeleton, merged = skeleton_without_adapter(module.model, dtype), merged_weights(module.model, weights, dtype)
     export_model(skeleton, tokenizer, folder, state_dict=merged)
     return skeleton, merged
 

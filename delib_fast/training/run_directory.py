@@ -4,6 +4,7 @@ run_dir/
     config.yaml      the resolved configuration, secrets redacted
     ledger.json      for each stage: parent, data, steps, tokens, wall time, hashes of its export; and the evaluations
     metrics.jsonl    one record per logged step; see `training.metrics_file`
+    held_out.jsonl   the held-out losses of each row, at each evaluation; see `training.held_out`
     tokenizer/       the tokenizer, if the run trains one
     checkpoints/STAGE/step-N/
     stages/STAGE/    the export of each stage except the last: model/, and with LoRA adapter/
@@ -187,10 +188,17 @@ class RunDirectory:
         """The recorded held-out figures of a moment ("start", "after msm"), if there are any."""
         return next((e["segments"] for e in self.ledger["evaluations"] if e["moment"] == moment), None)
 
-    def record_evaluation(self, moment: str, segments: Mapping[str, Any]) -> None:
-        """Write the held-out figures of a moment to the ledger."""
+    def record_evaluation(
+        self, moment: str, segments: Mapping[str, Any], opening: Mapping[str, float] | None = None
+    ) -> None:
+        """Write the held-out figures of a moment to the ledger.
+
+        Args:
+            opening: `log_p` of the opening of the think block, and the number of `rows`.
+        """
         rest = [e for e in self.ledger["evaluations"] if e["moment"] != moment]
-        self.ledger["evaluations"] = [*rest, {"moment": moment, "segments": dict(segments)}]
+        found = {"moment": moment, "segments": dict(segments)}
+        self.ledger["evaluations"] = [*rest, found if opening is None else {**found, "opens_cot": dict(opening)}]
         self._write_ledger()
 
     def _write_ledger(self) -> None:
