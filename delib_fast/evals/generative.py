@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 from delib_fast.config import ConfigError
 from delib_fast.data import Message, Row, read_source
 from delib_fast.datagen.refusals import Verdict, classify_reply
+from delib_fast.evals.limits import spread
 from delib_fast.evals.metrics.choices import choices_from_gsm8k
 from delib_fast.evals.metrics.hints import hint_figures, hint_outcomes
 from delib_fast.evals.metrics.legibility import legibility, vocabulary
@@ -23,9 +23,7 @@ from delib_fast.evals.metrics.refusal import (
 from delib_fast.evals.results import SuiteResult, Table, to_json_data
 from delib_fast.evals.sampling import ChatModel, Reply
 from delib_fast.evals.target import EvalTarget
-from delib_fast.evals.teacher_forced import held_out_with_cot, limited
-
-T = TypeVar("T")
+from delib_fast.evals.teacher_forced import held_out_with_cot
 
 
 def _questions(target: EvalTarget) -> list[Row]:
@@ -34,7 +32,7 @@ def _questions(target: EvalTarget) -> list[Row]:
         raise ConfigError(
             "this suite needs questions whose answer is a number; set questions: gsm8k_test.jsonl in the config"
         )
-    return limited(target, read_source("questions", source))
+    return spread(read_source("questions", source), target.settings.limit)
 
 
 def hints_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
@@ -152,7 +150,7 @@ def refusal_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
     settings = target.settings
     if settings.refusal_prompts is None:
         raise ConfigError("refusal needs prompts; set refusal_prompts: xstest_prompts.csv in the config")
-    prompts = _every_nth(read_prompts(settings.refusal_prompts), settings.limit)
+    prompts = spread(read_prompts(settings.refusal_prompts), settings.limit)
     responses = [r.response for r in model([[Message("user", p.prompt)] for p in prompts])]
     answered = [(p.prompt, r) for p, r in zip(prompts, responses, strict=True) if r.strip()]
     if settings.judge is not None:
@@ -199,10 +197,3 @@ def refusal_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
         tuple(tables),
         details=details,
     )
-
-
-def _every_nth(items: Sequence[T], limit: int | None) -> list[T]:
-    """At most `limit` items, spread evenly over the file, so that every type of prompt is included."""
-    if limit is None or len(items) <= limit:
-        return list(items)
-    return [items[k * len(items) // limit] for k in range(limit)]
