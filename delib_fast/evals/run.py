@@ -90,7 +90,7 @@ def evaluate(target: EvalTarget, log: Callable[[str], None] = lambda _: None) ->
     """
     import_extra("scipy")  # every suite needs it: fail before a model is loaded
     settings = target.settings
-    store = ResultStore(results_folder(target))
+    store = ResultStore(target.results_folder)
     model = _LazySampler(target, store)
     results, skipped = [], {}
     for suite in settings.requested_suites:
@@ -122,15 +122,6 @@ def evaluate(target: EvalTarget, log: Callable[[str], None] = lambda _: None) ->
     }
     store.write_report({**evaluated, "left_out": skipped}, results)
     return Evaluation(evaluated, tuple(results), skipped, store.folder)
-
-
-def results_folder(target: EvalTarget) -> Path:
-    """The folder of the results: `out`, else evals/ in the run directory, else NAME-evals next to the model folder."""
-    if target.settings.out is not None:
-        return Path(target.settings.out)
-    if target.config is not None:
-        return target.path / "evals"
-    return target.path.with_name(f"{target.path.resolve().name}-evals")
 
 
 def _depends_on(suite: str, target: EvalTarget) -> Mapping[str, Any]:

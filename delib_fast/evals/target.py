@@ -71,6 +71,15 @@ class EvalTarget:
             return "cuda" if torch.cuda.is_available() else "cpu"
         return self.settings.device
 
+    @property
+    def results_folder(self) -> Path:
+        """Of the evaluation: `out`, else evals/ in the run directory, else NAME-evals next to the model folder."""
+        if self.settings.out is not None:
+            return Path(self.settings.out)
+        if self.config is not None:
+            return self.path / "evals"
+        return self.path.with_name(f"{self.path.resolve().name}-evals")
+
     @cached_property
     def sha256(self) -> str:
         """The hash of the model's weights, as in a run's ledger. For an adapter, it covers the base's weights too."""
