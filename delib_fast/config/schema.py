@@ -331,8 +331,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _names_exist(self) -> Config:
         named = [
-            (f"stages.{i}.{field}", name)
-            for i, stage in enumerate(self.stages)
+            (f"stages.{stage.name}.{field}", name)
+            for stage in self.stages
             for field in ("train", "eval")
             for name in getattr(stage, field)
         ]
@@ -360,12 +360,12 @@ class Config(Section):
         for i, stage in enumerate(self.stages):
             if stage.optimizer.name == "muon" and lora is not None:
                 raise ValueError(
-                    f"stages.{i}.optimizer.name: muon cannot be used: it orthogonalizes whole matrices, and model.lora "
+                    f"stages.{stage.name}.optimizer.name: muon cannot be used: it orthogonalizes whole matrices, and model.lora "
                     "trains low-rank factors; set adamw"
                 )
             if stage.adapter == "merge" and (i == 0 or lora is None):
                 why = "it is the first stage" if i == 0 else "model.lora is not set"
-                raise ValueError(f"stages.{i}.adapter: there is nothing to merge ({why}); remove the key")
+                raise ValueError(f"stages.{stage.name}.adapter: there is nothing to merge ({why}); remove the key")
         if self.model.architecture is not None and self.tokenizer.path is None and self.tokenizer.train is None:
             raise ValueError("a new model (model.architecture) needs tokenizer.path or tokenizer.train")
         return self

@@ -14,7 +14,7 @@ from typing import Any
 from delib_fast.digests import DamagedError, read_json, write_json
 from delib_fast.evals.intervals import Estimate, RowEstimate
 
-FORMAT = 2
+FORMAT = 3
 """Increased when the meaning of a suite's figures changes: older results are then recomputed."""
 Cell = Estimate | str | int | float | None
 

@@ -21,7 +21,7 @@ from delib_fast.evals.settings import SAMPLED, EvalConfig
 from delib_fast.evals.target import EvalTarget
 from delib_fast.files import open_regular
 from delib_fast.models.generate import Sampling
-from delib_fast.models.pretrained import PYPI, is_converted
+from delib_fast.models.pretrained import is_converted
 
 _TEACHER_FORCED: dict[str, Callable[[EvalTarget], SuiteResult]] = {
     "segments": teacher_forced.segments_suite,
@@ -92,7 +92,7 @@ def evaluate(target: EvalTarget, log: Callable[[str], None] = lambda _: None) ->
     """
     import_extra("scipy")  # every suite needs it: fail before a model is loaded
     settings = target.settings
-    store = ResultStore(results_folder(target))
+    store = ResultStore(target.results_folder)
     model = _LazySampler(target, store)
     results, skipped = [], {}
     for suite in settings.requested_suites:
@@ -125,20 +125,6 @@ def evaluate(target: EvalTarget, log: Callable[[str], None] = lambda _: None) ->
     }
     store.write_report({**evaluated, "left_out": skipped}, results)
     return Evaluation(evaluated, tuple(results), skipped, store.folder)
-
-
-def results_folder(target: EvalTarget) -> Path:
-    """The folder of the results: `out`, else evals/ in the run directory, else NAME-evals next to the model.
-
-    The results of a model that is fetched (`pypi:NAME`) are in the working directory.
-    """
-    if target.settings.out is not None:
-        return Path(target.settings.out)
-    if target.config is not None:
-        return target.path / "evals"
-    given = target.given
-    name = given.stem if is_converted(str(given)) else given.resolve().name
-    return given.with_name(f"{name.removeprefix(PYPI)}-evals")
 
 
 def _depends_on(suite: str, target: EvalTarget) -> Mapping[str, Any]:

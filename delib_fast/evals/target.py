@@ -29,6 +29,7 @@ from delib_fast.models import (
     load_tokenizer,
     local_model,
 )
+from delib_fast.models.pretrained import PYPI
 from delib_fast.training.artifacts import refuse_changed_export
 from delib_fast.training.run_directory import read_ledger, read_run_config
 from delib_fast.training.sources import held_out_rows, source_of
@@ -84,6 +85,19 @@ class EvalTarget:
         if self.settings.device == "auto":
             return "cuda" if torch.cuda.is_available() else "cpu"
         return self.settings.device
+
+    @property
+    def results_folder(self) -> Path:
+        """Of the evaluation: `out`, else evals/ in the run directory, else NAME-evals next to the model.
+
+        The results of a model that is fetched (`pypi:NAME`) are in the working directory.
+        """
+        if self.settings.out is not None:
+            return Path(self.settings.out)
+        if self.config is not None:
+            return self.path / "evals"
+        name = self.given.stem if is_converted(str(self.given)) else self.given.resolve().name
+        return self.given.with_name(f"{name.removeprefix(PYPI)}-evals")
 
     @cached_property
     def sha256(self) -> str:

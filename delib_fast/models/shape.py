@@ -41,6 +41,8 @@ class ModelShape:
     """Parameters of the matrices that the adapter applies to."""
     no_shared_prompts: str | None = None
     """Why replies to one prompt cannot share it in a pack, or None if they can."""
+    positions: int | None = None
+    """Maximum length of an example that the model is made for, in tokens; None if its config does not say."""
 
     @property
     def attention_width(self) -> int:
@@ -96,6 +98,7 @@ def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) 
         adapter_parameters=adapter,
         adapted_parameters=adapted,
         no_shared_prompts=why_not_share_prompts(hf_config, config.attention),
+        positions=getattr(text, "max_position_embeddings", None),
     )
 
 

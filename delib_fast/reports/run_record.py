@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from delib_fast.config import ConfigError
-from delib_fast.config.load import flatten
+from delib_fast.config.load import flatten, named_key
 from delib_fast.digests import read_json_lines
 from delib_fast.training.held_out import read_rows
 from delib_fast.training.run_directory import read_ledger, read_run_config
@@ -102,7 +102,7 @@ def differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[Any]]]:
     flat = [flatten(run.config) for run in runs]
     keys = list(dict.fromkeys(key for tree in flat for key in tree))
     return [
-        (key, [tree.get(key) for tree in flat])
+        (named_key(key.split("."), runs[0].config), [tree.get(key) for tree in flat])
         for key in keys
         if key != "run_dir" and any(tree.get(key) != flat[0].get(key) for tree in flat)
     ]

@@ -69,7 +69,7 @@ def markdown(summary: Tree) -> str:
         f"{text}\n{_count(len(summary['seeds']), 'seed')}. {_count(cost['stages'], 'stage')} "
         f"({cost['stages_without_sharing']} without sharing), {_duration(cost['cpu_s'])} of processor time, "
         f"{_duration(cost['wall_s'])} with {_count(cost['workers'], 'worker')} on "
-        f"{_count(cost['cores'], 'core')}.\n"
+        f"{_count(cost['cores'], 'core')}.\n" + "".join(f"\n{note}\n" for note in summary.get("notes", ()))
     )
 
 
@@ -195,6 +195,10 @@ def _cited(figure: PublishedFigure) -> Markup:
 
 
 def _note(summary: Tree) -> str:
+    return " ".join((_seeds_note(summary), *summary.get("notes", ())))
+
+
+def _seeds_note(summary: Tree) -> str:
     if len(summary["seeds"]) == 1:
         return "There is one seed: the intervals reflect which items were drawn, and not what another seed would give."
     return (

@@ -24,7 +24,7 @@ from delib_fast.evals.settings import load_eval_config
 from delib_fast.evals.target import EvalTarget
 from delib_fast.study.settings import ChoicesMetric, SuiteMetric
 
-FORMAT = 2
+FORMAT = 3
 """Increased when the meaning of a figure changes; older figures are then recomputed."""
 
 

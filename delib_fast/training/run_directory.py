@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 
 from delib_fast.config import Config, ConfigError
-from delib_fast.config.load import dump_config, flatten, is_same_value, parse_config, plain_config
+from delib_fast.config.load import dump_config, flatten, is_same_value, named_key, parse_config, plain_config
 from delib_fast.digests import DamagedError, read_json, write_json
 from delib_fast.files import FileLock, open_regular, read_text, remove_temporary_files, remove_tree, write_atomic
 from delib_fast.training.metrics_file import MetricsFile, Promise
@@ -283,13 +283,16 @@ def config_differences(saved: Mapping[str, Any], config: Config) -> list[str]:
     """
     with contextlib.suppress(ConfigError):  # adds the defaults of keys that did not exist when it was written
         saved = plain_config(parse_config(saved))
-    theirs, ours = flatten(saved), flatten(plain_config(config))
+    here = plain_config(config)
+    theirs, ours = flatten(saved), flatten(here)
     differ = [
         key
         for key in sorted(theirs.keys() | ours.keys())
         if not is_same_value(key, theirs.get(key), ours.get(key)) and not key.startswith(_MAY_CHANGE)
     ]
-    lines = [f"  {key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differ[:8]]
+    lines = [
+        f"  {named_key(key.split('.'), here)}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differ[:8]
+    ]
     return lines + ([f"  and {len(differ) - 8} more"] if len(differ) > 8 else [])
 
 

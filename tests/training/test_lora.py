@@ -318,10 +318,10 @@ def test_refuses_another_adapter(paper, change, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["stages.msm.adapter=merge"], "stages.0.adapter: there is nothing to merge (it is the first stage)"),
+        (["stages.msm.adapter=merge"], "stages.msm.adapter: there is nothing to merge (it is the first stage)"),
         (
             ["model.lora=null", "stages.aft.adapter=merge"],
-            "stages.1.adapter: there is nothing to merge (model.lora is",
+            "stages.aft.adapter: there is nothing to merge (model.lora is",
         ),
         (["model.lora.quantize=nf4", "engine.zero_stage=3"], "ZeRO 3 cannot shard 4-bit weights"),
         (
