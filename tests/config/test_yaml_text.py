@@ -39,7 +39,10 @@ from delib_fast.config.yaml_text import dump_yaml
         ("stages.0.epochs=2026-11-30", "stages.msm.epochs: input should be a valid integer"),
         (f"seed={'9' * 5000}", "999999999999… is not an integer, or has too many digits"),
         (f"stages.0.epochs={1 << 63}", "stages.msm.epochs: the number is too large; it must fit in 64 bits"),
-        ("stages.0.epochs=1e20", "stages.msm.epochs: unable to parse input string as an integer, exceeded maximum size"),
+        (
+            "stages.0.epochs=1e20",
+            "stages.msm.epochs: unable to parse input string as an integer, exceeded maximum size",
+        ),
         (f"stages.0.epochs='{1 << 70}'", "stages.msm.epochs: the number is too large"),
         (f"stages.0.optimizer.lr={10**400}", "stages.msm.optimizer.lr: the number is too large"),
         ("stages.0.epochs=2.5", "stages.msm.epochs: input should be a valid integer"),

@@ -62,7 +62,7 @@ def test_the_measured_error_is_that_of_the_test_half():
     assert counts(of_star1) == (24, 26, 8, 26)
     of_smollm2 = [(r["response"], r["label"]) for r in half("refusal_replies.jsonl", "test")]
     found, refusals, false_alarms, others = counts([*of_star1, *of_smollm2])
-    assert MEASURED == MeasuredError(refusals, found, others, false_alarms, MEASURED.on)
+    assert MeasuredError(refusals, found, others, false_alarms, MEASURED.on) == MEASURED
     assert MEASURED.text().startswith(
         "The classifier finds 36 of 41 refusals, and 36 of 44 replies that it reports are refusals ("
     )

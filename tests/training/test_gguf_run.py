@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from delib_fast.config.load import load_config
 from delib_fast.digests import read_json
-from delib_fast.evals.run import results_folder
 from delib_fast.evals.settings import load_eval_config
 from delib_fast.evals.target import EvalTarget
 from delib_fast.models import local_model
@@ -73,7 +72,7 @@ def test_a_run_on_a_gguf_file_resumes_without_the_cache(tmp_path, gguf_run):
     assert target.base_key == msm["parent"]["sha256"]
     target = EvalTarget(tmp_path / "small.gguf", load_eval_config(None, model="small.gguf"))
     assert (str(target.model_folder), target.sha256) == (folder, msm["parent"]["sha256"])
-    assert results_folder(target) == tmp_path / "small-evals"
+    assert target.results_folder == tmp_path / "small-evals"
 
 
 def test_a_file_that_changed_between_the_stages_is_refused(tmp_path, gguf_run, capsys):
