@@ -26,7 +26,7 @@ quickstart: setup ## train a small model on the example data: MSM, then AFT with
 	$(BIN)/deepspeed --num_accelerators $(RANKS) delib_fast/train.py --config examples/quickstart.yaml
 
 test: setup     ## run all tests
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations 20
 
 test-fast: setup ## run the tests that are not marked slow
 	$(BIN)/python -m pytest -q -m "not slow"

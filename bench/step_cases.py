@@ -15,8 +15,9 @@ from delib_fast.config import Config, LoraConfig, ModelConfig, SourceConfig
 from delib_fast.config.load import parse_config
 from delib_fast.data import PackedDataLoader, TokenizedDataset, encode_rows, encoding_options, read_source
 from delib_fast.data.pack.weights import loss_normalizer, segment_weights
-from delib_fast.engine import Ranks, native_precision
+from delib_fast.engine import Ranks
 from delib_fast.models import add_adapter, build_model, train_tokenizer
+from delib_fast.models.precision import native_precision
 from delib_fast.models.recompute import enable_activation_checkpointing
 
 ROOT = Path(__file__).parent.parent

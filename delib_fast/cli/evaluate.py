@@ -40,7 +40,7 @@ def eval_command(
         typer.Option("--out", metavar="FOLDER", help="folder of the results (default: RUN/evals or MODEL-evals)"),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", metavar="N", help="maximum number of rows per suite (default: 200)")
+        int | None, typer.Option("--limit", metavar="N", help="maximum number of rows per source (default: 200)")
     ] = None,
 ) -> None:
     """Evaluate a model and write JSON, tables and an HTML page. The same command resumes an interrupted evaluation."""

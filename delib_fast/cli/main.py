@@ -23,6 +23,7 @@ _LAZY_COMMANDS = {
     "document": ("delib_fast.cli.datagen", "Generate midtraining documents about a spec, up to a token budget."),
     "data-report": ("delib_fast.cli.datagen", "Report on the quality of generated data, as HTML and JSON."),
     "report": ("delib_fast.cli.preview", "Write a page about one or several runs: losses, throughput, memory, ledger."),
+    "sample": ("delib_fast.cli.sample", "Show replies of the base model and of the model after each stage."),
     "eval": ("delib_fast.cli.evaluate", "Evaluate a model; writes JSON, tables and an HTML page."),
     "study": ("delib_fast.cli.study", "Train the arms of a study and compare them."),
 }

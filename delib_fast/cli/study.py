@@ -85,6 +85,11 @@ def print_arms(summary: dict[str, Any]) -> None:
             f"{contrast['title']}: {contrast['metric']} {value}{verdict_text(contrast)}; "
             f"floor {floor_text(contrast)}; placebo {_placebo(contrast)}{note}"
         )
+    for paired in summary.get("paired") or ():
+        out.print(
+            f"{paired['title']}, paired by row: {paired['metric']} {estimate_text(paired['estimate'])}, "
+            f"{paired['agreeing']} of {paired['rows']} rows have this sign"
+        )
     for line in registration_lines(summary["preregistration"]):
         out.print(line)
 

@@ -92,7 +92,7 @@ def load(
     for override in overrides:
         key, equals, raw = override.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"--set {override}: write it as key.sub=value, e.g. --set stages.0.epochs=2")
+            raise ConfigError(f"--set {override}: write it as key.sub=value, e.g. --set stages.aft.epochs=2")
         value = read_yaml(raw, where=f"--set {key}")
         register_secrets({key.rpartition(".")[2].strip(): value})  # before any message shows it
         _put(tree, key.strip(), value, f"--set {override}")
@@ -110,7 +110,7 @@ def parse(kind: type[S], tree: Mapping[str, Any], *, where: str) -> S:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        lines = [f"{where}: {_explain(kind, details)}" for details in error.errors()]
+        lines = [f"{where}: {_explain(kind, details, tree)}" for details in error.errors()]
         raise ConfigError("\n".join(lines)) from None
 
 
@@ -202,7 +202,7 @@ def _put(tree: dict[str, Any], key: str, value: Any, where: str) -> None:
 
 def _index(items: list[Any], part: str, key: str, where: str) -> int:
     """The index of a list item that a dotted key gives by its name, its kind or its number."""
-    names = [item.get("name", item.get("kind")) if isinstance(item, dict) else None for item in items]
+    names = _names(items)
     if part in names:
         return names.index(part)
     if part.isdigit() and int(part) < len(items):
@@ -211,13 +211,41 @@ def _index(items: list[Any], part: str, key: str, where: str) -> int:
     raise ConfigError(f"{where}: {key} does not exist; the list has {known}")
 
 
+def _names(items: Sequence[Any]) -> list[Any]:
+    """The name, or else the kind, of each item of a list; None for an item without either."""
+    return [item.get("name") or item.get("kind") if isinstance(item, Mapping) else None for item in items]
+
+
+def named_key(key: Sequence[str | int], tree: Any) -> str:
+    """A dotted key with the names of list items instead of their positions, as `--set` accepts them.
+
+        ["stages", 1, "optimizer", "lr"]  →  stages.aft.optimizer.lr
+
+    Args:
+        key: the parts of the key; positions may be numbers or digits.
+        tree: the mapping that has the key. An item keeps its position if its name is missing or not unique.
+    """
+    shown: list[str] = []
+    for part in key:
+        name: Any = part
+        if isinstance(tree, list) and str(part).isdigit() and int(part) < len(tree):
+            names = _names(tree)
+            own = names[int(part)]
+            name = own if isinstance(own, str) and names.count(own) == 1 else part
+            tree = tree[int(part)]
+        else:
+            tree = tree.get(part) if isinstance(tree, Mapping) else None
+        shown.append(str(name))
+    return ".".join(shown)
+
+
 # --- explaining ---------------------------------------------------------------------------------------------
 
 
-def _explain(root: type[Section], details: Any) -> str:
+def _explain(root: type[Section], details: Any, tree: Any) -> str:
     """One line for a pydantic error: its location as a dotted key, and what is wrong there."""
     location, options = _locate(root, details["loc"])
-    at = ".".join(map(str, location)) + ": " if location else ""  # "" for the whole file
+    at = named_key(location, tree) + ": " if location else ""  # "" for the whole file
     if details["type"] == "extra_forbidden":
         _, parents = _locate(root, details["loc"][:-1])
         section = next(iter(_sections(parents)), None)
@@ -232,7 +260,7 @@ def _explain(root: type[Section], details: Any) -> str:
     if details["type"] == "union_tag_not_found":
         return f"{at}needs " + " or ".join(f"kind: {tag}" for tag in _tags(options))
     if details["type"] == "odd_number":
-        return f"{'.'.join(map(str, [*location, details['ctx']['key']]))}: {details['msg']}"
+        return f"{named_key([*location, details['ctx']['key']], tree)}: {details['msg']}"
     if details["type"] == "value_error":
         return f"{at}{str(details['msg']).removeprefix('Value error, ')}"
     given = "" if isinstance(details["input"], dict | list) else f", not {details['input']!r}"

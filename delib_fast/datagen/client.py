@@ -195,6 +195,9 @@ class Endpoint:
     ) -> tuple[T, list[str]]:
         """Ask until `parse` accepts an answer. After each MalformedAnswer, ask for another sample.
 
+        At temperature 0, another sample would be the same answer: the request then also contains the answer that could
+        not be read, and why.
+
         Returns:
             The parsed answer, and the ids of all requests that were needed.
         Raises:
@@ -202,13 +205,16 @@ class Endpoint:
         """
         request_ids: list[str] = []
         fault: Exception | None = None
+        sent = chat
         for attempt in range(attempts):
-            answer = await self.ask(chat, purpose=purpose, sample=first_sample + attempt)
+            answer = await self.ask(sent, purpose=purpose, sample=first_sample + attempt)
             request_ids.append(answer.request_id)
             try:
                 return parse(answer), request_ids
             except MalformedAnswer as error:
                 fault = error
+                if self.settings.temperature == 0:
+                    sent = (*chat, *_correction(answer, error))
         raise NoAnswer(f"malformed_{purpose}", f"{purpose}: {fault}")
 
     async def close(self) -> None:
@@ -344,6 +350,15 @@ class Endpoint:
         except WriteError as error:
             self._client.stop.set(error)
             raise RequestsStopped from None
+
+
+def _correction(answer: Answer, fault: MalformedAnswer) -> Chat:
+    """The turns that request an answer again which could not be read."""
+    text = f"Your answer cannot be used: {fault}. Answer the request again, in the form that it asks for."
+    return (
+        {"role": "assistant", "content": answer.text.strip() or "(no answer)"},
+        {"role": "user", "content": text},
+    )
 
 
 def _backend_of(settings: EndpointSettings, log: RequestLog | None, meter: Meter) -> Backend:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from delib_fast.data.decontamination import words_of
+from delib_fast.data.read.cot_tags import TAGS
 from delib_fast.datagen.answers import DAMAGED, Answer
 from delib_fast.datagen.citations import Label, cited, mentions_spec
 from delib_fast.datagen.parsing import COT_TAG, RESPONSE_TAG, Deliberation
@@ -14,6 +15,7 @@ from delib_fast.datagen.settings import DeliberateSettings
 _SCAFFOLDING = re.compile(
     rf"</?(?:{COT_TAG}|{RESPONSE_TAG}|think|thinking|reasoning|answer|scratchpad|conversation|cot|response)"
     r"(?: [0-9a-f]{8})?>"
+    rf"|{'|'.join(re.escape(tag) for pair in TAGS for tag in pair)}"
     r"|<\|[^|<>\n]{1,40}\|>|<[｜|][^<>\n]{1,40}[｜|]>|\[/?INST\]|</?s>|\{\{|\}\}|\{(?:model_name|provider_name)\}",
     re.IGNORECASE,
 )

@@ -29,7 +29,6 @@ class TransformersBackend:
         from delib_fast.models import build_model, load_tokenizer  # imports transformers, which takes seconds
 
         self._tokenizer: Any = load_tokenizer(settings.model)
-        self._tokenizer.padding_side = "left"  # apply_chat_template ignores it as an argument
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if self._device == "cuda" else torch.float32
         model: Any = build_model(ModelConfig(path=settings.model), self._tokenizer, dtype=dtype)
@@ -73,51 +72,38 @@ class TransformersBackend:
                     if not done.done():
                         done.set_exception(fault)
 
-    @torch.inference_mode()
     def _generate(self, requests: list[Request]) -> list[Answer]:
+        from delib_fast.models.generate import Sampling, generate_ids
+
         params, tokenizer = requests[0].params, self._tokenizer  # the requests of an endpoint have equal parameters
-        inputs = tokenizer.apply_chat_template(
-            [list(request.messages) for request in requests],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-            padding=True,
-        ).to(self._device)
-        length, limit = inputs["input_ids"].shape[1], params[self._limit_name]
-        sampling = {
-            "do_sample": True,
-            "temperature": params["temperature"],
-            "top_p": params.get("top_p", 1.0),
-            "top_k": 0,
-        }
-        with torch.random.fork_rng(devices=[0] if self._device == "cuda" else []):
-            torch.manual_seed(int(requests[0].id[:12], 16))
-            generated = self._model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                max_new_tokens=limit,
-                use_cache=True,
-                pad_token_id=tokenizer.pad_token_id,
-                **(sampling if params["temperature"] > 0 else {"do_sample": False}),
-            )
+        prompts = tokenizer.apply_chat_template(
+            [list(request.messages) for request in requests], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        sampling = Sampling(
+            max_new_tokens=params[self._limit_name],
+            temperature=params["temperature"],
+            top_p=params.get("top_p", 1.0),
+            seed=int(requests[0].id[:12], 16),
+            batch_size=len(requests),
+        )
         stop_ids = self._stop_ids()
-        return [
-            self._answer(row[length:].tolist(), stop_ids, int(mask.sum()), limit)
-            for row, mask in zip(generated, inputs["attention_mask"], strict=True)
-        ]
+        replies = generate_ids(
+            self._model, prompts, sampling, end_ids=sorted(stop_ids), pad_id=tokenizer.pad_token_id or 0
+        )
+        return [self._answer(ids, stop_ids, len(prompt)) for ids, prompt in zip(replies, prompts, strict=True)]
 
     def _stop_ids(self) -> set[int]:
         eos = self._model.generation_config.eos_token_id
         return {self._tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
 
-    def _answer(self, ids: list[int], stop_ids: set[int], prompt_tokens: int, limit: int) -> Answer:
-        stop = next((i for i, token in enumerate(ids) if token in stop_ids), None)
-        # Special tokens are kept because <think> may be one; those that end the chat come after `stop`.
-        text = self._tokenizer.decode(ids[:stop], skip_special_tokens=False)
+    def _answer(self, ids: list[int], stop_ids: set[int], prompt_tokens: int) -> Answer:
+        stopped = bool(ids) and ids[-1] in stop_ids
+        # Special tokens are kept because <think> may be one; the token that ended the reply is not part of it.
+        text = self._tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False)
         return Answer(
             text=text,
-            finish="length" if stop is None and len(ids) >= limit else "stop",
+            finish="stop" if stopped else "length",
             prompt_tokens=prompt_tokens,
-            completion_tokens=len(ids) if stop is None else stop + 1,
+            completion_tokens=len(ids),
             served_by="in process",
         )

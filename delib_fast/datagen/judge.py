@@ -8,9 +8,11 @@ A row is rated k times on each axis, with the spec in the context:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from delib_fast.datagen.answers import Answer, clean_text
@@ -20,6 +22,7 @@ from delib_fast.datagen.endpoints import EndpointBackend
 from delib_fast.datagen.parsing import MalformedAnswer, parse_scores
 from delib_fast.datagen.progress import Meter
 from delib_fast.datagen.prompt_files import quoted
+from delib_fast.datagen.request_log import RequestLog, WriteError, lock_folder
 from delib_fast.datagen.session import Session
 from delib_fast.datagen.settings import AXES, Axis, DeliberateSettings, EndpointSettings
 
@@ -95,43 +98,61 @@ class JudgeError(RuntimeError):
     """The judge cannot be reached, or does not answer in the requested form."""
 
 
-def request_verdicts(endpoint: EndpointSettings, prompts: Sequence[str], allowed: Sequence[str]) -> list[str]:
-    """Send each prompt to a judge, and return one verdict per prompt. Answers are not logged; no key is required.
+def request_verdicts(
+    endpoint: EndpointSettings, prompts: Sequence[str], allowed: Sequence[str], *, folder: Path | None = None
+) -> list[str | None]:
+    """Send each prompt to a judge, and return one verdict per prompt; None where it cannot be read. No key is required.
 
     Args:
         endpoint: the model, and its concurrency limit.
         prompts: complete user messages.
         allowed: the possible verdicts, in lower case. The last `<answer>VERDICT</answer>` of an answer counts. After an
-            answer without a verdict, the request is repeated once.
+            answer without a verdict, the judge is asked once more, and told what is missing.
+        folder: where the request log keeps every answer, so that none is requested (and paid for) twice; None for none.
     Raises:
-        JudgeError: the endpoint does not answer after its retries, or gives two answers without a verdict.
+        JudgeError: the endpoint does not answer after its retries, or no verdict at all can be read.
+        ConfigError: the folder cannot be used.
     """
     try:
-        return asyncio.run(_request_verdicts(endpoint, prompts, allowed))
-    except (EndpointError, NoAnswer) as error:
+        with contextlib.ExitStack() as stack:
+            log = None
+            if folder is not None:
+                stack.callback(lock_folder(folder).release)
+                log = RequestLog(folder / "requests.jsonl")
+                stack.callback(log.close)
+            return asyncio.run(_request_verdicts(endpoint, prompts, allowed, log))
+    except (EndpointError, NoAnswer, WriteError) as error:
         where = describe(endpoint.base_url or "the endpoint")
         raise JudgeError(f"judge {endpoint.model!r} at {where}: {error}") from None
 
 
-async def _request_verdicts(endpoint: EndpointSettings, prompts: Sequence[str], allowed: Sequence[str]) -> list[str]:
-    client = Client(None, Meter(), make_backend=lambda settings: EndpointBackend(settings, require_key=False))
+async def _request_verdicts(
+    endpoint: EndpointSettings, prompts: Sequence[str], allowed: Sequence[str], log: RequestLog | None
+) -> list[str | None]:
+    client = Client(log, Meter(), make_backend=lambda settings: EndpointBackend(settings, require_key=False))
     judge = client.endpoint(endpoint)
     verdicts: dict[int, str] = {}
+    unread: list[NoAnswer] = []
 
     async def request_one(index: int) -> None:
         chat = ({"role": "user", "content": prompts[index]},)
-        verdicts[index], _ = await judge.ask_with_retry(
-            chat, _verdict_parser(allowed), purpose="verdict", attempts=_VERDICT_ATTEMPTS
-        )
+        try:
+            verdicts[index], _ = await judge.ask_with_retry(
+                chat, _verdict_parser(allowed), purpose="verdict", attempts=_VERDICT_ATTEMPTS
+            )
+        except NoAnswer as error:
+            unread.append(error)
 
     try:
         await for_each(range(len(prompts)), request_one, client, concurrency=endpoint.concurrency)
-    except asyncio.CancelledError:  # Ctrl-C: the answers would not be kept, so do not wait for them
+    except asyncio.CancelledError:  # Ctrl-C: do not wait for the answers in flight
         client.cancel_in_flight()
         raise
     finally:
         await client.close()
-    return [verdicts[index] for index in range(len(prompts))]
+    if unread and not verdicts:
+        raise unread[0]
+    return [verdicts.get(index) for index in range(len(prompts))]
 
 
 def _verdict_parser(allowed: Sequence[str]) -> Callable[[Answer], str]:
@@ -139,7 +160,7 @@ def _verdict_parser(allowed: Sequence[str]) -> Callable[[Answer], str]:
         texts: list[str] = _VERDICT.findall(answer.text)
         found = [verdict for text in texts if (verdict := text.lower()) in allowed]
         if not found:
-            raise MalformedAnswer(f"no <answer> of {', '.join(allowed)} in {_VERDICT_ATTEMPTS} attempts")
+            raise MalformedAnswer(f"it has no <answer>…</answer> with one of {', '.join(allowed)}")
         return found[-1]
 
     return parse

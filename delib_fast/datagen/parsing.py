@@ -140,7 +140,9 @@ def split_answer(answer: Answer, cot_from: Literal["tags", "reasoning"]) -> Deli
 
 def _split_at_tags(answer: Answer) -> Deliberation:
     # The model's own thinking before the tags is about our instructions and the spec, so it must not be in the row.
-    text = strip_thinking(answer.text)
+    # A closing tag inside of the CoT or the response is not its end.
+    stripped = strip_thinking(answer.text)
+    text = stripped if f"<{COT_TAG}>" in stripped else answer.text
     parts: dict[str, str | None] = {}
     for tag in (COT_TAG, RESPONSE_TAG):
         opened, closed = text.count(f"<{tag}>"), text.count(f"</{tag}>")

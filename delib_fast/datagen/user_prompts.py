@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -65,11 +67,12 @@ class UserPrompt:
         return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in self.turns)
 
 
-def read_prompts(path: str | os.PathLike[str], spec: Spec) -> list[UserPrompt]:
-    """Read prompts from a .jsonl, .json or .txt (one per line) file.
+def read_prompts(path: str | os.PathLike[str], spec: Spec | None = None) -> list[UserPrompt]:
+    """Read prompts from a .jsonl, .json, .csv (with a column "prompt") or .txt (one per line) file.
 
     A row is {"prompt" | "question" | "instruction"}, or {"messages"} that end with a user or tool message; a final
-    reply is ignored. It may have a "category": the id or title of a section of the spec, or a list of them.
+    reply is ignored. It may have a "category": the id or title of a section of the spec, or a list of them; without a
+    spec, categories are ignored.
 
     Raises:
         ConfigError: the file cannot be read or is empty, or a row is not a prompt or has an unknown category; the
@@ -92,6 +95,12 @@ def _items(path: Path, text: str) -> list[tuple[str, Any]]:
     lines = [(f"{path}:{n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     if path.suffix == ".txt":
         return [(location, {"prompt": line.strip()}) for location, line in lines]
+    if path.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        try:
+            return [(f"{path}:{reader.line_num}", {k: v for k, v in row.items() if k in PROMPT_KEYS}) for row in reader]
+        except csv.Error as error:
+            raise ConfigError(f"{path}:{reader.line_num}: {error}") from None
     if path.suffix == ".json":
         try:
             items = decode(text)
@@ -105,14 +114,16 @@ def _items(path: Path, text: str) -> list[tuple[str, Any]]:
         try:
             found.append((location, decode(line)))
         except DataError as error:
-            raise ConfigError(f"{location}: {error}; prompts are .jsonl, .json, or .txt with one per line") from None
+            raise ConfigError(
+                f"{location}: {error}; prompts are .jsonl, .json, .csv, or .txt with one per line"
+            ) from None
     return found
 
 
-def _prompt_of(item: Any, location: str, spec: Spec) -> UserPrompt:
+def _prompt_of(item: Any, location: str, spec: Spec | None) -> UserPrompt:
     if not isinstance(item, dict):
         raise ConfigError(f"{location}: is not an object; a row has a 'prompt' or 'messages'")
-    categories = _categories(item.get("category"), location, spec)
+    categories = () if spec is None else _categories(item.get("category"), location, spec)
     key = next((key for key in (*CHAT_KEYS, *PROMPT_KEYS) if key in item), None)
     if key is None:
         raise ConfigError(f"{location}: has none of {', '.join(map(repr, (*PROMPT_KEYS, 'messages')))}")

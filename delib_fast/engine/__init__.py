@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from delib_fast.engine.engine import Engine
-    from delib_fast.engine.ranks import Ranks, native_precision
+    from delib_fast.engine.ranks import Ranks
     from delib_fast.engine.step_guard import StepVerdict
 
-__all__ = ["Engine", "Ranks", "StepVerdict", "native_precision"]
+__all__ = ["Engine", "Ranks", "StepVerdict"]
 
-_MODULES = {"Engine": "engine", "Ranks": "ranks", "StepVerdict": "step_guard", "native_precision": "ranks"}
+_MODULES = {"Engine": "engine", "Ranks": "ranks", "StepVerdict": "step_guard"}
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ from delib_fast.data import Row
 from delib_fast.digests import append_json_line
 from delib_fast.evals.extra import import_extra
 from delib_fast.evals.intervals import Estimate
+from delib_fast.evals.limits import spread_by_source
 from delib_fast.evals.metrics.drift import drift_from_base
 from delib_fast.evals.metrics.reliance import early_answering, reliance, rows_with_cot
 from delib_fast.evals.metrics.segments import segment_figures
@@ -49,7 +50,7 @@ class EvalCallback(Callback):
         suites: any of segments, early, reliance, drift. Drift is measured from the model that the run started from;
             for a LoRA adapter that is trained through all stages, from the weights under it.
         every_steps: steps between two evaluations.
-        limit: maximum number of documents and of chats, taken from the start.
+        limit: maximum number of rows of each source, spread evenly over it.
     Raises:
         ConfigError: a suite is unknown; a library of the `evals` extra is missing. `step_end` also raises it if ranks
             hold shards of the weights (ZeRO-3) or of a sequence, or if the run has no held-out chats.
@@ -73,8 +74,8 @@ class EvalCallback(Callback):
         if engine.step % self.every_steps and engine.step != last:
             return
         held_out = run.dataset.held_out_rows()
-        rows = [row for kind in ("document", "chat") for row in [r for r in held_out if r.kind == kind][: self.limit]]
-        chats = rows_with_cot(held_out)[: self.limit]
+        rows = spread_by_source(held_out, self.limit)
+        chats = spread_by_source(rows_with_cot(held_out), self.limit)
         self._check(run, rows, chats)
         if run.ranks.rank == 0:  # the other ranks wait in the next step's all-reduce
             assert isinstance(engine.module, TrainableLM)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from pathlib import Path
 
 from delib_fast.config import ConfigError
 from delib_fast.data import Message, Row, read_source
-from delib_fast.datagen.refusals import Verdict, classify_reply
+from delib_fast.datagen.refusals import MEASURED, MeasuredError, Verdict, classify_reply
+from delib_fast.evals.intervals import Estimate, corrected_share
+from delib_fast.evals.limits import spread
 from delib_fast.evals.metrics.choices import choices_from_gsm8k
 from delib_fast.evals.metrics.hints import hint_figures, hint_outcomes
 from delib_fast.evals.metrics.legibility import legibility, vocabulary
 from delib_fast.evals.metrics.necessity import cot_necessity
 from delib_fast.evals.metrics.policy import PolicyClassifier, policy_retrieval
 from delib_fast.evals.metrics.refusal import (
+    RefusalFigures,
     classifier_figures,
     judge_refusals,
     read_labelled,
@@ -23,9 +26,7 @@ from delib_fast.evals.metrics.refusal import (
 from delib_fast.evals.results import SuiteResult, Table, to_json_data
 from delib_fast.evals.sampling import ChatModel, Reply
 from delib_fast.evals.target import EvalTarget
-from delib_fast.evals.teacher_forced import held_out_with_cot, limited
-
-T = TypeVar("T")
+from delib_fast.evals.teacher_forced import held_out_with_cot
 
 
 def _questions(target: EvalTarget) -> list[Row]:
@@ -34,7 +35,7 @@ def _questions(target: EvalTarget) -> list[Row]:
         raise ConfigError(
             "this suite needs questions whose answer is a number; set questions: gsm8k_test.jsonl in the config"
         )
-    return limited(target, read_source("questions", source))
+    return spread(read_source("questions", source), target.settings.limit)
 
 
 def hints_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
@@ -152,26 +153,63 @@ def refusal_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
     settings = target.settings
     if settings.refusal_prompts is None:
         raise ConfigError("refusal needs prompts; set refusal_prompts: xstest_prompts.csv in the config")
-    prompts = _every_nth(read_prompts(settings.refusal_prompts), settings.limit)
+    prompts = spread(read_prompts(settings.refusal_prompts), settings.limit)
     responses = [r.response for r in model([[Message("user", p.prompt)] for p in prompts])]
     answered = [(p.prompt, r) for p, r in zip(prompts, responses, strict=True) if r.strip()]
+    labelled = read_labelled(settings.refusal_labelled) if settings.refusal_labelled is not None else []
+    verdicts: list[Verdict | None] = [classify_reply(p, r) for p, r in answered]
+    of_labelled: list[Verdict | None] = [classify_reply(p, r) for p, r, _ in labelled]
     if settings.judge is not None:
-        judge = settings.judge.endpoint
-        verdicts: list[Verdict] = judge_refusals(judge, [p for p, _ in answered], [r for _, r in answered])
-    else:
-        verdicts = [classify_reply(p, r) for p, r in answered]
+        replies = [*answered, *((p, r) for p, r, _ in labelled)]
+        found = judge_refusals(
+            settings.judge.endpoint, [p for p, _ in replies], [r for _, r in replies], target.results_folder / "judge"
+        )
+        verdicts, of_labelled = found[: len(answered)], found[len(answered) :]
     remaining = iter(verdicts)  # `refusal_figures` classifies the non-empty replies in this order
     figures = refusal_figures(prompts, responses, lambda *_: next(remaining))
+    error, tables, details = None if settings.judge else MEASURED, [], {}
+    if labelled:
+        again = iter(of_labelled)
+        known = classifier_figures(labelled, lambda *_: next(again))
+        error = known.measured(f"labels in {Path(settings.refusal_labelled or '').name}")
+        columns = ("accuracy", "recall of refusals", "precision", "labelled")
+        row = (known.accuracy, known.refuse_recall, known.refuse_precision, known.labelled)
+        tables, details = [Table("The classifier on labelled replies", columns, (row,))], {"classifier": known}
+    classifier = f"the judge {settings.judge.model}" if settings.judge else "regular expressions (offline)"
+    return SuiteResult(
+        "refusal",
+        "Refusal and over-refusal",
+        f"{len(prompts)} prompts; replies classified by {classifier}. Empty replies and unread verdicts count in the "
+        f"last rows only. {error.text() if error else _UNKNOWN_ERROR}",
+        (*_refusal_tables(figures, error), *tables),
+        details=to_json_data(
+            {"figures": figures, "by": "judge" if settings.judge else "words", "error": error, **details}
+        ),
+    )
+
+
+_UNKNOWN_ERROR = "The error of the judge is not known: set refusal_labelled to labelled replies to measure it."
+
+
+def _refusal_tables(figures: RefusalFigures, error: MeasuredError | None) -> list[Table]:
+    """The rates, with those of full refusals corrected for the classifier's error, if it is known."""
+
+    def corrected(share: Estimate) -> Estimate | None:
+        if error is None:
+            return None
+        return corrected_share(share, (error.found, error.refusals), (error.false_alarms, error.others))
+
     rates = Table(
         "Refusal",
-        ("", "share"),
+        ("", "share", "corrected for its error"),
         (
-            ("over-refusal (safe, full)", figures.over_refusal),
-            ("safe, partial", figures.partial_over_refusal),
-            ("refusal (unsafe, full)", figures.refusal),
-            ("unsafe, complied", figures.compliance_with_unsafe),
-            ("separation", figures.separation),
-            ("empty reply", figures.empty),
+            ("over-refusal (safe, full)", figures.over_refusal, corrected(figures.over_refusal)),
+            ("safe, partial", figures.partial_over_refusal, None),
+            ("refusal (unsafe, full)", figures.refusal, corrected(figures.refusal)),
+            ("unsafe, complied", figures.compliance_with_unsafe, None),
+            ("separation", figures.separation, None),
+            ("empty reply", figures.empty, None),
+            ("unread verdict", figures.unread, None),
         ),
     )
     by_type = Table(
@@ -179,30 +217,4 @@ def refusal_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
         ("type", "comply", "partial", "refuse"),
         tuple((name, v["comply"], v["partial"], v["refuse"]) for name, v in figures.by_type.items()),
     )
-    tables = [rates, *([by_type] if by_type.rows else [])]
-    details = {"figures": to_json_data(figures), "by": "judge" if settings.judge else "words"}
-    if settings.refusal_labelled is not None:
-        known = classifier_figures(read_labelled(settings.refusal_labelled))
-        tables.append(
-            Table(
-                "The offline classifier on labelled replies",
-                ("accuracy", "recall of refusals", "precision"),
-                ((known.accuracy, known.refuse_recall, known.refuse_precision),),
-            )
-        )
-        details["classifier"] = to_json_data(known)
-    classifier = f"the judge {settings.judge.model}" if settings.judge else "regular expressions (offline)"
-    return SuiteResult(
-        "refusal",
-        "Refusal and over-refusal",
-        f"{len(prompts)} prompts; replies classified by {classifier}. Empty replies count in the last row only.",
-        tuple(tables),
-        details=details,
-    )
-
-
-def _every_nth(items: Sequence[T], limit: int | None) -> list[T]:
-    """At most `limit` items, spread evenly over the file, so that every type of prompt is included."""
-    if limit is None or len(items) <= limit:
-        return list(items)
-    return [items[k * len(items) // limit] for k in range(limit)]
+    return [rates, *([by_type] if by_type.rows else [])]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,10 +35,18 @@ class Estimate:
     n: int
     """Number of rows, trials or groups."""
     method: str
-    """"wilson", "newcombe", "bootstrap by row" or "bootstrap by group" (questions, conditions)."""
+    """"wilson", "newcombe", "Rogan-Gladen", "bootstrap by row" or "bootstrap by group" (questions, conditions)."""
 
     def __str__(self) -> str:
         return "no data" if math.isnan(self.value) else f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True, slots=True)
+class RowEstimate(Estimate):
+    """A figure that is a ratio of sums over rows, with the numbers of each row, so that two models can be paired."""
+
+    by_row: tuple[tuple[float, float], ...] = field(default=(), compare=False, repr=False)
+    """Numerator and denominator of each row, in the order of the rows."""
 
 
 def no_data(method: str) -> Estimate:
@@ -57,6 +65,36 @@ def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Estimate:
         return no_data("wilson")
     interval = import_extra("scipy.stats").binomtest(successes, n).proportion_ci(confidence, method="wilson")
     return Estimate(successes / n, float(interval.low), float(interval.high), n, "wilson")
+
+
+def corrected_share(
+    reported: Estimate, recall: tuple[int, int], false_alarms: tuple[int, int], *, draws: int = 20_000, seed: int = 0
+) -> Estimate:
+    """A share that an imperfect classifier reports, corrected for its error (Rogan and Gladen, 1978).
+
+        true share = (reported − false alarm rate) / (recall − false alarm rate), clipped to [0, 1]
+
+    The interval is that of draws of the three rates from their posteriors (Jeffreys' prior), so that it includes the
+    uncertainty of the classifier's error. NaN if the classifier is no better than chance.
+
+    Args:
+        reported: `wilson` of the verdicts.
+        recall: (hits found, hits) of the labelled replies.
+        false_alarms: (others reported, others) of the labelled replies.
+    """
+    method = "Rogan-Gladen"
+    if reported.n == 0 or 0 in (recall[1], false_alarms[1]):
+        return no_data(method)
+    hits = round(reported.value * reported.n)
+    gain = recall[0] / recall[1] - false_alarms[0] / false_alarms[1]
+    if gain <= 0:
+        return Estimate(math.nan, math.nan, math.nan, reported.n, method)
+    value = min(1.0, max(0.0, (reported.value - false_alarms[0] / false_alarms[1]) / gain))
+    rng = np.random.default_rng(seed)
+    p, se, fp = (rng.beta(k + 0.5, n - k + 0.5, draws) for k, n in ((hits, reported.n), recall, false_alarms))
+    drawn = np.clip((p - fp) / (se - fp), 0, 1)[se > fp]
+    low, high = np.quantile(drawn, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Estimate(value, min(float(low), value), max(float(high), value), reported.n, method)
 
 
 def newcombe(successes_a: int, n_a: int, successes_b: int, n_b: int, confidence: float = CONFIDENCE) -> Estimate:
@@ -92,6 +130,7 @@ def ratio(
     With fewer than about 20 rows, the percentile bootstrap is too narrow; a single row has no interval (NaN).
     """
     top, bottom = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
+    by_row = tuple(zip(top.tolist(), bottom.tolist(), strict=True))
     used = bottom > 0
     top, bottom = top[used], bottom[used]
     if not len(top):
@@ -102,7 +141,7 @@ def ratio(
         return sums
 
     low, high = _percentile_bootstrap(statistic, len(top), confidence, resamples, seed, vectorized=True)
-    return Estimate(float(top.sum() / bottom.sum()), low, high, len(top), "bootstrap by row")
+    return RowEstimate(float(top.sum() / bottom.sum()), low, high, len(top), "bootstrap by row", by_row)
 
 
 def mean(values: ArrayLike, *, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from delib_fast.digests import DamagedError, read_json, write_json
-from delib_fast.evals.intervals import Estimate
+from delib_fast.evals.intervals import Estimate, RowEstimate
 
-FORMAT = 2
+FORMAT = 3
 """Increased when the meaning of a suite's figures changes: older results are then recomputed."""
 Cell = Estimate | str | int | float | None
 
@@ -45,16 +45,23 @@ class SuiteResult:
     curves: tuple[Curve, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
     """The suite's own figures as plain JSON."""
+    rows_key: str = ""
+    """Identifies the rows that the suite read, and their order; the same for every model."""
 
 
-def to_json_data(value: Any) -> Any:
-    """Convert dataclasses, mappings and sequences to plain JSON data. NaN and infinities become null."""
+def to_json_data(value: Any, *, rows: bool = False) -> Any:
+    """Convert dataclasses, mappings and sequences to plain JSON data. NaN and infinities become null.
+
+    Args:
+        rows: keep the numbers of each row of a `RowEstimate`.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        names = [f.name for f in dataclasses.fields(value) if rows or f.name != "by_row"]
+        return {name: to_json_data(getattr(value, name), rows=rows) for name in names}
     if isinstance(value, Mapping):
-        return {str(key): to_json_data(item) for key, item in value.items()}
+        return {str(key): to_json_data(item, rows=rows) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [to_json_data(item) for item in value]
+        return [to_json_data(item, rows=rows) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -69,7 +76,9 @@ def result_from_json(tree: Mapping[str, Any]) -> SuiteResult:
     curves = tuple(
         Curve(c["title"], c["x"], c["y"], tuple((x, _estimate(e)) for x, e in c["points"])) for c in tree["curves"]
     )
-    return SuiteResult(tree["suite"], tree["title"], tree["note"], tables, curves, tree["details"])
+    return SuiteResult(
+        tree["suite"], tree["title"], tree["note"], tables, curves, tree["details"], tree.get("rows_key", "")
+    )
 
 
 def _cell(value: Any) -> Cell:
@@ -78,8 +87,11 @@ def _cell(value: Any) -> Cell:
 
 
 def _estimate(tree: Mapping[str, Any]) -> Estimate:
-    numbers = [math.nan if tree[key] is None else float(tree[key]) for key in ("value", "low", "high")]
-    return Estimate(numbers[0], numbers[1], numbers[2], tree["n"], tree["method"])
+    value, low, high = (math.nan if tree[key] is None else float(tree[key]) for key in ("value", "low", "high"))
+    if "by_row" in tree:
+        by_row = tuple((float(top), float(bottom)) for top, bottom in tree["by_row"])
+        return RowEstimate(value, low, high, tree["n"], tree["method"], by_row)
+    return Estimate(value, low, high, tree["n"], tree["method"])
 
 
 class ResultStore:
@@ -113,7 +125,7 @@ class ResultStore:
             "key": key,
             "depends_on": to_json_data(dict(depends_on)),
             "seconds": round(seconds, 3),
-            "result": to_json_data(result),
+            "result": to_json_data(result, rows=True),
         }
         self._write(self._path(result.suite, key), record)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from delib_fast.evals.settings import SAMPLED, EvalConfig
 from delib_fast.evals.target import EvalTarget
 from delib_fast.files import open_regular
 from delib_fast.models.generate import Sampling
+from delib_fast.models.pretrained import is_converted
 
 _TEACHER_FORCED: dict[str, Callable[[EvalTarget], SuiteResult]] = {
     "segments": teacher_forced.segments_suite,
@@ -99,7 +101,7 @@ def evaluate(target: EvalTarget, log: Callable[[str], None] = lambda _: None) ->
     """
     import_extra("scipy")  # every suite needs it: fail before a model is loaded
     settings = target.settings
-    store = ResultStore(results_folder(target))
+    store = ResultStore(target.results_folder)
     model = _LazySampler(target, store)
     results, skipped = [], {}
     for suite in settings.requested_suites:
@@ -114,6 +116,7 @@ def evaluate(target: EvalTarget, log: Callable[[str], None] = lambda _: None) ->
                     _TEACHER_FORCED[suite](target) if suite in _TEACHER_FORCED else _GENERATIVE[suite](target, model)
                 )
                 seconds = time.perf_counter() - start
+                result = replace(result, rows_key=_rows_key(suite, depends_on))
                 store.save(result, key, depends_on, seconds)
                 log(f"{suite}: {seconds:.1f} s")
             else:
@@ -125,21 +128,12 @@ def evaluate(target: EvalTarget, log: Callable[[str], None] = lambda _: None) ->
             skipped[suite] = str(error)
             log(f"{suite}: skipped: {error}")
     evaluated = {
-        "model": str(target.model_folder),
+        "model": str(target.given if is_converted(str(target.given)) else target.model_folder),
         "sha256": target.sha256,
         "base": target.base_config[1] if target.base_config else None,
     }
     store.write_report({**evaluated, "left_out": skipped}, results)
     return Evaluation(evaluated, tuple(results), skipped, store.folder)
-
-
-def results_folder(target: EvalTarget) -> Path:
-    """The folder of the results: `out`, else evals/ in the run directory, else NAME-evals next to the model folder."""
-    if target.settings.out is not None:
-        return Path(target.settings.out)
-    if target.config is not None:
-        return target.path / "evals"
-    return target.path.with_name(f"{target.path.resolve().name}-evals")
 
 
 def _depends_on(suite: str, target: EvalTarget) -> Mapping[str, Any]:
@@ -157,6 +151,15 @@ def _depends_on(suite: str, target: EvalTarget) -> Mapping[str, Any]:
     for name in _FILES_OF.get(suite, ()):
         depends[name] = _hash_file(target.settings, name)
     return depends
+
+
+_OF_THE_MODEL = ("model", "files", "base", "base_files", "system_prompt", "stages")
+
+
+def _rows_key(suite: str, depends_on: Mapping[str, Any]) -> str:
+    """Identifies the rows of a suite: a hash of all that its figures depend on, except for the model."""
+    facts = {name: value for name, value in depends_on.items() if name not in _OF_THE_MODEL}
+    return _hash(json.dumps([suite, facts], sort_keys=True, default=str).encode())
 
 
 def _hash_file(settings: EvalConfig, name: str) -> str | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,7 +21,7 @@ from delib_fast.digests import append_json_line, read_json_lines
 from delib_fast.models.generate import Sampling, generate_ids
 
 Tags = Literal["none", "closed", "unclosed", "stray"]
-_OPEN, _CLOSE = "<think>", "</think>"
+_TAGS = ("<think>", "</think>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,8 @@ class Reply:
     """Whether an end token ended the reply, not the length limit."""
     tokens: int
     """Number of generated tokens, including the end token."""
+    cot_tokens: int = 0
+    """Number of tokens of the chain of thought without its tags, when it is encoded on its own."""
 
 
 class ChatModel(Protocol):
@@ -97,7 +99,7 @@ class Sampler:
             for i, reply in zip(chunk, self._draw([prompts[i] for i in chunk], thinking, sample), strict=True):
                 known[keys[i]] = reply
                 if self._cache:
-                    self._cache.put(keys[i], reply)
+                    self._cache.put(keys[i], reply, chats[i])
         return [known[key] for key in keys]
 
     def _draw(self, prompts: Sequence[Sequence[int]], thinking: bool | None, sample: int) -> list[Reply]:
@@ -107,10 +109,19 @@ class Sampler:
             self._model, prompts, Sampling(**settings), end_ids=ends, pad_id=self._tokenizer.pad_token_id or 0
         )
         self.drawn += len(replies)
-        return [
-            parse_reply(self._text(ids, ends), opened=thinking, finished=bool(ids and ids[-1] in ends), tokens=len(ids))
-            for ids in replies
-        ]
+        return [self._parse(ids, thinking) for ids in replies]
+
+    def _parse(self, ids: list[int], thinking: bool | None) -> Reply:
+        form, ends = self._encoder.thought, self._encoder.end_ids
+        opened = True if thinking is None and not form.opening else thinking  # the template opens the block itself
+        reply = parse_reply(
+            self._text(ids, ends),
+            opened=opened,
+            finished=bool(ids and ids[-1] in ends),
+            tokens=len(ids),
+            tags=(form.opening or _TAGS[0], form.closing or _TAGS[1]),
+        )
+        return replace(reply, cot_tokens=len(self._tokenizer(reply.cot or "", add_special_tokens=False)["input_ids"]))
 
     def _text(self, ids: list[int], ends: Sequence[int]) -> str:
         kept = ids[:-1] if ids and ids[-1] in ends else ids
@@ -122,23 +133,26 @@ class Sampler:
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def parse_reply(text: str, *, opened: bool | None, finished: bool = True, tokens: int = 0) -> Reply:
+def parse_reply(
+    text: str, *, opened: bool | None, finished: bool = True, tokens: int = 0, tags: tuple[str, str] = _TAGS
+) -> Reply:
     """Split a reply into chain of thought and response. Accepts any text.
 
     Args:
         opened: whether the prompt opened the think block (True), closed it (False), or did neither (None).
         finished, tokens: see `Reply`.
+        tags: what opens and what closes the block, as `Encoder.thought` returns them.
     """
     body = text.lstrip()
     inside = bool(opened)
-    if body.startswith(_OPEN):
-        body, inside = body[len(_OPEN) :], True
-    before, closing, after = body.partition(_CLOSE)
+    if body.startswith(tags[0]):
+        body, inside = body[len(tags[0]) :], True
+    before, closing, after = body.partition(tags[1])
     if inside and not closing:
         return Reply(body.strip() or None, "", "unclosed", finished, tokens)
     if inside:
         return Reply(before.strip() or None, after.strip(), "closed", finished, tokens)
-    return Reply(None, text.strip(), "stray" if _CLOSE in text or _OPEN in text else "none", finished, tokens)
+    return Reply(None, text.strip(), "stray" if any(tag in text for tag in tags) else "none", finished, tokens)
 
 
 class _ReplyCache:
@@ -155,7 +169,8 @@ class _ReplyCache:
     def get(self, key: str) -> Reply | None:
         return self._known.get(key)
 
-    def put(self, key: str, reply: Reply) -> None:
+    def put(self, key: str, reply: Reply, chat: Sequence[Message]) -> None:
         self._known[key] = reply
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        append_json_line(self._path, {"key": key, "reply": asdict(reply)})
+        prompt = [{"role": message.role, "content": message.content} for message in chat]
+        append_json_line(self._path, {"key": key, "prompt": prompt, "reply": asdict(reply)})

@@ -119,7 +119,8 @@ class EvalConfig(Section):
     spec_words: bool = False
     """For `policy`: also count sentences about rules, clauses, sections, principles and values."""
     limit: PositiveInt | None = 200
-    """Maximum number of rows or questions per suite, taken from the start of the file; null for all."""
+    """Maximum number of rows of each source, or of questions or prompts, per suite. They are spread evenly over the
+    source; null for all."""
     sampling: SamplingConfig = SamplingConfig()
     """How replies are sampled."""
     judge: JudgeConfig | None = None

@@ -19,7 +19,17 @@ from delib_fast.digests import hash_files, hash_weights
 from delib_fast.evals.metrics.segments import categories_of
 from delib_fast.evals.scoring import Scorer
 from delib_fast.evals.settings import EvalConfig
-from delib_fast.models import TrainableLM, adapter_settings, add_adapter, build_model, load_adapter, load_tokenizer
+from delib_fast.models import (
+    TrainableLM,
+    adapter_settings,
+    add_adapter,
+    build_model,
+    is_converted,
+    load_adapter,
+    load_tokenizer,
+    local_model,
+)
+from delib_fast.models.pretrained import PYPI
 from delib_fast.training.artifacts import refuse_changed_export
 from delib_fast.training.run_directory import read_ledger, read_run_config
 from delib_fast.training.sources import held_out_rows, source_of
@@ -30,8 +40,9 @@ class EvalTarget:
     """A model to evaluate. Weights and rows are loaded when they are first needed.
 
     Args:
-        path: a run directory (it has config.yaml and model/), a model folder, or a peft adapter folder. The base of
-            an adapter is `settings.base`, or else the one named in its adapter_config.json.
+        path: a run directory (it has config.yaml and model/), a model folder, a GGUF file or `pypi:NAME` (see
+            `local_model`), or a peft adapter folder. The base of an adapter is `settings.base`, or else the one named
+            in its adapter_config.json.
         settings: the evaluation; its rows and base replace those of a run.
     Raises:
         ConfigError: the path is none of these, or one of its files is missing.
@@ -41,6 +52,10 @@ class EvalTarget:
     settings: EvalConfig
 
     def __post_init__(self) -> None:
+        self.given = self.path
+        """The path as it was given: a converted model is in the cache folder."""
+        if is_converted(str(self.path)):
+            self.path = Path(local_model(str(self.path), key="the model"))
         if not self.path.is_dir():
             raise ConfigError(f"{self.path}: no such folder; give a run directory or a model folder")
         saved = self.path / "config.yaml"
@@ -71,10 +86,23 @@ class EvalTarget:
             return "cuda" if torch.cuda.is_available() else "cpu"
         return self.settings.device
 
+    @property
+    def results_folder(self) -> Path:
+        """Of the evaluation: `out`, else evals/ in the run directory, else NAME-evals next to the model.
+
+        The results of a model that is fetched (`pypi:NAME`) are in the working directory.
+        """
+        if self.settings.out is not None:
+            return Path(self.settings.out)
+        if self.config is not None:
+            return self.path / "evals"
+        name = self.given.stem if is_converted(str(self.given)) else self.given.resolve().name
+        return self.given.with_name(f"{name.removeprefix(PYPI)}-evals")
+
     @cached_property
     def sha256(self) -> str:
         """The hash of the model's weights, as in a run's ledger. For an adapter, it covers the base's weights too."""
-        own = hash_weights(_hashes(self.model_folder))
+        own = hash_weights(checked_hashes(self.model_folder))
         return own if self.adapter is None else hashlib.sha256(f"{own} {self.base_key}".encode()).hexdigest()
 
     @cached_property
@@ -86,13 +114,13 @@ class EvalTarget:
     @cached_property
     def base_files_key(self) -> str | None:
         """As `files_key`, of the base model; None if the base is not a folder."""
-        path = None if self.base_config is None else self.base_config[0].path
-        return _hash_all(Path(path)) if path is not None and Path(path).is_dir() else None
+        folder = None if self.base_config is None else _folder(self.base_config[0])
+        return None if folder is None else _hash_all(folder)
 
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of the model folder; for an adapter folder without a tokenizer, that of the base."""
-        _hashes(self.model_folder)  # before anything is read from it
+        checked_hashes(self.model_folder)  # before anything is read from it
         own = self.adapter is None or (self.model_folder / "tokenizer_config.json").exists()
         return load_tokenizer(str(self.model_folder) if own else self.model_path)
 
@@ -135,8 +163,8 @@ class EvalTarget:
         if self.base_config is None:
             return None
         config = self.base_config[0]
-        if config.path is not None and Path(config.path).is_dir():
-            return hash_weights(_hashes(Path(config.path)))
+        if (folder := _folder(config)) is not None:
+            return hash_weights(checked_hashes(folder))
         return hashlib.sha256(f"{config.model_dump_json()} {self._seed}".encode()).hexdigest()
 
     @cached_property
@@ -151,9 +179,9 @@ class EvalTarget:
         return self.config.seed if self.config is not None else 0
 
     def _load(self, config: ModelConfig) -> TrainableLM:
-        for path in (config.path, self.path if self.adapter is not None else None):
-            if path is not None and Path(path).is_dir():
-                _hashes(Path(path))
+        for folder in (_folder(config), self.path if self.adapter is not None else None):
+            if folder is not None:
+                checked_hashes(folder)
         model = build_model(config, self.tokenizer, dtype=self.settings.precision, seed=self._seed)
         if self.adapter is not None:
             add_adapter(model, self.adapter[0], base=self.adapter[1], seed=self._seed)
@@ -205,7 +233,13 @@ class EvalTarget:
         return self._sources[name]
 
 
-def _hashes(folder: Path) -> dict[str, str]:
+def _folder(config: ModelConfig) -> Path | None:
+    """The folder of a model, converted if it is a GGUF file; None for a hub name and a new model."""
+    folder = None if config.path is None else Path(local_model(config.path))
+    return folder if folder is not None and folder.is_dir() else None
+
+
+def checked_hashes(folder: Path) -> dict[str, str]:
     """The hash of each file of a model folder. Raises ConfigError if a run exported it and it was changed since."""
     try:
         files = hash_files(folder)
@@ -218,5 +252,5 @@ def _hashes(folder: Path) -> dict[str, str]:
 
 
 def _hash_all(folder: Path) -> str:
-    listed = "".join(f"{name} {sha256}\n" for name, sha256 in sorted(_hashes(folder).items()))
+    listed = "".join(f"{name} {sha256}\n" for name, sha256 in sorted(checked_hashes(folder).items()))
     return hashlib.sha256(listed.encode()).hexdigest()

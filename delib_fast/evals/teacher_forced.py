@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from delib_fast.config import ConfigError
 from delib_fast.data import Row, encode_rows, encoding_options, segment_weights
 from delib_fast.evals.agentic import conditions, margins
+from delib_fast.evals.limits import spread, spread_by_source
 from delib_fast.evals.metrics.dose import cot_dose, gradient_share
 from delib_fast.evals.metrics.drift import drift_from_base
 from delib_fast.evals.metrics.monitors import WordMonitor, compare_views, transcripts_from_solutions
@@ -19,21 +19,16 @@ from delib_fast.evals.target import EvalTarget
 _GRADIENT_ROWS = 16
 
 
-def limited(target: EvalTarget, rows: Sequence[Row]) -> list[Row]:
-    """The first `limit` rows."""
-    return list(rows[: target.settings.limit])
-
-
 def held_out_with_cot(target: EvalTarget) -> list[Row]:
-    """The first `limit` held-out rows that have a chain of thought. Raises ConfigError if there are none."""
-    rows = limited(target, rows_with_cot(target.held_out))
+    """At most `limit` held-out rows of each source with a chain of thought. Raises ConfigError if there are none."""
+    rows = spread_by_source(rows_with_cot(target.held_out), target.settings.limit)
     if not rows:
         raise ConfigError(f"{target.path}: no held-out row has a chain of thought; set rows: to some that have one")
     return rows
 
 
 def segments_suite(target: EvalTarget) -> SuiteResult:
-    rows = limited(target, target.held_out)
+    rows = spread_by_source(target.held_out, target.settings.limit)
     figures = segment_figures(target.scorer, rows, target.categories(rows))
     sources = {f.group for f in figures if f.by == "source"}
     tables = []
@@ -69,7 +64,7 @@ def dose_suite(target: EvalTarget) -> SuiteResult:
         weights = segment_weights(stage)
         examples = encode_rows(trained, target.tokenizer, **encoding_options(stage))
         figures = cot_dose(examples, weights)
-        gradient = gradient_share(target.scorer, examples[:_GRADIENT_ROWS], weights)
+        gradient = gradient_share(target.scorer, spread(examples, _GRADIENT_ROWS), weights)
         rows.append(
             (stage.name, stage.cot, weights[1], figures.weight_share, figures.cot_tokens * stage.epochs, gradient.share)
         )
@@ -187,7 +182,9 @@ def monitor_suite(target: EvalTarget) -> SuiteResult:
     path = target.settings.solutions
     if path is None:
         raise ConfigError("monitor needs labelled solutions; set solutions: gsm8k_model_solutions.jsonl in the config")
-    found = compare_views(transcripts_from_solutions(path, target.settings.limit), WordMonitor)
+    transcripts = transcripts_from_solutions(path)
+    questions = set(spread(list(dict.fromkeys(t.prompt for t in transcripts)), target.settings.limit))
+    found = compare_views([t for t in transcripts if t.prompt in questions], WordMonitor)
     table = Table(
         "A monitor of words and counts",
         ("it reads", "TPR", "TNR", "g-mean²", "AUC"),

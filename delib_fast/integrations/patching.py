@@ -32,6 +32,7 @@ from delib_fast.models.hf_utils import trunk
 from delib_fast.models.labels import shifts_labels
 from delib_fast.models.layers import check_layers, patch_layers, why_one_pass
 from delib_fast.models.lm import check_logits, logit_options, unsupported_head
+from delib_fast.models.lora_layers import patch_lora
 from delib_fast.models.rope import patch_rope
 from delib_fast.models.separation import Separation, configs_with_attention, separate, set_attention
 from delib_fast.ops import linear_cross_entropy
@@ -225,8 +226,9 @@ def apply(
         model(input_ids).logits, model.generate(...)                 # as before
 
     Args:
-        model: a causal LM instance, or a PEFT model around one. Changed in place: the forwards of three modules and
-            the name of its attention. No parameter, buffer or module is replaced.
+        model: a causal LM instance, or a PEFT model around one, whose LoRA layers then run as one op
+            (`ops.lora_linear`). Changed in place: the forwards of three modules and of LoRA layers, and the name of
+            its attention. No parameter, buffer or module is replaced.
         loss: with `labels` (B, S), not shifted, or `shift_labels`, shifted, the model returns its loss without logits.
             It divides by `num_items_in_batch` if that is passed, else by the number of targets; 0 if there are none.
             `loss_weights` (B, S), aligned with the labels, weight the nll of each target; the sum is divided by
@@ -265,7 +267,7 @@ def apply(
         separation = separate(inner, attention_backend=attention_backend, in_one_pass=why_one_pass(layers))
         if separation.note:
             _log.warning("%s: %s", type(inner).__name__, separation.note)
-    changes = _Applied(patches=separation.patches + patch_layers(inner, layers), attention=[])
+    changes = _Applied(patches=separation.patches + patch_layers(inner, layers) + patch_lora(inner), attention=[])
     if loss:
         changes.patches += _patch_loss(inner, loss_backend, shifts)
     if attention:

@@ -18,6 +18,7 @@ from delib_fast.models.lora import (
     skeleton_without_adapter,
     unreached_weights,
 )
+from delib_fast.models.pretrained import is_converted, local_model
 from delib_fast.models.recompute import recompute
 from delib_fast.models.shape import ModelShape, model_shape
 from delib_fast.models.tokenizer import build_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
@@ -38,8 +39,10 @@ __all__ = [
     "eval_mode",
     "export_adapter",
     "export_model",
+    "is_converted",
     "load_adapter",
     "load_tokenizer",
+    "local_model",
     "merged_weights",
     "model_shape",
     "recompute",

@@ -25,6 +25,7 @@ from delib_fast.models.attention import unsupported
 from delib_fast.models.folder import loading
 from delib_fast.models.hf_utils import without_progress_bar
 from delib_fast.models.labels import unsupported_loss
+from delib_fast.models.pretrained import local_model
 from delib_fast.models.tokenizer import IM_END
 
 # The vocabulary of a new model is rounded up to a multiple of this: GEMMs of other widths leave tensor cores idle.
@@ -45,7 +46,7 @@ def build_model(
     """Load or create the configured model on the CPU, ready to be wrapped in a `TrainableLM`.
 
     Args:
-        config: the model to build: its `path` (a folder or hub name) or `architecture` (a Hugging Face config), with
+        config: the model to build: its `path` (see `local_model`) or `architecture` (a Hugging Face config), with
             its `trust_remote_code`. An architecture without `vocab_size` gets the tokenizer's, rounded up to a
             multiple of 64.
         tokenizer: the result of `build_tokenizer`; every id that it can produce must have an embedding.
@@ -79,9 +80,10 @@ def validated(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, config
 
 def _load(config: ModelConfig, dtype: torch.dtype, quantize: str) -> PreTrainedModel:
     options = {} if quantize == "none" else {"quantization_config": _nf4_config(dtype)}
-    with loading(str(config.path), "model.path", "load", weights=True), without_progress_bar():
+    path = local_model(str(config.path))
+    with loading(path, "model.path", "load", weights=True), without_progress_bar():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(config.path),
+            path,
             dtype=dtype,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,

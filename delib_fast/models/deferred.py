@@ -33,6 +33,7 @@ from delib_fast.config import ConfigError, ModelConfig
 from delib_fast.config.dtypes import DTYPES
 from delib_fast.models.build import build_model, new_model, validated
 from delib_fast.models.folder import loading
+from delib_fast.models.pretrained import local_model
 
 # The value of every placeholder. Not 0, so that a forward pass with it (`lm.check_logits`) still depends on the
 # architecture.
@@ -76,7 +77,7 @@ def build_deferred(
         parameter.deferred = None  # type: ignore[attr-defined]
     if first:
         try:
-            readers = _readers(model, str(config.path))
+            readers = _readers(model, local_model(str(config.path)))
         except _ERRORS as error:
             readers = str(error)
         if isinstance(readers, str):
@@ -89,7 +90,7 @@ def build_deferred(
 
 def _without_loading(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model as from_pretrained returns it, except for the weights."""
-    path, trust = str(config.path), config.trust_remote_code
+    path, trust = local_model(str(config.path)), config.trust_remote_code
     with loading(path, "model.path", "load", weights=True):
         hf_config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=trust)

@@ -150,6 +150,26 @@ def stock_logits(model: nn.Module, documents: Sequence[Tensor], device: torch.de
         return [model(input_ids=ids[None].to(device), use_cache=False).logits[0].float().cpu() for ids in documents]
 
 
+def stock_nll(
+    model: nn.Module, documents: Sequence[Tensor], supervised: Sequence[Tensor], device: torch.device
+) -> float:
+    """The mean nll of the supervised tokens of documents, in nats per token, in transformers' own forward pass.
+
+    Args:
+        documents: token ids, each (n,) int64.
+        supervised: for each document (n,) bool, the tokens that count. The first token of a document never counts.
+        device: where to compute.
+    """
+    model.to(device)
+    total, tokens = 0.0, 0
+    with eval_mode(model):
+        for ids, counts in zip(documents, supervised, strict=True):
+            logits = model(input_ids=ids[None].to(device), use_cache=False).logits[0, :-1].float()
+            nll = nn.functional.cross_entropy(logits, ids[1:].to(device), reduction="none").double().cpu()
+            total, tokens = total + float(nll[counts[1:]].sum()), tokens + int(counts[1:].sum())
+    return total / max(1, tokens)
+
+
 def compare_logits(trained: Sequence[Tensor], reloaded: Sequence[Tensor]) -> Difference:
     """Compare the logits of documents, each (n, V) float32.
 

@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 
 from delib_fast.config import ConfigError
 from delib_fast.files import open_regular
-from delib_fast.models.attention import UnsupportedModelError
 from delib_fast.models.hf_utils import why_not_loaded
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -45,9 +44,9 @@ def loading(path: str, key: str, what: str, *, weights: bool = False) -> Iterato
             raise ConfigError(f"{key}: cannot {what} {path!r}: {reason}") from None
     try:
         yield
-    except (ConfigError, UnsupportedModelError):
-        raise
     except Exception as error:  # anything: see above
+        if type(error).__module__.startswith("delib_fast"):  # the run was stopped
+            raise
         raise ConfigError(f"{key}: cannot {what} {path!r}: {_explain(path, error)}") from error
 
 

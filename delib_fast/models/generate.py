@@ -17,7 +17,7 @@ from delib_fast.models.rope import longest_regular_text, new_rope
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Settings for sampling replies."""
+    """Settings for sampling replies. No others apply: not those in the model's generation_config.json."""
 
     max_new_tokens: int = 512
     """Maximum length of a reply in tokens, with its end token."""
@@ -94,14 +94,18 @@ def _ready_to_generate(model: TrainableLM | PreTrainedModel) -> Iterator[PreTrai
     """The transformers model, in evaluation mode, with an attention and a cache that can generate."""
     with model.unpatched() if isinstance(model, TrainableLM) else contextlib.nullcontext(model) as plain:
         attention, use_cache = plain.config._attn_implementation, plain.config.use_cache
+        defaults = plain.generation_config
         # Generation needs a key-value cache and left padding, which packed attention does not support. sdpa supports
         # neither a softcap nor sinks; models with either say so by _supports_sdpa.
         plain.set_attn_implementation("sdpa" if plain._supports_sdpa else "eager")
         plain.config.use_cache = True
+        # transformers merges the model's own settings into those of a call, e.g. a repetition penalty of 1.05.
+        plain.generation_config = GenerationConfig()
         try:
             with eval_mode(plain):
                 yield plain
         finally:
+            plain.generation_config = defaults
             plain.config.use_cache = use_cache
             plain.set_attn_implementation(attention)
 

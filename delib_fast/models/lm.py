@@ -28,6 +28,7 @@ from delib_fast.models.forward_patch import remove_patches
 from delib_fast.models.hf_utils import trunk
 from delib_fast.models.labels import shifts_labels
 from delib_fast.models.layers import patch_layers, why_one_pass
+from delib_fast.models.lora_layers import patch_lora
 from delib_fast.models.rope import patch_rope
 from delib_fast.models.separation import RUN_ERRORS, first_sentence, has_weights, separate
 from delib_fast.ops import FusedLossHead, LossOutput
@@ -90,7 +91,12 @@ class TrainableLM(nn.Module):
         if sequence_group is not None:
             in_one_pass = "Packs are sharded across ranks, which needs one pass: set sequence_parallel to 1"
         self.separation = separate(model, attention_backend=attention_backend, in_one_pass=in_one_pass)
-        self._layer_patches = [*self.separation.patches, *patch_layers(model, layers), *patch_rope(model)]
+        self._layer_patches = [
+            *self.separation.patches,
+            *patch_layers(model, layers),
+            *patch_rope(model),
+            *patch_lora(model),
+        ]
         self._use_packed_attention()
         fused = FusedLossHead.from_linear(head, backend=loss_backend, **logit_options(model))
         model.set_submodule(self._head_name, fused)

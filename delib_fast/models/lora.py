@@ -244,12 +244,15 @@ def export_adapter(model: PreTrainedModel, folder: str | Path, weights: Mapping[
     return replace_folder(folder, write)
 
 
-def merged_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merged_weights(
+    model: PreTrainedModel, weights: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """The weights of the model without adapter layers: W + s·B·A, computed in float32, for each adapted layer.
 
     Args:
         weights: all weights of the model, unsharded, under its names. Base weights may have any float dtype, and are
             returned in it.
+        dtype: the dtype of the merged weights, instead of that of the base weights.
     """
     scales = {name: module.scaling[_ADAPTER] for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     merged: dict[str, Tensor] = {}
@@ -260,15 +263,19 @@ def merged_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dic
         layer = base_name.removesuffix(".weight")
         if layer in scales and base_name.endswith(".weight"):
             a, b = (weights[f"{layer}.lora_{part}.{_ADAPTER}.weight"].float() for part in "AB")
-            weight = (weight.float() + scales[layer] * (b @ a)).to(weight.dtype)
+            weight = (weight.float() + scales[layer] * (b @ a)).to(dtype or weight.dtype)
         merged[base_name] = weight
     return merged
 
 
-def skeleton_without_adapter(model: PreTrainedModel) -> PreTrainedModel:
+def skeleton_without_adapter(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The same architecture without adapter layers, on the meta device: it gives the names, shapes and dtype of an
-    exported model."""
-    dtype = model.get_output_embeddings().weight.dtype
+    exported model.
+
+    Args:
+        dtype: the dtype to export; by default that of the model.
+    """
+    dtype = dtype or model.get_output_embeddings().weight.dtype
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

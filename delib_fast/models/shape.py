@@ -12,6 +12,7 @@ from delib_fast.models.attention import why_not_share_prompts
 from delib_fast.models.build import architecture_config
 from delib_fast.models.folder import loading
 from delib_fast.models.lora import adapter_size
+from delib_fast.models.pretrained import local_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class ModelShape:
     """Parameters of the matrices that the adapter applies to."""
     no_shared_prompts: str | None = None
     """Why replies to one prompt cannot share it in a pack, or None if they can."""
+    positions: int | None = None
+    """Maximum length of an example that the model is made for, in tokens; None if its config does not say."""
 
     @property
     def attention_width(self) -> int:
@@ -95,6 +98,7 @@ def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) 
         adapter_parameters=adapter,
         adapted_parameters=adapted,
         no_shared_prompts=why_not_share_prompts(hf_config, config.attention),
+        positions=getattr(text, "max_position_embeddings", None),
     )
 
 
@@ -109,8 +113,7 @@ def head_dims(text: PreTrainedConfig) -> tuple[int, int]:
 def _hf_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedConfig:
     if config.architecture is not None:
         return architecture_config(config.architecture, tokenizer)
-    with loading(str(config.path), "model.path", "read the config of"):
-        hf_config: PreTrainedConfig = AutoConfig.from_pretrained(
-            str(config.path), trust_remote_code=config.trust_remote_code
-        )
+    path = local_model(str(config.path), weights=False)
+    with loading(path, "model.path", "read the config of"):
+        hf_config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     return hf_config

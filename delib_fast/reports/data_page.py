@@ -129,7 +129,8 @@ def _part(name: str, part: Mapping[str, Any]) -> Part:
     if citations:
         cards.append(_citations(citations))
     examples = part["examples"]
-    return Part(name, _tiles(tiles), cards, "", examples["by"], [_example(item) for item in examples["rows"]])
+    note = f"Refusals: {refusals['error']}" if refusals else ""
+    return Part(name, _tiles(tiles), cards, note, examples["by"], [_example(item) for item in examples["rows"]])
 
 
 def _corpus(found: Mapping[str, Any]) -> list[Card]:

@@ -15,7 +15,7 @@ from delib_fast.data import DataError, Row, read_source
 from delib_fast.data.corpus import check_corpus, recurring
 from delib_fast.data.read.jsonl import HashingFile, read_items
 from delib_fast.datagen.citations import labels_of_names, labels_of_spec
-from delib_fast.datagen.refusals import classify_reply
+from delib_fast.datagen.refusals import MEASURED, classify_reply
 from delib_fast.datagen.request_log import read_answers
 from delib_fast.datagen.settings import AXES
 from delib_fast.datagen.spec import Spec
@@ -131,7 +131,11 @@ def _chats(rows: Sequence[tuple[Row, Mapping[str, Any]]], spec: Spec | None) -> 
             "prompts": near_duplicates(distinct_prompts, 0.9),
             "rows": near_duplicates([f"{c}\n{r}" for c, r in zip(cots, responses, strict=True)]),
         },
-        "refusals": {"share": round(sum(refusals) / len(rows), 4), "by_category": _share_by(categories, refusals)},
+        "refusals": {
+            "share": round(sum(refusals) / len(rows), 4),
+            "by_category": _share_by(categories, refusals),
+            "error": MEASURED.text(),
+        },
         "citations": _citations(rows, categories, spec),
         "examples": {
             "by": "score" if scored else "words of the CoT",

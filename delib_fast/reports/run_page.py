@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from delib_fast.config import ConfigError
+from delib_fast.evals.paired import PairedDifference, RowValues, paired_difference
+from delib_fast.evals.samples import read_samples
 from delib_fast.files import write_atomic
+from delib_fast.reports.eval_page import cell_html
 from delib_fast.reports.html import HtmlTable, Picture, render
 from delib_fast.reports.run_figures import draw_pictures
 from delib_fast.reports.run_record import RunRecord, differences, read_runs
+from delib_fast.reports.samples import sample_views
 from delib_fast.terminal import echo
-from delib_fast.training.console import count_text, duration_text
+from delib_fast.training.console import OPENING_ROW, count_text, duration_text
 
 _STAGE_COLUMNS = (
     "run", "stage", "status", "steps", "tokens", "supervised tokens", "tokens/s", "supervised tokens/s", "MFU", "fill",
@@ -52,15 +56,21 @@ def write_page(runs: Sequence[RunRecord], pictures: Sequence[Picture], out: Path
     tables = (
         stages_table(runs),
         held_out_table(runs),
+        changes_table(runs),
         differences_table(runs) if len(runs) > 1 else None,
         skipped_steps_table(runs),
     )
-    stages, held_out, different, skipped = (table if table is not None and table.rows else None for table in tables)
+    stages, held_out, changes, different, skipped = (
+        table if table is not None and table.rows else None for table in tables
+    )
     page = render(
         "run.jinja",
         title=f"Training: {', '.join(run.name for run in runs)}",
         wide=True,
-        tables=[table for table in (stages, held_out) if table is not None],
+        tables=[table for table in (stages, held_out, changes) if table is not None],
+        samples={
+            run.name: sample_views(found.samples) for run in runs if (found := read_samples(run.path / "samples"))
+        },
         sections={p.section: [other for other in pictures if other.section == p.section] for p in pictures},
         chains={run.name: chain(run) for run in runs},
         different=different,
@@ -112,8 +122,53 @@ def held_out_table(runs: Sequence[RunRecord]) -> HtmlTable:
             tokens = next(cell["tokens"] for cell in cells if cell)
             values = ["" if cell is None else f"{cell['nll']:.3f}" for cell in cells]
             rows.append([run.name, segment, f"{tokens:,}", *values])
+        openings = {e["moment"]: e["opens_cot"] for e in run.ledger["evaluations"] if "opens_cot" in e}
+        if openings:
+            values = [f"{openings[moment]['log_p']:.3f}" if moment in openings else "" for moment in moments]
+            rows.append([run.name, OPENING_ROW, f"{next(iter(openings.values()))['rows']:,} rows", *values])
     columns = ["run", "segment", "tokens", *moments]
     return HtmlTable(columns, rows, "Held-out nll (nats per token)", range(2, len(columns)))
+
+
+def changes_table(runs: Sequence[RunRecord]) -> HtmlTable:
+    """The changes of held-out figures, paired by row: from the start of a run, and between the ends of runs."""
+    compared = [
+        (run.name, f"{moment} − {moments[0]}", run.held_out_rows[moment], run.held_out_rows[moments[0]])
+        for run in runs
+        if (moments := list(run.held_out_rows))
+        for moment in moments[1:]
+    ]
+    ends = [(run.name, run.held_out_rows[list(run.held_out_rows)[-1]]) for run in runs if run.held_out_rows]
+    compared += [(name, f"end − end of {ends[0][0]}", rows, ends[0][1]) for name, rows in ends[1:]]
+    rows = []
+    for name, change, after, before in compared:
+        for title, found in paired_figures(after, before).items():
+            agreeing = f"{found.agreeing} of {found.rows}"
+            rows.append([name, change, title, cell_html(found.estimate), agreeing])
+    columns = ["run", "change", "segment", "a − b", "rows with this sign"]
+    return HtmlTable(columns, rows, "Change of held-out nll, paired by row (nats per token)", {3, 4})
+
+
+def paired_figures(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, PairedDifference]:
+    """The paired difference of each figure of two evaluations that read the same rows, by name."""
+    found = {}
+    for prefix in [prefix for prefix in after if prefix in before]:
+        a, b = after[prefix], before[prefix]
+        for segment in [name for name in a["segments"] if name in b["segments"]]:
+            opening = segment == "opens_cot"
+            pair = [
+                RowValues(
+                    side["key"],
+                    tuple(
+                        (-nll, float(tokens > 0)) if opening else (nll, float(tokens))
+                        for nll, tokens in side["segments"][segment]
+                    ),
+                )
+                for side in (a, b)
+            ]
+            if difference := paired_difference([(pair[0], pair[1])]):
+                found[prefix + (OPENING_ROW if opening else segment)] = difference
+    return found
 
 
 def differences_table(runs: Sequence[RunRecord]) -> HtmlTable:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from delib_fast.config import ConfigError
-from delib_fast.config.load import flatten
+from delib_fast.config.load import flatten, named_key
 from delib_fast.digests import read_json_lines
+from delib_fast.training.held_out import read_rows
 from delib_fast.training.run_directory import read_ledger, read_run_config
 
 MetricsRecord = Mapping[str, Any]
@@ -38,6 +39,8 @@ class RunRecord:
     damaged_lines: tuple[int, ...] = ()
     """The numbers of the lines of metrics.jsonl that do not match their digest, and are left out. A running run may be
     writing its last line."""
+    held_out_rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """By moment, what held_out.jsonl has for each row; empty for a run of an earlier version."""
 
     @property
     def stages(self) -> list[dict[str, Any]]:
@@ -80,7 +83,8 @@ def read_run(path: Path) -> RunRecord:
     except OSError as error:
         raise ConfigError(f"{path / 'metrics.jsonl'} cannot be read: {error.strerror}") from None
     name, stages = path.resolve().name, [stage["name"] for stage in ledger["stages"]]
-    return RunRecord(path, name, ledger, _count_over_run(records, stages), config, tuple(damaged))
+    rows, _ = read_rows(path)
+    return RunRecord(path, name, ledger, _count_over_run(records, stages), config, tuple(damaged), rows)
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
@@ -98,7 +102,7 @@ def differences(runs: Sequence[RunRecord]) -> list[tuple[str, list[Any]]]:
     flat = [flatten(run.config) for run in runs]
     keys = list(dict.fromkeys(key for tree in flat for key in tree))
     return [
-        (key, [tree.get(key) for tree in flat])
+        (named_key(key.split("."), runs[0].config), [tree.get(key) for tree in flat])
         for key in keys
         if key != "run_dir" and any(tree.get(key) != flat[0].get(key) for tree in flat)
     ]

@@ -23,6 +23,7 @@ from delib_fast.reports.study_tables import (
     choices_tables,
     contrast_names,
     contrasts_table,
+    estimate_html,
     estimate_text,
     explanations,
     exploratory_mark,
@@ -53,6 +54,7 @@ def write_page(summary: Tree, pictures: Sequence[Picture], out: Path, *, publish
             _arms_table(summary),
             *choices_tables(summary),
             *([contrasts_table(summary)] if summary["contrasts"] else []),
+            *([_paired_table(summary)] if summary.get("paired") else []),
             *([placebos_table(summary)] if summary["placebos"] else []),
         ],
         explanations=explanations(summary),
@@ -117,13 +119,16 @@ def markdown(summary: Tree) -> str:
             for c in summary["contrasts"]
         ]
         text += "\n" + _markdown_table(CONTRAST_COLUMNS, contrast_rows)
+    if summary.get("paired"):
+        paired = [[*row[:4], estimate_text(row[4]), row[5]] for row in _paired_rows(summary)]
+        text += "\n" + _markdown_table(_PAIRED_COLUMNS, paired)
     text += "\n" + " ".join(registration_lines(summary["preregistration"])) + "\n"
     cost = summary["cost"]
     return (
         f"{text}\n{_count(len(summary['seeds']), 'seed')}. {_count(cost['stages'], 'stage')} "
         f"({cost['stages_without_sharing']} without sharing), {_duration(cost['cpu_s'])} of processor time, "
         f"{_duration(cost['wall_s'])} with {_count(cost['workers'], 'worker')} on "
-        f"{_count(cost['cores'], 'core')}.\n"
+        f"{_count(cost['cores'], 'core')}.\n" + "".join(f"\n{note}\n" for note in summary.get("notes", ()))
     )
 
 
@@ -159,6 +164,27 @@ def _arms_table(summary: Tree) -> HtmlTable:
             ]
         )
     return HtmlTable(columns, rows, "Arms", range(1, len(columns)))
+
+
+_PAIRED_COLUMNS = ["difference, paired by row", "a", "b", "metric", "a − b", "rows with this sign"]
+
+
+def _paired_rows(summary: Tree) -> list[list[Any]]:
+    return [
+        [
+            p["title"] + exploratory_mark(summary, p),
+            *contrast_names(p, summary["metrics"])[1:],
+            p["estimate"],
+            f"{p['agreeing']} of {p['rows']}",
+        ]
+        for p in summary.get("paired") or ()
+    ]
+
+
+def _paired_table(summary: Tree) -> HtmlTable:
+    rows = [[*row[:4], estimate_html(row[4]), row[5]] for row in _paired_rows(summary)]
+    title = "Differences, paired by row: intervals over rows, for the seeds that were trained"
+    return HtmlTable(["difference", *_PAIRED_COLUMNS[1:]], rows, title, numeric={4, 5})
 
 
 def _corpora_verdict(corpora: Tree) -> str:
@@ -230,6 +256,10 @@ def _cited(figure: PublishedFigure) -> Markup:
 
 
 def _note(summary: Tree) -> str:
+    return " ".join((_seeds_note(summary), *summary.get("notes", ())))
+
+
+def _seeds_note(summary: Tree) -> str:
     if len(summary["seeds"]) == 1:
         return "There is one seed: the intervals reflect which items were drawn, and not what another seed would give."
     return (

@@ -32,7 +32,7 @@ def cell(figure: Tree) -> Markup:
     if figure.get("void"):
         value = estimate_text(figure["over seeds"])
         return Markup('<span class="void" title="{}">{}</span>').format(f"not valid: {value}", cell_words(figure))
-    return _html(figure["over seeds"])
+    return estimate_html(figure["over seeds"])
 
 
 def choices_tables(summary: Tree) -> list[HtmlTable]:
@@ -47,7 +47,7 @@ def choices_tables(summary: Tree) -> list[HtmlTable]:
             [
                 arm["name"],
                 cell(figure := arm["figures"][name]),
-                _html(figure["margin"]),
+                estimate_html(figure["margin"]),
                 f"{figure['content']:.3f}",
                 f"{figure['habit']:.3f}",
                 ", ".join(map(str, figure["void_seeds"])) or "none",
@@ -67,7 +67,7 @@ def contrasts_table(summary: Tree) -> HtmlTable:
         [
             _role(summary, c),
             *contrast_names(c, summary["metrics"]),
-            _void_difference(c) if c["void"] else _html(c["estimate"]),
+            _void_difference(c) if c["void"] else estimate_html(c["estimate"]),
             by_seed_text(c, ", "),
             verdict_text(c),
             floor_text(c),
@@ -117,7 +117,7 @@ def _placebo_text(contrast: Tree) -> Markup:
 def placebos_table(summary: Tree) -> HtmlTable:
     metrics = summary["metrics"]
     rows: list[list[str | Markup]] = [
-        [p["arm"], metric_title(p["metric"], metrics[p["metric"]]), _html(p["estimate"]), by_seed_text(p, ", ")]
+        [p["arm"], metric_title(p["metric"], metrics[p["metric"]]), estimate_html(p["estimate"]), by_seed_text(p, ", ")]
         for p in summary["placebos"]
     ]
     title = "Placebo: an arm less the same arm trained with another seed"
@@ -171,7 +171,7 @@ def estimate_text(tree: Tree) -> str:
     return cell_text(_estimate(tree))
 
 
-def _html(tree: Tree) -> Markup:
+def estimate_html(tree: Tree) -> Markup:
     return cell_html(_estimate(tree))
 
 

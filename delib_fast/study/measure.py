@@ -10,11 +10,14 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from delib_fast import __version__
 from delib_fast.config import ConfigError
 from delib_fast.digests import DamagedError, hash_tree, read_json, write_json
-from delib_fast.evals.intervals import Estimate
+from delib_fast.evals.intervals import Estimate, RowEstimate
 from delib_fast.evals.metrics.forced_choices import ChoiceFigures, Orders, choose, read_choices
+from delib_fast.evals.paired import RowValues
 from delib_fast.evals.results import SuiteResult, to_json_data
 from delib_fast.evals.run import NAMED_FILES, evaluate, inputs_of
 from delib_fast.evals.settings import load_eval_config
@@ -127,7 +130,24 @@ def _score_choices(
         "content": None if split is None else split.content,
         "habit": None if split is None else split.habit,
         "margins": [round(m, 4) for m in figures.margins],
+        **_rows_of_choices(metric, figures),
     }
+
+
+def _rows_of_choices(metric: ChoicesMetric, figures: ChoiceFigures) -> dict[str, Any]:
+    """The value of each item, in groups of one situation; nothing for a figure that is not a mean over items."""
+    margins = np.array(figures.margins)
+    by_figure = {
+        "margin": margins,
+        "share": (margins > 0).astype(float),
+        "probability": 1 / (1 + np.exp(-np.clip(margins, -700, 700))),
+    }
+    if metric.figure not in by_figure:
+        return {}
+    situations = [item.situation for item in read_choices(metric.path, metric.orders)]
+    number = {situation: str(k) for k, situation in enumerate(dict.fromkeys(situations))}
+    values = tuple((value, 1.0) for value in by_figure[metric.figure].tolist())
+    return {"rows": RowValues(hash_tree(metric.path), values, tuple(number[s] for s in situations)).to_json()}
 
 
 def _evaluate_suites(target: EvalTarget) -> dict[str, SuiteResult]:
@@ -157,7 +177,8 @@ def _select_figure(name: str, metric: SuiteMetric, results: Mapping[str, SuiteRe
         cell = Estimate(float(cell), math.nan, math.nan, 1, "exact")
     if not isinstance(cell, Estimate):
         raise ConfigError(f"metric {name!r}: {metric.row!r} × {metric.column!r} is {cell!r}, which is not a number")
-    return {"estimate": to_json_data(cell)}
+    rows = RowValues(results[metric.suite].rows_key, cell.by_row) if isinstance(cell, RowEstimate) else None
+    return {"estimate": to_json_data(cell), **({} if rows is None else {"rows": rows.to_json()})}
 
 
 def _row_name(row: Sequence[Any]) -> str:

@@ -31,6 +31,7 @@ from delib_fast.reports.study_figures import draw_pictures
 from delib_fast.reports.study_page import write_page
 from delib_fast.study.costs import Costs
 from delib_fast.study.measure import metric_key, read_measured
+from delib_fast.study.paired import paired_contrasts
 from delib_fast.study.plan import Arm, Node, Plan, fill_in, plan_study
 from delib_fast.study.pool import StudyError, Task, run_tasks, worker_environments
 from delib_fast.study.registration import compare, freeze
@@ -88,14 +89,16 @@ def run_study(study: StudyConfig, log: Log = lambda _: None) -> StudyResult:
     if tasks:
         run_tasks(tasks, environments, on_done)
     costs.add_wall(time.perf_counter() - start, len(environments))
-    trees = {key: {name: _measured(file) for name, file in files.items()} for key, files in measures.items()}
-    figures = {key: {name: _estimate(tree) for name, tree in found.items()} for key, found in trees.items()}
+    measured = {key: {name: _measured(file) for name, file in files.items()} for key, files in measures.items()}
+    figures = {key: {name: _estimate(tree) for name, tree in trees.items()} for key, trees in measured.items()}
     choices = {
-        key: {name: _choice(tree) for name, tree in found.items() if "margin" in tree} for key, found in trees.items()
+        key: {name: _choice(tree) for name, tree in trees.items() if "margin" in tree}
+        for key, trees in measured.items()
     }
     registration = compare(study, plan, prepared, costs.first_stage_at(plan))
     result = summarize(study, figures, plan.arms, costs.total(plan, log), registration, choices)
     result["corpora"] = corpora_of(plan)
+    result["paired"] = paired_contrasts(measured, plan.arms, result["contrasts"])
     write_atomic(out / "study.json", json.dumps(to_json_data(result), indent=1, ensure_ascii=False) + "\n")
     pictures = draw_pictures(result, out)
     page = write_page(result, pictures, out, published=study.published)

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 
 from delib_fast.config import ConfigError, nearest
+from delib_fast.datagen.refusals import MEASURED
 from delib_fast.evals.extra import import_extra
 from delib_fast.evals.intervals import Estimate
 from delib_fast.evals.metrics.forced_choices import OrderSplit
+from delib_fast.evals.metrics.refusal import classifier_figures, read_labelled
 from delib_fast.study.efficiency import Multiple, multiples
 from delib_fast.study.plan import Arm
 from delib_fast.study.registration import UNREGISTERED, Registration, parts_of
-from delib_fast.study.settings import ChoicesMetric, Metric, StudyConfig
+from delib_fast.study.settings import ChoicesMetric, Metric, StudyConfig, SuiteMetric
 
 Figures = Mapping[tuple[Arm, int], Mapping[str, Estimate]]
 """The estimate of each metric, for each (arm, seed)."""
@@ -311,8 +313,21 @@ def summarize(
             for name in study.metrics
             if len(study.aft_sizes) > 1 and study.metrics[name].better != "neither"
         },
+        "notes": _error_notes(study),
         "cost": dict(cost),
     }
+
+
+def _error_notes(study: StudyConfig) -> list[str]:
+    """The errors of the classifiers that the figures depend on."""
+    if not any(isinstance(metric, SuiteMetric) and metric.suite == "refusal" for metric in study.metrics.values()):
+        return []
+    labelled = study.evaluation.get("refusal_labelled")
+    if study.evaluation.get("judge"):
+        known = "is in the results of each arm" if labelled else "is not known: set evaluation.refusal_labelled"
+        return [f"Refusals: a judge classifies the replies; its error {known}."]
+    error = MEASURED if not labelled else classifier_figures(read_labelled(labelled)).measured("evaluation's labels")
+    return [f"Refusals: {error.text()}"]
 
 
 def _choice_data(study: StudyConfig, choices: Choices, arm: Arm, metric: str) -> dict[str, Any]:

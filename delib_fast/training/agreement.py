@@ -266,7 +266,9 @@ def _newest_checkpoint(root: Path) -> str:
 
 
 def _model_facts(config: Config) -> dict[str, str]:
-    lora = config.model.lora
+    from delib_fast.models import local_model
+
+    lora, zero_stage = config.model.lora, config.engine.zero_stage
     paths = {
         "model.path": config.model.path,
         "model.lora.path": lora.path if lora is not None else None,
@@ -276,11 +278,13 @@ def _model_facts(config: Config) -> dict[str, str]:
     for key, path in paths.items():
         if path is None:
             continue
-        if not Path(path).is_dir():
+        # Of a GGUF file, the folder that it was converted to is compared. The cache folder is a machine's own.
+        folder = path if key == "model.lora.path" else local_model(path, key=key, weights=key == "model.path")
+        if not Path(folder).is_dir():
             facts[f"{key}: revision of {path}"] = _hub_revision(path)
             continue
         # At ZeRO 3 only rank 0 reads the weights: the others get theirs from it.
-        files = model_files(Path(path), weights_too=config.engine.zero_stage < 3)
+        files = model_files(Path(folder), weights_too=zero_stage < 3)
         facts |= {f"{key}: sha256 of {name} in {path}": value for name, value in files.items()}
     return facts
 

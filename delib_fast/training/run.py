@@ -335,7 +335,7 @@ def memory_budget(run: RunContext) -> MemoryBudget:
 
 def resolve_precision(config: Config, ranks: Ranks) -> Config:
     """The configuration with `engine.precision: auto` replaced by what the device computes natively."""
-    from delib_fast.engine import native_precision
+    from delib_fast.models.precision import native_precision
 
     if config.engine.precision == "fp16" and ranks.device.type == "cpu":
         raise ConfigError("engine.precision: fp16 needs a GPU; on a CPU set bf16 or fp32")

@@ -4,6 +4,7 @@ run_dir/
     config.yaml      the resolved configuration, secrets redacted
     ledger.json      for each stage: parent, data, steps, tokens, wall time, hashes of its export; and the evaluations
     metrics.jsonl    one record per logged step; see `training.metrics_file`
+    held_out.jsonl   the held-out losses of each row, at each evaluation; see `training.held_out`
     tokenizer/       the tokenizer, if the run trains one
     checkpoints/STAGE/step-N/
     stages/STAGE/    the export of each stage except the last: model/, and with LoRA adapter/
@@ -29,7 +30,7 @@ from typing import Any
 import yaml
 
 from delib_fast.config import Config, ConfigError
-from delib_fast.config.load import dump_config, flatten, is_same_value, parse_config, plain_config
+from delib_fast.config.load import dump_config, flatten, is_same_value, named_key, parse_config, plain_config
 from delib_fast.digests import DamagedError, read_json, write_json
 from delib_fast.files import FileLock, open_regular, read_text, remove_temporary_files, remove_tree, write_atomic
 from delib_fast.training.metrics_file import MetricsFile, Promise
@@ -187,10 +188,17 @@ class RunDirectory:
         """The recorded held-out figures of a moment ("start", "after msm"), if there are any."""
         return next((e["segments"] for e in self.ledger["evaluations"] if e["moment"] == moment), None)
 
-    def record_evaluation(self, moment: str, segments: Mapping[str, Any]) -> None:
-        """Write the held-out figures of a moment to the ledger."""
+    def record_evaluation(
+        self, moment: str, segments: Mapping[str, Any], opening: Mapping[str, float] | None = None
+    ) -> None:
+        """Write the held-out figures of a moment to the ledger.
+
+        Args:
+            opening: `log_p` of the opening of the think block, and the number of `rows`.
+        """
         rest = [e for e in self.ledger["evaluations"] if e["moment"] != moment]
-        self.ledger["evaluations"] = [*rest, {"moment": moment, "segments": dict(segments)}]
+        found = {"moment": moment, "segments": dict(segments)}
+        self.ledger["evaluations"] = [*rest, found if opening is None else {**found, "opens_cot": dict(opening)}]
         self._write_ledger()
 
     def _write_ledger(self) -> None:
@@ -275,13 +283,16 @@ def config_differences(saved: Mapping[str, Any], config: Config) -> list[str]:
     """
     with contextlib.suppress(ConfigError):  # adds the defaults of keys that did not exist when it was written
         saved = plain_config(parse_config(saved))
-    theirs, ours = flatten(saved), flatten(plain_config(config))
+    here = plain_config(config)
+    theirs, ours = flatten(saved), flatten(here)
     differ = [
         key
         for key in sorted(theirs.keys() | ours.keys())
         if not is_same_value(key, theirs.get(key), ours.get(key)) and not key.startswith(_MAY_CHANGE)
     ]
-    lines = [f"  {key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differ[:8]]
+    lines = [
+        f"  {named_key(key.split('.'), here)}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differ[:8]
+    ]
     return lines + ([f"  and {len(differ) - 8} more"] if len(differ) > 8 else [])
 
 

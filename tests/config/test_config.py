@@ -70,27 +70,27 @@ def test_relative_paths_start_at_the_file(tmp_path):
         ({"stagse": []}, "config: stagse: unknown key (did you mean 'stages'?)"),
         (
             {"stages": [{"kind": "aft", "train": ["rows"], "cto": "train"}]},
-            "config: stages.0.cto: unknown key (did you mean 'cot'?)",
+            "config: stages.aft.cto: unknown key (did you mean 'cot'?)",
         ),
         (
             {"stages": [{"kind": "aft", "train": ["rows"], "optimizer": {"learning_rate": 1}}]},
-            "config: stages.0.optimizer.learning_rate: unknown key",
+            "config: stages.aft.optimizer.learning_rate: unknown key",
         ),
         (
             {"stages": [{"kind": "aft", "train": ["row"]}]},
-            "config: stages.0.train names 'row', which is not under data: (did you mean 'rows'?)",
+            "config: stages.aft.train names 'row', which is not under data: (did you mean 'rows'?)",
         ),
         (
             {"stages": [{"kind": "aft", "train": ["rows"], "cot": "tran"}]},
-            "config: stages.0.cot: input should be 'train', 'context' or 'strip', not 'tran'",
+            "config: stages.aft.cot: input should be 'train', 'context' or 'strip', not 'tran'",
         ),
         (
             {"stages": [{"kind": "aft", "train": ["rows"], "pack_capacity": 500, "tokens_per_step": 1200}]},
-            "config: stages.0: tokens_per_step (1200) must be a multiple of pack_capacity (500); the nearest is 1000",
+            "config: stages.aft: tokens_per_step (1200) must be a multiple of pack_capacity (500); the nearest is 1000",
         ),
         (
             {"stages": [{"kind": "aft", "train": ["rows"], "cot": "context", "response_weight": 0}]},
-            "config: stages.0: nothing is supervised: response_weight is 0 and the CoT is not trained",
+            "config: stages.aft: nothing is supervised: response_weight is 0 and the CoT is not trained",
         ),
         ({"stages": [{"train": ["rows"]}]}, "config: stages.0: needs kind: msm or kind: aft"),
         (
@@ -166,7 +166,7 @@ def test_overrides_are_applied_or_refused(tmp_path):
         ("seed", "write it as key.sub=value"),
         ("stages.sft.epochs=2", "stages.sft does not exist; the list has 0, 1, msm, aft"),
         ("seed.a=1", "seed: input should be a valid integer"),
-        ("stages.0.epoch=2", "stages.0.epoch: unknown key (did you mean 'epochs'?)"),
+        ("stages.0.epoch=2", "stages.msm.epoch: unknown key (did you mean 'epochs'?)"),
     ]:
         with pytest.raises(ConfigError) as error:
             load_config(path, [override])

@@ -93,6 +93,7 @@ def encoding() -> Iterator[tuple[str, str, str]]:
     endless = CHATML.replace("<|im_end|>\\n", "").replace("<|im_end|>", "")
     for kind, broken, more in (
         ("a reserved character", chat("a \U0010fffc", None, "r"), {}),
+        ("a think tag that is plain text", chat("p", "a </think> b", "r"), {"template": CHATML, "tokenizer": "chatml"}),
         ("only a CoT, with cot: strip", chat("p", "c", " "), {"cot": "strip"}),
         ("longer than a pack", chat("p " * 500, None, "r"), {}),
         ("more than 16 Mi characters", document("a " * (9 << 20)), {}),
@@ -114,7 +115,8 @@ def encoding() -> Iterator[tuple[str, str, str]]:
     ):
         options = {"pack_capacity": 128, "over_long": "error"} | more
         template = options.pop("template", tok.chat_template)
-        broken_tokenizer = fast_tokenizer(tok.backend_tokenizer, template, eos_token="<|im_end|>")
+        backend = tokenizer(options.pop("tokenizer", "qwen3")).backend_tokenizer
+        broken_tokenizer = fast_tokenizer(backend, template, eos_token="<|im_end|>")
         yield kind, "", message_of(partial(encode_rows, [broken], broken_tokenizer, **options))
 
 

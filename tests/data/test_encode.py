@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from helpers.chat_oracle import KNOWS_REASONING, C, D, R, chat, document, nasty_text, oracle, spell
+from helpers.chat_oracle import CONTROL_TAGS, KNOWS_REASONING, C, D, R, chat, document, nasty_text, oracle, spell
 from helpers.chat_tokenizers import CORPUS, FAMILIES, LLAMA3, QWEN3, fast_tokenizer, tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -30,11 +30,17 @@ def test_adversarial_rows_match_the_oracle(family, in_vocabulary):
     ours = tokenizer(family, in_vocabulary=in_vocabulary)
     theirs = tokenizer(family)
     name_of = {token: name for name, token in ours.get_vocab().items()}
-    for _ in range(150):
+    compared = 0
+    while compared < 150:
         cot = draw.choice([None, nasty_text(draw, empty=False)])
         response = nasty_text(draw, empty=cot is not None)
         system = draw.choice([None, "sys" + nasty_text(draw)])
         row = chat(nasty_text(draw, empty=False), cot, response, system=system)
+        if family not in CONTROL_TAGS and any(tag in (cot or "") + "\n" + response for tag in ("<think>", "</think>")):
+            with pytest.raises(DataError, match=r"^rows.jsonl:1: the (chain of thought|response) contains </?think>, "):
+                encode_row(row, ours)
+            continue
+        compared += 1
         example = encode_row(row, ours)
         ids, segments = oracle(family, row)
         got = [name_of[int(i)] for i in example.input_ids]
@@ -342,6 +348,53 @@ def test_a_row_without_anything_to_train_on_raises():
             DataError, match=f"rows.jsonl:1: there is nothing to train on: .* with cot: {cot} only the response"
         ):
             encode_row(chat("p", "c", " "), tok, cot=cot)
+
+
+@pytest.mark.parametrize("tag", ["<think>", "</think>"])
+@pytest.mark.parametrize("family", ["chatml", "qwen25", "llama3", "plain"])
+def test_think_tags_that_are_plain_text_are_refused_in_a_reply(family, tag):
+    tok = tokenizer(family)
+    for row, part in ((chat("p", f"a {tag} b", "r"), "chain of thought"), (chat("p", "c", f"a {tag} b"), "response")):
+        with pytest.raises(DataError, match=f"^rows.jsonl:1: the {part} contains {tag}, which is plain text") as caught:
+            encode_row(row, tok)
+        assert caught.value.reason == "cot_tags"
+    with pytest.raises(DataError, match=f"the response contains {tag}"):
+        encode_row(chat("p", None, f"a {tag} b"), tok)
+    with pytest.raises(DataError, match=f"the chain of thought contains {tag}"):
+        Encoder(tok).encode_with_cots(chat("p", "c", "r"), ["fine", f"a {tag} b"])
+    assert encode_row(chat(f"a {tag} b", "a think tag </ think>", "r"), tok) is not None  # a prompt may contain it
+    assert encode_row(chat("p", f"a {tag} b", "r"), tok, cot="strip") is not None  # the thought is removed
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen35", "r1", "ours"])
+def test_think_tags_that_are_control_tokens_stay_text_in_a_reply(family):
+    tok = tokenizer(family)
+    ids = encode_row(chat("p", "a </think> <think> b", "c </think> <think> d"), tok).input_ids.tolist()
+    assert [ids.count(tok.convert_tokens_to_ids(tag)) for tag in ("<think>", "</think>")] == [1, 1]
+
+
+WORDS = TURNS.replace("{{ m.content }}", "{% if m.reasoning_content %}{{ before }}{{ m.reasoning_content }}"
+                      "{{ after }}{% endif %}{{ m.content }}")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "cot", "response", "refused"),
+    [
+        ("Thoughts:\\n", "\\nAnswer: ", "a Answer: b", "r", "the chain of thought contains Answer:, "),
+        ("Thoughts:\\n", "\\nAnswer: ", "Thoughts: a", "Answer: b", None),  # only the end can be mistaken
+        ("[T]", "[/T]\\n", "a [/T] b", "r", r"the chain of thought contains \[/T\], "),
+        ("[T]", "[/T]\\n", "a [T] b", "r", r"the chain of thought contains \[T\], "),
+        ("[T]", "[/T]\\n", "a", "b [/T]", r"the response contains \[/T\], "),
+        ("[T]", "[/T]\\n", "a </think>", "b <think>", None),  # not this template's tags
+    ],
+)
+def test_tags_of_the_template_itself_are_refused_in_a_reply(before, after, cot, response, refused):
+    tok = with_template(WORDS.replace("before", f"'{before}'").replace("after", f"'{after}'"))
+    if refused is None:
+        assert encode_row(chat("p", cot, response), tok) is not None
+    else:
+        with pytest.raises(DataError, match=f"^rows.jsonl:1: {refused}"):
+            encode_row(chat("p", cot, response), tok)
 
 
 def test_rows_and_tokenizers_that_cannot_be_encoded_raise():

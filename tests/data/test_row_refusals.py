@@ -17,6 +17,21 @@ REFUSED = {
         "ambiguous",
         "has its chain of thought twice: as 'cot' and in the content",
     ),
+    "a thought with its tags": (
+        {"prompt": "p", "cot": "<think>\nc\n</think>", "response": "r"},
+        "cot_tags",
+        "has <think> in 'cot', which holds the chain of thought without tags; remove the tags",
+    ),
+    "a thought with a closing tag": (
+        chat(HI, assistant("r", reasoning_content="c\n[/THINK]\n")),
+        "cot_tags",
+        "messages[1] has [/THINK] in 'reasoning_content', which holds the chain of thought without tags",
+    ),
+    "a reasoning block with its tags": (
+        chat(HI, assistant([{"type": "thinking", "thinking": "<think>c"}, {"type": "text", "text": "r"}])),
+        "cot_tags",
+        "messages[1] has <think> in a reasoning block, which holds",
+    ),
     "a switch as a thought": (
         pair(reasoning="on"),
         "ambiguous",

@@ -14,6 +14,7 @@ from scripted_model import SPEC
 
 from delib_fast.config import ConfigError
 from delib_fast.data.decontamination import words_of
+from delib_fast.data.read.cot_tags import TAGS
 from delib_fast.datagen.citations import cited, labels_of_names, labels_of_spec, mentions_spec
 from delib_fast.datagen.dedup import NearDuplicates
 from delib_fast.datagen.filters import format_fault
@@ -198,6 +199,8 @@ COT = "I want them to be able to judge for themselves, so I say what I only gues
         (COT, "Hello {model_name}", "leaked_scaffolding"),
         (COT + " <conversation 12ab34cd>", "Here.", "leaked_scaffolding"),
         (COT, "[/INST] Here.", "leaked_scaffolding"),
+        *((f"{COT} {tag} Good.", "Here.", "leaked_scaffolding") for pair in TAGS for tag in pair),
+        *((COT, f"Here {tag} it is.", "leaked_scaffolding") for pair in TAGS for tag in pair),
         (COT + " According to the spec, yes.", "Here.", "mentions_spec"),
         (COT + " Rule 2 decides.", "Here.", "mentions_spec"),
         (COT + " V1 decides.", "Here.", "mentions_spec"),

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import yaml
+from helpers.marks import full
 from helpers.tiny_run import metrics, tiny
 
 
@@ -30,7 +31,7 @@ def config(folder, zero_stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("zero_stage", [full(0), full(1), 2, 3])
 def test_one_two_four_one(tmp_path, fork_server, zero_stage):
     alone = config(tmp_path / "alone", zero_stage)
     fork_server.run("helpers.tiny_run:run", [alone], FAULT_SEEN=str(alone.parent / "seen"))

@@ -93,7 +93,9 @@ def test_transcripts_of_one_label_are_rejected():
 
 @pytest.mark.data
 def test_reading_the_cot_helps_on_real_solutions():
-    transcripts = transcripts_from_solutions(shared("gsm8k_model_solutions.jsonl"), 200)
+    transcripts = transcripts_from_solutions(shared("gsm8k_model_solutions.jsonl"))
+    questions = list(dict.fromkeys(t.prompt for t in transcripts))
+    transcripts = [t for t in transcripts if t.prompt in questions[:200]]
     assert len(transcripts) > 750
     found = compare_views(transcripts, WordMonitor)
     assert found.cot_gain.low > 0

@@ -127,8 +127,8 @@ def test_a_merge_that_loses_the_adapter_is_reported(tmp_path, capsys, monkeypatc
 
     merge = lora.merged_weights
 
-    def halves(model, weights):
-        return merge(model, {k: w / 2 if "lora_B" in k else w for k, w in weights.items()})
+    def halves(model, weights, dtype):
+        return merge(model, {k: w / 2 if "lora_B" in k else w for k, w in weights.items()}, dtype)
 
     monkeypatch.setattr("delib_fast.models.merged_weights", halves)
     base = {"path": str(base_model(tmp_path)), "lora": {"r": 4, "alpha": 4}}
@@ -141,6 +141,14 @@ def test_a_merge_that_loses_the_adapter_is_reported(tmp_path, capsys, monkeypatc
     found = re.search(r"the merged model lacks (\d+)% of the adapter's effect on the logits: in bf16", printed)
     assert found, printed
     assert 40 <= int(found[1]) <= 65
+    nll = ledger(tmp_path)["stages"][1]["export_check"]["model"]["nll"]
+    assert 0.4 < (nll["merged"] - nll["adapter"]) / (nll["base"] - nll["adapter"]) < 0.65
+    assert re.search(
+        rf"aft: nll of {nll['tokens']:,} held-out tokens: base {nll['base']:.4f}, adapter {nll['adapter']:.4f}, merged "
+        rf"into bf16 {nll['merged']:.4f}: merging lost [456]\d\.\d% of what the adapter learned; export.dtype: fp32 "
+        "merges without rounding",
+        printed,
+    )
     fp32 = SimpleNamespace(config=load_config(tmp_path / "run.yaml", ["engine.precision=fp32"]))
     checker = ExportChecker(fp32, Probe("held-out", [], []), pytest.fail)
     checker._judge_lost_effect(0.09, tmp_path)
@@ -149,6 +157,36 @@ def test_a_merge_that_loses_the_adapter_is_reported(tmp_path, capsys, monkeypatc
         ExportCheckError, match="the merged model lacks 50% of the adapter's effect on the logits; 10% is"
     ):
         checker._judge_lost_effect(0.5, tmp_path)
+
+
+@pytest.mark.parametrize("lora", [{"r": 4, "alpha": 8}, None], ids=["lora", "full"])
+def test_an_fp32_export_of_a_bf16_run_is_not_rounded(tmp_path, lora):
+    """With LoRA it is W + s·B·A. Rounded to bf16, it is what the run exports otherwise."""
+    base = base_model(tmp_path)
+    stage = {"kind": "aft", "train": ["deliberation"], "pack_capacity": 1024, "tokens_per_step": 2048, "max_steps": 1}
+    config = tiny(
+        tmp_path,
+        model={"path": str(base), **({} if lora is None else {"lora": lora})},
+        stages=[{**stage, "eval": ["deliberation_heldout"], "optimizer": {"lr": 0.01, "warmup": 0.0}}],
+        tokenizer={"train": {"vocab_size": 512, "sources": ["deliberation"]}},
+        engine={"precision": "bf16", "device": "cpu"},
+    )
+    assert run(config) == 0
+    assert run(config, "export.dtype=fp32", f"run_dir={tmp_path / 'exact'}") == 0
+    rounded, exact = (load_file(tmp_path / name / "model/model.safetensors") for name in ("run", "exact"))
+    assert ({w.dtype for w in rounded.values()}, {w.dtype for w in exact.values()}) == (
+        {torch.bfloat16},
+        {torch.float32},
+    )
+    assert all(torch.equal(exact[key].bfloat16(), weight) for key, weight in rounded.items())
+    name = "model.layers.1.mlp.up_proj"
+    assert not torch.equal(exact[f"{name}.weight"], rounded[f"{name}.weight"].float())
+    if lora is not None:
+        start, learned = load_file(base / "model.safetensors"), adapter(tmp_path / "exact/adapter")
+        a, b = (learned[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        assert torch.equal(exact[f"{name}.weight"], start[f"{name}.weight"].bfloat16().float() + 8 / 4 * (b @ a))
+    ledgers = [json.loads((tmp_path / folder / "ledger.json").read_text()) for folder in ("run", "exact")]
+    assert [found["stages"][0]["model_dtype"] for found in ledgers] == ["bf16", "fp32"]
 
 
 def test_merge_starts_a_new_adapter_on_the_merged_model(tmp_path):
@@ -280,10 +318,10 @@ def test_refuses_another_adapter(paper, change, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["stages.msm.adapter=merge"], "stages.0.adapter: there is nothing to merge (it is the first stage)"),
+        (["stages.msm.adapter=merge"], "stages.msm.adapter: there is nothing to merge (it is the first stage)"),
         (
             ["model.lora=null", "stages.aft.adapter=merge"],
-            "stages.1.adapter: there is nothing to merge (model.lora is",
+            "stages.aft.adapter: there is nothing to merge (model.lora is",
         ),
         (["model.lora.quantize=nf4", "engine.zero_stage=3"], "ZeRO 3 cannot shard 4-bit weights"),
         (

@@ -188,7 +188,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(again, capsys):
     replace_in_config(run_dir, "lr: 0.01", "lr: 0.02")
     error = refused(path, capsys, "stages.msm.optimizer.lr=0.02")
     assert f"{newest(run_dir)} was written by a run with another configuration" in error
-    assert "stages.0.optimizer.lr: 0.01 there, 0.02 here" in error
+    assert "stages.msm.optimizer.lr: 0.01 there, 0.02 here" in error
 
 
 def test_keys_that_do_not_matter_may_change(again):

@@ -185,7 +185,7 @@ def test_bad_input_exits_with_2_and_a_message(tmp_path, capsys, break_it, overri
 
 def test_other_configuration_is_refused(finished, capsys):
     assert run(finished.parent / "run.yaml", "stages.aft.optimizer.lr=0.02") == 2
-    assert "stages.1.optimizer.lr: 0.01 there, 0.02 here" in capsys.readouterr().err
+    assert "stages.aft.optimizer.lr: 0.01 there, 0.02 here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -244,7 +244,7 @@ def test_a_corrected_configuration_reuses_the_folder(tmp_path, capsys):
     capsys.readouterr()
     assert run(path, "stages.msm.max_steps=1", "stages.aft.max_steps=1") == 0
     assert run(path, "stages.msm.max_steps=1", "stages.aft.max_steps=2") == 2
-    assert "stages.1.max_steps: 1 there, 2 here" in capsys.readouterr().err
+    assert "stages.aft.max_steps: 1 there, 2 here" in capsys.readouterr().err
 
 
 def test_damaged_parent_is_refused(tmp_path, capsys):

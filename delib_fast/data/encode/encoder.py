@@ -13,8 +13,10 @@ import numpy as np
 from delib_fast.data.encode.chat import ChatRenderer
 from delib_fast.data.encode.chat_input import THINK, ChatInput
 from delib_fast.data.encode.control_tokens import ControlTokens
+from delib_fast.data.encode.plain_tags import PlainTags
 from delib_fast.data.encode.skeleton import Skeleton
 from delib_fast.data.encode.template import PLAIN_TEMPLATE, ChatTemplate
+from delib_fast.data.encode.thought_form import ThoughtForm
 from delib_fast.data.encode.tokenized_dataset import Example
 from delib_fast.data.rows import DataError, Message, Row, Segment
 
@@ -53,6 +55,9 @@ class Encoder:
             for text in row.texts:
                 self.control.refuse_reserved(text, row.location)
         chats = [self._chat(row, cot, system_prompt) for row in rows]
+        for row, chat in zip(rows, chats, strict=True):
+            if chat is not None:
+                self._plain_tags.refuse(*chat.texts[-2:], row.location)
         rendered = [
             None if chat is None else (chat, self._renderer.skeleton(chat, row.location), row.location)
             for row, chat in zip(rows, chats, strict=True)
@@ -93,6 +98,8 @@ class Encoder:
             raise ValueError(f"{row.location}: the row has no chain of thought to replace")
         for text in (*row.texts, *cots):
             self.control.refuse_reserved(text, row.location)
+        for text in cots:
+            self._plain_tags.refuse(text, row.response, row.location)
         chat = ChatInput.of(row, _with_system_prompt(row.messages, system_prompt), (row.cot or "").strip())
         skeleton = self._skeleton(chat, row.location)
         cores = [text.strip() for text in chat.texts]
@@ -128,6 +135,32 @@ class Encoder:
         text, boundaries = self._skeleton(chat, "a prompt").fill(chat.texts)
         end_of_turn = self.control.encode_batch([text[: boundaries[2]]])[0].ids[-1]
         return sorted({end_of_turn, *([self._eos] if self._eos is not None else [])})
+
+    @cached_property
+    def thought(self) -> ThoughtForm:
+        """What a reply writes around its chain of thought; the default tags if the template cannot write one."""
+        chat = _prompt_chat([Message("user", "a")], "thought")
+        try:
+            skeleton = self._skeleton(chat, "a prompt")
+        except DataError:
+            opening, closing = THINK
+            return ThoughtForm(opening, closing, tuple(self.control.encode_batch([self.control.spell(opening)])[0].ids))
+        text, (start, response, _) = skeleton.fill(chat.texts)
+        cot = len(skeleton.fill_before(len(chat.texts) - 2, chat.texts))
+        opening, closing = text[start:cot].rstrip(), text[cot + len("thought") : response]
+        encoding = self.control.encode_batch([text])[0]
+        first, end = (_first_token_from(encoding, at, len(encoding.ids)) for at in (start, start + len(opening)))
+        names = [self.control.unspell(part).strip() for part in (opening, closing)]
+        return ThoughtForm(names[0], names[1], tuple(encoding.ids[first:end]) if opening.strip() else ())
+
+    @cached_property
+    def _plain_tags(self) -> PlainTags:
+        """The think tags that are plain text to this tokenizer."""
+        chat = _prompt_chat([Message("user", "a")], "thought")
+        try:
+            return PlainTags.of(self._skeleton(chat, "a prompt"), chat, self.control)
+        except DataError:  # a template that cannot write such a chat
+            return PlainTags.by_default(self.control)
 
     def _chat(self, row: Row, cot: Cot, system_prompt: str | None) -> ChatInput | None:
         """What the chat template receives for a row; None for a document."""

@@ -73,6 +73,15 @@ def starts_with_cot(text: str, tags: tuple[tuple[str, str], ...] = TAGS) -> bool
     return pair is not None and pair[1] in text
 
 
+def tag_around(cot: str, tags: tuple[tuple[str, str], ...] = TAGS) -> str | None:
+    """The opening tag at the beginning of a chain of thought, or the closing tag at its end; None without one."""
+    text = cot.strip()
+    return next(
+        (tag for pair in tags for tag, has in zip(pair, (text.startswith, text.endswith), strict=True) if has(tag)),
+        None,
+    )
+
+
 def _opening_pair(stripped: str, tags: tuple[tuple[str, str], ...]) -> tuple[str, str] | None:
     return next((pair for pair in tags if stripped.startswith(pair[0])), None)
 

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from delib_fast.data.read.cot_tags import split_cot, starts_with_cot
+from delib_fast.data.read.cot_tags import split_cot, starts_with_cot, tag_around
 from delib_fast.data.read.fields import Fields, fail, type_name
 from delib_fast.data.read.tools import read_call_text, read_calls
 from delib_fast.data.read.unread import COT_KEYS, is_switch, settle
@@ -124,13 +124,16 @@ def join_cot(given: str | None, content: str, key: str | None, where: str, tags:
     Returns:
         The chain of thought or None, and the content without it.
     Raises:
-        DataError: both contain a chain of thought, and they differ.
+        DataError: both contain a chain of thought, and they differ; or the one of the field has tags around it.
     """
     if given is None:
         return split_cot(content, tags)
     prefix = f"{where} has" if where else "has"
     if is_switch(given):
         fail("ambiguous", f"{prefix} no chain of thought in {key!r}, but a switch; rename or remove it")
+    if tag := tag_around(given, tags):
+        place = "a reasoning block" if key is None else repr(key)
+        fail("cot_tags", f"{prefix} {tag} in {place}, which holds the chain of thought without tags; remove the tags")
     if not starts_with_cot(content, tags):
         return given, content
     inner, rest = split_cot(content, tags)

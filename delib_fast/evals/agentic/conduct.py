@@ -54,6 +54,9 @@ class ConductFigures:
     tool_use: Estimate
     """A model that takes fewer actions does less harm for that reason alone: compare rates at similar tool use."""
     samples: int
+    by_words: int
+    """Samples whose intent was decided by keywords: without a judge all of them, otherwise those whose verdict could
+    not be read."""
 
 
 def actions(reply: str) -> list[tuple[str, str]]:
@@ -125,7 +128,8 @@ def conduct_figures(conditions: Sequence[Condition], conducts: Sequence[Conduct]
             for field in ("intent", "acted", "harmful", "tool_use")
         ]
         label = "all" if name == "all" else f"{name}: {value}"
-        figures.append(ConductFigures(label, rates[0], rates[1], rates[2], rates[3], len(members)))
+        by_words = sum(conducts[i].intent_by == "words" for i in members)
+        figures.append(ConductFigures(label, rates[0], rates[1], rates[2], rates[3], len(members), by_words))
     return figures
 
 

@@ -266,18 +266,15 @@ class _Expression:
         return float(token)
 
 
-def transcripts_from_solutions(path: str | Path, limit: int | None = None) -> list[Transcript]:
+def transcripts_from_solutions(path: str | Path) -> list[Transcript]:
     """Read labelled solutions in the format of `gsm8k_model_solutions.jsonl`: one question per line.
 
     The last line of a solution is its response, the lines before it are the chain of thought. Wrong solutions are to
     be flagged. Solutions of a single line are skipped.
-
-    Args:
-        limit: the number of questions to read; None for all.
     """
     transcripts = []
     with open_regular(path) as file:
-        for line in itertools.islice(file, limit):
+        for line in file:
             record = json.loads(line)
             for solution in (value for value in record.values() if isinstance(value, dict)):
                 cot, newline, response = solution["solution"].strip().rpartition("\n")
