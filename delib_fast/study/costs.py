@@ -40,12 +40,25 @@ class Costs:
         append_json_line(self._path, record)
 
     def first_stage_at(self, plan: Plan) -> str | None:
-        """When the first stage of a plan began to train (ISO 8601, UTC); None if no intact line has it."""
-        if not self._path.exists():
-            return None
-        names = {f"train {node.folder.name}" for node in plan.nodes}
-        lines, _ = read_json_lines(self._path)
-        return min((r["started"] for r in lines if r.get("task") in names and "started" in r), default=None)
+        """When the first stage of a plan began to train (ISO 8601, UTC); None if none has begun.
+
+        It is the earliest of what cost.jsonl records and of the times at which the configurations of the stages were
+        written: a stage that was killed, or whose record is lost, has only the latter.
+        """
+        folders = {node.folder.name: node.folder for node in plan.nodes}
+        lines = read_json_lines(self._path)[0] if self._path.exists() else []
+        found = [
+            line["started"]
+            for line in lines
+            if "started" in line and str(line.get("task", "")).removeprefix("train ") in folders
+        ]
+        written = [folder / "config.yaml" for folder in folders.values()]
+        found += [
+            datetime.fromtimestamp(file.stat().st_mtime, UTC).isoformat(timespec="seconds")
+            for file in written
+            if file.exists()
+        ]
+        return min(found, default=None)
 
     def total(self, plan: Plan, log: Log) -> dict[str, Any]:
         """The sums for the page, without damaged lines, which are logged."""

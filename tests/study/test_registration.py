@@ -168,6 +168,35 @@ def test_a_plan_that_was_frozen_too_late(frozen):
     assert not registration_of(path, "2999-01-01T00:00:00+00:00").before_training
 
 
+def test_when_the_first_stage_began(frozen):
+    """From cost.jsonl, or from the configuration of a stage if its record is lost."""
+    import os
+
+    from delib_fast.digests import append_json_line
+    from delib_fast.study import load_study
+    from delib_fast.study.costs import Costs
+    from delib_fast.study.plan import plan_study
+    from delib_fast.study.run import prepare_data
+
+    path, _ = frozen
+    study = load_study(path)
+    plan = plan_study(study, prepare_data(study, 1, print))
+    file = Path(study.out) / "cost.jsonl"
+    costs = Costs(file)
+    assert costs.first_stage_at(plan) is None
+    first, second = plan.nodes[:2]
+    append_json_line(file, {"task": "train of-another-plan", "started": "2001-01-01T00:00:00+00:00"})
+    append_json_line(file, {"task": f"measure {first.folder.name}", "started": "2002-01-01T00:00:00+00:00"})
+    append_json_line(file, {"task": f"train {first.folder.name}", "wall_s": 1.0})  # of an earlier version
+    assert costs.first_stage_at(plan) is None
+    append_json_line(file, {"task": f"train {first.folder.name}", "started": "2020-01-01T00:00:00+00:00"})
+    assert costs.first_stage_at(plan) == "2020-01-01T00:00:00+00:00"
+    second.folder.mkdir(parents=True)
+    (second.folder / "config.yaml").touch()
+    os.utime(second.folder / "config.yaml", (946684800, 946684800))
+    assert costs.first_stage_at(plan) == "2000-01-01T00:00:00+00:00"
+
+
 def test_a_plan_is_frozen_once(frozen):
     from delib_fast.study import load_study
     from delib_fast.study.run import freeze_study
