@@ -99,7 +99,7 @@ def test_a_finished_study_trains_only_new_arms(done, monkeypatch):
     assert more.read_text() != path.read_text()
     plan = describe_plan(load_study(more))
     assert plan.count("already trained") == 2 * (1 + 2 + 1 + 3 * 2 * 2)
-    assert plan.count("aft-seed") - plan.count("already trained") + 2 * 3 == 2 * 3 * 2, "3 parents × 2 sizes × weight 0"
+    assert plan.count("aft-seed") - plan.count("already trained") + 2 * 4 == 2 * 3 * 2, "3 parents × 2 sizes × weight 0"
 
 
 @pytest.mark.slow
@@ -145,25 +145,38 @@ def test_forced_choices_and_placebos_are_shown(done):
 
 
 @pytest.mark.slow
-def test_evaluating_more_after_training_is_exploratory_and_trains_nothing(copied):
-    from delib_fast.study import load_study, run_study
+def test_evaluating_more_after_training_is_exploratory_and_trains_nothing(copied, done, tmp_path):
+    from delib_fast.reports.study_page import write_page
+    from delib_fast.study import load_study
+    from delib_fast.study.costs import Costs
+    from delib_fast.study.plan import plan_study
+    from delib_fast.study.registration import compare
+    from delib_fast.study.run import plan_tasks, prepare_data
 
     study, out, _ = copied
     path = study.file.with_name("later.yaml")
     margin = "  margin: {kind: choices, path: '{prepared}/choices.jsonl', figure: margin}"
-    later = study.file.read_text().replace("metrics:\n", f"metrics:\n{margin}\n")
-    path.write_text(later)
+    path.write_text(study.file.read_text().replace("metrics:\n", f"metrics:\n{margin}\n"))
     shutil.copy(study.file.with_name("study.frozen.json"), path.with_name("later.frozen.json"))
-    messages: list[str] = []
-    tree = run_study(load_study(path, out=str(out)), messages.append).summary
-    assert not any("train " in message for message in messages[1:])
-    assert tree["preregistration"]["before_training"]
-    assert tree["preregistration"]["added"] == ["metric margin"]
-    assert tree["metrics"]["margin"]["exploratory"] == ["the metric margin was added after the plan was frozen"]
-    assert tree["metrics"]["choice"]["exploratory"] == []
-    page = (out / "index.html").read_text()
-    assert "margin (exploratory)" in page
-    assert "added: metric margin" in page
+    later = load_study(path, out=str(out))
+    prepared = prepare_data(later, 1, pytest.fail)
+    plan = plan_study(later, prepared)
+    tasks, _ = plan_tasks(later, plan, prepared)
+    assert {task.work["do"] for task in tasks} == {"measure"}
+    assert {name for task in tasks for name in task.work["metrics"]} == {"margin"}, "the figures of others are kept"
+    found = compare(later, plan, prepared, Costs(out / "cost.jsonl").first_stage_at(plan))
+    assert found.before_training
+    assert found.added == ("metric margin",)
+    assert found.exploratory("metric margin") == ["the metric margin was added after the plan was frozen"]
+    assert found.exploratory("metric choice") == []
+    tree = json.loads(done[1].json.read_text())
+    tree["metrics"]["choice"]["exploratory"] = found.exploratory("metric margin")
+    tree["contrasts"][0]["exploratory"] = ["the primary contrast was changed"]
+    tree["preregistration"] = found.to_data(later)
+    page = write_page(tree, [], tmp_path, published=False).read_text()
+    assert "choice (exploratory)" in page
+    assert "Since then, added: metric margin. Results that depend on this are marked as exploratory." in page
+    assert '<span title="the primary contrast was changed">exploratory (was primary)</span>' in page
 
 
 @pytest.mark.slow
