@@ -100,7 +100,7 @@ def verdict_text(contrast: Tree) -> str:
 
 
 def floor_text(contrast: Tree) -> str:
-    """Format the detection floor of a difference, e.g. "±0.12"; "–" with one seed."""
+    """Format the detection floor of a difference, e.g. "±0.12"; "–" if it is not known."""
     floor = contrast["floor"]
     return "–" if floor is None or math.isnan(floor) else f"±{floor:.3g}"
 

@@ -75,7 +75,7 @@ class Difference:
     verdict: str
     """"void", "no interval", "null" (the interval contains 0), "higher" or "lower"."""
     floor: float
-    """The smallest difference that the study detects; see `detection_floor`. NaN with one seed."""
+    """The smallest difference that the study detects; NaN if it is not known. See `detection_floor`."""
     placebo: Placebo | None
     """The placebo of `a`, else that of `b`, else the first of the study; None without placebo arms."""
     void: tuple[str, ...]
@@ -118,10 +118,10 @@ def detection_floor(values: Sequence[float]) -> float:
 
     where s is the standard deviation of the n differences by seed. This is the minimum detectable effect of Bloom,
     "Minimum detectable effects" (Evaluation Review 19(5), 1995). s is estimated from the same few seeds, so the floor
-    is uncertain too. NaN for a single number.
+    is uncertain too. NaN for a single number, and for equal numbers, which say nothing about their spread.
     """
     n = len(values)
-    if n < 2:
+    if len(set(values)) < 2:
         return math.nan
     stats = import_extra("scipy.stats")
     return float((stats.t.ppf(0.975, n - 1) + stats.t.ppf(0.8, n - 1)) * stats.sem(np.asarray(values, np.float64)))

@@ -136,6 +136,7 @@ def test_the_detection_floor_of_a_difference():
     assert detection_floor([0.1, 0.2, 0.3]) == pytest.approx((4.3027 + 1.0607) * 0.1 / math.sqrt(3), rel=1e-4)
     assert detection_floor([0.0, 1.0]) == pytest.approx((12.7062 + 1.3764) * 0.5, rel=1e-4)
     assert math.isnan(detection_floor([0.3]))
+    assert math.isnan(detection_floor([0.3, 0.3])), "equal seeds say nothing about their spread"
     (found,) = differences(*two_arms([0.2, 0.4, 0.6], [0.1, 0.2, 0.3]))
     assert found.floor == pytest.approx(0.30966, rel=1e-4)
     assert found.verdict == "null", "0.2 ± 0.248 contains 0"
