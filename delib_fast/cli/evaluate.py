@@ -26,7 +26,7 @@ def eval_command(
             metavar="NAME",
             help=(
                 "a suite or a group, repeatable or comma-separated. Suites: segments, dose, drift, early, reliance, "
-                "agentic, hints, necessity, legibility, policy, refusal, monitor; groups: forced (default), sampled, "
+                "agentic, samples, hints, necessity, legibility, policy, refusal, monitor; groups: forced (default), sampled, "
                 "cot, all"
             ),
         ),

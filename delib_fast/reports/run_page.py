@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from delib_fast.config import ConfigError
 from delib_fast.evals.paired import PairedDifference, RowValues, paired_difference
-from delib_fast.evals.samples import read_samples
+from delib_fast.evals.replies import read_samples
 from delib_fast.files import write_atomic
 from delib_fast.reports.eval_page import cell_html
 from delib_fast.reports.html import HtmlTable, Picture, render

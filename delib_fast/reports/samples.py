@@ -16,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from delib_fast.data import Message, Segment
-from delib_fast.evals.samples import ModelFigures, Sample, SampledReply, SampleSet
+from delib_fast.evals.replies import ModelFigures, Sample, SampledReply, SampleSet
 from delib_fast.files import write_atomic
-from delib_fast.preview.tokens import COLOURS
+from delib_fast.preview.colours import COLOURS
 from delib_fast.reports.html import HtmlTable, render
 from delib_fast.terminal import plain, printable
 
@@ -195,7 +195,7 @@ class SampleView:
 
 
 def sample_views(samples: Sequence[Sample]) -> list[SampleView]:
-    """What `samples` of parts.jinja shows."""
+    """The samples that the macro `samples` of parts.jinja shows."""
     return [
         SampleView(
             " · ".join(part for part in (printable(s.location), printable(s.label)) if part),
