@@ -44,8 +44,8 @@ class EvalCallback(Callback):
     to one without it; its tokens/s include the time of evaluation. A run that resumes from a checkpoint appends the
     records of repeated steps again.
 
-    Cost per row: one forward pass for segments and another one of its prompt, 11 for early, 6 for reliance, and 2 for drift, which also keeps a
-    second model in memory unless the run trains a LoRA adapter.
+    Cost per row: for segments one forward pass, and another one of the prompt; 11 for early, 6 for reliance, and 2 for
+    drift, which also keeps a second model in memory unless the run trains a LoRA adapter.
 
     Args:
         suites: any of segments, early, reliance, drift. Drift is measured from the model that the run started from;

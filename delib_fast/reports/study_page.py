@@ -10,10 +10,12 @@ from typing import Any
 from markupsafe import Markup
 
 from delib_fast.evals.intervals import Estimate
+from delib_fast.evals.replies import sample_from_json
 from delib_fast.files import write_atomic
 from delib_fast.reports.eval_page import cell_html, cell_text
 from delib_fast.reports.html import HtmlTable, Picture, render
 from delib_fast.reports.published import Published, PublishedFigure, read_published
+from delib_fast.reports.samples import sample_views
 from delib_fast.reports.study_figures import largest, metric_title
 
 Tree = Mapping[str, Any]
@@ -38,6 +40,10 @@ def write_page(summary: Tree, pictures: Sequence[Picture], out: Path, *, publish
             *([_contrasts_table(summary)] if summary["contrasts"] else []),
             *([_paired_table(summary)] if summary.get("paired") else []),
         ],
+        samples={
+            metric_title(name, summary["metrics"][name]): sample_views([sample_from_json(tree) for tree in trees])
+            for name, trees in (summary.get("samples") or {}).items()
+        },
         efficiency=_efficiency_tables(summary),
         published=found,
         published_tables=[] if found is None else _published_tables(found),

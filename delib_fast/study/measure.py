@@ -23,6 +23,7 @@ from delib_fast.evals.run import evaluate
 from delib_fast.evals.settings import load_eval_config
 from delib_fast.evals.target import EvalTarget
 from delib_fast.study.settings import ChoicesMetric, SuiteMetric
+from delib_fast.study.shown import SHOWN
 
 FORMAT = 3
 """Increased when the meaning of a figure changes; older figures are then recomputed."""
@@ -156,7 +157,13 @@ def _select_figure(name: str, metric: SuiteMetric, results: Mapping[str, SuiteRe
     if not isinstance(cell, Estimate):
         raise ConfigError(f"metric {name!r}: {metric.row!r} × {metric.column!r} is {cell!r}, which is not a number")
     rows = RowValues(results[metric.suite].rows_key, cell.by_row) if isinstance(cell, RowEstimate) else None
-    return {"estimate": to_json_data(cell), **({} if rows is None else {"rows": rows.to_json()})}
+    samples = results[metric.suite].samples
+    shown = [samples[k * len(samples) // SHOWN] for k in range(SHOWN)] if len(samples) > SHOWN else samples
+    return {
+        "estimate": to_json_data(cell),
+        **({} if rows is None else {"rows": rows.to_json()}),
+        **({"samples": to_json_data(list(shown))} if shown else {}),
+    }
 
 
 def _row_name(row: Sequence[Any]) -> str:

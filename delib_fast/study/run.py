@@ -37,6 +37,7 @@ from delib_fast.study.paired import paired_contrasts
 from delib_fast.study.plan import Arm, Node, Plan, fill_in, plan_study
 from delib_fast.study.pool import StudyError, Task, run_tasks, worker_environments
 from delib_fast.study.settings import ChoicesMetric, StudyConfig
+from delib_fast.study.shown import shown_samples
 from delib_fast.study.summary import find_arm, summarize
 
 Log = Callable[[str], None]
@@ -96,6 +97,7 @@ def run_study(study: StudyConfig, log: Log = lambda _: None) -> StudyResult:
     figures = {key: {name: _estimate(tree) for name, tree in trees.items()} for key, trees in measured.items()}
     result = summarize(study, figures, plan.arms, costs.total(plan, log))
     result["paired"] = paired_contrasts(study, measured, plan.arms)
+    result["samples"] = shown_samples(study, measured, plan.arms)
     write_atomic(out / "study.json", json.dumps(to_json_data(result), indent=1, ensure_ascii=False) + "\n")
     pictures = draw_pictures(result, out)
     page = write_page(result, pictures, out, published=study.published)

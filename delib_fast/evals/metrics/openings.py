@@ -40,7 +40,7 @@ def opening_log_p(scorer: Scorer, prompts: Sequence[Sequence[int]]) -> list[floa
 
 
 def opening_figure(scorer: Scorer, rows: Sequence[Row]) -> Estimate | None:
-    """The mean of `opening_log_p` over the prompts of chats; None if there are none, or the template opens the block."""
+    """The mean of `opening_log_p` over the prompts of chats; None without chats, or if the template opens the block."""
     chats = [row.messages for row in rows if row.kind == "chat"]
     encoder = encoder_for(scorer.tokenizer)
     prompts = [encoder.encode_prompt(chat, system_prompt=scorer.system_prompt) for chat in chats]
