@@ -142,7 +142,7 @@ def test_what_is_missing_is_said(copied):
     shutil.rmtree(copied / "model")
     assert [f.model for f in sampled(copied).figures] == ["base", "after aft"], "its adapter is left"
     shutil.rmtree(copied / "adapter")
-    with pytest.raises(ConfigError, match="the run has no model yet .*after aft: .*/model was deleted"):
+    with pytest.raises(ConfigError, match=r"the run has no model yet .*after aft: .*/model was deleted"):
         find_moments(copied)
 
 
@@ -171,7 +171,8 @@ def test_a_path_without_a_model_is_refused(copied, tmp_path):
             stage["status"] = "running"
     assert why(copied) == (
         f"{copied}: the run has no model yet (after msm: the stage has not finished; after aft: the stage has not "
-        "finished). Wait until its first stage has finished, or start the run again: it resumes from its last checkpoint"
+        "finished). Wait until its first stage has finished, or start the run again: it resumes from its last "
+        "checkpoint"
     )
 
 
@@ -205,7 +206,7 @@ def test_prompt_files(lora_run, tmp_path):
         (tmp_path / "bad.jsonl").write_text(text)
         with pytest.raises(ConfigError, match=message):
             sample_prompts(moments, tmp_path / "bad.jsonl", 3)
-    with pytest.raises(ConfigError, match="none.txt: the prompts cannot be read"):
+    with pytest.raises(ConfigError, match=r"none\.txt: the prompts cannot be read"):
         sample_prompts(moments, tmp_path / "none.txt", 3)
 
 
