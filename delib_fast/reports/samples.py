@@ -68,7 +68,7 @@ def _side_by_side(replies: Sequence[list[tuple[str, str, str]]], console: Consol
     width = (console.width - 2 * (columns - 1)) // columns
     cells = [_joined([line for part in reply for line in _block(*part, width, console)]) for reply in replies]
     if columns == 1:
-        return _joined([line for cell in cells for line in (cell, Text(""))][:-1])
+        return _joined([line for cell in cells for line in (cell, plain(""))][:-1])
     grid = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
     for _ in range(columns):
         grid.add_column(width=width)
@@ -77,7 +77,7 @@ def _side_by_side(replies: Sequence[list[tuple[str, str, str]]], console: Consol
 
 
 def _joined(lines: Sequence[Text]) -> Text:
-    return Text("\n").join(lines)
+    return plain("\n").join(lines)
 
 
 def _reply_lines(sampled: SampledReply, found: SampleSet) -> list[tuple[str, str, str]]:
@@ -100,10 +100,10 @@ def _block(mark: str, text: str, style: str, width: int, console: Console) -> li
     lines = [
         wrapped
         for line in printable(text).split("\n")
-        for wrapped in (Text(line, style).wrap(console, max(10, width - len(mark))) or [Text("")])
+        for wrapped in (plain(line, style).wrap(console, max(10, width - len(mark))) or [plain("")])
     ]
     first, rest = mark, mark if mark in ("", _COT, _RESPONSE) else "  "
-    return [Text(first if k == 0 else rest, style) + line for k, line in enumerate(lines)]
+    return [plain(first if k == 0 else rest, style) + line for k, line in enumerate(lines)]
 
 
 def heading(sampled: SampledReply) -> str:
