@@ -249,7 +249,7 @@ def refusal_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
     figures = refusal_figures(prompts, responses, lambda *_: next(remaining))
     again = iter(verdicts)
     shown = [next(again) if response.strip() else "empty reply" for response in responses]
-    samples = collectcollect_samples(chats, given, verdicts=shown, labels=[f"{p.label}, {p.type}" for p in prompts])
+    samples = collect_samples(chats, given, verdicts=shown, labels=[f"{p.label}, {p.type}" for p in prompts])
     error, tables, details = None if settings.judge else MEASURED, [], {}
     if labelled:
         of_each = iter(of_labelled)

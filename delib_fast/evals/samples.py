@@ -10,6 +10,7 @@ from delib_fast.config import ConfigError
 from delib_fast.data import Message
 from delib_fast.data.encode.encoder import encoder_for
 from delib_fast.datagen.user_prompts import read_prompts
+from delib_fast.evals.limits import spread
 from delib_fast.evals.metrics.openings import opening_log_p
 from delib_fast.evals.moments import MomentLoader, Moments, best_precision
 from delib_fast.evals.replies import Sample, SampledReply, SampleSet, model_figures
@@ -46,15 +47,8 @@ def sample_prompts(moments: Moments, file: Path | None, count: int) -> tuple[lis
                 f"{moments.path}: the run holds out no chat; give --prompts FILE, or set eval: of an AFT stage, or "
                 "holdout: of a source, in the next run"
             )
-    chosen = every_nth(given, count)
+    chosen = spread(given, count)
     return [messages for messages, _ in chosen], [location for _, location in chosen], len(given)
-
-
-def every_nth(items: Sequence[Any], limit: int | None) -> list[Any]:
-    """At most `limit` items, spread evenly over all of them."""
-    if limit is None or len(items) <= limit:
-        return list(items)
-    return [items[k * len(items) // limit] for k in range(limit)]
 
 
 def sample_moments(

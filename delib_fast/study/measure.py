@@ -16,6 +16,7 @@ from delib_fast import __version__
 from delib_fast.config import ConfigError
 from delib_fast.digests import DamagedError, hash_tree, read_json, write_json
 from delib_fast.evals.intervals import Estimate, RowEstimate
+from delib_fast.evals.limits import spread
 from delib_fast.evals.metrics.forced_choices import ChoiceFigures, choose, read_choices
 from delib_fast.evals.paired import RowValues
 from delib_fast.evals.results import SuiteResult, to_json_data
@@ -157,12 +158,11 @@ def _select_figure(name: str, metric: SuiteMetric, results: Mapping[str, SuiteRe
     if not isinstance(cell, Estimate):
         raise ConfigError(f"metric {name!r}: {metric.row!r} × {metric.column!r} is {cell!r}, which is not a number")
     rows = RowValues(results[metric.suite].rows_key, cell.by_row) if isinstance(cell, RowEstimate) else None
-    samples = results[metric.suite].samples
-    shown = [samples[k * len(samples) // SHOWN] for k in range(SHOWN)] if len(samples) > SHOWN else samples
+    shown = spread(results[metric.suite].samples, SHOWN)
     return {
         "estimate": to_json_data(cell),
         **({} if rows is None else {"rows": rows.to_json()}),
-        **({"samples": to_json_data(list(shown))} if shown else {}),
+        **({"samples": to_json_data(shown)} if shown else {}),
     }
 
 
