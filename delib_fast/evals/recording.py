@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from delib_fast.data import Message
-from delib_fast.evals.replies import Sample, SampledReply
+from delib_fast.evals.replies import Sample, SampledReply, as_shown
 from delib_fast.evals.sampling import ChatModel, Reply
 
 
@@ -51,7 +51,7 @@ def collect_samples(
     """
     return tuple(
         Sample(
-            tuple(chat),
+            as_shown(chat),
             (
                 SampledReply(
                     "",

@@ -73,6 +73,11 @@ class SampleSet:
     """Moments without replies, with the reason."""
 
 
+def as_shown(chat: Sequence[Message]) -> tuple[Message, ...]:
+    """The roles and contents of a chat, without what only a chat template reads."""
+    return tuple(Message(message.role, message.content) for message in chat)
+
+
 def model_figures(model: str, weights: str, replies: Sequence[SampledReply]) -> ModelFigures:
     """Count the replies of one model."""
     plain = [sampled.reply for sampled in replies]

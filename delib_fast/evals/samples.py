@@ -13,7 +13,7 @@ from delib_fast.datagen.user_prompts import read_prompts
 from delib_fast.evals.limits import spread
 from delib_fast.evals.metrics.openings import opening_log_p
 from delib_fast.evals.moments import MomentLoader, Moments, best_precision
-from delib_fast.evals.replies import Sample, SampledReply, SampleSet, model_figures
+from delib_fast.evals.replies import Sample, SampledReply, SampleSet, as_shown, model_figures
 from delib_fast.evals.sampling import Sampler
 from delib_fast.evals.scoring import Scorer
 from delib_fast.models.generate import Sampling
@@ -116,7 +116,7 @@ def sample_moments(
         "template_opens_thought": not encoder.thought.opening,
     }
     shown = [
-        Sample(tuple(chat), tuple(replies), location)
+        Sample(as_shown(chat), tuple(replies), location)
         for chat, replies, location in zip(prompts, by_prompt, locations, strict=True)
     ]
     return SampleSet(str(moments.path), settings, tuple(figures), tuple(shown), missing)

@@ -268,7 +268,7 @@ def hostile_set() -> SampleSet:
     return SampleSet("run", settings, figures, (Sample((Message("user", HOSTILE),), tuple(replies), "f:1"),), {})
 
 
-@pytest.mark.parametrize("width", [80, 40, 160])
+@pytest.mark.parametrize("width", [40, 80, 160])
 def test_replies_are_marked_without_colour_and_escaped(width, capsys):
     import io
 
@@ -289,10 +289,12 @@ def test_replies_are_marked_without_colour_and_escaped(width, capsys):
     ):
         assert part in flat.replace("│ response │ response", "│ response"), part
     assert "log p(opens CoT) -30.25" in flat
+    if width < 80:
+        return
     row = next(line for line in lines if line.strip().startswith("after aft") and " of " in line)
     assert row.split() == ["after", "aft", "-0.03", "1", "of", "1", "1", "of", "1", "1", "of", "1", "60", "90"]
     side_by_side = any("base" in line and "after aft" in line for line in lines)
-    assert side_by_side == (width >= 80)
+    assert side_by_side
 
 
 def test_the_page_escapes_and_is_read_back(tmp_path):
