@@ -201,7 +201,7 @@ def test_prompt_files(lora_run, tmp_path):
     for text, message in (
         ("", "contains no prompt"),
         ('{"text": "x"}', ":1: has none of 'prompt'"),
-        ("plain", ":1: is not valid JSON"),
+        ("plain", ":1: not valid JSON"),
     ):
         (tmp_path / "bad.jsonl").write_text(text)
         with pytest.raises(ConfigError, match=message):
