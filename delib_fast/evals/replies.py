@@ -97,7 +97,10 @@ def model_figures(model: str, weights: str, replies: Sequence[SampledReply]) -> 
 
 
 def samples_folder(path: Path) -> Path:
-    """The folder of the samples: samples/ in a run directory, else NAME-samples next to the model folder."""
+    """The folder of the samples: samples/ in a run directory, else NAME-samples next to the model folder.
+
+    The samples of `pypi:NAME` are in the working directory.
+    """
     is_run = (path / "config.yaml").exists()
     return path / "samples" if is_run else path.with_name(f"{path.resolve().name}-samples")
 

@@ -27,7 +27,7 @@ from delib_fast.evals.moments import find_moments
 from delib_fast.evals.replies import Sample, SampledReply, SampleSet, model_figures, read_samples, write_samples
 from delib_fast.evals.samples import sample_moments, sample_prompts
 from delib_fast.evals.sampling import Reply, parse_reply
-from delib_fast.models import build_model, export_model
+from delib_fast.models import build_model, export_model, load_tokenizer
 from delib_fast.models.generate import Sampling, generate_ids
 from delib_fast.reports.samples import print_samples, write_page
 from delib_fast.terminal import PlainConsole
@@ -134,6 +134,21 @@ def test_the_ledger_has_the_same_log_p_of_the_opening(lora_run, monkeypatch):
         assert sum(own) / 4 == pytest.approx(evaluation["opens_cot"]["log_p"], abs=1e-5)
 
 
+def test_a_run_that_has_finished_one_stage(copied):
+    """Without an exported model, the tokenizer is the one that the run trains with."""
+    with edited_ledger(copied) as ledger:
+        ledger["stages"][1] = {"name": "aft", "status": "running"}
+    moments = find_moments(copied)
+    assert [m.name for m in moments.found] == ["base", "after msm"]
+    assert moments.missing == {"after aft": "the stage has not finished"}
+    whole = load_tokenizer(str(copied / "model"))
+    assert (moments.tokenizer().get_vocab(), moments.tokenizer().chat_template) == (
+        whole.get_vocab(),
+        whole.chat_template,
+    )
+    assert len(sample_prompts(moments, None, 9)[0]) == 4
+
+
 def test_what_is_missing_is_said(copied):
     shutil.rmtree(copied / "stages")
     found = sampled(copied)
@@ -152,6 +167,9 @@ def test_a_changed_export_is_not_sampled(copied):
     found = sampled(copied)
     assert [f.model for f in found.figures] == ["base", "after msm"]
     assert "config.json was changed after it was written" in found.missing["after aft"]
+    tokens = copied / "model" / "tokenizer.json"
+    tokens.write_text(tokens.read_text().replace('"<think>"', '"<other>"'))
+    assert "<other>" not in find_moments(copied).tokenizer().get_vocab()
 
 
 def test_a_path_without_a_model_is_refused(copied, tmp_path):
