@@ -160,7 +160,7 @@ def test_a_merge_that_loses_the_adapter_is_reported(tmp_path, capsys, monkeypatc
         checker._judge_lost_effect(0.5, tmp_path)
 
 
-@pytest.mark.parametrize("lora", [{"r": 4, "alpha": 8}, None], ids=["lora", "full"])
+@pytest.mark.parametrize("lora", [{"r": 4, "alpha": 8}, None], ids=["lora", "every weight"])
 def test_an_fp32_export_of_a_bf16_run_is_not_rounded(tmp_path, lora):
     """With LoRA it is W + s·B·A. Rounded to bf16, it is what the run exports otherwise."""
     base = base_model(tmp_path)
