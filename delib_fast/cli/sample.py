@@ -49,7 +49,8 @@ def sample_command(
         )
     from delib_fast.data import DataError
     from delib_fast.evals.moments import find_moments
-    from delib_fast.evals.samples import sample_moments, sample_prompts, samples_folder, write_samples
+    from delib_fast.evals.replies import samples_folder, write_samples
+    from delib_fast.evals.samples import sample_moments, sample_prompts
     from delib_fast.models import UnsupportedModelError
     from delib_fast.models.generate import Sampling
     from delib_fast.reports.samples import WIDTH, print_samples, write_page

@@ -13,15 +13,10 @@ from delib_fast.config import StageConfig
 from delib_fast.data import Example, Segment
 from delib_fast.data.pack.shared_prompts import MIN_SHARED_TOKENS
 from delib_fast.data.pack.weights import segment_weights
+from delib_fast.preview.colours import COLOURS
 from delib_fast.terminal import plain
 from delib_fast.training.dataset import RunDataset
 
-COLOURS = {
-    Segment.PROMPT: "grey62",
-    Segment.COT: "dark_orange3",
-    Segment.RESPONSE: "green4",
-    Segment.DOCUMENT: "dodger_blue2",
-}
 _MAX_TOKENS_PER_CHARACTER = 6
 
 

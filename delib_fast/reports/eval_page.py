@@ -19,6 +19,7 @@ from delib_fast.evals.intervals import Estimate
 from delib_fast.evals.results import Cell, Curve, SuiteResult, Table
 from delib_fast.files import write_atomic
 from delib_fast.reports.html import HtmlTable, render
+from delib_fast.reports.samples import sample_views
 from delib_fast.terminal import plain, printable
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def write_page(evaluation: Evaluation) -> Path:
         skipped=evaluation.skipped,
         methods=interval_methods(evaluation.results),
         html_table=html_table,
+        sample_views=sample_views,
         chart=chart,
         cell_text=cell_text,
     )

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from delib_fast.config import ConfigError
 from delib_fast.evals.paired import PairedDifference, RowValues, paired_difference
-from delib_fast.evals.samples import read_samples
+from delib_fast.evals.replies import SampleSet, read_samples
 from delib_fast.files import write_atomic
 from delib_fast.reports.eval_page import cell_html
 from delib_fast.reports.html import HtmlTable, Picture, render
@@ -68,9 +68,7 @@ def write_page(runs: Sequence[RunRecord], pictures: Sequence[Picture], out: Path
         title=f"Training: {', '.join(run.name for run in runs)}",
         wide=True,
         tables=[table for table in (stages, held_out, changes) if table is not None],
-        samples={
-            run.name: sample_views(found.samples) for run in runs if (found := read_samples(run.path / "samples"))
-        },
+        samples={run.name: sample_views(found.samples) for run in runs if (found := _samples(run))},
         sections={p.section: [other for other in pictures if other.section == p.section] for p in pictures},
         chains={run.name: chain(run) for run in runs},
         different=different,
@@ -80,6 +78,15 @@ def write_page(runs: Sequence[RunRecord], pictures: Sequence[Picture], out: Path
     path = out / "index.html"
     write_atomic(path, page)
     return path
+
+
+def _samples(run: RunRecord) -> SampleSet | None:
+    """The last samples of a run; None if there are none, or if they are damaged, which is reported."""
+    try:
+        return read_samples(run.path / "samples")
+    except ConfigError as error:
+        echo(error, err=True)
+        return None
 
 
 def stages_table(runs: Sequence[RunRecord]) -> HtmlTable:
