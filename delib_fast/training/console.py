@@ -82,7 +82,8 @@ class ConsoleLogger:
         """
         if not self._enabled:
             return
-        self._console.print(heldout_table(ledger["evaluations"]))
+        if any(evaluation["segments"] for evaluation in ledger["evaluations"]):  # not without held-out rows
+            self._console.print(heldout_table(ledger["evaluations"]))
         self._console.print(stage_table(ledger["stages"]))
         for name, path in paths:
             self.print(f"{name:<14}{path}")
