@@ -39,11 +39,14 @@ class NoAnswer(Exception):  # noqa: N818
     Args:
         reason: a short name; dropped rows and documents are counted by reason.
         detail: the message; by default the reason.
+        text: the answer that is not usable, if there is one.
     """
 
-    def __init__(self, reason: str, detail: str = "") -> None:
+    def __init__(self, reason: str, detail: str = "", *, text: str = "") -> None:
         super().__init__(detail or reason)
-        self.reason = reason
+        self.reason, self.text = reason, text
+        self.request_ids: list[str] = []
+        """The ids of the requests that were needed."""
 
 
 class Client:
@@ -185,6 +188,9 @@ class Endpoint:
             task.add_done_callback(lambda _: client.in_flight.pop(request.id, None))
         try:
             return await asyncio.shield(task)
+        except NoAnswer as error:
+            error.request_ids = [request.id]
+            raise
         except asyncio.CancelledError:
             if task.cancelled():
                 raise RequestsStopped from None
@@ -204,18 +210,23 @@ class Endpoint:
             NoAnswer: the last of `attempts` answers was malformed too; the reason is `malformed_<purpose>`.
         """
         request_ids: list[str] = []
-        fault: Exception | None = None
+        failed = NoAnswer(f"malformed_{purpose}")
         sent = chat
         for attempt in range(attempts):
-            answer = await self.ask(sent, purpose=purpose, sample=first_sample + attempt)
+            try:
+                answer = await self.ask(sent, purpose=purpose, sample=first_sample + attempt)
+            except NoAnswer as error:
+                error.request_ids = [*request_ids, *error.request_ids]
+                raise
             request_ids.append(answer.request_id)
             try:
                 return parse(answer), request_ids
             except MalformedAnswer as error:
-                fault = error
+                failed = NoAnswer(f"malformed_{purpose}", f"{purpose}: {error}", text=answer.text)
                 if self.settings.temperature == 0:
                     sent = (*chat, *_correction(answer, error))
-        raise NoAnswer(f"malformed_{purpose}", f"{purpose}: {fault}")
+        failed.request_ids = request_ids
+        raise failed
 
     async def close(self) -> None:
         await self._backend.close()
