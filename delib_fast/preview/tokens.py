@@ -88,7 +88,7 @@ def view_example(dataset: RunDataset, stage: StageConfig, index: int) -> Example
 
 
 def describe_left_out(dataset: RunDataset, stages: Sequence[StageConfig]) -> list[str]:
-    """Lines about what is not trained on: skipped rows by reason, with the first of each, and ignored fields of rows."""
+    """Lines about what is not trained on: skipped rows by reason, the first of each, and ignored fields."""
     lines = []
     for stage in stages:
         if counts := dataset.left_out(stage):
