@@ -98,18 +98,18 @@ def heldout_tables(evaluations: Sequence[Mapping[str, Any]]) -> list[Table]:
     if not any(evaluation["segments"] for evaluation in evaluations):
         return []
     table = _table("Held-out nll (nats a token)")
-    table.add_column("moment")
+    table.add_column("moment", no_wrap=True)
     segments = list(dict.fromkeys(name for e in evaluations for name in e["segments"]))
     for segment in segments:
         table.add_column(segment, justify="right")
     tokens = [next(e["segments"][name]["tokens"] for e in evaluations if name in e["segments"]) for name in segments]
-    counts = [f"{n:,} tokens" for n in tokens]
+    counts = [f"{n:,}" for n in tokens]
     openings = [e.get("opens_cot") for e in evaluations]
     opens = next((o for o in openings if o), None)
     if opens is not None:
         table.add_column(OPENING, justify="right")
         counts.append(f"{opens['rows']:,} rows")
-    table.add_row("", *counts, style="dim", end_section=True)
+    table.add_row("tokens", *counts, style="dim", end_section=True)
     for evaluation, opening in zip(evaluations, openings, strict=True):
         parts = [evaluation["segments"].get(segment) for segment in segments]
         cells = [f"{p['nll']:.3f}" if p else "" for p in parts]
