@@ -221,11 +221,11 @@ def test_dropped_samples_have_their_texts_and_requests(model: ScriptedModel, spe
             return "No JSON." if purpose == "classify" else None
         if "rose" in text:
             return "In March." if purpose == "generate" else None
-        if "tea" in text and purpose == "judge":
+        if "tea acid" in text and purpose == "judge":
             return '{"compliance": 2, "helpfulness": 9, "reasoning": 9}'
         if "Ovid" in text and purpose == "judge":
             return "Seven of ten."
-        made = f"<deliberation>{cot}</deliberation><reply>Of {'tea' if 'tea' in text else 'Ovid'}.</reply>"
+        made = f"<deliberation>{cot}</deliberation><reply>Of {'tea' if 'tea acid' in text else 'Ovid'}.</reply>"
         return made if purpose == "generate" else None
 
     model.answer = answer
