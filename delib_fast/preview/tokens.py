@@ -93,11 +93,8 @@ def describe_left_out(dataset: RunDataset, stages: Sequence[StageConfig]) -> lis
     for stage in stages:
         if counts := dataset.left_out(stage):
             lines.append(f"stage {stage.name}: left out {', '.join(f'{n:,} {reason}' for reason, n in counts.items())}")
+        lines += [f"the first {reason}: {message}" for reason, message in dataset.first_left_out(stage).items()]
     for name in dict.fromkeys(name for stage in stages for name in (*stage.train, *stage.eval)):
-        lines += [
-            f"source {name}: the first {reason.replace('_', ' ')}: {message}"
-            for reason, message in dataset.source(name).first_bad_rows.items()
-        ]
         if ignored := dataset.source(name).ignored_fields:
             fields = ", ".join(f"{field} ({rows:,})" for field, rows in ignored.most_common())
             lines.append(f"source {name}: ignored fields (rows that have them): {fields}")

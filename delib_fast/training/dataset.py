@@ -290,7 +290,11 @@ class RunDataset:
         """One line for the console: what the stage trains on."""
         batches, counts = self.batches(stage), self.encoded(stage).counts
         total = counts.rows + self._bad_rows(stage).total()
-        dropped = "".join(f"; left out {n:,} {reason} ({n / total:.1%})" for reason, n in self.left_out(stage).items())
+        first = {reason: f", the first: {message}" for reason, message in self.first_left_out(stage).items()}
+        dropped = "".join(
+            f"; left out {n:,} {reason} ({n / total:.1%}{first.get(reason, '')})"
+            for reason, n in self.left_out(stage).items()
+        )
         shares = self.mixed(stage)[1]
         mixed = (
             "; an epoch shows " + ", ".join(f"{s.name} {s.times:.3g}× ({s.share:.1%})" for s in shares)
@@ -308,6 +312,14 @@ class RunDataset:
 
     def _bad_rows(self, stage: StageConfig) -> Counter[str]:
         return sum((self.source(name).bad_rows for name in stage.train), Counter())
+
+    def first_left_out(self, stage: StageConfig) -> dict[str, str]:
+        """The message about the first bad row of each reason in the stage's sources, with its location."""
+        found: dict[str, str] = {}
+        for name in stage.train:
+            for reason, message in self.source(name).first_bad_rows.items():
+                found.setdefault(reason.replace("_", " "), message)
+        return found
 
     def left_out(self, stage: StageConfig) -> dict[str, int]:
         """How many rows of the stage's sources are not trained on, by reason."""
@@ -338,6 +350,7 @@ class RunDataset:
             "data": data,
             "examples": len(encoded),
             "left_out": left_out,
+            "first_left_out": self.first_left_out(stage),
             "left_out_share": sum(left_out.values()) / (counts.rows + self._bad_rows(stage).total()),
             "mix": [dataclasses.asdict(share) for share in shares],
             "split_documents": counts.split_documents,
