@@ -15,8 +15,7 @@ import typer
 
 from delib_fast.config import ConfigError
 from delib_fast.config.load import load
-from delib_fast.datagen.backends import EndpointError
-from delib_fast.datagen.client import NoAnswer
+from delib_fast.datagen.backends import EndpointError, NoAnswer
 from delib_fast.datagen.documents import generate_documents
 from delib_fast.datagen.progress import money
 from delib_fast.datagen.request_log import WriteError

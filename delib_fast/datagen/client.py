@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from delib_fast.datagen.answers import Answer, BatchEntry, Charge, Request, Totals
-from delib_fast.datagen.backends import Backend, EndpointError, RequestRejected, Retry
+from delib_fast.datagen.backends import Backend, EndpointError, NoAnswer, RequestRejected, Retry
 from delib_fast.datagen.batches import BatchBackend, endpoint_key
 from delib_fast.datagen.dialects import params_of
 from delib_fast.datagen.endpoints import EndpointBackend
@@ -31,22 +31,6 @@ from delib_fast.datagen.stopping import Interrupted, RequestsStopped, StopFlag
 
 T = TypeVar("T")
 _MAX_FAILURES_IN_A_ROW = 10  # after this many failed requests without an answer in between, the endpoint counts as down
-
-
-class NoAnswer(Exception):  # noqa: N818
-    """This request has no usable answer in this run; the others continue.
-
-    Args:
-        reason: a short name; dropped rows and documents are counted by reason.
-        detail: the message; by default the reason.
-        text: the answer that is not usable, if there is one.
-    """
-
-    def __init__(self, reason: str, detail: str = "", *, text: str = "") -> None:
-        super().__init__(detail or reason)
-        self.reason, self.text = reason, text
-        self.request_ids: list[str] = []
-        """The ids of the requests that were needed."""
 
 
 class Client:

@@ -18,7 +18,7 @@ from typing import Any
 
 from delib_fast.data.decontamination import words_of
 from delib_fast.datagen.answers import DAMAGED, Answer, clean_text, estimated_tokens, plausible_tokens
-from delib_fast.datagen.client import NoAnswer
+from delib_fast.datagen.backends import NoAnswer
 from delib_fast.datagen.dedup import NearDuplicates
 from delib_fast.datagen.filters import leaked_scaffolding
 from delib_fast.datagen.parsing import MalformedAnswer, json_values, parse_strings, strip_thinking

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from delib_fast.datagen.answers import Answer, clean_text
-from delib_fast.datagen.backends import EndpointError, describe
-from delib_fast.datagen.client import Client, NoAnswer, for_each
+from delib_fast.datagen.backends import EndpointError, NoAnswer, describe
+from delib_fast.datagen.client import Client, for_each
 from delib_fast.datagen.endpoints import EndpointBackend
 from delib_fast.datagen.parsing import MalformedAnswer, parse_scores
 from delib_fast.datagen.progress import Meter

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from delib_fast.datagen.answers import Answer, estimated_tokens
+from delib_fast.datagen.backends import NoAnswer
 from delib_fast.datagen.citations import labels_of_spec
-from delib_fast.datagen.client import NoAnswer
 from delib_fast.datagen.dedup import NearDuplicates, text_key
 from delib_fast.datagen.filters import format_fault
 from delib_fast.datagen.judge import Judgement, judge_row

@@ -290,11 +290,8 @@ class RunDataset:
         """One line for the console: what the stage trains on."""
         batches, counts = self.batches(stage), self.encoded(stage).counts
         total = counts.rows + self._bad_rows(stage).total()
-        first = {reason: f", the first: {message}" for reason, message in self.first_left_out(stage).items()}
-        dropped = "".join(
-            f"; left out {n:,} {reason} ({n / total:.1%}{first.get(reason, '')})"
-            for reason, n in self.left_out(stage).items()
-        )
+        dropped = "".join(f"; left out {n:,} {reason} ({n / total:.1%})" for reason, n in self.left_out(stage).items())
+        dropped += "".join(f"; the first {reason}: {text}" for reason, text in self.first_left_out(stage).items())
         shares = self.mixed(stage)[1]
         mixed = (
             "; an epoch shows " + ", ".join(f"{s.name} {s.times:.3g}× ({s.share:.1%})" for s in shares)
@@ -315,19 +312,14 @@ class RunDataset:
 
     def first_left_out(self, stage: StageConfig) -> dict[str, str]:
         """The message about the first bad row of each reason in the stage's sources, with its location."""
-        found: dict[str, str] = {}
-        for name in stage.train:
-            for reason, message in self.source(name).first_bad_rows.items():
-                found.setdefault(reason.replace("_", " "), message)
-        return found
+        sources = map(self.source, reversed(stage.train))  # so that the first source's messages are kept
+        return {reason.replace("_", " "): text for s in sources for reason, text in s.first_bad_rows.items()}
 
     def left_out(self, stage: StageConfig) -> dict[str, int]:
         """How many rows of the stage's sources are not trained on, by reason."""
         over_long = self.encoded(stage).counts.dropped_over_long
-        return {
-            **{reason.replace("_", " "): n for reason, n in self._bad_rows(stage).items()},
-            **({"over-long": over_long} if over_long else {}),
-        }
+        bad = {reason.replace("_", " "): n for reason, n in self._bad_rows(stage).items()}
+        return bad | ({"over-long": over_long} if over_long else {})
 
     def ledger(self, stage: StageConfig) -> dict[str, Any]:
         """The part of a stage's ledger entry that describes its data: files with hashes, and tokens over all steps."""
