@@ -83,11 +83,12 @@ def view_example(dataset: RunDataset, stage: StageConfig, index: int) -> Example
 
 
 def describe_left_out(dataset: RunDataset, stages: Sequence[StageConfig]) -> list[str]:
-    """Lines about what is not trained on: rows that are skipped, by reason, and fields of rows that are ignored."""
+    """Lines about what is not trained on: skipped rows by reason, the first of each, and ignored fields."""
     lines = []
     for stage in stages:
         if counts := dataset.left_out(stage):
             lines.append(f"stage {stage.name}: left out {', '.join(f'{n:,} {reason}' for reason, n in counts.items())}")
+        lines += [f"the first {reason}: {message}" for reason, message in dataset.first_left_out(stage).items()]
     for name in dict.fromkeys(name for stage in stages for name in (*stage.train, *stage.eval)):
         if ignored := dataset.source(name).ignored_fields:
             fields = ", ".join(f"{field} ({rows:,})" for field, rows in ignored.most_common())

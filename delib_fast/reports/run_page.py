@@ -19,7 +19,7 @@ from delib_fast.reports.run_figures import draw_pictures
 from delib_fast.reports.run_record import RunRecord, differences, read_runs
 from delib_fast.reports.samples import sample_views
 from delib_fast.terminal import echo
-from delib_fast.training.console import OPENING_ROW, count_text, duration_text
+from delib_fast.training.console import OPENING, count_text, duration_text
 
 _STAGE_COLUMNS = (
     "run", "stage", "status", "steps", "tokens", "supervised tokens", "tokens/s", "supervised tokens/s", "MFU", "fill",
@@ -132,7 +132,7 @@ def held_out_table(runs: Sequence[RunRecord]) -> HtmlTable:
         openings = {e["moment"]: e["opens_cot"] for e in run.ledger["evaluations"] if "opens_cot" in e}
         if openings:
             values = [f"{openings[moment]['log_p']:.3f}" if moment in openings else "" for moment in moments]
-            rows.append([run.name, OPENING_ROW, f"{next(iter(openings.values()))['rows']:,} rows", *values])
+            rows.append([run.name, OPENING, f"{next(iter(openings.values()))['rows']:,} rows", *values])
     columns = ["run", "segment", "tokens", *moments]
     return HtmlTable(columns, rows, "Held-out nll (nats per token)", range(2, len(columns)))
 
@@ -174,7 +174,7 @@ def paired_figures(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[
                 for side in (a, b)
             ]
             if difference := paired_difference([(pair[0], pair[1])]):
-                found[prefix + (OPENING_ROW if opening else segment)] = difference
+                found[prefix + (OPENING if opening else segment)] = difference
     return found
 
 
