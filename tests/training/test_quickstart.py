@@ -9,7 +9,9 @@ import sys
 import pytest
 import yaml
 from helpers.launch import ROOT
+from typer.testing import CliRunner
 
+from delib_fast.cli.main import app
 from delib_fast.config import ConfigError
 from delib_fast.digests import read_json
 from delib_fast.models import local_model
@@ -71,4 +73,8 @@ def test_two_steps_of_the_real_quickstart(tmp_path):
     assert list(moments) == ["start", "after msm", "after aft"]
     # Random weights give log 49152 = 10.8 nats; this pretrained model has read English.
     assert 3.3 < moments["start"]["document"]["nll"] < 4.9
+    done = CliRunner().invoke(app, ["sample", str(tmp_path / "run"), *["--n", "2", "--show", "1", "--max-tokens", "4"]])
+    assert done.exit_code == 0, done.output
+    assert "prompt 1 of 1" in done.output
+    assert "0 of 2" in done.output  # the figures count both prompts
     assert moments["after aft"]["cot"]["nll"] < moments["start"]["cot"]["nll"]
