@@ -14,7 +14,7 @@ from delib_fast.config import ConfigError
 from delib_fast.config.load import load_config
 from delib_fast.data import Segment
 
-CONFIG = ROOT / "examples" / "quickstart.yaml"
+CONFIG = ROOT / "examples" / "quickstart_tiny.yaml"
 
 
 @pytest.fixture(scope="module")
