@@ -253,7 +253,7 @@ def test_configurations(tmp_path):
 def _config() -> dict:
     import yaml
 
-    return yaml.safe_load((PACKAGE.parent / "examples" / "quickstart.yaml").read_text())
+    return yaml.safe_load((PACKAGE.parent / "examples" / "quickstart_tiny.yaml").read_text())
 
 
 @pytest.mark.parametrize(

@@ -360,8 +360,8 @@ class Config(Section):
         for i, stage in enumerate(self.stages):
             if stage.optimizer.name == "muon" and lora is not None:
                 raise ValueError(
-                    f"stages.{stage.name}.optimizer.name: muon cannot be used: it orthogonalizes whole matrices, and model.lora "
-                    "trains low-rank factors; set adamw"
+                    f"stages.{stage.name}.optimizer.name: muon cannot be used: it orthogonalizes whole matrices, and "
+                    "model.lora trains low-rank factors; set adamw"
                 )
             if stage.adapter == "merge" and (i == 0 or lora is None):
                 why = "it is the first stage" if i == 0 else "model.lora is not set"

@@ -33,6 +33,7 @@ _TEACHER_FORCED: dict[str, Callable[[EvalTarget], SuiteResult]] = {
     "monitor": teacher_forced.monitor_suite,
 }
 _GENERATIVE: dict[str, Callable[[EvalTarget, ChatModel], SuiteResult]] = {
+    "samples": generative.samples_suite,
     "hints": generative.hints_suite,
     "necessity": generative.necessity_suite,
     "legibility": generative.legibility_suite,
@@ -52,6 +53,7 @@ _SETTINGS_OF: dict[str, tuple[str, ...]] = {
     "reliance": _SCORING,
     "agentic": ("agentic", "pack_capacity", "precision"),
     "monitor": ("limit",),
+    "samples": _GENERATION,
     "hints": _GENERATION,
     "necessity": _GENERATION,
     "legibility": _GENERATION,
@@ -67,7 +69,7 @@ _FILES_OF = {
 }
 NAMED_FILES = frozenset({"base", *(name for names in _FILES_OF.values() for name in names)})
 """The settings, except `rows`, whose value is the path of a file or folder, or a source with such a path."""
-_READS_HELD_OUT = ("segments", "dose", "drift", "early", "reliance", "legibility", "policy")
+_READS_HELD_OUT = ("segments", "dose", "drift", "early", "reliance", "samples", "legibility", "policy")
 _READS_TRAINED_ON = ("dose", "legibility", "policy")
 
 

@@ -13,7 +13,7 @@ from delib_fast.datagen.settings import BaseUrl, EndpointSettings, KeyVariable
 
 FORCED = ("segments", "dose", "drift", "early", "reliance", "agentic")
 """Suites that only score given text."""
-SAMPLED = ("hints", "necessity", "legibility", "policy", "refusal")
+SAMPLED = ("samples", "hints", "necessity", "legibility", "policy", "refusal")
 """Suites that sample replies from the model."""
 SUITES = (*FORCED, *SAMPLED, "monitor")
 GROUPS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from delib_fast.reports.html import Picture
 from delib_fast.reports.plots import COLOURS, NEUTRAL, SMALL_FONT, pyplot, save
 
 _PANELS_PER_ROW = 3
+_PANEL_CHARS, _AXIS_CHARS, _TICK_CHARS = 32, 34, 16
+"""Characters in a line of a panel's title, an axis' label and a tick's label."""
+_LEGEND_INCHES_PER_CHAR = 0.068
 Tree = Mapping[str, Any]
 _ENDS = ("low", "high")  # keys of the two ends of an interval
 _DIRECTIONS = {"higher": "\n(higher is better)", "lower": "\n(lower is better)", "neither": ""}
@@ -73,7 +77,7 @@ def _arms(plt: Any, summary: Tree) -> Any:
         _mark_chance(axis.axvline, metric)
         if metric["kind"] == "choices" and metric["figure"] != "margin":
             axis.set_xlim(-0.04, 1.04)  # shares and probabilities have one scale in every panel
-        axis.set_title(metric_title(name, metric))
+        axis.set_title(_wrapped(metric_title(name, metric), _PANEL_CHARS) + _DIRECTIONS[metric["better"]])
         axis.set_yticks(range(len(arms)), [arm["label"] for arm in arms])
         axis.tick_params(length=0)
     figure.get_layout_engine().set(wspace=0.04, hspace=0.06)
@@ -144,7 +148,7 @@ def _variants(plt: Any, summary: Tree) -> Any:
             error_kw={"lw": 1, "ecolor": "#222222"},
         )
     _mark_chance(axis.axhline, summary["metrics"][name])
-    axis.set_xticks(range(len(variants)), variants)
+    axis.set_xticks(range(len(variants)), [_wrapped(variant, _TICK_CHARS) for variant in variants])
     axis.grid(visible=False, axis="x")
     axis.set_ylabel(_axis_label(name, summary["metrics"][name]))
     _legend_above(figure, axis)
@@ -182,8 +186,8 @@ def _frontier(plt: Any, summary: Tree) -> Any:
             axis.annotate(
                 f"{arm['cot_weight']:g}", point, textcoords="offset points", xytext=(6, 5), fontsize=SMALL_FONT
             )
-    axis.set_xlabel(f"monitorability: {_axis_label(across, summary['metrics'][across])}")
-    axis.set_ylabel(f"alignment: {_axis_label(up, summary['metrics'][up])}")
+    axis.set_xlabel(_axis_label(across, summary["metrics"][across], "monitorability: "))
+    axis.set_ylabel(_axis_label(up, summary["metrics"][up], "alignment: "))
     _legend_above(figure, axis)
     return figure
 
@@ -214,8 +218,14 @@ def metric_title(name: str, metric: Tree) -> str:
     return str(metric["title"] or name)
 
 
-def _axis_label(name: str, metric: Tree) -> str:
-    return metric_title(name, metric) + _DIRECTIONS[metric["better"]]
+def _axis_label(name: str, metric: Tree, what: str = "") -> str:
+    direction = _DIRECTIONS[metric["better"]] or "\n(which direction is better is not set)"
+    return _wrapped(what + metric_title(name, metric), _AXIS_CHARS) + direction
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Break lines between words only, so that no text is cut off or lies over another."""
+    return "\n".join(textwrap.wrap(text, width, break_long_words=False)) or text
 
 
 def _variant_name(msm: str | None) -> str:
@@ -236,8 +246,10 @@ def _panels(plt: Any, rows: int, columns: int, used: int, size: tuple[float, flo
 
 
 def _legend_above(figure: Any, axis: Any) -> None:
+    """One legend above all axes, in as many columns as fit."""
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=2)
+    fit = max(1, int(figure.get_figwidth() / (_LEGEND_INCHES_PER_CHAR * (max(map(len, labels), default=0) + 8))))
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(fit, 3))
 
 
 def _errors(estimates: Sequence[Tree]) -> list[list[float]]:

@@ -10,10 +10,12 @@ from typing import Any
 from markupsafe import Markup
 
 from delib_fast.data.corpus import monitoring_warning
+from delib_fast.evals.replies import sample_from_json
 from delib_fast.files import write_atomic
 from delib_fast.reports.corpora import corpora_table, mismatch_text, mismatches
 from delib_fast.reports.html import HtmlTable, Picture, render
 from delib_fast.reports.published import Published, PublishedFigure, read_published
+from delib_fast.reports.samples import sample_views
 from delib_fast.reports.study_figures import largest, metric_title
 from delib_fast.reports.study_tables import (
     CONTRAST_COLUMNS,
@@ -58,8 +60,12 @@ def write_page(summary: Tree, pictures: Sequence[Picture], out: Path, *, publish
             *([placebos_table(summary)] if summary["placebos"] else []),
         ],
         explanations=explanations(summary),
-        corpora=corpora_table(summary["corpora"]) if summary["corpora"] else None,
-        corpora_verdict=_corpora_verdict(summary["corpora"]),
+        corpora=corpora_table(summary["corpora"]) if summary.get("corpora") else None,
+        corpora_verdict=_corpora_verdict(summary.get("corpora") or {}),
+        samples={
+            metric_title(name, summary["metrics"][name]): sample_views([sample_from_json(tree) for tree in trees])
+            for name, trees in (summary.get("samples") or {}).items()
+        },
         efficiency=_efficiency_tables(summary),
         published=found,
         published_tables=[] if found is None else _published_tables(found),

@@ -16,6 +16,7 @@ from delib_fast import __version__
 from delib_fast.config import ConfigError
 from delib_fast.digests import DamagedError, hash_tree, read_json, write_json
 from delib_fast.evals.intervals import Estimate, RowEstimate
+from delib_fast.evals.limits import spread
 from delib_fast.evals.metrics.forced_choices import ChoiceFigures, Orders, choose, read_choices
 from delib_fast.evals.paired import RowValues
 from delib_fast.evals.results import SuiteResult, to_json_data
@@ -23,6 +24,7 @@ from delib_fast.evals.run import NAMED_FILES, evaluate, inputs_of
 from delib_fast.evals.settings import load_eval_config
 from delib_fast.evals.target import EvalTarget
 from delib_fast.study.settings import ONLY_DISPLAYED, ChoicesMetric, SuiteMetric
+from delib_fast.study.shown import SHOWN
 
 FORMAT = 3
 """Increased when the meaning of a figure changes; older figures are then recomputed."""
@@ -178,7 +180,12 @@ def _select_figure(name: str, metric: SuiteMetric, results: Mapping[str, SuiteRe
     if not isinstance(cell, Estimate):
         raise ConfigError(f"metric {name!r}: {metric.row!r} × {metric.column!r} is {cell!r}, which is not a number")
     rows = RowValues(results[metric.suite].rows_key, cell.by_row) if isinstance(cell, RowEstimate) else None
-    return {"estimate": to_json_data(cell), **({} if rows is None else {"rows": rows.to_json()})}
+    shown = spread(results[metric.suite].samples, SHOWN)
+    return {
+        "estimate": to_json_data(cell),
+        **({} if rows is None else {"rows": rows.to_json()}),
+        **({"samples": to_json_data(shown)} if shown else {}),
+    }
 
 
 def _row_name(row: Sequence[Any]) -> str:

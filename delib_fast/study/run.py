@@ -36,6 +36,7 @@ from delib_fast.study.plan import Arm, Node, Plan, fill_in, plan_study
 from delib_fast.study.pool import StudyError, Task, run_tasks, worker_environments
 from delib_fast.study.registration import compare, freeze
 from delib_fast.study.settings import ChoicesMetric, StudyConfig
+from delib_fast.study.shown import shown_samples
 from delib_fast.study.summary import Choice, find_arm, summarize
 from delib_fast.training.run_directory import read_ledger
 
@@ -99,6 +100,7 @@ def run_study(study: StudyConfig, log: Log = lambda _: None) -> StudyResult:
     result = summarize(study, figures, plan.arms, costs.total(plan, log), registration, choices)
     result["corpora"] = corpora_of(plan)
     result["paired"] = paired_contrasts(measured, plan.arms, result["contrasts"])
+    result["samples"] = shown_samples(study, measured, plan.arms)
     write_atomic(out / "study.json", json.dumps(to_json_data(result), indent=1, ensure_ascii=False) + "\n")
     pictures = draw_pictures(result, out)
     page = write_page(result, pictures, out, published=study.published)

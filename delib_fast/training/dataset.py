@@ -296,6 +296,7 @@ class RunDataset:
         batches, counts = self.batches(stage), self.encoded(stage).counts
         total = counts.rows + self._bad_rows(stage).total()
         dropped = "".join(f"; left out {n:,} {reason} ({n / total:.1%})" for reason, n in self.left_out(stage).items())
+        dropped += "".join(f"; the first {reason}: {text}" for reason, text in self.first_left_out(stage).items())
         shares = self.mixed(stage)[1]
         mixed = (
             "; an epoch shows " + ", ".join(f"{s.name} {s.times:.3g}× ({s.share:.1%})" for s in shares)
@@ -314,13 +315,16 @@ class RunDataset:
     def _bad_rows(self, stage: StageConfig) -> Counter[str]:
         return sum((self.source(name).bad_rows for name in stage.train), Counter())
 
+    def first_left_out(self, stage: StageConfig) -> dict[str, str]:
+        """The message about the first bad row of each reason in the stage's sources, with its location."""
+        sources = map(self.source, reversed(stage.train))  # so that the first source's messages are kept
+        return {reason.replace("_", " "): text for s in sources for reason, text in s.first_bad_rows.items()}
+
     def left_out(self, stage: StageConfig) -> dict[str, int]:
         """How many rows of the stage's sources are not trained on, by reason."""
         over_long = self.encoded(stage).counts.dropped_over_long
-        return {
-            **{reason.replace("_", " "): n for reason, n in self._bad_rows(stage).items()},
-            **({"over-long": over_long} if over_long else {}),
-        }
+        bad = {reason.replace("_", " "): n for reason, n in self._bad_rows(stage).items()}
+        return bad | ({"over-long": over_long} if over_long else {})
 
     def ledger(self, stage: StageConfig) -> dict[str, Any]:
         """The part of a stage's ledger entry that describes its data: files with hashes, and tokens over all steps."""
@@ -344,6 +348,7 @@ class RunDataset:
             **({"corpus": self.corpus(stage)} if self.corpus(stage)["documents"] else {}),
             "examples": len(encoded),
             "left_out": left_out,
+            "first_left_out": self.first_left_out(stage),
             "left_out_share": sum(left_out.values()) / (counts.rows + self._bad_rows(stage).total()),
             "mix": [dataclasses.asdict(share) for share in shares],
             "split_documents": counts.split_documents,

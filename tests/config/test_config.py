@@ -13,6 +13,7 @@ from delib_fast.config.load import (
     dump_config,
     json_schema,
     load_config,
+    named_key,
     parse_config,
 )
 from delib_fast.engine.deepspeed_json import deepspeed_json
@@ -171,6 +172,15 @@ def test_overrides_are_applied_or_refused(tmp_path):
         with pytest.raises(ConfigError) as error:
             load_config(path, [override])
         assert message in str(error.value)
+
+
+def test_list_items_are_named_as_they_are_set():
+    stages = [{"kind": "msm"}, {"kind": "aft", "name": "first"}, {"kind": "aft", "name": "twice"}]
+    tree = {"stages": [*stages, {"kind": "aft", "name": "twice"}, {}], "seeds": [1, 2]}
+    keys = [named_key(["stages", index, "train", 0], tree) for index in range(5)]
+    assert keys == ["stages.msm.train.0", "stages.first.train.0", *(f"stages.{k}.train.0" for k in (2, 3, 4))]
+    assert named_key(["seeds", "1"], tree) == "seeds.1"
+    assert named_key(["stages", "1", "x"], tree) == "stages.first.x"
 
 
 def test_secrets_are_redacted():

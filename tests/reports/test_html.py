@@ -53,8 +53,9 @@ def test_text_is_escaped_and_markup_is_not():
                   skipped={"<s>": "&"}, methods="", html_table=None, chart=None, cell_text=None)  # fmt: skip
     assert "&lt;title&gt;" in html
     assert not re.search("<(i|m|s)>", html)
-    page = render("study.jinja", title="t", overview="", registration=["<registration>"], pictures=[], tables=[table],
-                  explanations=[], corpora=None, efficiency=[], published=None, published_tables=[], note="")  # fmt: skip
+    empty = dict.fromkeys(("pictures", "explanations", "efficiency", "published_tables"), ())
+    empty |= {"samples": {}, "corpora": None, "published": None, "overview": "", "note": ""}
+    page = render("study.jinja", title="t", registration=["<registration>"], tables=[table], **empty)
     assert "&lt;registration&gt;" in page
     assert "<caption>&lt;caption&gt;</caption>" in page
     assert '<td class="number">&lt;i&gt;</td>' in page
