@@ -189,7 +189,10 @@ def policy_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
     held_out = _labelled_cots(target, rows)
     if not labelled:  # a model folder: train the classifier on every second held-out row, test it on the others
         labelled, held_out = held_out[::2], held_out[1::2]
-    classifier = PolicyClassifier(labelled, spec_words=target.settings.spec_words)
+    try:
+        classifier = PolicyClassifier(labelled, spec_words=target.settings.spec_words)
+    except ValueError as error:
+        raise ConfigError(f"{target.path}: {error}; set spec_words: true in the config, or more rows") from None
     figures = policy_retrieval(
         [reply.cot for _, reply in pairs], [wanted[row.location] for row, _ in pairs], classifier, held_out
     )
