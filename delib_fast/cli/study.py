@@ -26,17 +26,23 @@ def study_command(
         int | None, typer.Option("--workers", metavar="N", help="worker processes; each trains one stage at a time")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--plan", help="list the arms and stages; train nothing")] = False,
+    freeze: Annotated[
+        bool, typer.Option("--freeze", help="preregister: write the plan to STUDY.frozen.json; train nothing")
+    ] = False,
 ) -> None:
     """Train and compare the arms of a study. The same command resumes it."""
     from delib_fast.data import DataError
     from delib_fast.reports.study_figures import require_matplotlib
     from delib_fast.study.pool import StudyError
-    from delib_fast.study.run import describe_plan, run_study
+    from delib_fast.study.run import describe_plan, freeze_study, run_study
     from delib_fast.study.settings import load_study
 
     study = load_study(path, out=out, workers=workers, seeds=None if seeds is None else _numbers(seeds))
     require_matplotlib()
     try:
+        if freeze:
+            echo(freeze_study(study))
+            return
         if dry_run:
             echo(describe_plan(study))
             return
@@ -58,7 +64,7 @@ def print_arms(summary: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
-    from delib_fast.reports.study_page import estimate_text
+    from delib_fast.reports.study_page import estimate_text, registration_lines
 
     out = console(width=WIDTH)
     sized = any(arm["size"] for arm in summary["arms"])
@@ -72,7 +78,10 @@ def print_arms(summary: dict[str, Any]) -> None:
             table.add_row(arm["label"], *size, *(estimate_text(arm["figures"][m]["over seeds"]) for m in metrics))
         out.print(table)
     for contrast in summary["contrasts"]:
-        out.print(f"{contrast['title']}: {contrast['metric']} {estimate_text(contrast['estimate'])}")
+        note = " (exploratory)" if contrast["exploratory"] and summary["preregistration"] else ""
+        out.print(f"{contrast['title']}: {contrast['metric']} {estimate_text(contrast['estimate'])}{note}")
+    for line in registration_lines(summary["preregistration"]):
+        out.print(line)
 
 
 def _numbers(text: str) -> list[int]:

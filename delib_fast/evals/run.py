@@ -63,8 +63,17 @@ _FILES_OF = {
     "hints": ("questions",),
     "necessity": ("questions",),
 }
+NAMED_FILES = frozenset({"base", *(name for names in _FILES_OF.values() for name in names)})
+"""The settings, except `rows`, whose value is the path of a file or folder, or a source with such a path."""
 _READS_HELD_OUT = ("segments", "dose", "drift", "early", "reliance", "legibility", "policy")
 _READS_TRAINED_ON = ("dose", "legibility", "policy")
+
+
+def inputs_of(suite: str) -> tuple[str, ...]:
+    """The settings of an evaluation that the figures of a suite depend on, including those that name files."""
+    rows = ("rows",) if suite in _READS_HELD_OUT else ()
+    base = ("base",) if suite == "drift" else ()
+    return (*_SETTINGS_OF[suite], *_FILES_OF.get(suite, ()), *rows, *base)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def write_page(summary: Tree, pictures: Sequence[Picture], out: Path, *, publish
         title=summary["title"],
         wide=True,
         overview=_overview(summary),
+        registration=registration_lines(summary["preregistration"]),
         pictures=pictures,
         tables=[_arms_table(summary), *([_contrasts_table(summary)] if summary["contrasts"] else [])],
         efficiency=_efficiency_tables(summary),
@@ -42,6 +43,36 @@ def write_page(summary: Tree, pictures: Sequence[Picture], out: Path, *, publish
     path = out / "index.html"
     write_atomic(path, page)
     return path
+
+
+def registration_lines(tree: Tree | None) -> list[str]:
+    """What a reader must know about the preregistration of a study, one sentence each.
+
+    Args:
+        tree: the part `preregistration` of study.json.
+    """
+    if tree is None:
+        return ["This study was not preregistered: every result is exploratory."]
+    when = (
+        "before the first of its stages was trained"
+        if tree["before_training"]
+        else f"after {len(tree['started_before'])} of its stages had been started"
+        if tree["started_before"]
+        else f"after its first stage had begun to train, on {tree['first_stage_at']}"
+    )
+    lines = [f"The plan {tree['plan'][:12]} was frozen on {tree['frozen_at']}, {when} ({tree['file']})."]
+    lines += [f"Exclusions: {' '.join(tree['exclusions'])}"] if tree["exclusions"] else []
+    differences = [f"{word}: {'; '.join(tree[word])}" for word in ("added", "changed", "removed") if tree[word]]
+    lines.append(
+        f"Since then, {'. '.join(differences)}. Results that depend on this are marked as exploratory."
+        if differences
+        else "Nothing was changed since then."
+    )
+    if any(part.startswith("seed ") for part in tree["added"]):
+        lines.append(
+            "The figures of the arms are over all seeds; differences are over the frozen ones, except as noted."
+        )
+    return lines
 
 
 def markdown(summary: Tree) -> str:
@@ -85,12 +116,24 @@ def _overview(summary: Tree) -> str:
 def _arms_table(summary: Tree) -> HtmlTable:
     metrics = summary["metrics"]
     sized = any(arm["size"] for arm in summary["arms"])
-    columns = ["arm", *(["AFT rows"] if sized else []), *(metric_title(*item) for item in metrics.items())]
+    titles = (metric_title(name, metric) + _mark(summary, metric) for name, metric in metrics.items())
+    columns = ["arm", *(["AFT rows"] if sized else []), *titles]
     rows = []
     for arm in summary["arms"]:
         size = [] if not sized else ["" if arm["size"] is None else f"{arm['size']:,}"]
-        rows.append([arm["label"], *size, *(_html(arm["figures"][name]["over seeds"]) for name in metrics)])
+        rows.append(
+            [
+                arm["label"] + _mark(summary, arm),
+                *size,
+                *(_html(arm["figures"][name]["over seeds"]) for name in metrics),
+            ]
+        )
     return HtmlTable(columns, rows, "Arms", range(1, len(columns)))
+
+
+def _mark(summary: Tree, part: Tree) -> str:
+    """The mark of an exploratory part of a frozen study. If nothing was frozen, a sentence says so once."""
+    return " (exploratory)" if part["exploratory"] and summary["preregistration"] else ""
 
 
 _CONTRAST_COLUMNS = ["difference, paired by seed", "a", "b", "metric", "a − b", "by seed"]
@@ -98,9 +141,19 @@ _CONTRAST_COLUMNS = ["difference, paired by seed", "a", "b", "metric", "a − b"
 
 def _contrasts_table(summary: Tree) -> HtmlTable:
     rows = [
-        [*_contrast_names(c, summary["metrics"]), _html(c["estimate"]), _by_seed(c, ", ")] for c in summary["contrasts"]
+        [_role(summary, c), *_contrast_names(c, summary["metrics"]), _html(c["estimate"]), _by_seed(c, ", ")]
+        for c in summary["contrasts"]
     ]
-    return HtmlTable(["difference", *_CONTRAST_COLUMNS[1:]], rows, "Differences, paired by seed", numeric={4})
+    columns = ["role", "difference", *_CONTRAST_COLUMNS[1:]]
+    return HtmlTable(columns, rows, "Differences, paired by seed", numeric={5})
+
+
+def _role(summary: Tree, contrast: Tree) -> Markup:
+    """Primary, secondary or exploratory, with the reasons as a tooltip."""
+    if contrast["exploratory"]:
+        role = "exploratory (was primary)" if contrast["primary"] and summary["preregistration"] else "exploratory"
+        return Markup('<span title="{}">{}</span>').format("; ".join(contrast["exploratory"]), role)
+    return Markup("<b>primary</b>") if contrast["primary"] else Markup("secondary")
 
 
 def _contrast_names(contrast: Tree, metrics: Tree) -> list[str]:

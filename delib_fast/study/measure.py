@@ -12,42 +12,58 @@ from typing import Any
 
 from delib_fast import __version__
 from delib_fast.config import ConfigError
-from delib_fast.digests import DamagedError, read_json, write_json
+from delib_fast.digests import DamagedError, hash_tree, read_json, write_json
 from delib_fast.evals.intervals import Estimate
 from delib_fast.evals.metrics.forced_choices import ChoiceFigures, choose, read_choices
 from delib_fast.evals.results import SuiteResult, to_json_data
-from delib_fast.evals.run import evaluate
+from delib_fast.evals.run import NAMED_FILES, evaluate, inputs_of
 from delib_fast.evals.settings import load_eval_config
 from delib_fast.evals.target import EvalTarget
-from delib_fast.study.settings import ChoicesMetric, SuiteMetric
+from delib_fast.study.settings import ONLY_DISPLAYED, ChoicesMetric, SuiteMetric
 
-FORMAT = 2
+FORMAT = 3
 """Increased when the meaning of a figure changes; older figures are then recomputed."""
 
 
-def metric_key(
-    model_key: str, metric: Mapping[str, Any], files: Mapping[str, str], evaluation: Mapping[str, Any], thinks: bool
-) -> str:
+def metric_key(model_key: str, metric: Mapping[str, Any], evaluation: Mapping[str, Any], thinks: bool) -> str:
     """A hash of everything that a figure depends on.
 
     Args:
         model_key: the key of the stage whose model is measured, or the hash of a model folder.
         metric: the settings of the metric.
-        files: the hash of each file that the metric reads.
         evaluation: the settings of the evaluation, on which only metrics of kind `suite` depend.
         thinks: whether replies follow a chain of thought.
     """
-    only_displayed = ("title", "better", "chance")
+    is_suite = metric["kind"] == "suite"
     facts = {
         "format": FORMAT,
         "version": __version__,
         "model": model_key,
-        "files": dict(files),
         "thinks": thinks,
-        "metric": {key: value for key, value in metric.items() if key not in (*only_displayed, "path")},
-        "evaluation": dict(evaluation) if metric["kind"] == "suite" else {},
+        "metric": {key: value for key, value in metric.items() if key not in (*ONLY_DISPLAYED, "path")},
+        "inputs": evaluation_facts(metric["suite"], evaluation) if is_suite else hash_tree(metric["path"]),
     }
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def evaluation_facts(suite: str, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an evaluation that the figures of a suite depend on, with files replaced by their hashes.
+
+    So a setting that only other suites read does not change the figures of this one.
+
+    Raises ConfigError if the suite does not exist, or the settings are not valid.
+    """
+    settings = load_eval_config(None, **{**evaluation, "suites": (suite,)}).model_dump(mode="json")
+    return {name: _with_hash(name, settings[name]) for name in inputs_of(suite)}
+
+
+def _with_hash(name: str, value: Any) -> Any:
+    """A setting of an evaluation, with the path of a file replaced by the hash of its content."""
+    if name == "rows":
+        return {source: {**settings, "path": hash_tree(settings["path"])} for source, settings in value.items()}
+    if isinstance(value, dict) and "path" in value:
+        return {**value, "path": hash_tree(value["path"])}
+    return hash_tree(value) if name in NAMED_FILES and value is not None else value
 
 
 def read_measured(file: Path, log: Callable[[str], None] = lambda _: None) -> dict[str, Any] | None:

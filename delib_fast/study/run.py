@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -18,11 +17,9 @@ from typing import Any
 from delib_fast.config import ConfigError
 from delib_fast.digests import (
     DamagedError,
-    append_json_line,
     hash_file_once,
     hash_tree,
     read_json,
-    read_json_lines,
     write_json,
 )
 from delib_fast.evals.intervals import Estimate
@@ -32,16 +29,17 @@ from delib_fast.files import write_atomic
 from delib_fast.reports.eval_page import cell_text
 from delib_fast.reports.study_figures import draw_pictures
 from delib_fast.reports.study_page import write_page
+from delib_fast.study.costs import Costs
 from delib_fast.study.measure import metric_key, read_measured
 from delib_fast.study.plan import Arm, Node, Plan, fill_in, plan_study
 from delib_fast.study.pool import StudyError, Task, run_tasks, worker_environments
+from delib_fast.study.registration import compare, freeze
 from delib_fast.study.settings import ChoicesMetric, StudyConfig
 from delib_fast.study.summary import find_arm, summarize
 
 Log = Callable[[str], None]
 _PREPARED = ".prepared.json"
 """Written last to the folder of a seed's data: the hash of each of its files."""
-_EVALUATION_FILES = ("questions", "solutions", "refusal_prompts", "refusal_labelled")
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,8 @@ def run_study(study: StudyConfig, log: Log = lambda _: None) -> StudyResult:
     environments = worker_environments(study.workers, str(study.run.get("engine", {}).get("device", "auto")))
     prepared = prepare_data(study, len(environments), log)
     plan = _checked_plan(study, prepared)
-    costs = _Costs(out / "cost.jsonl")
+    costs = Costs(out / "cost.jsonl")
+    compare(study, plan, prepared, None)  # a damaged plan is refused before anything is trained
     tasks, measures = plan_tasks(study, plan, prepared, log)
     log(
         f"{len(plan.arms)} arms × {len(study.seeds)} seeds: {len(plan.nodes)} stages ({plan.stages_without_sharing} "
@@ -92,7 +91,8 @@ def run_study(study: StudyConfig, log: Log = lambda _: None) -> StudyResult:
         arm_and_seed: {name: _estimate(_measured(file)) for name, file in files.items()}
         for arm_and_seed, files in measures.items()
     }
-    result = summarize(study, figures, plan.arms, costs.total(plan, log))
+    registration = compare(study, plan, prepared, costs.first_stage_at(plan))
+    result = summarize(study, figures, plan.arms, costs.total(plan, log), registration)
     write_atomic(out / "study.json", json.dumps(to_json_data(result), indent=1, ensure_ascii=False) + "\n")
     pictures = draw_pictures(result, out)
     page = write_page(result, pictures, out, published=study.published)
@@ -117,6 +117,12 @@ def _checked_plan(study: StudyConfig, prepared: Mapping[int, Path | None]) -> Pl
             if isinstance(metric, ChoicesMetric):
                 read_choices(fill_in(metric.path, prepared[seed]))
     return plan
+
+
+def freeze_study(study: StudyConfig) -> str:
+    """Write the plan of a study next to its file, and say what was done; see `registration`. Trains nothing."""
+    prepared = prepare_data(study, 1, lambda _: None)
+    return freeze(study, _checked_plan(study, prepared), prepared)[1]
 
 
 def describe_plan(study: StudyConfig) -> str:
@@ -244,12 +250,10 @@ def _measuring_task(
     key = node.key if node is not None else hash_tree(model_path)
     name = node.folder.name if node is not None else f"base-seed{seed}-{key[:16]}"
     evaluation = fill_in(study.evaluation, prepared)
-    evaluation_hashes = {path: hash_tree(path) for path in _paths(evaluation)}
     files, missing = {}, {}
     for metric_name, metric in study.metrics.items():
         tree = fill_in(metric.model_dump(mode="json"), prepared)
-        hashes = {"items": hash_tree(tree["path"])} if tree["kind"] == "choices" else evaluation_hashes
-        digest = metric_key(key, tree, hashes, evaluation, arm.thinks)
+        digest = metric_key(key, tree, evaluation, arm.thinks)
         file = Path(study.out) / "measures" / f"{metric_name}-{digest}.json"
         files[metric_name] = file
         if read_measured(file, log) is None:
@@ -271,49 +275,7 @@ def _measuring_task(
     return Task(f"measure {name}", work, _training_before(node)), files
 
 
-def _paths(evaluation: Mapping[str, Any]) -> list[str]:
-    """The files that the settings of an evaluation name."""
-    rows = evaluation.get("rows") or {}
-    sources = [*rows.values(), *(evaluation.get(key) for key in _EVALUATION_FILES)]
-    return [s if isinstance(s, str) else str(s["path"]) for s in sources if s]
-
-
 def _estimate(measured: Mapping[str, Any]) -> Estimate:
     tree = measured["estimate"]
     numbers = [float("nan") if tree[key] is None else float(tree[key]) for key in ("value", "low", "high")]
     return Estimate(numbers[0], numbers[1], numbers[2], tree["n"], tree["method"])
-
-
-class _Costs:
-    """The time of every task in all sessions of a study, one record each in cost.jsonl."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def add(self, name: str, answer: Mapping[str, Any]) -> None:
-        self._append({"task": name, "wall_s": round(answer["wall_s"], 2), "cpu_s": round(answer["cpu_s"], 2)})
-
-    def add_wall(self, seconds: float, workers: int) -> None:
-        self._append({"sitting": True, "wall_s": round(seconds, 2), "workers": workers})
-
-    def _append(self, record: Mapping[str, Any]) -> None:
-        append_json_line(self._path, record)
-
-    def total(self, plan: Plan, log: Log) -> dict[str, Any]:
-        """The sums for the page, without damaged lines, which are logged."""
-        lines, damaged = read_json_lines(self._path)
-        if damaged:
-            shown = ", ".join(map(str, damaged))
-            log(f"{self._path}: damaged lines are left out, so the study's time is shown too low: {shown}")
-        tasks, sittings = [r for r in lines if "task" in r], [r for r in lines if r.get("sitting")]
-        trained = [r for r in tasks if r["task"].startswith("train")]
-        return {
-            "wall_s": sum(r["wall_s"] for r in sittings),
-            "sittings": len(sittings),
-            "workers": max((r["workers"] for r in sittings), default=0),
-            "cpu_s": sum(r["cpu_s"] for r in tasks),
-            "train_cpu_s": sum(r["cpu_s"] for r in trained),
-            "cores": len(os.sched_getaffinity(0)),
-            "stages": len(plan.nodes),
-            "stages_without_sharing": plan.stages_without_sharing,
-        }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, PrivateAttr, field_validator, model_validator
 
 from delib_fast.config import FilePath, Section, nearest
 from delib_fast.config.load import FileKind, load
+from delib_fast.evals.settings import SUITES
 
 ArmName = Literal["base", "msm", "aft_no_cot", "aft_cot", "msm_aft_no_cot", "msm_aft_cot"]
 ARMS: tuple[ArmName, ...] = ("base", "msm", "aft_no_cot", "aft_cot", "msm_aft_no_cot", "msm_aft_cot")
@@ -39,6 +41,8 @@ STUDY_FILE = FileKind(
     placeholders=(PREPARED,),
 )
 Better = Literal["higher", "lower", "neither"]
+ONLY_DISPLAYED = ("title", "better", "chance")
+"""Keys of a metric that do not change its figures."""
 
 
 class PrepareConfig(Section):
@@ -89,6 +93,13 @@ class SuiteMetric(Section):
     chance: float | None = None
     """Value of random choices, marked by a line in the figures."""
 
+    @field_validator("suite")
+    @classmethod
+    def _known_suite(cls, value: str) -> str:
+        if value not in SUITES:
+            raise ValueError(f"{value!r} is not a suite{nearest(value, SUITES)}")
+        return value
+
 
 Metric = Annotated[ChoicesMetric | SuiteMetric, Field(discriminator="kind")]
 
@@ -104,6 +115,8 @@ class Contrast(Section):
     """The arm that is subtracted from `a`."""
     metric: str
     """Key of the metric."""
+    expect: Literal["higher", "lower"] | None = None
+    """Expected direction: whether the metric of `a` is higher or lower than that of `b`. Default: none is stated."""
 
 
 class StudyConfig(Section):
@@ -143,12 +156,24 @@ class StudyConfig(Section):
     """The metric on the second axis of the frontier."""
     contrasts: tuple[Contrast, ...] = ()
     """Differences between arms to report."""
+    primary: str | None = None
+    """Title of the contrast that decides the question of the study. `--freeze` needs it."""
+    exclusions: tuple[str, ...] = ()
+    """Rules by which seeds, rows or items are left out, one sentence each. They are recorded in the frozen plan and
+    shown with the results; the study does not apply them."""
     evaluation: dict[str, Any] = Field(default_factory=dict)
     """Keys of an evaluation (rows, questions, limit and so on) for the metrics of kind `suite`."""
     published: bool = False
     """Also show published figures, each with its source."""
     workers: Literal["auto"] | PositiveInt = "auto"
     """Number of arms that are trained concurrently. Default: one per GPU, or one per CPU core."""
+
+    _file: Path | None = PrivateAttr(default=None)
+
+    @property
+    def file(self) -> Path | None:
+        """The file that the study was read from; its frozen plan is next to it."""
+        return self._file
 
     @field_validator("run")
     @classmethod
@@ -183,6 +208,12 @@ class StudyConfig(Section):
                 raise ValueError(
                     f"{user} names the metric {name!r}, which is not under metrics:{nearest(name, self.metrics)}"
                 )
+        titled = [contrast.title for contrast in self.contrasts]
+        if self.primary is not None and titled.count(self.primary) != 1:
+            raise ValueError(
+                f"primary names the contrast {self.primary!r}, and {titled.count(self.primary)} of contrasts: have "
+                f"this title; it must be the title of exactly one{nearest(self.primary, titled)}"
+            )
         without_aft = [arm for arm in self.arms if "aft" not in arm]
         for name, metric in self.metrics.items():
             if metric.kind == "suite" and metric.suite == "dose" and without_aft:
@@ -212,4 +243,6 @@ def load_study(path: str | os.PathLike[str], **overrides: Any) -> StudyConfig:
     Raises:
         ConfigError: the file cannot be read, or a value is not valid; every fault is listed with its location.
     """
-    return load(StudyConfig, path, STUDY_FILE, values=overrides)
+    study = load(StudyConfig, path, STUDY_FILE, values=overrides)
+    study._file = Path(path)
+    return study

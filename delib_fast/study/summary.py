@@ -14,6 +14,7 @@ from delib_fast.evals.extra import import_extra
 from delib_fast.evals.intervals import Estimate
 from delib_fast.study.efficiency import Multiple, multiples
 from delib_fast.study.plan import Arm
+from delib_fast.study.registration import UNREGISTERED, Registration, parts_of
 from delib_fast.study.settings import ChoicesMetric, Metric, StudyConfig
 
 Figures = Mapping[tuple[Arm, int], Mapping[str, Estimate]]
@@ -39,6 +40,12 @@ class Difference:
     metric: str
     estimate: Estimate
     by_seed: tuple[float, ...]
+    seeds: tuple[int, ...]
+    primary: bool
+    expect: str | None
+    """The expected direction, "higher" or "lower"; None if none was stated."""
+    exploratory: tuple[str, ...]
+    """Why the difference is exploratory; () if it is as it was frozen."""
 
 
 def over_seeds(values: Sequence[Estimate], metric: Metric | None = None) -> Estimate:
@@ -68,13 +75,37 @@ def student(values: Sequence[float]) -> Estimate:
     return Estimate(centre, centre - half, centre + half, n, "t over seeds")
 
 
-def differences(study: StudyConfig, figures: Figures, arms: Sequence[Arm]) -> list[Difference]:
-    """The contrasts of the study. Raises ConfigError if one names an arm that the study does not have."""
+def differences(
+    study: StudyConfig, figures: Figures, arms: Sequence[Arm], registration: Registration = UNREGISTERED
+) -> list[Difference]:
+    """The contrasts of the study. Raises ConfigError if one names an arm that the study does not have.
+
+    A frozen contrast is computed over the frozen seeds. If the study has further seeds, the same contrast over all of
+    them follows, as an exploratory one.
+    """
     found = []
+    frozen = registration.seeds if registration.file is not None else study.seeds
     for contrast in study.contrasts:
         a, b = (find_arm(label, arms) for label in (contrast.a, contrast.b))
-        values = [figures[a, s][contrast.metric].value - figures[b, s][contrast.metric].value for s in study.seeds]
-        found.append(Difference(contrast.title, a.name, b.name, contrast.metric, student(values), tuple(values)))
+        reasons = registration.exploratory(*parts_of(contrast, (a.name, b.name)))
+        for seeds in dict.fromkeys((frozen, study.seeds)):
+            if not seeds:
+                continue
+            values = [figures[a, s][contrast.metric].value - figures[b, s][contrast.metric].value for s in seeds]
+            found.append(
+                Difference(
+                    contrast.title if seeds == frozen else f"{contrast.title}, all seeds",
+                    a.name,
+                    b.name,
+                    contrast.metric,
+                    student(values),
+                    tuple(values),
+                    seeds,
+                    contrast.title == study.primary and seeds == frozen,
+                    contrast.expect,
+                    tuple(reasons if seeds == frozen else [*reasons, "seeds were added after the plan was frozen"]),
+                )
+            )
     return found
 
 
@@ -120,7 +151,13 @@ def curves(study: StudyConfig, figures: Figures, arms: Sequence[Arm], metric: st
     return found
 
 
-def summarize(study: StudyConfig, figures: Figures, arms: Sequence[Arm], cost: Mapping[str, Any]) -> dict[str, Any]:
+def summarize(
+    study: StudyConfig,
+    figures: Figures,
+    arms: Sequence[Arm],
+    cost: Mapping[str, Any],
+    registration: Registration = UNREGISTERED,
+) -> dict[str, Any]:
     """The content of study.json, from which the page and the pictures are made."""
     return {
         "format": 1,
@@ -128,7 +165,11 @@ def summarize(study: StudyConfig, figures: Figures, arms: Sequence[Arm], cost: M
         "seeds": study.seeds,
         "alignment": study.alignment,
         "monitorability": study.monitorability,
-        "metrics": {name: metric.model_dump(mode="json") for name, metric in study.metrics.items()},
+        "preregistration": registration.to_data(study),
+        "metrics": {
+            name: {**metric.model_dump(mode="json"), "exploratory": registration.exploratory(f"metric {name}")}
+            for name, metric in study.metrics.items()
+        },
         "arms": [
             {
                 "name": arm.name,
@@ -137,6 +178,7 @@ def summarize(study: StudyConfig, figures: Figures, arms: Sequence[Arm], cost: M
                 "aft": arm.aft,
                 "cot_weight": arm.cot_weight,
                 "size": arm.size,
+                "exploratory": registration.exploratory(f"arm {arm.name}"),
                 "figures": {
                     name: {
                         "over seeds": asdict(over_seeds([figures[arm, s][name] for s in study.seeds], metric)),
@@ -147,7 +189,7 @@ def summarize(study: StudyConfig, figures: Figures, arms: Sequence[Arm], cost: M
             }
             for arm in arms
         ],
-        "contrasts": [asdict(d) for d in differences(study, figures, arms)],
+        "contrasts": [asdict(d) for d in differences(study, figures, arms, registration)],
         "efficiency": {
             name: [asdict(c) for c in curves(study, figures, arms, name)]
             for name in study.metrics

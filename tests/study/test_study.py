@@ -19,8 +19,9 @@ from delib_fast.config import ConfigError
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A finished study of 2 MSM variants, 2 sizes and 2 seeds."""
+    """A finished, preregistered study of 2 MSM variants, 2 sizes and 2 seeds."""
     from delib_fast.study import load_study, run_study
+    from delib_fast.study.run import freeze_study
 
     folder = tmp_path_factory.mktemp("study")
     path = tiny_study(
@@ -34,9 +35,12 @@ def done(tmp_path_factory):
                 "a": "MSM (values) + AFT (CoT)",
                 "b": "MSM (rules) + AFT (CoT)",
                 "metric": "choice",
+                "expect": "higher",
             }
         ],
+        primary="values less rules",
     )
+    freeze_study(load_study(path))
     return path, run_study(load_study(path))
 
 
