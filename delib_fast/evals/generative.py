@@ -9,6 +9,7 @@ from delib_fast.config import ConfigError
 from delib_fast.data import Message, Row, read_source
 from delib_fast.datagen.refusals import Verdict, classify_reply
 from delib_fast.evals.metrics.choices import choices_from_gsm8k
+from delib_fast.evals.metrics.controllability import controllability
 from delib_fast.evals.metrics.hints import hint_figures, hint_outcomes
 from delib_fast.evals.metrics.legibility import legibility, vocabulary
 from delib_fast.evals.metrics.necessity import cot_necessity
@@ -143,6 +144,35 @@ def policy_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
     )
 
 
+def controllability_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
+    rows = every_nth(held_out_with_cot(target), target.settings.instructed_prompts)
+    found = controllability(model, [row.messages for row in rows])
+    names = {"cot": "CoT", "response": "response"}
+    tables = tuple(
+        Table(
+            f"Instructions about the {names[part]}",
+            ("instruction", "part", "followed", "base rate", "gain"),
+            tuple((f.name, names[part], f.instructed, f.base_rate, f.gain) for f in found.figures if f.part == part),
+        )
+        for part in ("cot", "response")
+    )
+    replies = Table(
+        "Replies",
+        ("part", "empty", "cut off"),
+        tuple((names[part], found.empty[part], found.cut_off[part]) for part in found.empty),
+    )
+    both = Table("CoT − response", ("over", "difference of gains"), (("all instructions", found.difference),))
+    return SuiteResult(
+        "controllability",
+        "Controllability",
+        f"{found.prompts} held-out prompts, each answered without an instruction and with each of them. gain: share "
+        "that follows the instruction − share that satisfies its rule without it. The response is checked after an "
+        "empty think block.",
+        (*tables, both, replies),
+        details={"figures": to_json_data(found)},
+    )
+
+
 def _labelled_cots(target: EvalTarget, rows: Sequence[Row]) -> list[tuple[str, tuple[str, ...]]]:
     categories = target.categories(rows)
     return [(row.cot, categories[row.location]) for row in rows if row.cot and row.location in categories]
@@ -152,7 +182,7 @@ def refusal_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
     settings = target.settings
     if settings.refusal_prompts is None:
         raise ConfigError("refusal needs prompts; set refusal_prompts: xstest_prompts.csv in the config")
-    prompts = _every_nth(read_prompts(settings.refusal_prompts), settings.limit)
+    prompts = every_nth(read_prompts(settings.refusal_prompts), settings.limit)
     responses = [r.response for r in model([[Message("user", p.prompt)] for p in prompts])]
     answered = [(p.prompt, r) for p, r in zip(prompts, responses, strict=True) if r.strip()]
     if settings.judge is not None:
@@ -201,7 +231,7 @@ def refusal_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
     )
 
 
-def _every_nth(items: Sequence[T], limit: int | None) -> list[T]:
+def every_nth(items: Sequence[T], limit: int | None) -> list[T]:
     """At most `limit` items, spread evenly over the file, so that every type of prompt is included."""
     if limit is None or len(items) <= limit:
         return list(items)
