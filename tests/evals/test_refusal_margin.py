@@ -115,7 +115,7 @@ def test_own_cots_separate_and_those_of_other_prompts_do_not(rule_scorer):
 
 def test_too_few_prompts_for_a_monitor_are_an_error_with_a_remedy(rule_scorer):
     target = target_of(rule_scorer(lambda *_: 1.0), 2)
-    with pytest.raises(ConfigError, match="own_cot: .*; raise limit, or give refusal_prompts of both labels"):
+    with pytest.raises(ConfigError, match=r"own_cot: .*; raise limit, or give refusal_prompts of both labels"):
         own_cot_suite(target, thinking_of(read_prompts(target.settings.refusal_prompts)))
 
 

@@ -47,7 +47,7 @@ def test_set_replaces_a_value_of_the_study(tmp_path):
     study, plan, _ = planned(path, ["aft.epochs=3", "prepare.args.1=7"], seeds=[1])
     assert study.prepare.args == ("--rows", 7)
     assert {n.config.stages[0].epochs for n in plan.nodes if n.name == "aft"} == {3}
-    with pytest.raises(ConfigError, match="--set aft: write it as key.sub=value"):
+    with pytest.raises(ConfigError, match=r"--set aft: write it as key\.sub=value"):
         load_study(path, ["aft"])
 
 
