@@ -233,11 +233,12 @@ def plan_tasks(
     """
     logs = Path(study.out) / "logs"
     measures = {}
-    measuring: dict[Node | None, dict[str, Task]] = defaultdict(dict)
+    measuring: dict[Node | None, dict[frozenset[str], Task]] = defaultdict(dict)
     for (arm, seed), end in plan.ends.items():
         task, measures[arm, seed] = _measuring_task(study, plan, arm, seed, end, prepared[seed], log)
         if task is not None:
-            measuring[end].setdefault(task.name, task)
+            # Every seed of an arm without stages has the same model, and usually the same files.
+            measuring[end].setdefault(frozenset(m["file"] for m in task.work["metrics"].values()), task)
     tasks = [*measuring[None].values()]
     for node in plan.nodes:
         if not node.finished():
