@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of the model before training")
     parser.add_argument("--out", type=Path, default=build.HERE / "gate.csv", help="the file to write")
     args = parser.parse_args()
-    scorer = EvalTarget(args.model, load_eval_config(None, device="cpu", precision="fp32")).scorer
+    scorer = EvalTarget(args.model, load_eval_config(None, device="cpu", precision="bf16")).scorer
     with args.out.open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         table.writeheader()
