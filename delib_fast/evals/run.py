@@ -223,6 +223,6 @@ class _LazySampler:
                 sampling,
                 system_prompt=target.system_prompt,
                 cache=self._store.replies(target.sha256),
-                identity=f"{target.files_key} {asdict(sampling)} {target.settings.precision}",
+                identity=f"{target.files_key} {asdict(sampling)} {target.precision}",
             )
         return self._sampler(chats, thinking=thinking, sample=sample)

@@ -145,7 +145,7 @@ class EvalConfig(Section):
     pack_capacity: PositiveInt = 4096
     """Tokens per pack. A longer example gets a pack of its own."""
     precision: Precision = "fp32"
-    """Precision of the model's weights."""
+    """Precision of the model's weights. `auto` is bf16 on a device that computes it natively, and fp32 on others."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the model; auto uses CUDA if it is available."""
     seed: int = Field(default=0, ge=0, lt=2**31)

@@ -40,6 +40,7 @@ STUDY_FILE = FileKind(
         "msm.*.spec",
         "aft.spec",
         "prepare.script",
+        "prepare.inputs.*",
         "metrics.*.path",
         "evaluation.rows.*",
         "evaluation.rows.*.path",
@@ -63,6 +64,8 @@ class PrepareConfig(Section):
     """Path of the script."""
     args: tuple[str | int | float, ...] = ()
     """Further arguments of the script."""
+    inputs: tuple[FilePath, ...] = ()
+    """Files and folders that the script reads. If one of them changes, the script runs again."""
 
 
 class ChoicesMetric(Section):
