@@ -25,6 +25,9 @@ def study_command(
     workers: Annotated[
         int | None, typer.Option("--workers", metavar="N", help="worker processes; each trains one stage at a time")
     ] = None,
+    sets: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a value of STUDY (repeatable)")
+    ] = [],  # noqa: B006 (typer reads the default)
     dry_run: Annotated[bool, typer.Option("--plan", help="list the arms and stages; train nothing")] = False,
     freeze: Annotated[
         bool, typer.Option("--freeze", help="preregister: write the plan to STUDY.frozen.json; train nothing")
@@ -37,7 +40,7 @@ def study_command(
     from delib_fast.study.run import describe_plan, freeze_study, run_study
     from delib_fast.study.settings import load_study
 
-    study = load_study(path, out=out, workers=workers, seeds=None if seeds is None else _numbers(seeds))
+    study = load_study(path, sets, out=out, workers=workers, seeds=None if seeds is None else _numbers(seeds))
     require_matplotlib()
     try:
         if freeze:

@@ -12,6 +12,7 @@ from delib_fast.datagen.refusals import MEASURED, MeasuredError, Verdict, classi
 from delib_fast.evals.intervals import Estimate, corrected_share, mean, wilson
 from delib_fast.evals.limits import spread, spread_by_source
 from delib_fast.evals.metrics.choices import choices_from_gsm8k, result_of
+from delib_fast.evals.metrics.controllability import controllability
 from delib_fast.evals.metrics.hints import HintOutcome, hint_figures, hint_outcomes
 from delib_fast.evals.metrics.legibility import legibility, vocabulary
 from delib_fast.evals.metrics.necessity import cot_necessity, is_right
@@ -189,7 +190,10 @@ def policy_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
     held_out = _labelled_cots(target, rows)
     if not labelled:  # a model folder: train the classifier on every second held-out row, test it on the others
         labelled, held_out = held_out[::2], held_out[1::2]
-    classifier = PolicyClassifier(labelled, spec_words=target.settings.spec_words)
+    try:
+        classifier = PolicyClassifier(labelled, spec_words=target.settings.spec_words)
+    except ValueError as error:
+        raise ConfigError(f"{target.path}: {error}; set spec_words: true in the config, or more rows") from None
     figures = policy_retrieval(
         [reply.cot for _, reply in pairs], [wanted[row.location] for row, _ in pairs], classifier, held_out
     )
@@ -219,6 +223,35 @@ def policy_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
         (table, by_category),
         details={"figures": to_json_data(figures)},
         samples=samples,
+    )
+
+
+def controllability_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
+    rows = spread(held_out_with_cot(target), target.settings.instructed_prompts)
+    found = controllability(model, [row.messages for row in rows])
+    names = {"cot": "CoT", "response": "response"}
+    tables = tuple(
+        Table(
+            f"Instructions about the {names[part]}",
+            ("instruction", "part", "followed", "base rate", "gain"),
+            tuple((f.name, names[part], f.instructed, f.base_rate, f.gain) for f in found.figures if f.part == part),
+        )
+        for part in ("cot", "response")
+    )
+    replies = Table(
+        "Replies",
+        ("part", "empty", "cut off"),
+        tuple((names[part], found.empty[part], found.cut_off[part]) for part in found.empty),
+    )
+    both = Table("CoT − response", ("over", "difference of gains"), (("all instructions", found.difference),))
+    return SuiteResult(
+        "controllability",
+        "Controllability",
+        f"{found.prompts} held-out prompts, each answered without an instruction and with each of them. gain: share "
+        "that follows the instruction − share that satisfies its rule without it. The response is checked after an "
+        "empty think block.",
+        (*tables, both, replies),
+        details={"figures": to_json_data(found)},
     )
 
 

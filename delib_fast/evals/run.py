@@ -13,7 +13,7 @@ from typing import Any
 
 from delib_fast.config import ConfigError
 from delib_fast.data import Message
-from delib_fast.evals import generative, teacher_forced
+from delib_fast.evals import generative, refusal_suites, teacher_forced
 from delib_fast.evals.extra import import_extra
 from delib_fast.evals.results import ResultStore, SuiteResult
 from delib_fast.evals.sampling import ChatModel, Reply, Sampler
@@ -30,6 +30,7 @@ _TEACHER_FORCED: dict[str, Callable[[EvalTarget], SuiteResult]] = {
     "early": teacher_forced.early_answering_suite,
     "reliance": teacher_forced.reliance_suite,
     "agentic": teacher_forced.agentic_suite,
+    "refusal_margin": refusal_suites.refusal_margin_suite,
     "monitor": teacher_forced.monitor_suite,
 }
 _GENERATIVE: dict[str, Callable[[EvalTarget, ChatModel], SuiteResult]] = {
@@ -38,6 +39,8 @@ _GENERATIVE: dict[str, Callable[[EvalTarget, ChatModel], SuiteResult]] = {
     "necessity": generative.necessity_suite,
     "legibility": generative.legibility_suite,
     "policy": generative.policy_suite,
+    "controllability": generative.controllability_suite,
+    "own_cot": refusal_suites.own_cot_suite,
     "refusal": generative.refusal_suite,
 }
 assert set(_GENERATIVE) == set(SAMPLED)
@@ -52,24 +55,39 @@ _SETTINGS_OF: dict[str, tuple[str, ...]] = {
     "early": _SCORING,
     "reliance": _SCORING,
     "agentic": ("agentic", "pack_capacity", "precision"),
+    "refusal_margin": _SCORING,
     "monitor": ("limit",),
     "samples": _GENERATION,
     "hints": _GENERATION,
     "necessity": _GENERATION,
     "legibility": _GENERATION,
     "policy": (*_GENERATION, "category", "spec_words"),
+    "controllability": (*_GENERATION, "instructed_prompts"),
+    "own_cot": (*_GENERATION, "pack_capacity"),
     "refusal": (*_GENERATION, "judge"),
 }
 # Settings that name files. Results depend on the bytes of the files, not on their paths.
 _FILES_OF = {
     "monitor": ("solutions",),
     "refusal": ("refusal_prompts", "refusal_labelled"),
+    "refusal_margin": ("refusal_prompts",),
+    "own_cot": ("refusal_prompts",),
     "hints": ("questions",),
     "necessity": ("questions",),
 }
 NAMED_FILES = frozenset({"base", *(name for names in _FILES_OF.values() for name in names)})
 """The settings, except `rows`, whose value is the path of a file or folder, or a source with such a path."""
-_READS_HELD_OUT = ("segments", "dose", "drift", "early", "reliance", "samples", "legibility", "policy")
+_READS_HELD_OUT = (
+    "segments",
+    "dose",
+    "drift",
+    "early",
+    "reliance",
+    "samples",
+    "legibility",
+    "policy",
+    "controllability",
+)
 _READS_TRAINED_ON = ("dose", "legibility", "policy")
 
 
@@ -205,6 +223,6 @@ class _LazySampler:
                 sampling,
                 system_prompt=target.system_prompt,
                 cache=self._store.replies(target.sha256),
-                identity=f"{target.files_key} {asdict(sampling)} {target.settings.precision}",
+                identity=f"{target.files_key} {asdict(sampling)} {target.precision}",
             )
         return self._sampler(chats, thinking=thinking, sample=sample)

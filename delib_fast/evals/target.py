@@ -99,6 +99,15 @@ class EvalTarget:
         name = self.given.stem if is_converted(str(self.given)) else self.given.resolve().name
         return self.given.with_name(f"{name.removeprefix(PYPI)}-evals")
 
+    @property
+    def precision(self) -> str:
+        """The precision of the weights: fp32, bf16 or fp16. `auto` is what the device computes natively."""
+        if self.settings.precision != "auto":
+            return self.settings.precision
+        from delib_fast.engine.ranks import native_precision
+
+        return native_precision(torch.device(self.device))
+
     @cached_property
     def sha256(self) -> str:
         """The hash of the model's weights, as in a run's ledger. For an adapter, it covers the base's weights too."""
@@ -182,7 +191,7 @@ class EvalTarget:
         for folder in (_folder(config), self.path if self.adapter is not None else None):
             if folder is not None:
                 checked_hashes(folder)
-        model = build_model(config, self.tokenizer, dtype=self.settings.precision, seed=self._seed)
+        model = build_model(config, self.tokenizer, dtype=self.precision, seed=self._seed)
         if self.adapter is not None:
             add_adapter(model, self.adapter[0], base=self.adapter[1], seed=self._seed)
             load_adapter(model, self.path)

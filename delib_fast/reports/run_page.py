@@ -20,6 +20,7 @@ from delib_fast.reports.run_record import RunRecord, differences, read_runs
 from delib_fast.reports.samples import sample_views
 from delib_fast.terminal import echo
 from delib_fast.training.console import OPENING, count_text, duration_text
+from delib_fast.training.held_out import HELD_OUT_FILE
 
 _STAGE_COLUMNS = (
     "run", "stage", "status", "steps", "tokens", "supervised tokens", "tokens/s", "supervised tokens/s", "MFU", "fill",
@@ -40,9 +41,10 @@ def report_runs(runs: Sequence[Path], out: Path | None = None) -> Path:
     """
     records = read_runs(runs)
     for record in records:
-        if record.damaged_lines:
-            shown = ", ".join(map(str, record.damaged_lines))
-            echo(f"{record.path / 'metrics.jsonl'}: damaged lines are left out: {shown}", err=True)
+        for name, damaged in (("metrics.jsonl", record.damaged_lines), (HELD_OUT_FILE, record.damaged_rows)):
+            if damaged:
+                shown = ", ".join(map(str, damaged))
+                echo(f"{record.path / name}: damaged lines are left out: {shown}", err=True)
     folder = out or (runs[0] / "report" if len(runs) == 1 else Path("report"))
     try:
         folder.mkdir(parents=True, exist_ok=True)

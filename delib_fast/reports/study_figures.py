@@ -165,8 +165,8 @@ def _frontier(plt: Any, summary: Tree) -> Any:
     figure, axis = plt.subplots(figsize=(6.2, 4.8), layout="constrained")
     for msm in dict.fromkeys(arm["msm"] for arm in arms):
         with_cot = sorted((a for a in arms if a["msm"] == msm and a["aft"] == "CoT"), key=lambda a: a["cot_weight"])
-        without = [a for a in arms if a["msm"] == msm and a["aft"] == "no CoT"]
-        for group, style, kind in ((with_cot, "o-", "CoT"), (without, "s", "no CoT")):
+        without, alone = ([a for a in arms if a["msm"] == msm and a["aft"] == k] for k in ("no CoT", "CoT only"))
+        for group, style, kind in ((with_cot, "o-", "CoT"), (without, "s", "no CoT"), (alone, "^", "CoT only")):
             xs, ys = ([arm["figures"][metric]["over seeds"] for arm in group] for metric in (across, up))
             if group:
                 axis.errorbar(

@@ -37,7 +37,7 @@ class Arm:
     msm: str | None = None
     """Name of the MSM variant."""
     aft: str | None = None
-    """None, "no CoT" or "CoT"."""
+    """None, "no CoT", "CoT" or "CoT only" (trained on the CoT, with the response unsupervised)."""
     cot_weight: float | None = None
     """Weight of a CoT token, for arms with CoT."""
     size: int | None = None
@@ -49,7 +49,7 @@ class Arm:
 
     @property
     def thinks(self) -> bool:
-        return self.aft == "CoT"
+        return self.aft in ("CoT", "CoT only")
 
     @property
     def label(self) -> str:
@@ -132,6 +132,7 @@ def arms_of(study: StudyConfig) -> list[Arm]:
     afts: dict[str, list[dict[str, Any]]] = {
         "no_cot": [{"aft": "no CoT"}],
         "cot": [{"aft": "CoT", "cot_weight": w} for w in study.cot_weights],
+        "cot_only": [{"aft": "CoT only"}],
     }
     sizes: list[int | None] = [*study.aft_sizes] or [None]
     found: list[Arm] = []
@@ -199,8 +200,12 @@ def _chain(study: StudyConfig, arm: Arm) -> list[tuple[dict[str, Any], int | Non
         chain.append(({"kind": "msm", "name": "msm", **study.msm[arm.msm]}, None))
     if arm.aft is not None:
         assert study.aft is not None, "StudyConfig checks that arms with AFT have it"
-        cot = {"cot": "train", "cot_weight": arm.cot_weight} if arm.thinks else {"cot": "strip"}
-        chain.append(({"kind": "aft", "name": "aft", **study.aft, **cot}, arm.size))
+        kinds: dict[str, dict[str, Any]] = {
+            "no CoT": {"cot": "strip"},
+            "CoT": {"cot": "train", "cot_weight": arm.cot_weight},
+            "CoT only": {"cot": "train", "response_weight": 0.0},
+        }
+        chain.append(({"kind": "aft", "name": "aft", **study.aft, **kinds[arm.aft]}, arm.size))
     return chain
 
 

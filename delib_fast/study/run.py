@@ -168,8 +168,9 @@ def describe_plan(study: StudyConfig) -> str:
 def prepare_data(study: StudyConfig, workers: int, log: Log) -> dict[int, Path | None]:
     """Run the `prepare` script for each seed whose data is missing.
 
-    Returns the folder of each seed's data; None without a script.
-    Raises ConfigError if the script does not exist or fails.
+    Returns the folder of each seed's data; None without a script. Its name depends on the script, its arguments and
+    its inputs.
+    Raises ConfigError if the script or an input does not exist, or if the script fails.
     """
     if study.prepare is None:
         return dict.fromkeys(study.seeds)
@@ -177,7 +178,9 @@ def prepare_data(study: StudyConfig, workers: int, log: Log) -> dict[int, Path |
     if not script.is_file():
         raise ConfigError(f"prepare.script: {script}: no such file")
     arguments = [str(arg) for arg in study.prepare.args]
-    key = hashlib.blake2b(script.read_bytes() + "\0".join(arguments).encode(), digest_size=6).hexdigest()
+    inputs = "".join(_hash_input(Path(path)) for path in study.prepare.inputs)
+    facts = script.read_bytes() + "\0".join(arguments).encode() + inputs.encode()
+    key = hashlib.blake2b(facts, digest_size=6).hexdigest()
     folders = {seed: Path(study.out) / "prepared" / f"seed{seed}-{key}" for seed in study.seeds}
     missing = [seed for seed in study.seeds if not _is_prepared(folders[seed])]
     if missing:
@@ -185,6 +188,15 @@ def prepare_data(study: StudyConfig, workers: int, log: Log) -> dict[int, Path |
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(lambda seed: _run_script(script, arguments, seed, folders[seed]), missing))
     return dict(folders)
+
+
+def _hash_input(path: Path) -> str:
+    """The hash of a file, or the names and hashes of all files of a folder."""
+    if path.is_dir():
+        return json.dumps(_hash_all(path), sort_keys=True)
+    if not path.is_file():
+        raise ConfigError(f"prepare.inputs: {path}: no such file or folder")
+    return hash_file_once(path)
 
 
 def _is_prepared(folder: Path) -> bool:
@@ -233,11 +245,12 @@ def plan_tasks(
     """
     logs = Path(study.out) / "logs"
     measures = {}
-    measuring: dict[Node | None, dict[str, Task]] = defaultdict(dict)
+    measuring: dict[Node | None, dict[frozenset[str], Task]] = defaultdict(dict)
     for (arm, seed), end in plan.ends.items():
         task, measures[arm, seed] = _measuring_task(study, plan, arm, seed, end, prepared[seed], log)
         if task is not None:
-            measuring[end].setdefault(task.name, task)
+            # Every seed of an arm without stages has the same model, and usually the same files.
+            measuring[end].setdefault(frozenset(m["file"] for m in task.work["metrics"].values()), task)
     tasks = [*measuring[None].values()]
     for node in plan.nodes:
         if not node.finished():

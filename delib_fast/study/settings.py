@@ -14,8 +14,18 @@ from delib_fast.config.load import FileKind, load
 from delib_fast.evals.metrics.forced_choices import Orders
 from delib_fast.evals.settings import SUITES
 
-ArmName = Literal["base", "msm", "aft_no_cot", "aft_cot", "msm_aft_no_cot", "msm_aft_cot"]
+ArmName = Literal[
+    "base",
+    "msm",
+    "aft_no_cot",
+    "aft_cot",
+    "aft_cot_only",
+    "msm_aft_no_cot",
+    "msm_aft_cot",
+    "msm_aft_cot_only",
+]
 ARMS: tuple[ArmName, ...] = ("base", "msm", "aft_no_cot", "aft_cot", "msm_aft_no_cot", "msm_aft_cot")
+"""The default arms. `aft_cot_only` and `msm_aft_cot_only` train on the CoT alone, with the response unsupervised."""
 _KEYS_SET_BY_THE_STUDY = {"run_dir": "out", "seed": "seeds", "stages": "base, msm and aft"}
 PREPARED = "{prepared}"
 """In a path: the folder that the `prepare` script filled for the seed."""
@@ -30,6 +40,7 @@ STUDY_FILE = FileKind(
         "msm.*.spec",
         "aft.spec",
         "prepare.script",
+        "prepare.inputs.*",
         "metrics.*.path",
         "evaluation.rows.*",
         "evaluation.rows.*.path",
@@ -53,6 +64,8 @@ class PrepareConfig(Section):
     """Path of the script."""
     args: tuple[str | int | float, ...] = ()
     """Further arguments of the script."""
+    inputs: tuple[FilePath, ...] = ()
+    """Files and folders that the script reads. If one of them changes, the script runs again."""
 
 
 class ChoicesMetric(Section):
@@ -144,7 +157,8 @@ class StudyConfig(Section):
     aft: dict[str, Any] | None = None
     """The AFT stage; arms set its `cot` and `cot_weight`."""
     arms: tuple[ArmName, ...] = ARMS
-    """Default: all arms that `msm` and `aft` make possible."""
+    """Default: all arms that `msm` and `aft` make possible, except `aft_cot_only` and `msm_aft_cot_only`, which train
+    on the CoT and not on the response."""
     aft_sizes: tuple[PositiveInt, ...] = ()
     """Numbers of rows of `sized` that AFT trains on, one arm per size. Default: all rows."""
     sized: str | None = None
@@ -241,8 +255,8 @@ class StudyConfig(Section):
             self.arms = tuple(arm for arm in self.arms if arm != "base")  # a model of random weights is not an arm
 
 
-def load_study(path: str | os.PathLike[str], **overrides: Any) -> StudyConfig:
-    """Read the YAML file of a study; overrides that are not None replace its keys.
+def load_study(path: str | os.PathLike[str], sets: Sequence[str] = (), **overrides: Any) -> StudyConfig:
+    """Read the YAML file of a study; overrides that are not None, then `sets` (`key.sub=value`), replace its keys.
 
     Paths under run.data, run.model, run.tokenizer, stages, prepare, metrics and evaluation are relative to the folder
     of the file, except those that contain {prepared}; `out` is relative to the working directory.
@@ -250,6 +264,6 @@ def load_study(path: str | os.PathLike[str], **overrides: Any) -> StudyConfig:
     Raises:
         ConfigError: the file cannot be read, or a value is not valid; every fault is listed with its location.
     """
-    study = load(StudyConfig, path, STUDY_FILE, values=overrides)
+    study = load(StudyConfig, path, STUDY_FILE, sets, values=overrides)
     study._file = Path(path)
     return study

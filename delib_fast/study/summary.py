@@ -85,14 +85,15 @@ class Difference:
 
 
 def over_seeds(values: Sequence[Estimate], metric: Metric | None = None) -> Estimate:
-    """The mean over seeds with the interval of Student's t; with one seed, the interval over its rows.
+    """The mean over seeds with the interval of Student's t; with one seed, or the same value in each,
+    the interval over its rows.
 
         mean ± t(0.975, n − 1) · s / √n
 
     Each seed has its own weights, order of the data and (with `prepare`) data and items, so the spread between seeds
     reflects all of these. The intervals of shares and probabilities are clipped to [0, 1].
     """
-    if len(values) == 1:
+    if len({value.value for value in values}) == 1:  # one seed, or one model, such as that of an arm without stages
         return values[0]
     found = student([value.value for value in values])
     if isinstance(metric, ChoicesMetric) and metric.figure != "margin":

@@ -67,7 +67,6 @@ class RunDataset:
         self._encoded: dict[str, TokenizedDataset] = {}
         self._mixed: dict[str, tuple[TokenizedDataset, list[SourceShare]]] = {}
         self._batches: dict[str, PackedDataLoader] = {}
-        self._corpora: dict[str, dict[str, Any]] = {}
         self._overlap_checked = False
 
     # --- rows and tokenizer ---------------------------------------------------------------------------------
@@ -217,11 +216,9 @@ class RunDataset:
 
     def corpus(self, stage: StageConfig) -> dict[str, Any]:
         """What `check_corpus` counts over the documents that a stage trains on."""
-        if stage.name not in self._corpora:
-            paths = [self._config.data[name].path for name in stage.train]  # the locations in the result have them
-            inputs = {"corpus": CORPUS_FORMAT, "paths": paths, "sources": self._source_keys(stage.train)}
-            self._corpora[stage.name] = self._check_once(inputs, lambda: check_corpus(self.training_rows(stage.train)))
-        return self._corpora[stage.name]
+        paths = [self._config.data[name].path for name in stage.train]  # the locations in the result have them
+        inputs = {"corpus": CORPUS_FORMAT, "paths": paths, "sources": self._source_keys(stage.train)}
+        return self._check_once(inputs, lambda: check_corpus(self.training_rows(stage.train)))
 
     # --- packed batches -------------------------------------------------------------------------------------
 
@@ -298,15 +295,11 @@ class RunDataset:
         dropped = "".join(f"; left out {n:,} {reason} ({n / total:.1%})" for reason, n in self.left_out(stage).items())
         dropped += "".join(f"; the first {reason}: {text}" for reason, text in self.first_left_out(stage).items())
         shares = self.mixed(stage)[1]
-        mixed = (
-            "; an epoch shows " + ", ".join(f"{s.name} {s.times:.3g}× ({s.share:.1%})" for s in shares)
-            if any(s.times != 1 for s in shares)
-            else ""
-        )
+        times = ", ".join(f"{s.name} {s.times:.3g}× ({s.share:.1%})" for s in shares)
+        mixed = f"; an epoch shows {times}" if any(s.times != 1 for s in shares) else ""
         split = f"; {counts.split_documents} documents cut to fit" if counts.split_documents else ""
-        shared = (
-            f"; shared prompts save {batches.prompt_sharing.share:.1%} of the tokens" if batches.prompt_sharing else ""
-        )
+        sharing = batches.prompt_sharing
+        shared = f"; shared prompts save {sharing.share:.1%} of the tokens" if sharing else ""
         return (
             f"{counts.rows:,} rows, {counts.tokens:,} tokens, {batches.packs_per_epoch} packs filled to "
             f"{batches.fill:.1%}, {batches.num_steps} steps{mixed}{dropped}{split}{shared}"
@@ -345,7 +338,7 @@ class RunDataset:
         ]
         return {
             "data": data,
-            **({"corpus": self.corpus(stage)} if self.corpus(stage)["documents"] else {}),
+            **({"corpus": corpus} if (corpus := self.corpus(stage))["documents"] else {}),
             "examples": len(encoded),
             "left_out": left_out,
             "first_left_out": self.first_left_out(stage),

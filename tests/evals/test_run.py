@@ -8,6 +8,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+import torch
 import typer
 from eval_models import ROOT, make_model
 from markupsafe import escape
@@ -81,7 +82,18 @@ def test_every_suite_but_dose_runs_on_a_model_folder(done):
     assert [r.suite for r in done.results] == [s for s in SUITES if s not in done.skipped]
     assert "give a run directory" in done.skipped["dose"]
     # 4 labelled questions are too few for the folds of the monitor
-    assert set(done.skipped) <= {"dose", "monitor"}
+    assert set(done.skipped) <= {"dose", "monitor", "own_cot"}
+
+
+def test_precision_auto_is_what_the_device_computes(folder):
+    from delib_fast.config.dtypes import DTYPES
+    from delib_fast.engine.ranks import native_precision
+
+    target = EvalTarget(folder / "model", load_eval_config(None, device="cpu", precision="auto"))
+    native = native_precision(torch.device("cpu"))
+    assert target.precision == native
+    assert {p.dtype for p in target.scorer.model.parameters()} == {DTYPES[native]}
+    assert EvalTarget(folder / "model", load_eval_config(None, precision="fp16")).precision == "fp16"
 
 
 def test_training_rows_of_a_large_source_are_not_kept_in_memory(folder, tmp_path, monkeypatch):

@@ -318,6 +318,37 @@ def test_changed_prepared_data_is_refused(copied):
     assert not look()[0]
 
 
+def test_the_prepare_script_runs_again_if_an_input_changes(tmp_path):
+    """A change of what the script reads would otherwise leave the data of the old inputs in use."""
+    from delib_fast.study import load_study
+    from delib_fast.study.run import prepare_data
+
+    (tmp_path / "words").mkdir()
+    script = """import argparse, pathlib
+parser = argparse.ArgumentParser()
+parser.add_argument("--seed"), parser.add_argument("--out", type=pathlib.Path)
+out = parser.parse_args().out
+out.mkdir(parents=True)
+here = pathlib.Path(__file__).parent
+(out / "rows.txt").write_text((here / "words/a.txt").read_text() + (here / "b.csv").read_text())
+"""
+    prepare = {"script": "read.py", "inputs": ["words", "b.csv"]}
+
+    def made(a, b):
+        (tmp_path / "words/a.txt").write_text(a)
+        (tmp_path / "b.csv").write_text(b)
+        study = load_study(tiny_study(tmp_path, seeds=[1], prepare=prepare))
+        (tmp_path / "read.py").write_text(script)
+        folder = prepare_data(study, 1, print)[1]
+        return folder, (folder / "rows.txt").read_text()
+
+    first = made("one", "two")
+    assert first[1] == "onetwo"
+    assert made("one", "2")[1] == "one2"
+    assert made("1", "two")[1] == "1two"
+    assert made("one", "two") == first
+
+
 def test_keys_depend_on_what_weights_depend_on(tmp_path):
     """A different seed, file, setting or parent gives a different key; a different location or log does not."""
     from delib_fast.study import load_study
@@ -381,6 +412,10 @@ def test_an_arm_is_measured_before_another_is_trained(tmp_path):
         ),
         ({"aft": {"train": ["demos"], "epoch": 1}}, "epoch: unknown key .did you mean 'epochs'"),
         ({"prepare": None}, "is in the folder of the `prepare` script, but the study has no prepare:"),
+        (
+            {"prepare": {"script": "make.py", "inputs": ["gone.csv"]}},
+            r"prepare\.inputs: .*gone\.csv: no such file or folder",
+        ),
         (
             {"metrics": {"dose": {"kind": "suite", "suite": "dose", "row": "aft", "column": "dose"}}},
             "metrics.dose belongs to the suite dose, which measures an arm's AFT stage, and the arm [a-z_]+ has none",
