@@ -185,9 +185,14 @@ def recurring(texts: Sequence[str], most: int = 8) -> dict[str, list[tuple[str, 
         phrases.update({" ".join(words[i : i + _PHRASE_WORDS]) for i in range(len(words) - _PHRASE_WORDS + 1)})
     names = _names(sample)
     return {
-        kind: [(found, round(n / len(sample), 4)) for found, n in counts.most_common(most) if n > 1]
+        kind: [(found, round(n / len(sample), 4)) for found, n in _most_common(counts, most) if n > 1]
         for kind, counts in (("names", names), ("phrases", phrases))
     }
+
+
+def _most_common(counts: Counter[str], most: int) -> list[tuple[str, int]]:
+    """The most frequent texts. Those that are equally frequent are in alphabetical order, whatever the hash seed is."""
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]
 
 
 def _names(texts: Sequence[str]) -> Counter[str]:
