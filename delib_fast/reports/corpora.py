@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def mismatch_text(found: Mapping[str, float]) -> str:
 
 def corpora_table(corpora: Mapping[str, Mapping[str, Any]]) -> HtmlTable:
     """One row per corpus, with the figures that it has."""
-    columns = [
+    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
         ("documents", lambda c: f"{c['documents']:,}"),
         ("words", lambda c: f"{c['words']:,}"),
         ("characters", lambda c: f"{c['characters']:,}" if "characters" in c else ""),
@@ -142,7 +143,7 @@ def corpora_table(corpora: Mapping[str, Mapping[str, Any]]) -> HtmlTable:
         ("documents with reasons", lambda c: f"{c['documents_with_reasons'] / max(1, c['documents']):.1%}"),
         ("reasons per 1,000 words", lambda c: f"{c['reasons_per_1000_words']:.2f}"),
         ("documents on monitoring", lambda c: f"{c['documents_on_monitoring']:,}"),
-        *((f"distinct {n}-grams", lambda c, n=n: _share(c.get(f"distinct_{n}"))) for n in (1, 2, 3)),
+        *((f"distinct {n}-grams", partial(_share, f"distinct_{n}")) for n in (1, 2, 3)),
     ]
     rows = [[name, *(text(corpus) for _, text in columns)] for name, corpus in corpora.items()]
     used = [0, *(i for i in range(1, len(columns) + 1) if any(row[i] for row in rows))]
@@ -150,8 +151,8 @@ def corpora_table(corpora: Mapping[str, Mapping[str, Any]]) -> HtmlTable:
     return HtmlTable([heads[i] for i in used], [[row[i] for i in used] for row in rows], "", range(1, len(used)))
 
 
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.1%}"
+def _share(key: str, corpus: Mapping[str, Any]) -> str:
+    return "" if corpus.get(key) is None else f"{corpus[key]:.1%}"
 
 
 def _uneven_tables(figures: dict[str, Any]) -> list[HtmlTable]:
