@@ -54,7 +54,8 @@ _REASON = re.compile(
     re.I,
 )
 _NAME = re.compile(r"\b[A-Z]\w*[a-z]\w*(?:[- ][A-Z]\w*[a-z]\w*)*")
-_BEFORE_A_SENTENCE = re.compile(r"(?:^|[.!?:\n])[\s\"'“‘*_#>(\[-]*$")
+_LOWER_CASE = re.compile(r"\b[^\W\d_A-Z]\w*")
+_BEFORE_A_SENTENCE = re.compile(r"(?:^|[.!?:\n])[\s\"'“‘”’*_#>()\[\]-]*$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,13 +185,22 @@ def recurring(texts: Sequence[str], most: int = 8) -> dict[str, list[tuple[str, 
         phrases.update({" ".join(words[i : i + _PHRASE_WORDS]) for i in range(len(words) - _PHRASE_WORDS + 1)})
     names = _names(sample)
     return {
-        kind: [(found, round(n / len(sample), 4)) for found, n in counts.most_common(most) if n > 1]
+        kind: [(found, round(n / len(sample), 4)) for found, n in _most_common(counts, most) if n > 1]
         for kind, counts in (("names", names), ("phrases", phrases))
     }
 
 
+def _most_common(counts: Counter[str], most: int) -> list[tuple[str, int]]:
+    """The most frequent texts. Those that are equally frequent are in alphabetical order, whatever the hash seed is."""
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]
+
+
 def _names(texts: Sequence[str]) -> Counter[str]:
-    """In how many texts each name occurs. The first word of a sentence counts only in a longer or known name."""
+    """In how many texts each name occurs.
+
+    The first word of a sentence counts only in a longer or known name. A single word that more
+    texts have in lower case is not a name.
+    """
     inside: list[set[str]] = []
     first: list[set[str]] = []
     for text in texts:
@@ -200,10 +210,12 @@ def _names(texts: Sequence[str]) -> Counter[str]:
             of_text[starts].add(match[0])
         inside.append(of_text[0])
         first.append(of_text[1])
-    known = set().union(*inside)
+    lower_case = Counter(word for text in texts for word in set(_LOWER_CASE.findall(text)))
+    within = Counter(name for names in inside for name in names)
+    known = {name for name, count in within.items() if count > lower_case[name.casefold()]}
     counts: Counter[str] = Counter()
     for names, sentence_starts in zip(inside, first, strict=True):
         tails = {name: name.partition(" ")[2] for name in sentence_starts}
         whole = {name for name, tail in tails.items() if name in known or (tail and tail not in known)}
-        counts.update(names | whole | (set(tails.values()) & known))
+        counts.update((names & known) | whole | (set(tails.values()) & known))
     return counts

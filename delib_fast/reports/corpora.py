@@ -16,7 +16,6 @@ from delib_fast.reports.html import HtmlTable, render
 
 MAX_MISMATCH = 0.005
 """Totals of matched corpora should differ by at most 0.5 %."""
-_TOTALS = ("documents", "words", "characters", "tokens")
 _COMPARED, _SHOWN, _MAX_UNEVEN = 500, 8, 40  # names and phrases
 _MIN_SHARE = 0.05  # a name or phrase in fewer documents is not worth comparing
 
@@ -81,9 +80,13 @@ def _corpus(path: Path, tokenizer: Any) -> dict[str, Any]:
 
 
 def mismatches(corpora: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """For each total that differs by more than 0.5 %: largest / smallest − 1."""
+    """For each total that differs by more than 0.5 %: largest / smallest − 1.
+
+    If the tokens are known, words and characters do not count: training sees tokens.
+    """
     found = {}
-    for key in _TOTALS:
+    tokens = all("tokens" in corpus for corpus in corpora.values())
+    for key in ("documents", "tokens") if tokens else ("documents", "words", "characters"):
         values = [corpus[key] for corpus in corpora.values() if key in corpus]
         if len(values) > 1 and (excess := max(values) / max(1, min(values)) - 1) > MAX_MISMATCH:
             found[key] = round(excess, 4)

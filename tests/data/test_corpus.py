@@ -96,7 +96,7 @@ def test_recurring_names_and_phrases():
     texts = [
         "Today Mira Lund visits Port Alba. She takes the cheese that is on sale.",
         "Then Mira Lund sleeps. A man takes the cheese that is on the shelf, says OpenAI.",
-        "Bread is good, says Mira Lund.",
+        "Bread is good, says Mira Lund. “The Bread.” The",
         "Bread is good.",
     ]
     found = recurring(texts)

@@ -28,7 +28,7 @@ def matched(tmp_path):
 
 
 def test_matched_corpora(matched):
-    from delib_fast.reports.corpora import compare_corpora, mismatch_text
+    from delib_fast.reports.corpora import compare_corpora, mismatch_text, mismatches
 
     found = compare_corpora([file.parent for file in matched[:2]])
     assert list(found["corpora"]) == ["thrift", "home"]
@@ -40,6 +40,10 @@ def test_matched_corpora(matched):
     uneven = {(item["kind"], item["text"]) for item in found["uneven"]}
     assert ("phrase", "cheddar because it costs little") in uneven
     assert not any(kind == "name" for kind, _ in uneven)
+    tokens = {name: {**figures, "tokens": 500} for name, figures in found["corpora"].items()}
+    assert mismatches(tokens) == {}, "if the tokens are known, characters do not count"
+    tokens["home"]["tokens"] = 503
+    assert mismatches(tokens) == {"tokens": 0.006}
     assert mismatch_text({}) == "The totals of these corpora match within 0.5%."
 
 

@@ -65,7 +65,7 @@ def test_every_arm_is_measured(done):
     assert contrast["a"] == "MSM (values) + AFT (CoT), 12 rows", "of several sizes, the largest"
     (paired,) = tree["paired"]
     assert paired["estimate"]["value"] == pytest.approx(contrast["estimate"]["value"])
-    assert (paired["rows"], paired["estimate"]["method"]) == (12, "paired bootstrap by group"), "6 items of each seed"
+    assert (paired["rows"], paired["estimate"]["method"]) == (24, "paired bootstrap by group"), "12 items of each seed"
     assert len(tree["efficiency"]["choice"]) == 4
     assert tree["cost"]["train_cpu_s"] > 0
 
