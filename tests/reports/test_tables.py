@@ -86,6 +86,7 @@ def study_summary():
             "aft": aft,
             "cot_weight": weight,
             "size": None,
+            "placebo": False,
             "figures": figures(k),
         }
         for k, (msm, aft, weight) in enumerate(kinds)
