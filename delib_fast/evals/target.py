@@ -104,7 +104,7 @@ class EvalTarget:
         """The precision of the weights: fp32, bf16 or fp16. `auto` is what the device computes natively."""
         if self.settings.precision != "auto":
             return self.settings.precision
-        from delib_fast.engine.ranks import native_precision
+        from delib_fast.models.precision import native_precision
 
         return native_precision(torch.device(self.device))
 
