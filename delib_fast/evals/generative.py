@@ -228,8 +228,7 @@ def policy_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
 
 def controllability_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
     rows = spread(held_out_with_cot(target), target.settings.instructed_prompts)
-    recorded = Recorder(model)
-    found = controllability(recorded, [row.messages for row in rows])
+    found = controllability(model, [row.messages for row in rows])
     names = {"cot": "CoT", "response": "response"}
     tables = tuple(
         Table(
@@ -253,7 +252,6 @@ def controllability_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
         "empty think block.",
         (*tables, both, replies),
         details={"figures": to_json_data(found)},
-        samples=tuple(s for call in recorded.calls for s in collect_samples(call.chats, call.replies)),
     )
 
 
