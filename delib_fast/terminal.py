@@ -61,7 +61,7 @@ def _write(file: IO[str], text: str) -> None:
     print(_encodable(text, getattr(file, "encoding", None) or "utf-8"), file=file, flush=True)
 
 
-_PLAIN_MARKS = str.maketrans("│┊■□·–−×…┃━─█", "|:#-.--x~|--#")  # each with one column, as in Rich's tables
+_MARKS, _PLAIN_MARKS = "│┊■□·–−×…┃━─█", "|:#-.--x~|--#"  # ours, and those for other encodings; each has one column
 
 
 def _encodable(text: str, encoding: str) -> str:
@@ -69,7 +69,7 @@ def _encodable(text: str, encoding: str) -> str:
     try:
         text.encode(encoding)
     except (UnicodeEncodeError, LookupError):
-        text = text.translate(_PLAIN_MARKS).encode("ascii", "backslashreplace").decode()
+        text = text.translate(str.maketrans(_MARKS, _PLAIN_MARKS)).encode("ascii", "backslashreplace").decode()
     return text
 
 

@@ -32,7 +32,7 @@ struct Results {
   at::Tensor grad_weight;  // (V, H) float32 or float64, uninitialised on entry; empty if not needed
   at::Tensor dz, rows;     // the factors of grad_weight, kept instead of it: (V, K) and (K, H), uninitialised on entry
   double loss_sum = 0;
-  RowOptions<double> options{1, 0, 0, 0};  // the hidden states are already scaled
+  RowOptions<double> options{0, 0, 0};
   bool need_grad_hidden = false;
   bool need_grad_weight = false;
   bool keeps_dz() const { return dz.numel() > 0; }

@@ -33,6 +33,10 @@ class Recorder:
         self.calls.append(Call(chats, replies, thinking))
         return replies
 
+    def samples(self) -> tuple[Sample, ...]:
+        """All replies with their prompts, without verdicts."""
+        return tuple(sample for call in self.calls for sample in collect_samples(call.chats, call.replies))
+
 
 def collect_samples(
     chats: Sequence[Sequence[Message]],

@@ -8,6 +8,7 @@ from delib_fast.evals.limits import spread
 from delib_fast.evals.metrics.monitors import Transcript, WordMonitor, compare_views
 from delib_fast.evals.metrics.refusal import RefusalPrompt, read_prompts
 from delib_fast.evals.metrics.refusal_margin import AGREEMENT, REFUSAL, MarginFigures, refusal_margins
+from delib_fast.evals.recording import collect_samples
 from delib_fast.evals.results import Cell, SuiteResult, Table, to_json_data
 from delib_fast.evals.sampling import ChatModel
 from delib_fast.evals.target import EvalTarget
@@ -29,7 +30,8 @@ def refusal_margin_suite(target: EvalTarget) -> SuiteResult:
 
 def own_cot_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
     prompts = _prompts(target, "own_cot")
-    replies = model([[Message("user", p.prompt)] for p in prompts], thinking=True)
+    chats = [[Message("user", p.prompt)] for p in prompts]
+    replies = model(chats, thinking=True)
     cots = [reply.cot or "" for reply in replies]
     own = refusal_margins(target.scorer, prompts, cots)
     other = refusal_margins(target.scorer, prompts, [*cots[1:], cots[0]])
@@ -54,6 +56,7 @@ def own_cot_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
         f"others by the length limit. {_MARGIN} The monitor does not see the prompt; it is cross-validated by prompt.",
         (_margin_table(("after its own CoT", own), ("after another prompt's CoT", other)), views),
         details={"own": to_json_data(own), "other": to_json_data(other), "monitor": to_json_data(monitor)},
+        samples=collect_samples(chats, replies, labels=[f"{p.label}, {p.type}" for p in prompts]),
     )
 
 

@@ -15,6 +15,7 @@ from delib_fast.config import ConfigError
 from delib_fast.data import Message
 from delib_fast.evals import generative, refusal_suites, teacher_forced
 from delib_fast.evals.extra import import_extra
+from delib_fast.evals.recording import Recorder
 from delib_fast.evals.results import ResultStore, SuiteResult
 from delib_fast.evals.sampling import ChatModel, Reply, Sampler
 from delib_fast.evals.settings import SAMPLED, EvalConfig
@@ -132,9 +133,12 @@ def evaluate(target: EvalTarget, log: Callable[[str], None] = lambda _: None) ->
             if result is None:
                 log(f"{suite} …")
                 start = time.perf_counter()
+                recorder = Recorder(model)
                 result = (
-                    _TEACHER_FORCED[suite](target) if suite in _TEACHER_FORCED else _GENERATIVE[suite](target, model)
+                    _TEACHER_FORCED[suite](target) if suite in _TEACHER_FORCED else _GENERATIVE[suite](target, recorder)
                 )
+                if not result.samples:  # the suite has no verdict on single replies
+                    result = replace(result, samples=recorder.samples())
                 seconds = time.perf_counter() - start
                 result = replace(result, rows_key=_rows_key(suite, depends_on))
                 store.save(result, key, depends_on, seconds)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from delib_fast.config import ConfigError
 from delib_fast.data import Message
 from delib_fast.data.encode.encoder import encoder_for
@@ -58,7 +60,7 @@ def sample_moments(
     sampling: Sampling,
     *,
     samples: int = 1,
-    device: str = "cpu",
+    device: str | None = None,
     cache: Path | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> SampleSet:
@@ -66,12 +68,14 @@ def sample_moments(
 
     Args:
         samples: replies per prompt.
-        device: where to compute, in bf16 if the device computes it natively, else in fp32.
+        device: where to compute, in bf16 if the device computes it natively, else in fp32. Default: a GPU if torch sees
+            one.
         cache: a .jsonl file in which replies are kept, so that an interrupted call resumes.
         log: called with one line of progress at a time.
     Raises:
         ConfigError: no moment can be loaded, or a prompt is too long.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer, precision = moments.tokenizer(), best_precision(device)
     loader = MomentLoader(moments, tokenizer, device=device, precision=precision)
     system_prompt = next((s.system_prompt for s in _aft_stages(moments) if s.system_prompt), None)
@@ -105,7 +109,8 @@ def sample_moments(
             replies += own
         figures.append(model_figures(moment.name, moment.weights, replies))
     if not figures:
-        raise ConfigError("; ".join(f"{name}: {reason}" for name, reason in missing.items()))
+        shared = set(missing.values())
+        raise ConfigError(shared.pop() if len(shared) == 1 else "; ".join(f"{k}: {v}" for k, v in missing.items()))
     settings = {
         "max_new_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,

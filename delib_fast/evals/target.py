@@ -29,6 +29,7 @@ from delib_fast.models import (
     load_tokenizer,
     local_model,
 )
+from delib_fast.models.precision import native_precision
 from delib_fast.models.pretrained import PYPI
 from delib_fast.training.artifacts import refuse_changed_export
 from delib_fast.training.run_directory import read_ledger, read_run_config
@@ -104,8 +105,6 @@ class EvalTarget:
         """The precision of the weights: fp32, bf16 or fp16. `auto` is what the device computes natively."""
         if self.settings.precision != "auto":
             return self.settings.precision
-        from delib_fast.engine.ranks import native_precision
-
         return native_precision(torch.device(self.device))
 
     @cached_property

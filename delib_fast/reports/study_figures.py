@@ -200,7 +200,7 @@ def _valid(summary: Tree, *metrics: str | None) -> list[Tree]:
     return [
         arm
         for arm in summary["arms"]
-        if not arm["placebo"] and not any(m is not None and arm["figures"][m].get("void") for m in metrics)
+        if not arm.get("placebo") and not any(m is not None and arm["figures"][m].get("void") for m in metrics)
     ]
 
 

@@ -330,7 +330,7 @@ def memory_budget(run: RunContext) -> MemoryBudget:
     """The memory budget of a rank: `engine.memory_gib`, else the memory of its GPU."""
     engine, ranks = run.config.engine, run.ranks
     limit = ranks.memory_gib if engine.memory_gib is None else engine.memory_gib or None
-    return MemoryBudget(ranks.world_size, engine.precision, limit)
+    return MemoryBudget(ranks.world_size, engine.precision, limit, gpu=ranks.device.type == "cuda")
 
 
 def resolve_precision(config: Config, ranks: Ranks) -> Config:

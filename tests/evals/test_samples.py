@@ -254,8 +254,12 @@ def test_the_command_resumes_and_writes_a_page(copied, monkeypatch):
 
     monkeypatch.setattr("delib_fast.evals.sampling.generate_ids", interrupt)
     stopped = invoke(copied, "--n", 2, "--max-tokens", 5)
+    monkeypatch.undo()
     assert stopped.exit_code == 130
     assert "interrupted; the same command continues with the replies that it has not drawn yet" in stopped.output
+    too_long = invoke(copied, "--n", 1, "--max-tokens", 100_000)
+    assert str(too_long.exception).endswith("; lower max_new_tokens or shorten the prompts")
+    assert isinstance(too_long.exception, ConfigError)
     greedy_twice = invoke(copied, "--samples", 2)
     assert isinstance(greedy_twice.exception, ConfigError)
     assert str(greedy_twice.exception).endswith("add --temperature 0.8")

@@ -66,7 +66,8 @@ def check_options(
     logit_scale: float, softcap: float | None, z_loss: float, label_smoothing: float, chunk_tokens: int | None
 ) -> None:
     """Raise ValueError if an option is out of range."""
-    if not math.isfinite(logit_scale):
+    # Not math.isfinite: under torch.compile(dynamic=True) a float is a symbol, which it does not accept.
+    if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"{OP}: logit_scale={logit_scale}; it must be a finite number, 1 for none")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{OP}: softcap={softcap}; it must be a positive number, or None for none")

@@ -4,6 +4,9 @@ T packed tokens, H hidden size, V vocabulary, L listed rows, C rows of a chunk. 
 the backend's kernel, which overwrites the logits with dz; dX = dz · W; dW += dzᵀ · X in float32, unless dz is kept for
 the backward pass.
 
+Rows of logits start at multiples of 16 entries, whatever V is: Triton then loads 16 bytes at a time instead of one
+entry, and the GEMMs keep their aligned kernels. Vocabularies with a few added tokens (32,001; 50,257; 128,257) need it.
+
 With loss_positions nothing here synchronises with the device. Without them, finding the supervised rows does so once.
 """
 
@@ -17,6 +20,7 @@ from delib_fast.ops.linear_cross_entropy._gradient_in_forward import empty_resul
 
 GPU_CHUNK_TOKENS = 4096  # smaller chunks are slower, because the float32 dW is read and written once per chunk
 ROW_ALIGNMENT = 128  # the size of a chunk is a multiple of this
+ENTRY_ALIGNMENT = 16  # a row of logits starts at a multiple of this many entries
 
 Kernel = Callable[[LogitsChunk], None]
 
@@ -32,7 +36,7 @@ def run_chunks(kernel: Kernel, call: LossCall) -> LossResults:
     targets = call.targets.contiguous()
     row_weights = None if call.loss_weights is None else call.loss_weights.float().contiguous()
     step = _chunk_rows(num_rows, call.chunk_tokens)
-    buffer = call.hidden.new_empty(0 if call.keep_dz else min(step, num_rows), V)
+    buffer = _empty_rows(call.hidden, 0 if call.keep_dz else min(step, num_rows), V)
     for begin in range(0, num_rows, step):
         chunk = positions[begin : begin + step]
         rows = call.hidden.index_select(0, chunk)
@@ -66,8 +70,19 @@ def run_chunks(kernel: Kernel, call: LossCall) -> LossResults:
 
 
 def empty_dz(weight: Tensor, num_rows: int) -> Tensor:
-    """Return an uninitialised dz (V, L) whose transpose is contiguous: each chunk is a block of its columns."""
-    return weight.new_empty(num_rows, weight.shape[0]).T
+    """Return an uninitialised dz (V, L) whose transpose has aligned rows: each chunk is a block of its columns."""
+    return _empty_rows(weight, num_rows, weight.shape[0]).T
+
+
+def _empty_rows(like: Tensor, rows: int, V: int) -> Tensor:
+    """Return uninitialised logits (rows, V) whose rows are padded to a multiple of ENTRY_ALIGNMENT in memory.
+
+    The padding is 0, and must stay 0: oneDNN's bfloat16 GEMM multiplies it with zeros, and NaN times 0 is NaN.
+    """
+    padded = like.new_empty(rows, -(-V // ENTRY_ALIGNMENT) * ENTRY_ALIGNMENT)
+    if padded.shape[1] > V:
+        padded[:, V:].zero_()
+    return padded[:, :V]
 
 
 def _supervised(call: LossCall) -> Tensor:

@@ -107,16 +107,43 @@ def rows(scorer: Scorer) -> Iterator[dict[str, str]]:
                 yield dict(zip(COLUMNS, (distance, axis, *pairs[n], *measured, kept), strict=True))
 
 
+def summary(rows: Sequence[dict[str, str]]) -> str:
+    """A Markdown table: of the pairs of each file, the share of which each condition holds."""
+    lines = [
+        "| pairs | candidates | known in both orders | opposite in both | kept | as far opposite | plain question | "
+        "and its opposite |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for distance in build.DISTANCES:
+        for axis in build.AXES:
+            here = [row for row in rows if (row["distance"], row["axis"]) == (distance, axis)]
+            values = [[float(row[key]) for key in MEASURED] for row in here]
+            least = min(min(v[:2]) for v, row in zip(values, here, strict=True) if row["kept"] == "yes")
+            shares = [
+                sum(min(v[:2]) > MARGIN for v in values),
+                sum(max(v[:2]) < -MARGIN for v in values),
+                sum(row["kept"] == "yes" for row in here),
+                sum(max(v[:2]) <= -least for v in values),
+                sum(min(v[2:4]) > 0 for v in values),
+                sum(min(v[2:4]) > 0 > max(v[4:6]) for v in values),
+            ]
+            cells = [f"{share} ({share / len(here):.0%})" for share in shares]
+            lines.append(f"| {distance}, {axis} | {len(here)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write gate.csv: what a model knows about every pair.")
     parser.add_argument("--model", type=Path, required=True, help="folder of the model before training")
     parser.add_argument("--out", type=Path, default=build.HERE / "gate.csv", help="the file to write")
     args = parser.parse_args()
     scorer = EvalTarget(args.model, load_eval_config(None, device="cpu", precision="bf16")).scorer
+    found = list(rows(scorer))
     with args.out.open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         table.writeheader()
-        table.writerows(rows(scorer))
+        table.writerows(found)
+    print(summary(found))
 
 
 if __name__ == "__main__":
