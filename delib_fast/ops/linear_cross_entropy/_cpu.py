@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from delib_fast.ops._gradient_in_forward import keep_dz_if_smaller
 from delib_fast.ops._library import WHY_NO_COMPILED
-from delib_fast.ops.linear_cross_entropy._call import LossCall, LossResults, keep_dz_if_smaller
-from delib_fast.ops.linear_cross_entropy._gradient_in_forward import define
+from delib_fast.ops.linear_cross_entropy._call import LossCall, LossResults, define
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BFLOAT16_GEMMS: bool = WHY_NO_COMPILED is None and torch.ops.delib_fast.has_bfloat16_gemms()
@@ -16,7 +16,7 @@ def _empty_dz(weight: Tensor, num_rows: int) -> Tensor:
 
 
 # gemm: "widened" (every GEMM in float32) or "bfloat16" (for AMX and AVX-512 BF16)
-define("linear_cross_entropy_cpu", _empty_dz, extra=', str gemm="widened"')
+define("cpu", _empty_dz, extra=', str gemm="widened"')
 
 
 def why_not(hidden: Tensor, weight: Tensor) -> str | None:

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from delib_fast.ops.linear_cross_entropy._call import LossCall, LossResults, keep_dz_if_smaller
-from delib_fast.ops.linear_cross_entropy._chunked import empty_dz, run_chunks
-from delib_fast.ops.linear_cross_entropy._gradient_in_forward import define
+from delib_fast.ops._chunks import empty_dz
+from delib_fast.ops._gradient_in_forward import keep_dz_if_smaller
+from delib_fast.ops.linear_cross_entropy._call import LossCall, LossResults, define
+from delib_fast.ops.linear_cross_entropy._chunked import run_chunks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-define("linear_cross_entropy_triton", empty_dz)
+define("triton", empty_dz)
 
 
 def _interpreted() -> bool:
