@@ -1,35 +1,18 @@
 """The Triton backend: _chunked.py around the kernel of _triton_kernel.py."""
 
-import importlib.util
-import os
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from delib_fast.ops._chunks import empty_dz
 from delib_fast.ops._gradient_in_forward import keep_dz_if_smaller
+from delib_fast.ops._triton_head import why_not
 from delib_fast.ops.linear_cross_entropy._call import LossCall, LossResults, define
 from delib_fast.ops.linear_cross_entropy._chunked import run_chunks
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+__all__ = ["run", "why_not"]
 
 define("triton", empty_dz)
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def why_not(hidden: Tensor, weight: Tensor) -> str | None:
-    """Return the reason that this backend cannot run these tensors, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if hidden.device.type != "cuda" and not (hidden.device.type == "cpu" and _interpreted()):
-        return f"the tensors are on {hidden.device.type}, and TRITON_INTERPRET is not 1"
-    if hidden.dtype not in DTYPES:
-        return f"{hidden.dtype} is not supported"
-    return None
 
 
 def _kernel(*args: Any) -> LossResults:

@@ -1,38 +1,63 @@
-"""Compile the Triton kernel of the loss without a GPU. test_linear_cross_entropy_limits.py runs this in a new process,
-because a process in which Triton interprets kernels cannot compile them."""
+"""Compile the Triton kernels of the fused heads without a GPU. The tests of both heads run this in a new process, with
+the name of the op, because a process in which Triton interprets kernels cannot compile them."""
 
-import itertools
 import re
+import sys
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from delib_fast.ops.linear_cross_entropy._triton_kernel import MAX_BLOCK, _loss_and_gradient_kernel
+from delib_fast.ops.linear_cross_entropy import _triton_kernel as loss
+from delib_fast.ops.linear_kl_divergence import _triton_kernel as divergence
 
 TYPES = {"p_positions": "*i64", "p_targets": "*i64", "p_weights": "*fp32", "p_nll": "*fp32", "p_loss": "*fp32",
-         "p_correct": "*u8", "V": "i32", "ignore_index": "i64", "softcap": "fp32", "z_loss": "fp32",
+         "p_losses": "*fp32", "p_correct": "*u8", "V": "i32", "ignore_index": "i64", "softcap": "fp32",
+         "teacher_softcap": "fp32", "cooling": "fp32", "beta": "fp32", "z_loss": "fp32",
          "smoothing": "fp32"}  # fmt: skip
-SWITCHES = ("HAS_WEIGHTS", "HAS_LOSS", "HAS_SOFTCAP", "HAS_SMOOTHING", "NEED_GRADIENT")
+LOSS_SWITCHES = ("HAS_WEIGHTS", "HAS_LOSS", "HAS_SOFTCAP", "HAS_SMOOTHING", "NEED_GRADIENT")
+DIVERGENCE_SWITCHES = ("HAS_TARGETS", "HAS_NLL", "HAS_SOFTCAP", "HAS_TEACHER_SOFTCAP", "TEMPERED", "NEED_GRADIENT")
 
 
-def compile_kernel(capability: int, dtype: str, on: tuple[str, ...]) -> dict[str, str]:
-    names = _loss_and_gradient_kernel.arg_names
-    constants = {name: name in on for name in SWITCHES} | {"BLOCK": MAX_BLOCK}
+def compile_kernel(kernel: Any, capability: int, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
+    names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else TYPES.get(name, f"*{dtype}") for name in names}
-    source = ASTSource(_loss_and_gradient_kernel, signature, {(names.index(k),): v for k, v in constants.items()})
+    source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()})
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 16}).asm
 
 
-def main() -> None:
-    all_switches = compile_kernel(90, "bf16", SWITCHES)["ttir"]
-    row = re.search(r"%(\w+) = tt.addptr %p_logits, %\w+ : !tt.ptr<bf16>, (\w+)", all_switches)
+def check_row_offset(asm: dict[str, str], pointer: str) -> None:
+    row = re.search(rf"%(\w+) = tt.addptr %{pointer}, %\w+ : !tt.ptr<bf16>, (\w+)", asm["ttir"])
     assert row is not None
-    assert row[2] == "i64", f"the offset of a row of logits is {row[2]}, which overflows if C·V exceeds 2^31"
-    plain = ("HAS_WEIGHTS", "NEED_GRADIENT")
-    for capability, (dtype, on) in itertools.chain(((80, ("fp16", SWITCHES)),), ((90, ("fp32", plain)),)):
-        assert compile_kernel(capability, dtype, on)["ptx"]
+    assert row[2] == "i64", f"the offset of a row of {pointer} is {row[2]}, which overflows if C·V exceeds 2^31"
+
+
+def compile_loss() -> None:
+    kernel = loss._loss_and_gradient_kernel
+
+    def constants(on: tuple[str, ...]) -> dict[str, Any]:
+        return {name: name in on for name in LOSS_SWITCHES} | {"BLOCK": loss.MAX_BLOCK}
+
+    check_row_offset(compile_kernel(kernel, 90, "bf16", constants(LOSS_SWITCHES)), "p_logits")
+    assert compile_kernel(kernel, 80, "fp16", constants(LOSS_SWITCHES))["ptx"]
+    assert compile_kernel(kernel, 90, "fp32", constants(("HAS_WEIGHTS", "NEED_GRADIENT")))["ptx"]
+
+
+def compile_divergence() -> None:
+    kernel = divergence._divergence_and_gradient_kernel
+
+    def constants(direction: int, on: tuple[str, ...]) -> dict[str, Any]:
+        switches = {name: name in on for name in DIVERGENCE_SWITCHES}
+        return switches | {"DIRECTION": direction, "BLOCK": divergence.MAX_BLOCK}
+
+    for direction in range(3):
+        asm = compile_kernel(kernel, 90, "bf16", constants(direction, DIVERGENCE_SWITCHES))
+        for pointer in ("p_logits", "p_teacher"):
+            check_row_offset(asm, pointer)
+    assert compile_kernel(kernel, 80, "fp16", constants(1, ("NEED_GRADIENT",)))["ptx"]
+    assert compile_kernel(kernel, 90, "fp32", constants(0, ("HAS_TARGETS",)))["ptx"]
 
 
 if __name__ == "__main__":
-    main()
+    {"linear_cross_entropy": compile_loss, "linear_kl_divergence": compile_divergence}[sys.argv[1]]()
