@@ -86,7 +86,7 @@ struct Divergence {
 float cap_of(float logit, float softcap) { return pair_kernels().cap_f32(logit, softcap); }
 double cap_of(double logit, double softcap) { return pair_kernels().cap_f64(logit, softcap); }
 
-// The softmax statistics of one chunk and what its gradient needs, one entry per token.
+// The softmax statistics of one chunk and what its gradient needs, one entry per token (`size` includes the padding).
 template <typename acc_t>
 struct Tokens {
   explicit Tokens(std::int64_t size)
@@ -137,12 +137,12 @@ class DivergenceObjective {
   void begin(std::int64_t first, std::int64_t last) {
     first_ = first;
     size_ = last - first;
-    tokens_.emplace(size_);
+    tokens_.emplace(padded_size());
     auto* positions = const_cast<std::int64_t*>(rows_.positions.data()) + first;
     positions_ = at::from_blob(positions, {size_}, at::kLong);
     hidden_ = at::index_select(call_.hidden, 0, positions_).to(DTYPE);
     // Padded with rows of zeros, as in bfloat16.h, so that the rows of the teacher's logits are whole cache lines.
-    const std::int64_t leading = leading_dimension(size_);
+    const std::int64_t leading = padded_size();
     teacher_hidden_ = at::empty({leading, call_.teacher_hidden.size(1)}, DTYPE);
     teacher_hidden_.narrow(0, 0, size_).copy_(at::index_select(call_.teacher_hidden, 0, positions_));
     teacher_hidden_.narrow(0, size_, leading - size_).zero_();
@@ -156,7 +156,7 @@ class DivergenceObjective {
     at::mm_out(out, shares_weight_ ? weight : teacher_weight_.block(student.first_row, student.rows),
                teacher_hidden_.t());
     const Block<scalar_t> teacher = teacher_block(student);
-    at::parallel_for(0, size_, MIN_COLUMNS, [&](std::int64_t begin, std::int64_t end) {
+    for_columns([&](std::int64_t begin, std::int64_t end) {
       sweeps_.statistics(student, teacher, tokens_->running(), options_, begin, end);
     });
     for_targets(student, [&](std::int64_t c, std::int64_t row) {
@@ -169,7 +169,7 @@ class DivergenceObjective {
     for (std::int64_t c = 0; c < size_; ++c) finish_statistics(c);
     if (sweeps_.means != nullptr) {
       const Block<scalar_t> teacher = teacher_block(student);
-      at::parallel_for(0, size_, MIN_COLUMNS, [&](std::int64_t begin, std::int64_t end) {
+      for_columns([&](std::int64_t begin, std::int64_t end) {
         sweeps_.means(student, teacher, tokens_->finished(), options_, tokens_->mean.data(),
                       tokens_->teacher_mean.data(), begin, end);
       });
@@ -179,7 +179,7 @@ class DivergenceObjective {
   }
 
   void to_gradient(const Block<scalar_t>& student) {
-    at::parallel_for(0, size_, MIN_COLUMNS, [&](std::int64_t begin, std::int64_t end) {
+    for_columns([&](std::int64_t begin, std::int64_t end) {
       sweeps_.gradient(student, teacher_block(student), tokens_->finished(), options_, begin, end);
     });
     // Only an nll changes the target's entry in another way than the others. It is computed in full precision.
@@ -195,6 +195,14 @@ class DivergenceObjective {
     const std::int64_t leading = teacher_logits_.stride(0);
     return {data_of<scalar_t>(teacher_logits_) + student.first_row * leading, leading, student.first_row, student.rows};
   }
+
+  // Runs `sweep` on all columns, including those that only pad the chunk, split between threads.
+  template <typename Function>
+  void for_columns(const Function& sweep) const {
+    at::parallel_for(0, padded_size() / COLUMNS, MIN_COLUMNS / COLUMNS,
+                     [&](std::int64_t begin, std::int64_t end) { sweep(begin * COLUMNS, end * COLUMNS); });
+  }
+  std::int64_t padded_size() const { return leading_dimension(size_); }
 
   template <typename Function>
   void for_targets(const Block<scalar_t>& block, const Function& call) {
@@ -253,12 +261,13 @@ class DivergenceObjective {
   // probability minus 1 does not cancel.
   void finish_targets() {
     Tokens<acc_t>& t = *tokens_;
-    const std::vector<acc_t> no_nll(size_, 0);
+    const std::int64_t columns = padded_size();
+    const std::vector<acc_t> no_nll(columns, 0);
     PairFinished<acc_t> finished = t.finished();
     finished.nll_factor = no_nll.data();
     t.target_gradient = t.target_logit;
-    wide_sweeps_.gradient({t.target_gradient.data(), size_, 0, 1}, {t.teacher_target_logit.data(), size_, 0, 1},
-                          finished, options_, 0, size_);
+    wide_sweeps_.gradient({t.target_gradient.data(), columns, 0, 1},
+                          {t.teacher_target_logit.data(), columns, 0, 1}, finished, options_, 0, columns);
     for (std::int64_t c = 0; c < size_; ++c) {
       const acc_t softcap = options_.softcap;
       const acc_t ratio = softcap == 0 ? 0 : capped(t.target_logit[c], softcap) / softcap;

@@ -1,6 +1,7 @@
 // The loops over a pair of blocks of transposed logits, of the student and of the teacher, in plain C types: one table of
 // functions per instruction set. A block is (rows, columns) = (vocabulary entries, tokens), and every loop runs along
-// tokens.
+// tokens, COLUMNS at a time: the rows of both blocks, and the arrays of the tokens, are padded to a multiple of it.
+// What the padding contains is overwritten or ignored.
 //
 //   a = x / temperature, b = y / temperature       x, y: the logits of the student and of the teacher, after the softcap
 //   p = softmax(a), q = softmax(b)
@@ -14,6 +15,8 @@
 
 namespace delib_fast {
 
+constexpr std::int64_t COLUMNS = 16;
+
 enum class Direction { forward, reverse, jsd };  // KL(q || p), KL(p || q), and their mixture
 
 template <typename acc_t>
@@ -25,13 +28,13 @@ struct PairOptions {
 };
 
 // Running statistics, one entry per token. A sum is of exp((logit - max) / temperature), a cold sum of exp(logit - max);
-// the plain loops do not write cold sums, because both are equal.
+// the plain loops leave cold sums at 0, because both are equal.
 template <typename acc_t>
 struct PairRunning {
   acc_t *max, *sum, *cold_sum;                          // of the student
   acc_t *teacher_max, *teacher_sum, *teacher_cold_sum;  // of the teacher
   acc_t* difference;                                    // forward: Σ exp(..y..) (b - a), reverse: Σ exp(..x..) (a - b)
-  acc_t *shift, *teacher_shift, *partial[5];            // scratch
+  acc_t *shift, *teacher_shift, *partial[5];            // scratch; a partial sum for each of the five sums
 };
 
 // What the other sweeps need, one entry per token.
@@ -68,10 +71,16 @@ struct PairSweeps {
 
 
 template <typename scalar_t, typename acc_t>
+struct PairSweepsByOptions {
+  PairSweeps<scalar_t, acc_t> plain, general;
+};
+
+template <typename scalar_t, typename acc_t>
 struct PairTable {
-  PairSweeps<scalar_t, acc_t> sweeps[3][2];  // by direction, and whether plain
+  PairSweepsByOptions<scalar_t, acc_t> by_direction[3];
   const PairSweeps<scalar_t, acc_t>& choose(Direction direction, bool plain) const {
-    return sweeps[static_cast<int>(direction)][plain ? 1 : 0];
+    const auto& both = by_direction[static_cast<int>(direction)];
+    return plain ? both.plain : both.general;
   }
 };
 
