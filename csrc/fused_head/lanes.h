@@ -1,7 +1,7 @@
 // Vectors of float32 lanes for loops that compilers do not vectorise, and the same functions for one double.
 // for_each_simd_target.h includes this file, through the loops, once per instruction set, so it has no include guard. A
 // loop that is written for the type Lanes<acc_t>::type runs on SIMD_FLOATS entries of float32 at a time, or on one
-// double.
+// double. On x86-64 the source file includes <immintrin.h> first.
 #include "fused_head/simd_math.h"
 
 #define DELIB_FAST_INLINE inline __attribute__((always_inline))
@@ -35,7 +35,11 @@ DELIB_FAST_INLINE floats load_lanes(const float* p) {
 DELIB_FAST_INLINE floats load_lanes(const bf16_bits* p) {
   shorts bits;
   __builtin_memcpy(&bits, p, sizeof(bits));
+#if SIMD_FLOATS == 16 && defined(__x86_64__)  // one instruction; GCC 12 makes five of the general form
+  return (floats)((uints)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)bits) << 16);
+#else
   return (floats)(__builtin_convertvector(bits, uints) << 16);
+#endif
 }
 DELIB_FAST_INLINE double load_lanes(const double* p) { return *p; }
 
@@ -52,12 +56,11 @@ DELIB_FAST_INLINE void store_lanes(double* p, double x) { *p = x; }
 DELIB_FAST_INLINE floats select(ints mask, floats a, floats b) { return mask ? a : b; }
 DELIB_FAST_INLINE double select(bool mask, double a, double b) { return mask ? a : b; }
 
-// As exp_of(float) in simd_math.h.
+// As exp_of(float) in simd_math.h, to about one ulp.
 DELIB_FAST_INLINE floats exp_of(floats x) {
   constexpr float LOWEST = -87.33654f, ROUND = 12582912.0f;
   constexpr floats ZERO = {};
-  const floats bounded = x < LOWEST ? ZERO + LOWEST : x;
-  const floats clamped = bounded > 88.0f ? ZERO + 88.0f : bounded;
+  const floats clamped = ZERO + LOWEST > x ? ZERO + LOWEST : x;
   const floats shifted = clamped * 1.44269504088896341f + ROUND;
   const floats n = shifted - ROUND;
   const floats r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -69,6 +72,31 @@ DELIB_FAST_INLINE floats exp_of(floats x) {
   const floats mantissa = (p * r) * r + r + 1.0f;
   const floats scale = (floats)(((uints)shifted << 23) + (127u << 23));
   return x < LOWEST ? ZERO : mantissa * scale;
+}
+
+// e**x for x <= 0 and 16-bit logits, with a relative error of about 2e-7: 2**n * 2**r for the integer n that is nearest to x * log2(e), and
+// a minimax polynomial for 2**r. The result is exactly 1 for 0, 0 below the normal range, and NaN for NaN. It takes three
+// quarters of the instructions of exp_of.
+DELIB_FAST_INLINE floats short_exp_of(floats x) {
+  constexpr float LOWEST = -87.33654f, ROUND = 12582912.0f, LOG2E = 1.44269502e+0f, LOG2E_REST = 1.92596303e-8f;
+  constexpr floats ZERO = {};
+  const floats clamped = ZERO + LOWEST > x ? ZERO + LOWEST : x;
+  const floats shifted = clamped * LOG2E + ROUND;
+  const floats r = (clamped * LOG2E - (shifted - ROUND)) + clamped * LOG2E_REST;
+  floats p = r * 1.3264727165e-3f + 9.6715126419e-3f;
+  p = p * r + 5.5507337434e-2f;
+  p = p * r + 2.4022242085e-1f;
+  p = p * r + 6.9314697760e-1f;
+  p = p * r + 1.0f;
+  const floats scale = (floats)(((uints)shifted << 23) + (127u << 23));
+  return x < LOWEST ? ZERO : p * scale;
+}
+
+// The exponential that is accurate enough for logits of this type.
+template <typename scalar_t, typename lanes_t>
+DELIB_FAST_INLINE lanes_t exp_for(lanes_t x) {
+  if constexpr (sizeof(scalar_t) == 2) return short_exp_of(x);
+  return exp_of(x);
 }
 
 // As tanh_of(float).

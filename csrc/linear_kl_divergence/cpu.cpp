@@ -92,7 +92,7 @@ struct Tokens {
   explicit Tokens(std::int64_t size)
       : max(size, -std::numeric_limits<acc_t>::infinity()), teacher_max(max), sum(size, 0), teacher_sum(sum),
         cold_sum(sum), teacher_cold_sum(sum), difference(sum), scratch(7 * size), target_logit(sum),
-        teacher_target_logit(sum), log_sum(sum), teacher_log_sum(sum), factor(sum), teacher_factor(sum), mean(sum),
+        teacher_target_logit(sum), log_sum(sum), teacher_log_sum(sum), inverse_sum(sum), teacher_inverse_sum(sum), factor(sum), teacher_factor(sum), mean(sum),
         teacher_mean(sum), nll_factor(sum), nll(sum), target_gradient(sum) {}
 
   PairRunning<acc_t> running() {
@@ -103,12 +103,12 @@ struct Tokens {
     return out;
   }
   PairFinished<acc_t> finished() const {
-    return {max.data(),    teacher_max.data(),    log_sum.data(), teacher_log_sum.data(),
-            factor.data(), teacher_factor.data(), mean.data(),    nll_factor.data()};
+    return {max.data(),         teacher_max.data(), log_sum.data(), teacher_log_sum.data(), inverse_sum.data(),
+            teacher_inverse_sum.data(), factor.data(), teacher_factor.data(), mean.data(),    nll_factor.data()};
   }
 
   std::vector<acc_t> max, teacher_max, sum, teacher_sum, cold_sum, teacher_cold_sum, difference, scratch, target_logit,
-      teacher_target_logit, log_sum, teacher_log_sum, factor, teacher_factor, mean, teacher_mean, nll_factor,
+      teacher_target_logit, log_sum, teacher_log_sum, inverse_sum, teacher_inverse_sum, factor, teacher_factor, mean, teacher_mean, nll_factor,
       nll, target_gradient;
 };
 
@@ -220,6 +220,8 @@ class DivergenceObjective {
     }
     t.log_sum[c] = std::log(t.sum[c]);
     t.teacher_log_sum[c] = std::log(t.teacher_sum[c]);
+    t.inverse_sum[c] = 1 / t.sum[c];
+    t.teacher_inverse_sum[c] = 1 / t.teacher_sum[c];
   }
 
   // Computes the losses of a token and what its gradient needs.

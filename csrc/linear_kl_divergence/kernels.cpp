@@ -5,6 +5,10 @@
 
 #include <cstdint>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #define SIMD_LOOPS "linear_kl_divergence/kernels_impl.h"
 #include "for_each_simd_target.h"
 

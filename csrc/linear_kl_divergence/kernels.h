@@ -41,7 +41,8 @@ struct PairRunning {
 template <typename acc_t>
 struct PairFinished {
   const acc_t *max, *teacher_max;
-  const acc_t *log_sum, *teacher_log_sum;  // used by jsd only
+  const acc_t *log_sum, *teacher_log_sum;  // used by jsd only, as are the next two
+  const acc_t *inverse_sum, *teacher_inverse_sum;
   const acc_t* factor;                     // of exp((x - max) / temperature)
   const acc_t* teacher_factor;             // forward: of exp((y - teacher_max) / temperature), subtracted
   const acc_t* mean;                       // reverse: E_p[a - b], jsd: E_p[log p - log m]

@@ -25,7 +25,7 @@ DELIB_FAST_INLINE lanes_t cooled(lanes_t difference, const PairOptions<acc_t>& o
 // probability * logarithm, 0 if the probability is 0.
 template <typename lanes_t>
 DELIB_FAST_INLINE lanes_t product(lanes_t probability, lanes_t logarithm) {
-  return select(probability == lanes_t{} , lanes_t{}, probability * logarithm);
+  return select(probability == lanes_t{}, lanes_t{}, probability * logarithm);
 }
 
 // Lanes of one row of both blocks: the logits of some tokens, after the softcap.
@@ -87,7 +87,8 @@ void statistics(Block<scalar_t> student, Block<scalar_t> teacher, PairRunning<ac
       for (std::int64_t c = begin; c < end; c += WIDTH) {
         const Pair<PLAIN, scalar_t, acc_t> pair(logits + c, teacher_logits + c, options);
         const lanes_t x = pair.x - load_lanes(token.shift + c), y = pair.y - load_lanes(token.teacher_shift + c);
-        const lanes_t e = exp_of(cooled<PLAIN>(x, options)), teacher_e = exp_of(cooled<PLAIN>(y, options));
+        const lanes_t e = exp_for<scalar_t>(cooled<PLAIN>(x, options));
+        const lanes_t teacher_e = exp_for<scalar_t>(cooled<PLAIN>(y, options));
         const auto add = [c](acc_t* sum, lanes_t term) { store_lanes(sum + c, load_lanes(sum + c) + term); };
         add(token.partial[0], e);
         add(token.partial[1], teacher_e);
@@ -97,8 +98,8 @@ void statistics(Block<scalar_t> student, Block<scalar_t> teacher, PairRunning<ac
         if (DIRECTION == Direction::reverse) {
           add(token.partial[2], product(e, cooled<PLAIN>(pair.x - pair.y, options)));
         }
-        if (!PLAIN) add(token.partial[3], exp_of(x));
-        if (!PLAIN) add(token.partial[4], exp_of(y));
+        if (!PLAIN) add(token.partial[3], exp_for<scalar_t>(x));
+        if (!PLAIN) add(token.partial[4], exp_for<scalar_t>(y));
       }
     }
     // Partial sums keep small probabilities from being rounded away one at a time against a sum near 1.
@@ -120,16 +121,19 @@ struct MixtureTerms {
   lanes_t teacher_over_m;  // log q - log m
 };
 
-template <bool PLAIN, typename lanes_t, typename acc_t>
+template <bool PLAIN, typename scalar_t, typename acc_t, typename lanes_t>
 DELIB_FAST_INLINE MixtureTerms<lanes_t> mixture(lanes_t x, lanes_t y, const PairFinished<acc_t>& token,
                                                 const PairOptions<acc_t>& options, std::int64_t c) {
-  const lanes_t log_p = cooled<PLAIN>(x - load_lanes(token.max + c), options) - load_lanes(token.log_sum + c);
-  const lanes_t log_q =
-      cooled<PLAIN>(y - load_lanes(token.teacher_max + c), options) - load_lanes(token.teacher_log_sum + c);
+  const lanes_t a = cooled<PLAIN>(x - load_lanes(token.max + c), options);
+  const lanes_t b = cooled<PLAIN>(y - load_lanes(token.teacher_max + c), options);
+  const lanes_t log_p = a - load_lanes(token.log_sum + c), log_q = b - load_lanes(token.teacher_log_sum + c);
   const lanes_t ratio = select(log_p == log_q, lanes_t{}, log_p - log_q);  // equal: also if both are -inf
   const auto student_larger = ratio >= acc_t(0);
-  const lanes_t larger = exp_of(select(student_larger, log_p, log_q));
-  const lanes_t share = exp_of(select(student_larger, -ratio, ratio));  // min(p, q) / max(p, q)
+  // Not exp(log p), which rounds at the magnitude of log p.
+  const lanes_t larger =
+      exp_for<scalar_t>(select(student_larger, a, b)) *
+      select(student_larger, load_lanes(token.inverse_sum + c), load_lanes(token.teacher_inverse_sum + c));
+  const lanes_t share = exp_for<scalar_t>(select(student_larger, -ratio, ratio));  // min(p, q) / max(p, q)
   const lanes_t one_of_p = lanes_t{} + (acc_t(1) - options.beta), one_of_q = lanes_t{} + options.beta;
   const lanes_t larger_over_m =
       -log_of(select(student_larger, one_of_p, one_of_q) + select(student_larger, one_of_q, one_of_p) * share);
@@ -147,7 +151,7 @@ void means(Block<scalar_t> student, Block<scalar_t> teacher, PairFinished<acc_t>
     const scalar_t* teacher_logits = teacher.data + r * teacher.leading;
     for (std::int64_t c = begin; c < end; c += Lanes<acc_t>::WIDTH) {
       const Pair<PLAIN, scalar_t, acc_t> pair(logits + c, teacher_logits + c, options);
-      const MixtureTerms<lanes_t> terms = mixture<PLAIN>(pair.x, pair.y, token, options, c);
+      const MixtureTerms<lanes_t> terms = mixture<PLAIN, scalar_t>(pair.x, pair.y, token, options, c);
       store_lanes(student_mean + c, load_lanes(student_mean + c) + product(terms.p, terms.over_m));
       store_lanes(teacher_mean + c, load_lanes(teacher_mean + c) + product(terms.q, terms.teacher_over_m));
     }
@@ -164,18 +168,18 @@ void gradient(Block<scalar_t> student, Block<scalar_t> teacher, PairFinished<acc
     for (std::int64_t c = begin; c < end; c += Lanes<acc_t>::WIDTH) {
       const Pair<PLAIN, scalar_t, acc_t> pair(logits + c, teacher_logits + c, options);
       const lanes_t x = pair.x - load_lanes(token.max + c);
-      const lanes_t e = exp_of(cooled<PLAIN>(x, options)), p = load_lanes(token.factor + c) * e;
+      const lanes_t e = exp_for<scalar_t>(cooled<PLAIN>(x, options)), p = load_lanes(token.factor + c) * e;
       lanes_t dz;
       if constexpr (DIRECTION == Direction::forward) {
         const lanes_t y = pair.y - load_lanes(token.teacher_max + c);
-        dz = p - load_lanes(token.teacher_factor + c) * exp_of(cooled<PLAIN>(y, options));
+        dz = p - load_lanes(token.teacher_factor + c) * exp_for<scalar_t>(cooled<PLAIN>(y, options));
       } else if constexpr (DIRECTION == Direction::reverse) {
         dz = product(p, cooled<PLAIN>(pair.x - pair.y, options) - load_lanes(token.mean + c));
       } else {
-        const lanes_t over_m = mixture<PLAIN>(pair.x, pair.y, token, options, c).over_m;
+        const lanes_t over_m = mixture<PLAIN, scalar_t>(pair.x, pair.y, token, options, c).over_m;
         dz = product(p, over_m - load_lanes(token.mean + c));
       }
-      dz += load_lanes(token.nll_factor + c) * (PLAIN ? e : exp_of(x));
+      dz += load_lanes(token.nll_factor + c) * (PLAIN ? e : exp_for<scalar_t>(x));
       if (!PLAIN && options.softcap != acc_t(0)) {
         const lanes_t ratio = pair.x / options.softcap;
         dz *= acc_t(1) - ratio * ratio;

@@ -94,15 +94,15 @@ def test_the_definitions_by_hand(backend):
     def ours(**options) -> float:
         inputs = (hidden, student, hidden, teacher, torch.tensor([2.0], device=DEVICE))
         output = linear_kl_divergence(*inputs, backend=backend, **options)
-        assert output.loss_sum.item() == pytest.approx(2 * output.divergence.item())
+        assert output.loss_sum.item() == pytest.approx(2 * output.divergence.item(), abs=1e-6)
         return output.divergence.item()
 
-    assert ours() == pytest.approx(kl(q, p))
-    assert ours(direction="reverse") == pytest.approx(kl(p, q))
-    assert ours(direction="jsd", beta=0.2) == pytest.approx(0.2 * kl(q, m) + 0.8 * kl(p, m))
+    assert ours() == pytest.approx(kl(q, p), abs=1e-6)
+    assert ours(direction="reverse") == pytest.approx(kl(p, q), abs=1e-6)
+    assert ours(direction="jsd", beta=0.2) == pytest.approx(0.2 * kl(q, m) + 0.8 * kl(p, m), abs=1e-6)
     cold = torch.tensor([1.0, 9.0]) / 10  # a temperature of 1/2 squares the probabilities
-    assert ours(temperature=0.5) == pytest.approx(kl(q, cold))
-    assert ours(teacher_logit_scale=0.0, logit_scale=2.0) == pytest.approx(kl(q, cold))
+    assert ours(temperature=0.5) == pytest.approx(kl(q, cold), abs=1e-6)
+    assert ours(teacher_logit_scale=0.0, logit_scale=2.0) == pytest.approx(kl(q, cold), abs=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -202,6 +202,7 @@ def test_deterministic(backend, dtype, direction):
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_compile_fullgraph(backend, options):
+    torch._dynamo.reset()  # every case counts towards the limit of recompilations
     case = make_case()
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:

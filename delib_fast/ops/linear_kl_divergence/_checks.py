@@ -70,5 +70,5 @@ def check_objective(direction: str, beta: float, temperature: float, nll_weight:
         )
     if not 0 < temperature < math.inf:
         raise ValueError(f"{OP}: temperature={temperature}; it must be a positive number, 1 for none")
-    if not isinstance(nll_weight, Tensor) and not math.isfinite(nll_weight):
+    if not isinstance(nll_weight, Tensor) and not -math.inf < nll_weight < math.inf:
         raise ValueError(f"{OP}: nll_weight={nll_weight}; it must be a finite number, 0 for none, or a tensor (T,)")

@@ -49,7 +49,7 @@ def linear_kl_divergence_reference(
     nlls = [torch.where(known, -z.log_softmax(1).gather(1, target[:, None]).squeeze(1), 0) for z in (x, y)]
     loss = torch.where(live & (loss_weights != 0), loss_weights.to(wide) * row_divergence, 0)
     loss = loss + torch.where(known & (nll_weights != 0), nll_weights.to(wide) * nlls[0], 0)
-    return loss.sum(), torch.where(live, row_divergence, 0).detach(), nlls[0].detach(), nlls[1]
+    return loss.sum(), torch.where(live, row_divergence.detach().clamp_min(0), 0), nlls[0].detach(), nlls[1]
 
 
 def _logits(hidden: Tensor, weight: Tensor, live: Tensor, wide: torch.dtype, softcap: float) -> Tensor:
