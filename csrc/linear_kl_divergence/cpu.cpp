@@ -91,16 +91,23 @@ template <typename acc_t>
 struct Tokens {
   explicit Tokens(std::int64_t size)
       : max(size, -std::numeric_limits<acc_t>::infinity()), teacher_max(max), sum(size, 0), teacher_sum(sum),
-        cold_sum(sum), teacher_cold_sum(sum), difference(sum), scratch(7 * size), target_logit(sum),
+        cold_sum(sum), teacher_cold_sum(sum), difference(sum), scratch((2 + 2 * SUMS) * size, 0), target_logit(sum),
         teacher_target_logit(sum), log_sum(sum), teacher_log_sum(sum), inverse_sum(sum), teacher_inverse_sum(sum), factor(sum), teacher_factor(sum), mean(sum),
         teacher_mean(sum), nll_factor(sum), nll(sum), target_gradient(sum) {}
 
   PairRunning<acc_t> running() {
     const auto size = static_cast<std::int64_t>(max.size());
-    PairRunning<acc_t> out{max.data(), sum.data(), cold_sum.data(), teacher_max.data(), teacher_sum.data(),
-                           teacher_cold_sum.data(), difference.data(), scratch.data(), scratch.data() + size, {}};
-    for (int i = 0; i < 5; ++i) out.partial[i] = scratch.data() + (2 + i) * size;
+    PairRunning<acc_t> out{max.data(), teacher_max.data(),
+                           {sum.data(), teacher_sum.data(), difference.data(), cold_sum.data(), teacher_cold_sum.data()},
+                           scratch.data(), scratch.data() + size, {}, {}};
+    for (int i = 0; i < SUMS; ++i) {
+      out.partial[i] = scratch.data() + (2 + i) * size;
+      out.lost[i] = scratch.data() + (2 + SUMS + i) * size;
+    }
     return out;
+  }
+  PairMeans<acc_t> means() {
+    return {mean.data(), teacher_mean.data(), scratch.data(), scratch.data() + max.size()};
   }
   PairFinished<acc_t> finished() const {
     return {max.data(),         teacher_max.data(), log_sum.data(), teacher_log_sum.data(), inverse_sum.data(),
@@ -170,8 +177,7 @@ class DivergenceObjective {
     if (sweeps_.means != nullptr) {
       const Block<scalar_t> teacher = teacher_block(student);
       for_columns([&](std::int64_t begin, std::int64_t end) {
-        sweeps_.means(student, teacher, tokens_->finished(), options_, tokens_->mean.data(),
-                      tokens_->teacher_mean.data(), begin, end);
+        sweeps_.means(student, teacher, tokens_->finished(), options_, tokens_->means(), begin, end);
       });
     }
     for (std::int64_t c = 0; c < size_; ++c) finish_token(c);

@@ -27,14 +27,16 @@ struct PairOptions {
   acc_t beta;  // the share of the teacher in the mixture; used by jsd only
 };
 
-// Running statistics, one entry per token. A sum is of exp((logit - max) / temperature), a cold sum of exp(logit - max);
-// the plain loops leave cold sums at 0, because both are equal.
+// Running statistics, one array of tokens each. A sum is of exp((logit - max) / temperature), a cold sum of
+// exp(logit - max); the plain loops leave cold sums at 0, because both are equal. The difference is
+// Σ exp(..y..) (b - a) forward and Σ exp(..x..) (a - b) reverse.
+enum { SUM, TEACHER_SUM, DIFFERENCE, COLD_SUM, TEACHER_COLD_SUM, SUMS };
 template <typename acc_t>
 struct PairRunning {
-  acc_t *max, *sum, *cold_sum;                          // of the student
-  acc_t *teacher_max, *teacher_sum, *teacher_cold_sum;  // of the teacher
-  acc_t* difference;                                    // forward: Σ exp(..y..) (b - a), reverse: Σ exp(..x..) (a - b)
-  acc_t *shift, *teacher_shift, *partial[5];            // scratch; a partial sum for each of the five sums
+  acc_t *max, *teacher_max;
+  acc_t* sums[SUMS];
+  acc_t *shift, *teacher_shift, *partial[SUMS];  // scratch
+  acc_t* lost[SUMS];                             // what rounding has taken from the sums; 0 at the start
 };
 
 // What the other sweeps need, one entry per token.
@@ -53,10 +55,15 @@ template <typename scalar_t, typename acc_t>
 using PairStatisticsFn = void (*)(Block<scalar_t> student, Block<scalar_t> teacher, PairRunning<acc_t>,
                                   PairOptions<acc_t>, std::int64_t begin, std::int64_t end);
 
-// jsd only: adds Σ p (log p - log m) to `student_mean` and Σ q (log q - log m) to `teacher_mean`.
+// jsd only: Σ p (log p - log m) is added to `student` and Σ q (log q - log m) to `teacher`.
+template <typename acc_t>
+struct PairMeans {
+  acc_t *student, *teacher;
+  acc_t *partial, *teacher_partial;  // scratch
+};
 template <typename scalar_t, typename acc_t>
 using PairMeansFn = void (*)(Block<scalar_t> student, Block<scalar_t> teacher, PairFinished<acc_t>, PairOptions<acc_t>,
-                             acc_t* student_mean, acc_t* teacher_mean, std::int64_t begin, std::int64_t end);
+                             PairMeans<acc_t>, std::int64_t begin, std::int64_t end);
 
 // Replaces columns [begin, end) of the student's block with the gradient of its logits.
 template <typename scalar_t, typename acc_t>

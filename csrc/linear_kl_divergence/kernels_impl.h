@@ -70,13 +70,16 @@ void statistics(Block<scalar_t> student, Block<scalar_t> teacher, PairRunning<ac
       const lanes_t teacher_now = finite_shift(load_lanes(token.teacher_max + c));
       const lanes_t change = load_lanes(token.shift + c) - now;
       const lanes_t teacher_change = load_lanes(token.teacher_shift + c) - teacher_now;
-      const auto rescale = [c](acc_t* sum, lanes_t factor) { store_lanes(sum + c, load_lanes(sum + c) * factor); };
-      rescale(token.sum, exp_of(cooled<PLAIN>(change, options)));
-      rescale(token.teacher_sum, exp_of(cooled<PLAIN>(teacher_change, options)));
-      if (DIRECTION == Direction::forward) rescale(token.difference, exp_of(cooled<PLAIN>(teacher_change, options)));
-      if (DIRECTION == Direction::reverse) rescale(token.difference, exp_of(cooled<PLAIN>(change, options)));
-      if (!PLAIN) rescale(token.cold_sum, exp_of(change));
-      if (!PLAIN) rescale(token.teacher_cold_sum, exp_of(teacher_change));
+      const auto rescale = [&](int i, lanes_t factor) {
+        store_lanes(token.sums[i] + c, load_lanes(token.sums[i] + c) * factor);
+        store_lanes(token.lost[i] + c, load_lanes(token.lost[i] + c) * factor);
+      };
+      rescale(SUM, exp_of(cooled<PLAIN>(change, options)));
+      rescale(TEACHER_SUM, exp_of(cooled<PLAIN>(teacher_change, options)));
+      if (DIRECTION == Direction::forward) rescale(DIFFERENCE, exp_of(cooled<PLAIN>(teacher_change, options)));
+      if (DIRECTION == Direction::reverse) rescale(DIFFERENCE, exp_of(cooled<PLAIN>(change, options)));
+      if (!PLAIN) rescale(COLD_SUM, exp_of(change));
+      if (!PLAIN) rescale(TEACHER_COLD_SUM, exp_of(teacher_change));
       store_lanes(token.shift + c, now);
       store_lanes(token.teacher_shift + c, teacher_now);
       for (acc_t* partial : token.partial) store_lanes(partial + c, lanes_t{});
@@ -89,24 +92,30 @@ void statistics(Block<scalar_t> student, Block<scalar_t> teacher, PairRunning<ac
         const lanes_t x = pair.x - load_lanes(token.shift + c), y = pair.y - load_lanes(token.teacher_shift + c);
         const lanes_t e = exp_for<scalar_t>(cooled<PLAIN>(x, options));
         const lanes_t teacher_e = exp_for<scalar_t>(cooled<PLAIN>(y, options));
-        const auto add = [c](acc_t* sum, lanes_t term) { store_lanes(sum + c, load_lanes(sum + c) + term); };
-        add(token.partial[0], e);
-        add(token.partial[1], teacher_e);
+        const auto add = [&](int i, lanes_t term) {
+          store_lanes(token.partial[i] + c, load_lanes(token.partial[i] + c) + term);
+        };
+        add(SUM, e);
+        add(TEACHER_SUM, teacher_e);
         if (DIRECTION == Direction::forward) {
-          add(token.partial[2], product(teacher_e, cooled<PLAIN>(pair.y - pair.x, options)));
+          add(DIFFERENCE, product(teacher_e, cooled<PLAIN>(pair.y - pair.x, options)));
         }
         if (DIRECTION == Direction::reverse) {
-          add(token.partial[2], product(e, cooled<PLAIN>(pair.x - pair.y, options)));
+          add(DIFFERENCE, product(e, cooled<PLAIN>(pair.x - pair.y, options)));
         }
-        if (!PLAIN) add(token.partial[3], exp_for<scalar_t>(x));
-        if (!PLAIN) add(token.partial[4], exp_for<scalar_t>(y));
+        if (!PLAIN) add(COLD_SUM, exp_for<scalar_t>(x));
+        if (!PLAIN) add(TEACHER_COLD_SUM, exp_for<scalar_t>(y));
       }
     }
-    // Partial sums keep small probabilities from being rounded away one at a time against a sum near 1.
-    acc_t* const sums[] = {token.sum, token.teacher_sum, token.difference, token.cold_sum, token.teacher_cold_sum};
-    for (int i = 0; i < 5; ++i) {
+    // Partial sums, and Kahan's compensation, keep small probabilities from being rounded away against a sum near 1. The
+    // gradient of the reverse direction subtracts a mean of differences, which may be large, from one of them.
+    for (int i = 0; i < SUMS; ++i) {
       for (std::int64_t c = begin; c < end; c += WIDTH) {
-        store_lanes(sums[i] + c, load_lanes(sums[i] + c) + load_lanes(token.partial[i] + c));
+        const lanes_t sum = load_lanes(token.sums[i] + c);
+        const lanes_t term = load_lanes(token.partial[i] + c) - load_lanes(token.lost[i] + c);
+        const lanes_t next = sum + term;
+        store_lanes(token.lost[i] + c, (next - sum) - term);
+        store_lanes(token.sums[i] + c, next);
       }
     }
   }
@@ -144,16 +153,29 @@ DELIB_FAST_INLINE MixtureTerms<lanes_t> mixture(lanes_t x, lanes_t y, const Pair
 
 template <bool PLAIN, typename scalar_t, typename acc_t>
 void means(Block<scalar_t> student, Block<scalar_t> teacher, PairFinished<acc_t> token, PairOptions<acc_t> options,
-           acc_t* student_mean, acc_t* teacher_mean, std::int64_t begin, std::int64_t end) {
+           PairMeans<acc_t> out, std::int64_t begin, std::int64_t end) {
   using lanes_t = typename Lanes<acc_t>::type;
-  for (std::int64_t r = 0; r < student.rows; ++r) {
-    const scalar_t* logits = student.data + r * student.leading;
-    const scalar_t* teacher_logits = teacher.data + r * teacher.leading;
-    for (std::int64_t c = begin; c < end; c += Lanes<acc_t>::WIDTH) {
-      const Pair<PLAIN, scalar_t, acc_t> pair(logits + c, teacher_logits + c, options);
-      const MixtureTerms<lanes_t> terms = mixture<PLAIN, scalar_t>(pair.x, pair.y, token, options, c);
-      store_lanes(student_mean + c, load_lanes(student_mean + c) + product(terms.p, terms.over_m));
-      store_lanes(teacher_mean + c, load_lanes(teacher_mean + c) + product(terms.q, terms.teacher_over_m));
+  constexpr std::int64_t WIDTH = Lanes<acc_t>::WIDTH;
+  const auto add = [](acc_t* sum, lanes_t term) { store_lanes(sum, load_lanes(sum) + term); };
+  for (std::int64_t row = 0; row < student.rows; row += SUB_ROWS) {
+    const std::int64_t stop = row + SUB_ROWS < student.rows ? row + SUB_ROWS : student.rows;
+    for (std::int64_t c = begin; c < end; c += WIDTH) {
+      store_lanes(out.partial + c, lanes_t{});
+      store_lanes(out.teacher_partial + c, lanes_t{});
+    }
+    for (std::int64_t r = row; r < stop; ++r) {
+      const scalar_t* logits = student.data + r * student.leading;
+      const scalar_t* teacher_logits = teacher.data + r * teacher.leading;
+      for (std::int64_t c = begin; c < end; c += WIDTH) {
+        const Pair<PLAIN, scalar_t, acc_t> pair(logits + c, teacher_logits + c, options);
+        const MixtureTerms<lanes_t> terms = mixture<PLAIN, scalar_t>(pair.x, pair.y, token, options, c);
+        add(out.partial + c, product(terms.p, terms.over_m));
+        add(out.teacher_partial + c, product(terms.q, terms.teacher_over_m));
+      }
+    }
+    for (std::int64_t c = begin; c < end; c += WIDTH) {
+      add(out.student + c, load_lanes(out.partial + c));
+      add(out.teacher + c, load_lanes(out.teacher_partial + c));
     }
   }
 }
