@@ -114,7 +114,8 @@ void statistics(Block<scalar_t> student, Block<scalar_t> teacher, PairRunning<ac
         const lanes_t sum = load_lanes(token.sums[i] + c);
         const lanes_t term = load_lanes(token.partial[i] + c) - load_lanes(token.lost[i] + c);
         const lanes_t next = sum + term;
-        store_lanes(token.lost[i] + c, (next - sum) - term);
+        const lanes_t lost = (next - sum) - term;
+        store_lanes(token.lost[i] + c, select(lost == lost, lost, lanes_t{}));  // NaN if the sum is infinite
         store_lanes(token.sums[i] + c, next);
       }
     }
