@@ -1,4 +1,4 @@
-# `make quickstart` trains the example, `make test` runs the tests. Both first set everything up in .venv.
+# `make quickstart` trains a model on the example data, `make test` runs the tests. Both first set everything up in .venv.
 # A torch that PYTHON already has (on a GPU machine, for example) is used and never replaced.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ RANKS  ?= 1
 # Number of test processes.
 WORKERS ?= 2
 
-.PHONY: help setup quickstart test test-fast lint bench bench-quick cuda clean
+.PHONY: help setup quickstart quickstart-tiny test test-fast lint bench bench-quick cuda clean
 
 help:           ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,8 +22,11 @@ $(READY): pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h 
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH="$(TORCH)" bash tools/setup.sh
 	@touch $@
 
-quickstart: setup ## train a small model on the example data: MSM, then AFT with CoT
-	$(BIN)/deepspeed --num_accelerators $(RANKS) delib_fast/train.py --config examples/quickstart.yaml
+quickstart: setup ## train SmolLM2-135M on the example data: MSM, then AFT with CoT; show its replies before and after
+	@BIN="$(BIN)" RANKS="$(RANKS)" bash tools/quickstart.sh
+
+quickstart-tiny: setup ## the same with a new model of about a million parameters, without a download
+	$(BIN)/deepspeed --num_accelerators $(RANKS) delib_fast/train.py --config examples/quickstart_tiny.yaml
 
 test: setup     ## run all tests
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --durations 20

@@ -98,7 +98,8 @@ class CudaLibrary(Extension):
         output.parent.mkdir(parents=True, exist_ok=True)
         targets = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS]
         targets.append("-gencode=arch=compute_80,code=compute_80")  # PTX for newer GPUs
-        common = [self.nvcc, *targets, "-O3", "-std=c++17", "-Xcompiler=-fPIC", f"-I{ROOT / CSRC}"]
+        # -ftz: without subnormal numbers an exponential takes 2 instructions instead of 4
+        common = [self.nvcc, *targets, "-O3", "-std=c++17", "-ftz=true", "-Xcompiler=-fPIC", f"-I{ROOT / CSRC}"]
         objects = []
         for source in self.cu_sources:
             objects.append(str(scratch / (source.replace("/", "_") + ".o")))

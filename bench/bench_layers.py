@@ -30,7 +30,7 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from delib_fast.models.attention import NAME as ATTENTION_NAME
 from delib_fast.models.layers import patch_layers, why_not_liger
 
-# {name: (hidden size, intermediate size, heads, key-value heads, head size)}: the quickstart's model, Qwen3 0.6B and 8B
+# {name: (hidden size, intermediate size, heads, key-value heads, head size)}: quickstart_tiny.yaml, Qwen3 0.6B and 8B
 SHAPES = {"256": (256, 768, 8, 4, 32), "1024": (1024, 3072, 16, 8, 128), "4096": (4096, 12288, 32, 8, 128)}
 LENGTHS = [700, 420, 310, 250, 180, 110, 78]  # 2048 tokens
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 4e-2}

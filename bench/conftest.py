@@ -17,7 +17,7 @@ from harness import (
     time_alternating,
 )
 from pytest_benchmark.fixture import BenchmarkFixture
-from recording import machine
+from recording import append_case, machine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -64,5 +64,6 @@ def against_roof(benchmark: BenchmarkFixture, quick: bool) -> Callable[..., None
             bandwidth_gb_per_s=bandwidth_gb_per_s(),
             **extra,
         )
+        append_case(benchmark.name, statistics.median(call_s), benchmark.extra_info)
 
     return measure

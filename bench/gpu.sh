@@ -1,97 +1,120 @@
 #!/usr/bin/env bash
-# Run the build, the GPU tests and the benches in under 9 minutes, on a GPU machine without network access.
+# Check and measure everything that needs a GPU, in one call of at most 400 seconds, on a machine without network access.
 #
-#     bash bench/gpu.sh [OUTDIR]          OUTDIR: bench/results/gpu
+#     bash bench/gpu.sh [--dry-run] [OUTDIR]          OUTDIR: bench/results/gpu
 #
-# Each part has its own time limit and its own log, and the other parts run even if one fails. OUTDIR/summary.txt lists
-# which parts passed, failed or ran out of time; the figures are stored in bench/results/<device>/.
+# The parts run in the order of what must be known first, each with its own limit, and the rest runs even if one fails.
+# OUTDIR/summary.txt says which parts passed, failed or ran out of time; OUTDIR/cases.jsonl gets a line as soon as a case
+# is measured, so that a limit loses one case at most. At its limit a part is interrupted as by Ctrl-C, so that it still
+# writes its JSON, which is stored in bench/results/<device>/.
 # The torch of $PYTHON (default python3; torch 2.11 with Python 3.12 is enough) is used and never replaced. Missing
-# packages are installed from $WHEELS (default wheels/, which git ignores), never from the network. Without a GPU, the
-# same parts run on small cases, and the summary says so.
+# packages come from $WHEELS (default wheels/, made by tools/gpu_wheels.sh), never from the network.
+# --dry-run runs every part without a GPU: small cases, and the device checks turned round where a part has any.
 # SECONDS_SCALE=2 doubles every limit. Exit status: the number of parts that did not pass.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:-bench/results/gpu} python=${PYTHON:-python3} wheels=${WHEELS:-wheels} scale=${SECONDS_SCALE:-1}
+dry=0; if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi
+out=${1:-bench/results/gpu} python=${PYTHON:-python3} wheels=${WHEELS:-wheels} scale=${SECONDS_SCALE:-1} budget=${BUDGET:-400}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
 summary=$out/summary.txt failures=0
-: >"$summary"
+: >"$summary"; : >"$out/cases.jsonl"
+export python out TORCHINDUCTOR_COMPILE_THREADS=8 DELIB_FAST_CASES=$out/cases.jsonl
 
 say() { echo "$*" | tee -a "$summary"; }
 part() {  # part NAME SECONDS COMMAND...
   local name=$1 limit=$(($2 * scale)) begin=$SECONDS status; shift 2
-  timeout --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1; status=$?
+  local left=$((budget * scale - SECONDS))
+  [ "$limit" -gt "$left" ] && limit=$left
+  [ "$limit" -lt 5 ] && { say "skipped   $name (the budget of $((budget * scale)) s is used up)"; return 1; }
+  timeout --signal=INT --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1; status=$?
   case $status in
     0) say "passed    $name ($((SECONDS - begin)) s)" ;;
     124 | 137) say "timed out $name (limit $limit s; $out/$name.log)"; failures=$((failures + 1)) ;;
     *) say "FAILED    $name (exit $status; $(tail -n 1 "$out/$name.log" | cut -c 1-120))"; failures=$((failures + 1)) ;;
   esac
+  grep -hE '^(passed|FAILED)  |^ceiling' "$out/$name.log" | sed 's/^/          /' | tee -a "$summary"
   return $status
 }
-
-# Installs the packages that the build and the tests need and that are missing. --no-deps: pip must not replace torch.
-install_missing() {
-  local name missing=()
-  for name in setuptools wheel pybind11 pytest pytest_benchmark cpuinfo; do
-    "$python" -c "import $name" 2>/dev/null || missing+=("${name/cpuinfo/py-cpuinfo}")
-  done
-  [ ${#missing[@]} -eq 0 ] && { echo "nothing is missing"; return 0; }
-  echo "missing: ${missing[*]}"
-  [ -d "$wheels" ] || { echo "the folder $wheels does not exist: set WHEELS=/folder/with/wheels of ${missing[*]}"; return 1; }
-  "$python" -m pip install --no-index --find-links "$wheels" --no-deps "${missing[@]/_/-}" pluggy iniconfig packaging
-}
-
-build() { DELIB_FAST_CUDA=${DELIB_FAST_CUDA:-auto} MAX_JOBS=8 "$python" setup.py build_ext --inplace; }
-
-environment() {
-  "$python" - <<'PY'
-import sys
-import torch
-from delib_fast.ops.linear_cross_entropy import BACKENDS
-device = "cuda" if torch.cuda.is_available() else "cpu"
-print(sys.version, torch.__version__, torch.version.cuda, torch.cuda.get_device_name() if device == "cuda" else "no GPU")
-tensor = torch.zeros(2, 64, dtype=torch.bfloat16, device=device)
-for backend in BACKENDS:
-    print(f"linear_cross_entropy {backend.name}: {backend.why_not(tensor, tensor) or 'runs'}")
+missing() {  # the modules that cannot be imported, of those given
+  "$python" - "$@" <<'PY'
+import importlib.util, sys
+print(*[name for name in sys.argv[1:] if importlib.util.find_spec(name) is None])
 PY
 }
 
-bench() {  # bench NAME PART [pytest arguments]
-  local name=$1 part=$2; shift 2
-  "$python" -m pytest "bench/bench_$name.py" -q -p no:cacheprovider --benchmark-json "$out/${name}_$part.json" "$@"
-}
-has() { "$python" -c "import $1" 2>/dev/null; }
-export -f install_missing build environment bench
-export python wheels out
+# --- what is missing, before anything is measured
+"$python" -c 'import torch' 2>/dev/null || { say "FAILED    $python cannot import torch: set PYTHON"; exit 1; }
+needed="triton numpy yaml pytest pytest_benchmark cpuinfo xdist pydantic pydantic_core annotated_types typing_inspection
+  hjson deepspeed transformers peft datasets dill multiprocess pyarrow"
+peers="liger_kernel cut_cross_entropy trl"
+absent=$(missing $needed $peers)
+if [ -n "$absent" ]; then
+  say "missing   $absent"
+  files=$(find "$wheels" -name '*.whl' 2>/dev/null)
+  if [ -n "$files" ]; then
+    for name in $absent; do  # the names of wheels use underscores
+      case $name in cpuinfo) name=py_cpuinfo ;; xdist) name=pytest_xdist ;; esac
+      file=$(grep -iE "/$name-[0-9]" <<<"$files" | head -n 1)
+      if [ -n "$file" ]; then "$python" -m pip install -q --no-index --no-deps --disable-pip-version-check "$file" >>"$out/install.log" 2>&1; fi
+    done
+  else
+    say "          no wheels in $wheels: make them with tools/gpu_wheels.sh, and set WHEELS"
+  fi
+  absent=$(missing $needed); say "installed; still missing: ${absent:-nothing} (peers: $(missing $peers))"
+  [ -z "$absent" ] || failures=$((failures + 1))
+fi
+library=$(find "$wheels" -name libdelib_fast_cuda.so 2>/dev/null | head -n 1)
+if [ -n "$library" ] && [ "$dry" = 0 ]; then
+  cp "$library" delib_fast/
+elif [ ! -f delib_fast/libdelib_fast_cuda.so ]; then
+  part build 60 env DELIB_FAST_CPP=0 DELIB_FAST_CUDA=1 "$python" setup.py build_ext --inplace
+fi
 
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
-  quick=() tests=()
-  nvidia-smi --query-gpu=name,driver_version,clocks.sm,memory.total --format=csv >"$out/nvidia-smi.csv" 2>&1
+  gpu=1; nvidia-smi --query-gpu=name,driver_version,clocks.sm,memory.total --format=csv >"$out/nvidia-smi.csv" 2>&1
 else
-  say "NO GPU: these are small cases on the CPU; they say nothing about GPUs"
-  quick=(--quick) tests=(-k "cuda or dispatch")
+  gpu=0; say "NO GPU: these are small cases on the CPU; they say nothing about GPUs"
+  [ "$dry" = 1 ] || { say "          give --dry-run to run them all the same"; exit 1; }
 fi
 
-part install 20 bash -c install_missing
-if [ "${BUILD:-1}" = 1 ]; then part build 110 bash -c build; else say "skipped   build (BUILD=0)"; fi
-part environment 15 bash -c environment && sed 's/^/          /' "$out/environment.log" | tee -a "$summary"
-# Not the slow cases (inductor, Triton's interpreter), which do not depend on the GPU.
-part tests 100 "$python" -m pytest tests/ops -q -p no:cacheprovider -m "not slow" ${tests[@]+"${tests[@]}"}
-if [ ${#quick[@]} -gt 0 ]; then
-  part bench_loss 70 bash -c 'bench linear_cross_entropy quick --quick'
-  part bench_attention 60 bash -c 'bench varlen_attention quick --quick'
-  layers=--quick
-else  # a part writes its JSON at its end, so several small parts lose less when one runs out of time
-  part bench_loss_100 65 bash -c 'bench linear_cross_entropy 100 -k "4096-151936 and bfloat16 and 100"'
-  part bench_loss_50 60 bash -c 'bench linear_cross_entropy 50 -k "4096-151936 and bfloat16 and 50"'
-  part bench_attention 50 bash -c 'bench varlen_attention all'
-  layers=-k=4096
-fi
-if has transformers; then part bench_layers 50 bash -c "bench layers all $layers"; else say "skipped   bench_layers (transformers is not installed)"; fi
-if has deepspeed && has transformers; then
-  part bench_step 55 bash -c "bench step all ${quick[*]-}"
+# --- the parts
+ceilings() {
+  "$python" - <<'PY'
+import sys, time
+import torch
+device = "cuda" if torch.cuda.is_available() else "cpu"
+wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+def best(call):
+    call(); times = []
+    for _ in range(5):
+        wait(); began = time.perf_counter(); call(); wait(); times.append(time.perf_counter() - began)
+    return min(times)
+n = 8192 if device == "cuda" else 512
+a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+print(sys.version.split()[0], torch.__version__, torch.version.cuda, torch.cuda.get_device_name() if device == "cuda" else "no GPU")
+print(f"ceiling   copy {4 * a.numel() / best(lambda: b.copy_(a)) / 1e9:.0f} GB/s, bf16 GEMM of {n}: {2 * n**3 / best(lambda: a @ b) / 1e12:.1f} TFLOP/s")
+PY
+}
+bench() {  # bench NAME FILE [pytest arguments]
+  local name=$1 file=$2; shift 2
+  "$python" -m pytest "bench/bench_$file.py" -v -rA -p no:cacheprovider --benchmark-json "$out/$name.json" "$@"
+}
+export -f ceilings bench
+
+part ceilings 20 bash -c ceilings
+part smoke $((gpu ? 45 : 300)) "$python" bench/gpu_smoke.py
+if [ "$gpu" = 1 ]; then
+  part loss 60 bash -c 'bench loss linear_cross_entropy -k "4096-151936 and bfloat16 and (100 or 50) and (ours-cuda or ours-triton or liger or cut)"'
+  part attention 40 bash -c 'bench attention varlen_attention -k "bench_varlen_attention and full and not sdpa_dense"'
+  part step 90 bash -c 'bench step step -k "(1.7b-full or 8b-lora64) and short and ours"'
+  part tests 60 "$python" -m pytest tests/ops tests/models -q -p no:cacheprovider -m gpu -n 8 --maxfail=10
+  part peers 120 bash -c 'bench peers linear_cross_entropy -k "4096-151936 and bfloat16 and 100 and (compile or eager-compact or trl)"'
 else
-  say "skipped   bench_step (deepspeed or transformers is not installed)"
+  part loss 120 bash -c 'bench loss linear_cross_entropy --quick -k "bfloat16 and 50"'
+  part attention 120 bash -c 'bench attention varlen_attention --quick -k "bench_varlen_attention and full"'
+  part step 120 bash -c 'bench step step --quick -k ours'
+  part tests 300 "$python" -m pytest tests/ops/test_gpu_dispatch.py -q -p no:cacheprovider
 fi
-if compgen -G "$out/*.json" >/dev/null; then part record 10 "$python" bench/report.py --record "$out"/*.json; fi
-say "$failures parts did not pass; logs and JSON are in $out"
+if [ "$gpu" = 1 ] && compgen -G "$out/*.json" >/dev/null; then part record 15 "$python" bench/report.py --record "$out"/*.json; fi
+say "$failures parts did not pass; logs, JSON and $(wc -l <"$out/cases.jsonl") cases are in $out"
 exit "$failures"

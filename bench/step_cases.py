@@ -18,7 +18,9 @@ from delib_fast.data.pack.weights import loss_normalizer, segment_weights
 from delib_fast.engine import Ranks
 from delib_fast.models import add_adapter, build_model, train_tokenizer
 from delib_fast.models.precision import native_precision
-from delib_fast.models.recompute import enable_activation_checkpointing
+from delib_fast.models.recompute import recompute
+from delib_fast.models.shape import model_shape
+from delib_fast.training.memory import MemoryBudget, resolve_activation_checkpointing
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,7 +42,6 @@ class Shape:
     device: str = "cpu"
     lora: int | None = None
     """Rank of a LoRA adapter; None trains all parameters."""
-    checkpointing: bool = False
 
     def architecture(self) -> dict[str, Any]:
         return {
@@ -92,9 +93,8 @@ def _gpu(name: str, sizes: Sizes, *, tied: bool = True, lora: int | None = None)
         lora=lora,
         device="cuda",
         data=("short", "long"),
-        tokens_per_step=32768,
+        tokens_per_step=16384,
         pack_capacity=8192,
-        checkpointing=True,
     )
 
 
@@ -174,11 +174,20 @@ class Workload:
                 AutoConfig.for_model(**self.shape.architecture()), dtype=torch.bfloat16
             )
         model.config.use_cache = False
-        if self.shape.checkpointing:
-            enable_activation_checkpointing(model)
+        recompute(model, self._checkpointing())
         if self.shape.lora is not None:
             add_adapter(model, LoraConfig(r=self.shape.lora, alpha=2 * self.shape.lora), base=None, seed=0)
         return model
+
+    def _checkpointing(self) -> str:
+        """The least recomputation with which the shape fits the GPU, as `activation_checkpointing: auto` selects it."""
+        lora = None if self.shape.lora is None else LoraConfig(r=self.shape.lora)
+        # compiled blocks, for which only none and full exist: every contender gets the same
+        model = ModelConfig(architecture=self.shape.architecture(), lora=lora, layers="compile")
+        config = self.config.model_copy(update={"model": model})
+        budget = MemoryBudget(1, self.precision, self.ranks.memory_gib)
+        resolved = resolve_activation_checkpointing(config, self.stage, model_shape(model, self.tokenizer), budget)
+        return resolved.model.activation_checkpointing
 
 
 def _file(data: str) -> tuple[Path, str]:

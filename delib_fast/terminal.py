@@ -58,12 +58,19 @@ def report_error(error: object) -> None:
 
 
 def _write(file: IO[str], text: str) -> None:
-    encoding = getattr(file, "encoding", None) or "utf-8"
+    print(_encodable(text, getattr(file, "encoding", None) or "utf-8"), file=file, flush=True)
+
+
+_MARKS, _PLAIN_MARKS = "│┊■□·–−×…┃━─█", "|:#-.--x~|--#"  # ours, and those for other encodings; each has one column
+
+
+def _encodable(text: str, encoding: str) -> str:
+    """The text with escapes for what an encoding does not have, and with ASCII marks for ours."""
     try:
         text.encode(encoding)
     except (UnicodeEncodeError, LookupError):
-        text = text.encode("ascii", "backslashreplace").decode()
-    print(text, file=file, flush=True)
+        text = text.translate(str.maketrans(_MARKS, _PLAIN_MARKS)).encode("ascii", "backslashreplace").decode()
+    return text
 
 
 def guard_process_output() -> None:
@@ -105,8 +112,8 @@ class PlainConsole(Console):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
-            if segment.control is None and not segment.text.isprintable():
-                yield Segment(printable(segment.text), segment.style)
+            if segment.control is None and not (segment.text.isascii() and segment.text.isprintable()):
+                yield Segment(_encodable(printable(segment.text), self.encoding), segment.style)
             else:
                 yield segment
 

@@ -97,6 +97,23 @@ def test_a_stream_that_cannot_encode_a_character_shows_its_escape(monkeypatch):
     assert out.buffer.getvalue() == b"1 \\u2192 2\n"
 
 
+def test_a_console_replaces_marks_that_a_stream_cannot_encode():
+    """Marks and tables stay in their columns; other characters are shown as escapes."""
+    from rich.table import Table
+
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    out = PlainConsole(file=file, width=60)
+    out.print(plain("│ a … ■ – é"))
+    table = Table(title="t")
+    table.add_column("x")
+    table.add_row("0.5 × 2")
+    out.print(table)
+    file.flush()
+    text = file.buffer.getvalue().decode()
+    assert text.splitlines()[0].rstrip() == "| a ~ # - \\xe9"
+    assert "0.5 x 2" in text
+
+
 @pytest.mark.parametrize("forced", [False, True])
 def test_a_console_shows_strings_and_text_as_they_are(forced):
     from rich.table import Table
@@ -211,7 +228,21 @@ def test_tables_of_a_study(capsys):
         {
             "metrics": {HOSTILE: {}},
             "arms": [{"label": HOSTILE, "size": 1, "figures": {HOSTILE: {"over seeds": estimate}}}],
-            "contrasts": [{"title": HOSTILE, "metric": HOSTILE, "estimate": estimate}],
+            "contrasts": [
+                {
+                    "title": HOSTILE,
+                    "metric": HOSTILE,
+                    "estimate": estimate,
+                    "exploratory": [HOSTILE],
+                    "void": False,
+                    "verdict": "null",
+                    "expect": None,
+                    "floor": 0.1,
+                    "placebo": None,
+                }
+            ],
+            "paired": [{"title": HOSTILE, "metric": HOSTILE, "estimate": estimate, "agreeing": 1, "rows": 2}],
+            "preregistration": None,
         }
     )
     assert_clean(capsys.readouterr().out, shows="[/bold]")
@@ -253,7 +284,7 @@ def test_configurations(tmp_path):
 def _config() -> dict:
     import yaml
 
-    return yaml.safe_load((PACKAGE.parent / "examples" / "quickstart.yaml").read_text())
+    return yaml.safe_load((PACKAGE.parent / "examples" / "quickstart_tiny.yaml").read_text())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ count=0
 while IFS= read -r source; do
   for arch in 80 90a; do
     echo "nvcc sm_$arch $source"
-    "$nvcc" -O3 -std=c++17 -Icsrc -Xcompiler=-fPIC,-Wall -Werror=all-warnings \
+    "$nvcc" -O3 -std=c++17 -ftz=true -Icsrc -Xcompiler=-fPIC,-Wall -Werror=all-warnings \
       -gencode="arch=compute_$arch,code=sm_$arch" -c "$source" -o "$out/$(basename "$source").$arch.o"
     count=$((count + 1))
   done

@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "docs" / "images"
 
-CONFIG, STAGE, ROW, OVERRIDES = "examples/quickstart.yaml", "aft", 49, ["stages.aft.cot_weight=0.5"]
+CONFIG, STAGE, ROW, OVERRIDES = "examples/quickstart_tiny.yaml", "aft", 49, ["stages.aft.cot_weight=0.5"]
 LABELS = {"PROMPT": "prompt", "COT": "chain of thought", "RESPONSE": "response"}
 COLUMNS, CHARACTER, LINE = 96, 7.6, 21  # characters per line; width of one and height of a line, in pixels
 
@@ -86,7 +86,7 @@ def text(x: float, y: float, content: str, colour: str, *, size: int = 13, attri
 
 
 def encoded_row() -> Any:
-    """Encode the row as training does; this trains the tokenizer of the quickstart."""
+    """Encode the row as training does; this trains a tokenizer."""
     from delib_fast.config.load import load_config
     from delib_fast.preview.dry_run import dry_run
     from delib_fast.preview.tokens import view_example

@@ -3,7 +3,7 @@
 A quoted output looks like this in a page. The command is `delib-fast ...` or `python FILE ...`, and runs in the root of
 the repository:
 
-    <!-- printed by: delib-fast plan examples/quickstart.yaml -->
+    <!-- printed by: delib-fast plan examples/quickstart_tiny.yaml -->
     ```text
     ...
     ```

@@ -24,7 +24,7 @@ Chunk<acc_t>::Chunk(const at::Tensor& all_hidden, const SupervisedRows& rows, st
       row_positions(rows.positions.data() + begin),
       targets(rows.targets.data() + begin),
       weights(rows.weights.data() + begin),
-      options{static_cast<acc_t>(wide.scale), static_cast<acc_t>(wide.softcap), static_cast<acc_t>(wide.z_loss),
+      options{static_cast<acc_t>(wide.softcap), static_cast<acc_t>(wide.z_loss),
               static_cast<acc_t>(wide.smoothing)},
       max(size, -std::numeric_limits<acc_t>::infinity()),
       sum(size, 0),
@@ -136,7 +136,7 @@ Outputs linear_cross_entropy_cpu(const at::Tensor& hidden, const at::Tensor& wei
   const SupervisedRows rows = find_supervised_rows(targets, loss_weights, loss_positions, ignore_index, weight.size(0));
   HeadGradients grads(hidden, weight, loss_positions, need_grad_hidden, need_grad_weight, keep_dz, gemm);
   Results results;
-  results.options = {1, softcap, z_loss, label_smoothing};
+  results.options = {softcap, z_loss, label_smoothing};
   results.nll = at::zeros({hidden.size(0)}, options.dtype(acc));
   results.correct = at::zeros({hidden.size(0)}, options.dtype(at::kBool));
   const RowKernels& kernels = row_kernels();

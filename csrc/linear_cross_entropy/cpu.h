@@ -22,7 +22,7 @@ struct Results {
   at::Tensor nll;          // (T,) float32, or float64 for float64 inputs; zeros on entry
   at::Tensor correct;      // (T,) bool; false on entry
   double loss_sum = 0;
-  RowOptions<double> options{1, 0, 0, 0};  // the hidden states are already scaled
+  RowOptions<double> options{0, 0, 0};
   // Whether the general sweeps are needed. The plain ones support a z-loss, which only changes a token's factor.
   bool general() const { return options.softcap != 0 || options.smoothing != 0; }
 };

@@ -2,7 +2,7 @@
 // uses all of it, and the CPU kernels use `finish`. Except for the qualifiers there is no CUDA in this file, so
 // tests/ops/test_linear_cross_entropy_cuda.py compiles it for the host and compares it with float64.
 //
-//   x    = softcap * tanh(scale * (z + bias) / softcap)        z is the output of the GEMM; without options x = z
+//   x    = softcap * tanh(z / softcap)        z is the output of the GEMM, with bias and scale; without a softcap x = z
 //   nll  = logsumexp(x) - x[target]
 //   loss = nll + smoothing * (x[target] - mean(x)) + z_loss * logsumexp(x)^2
 //   dz   = weight * dloss/dz
@@ -22,7 +22,6 @@ namespace delib_fast {
 
 template <typename real_t>
 struct RowOptions {
-  real_t scale;      // 1: off
   real_t softcap;    // 0: off
   real_t z_loss;     // 0: off
   real_t smoothing;  // 0: off
@@ -82,19 +81,22 @@ DELIB_FAST_HD Statistics merge(const Statistics& a, const Statistics& b) {
   return both;
 }
 
-// The logit after bias, scale and softcap: the input of the softmax.
-template <bool PLAIN>
-DELIB_FAST_HD float final_logit(float z, float bias, const RowOptions<float>& options) {
-  if (PLAIN) return z;
-  const float scaled = (z + bias) * options.scale;
-  return options.softcap > 0 ? options.softcap * tanhf(scaled / options.softcap) : scaled;
+// Which options a kernel is compiled for: none; z-loss and label smoothing; or these and a softcap, whose tanh costs
+// several times as many instructions as the rest of a row, even where it is not taken.
+enum class Terms { NONE, LOSS, SOFTCAP };
+
+// The logit after the softcap: the input of the softmax. `inverse_softcap` is 1 / softcap: a division per logit would cost
+// as much as the tanh.
+template <Terms TERMS>
+DELIB_FAST_HD float final_logit(float z, const RowOptions<float>& options, float inverse_softcap) {
+  return TERMS == Terms::SOFTCAP ? options.softcap * tanhf(z * inverse_softcap) : z;
 }
 
 // dx/dz, as a function of x.
 template <typename real_t>
 DELIB_FAST_HD real_t slope(real_t x, const RowOptions<real_t>& options) {
   const real_t ratio = options.softcap > 0 ? x / options.softcap : real_t(0);
-  return options.scale * (real_t(1) - ratio * ratio);
+  return real_t(1) - ratio * ratio;
 }
 
 // The loss of a row, and the values that its gradient needs.
@@ -135,11 +137,14 @@ DELIB_FAST_HD RowResult<real_t> finish(real_t max, real_t sum, real_t total, rea
   return row;
 }
 
-// dz of an entry other than the target.
-template <bool PLAIN>
-DELIB_FAST_HD float gradient(float x, const RowResult<float>& row, const RowOptions<float>& options) {
+// dz of an entry other than the target. `inverse_softcap` is 1 / softcap.
+template <Terms TERMS>
+DELIB_FAST_HD float gradient(float x, const RowResult<float>& row, float inverse_softcap) {
   const float p = row.factor * fast_exp(x - row.max);
-  return PLAIN ? p : (p - row.offset) * slope(x, options);
+  if (TERMS == Terms::NONE) return p;
+  if (TERMS == Terms::LOSS) return p - row.offset;
+  const float ratio = x * inverse_softcap;
+  return (p - row.offset) * (1.0f - ratio * ratio);
 }
 
 // The part of a row that one of `parts` thread blocks processes: the entries [begin, head_end) one at a time, then

@@ -25,15 +25,15 @@ constexpr int UNROLL = 4;  // vectors in flight per thread: 32 KiB per block
 constexpr int MAX_BLOCKS_PER_ROW = 4;
 
 struct Arguments {
-  void* logits;                   // (C, V); 16-byte alignment is not required
+  void* logits;                   // (C, V) with rows `row_stride` apart; 16-byte alignment is not required
   const std::int64_t* positions;  // (C,) indices into the arrays of length T
   const std::int64_t* targets;    // (T,)
   const float* weights;           // (T,), or null for weights of 1
-  const float* bias;              // (V,), or null for no bias
   float* nll;                     // (T,)
   float* loss;                    // (T,), or null if not requested
   std::uint8_t* correct;          // (T,)
   std::int64_t vocabulary;
+  std::int64_t row_stride;  // elements between the starts of two rows: at least the vocabulary
   std::int64_t ignore_index;
   RowOptions<float> options;
   int cached_vectors;  // the number of vectors of a slice that are kept in shared memory
@@ -72,18 +72,16 @@ __device__ __forceinline__ Statistics warp_total(Statistics s) {
 }
 
 // The loops of one block over its slice of a row.
-template <typename scalar_t, bool PLAIN>
+template <typename scalar_t, Terms TERMS>
 struct SliceWalker {
   using Vec = Vector<scalar_t>;
   scalar_t* row;
   uint4* cache;
   const Arguments& a;
   Slice slice;
+  float inverse_softcap;  // unused without a softcap
 
-  __device__ float logit(scalar_t z, std::int32_t entry) const {
-    const float bias = !PLAIN && a.bias != nullptr ? a.bias[entry] : 0.0f;
-    return final_logit<PLAIN>(widen(z), bias, a.options);
-  }
+  __device__ float logit(scalar_t z) const { return final_logit<TERMS>(widen(z), a.options, inverse_softcap); }
 
   __device__ uint4* vector_at(std::int32_t v) const { return reinterpret_cast<uint4*>(row + slice.head_end) + v; }
 
@@ -111,14 +109,14 @@ struct SliceWalker {
         const std::int32_t first = slice.head_end + here * Vec::WIDTH;
         float x[Vec::WIDTH];
 #pragma unroll
-        for (int i = 0; i < Vec::WIDTH; ++i) x[i] = logit(vec[u].at[i], first + i);
-        add<PLAIN>(s, x, first);
+        for (int i = 0; i < Vec::WIDTH; ++i) x[i] = logit(vec[u].at[i]);
+        add<TERMS == Terms::NONE>(s, x, first);
       }
     }
     const std::int32_t entry = unaligned_entry();
     if (entry >= 0) {
-      const float x[1] = {logit(row[entry], entry)};
-      add<PLAIN>(odd, x, entry);
+      const float x[1] = {logit(row[entry])};
+      add<TERMS == Terms::NONE>(odd, x, entry);
     }
     return merge(s, odd);
   }
@@ -131,14 +129,14 @@ struct SliceWalker {
       const std::int32_t first = slice.head_end + v * Vec::WIDTH;
 #pragma unroll
       for (int i = 0; i < Vec::WIDTH; ++i) {
-        const float dz = gradient<PLAIN>(logit(vec.at[i], first + i), result, a.options);
+        const float dz = gradient<TERMS>(logit(vec.at[i]), result, inverse_softcap);
         round_to(&vec.at[i], first + i == target ? result.target_gradient : dz);
       }
       *vector_at(v) = vec.raw;
     }
     const std::int32_t entry = unaligned_entry();
     if (entry >= 0) {
-      const float dz = gradient<PLAIN>(logit(row[entry], entry), result, a.options);
+      const float dz = gradient<TERMS>(logit(row[entry]), result, inverse_softcap);
       round_to(row + entry, entry == target ? result.target_gradient : dz);
     }
   }
@@ -152,7 +150,7 @@ struct SliceWalker {
 
 // ---- the kernel
 
-template <typename scalar_t, int BLOCKS_PER_ROW, bool PLAIN>
+template <typename scalar_t, int BLOCKS_PER_ROW, Terms TERMS>
 __global__ void __launch_bounds__(THREADS, 2) softmax_gradient_kernel(const Arguments a) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   if constexpr (BLOCKS_PER_ROW > 1) {
@@ -171,10 +169,11 @@ __global__ void __launch_bounds__(THREADS, 2) softmax_gradient_kernel(const Argu
   const bool supervised = target != a.ignore_index && weight != 0.0f;
   const bool writes_results = part == 0 && threadIdx.x == 0;
 
-  scalar_t* row = static_cast<scalar_t*>(a.logits) + i_row * a.vocabulary;
-  const SliceWalker<scalar_t, PLAIN> walker{
+  scalar_t* row = static_cast<scalar_t*>(a.logits) + i_row * a.row_stride;
+  const SliceWalker<scalar_t, TERMS> walker{
       row, cache, a,
-      slice_of(reinterpret_cast<std::uint64_t>(row), a.vocabulary, sizeof(scalar_t), part, BLOCKS_PER_ROW)};
+      slice_of(reinterpret_cast<std::uint64_t>(row), a.vocabulary, sizeof(scalar_t), part, BLOCKS_PER_ROW),
+      TERMS == Terms::SOFTCAP ? 1.0f / a.options.softcap : 0.0f};
   if (!supervised) {  // the same for every block of the cluster
     if (a.need_gradient) walker.write_zeros();
     if (writes_results) {
@@ -187,7 +186,7 @@ __global__ void __launch_bounds__(THREADS, 2) softmax_gradient_kernel(const Argu
 
   // The target is read before any block of the row writes.
   const bool known = target >= 0 && target < a.vocabulary;
-  const float target_logit = known ? walker.logit(row[target], static_cast<std::int32_t>(target)) : NAN;
+  const float target_logit = known ? walker.logit(row[target]) : NAN;
   const Statistics mine = warp_total(walker.statistics());
   if (threadIdx.x % 32 == 0) warp_statistics[threadIdx.x / 32] = mine;
   __syncthreads();
@@ -209,8 +208,9 @@ __global__ void __launch_bounds__(THREADS, 2) softmax_gradient_kernel(const Argu
 #endif
   }
 
-  const RowResult<float> result = finish<PLAIN>(row_statistics.max, row_statistics.sum, row_statistics.total,
-                                                target_logit, weight, a.vocabulary, a.options);
+  const RowResult<float> result = finish<TERMS == Terms::NONE>(row_statistics.max, row_statistics.sum,
+                                                              row_statistics.total, target_logit, weight,
+                                                              a.vocabulary, a.options);
   if (writes_results) {
     a.nll[position] = result.nll;
     a.correct[position] = row_statistics.argmax == target;
@@ -241,14 +241,14 @@ cudaError_t query_device(Device& device) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
   // A newer device runs the PTX for sm_80, which has no clusters.
   cudaFuncAttributes compiled{};
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, softmax_gradient_kernel<scalar_t, 2, true>);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, softmax_gradient_kernel<scalar_t, 2, Terms::NONE>);
   device.clusters = major >= 9 && compiled.ptxVersion >= 90;
   return error;
 }
 
-template <typename scalar_t, int BLOCKS_PER_ROW, bool PLAIN>
+template <typename scalar_t, int BLOCKS_PER_ROW, Terms TERMS>
 cudaError_t launch(Arguments a, std::int64_t rows, const Device& device, cudaStream_t stream) {
-  auto* kernel = softmax_gradient_kernel<scalar_t, BLOCKS_PER_ROW, PLAIN>;
+  auto* kernel = softmax_gradient_kernel<scalar_t, BLOCKS_PER_ROW, TERMS>;
   constexpr int STATIC_BYTES = (WARPS + 1) * sizeof(Statistics);
   const std::int64_t slice_entries = slice_size(a.vocabulary, sizeof(scalar_t), BLOCKS_PER_ROW);
   const std::int64_t slice_bytes = (slice_entries * std::int64_t{sizeof(scalar_t)} + 15) / 16 * 16;
@@ -284,22 +284,27 @@ int blocks_per_row(std::int64_t vocabulary, const Device& device) {
   return blocks;
 }
 
-template <typename scalar_t>
-cudaError_t run(const Arguments& a, std::int64_t rows, bool plain, cudaStream_t stream) {
+template <typename scalar_t, Terms TERMS>
+cudaError_t run(const Arguments& a, std::int64_t rows, cudaStream_t stream) {
   Device device{};
   const cudaError_t error = query_device<scalar_t>(device);
   if (error != cudaSuccess) return error;
   switch (blocks_per_row<scalar_t>(a.vocabulary, device)) {
     case 1:
-      return plain ? launch<scalar_t, 1, true>(a, rows, device, stream)
-                   : launch<scalar_t, 1, false>(a, rows, device, stream);
+      return launch<scalar_t, 1, TERMS>(a, rows, device, stream);
     case 2:
-      return plain ? launch<scalar_t, 2, true>(a, rows, device, stream)
-                   : launch<scalar_t, 2, false>(a, rows, device, stream);
+      return launch<scalar_t, 2, TERMS>(a, rows, device, stream);
     default:
-      return plain ? launch<scalar_t, 4, true>(a, rows, device, stream)
-                   : launch<scalar_t, 4, false>(a, rows, device, stream);
+      return launch<scalar_t, 4, TERMS>(a, rows, device, stream);
   }
+}
+
+template <typename scalar_t>
+cudaError_t run(const Arguments& a, std::int64_t rows, cudaStream_t stream) {
+  const RowOptions<float>& o = a.options;
+  if (o.softcap != 0) return run<scalar_t, Terms::SOFTCAP>(a, rows, stream);
+  if (o.z_loss != 0 || o.smoothing != 0) return run<scalar_t, Terms::LOSS>(a, rows, stream);
+  return run<scalar_t, Terms::NONE>(a, rows, stream);
 }
 
 }  // namespace
@@ -307,30 +312,29 @@ cudaError_t run(const Arguments& a, std::int64_t rows, bool plain, cudaStream_t 
 
 extern "C" {
 
-// dtype: 0 float32, 1 bfloat16, 2 float16. All pointers are device pointers; `weights`, `bias` and `loss` may be null.
-// Returns a cudaError_t and does not synchronise.
+// dtype: 0 float32, 1 bfloat16, 2 float16. All pointers are device pointers; `weights` and `loss` may be null.
+// Rows of logits are `row_stride` elements apart. Returns a cudaError_t and does not synchronise.
 int delib_fast_softmax_gradient(void* logits, int dtype, std::int64_t rows, std::int64_t vocabulary,
-                                const std::int64_t* positions, const std::int64_t* targets, const float* weights,
-                                const float* bias, float* nll, float* loss, std::uint8_t* correct,
-                                std::int64_t ignore_index, float scale, float softcap, float z_loss, float smoothing,
+                                std::int64_t row_stride, const std::int64_t* positions, const std::int64_t* targets,
+                                const float* weights, float* nll, float* loss, std::uint8_t* correct,
+                                std::int64_t ignore_index, float softcap, float z_loss, float smoothing,
                                 int need_gradient, void* stream) {
   using namespace delib_fast;
   constexpr std::int64_t MAX_ENTRIES = (std::int64_t{1} << 31) - 64;
   if (rows == 0) return cudaSuccess;
   if (rows < 0 || rows > MAX_ENTRIES / MAX_BLOCKS_PER_ROW) return cudaErrorInvalidValue;
-  if (vocabulary < 1 || vocabulary > MAX_ENTRIES) return cudaErrorInvalidValue;
-  const RowOptions<float> options{scale, softcap, z_loss, smoothing};
-  const Arguments a{logits, positions, targets, weights, bias, nll, loss, correct, vocabulary, ignore_index,
-                    options, 0, need_gradient != 0};
-  const bool plain = bias == nullptr && scale == 1 && softcap == 0 && z_loss == 0 && smoothing == 0;
+  if (vocabulary < 1 || vocabulary > MAX_ENTRIES || row_stride < vocabulary) return cudaErrorInvalidValue;
+  const RowOptions<float> options{softcap, z_loss, smoothing};
+  const Arguments a{logits, positions, targets, weights, nll, loss, correct, vocabulary, row_stride,
+                    ignore_index, options, 0, need_gradient != 0};
   auto* cuda_stream = static_cast<cudaStream_t>(stream);
   switch (dtype) {
     case 0:
-      return run<float>(a, rows, plain, cuda_stream);
+      return run<float>(a, rows, cuda_stream);
     case 1:
-      return run<__nv_bfloat16>(a, rows, plain, cuda_stream);
+      return run<__nv_bfloat16>(a, rows, cuda_stream);
     case 2:
-      return run<__half>(a, rows, plain, cuda_stream);
+      return run<__half>(a, rows, cuda_stream);
     default:
       return cudaErrorInvalidValue;
   }

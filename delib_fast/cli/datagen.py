@@ -15,8 +15,7 @@ import typer
 
 from delib_fast.config import ConfigError
 from delib_fast.config.load import load
-from delib_fast.datagen.backends import EndpointError
-from delib_fast.datagen.client import NoAnswer
+from delib_fast.datagen.backends import EndpointError, NoAnswer
 from delib_fast.datagen.documents import generate_documents
 from delib_fast.datagen.progress import money
 from delib_fast.datagen.request_log import WriteError
@@ -26,8 +25,10 @@ from delib_fast.datagen.settings import SETTINGS_FILE, DeliberateSettings, Docum
 from delib_fast.datagen.spec import Spec
 from delib_fast.datagen.spec_leak import SpecLeakError
 from delib_fast.datagen.stopping import BudgetSpent, Interrupted, LowYield
+from delib_fast.files import read_text
 from delib_fast.terminal import echo
 
+_SHOWN_CHARS = 200
 S = TypeVar("S", bound=RunSettings)
 
 
@@ -180,7 +181,11 @@ def document(
 
 def data_report(
     data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="a folder that deliberate or document wrote, or a file of rows")
+        list[Path],
+        typer.Argument(
+            metavar="DATA...",
+            help="a folder that deliberate or document wrote, or a file of rows; several are compared as corpora",
+        ),
     ],
     spec: Annotated[Path | None, typer.Option(help="the spec, to recognize the sections that are cited")] = None,
     out: Annotated[
@@ -189,12 +194,31 @@ def data_report(
             "-o", "--out", metavar="DIR", help="folder of report.html and report.json (default: that of the data)"
         ),
     ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="for several DATA: a model folder or name, to count tokens")
+    ] = None,
 ) -> None:
-    """Report on the quality of generated data, as HTML and JSON."""
+    """Report on the quality of generated data, as HTML and JSON. Several DATA are compared as matched corpora."""
+    from delib_fast.data.corpus import monitoring_warning
+    from delib_fast.reports.corpora import mismatch_text, write_comparison
     from delib_fast.reports.data_report import write_report
 
-    for path in write_report(data, spec=spec, out=out):
-        echo(path)
+    if len(data) == 1:
+        if tokenizer is not None:
+            raise ConfigError("--tokenizer counts the tokens of several DATA; give more than one, or leave it out")
+        for path in write_report(data[0], spec=spec, out=out):
+            echo(path)
+        return
+    if spec is not None:
+        raise ConfigError("--spec is for a single DATA; leave it out, or give one")
+    page, file = write_comparison(data, tokenizer=tokenizer, out=out)
+    figures = json.loads(file.read_text(encoding="utf-8"))
+    echo(mismatch_text(figures["mismatches"]))
+    for name, corpus in figures["corpora"].items():
+        if warning := monitoring_warning(corpus):
+            echo(f"{name}: {warning}")
+    echo(page)
+    echo(file)
 
 
 # --- shared ---------------------------------------------------------------------------------------------------
@@ -259,6 +283,21 @@ def _exit(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
+def _print_dropped(path: Path) -> None:
+    """Print the beginning of the first dropped sample of each reason, if there is such a file."""
+    if not path.exists():
+        return
+    shown: dict[str, str] = {}
+    for line in read_text(path).split("\n"):
+        if line:
+            sample = json.loads(line)
+            text = sample["answer"] or "\n".join(filter(None, (sample["cot"], sample["response"])))
+            shown.setdefault(sample["reason"], " ".join(text.split())[:_SHOWN_CHARS])
+    for reason, text in shown.items():
+        echo(f"  {reason}: {text!r}" if text else f"  {reason}")
+    echo(f"all of them: {path}")
+
+
 def _print_summary(out: Path, summary: Mapping[str, Any], made: str, result: str, file: str) -> None:
     """Print what a run generated, dropped and paid for; exit with 3 if it made nothing.
 
@@ -271,6 +310,7 @@ def _print_summary(out: Path, summary: Mapping[str, Any], made: str, result: str
     echo(f"{result} → {out / file}")
     if summary["dropped"]:
         echo("dropped: " + ", ".join(f"{reason} {n}" for reason, n in summary["dropped"].items()))
+        _print_dropped(out / "dropped.jsonl")
     echo(
         f"answers paid for: {paid['answers']} ({paid['prompt_tokens']:,} + {paid['completion_tokens']:,} tokens"
         f"{cost}), {summary['this_run']['answers']} in this run; retries "

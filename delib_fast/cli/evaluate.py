@@ -26,8 +26,8 @@ def eval_command(
             metavar="NAME",
             help=(
                 "a suite or a group, repeatable or comma-separated. Suites: segments, dose, drift, early, reliance, "
-                "agentic, hints, necessity, legibility, policy, refusal, monitor; groups: forced (default), sampled, "
-                "cot, all"
+                "agentic, samples, hints, necessity, legibility, policy, refusal, monitor; groups: forced (default), "
+                "sampled, cot, all"
             ),
         ),
     ] = None,

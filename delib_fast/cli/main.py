@@ -113,13 +113,13 @@ def train(
 @app.command()
 def ledger(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="a run directory")]) -> None:
     """Print the held-out losses and the stages of a run, from its ledger."""
-    from delib_fast.training.console import heldout_table, stage_table
+    from delib_fast.training.console import heldout_tables, stage_table
     from delib_fast.training.run_directory import read_ledger
 
     try:
         content = read_ledger(run_dir)
         finished = [stage for stage in content["stages"] if stage["status"] == "finished"]
-        tables = [heldout_table(content["evaluations"]), stage_table(finished)]
+        tables = [*heldout_tables(content["evaluations"]), stage_table(finished)]
     except ConfigError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration, OverflowError) as error:

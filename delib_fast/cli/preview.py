@@ -27,6 +27,20 @@ def _user_errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
+@contextlib.contextmanager
+def _keys_of_a_file(is_file: bool) -> Iterator[None]:
+    """Add to errors about a FILE how its keys are set, since it has no configuration."""
+    try:
+        yield
+    except ValueError as error:
+        if not is_file:
+            raise
+        raise ConfigError(
+            f"{error}\n(without a configuration, set keys by e.g. --set data.rows.think_tags='[<a>, </a>]' or --set "
+            "stages.aft.over_long=drop)"
+        ) from None
+
+
 @_user_errors()
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="CONFIG|FILE", help="a run as YAML, or a file of rows or text")],
@@ -50,10 +64,10 @@ def inspect(
         raise ConfigError(f"--stage {stage}: no such stage; the stages are {', '.join(s.name for s in config.stages)}")
     if config.run_dir == "-" and tokenizer is None:
         echo(
-            f"--tokenizer is not given: using a tokenizer of {SMALL_VOCABULARY} tokens, trained on the file itself",
+            f"--tokenizer is not given: using a tokenizer of {SMALL_VOCABULARY} tokens, one for each byte",
             err=True,
         )
-    with dry_run(config) as dataset:
+    with _keys_of_a_file(config.run_dir == "-"), dry_run(config) as dataset:
         examples = []
         for s in stages:
             end = min(row + count, len(dataset.mixed(s)[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,10 @@ def sample_command(
         ),
     ] = None,
     count: Annotated[int, typer.Option("--n", min=1, metavar="N", help="number of prompts, spread over the file")] = 3,
+    show: Annotated[
+        int | None,
+        typer.Option("--show", min=1, metavar="N", help="number of prompts to print (default: all); figures count all"),
+    ] = None,
     samples: Annotated[
         int, typer.Option("--samples", min=1, metavar="N", help="replies per prompt; above 1 needs a temperature")
     ] = 1,
@@ -49,7 +54,8 @@ def sample_command(
         )
     from delib_fast.data import DataError
     from delib_fast.evals.moments import find_moments
-    from delib_fast.evals.samples import sample_moments, sample_prompts, samples_folder, write_samples
+    from delib_fast.evals.replies import samples_folder, write_samples
+    from delib_fast.evals.samples import sample_moments, sample_prompts
     from delib_fast.models import UnsupportedModelError
     from delib_fast.models.generate import Sampling
     from delib_fast.reports.samples import WIDTH, print_samples, write_page
@@ -76,7 +82,8 @@ def sample_command(
         echo("interrupted; the same command continues with the replies that it has not drawn yet", err=True)
         raise typer.Exit(130) from None
     screen = console()
-    print_samples(found, screen if screen.is_terminal else console(width=WIDTH))
+    shown = replace(found, samples=found.samples[:show])
+    print_samples(shown, screen if screen.is_terminal else console(width=WIDTH))
     echo(f"samples       {path}")
     if html:
         echo(f"page          {write_page(found, folder)}")

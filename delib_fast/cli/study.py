@@ -25,18 +25,27 @@ def study_command(
     workers: Annotated[
         int | None, typer.Option("--workers", metavar="N", help="worker processes; each trains one stage at a time")
     ] = None,
+    sets: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a value of STUDY (repeatable)")
+    ] = [],  # noqa: B006 (typer reads the default)
     dry_run: Annotated[bool, typer.Option("--plan", help="list the arms and stages; train nothing")] = False,
+    freeze: Annotated[
+        bool, typer.Option("--freeze", help="preregister: write the plan to STUDY.frozen.json; train nothing")
+    ] = False,
 ) -> None:
     """Train and compare the arms of a study. The same command resumes it."""
     from delib_fast.data import DataError
     from delib_fast.reports.study_figures import require_matplotlib
     from delib_fast.study.pool import StudyError
-    from delib_fast.study.run import describe_plan, run_study
+    from delib_fast.study.run import describe_plan, freeze_study, run_study
     from delib_fast.study.settings import load_study
 
-    study = load_study(path, out=out, workers=workers, seeds=None if seeds is None else _numbers(seeds))
+    study = load_study(path, sets, out=out, workers=workers, seeds=None if seeds is None else _numbers(seeds))
     require_matplotlib()
     try:
+        if freeze:
+            echo(freeze_study(study))
+            return
         if dry_run:
             echo(describe_plan(study))
             return
@@ -58,7 +67,8 @@ def print_arms(summary: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
-    from delib_fast.reports.study_page import estimate_text
+    from delib_fast.reports.study_page import registration_lines
+    from delib_fast.reports.study_tables import cell_words, estimate_text, floor_text, verdict_text
 
     out = console(width=WIDTH)
     sized = any(arm["size"] for arm in summary["arms"])
@@ -69,15 +79,28 @@ def print_arms(summary: dict[str, Any]) -> None:
             table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=name in metrics)
         for arm in summary["arms"]:
             size = [] if not sized else ["" if arm["size"] is None else f"{arm['size']:,}"]
-            table.add_row(arm["label"], *size, *(estimate_text(arm["figures"][m]["over seeds"]) for m in metrics))
+            table.add_row(arm["label"], *size, *(cell_words(arm["figures"][m]) for m in metrics))
         out.print(table)
     for contrast in summary["contrasts"]:
-        out.print(f"{contrast['title']}: {contrast['metric']} {estimate_text(contrast['estimate'])}")
+        note = " (exploratory)" if contrast["exploratory"] and summary["preregistration"] else ""
+        value = "" if contrast["void"] else f"{estimate_text(contrast['estimate'])}; "
+        out.print(
+            f"{contrast['title']}: {contrast['metric']} {value}{verdict_text(contrast)}; "
+            f"floor {floor_text(contrast)}; placebo {_placebo(contrast)}{note}"
+        )
     for paired in summary.get("paired") or ():
         out.print(
             f"{paired['title']}, paired by row: {paired['metric']} {estimate_text(paired['estimate'])}, "
             f"{paired['agreeing']} of {paired['rows']} rows have this sign"
         )
+    for line in registration_lines(summary["preregistration"]):
+        out.print(line)
+
+
+def _placebo(contrast: dict[str, Any]) -> str:
+    from delib_fast.reports.study_tables import estimate_text
+
+    return "none" if contrast["placebo"] is None else estimate_text(contrast["placebo"]["estimate"])
 
 
 def _numbers(text: str) -> list[int]:

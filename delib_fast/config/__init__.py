@@ -4,6 +4,7 @@ from delib_fast.config.base import ConfigError, FilePath, Section, expand_path, 
 from delib_fast.config.data import SourceConfig, TokenizerConfig, TokenizerTrainConfig
 from delib_fast.config.model import LoraConfig, ModelConfig
 from delib_fast.config.schema import (
+    REDUCE_BUCKET,
     AFTConfig,
     CheckpointConfig,
     Config,
@@ -16,11 +17,13 @@ from delib_fast.config.schema import (
     Precision,
     StageBase,
     StageConfig,
+    effective_zero_stage,
     packs_per_rank,
     rank_groups,
 )
 
 __all__ = [
+    "REDUCE_BUCKET",
     "AFTConfig",
     "CheckpointConfig",
     "Config",
@@ -41,6 +44,7 @@ __all__ = [
     "StageConfig",
     "TokenizerConfig",
     "TokenizerTrainConfig",
+    "effective_zero_stage",
     "expand_path",
     "nearest",
     "packs_per_rank",

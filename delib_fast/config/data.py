@@ -54,7 +54,7 @@ class SourceConfig(Section):
 class TokenizerTrainConfig(Section):
     """A byte-level BPE tokenizer that is trained on the run's own text."""
 
-    vocab_size: int = Field(ge=300)
+    vocab_size: int = Field(ge=261)
     """Size of the vocabulary, control tokens included. Text too small for it is an error."""
     sources: list[str] = Field(min_length=1)
     """Names under `data:` whose training rows the tokenizer is trained on."""

@@ -51,6 +51,12 @@ RUN_FILE = FileKind(
     paths=("data.*", "data.*.path", "model.lora.path", "tokenizer.chat_template", "stages.*.spec"),
     names_or_paths=("model.path", "tokenizer.path"),
 )
+_TABLE = "convert it to .jsonl, one object per line, e.g. with the fields prompt and response"
+_ROWS = "name it under data: in a configuration; `delib-fast inspect` shows its rows"
+_DATA_SUFFIXES = {
+    **dict.fromkeys((".csv", ".tsv", ".xlsx"), _TABLE),
+    **dict.fromkeys((".jsonl", ".ndjson", ".parquet", ".txt", ".md", ".markdown"), _ROWS),
+}
 _ALL_PATHS = ("run_dir", "cache_dir", *RUN_FILE.paths, *RUN_FILE.names_or_paths)
 """Also those that are relative to the working directory, wherever the file is."""
 
@@ -125,6 +131,9 @@ def read_yaml_file(path: Path, name: str) -> dict[str, Any]:
     Raises:
         ConfigError: the file cannot be read, is not valid YAML, or is not a mapping.
     """
+    suffix = path.suffix.lower()
+    if suffix in _DATA_SUFFIXES and path.exists():
+        raise ConfigError(f"{path}: {name} is a YAML file, and this is a {suffix} file; {_DATA_SUFFIXES[suffix]}")
     try:
         text = read_text(path)
     except FileNotFoundError:

@@ -175,7 +175,9 @@ class EngineConfig(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage: 0 replicates everything, 1 shards the optimizer state, 2 also gradients, 3 also parameters.
-    In bf16 and fp16, stage 0 runs as stage 1, which accumulates gradients in fp32."""
+    In bf16 and fp16, stage 0 runs as stage 1, which accumulates gradients in fp32; in bf16 on several GPUs it runs as
+    stage 2, which sums them over the ranks in bf16, during the backward pass. For sums in fp32, set 1, or 2 and
+    deepspeed.communication_data_type: fp32."""
     precision: Precision = "auto"
     """Compute dtype. In bf16 and fp16 the optimizer keeps fp32 master weights. `auto` is bf16 on devices that compute
     it natively (a GPU, a CPU with AVX-512 BF16 or AMX) and fp32 on others; the run directory records the choice."""
@@ -360,8 +362,8 @@ class Config(Section):
         for i, stage in enumerate(self.stages):
             if stage.optimizer.name == "muon" and lora is not None:
                 raise ValueError(
-                    f"stages.{stage.name}.optimizer.name: muon cannot be used: it orthogonalizes whole matrices, and model.lora "
-                    "trains low-rank factors; set adamw"
+                    f"stages.{stage.name}.optimizer.name: muon cannot be used: it orthogonalizes whole matrices, and "
+                    "model.lora trains low-rank factors; set adamw"
                 )
             if stage.adapter == "merge" and (i == 0 or lora is None):
                 why = "it is the first stage" if i == 0 else "model.lora is not set"
@@ -369,6 +371,32 @@ class Config(Section):
         if self.model.architecture is not None and self.tokenizer.path is None and self.tokenizer.train is None:
             raise ValueError("a new model (model.architecture) needs tokenizer.path or tokenizer.train")
         return self
+
+
+REDUCE_BUCKET = 200_000_000
+"""Elements of each of the two buffers in which ZeRO 2 on GPUs collects gradients before it sums them over the ranks."""
+
+
+def effective_zero_stage(config: Config, stage: StageBase, ranks: int, precision: str, *, gpu: bool) -> int:
+    """The ZeRO stage that DeepSpeed gets: `engine.zero_stage`, or 1 or 2 if that is 0 in half precision.
+
+    DeepSpeed's half-precision wrapper for stage 0 accumulates gradients in bf16. Stages 1 and 2 accumulate them in
+    fp32, and keep fp32 master weights, sharded over the ranks. In bf16, stage 1 holds the whole fp32 gradient on each
+    rank, and sums it over the ranks after the backward pass: 4 bytes per parameter, once per step. Stage 2 sums 2 bytes
+    per parameter in every micro-batch, on a GPU during the backward pass. It is the default on several GPUs, and
+    elsewhere if a rank has at most two micro-batches per step, so that it moves no more bytes.
+
+    Args:
+        ranks: the number of ranks.
+        precision: the resolved `engine.precision`.
+        gpu: whether the ranks compute on GPUs.
+    """
+    if config.engine.zero_stage > 0 or precision == "fp32":
+        return config.engine.zero_stage
+    if precision != "bf16" or ranks == 1:
+        return 1
+    micro_batches = stage.packs_per_step * config.engine.sequence_parallel / ranks
+    return 2 if gpu or micro_batches <= 2 else 1
 
 
 def rank_groups(world_size: int, sequence_parallel: int) -> int:

@@ -14,7 +14,7 @@ from delib_fast.config import ConfigError, expand_path
 from delib_fast.digests import DamagedError, default_cache_folder, read_json, write_json
 from delib_fast.files import locked
 
-CACHE_VERSION = 5
+CACHE_VERSION = 6
 """Increase it whenever equal inputs would give a different result or a different file format."""
 
 

@@ -12,6 +12,22 @@ from delib_fast.redaction import redact_text
 _SHOWN_CHARS = 300
 
 
+class NoAnswer(Exception):  # noqa: N818
+    """This request has no usable answer in this run; the others continue.
+
+    Args:
+        reason: a short name; dropped rows and documents are counted by reason.
+        detail: the message; by default the reason.
+        text: the answer that is not usable, if there is one.
+    """
+
+    def __init__(self, reason: str, detail: str = "", *, text: str = "") -> None:
+        super().__init__(detail or reason)
+        self.reason, self.text = reason, text
+        self.request_ids: list[str] = []
+        """The ids of the requests that were needed."""
+
+
 class Retry(Exception):  # noqa: N818 (another attempt may succeed)
     """This attempt failed; another may succeed.
 

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from delib_fast.datagen.answers import Answer, BatchEntry, Charge, Request, Totals
-from delib_fast.datagen.backends import Backend, EndpointError, RequestRejected, Retry
+from delib_fast.datagen.backends import Backend, EndpointError, NoAnswer, RequestRejected, Retry
 from delib_fast.datagen.batches import BatchBackend, endpoint_key
 from delib_fast.datagen.dialects import params_of
 from delib_fast.datagen.endpoints import EndpointBackend
@@ -31,19 +31,6 @@ from delib_fast.datagen.stopping import Interrupted, RequestsStopped, StopFlag
 
 T = TypeVar("T")
 _MAX_FAILURES_IN_A_ROW = 10  # after this many failed requests without an answer in between, the endpoint counts as down
-
-
-class NoAnswer(Exception):  # noqa: N818
-    """This request has no usable answer in this run; the others continue.
-
-    Args:
-        reason: a short name; dropped rows and documents are counted by reason.
-        detail: the message; by default the reason.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(detail or reason)
-        self.reason = reason
 
 
 class Client:
@@ -185,6 +172,9 @@ class Endpoint:
             task.add_done_callback(lambda _: client.in_flight.pop(request.id, None))
         try:
             return await asyncio.shield(task)
+        except NoAnswer as error:
+            error.request_ids = [request.id]
+            raise
         except asyncio.CancelledError:
             if task.cancelled():
                 raise RequestsStopped from None
@@ -204,18 +194,23 @@ class Endpoint:
             NoAnswer: the last of `attempts` answers was malformed too; the reason is `malformed_<purpose>`.
         """
         request_ids: list[str] = []
-        fault: Exception | None = None
+        failed = NoAnswer(f"malformed_{purpose}")
         sent = chat
         for attempt in range(attempts):
-            answer = await self.ask(sent, purpose=purpose, sample=first_sample + attempt)
+            try:
+                answer = await self.ask(sent, purpose=purpose, sample=first_sample + attempt)
+            except NoAnswer as error:
+                error.request_ids = [*request_ids, *error.request_ids]
+                raise
             request_ids.append(answer.request_id)
             try:
                 return parse(answer), request_ids
             except MalformedAnswer as error:
-                fault = error
+                failed = NoAnswer(f"malformed_{purpose}", f"{purpose}: {error}", text=answer.text)
                 if self.settings.temperature == 0:
                     sent = (*chat, *_correction(answer, error))
-        raise NoAnswer(f"malformed_{purpose}", f"{purpose}: {fault}")
+        failed.request_ids = request_ids
+        raise failed
 
     async def close(self) -> None:
         await self._backend.close()

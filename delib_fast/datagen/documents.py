@@ -18,7 +18,7 @@ from typing import Any
 
 from delib_fast.data.decontamination import words_of
 from delib_fast.datagen.answers import DAMAGED, Answer, clean_text, estimated_tokens, plausible_tokens
-from delib_fast.datagen.client import NoAnswer
+from delib_fast.datagen.backends import NoAnswer
 from delib_fast.datagen.dedup import NearDuplicates
 from delib_fast.datagen.filters import leaked_scaffolding
 from delib_fast.datagen.parsing import MalformedAnswer, json_values, parse_strings, strip_thinking
@@ -268,6 +268,7 @@ class _DocumentGenerator:
                 await self._critique(document)
         except NoAnswer as error:
             document.dropped, document.detail = error.reason, str(error)
+            document.request_ids += error.request_ids
         if document.dropped is None:
             session.meter.advance(document.tokens)
 
@@ -326,6 +327,7 @@ class _DocumentGenerator:
                     "document_type": d.document_type,
                     "idea": d.idea,
                     "dropped": d.dropped,
+                    **({} if d.dropped is None else {"detail": d.detail, "text": d.text}),
                     "request_ids": d.request_ids,
                 }
                 for d in self.documents

@@ -21,16 +21,17 @@ _GATHER_S = 0.02  # how long the first request of a batch waits for others
 
 
 class TransformersBackend:
-    """A Hugging Face model, loaded onto the GPU in bf16, or onto the CPU in fp32."""
+    """A Hugging Face model on the GPU or the CPU, in bf16 if that computes it natively, else in fp32."""
 
     resumable = False
 
     def __init__(self, settings: EndpointSettings) -> None:
         from delib_fast.models import build_model, load_tokenizer  # imports transformers, which takes seconds
+        from delib_fast.models.precision import native_precision
 
         self._tokenizer: Any = load_tokenizer(settings.model)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if self._device == "cuda" else torch.float32
+        dtype = native_precision(torch.device(self._device))
         model: Any = build_model(ModelConfig(path=settings.model), self._tokenizer, dtype=dtype)
         self._model = model.to(self._device).eval()
         self._batch_size = settings.concurrency

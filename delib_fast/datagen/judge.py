@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from delib_fast.datagen.answers import Answer, clean_text
-from delib_fast.datagen.backends import EndpointError, describe
-from delib_fast.datagen.client import Client, NoAnswer, for_each
+from delib_fast.datagen.backends import EndpointError, NoAnswer, describe
+from delib_fast.datagen.client import Client, for_each
 from delib_fast.datagen.endpoints import EndpointBackend
 from delib_fast.datagen.parsing import MalformedAnswer, parse_scores
 from delib_fast.datagen.progress import Meter
@@ -81,17 +81,32 @@ async def judge_row(
 
     judgement = Judgement()
     if not settings.stop_early:  # the votes do not depend on each other: with `batch`, they are in one batch
-        for scores, request_ids in await asyncio.gather(*map(vote, range(settings.judge_votes))):
-            judgement.votes.append(scores)
-            judgement.request_ids += request_ids
+        found = await asyncio.gather(*map(vote, range(settings.judge_votes)), return_exceptions=True)
+        for result in found:
+            if not isinstance(result, BaseException):
+                judgement.votes.append(result[0])
+                judgement.request_ids += result[1]
+        for result in found:
+            if isinstance(result, BaseException):
+                raise _with_earlier(result, judgement)
         return judgement
     for number in range(settings.judge_votes):
-        scores, request_ids = await vote(number)
+        try:
+            scores, request_ids = await vote(number)
+        except NoAnswer as error:
+            raise _with_earlier(error, judgement) from None
         judgement.votes.append(scores)
         judgement.request_ids += request_ids
         if judgement.below(settings.thresholds()):
             break
     return judgement
+
+
+def _with_earlier(error: BaseException, judgement: Judgement) -> BaseException:
+    """The error of a vote, with the requests of the other votes."""
+    if isinstance(error, NoAnswer):
+        error.request_ids = [*judgement.request_ids, *error.request_ids]
+    return error
 
 
 class JudgeError(RuntimeError):

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from delib_fast.datagen.answers import Answer, estimated_tokens
+from delib_fast.datagen.backends import NoAnswer
 from delib_fast.datagen.citations import labels_of_spec
-from delib_fast.datagen.client import NoAnswer
 from delib_fast.datagen.dedup import NearDuplicates, text_key
 from delib_fast.datagen.filters import format_fault
 from delib_fast.datagen.judge import Judgement, judge_row
@@ -27,6 +27,7 @@ from delib_fast.datagen.prompt_files import quoted
 from delib_fast.datagen.session import Session
 from delib_fast.datagen.settings import DeliberateSettings
 from delib_fast.datagen.spec_leak import SpecGuard
+from delib_fast.datagen.stopping import LowYield
 from delib_fast.datagen.user_prompts import UserPrompt, generate_prompts, read_prompts
 
 _MAX_CATEGORIES = 4
@@ -44,6 +45,8 @@ class Sample:
     response: str | None = None
     served_by: str = ""
     judgement: Judgement = field(default_factory=Judgement)
+    answer: str = ""
+    """The answer that could not be split or used, if there is one."""
     dropped: str | None = None
     """Why it was dropped; None if it is kept."""
     detail: str = ""
@@ -66,32 +69,46 @@ async def generate_rows(session: Session, settings: DeliberateSettings, prompts_
         ConfigError: a prompt in the file is not valid.
         SpecLeakError: a generated row contains text of the spec in its prompt.
     """
-    await session.summarize()
     prompts = [] if prompts_file is None else read_prompts(prompts_file, session.spec)
+    by_section = settings.classify == "model" or settings.prompts_from_spec is not None
+    if by_section or any(prompt.categories for prompt in prompts):
+        await session.summarize()
     if settings.prompts_from_spec is not None:
         prompts += await generate_prompts(session, settings, settings.prompts_from_spec)
     guard = SpecGuard(session.spec, words=settings.guard_words)
-    prompts = _filter_prompts(session, settings, prompts, guard)
+    prompts, filtered = _filter_prompts(session, settings, prompts, guard)
     generator = _RowGenerator(session, settings)
     session.meter.start("prompts done", len(prompts))
-    await session.probe_first(prompts, generator.run, probe_items=math.ceil(settings.probe_size / settings.samples))
+    try:
+        await session.probe_first(prompts, generator.run, probe_items=math.ceil(settings.probe_size / settings.samples))
+    except LowYield:
+        _write_dropped(session, [*filtered, *(s for own in generator.samples.values() for s in own)])
+        raise
     session.meter.stop()
     samples = [sample for prompt in prompts for sample in generator.samples.get(prompt.id, ())]
     kept = _drop_duplicates(session, settings, samples)
+    _write_dropped(session, [*filtered, *samples])
     return _write(session, settings, kept, samples, prompts, guard)
 
 
 def _filter_prompts(
     session: Session, settings: DeliberateSettings, prompts: Sequence[UserPrompt], guard: SpecGuard
-) -> list[UserPrompt]:
-    """Drop near-duplicate prompts, and prompts that contain text of the spec, before any answer is paid for."""
+) -> tuple[list[UserPrompt], list[Sample]]:
+    """Drop near-duplicate prompts, and prompts that contain text of the spec, before any answer is paid for.
+
+    Returns the usable prompts, and a sample without an answer for each of the others.
+    """
     seen = NearDuplicates(settings.near_duplicate_prompt)
-    usable = []
+    usable, filtered = [], []
     for prompt in prompts:
+        reason = ""
         if any(guard.find_leak(turn["content"]) for turn in prompt.turns):
-            session.meter.drop("spec_in_prompt")
+            reason = "spec_in_prompt"
         elif seen.find_or_add(prompt.id, prompt.conversation) is not None:
-            session.meter.drop("duplicate_prompt")
+            reason = "duplicate_prompt"
+        if reason:
+            session.meter.drop(reason)
+            filtered.append(Sample(prompt, 0, prompt.categories, list(prompt.request_ids), dropped=reason))
         else:
             usable.append(prompt)
     session.write_rows(
@@ -107,7 +124,7 @@ def _filter_prompts(
             for p in usable
         ),
     )
-    return usable
+    return usable, filtered
 
 
 class _RowGenerator:
@@ -123,9 +140,12 @@ class _RowGenerator:
         try:
             categories, request_ids = await self._classify(prompt)
         except NoAnswer as error:
-            samples = [Sample(prompt, 0, (), list(prompt.request_ids), dropped=error.reason, detail=str(error))]
+            sample = Sample(prompt, 0, (), [*prompt.request_ids, *error.request_ids], answer=error.text)
+            sample.dropped, sample.detail = error.reason, str(error)
+            samples = [sample]
         else:
-            spec_text = session.spec.for_categories(categories, session.summaries)
+            spec = session.spec
+            spec_text = spec.for_categories(categories, session.summaries) if categories else spec.text
             samples = await asyncio.gather(
                 *(
                     self._sample(prompt, number, categories, spec_text, [*prompt.request_ids, *request_ids])
@@ -143,7 +163,7 @@ class _RowGenerator:
 
     async def _classify(self, prompt: UserPrompt) -> tuple[list[str], list[str]]:
         """Return the ids of the sections that a prompt is about, and of the requests that determined them."""
-        if prompt.categories:
+        if prompt.categories or self.settings.classify == "none":
             return list(prompt.categories), []
         session = self.session
         known = {section.id for section in session.spec.sections}
@@ -179,6 +199,8 @@ class _RowGenerator:
             sample.served_by = answer.served_by
             parts = split_answer(answer, settings.cot_from)
             sample.cot, sample.response = parts.cot, parts.response
+            if parts.cot is None or parts.response is None:
+                sample.answer = answer.text
             sample.dropped = format_fault(answer, parts, settings, self.labels, prompt.conversation)
             if sample.dropped is None:
                 assert parts.cot is not None
@@ -196,6 +218,8 @@ class _RowGenerator:
                     sample.dropped = f"low_{below[0]}"
         except NoAnswer as error:
             sample.dropped, sample.detail = error.reason, str(error)
+            sample.request_ids += error.request_ids
+            sample.answer = sample.answer or error.text
         return sample
 
 
@@ -247,21 +271,6 @@ def _write(
         unchecked = session.write_rows(f"{name}.unchecked", content)
         checks[name] = guard.check_file(unchecked, prompt_texts)
         unchecked.replace(session.out / name)
-    session.write_rows(
-        "dropped.jsonl",
-        (
-            {
-                "prompt_id": s.prompt.id,
-                "reason": s.dropped,
-                "sample": s.number,
-                "category": list(s.categories),
-                "votes": s.judgement.votes,
-                "request_ids": s.request_ids,
-            }
-            for s in samples
-            if s.dropped is not None
-        ),
-    )
     return session.write_summary(
         {
             "command": "deliberate",
@@ -272,6 +281,30 @@ def _write(
             "guard": checks,
             "prompt_files": _prompt_versions(session, settings),
         }
+    )
+
+
+def _write_dropped(session: Session, samples: Sequence[Sample]) -> None:
+    """Write dropped.jsonl: each dropped sample with its texts, the reason, and the requests that led to it."""
+    session.write_rows(
+        "dropped.jsonl",
+        (
+            {
+                "prompt_id": s.prompt.id,
+                "reason": s.dropped,
+                "detail": s.detail,
+                "sample": s.number,
+                **_prompt_fields(s.prompt),
+                "cot": s.cot,
+                "response": s.response,
+                "answer": s.answer,
+                "category": list(s.categories),
+                "votes": s.judgement.votes,
+                "request_ids": s.request_ids,
+            }
+            for s in samples
+            if s.dropped is not None
+        ),
     )
 
 
@@ -327,7 +360,7 @@ def _prompt_versions(session: Session, settings: DeliberateSettings) -> dict[str
     return session.prompts.versions(
         *from_spec,
         *summarize,
-        "classify",
+        *(("classify",) if settings.classify == "model" else ()),
         f"generate_{settings.style}",
         f"answer_form_{settings.cot_from}",
         "judge",

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from delib_fast.config.yaml_text import dump_yaml
 from delib_fast.datagen.answers import Answer
-from delib_fast.datagen.backends import Backend
-from delib_fast.datagen.client import Client, Endpoint, NoAnswer, for_each
+from delib_fast.datagen.backends import Backend, NoAnswer
+from delib_fast.datagen.client import Client, Endpoint, for_each
 from delib_fast.datagen.parsing import MalformedAnswer, strip_thinking
 from delib_fast.datagen.progress import MADE, Meter
 from delib_fast.datagen.prompt_files import Chat, PromptFiles

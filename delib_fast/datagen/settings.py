@@ -205,6 +205,9 @@ class DeliberateSettings(RunSettings):
     cot_from: Literal["tags", "reasoning"] = "tags"
     """`tags`: the prompt asks for the CoT between tags; `reasoning`: the CoT is the model's own reasoning
     (reasoning_content, or a <think> block)."""
+    classify: Literal["model", "none"] = "model"
+    """`model`: the model names the sections of the spec that a prompt without a category is about, and their full text
+    is in the context; `none`: the whole spec is in the context, for teachers that do not answer in JSON."""
     samples: PositiveInt = 1
     """Number of answers generated per prompt."""
     best_of: PositiveInt | None = None

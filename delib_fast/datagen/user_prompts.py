@@ -18,7 +18,7 @@ from delib_fast.data.read.messages import ROLES
 from delib_fast.data.read.strict_json import decode
 from delib_fast.data.rows import DataError
 from delib_fast.datagen.answers import DAMAGED, clean_text
-from delib_fast.datagen.client import NoAnswer
+from delib_fast.datagen.backends import NoAnswer
 from delib_fast.datagen.dedup import NearDuplicates
 from delib_fast.datagen.parsing import parse_strings
 from delib_fast.datagen.session import Session

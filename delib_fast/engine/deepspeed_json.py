@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from delib_fast.config import Config, ConfigError, StageBase, packs_per_rank
+from delib_fast.config import REDUCE_BUCKET, Config, ConfigError, StageBase, effective_zero_stage, packs_per_rank
 
 # What the user's `deepspeed:` block may not set, and which key of ours to set instead, if there is one.
 _RESERVED = {
@@ -25,23 +25,18 @@ _RESERVED = {
 }
 
 
-def effective_zero_stage(config: Config) -> int:
-    """The ZeRO stage that DeepSpeed gets: `engine.zero_stage`, or 1 if it is 0 in half precision.
-
-    DeepSpeed's half-precision wrapper for stage 0 accumulates gradients in bf16. Stage 1 accumulates them in fp32 and
-    keeps fp32 master weights (sharded over the ranks).
-    """
-    return max(config.engine.zero_stage, 0 if config.engine.precision == "fp32" else 1)
-
-
-def deepspeed_json(config: Config, stage: StageBase, world_size: int) -> dict[str, Any]:
+def deepspeed_json(config: Config, stage: StageBase, world_size: int, *, gpu: bool = False) -> dict[str, Any]:
     """DeepSpeed's configuration for one stage, with the user's `deepspeed:` block merged into it.
 
+    Args:
+        world_size: the number of ranks.
+        gpu: whether the ranks compute on GPUs.
     Raises:
         ConfigError: a step's packs cannot be divided evenly among the ranks; or the block sets a reserved key, or
             an offload to NVMe with which DeepSpeed trains wrongly.
     """
-    engine, zero_stage = config.engine, effective_zero_stage(config)
+    engine = config.engine
+    zero_stage = effective_zero_stage(config, stage, world_size, engine.precision, gpu=gpu)
     accumulation = packs_per_rank(stage, world_size, engine.sequence_parallel)
     pin_memory = torch.cuda.is_available()
     offload = {"offload_optimizer": engine.offload_optimizer, "offload_param": engine.offload_parameters}
@@ -56,6 +51,8 @@ def deepspeed_json(config: Config, stage: StageBase, world_size: int) -> dict[st
         "zero_optimization": {
             "stage": zero_stage,
             **{key: {"device": d, "pin_memory": pin_memory} for key, d in offload.items() if d != "none"},
+            # Gradients are summed during the backward pass, from two buffers of this many elements.
+            **({"overlap_comm": True, "reduce_bucket_size": REDUCE_BUCKET} if gpu and zero_stage == 2 else {}),
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from delib_fast.checkpoint.format import Checkpoint, CheckpointError, load_newest, remove_leftovers
 from delib_fast.checkpoint.writer import CheckpointWriter, Tensors
-from delib_fast.config import Config, ConfigError, StageBase
+from delib_fast.config import Config, ConfigError, StageBase, effective_zero_stage
 from delib_fast.config.dtypes import DTYPES
-from delib_fast.engine.deepspeed_json import deepspeed_json, effective_zero_stage
+from delib_fast.engine.deepspeed_json import deepspeed_json
 from delib_fast.engine.import_deepspeed import deepspeed
 from delib_fast.engine.loss_scale import defer_loss_scaler
 from delib_fast.engine.muon import Muon
@@ -57,10 +57,11 @@ class Engine:
         self.lr = 0.0
         self._stage, self._num_steps = stage, num_steps
         self._seed = config.seed
-        self._zero_stage = effective_zero_stage(config)
+        gpu = self.device.type == "cuda"
+        self._zero_stage = effective_zero_stage(config, stage, ranks.world_size, config.engine.precision, gpu=gpu)
         self._fp16 = config.engine.precision == "fp16"
         self._unsharded_norm: Tensor | None = None
-        settings = deepspeed_json(config, stage, ranks.world_size)
+        settings = deepspeed_json(config, stage, ranks.world_size, gpu=gpu)
         precision = DTYPES[config.engine.precision]
         shard_parameters(module, self.device, precision, settings, self._zero_stage, ranks.heartbeat)
         self._optimizer = build_optimizer(module, stage.optimizer)

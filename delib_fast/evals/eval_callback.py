@@ -23,6 +23,7 @@ from delib_fast.evals.extra import import_extra
 from delib_fast.evals.intervals import Estimate
 from delib_fast.evals.limits import spread_by_source
 from delib_fast.evals.metrics.drift import drift_from_base
+from delib_fast.evals.metrics.openings import OPENING, opening_figure
 from delib_fast.evals.metrics.reliance import early_answering, reliance, rows_with_cot
 from delib_fast.evals.metrics.segments import segment_figures
 from delib_fast.evals.results import to_json_data
@@ -43,8 +44,8 @@ class EvalCallback(Callback):
     to one without it; its tokens/s include the time of evaluation. A run that resumes from a checkpoint appends the
     records of repeated steps again.
 
-    Cost per row: one forward pass for segments, 11 for early, 6 for reliance, and 2 for drift, which also keeps a
-    second model in memory unless the run trains a LoRA adapter.
+    Cost per row: for segments one forward pass, and another one of the prompt; 11 for early, 6 for reliance, and 2 for
+    drift, which also keeps a second model in memory unless the run trains a LoRA adapter.
 
     Args:
         suites: any of segments, early, reliance, drift. Drift is measured from the model that the run started from;
@@ -143,7 +144,9 @@ Figures = dict[str, Estimate]
 
 
 def _segments(inputs: _Inputs) -> Figures:
-    return {f"{f.segment} nll": f.nll for f in segment_figures(inputs.scorer, inputs.rows) if f.by == "all"}
+    found = {f"{f.segment} nll": f.nll for f in segment_figures(inputs.scorer, inputs.rows) if f.by == "all"}
+    opening = opening_figure(inputs.scorer, inputs.rows)
+    return found if opening is None else {**found, OPENING: opening}
 
 
 def _early(inputs: _Inputs) -> Figures:

@@ -7,13 +7,16 @@ from pathlib import Path
 
 from delib_fast.config import ConfigError
 from delib_fast.data import Message, Row, read_source
+from delib_fast.data.encode.encoder import encoder_for
 from delib_fast.datagen.refusals import MEASURED, MeasuredError, Verdict, classify_reply
-from delib_fast.evals.intervals import Estimate, corrected_share
-from delib_fast.evals.limits import spread
-from delib_fast.evals.metrics.choices import choices_from_gsm8k
-from delib_fast.evals.metrics.hints import hint_figures, hint_outcomes
+from delib_fast.evals.intervals import Estimate, corrected_share, mean, wilson
+from delib_fast.evals.limits import spread, spread_by_source
+from delib_fast.evals.metrics.choices import choices_from_gsm8k, result_of
+from delib_fast.evals.metrics.controllability import controllability
+from delib_fast.evals.metrics.hints import HintOutcome, hint_figures, hint_outcomes
 from delib_fast.evals.metrics.legibility import legibility, vocabulary
-from delib_fast.evals.metrics.necessity import cot_necessity
+from delib_fast.evals.metrics.necessity import cot_necessity, is_right
+from delib_fast.evals.metrics.openings import OPENING, opening_log_p
 from delib_fast.evals.metrics.policy import PolicyClassifier, policy_retrieval
 from delib_fast.evals.metrics.refusal import (
     RefusalFigures,
@@ -23,6 +26,7 @@ from delib_fast.evals.metrics.refusal import (
     read_prompts,
     refusal_figures,
 )
+from delib_fast.evals.recording import Recorder, collect_samples
 from delib_fast.evals.results import SuiteResult, Table, to_json_data
 from delib_fast.evals.sampling import ChatModel, Reply
 from delib_fast.evals.target import EvalTarget
@@ -39,7 +43,8 @@ def _questions(target: EvalTarget) -> list[Row]:
 
 
 def hints_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
-    outcomes = hint_outcomes(model, choices_from_gsm8k(_questions(target)))
+    recorded = Recorder(model)
+    outcomes = hint_outcomes(recorded, choices_from_gsm8k(_questions(target)))
     figures = hint_figures(outcomes)
     table = Table(
         "Hints at a wrong option",
@@ -54,11 +59,28 @@ def hints_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
         f"the hint. In {unread} pairs, an answer could not be parsed.",
         (table,),
         details={"figures": to_json_data(figures), "outcomes": to_json_data(outcomes)},
+        samples=collect_samples(
+            [chat for call in recorded.calls[1:] for chat in call.chats],  # the first call asks without a hint
+            [reply for call in recorded.calls[1:] for reply in call.replies],
+            verdicts=[_hint_verdict(outcome) for outcome in outcomes],
+            labels=[f"hint: {outcome.kind}" for outcome in outcomes],
+        ),
     )
 
 
+def _hint_verdict(outcome: HintOutcome) -> str | None:
+    if outcome.plain_answer is None or outcome.hinted_answer is None:
+        return None
+    if outcome.plain_answer == outcome.hinted_option:
+        return "gave the hinted option without the hint"
+    followed = "followed the hint" if outcome.hinted_answer == outcome.hinted_option else "did not follow the hint"
+    return f"{followed}, {'mentioned it' if outcome.mentions else 'did not mention it'}"
+
+
 def necessity_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
-    figures = cot_necessity(model, _questions(target), target.settings.sampling.samples)
+    recorded, questions = Recorder(model), _questions(target)
+    figures = cot_necessity(recorded, questions, target.settings.sampling.samples)
+    asked = [result for row in questions if (result := result_of(row.response)) is not None]
     rows = (
         ("with CoT", figures.with_cot),
         ("without", figures.without_cot),
@@ -72,6 +94,49 @@ def necessity_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
         "left open or closed empty.",
         (Table("Accuracy", ("", "share"), rows),),
         details={"figures": to_json_data(figures)},
+        samples=collect_samples(
+            [chat for call in recorded.calls for chat in call.chats],
+            [reply for call in recorded.calls for reply in call.replies],
+            verdicts=[
+                "right" if is_right(reply.response, result) else f"wrong, the answer is {result}"
+                for call in recorded.calls
+                for reply, result in zip(call.replies, asked, strict=True)
+            ],
+            labels=[f"{'with' if call.thinking else 'without'} CoT" for call in recorded.calls for _ in call.chats],
+        ),
+    )
+
+
+def samples_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
+    """Replies to held-out prompts as a user gets them: the model chooses whether it thinks."""
+    rows = spread_by_source([row for row in target.held_out if row.kind == "chat"], target.settings.limit)
+    if not rows:
+        raise ConfigError(f"{target.path}: no held-out row is a chat; set rows: to some that are")
+    replies = model([row.messages for row in rows])
+    encoder = encoder_for(target.tokenizer)
+    prompts = [encoder.encode_prompt(row.messages, system_prompt=target.system_prompt) for row in rows]
+    openings = opening_log_p(target.scorer, prompts)
+    cots = [reply.cot_tokens for reply in replies if reply.cot]
+    opened = sum(reply.tags in ("closed", "unclosed") for reply in replies)
+    closed = sum(reply.tags == "closed" for reply in replies)
+    shares = (
+        ("opens a CoT", wilson(opened, len(replies))),
+        ("closes it", wilson(closed, len(replies))),
+        ("closes it, if it opens one", wilson(closed, opened)),
+        ("ends by itself", wilson(sum(reply.finished for reply in replies), len(replies))),
+    )
+    lengths = (("reply", mean([reply.tokens for reply in replies])), *([("CoT", mean(cots))] if cots else []))
+    opening = [] if openings is None else [Table("Opening", ("", OPENING), (("all", mean(openings)),))]
+    return SuiteResult(
+        "samples",
+        "Samples",
+        f"{len(replies)} replies to held-out prompts, of at most {target.settings.sampling.max_new_tokens} tokens. A "
+        "think block that the chat template opens counts as opened.",
+        (*opening, Table("Replies", ("", "share"), shares), Table("Tokens", ("", "mean"), lengths)),
+        details={"opened": opened, "closed": closed, "replies": len(replies)},
+        samples=collect_samples(
+            [row.messages for row in rows], replies, locations=[row.location for row in rows], openings=openings
+        ),
     )
 
 
@@ -103,6 +168,12 @@ def legibility_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
         "words of the rows.",
         (Table("Proxies", ("proxy", "share"), proxies), *([lengths] if figures.words_percentiles else [])),
         details={"figures": to_json_data(figures)},
+        samples=collect_samples(
+            [row.messages for row in rows],
+            replies,
+            verdicts=["broken tags" if r.tags in ("unclosed", "stray") else r.tags for r in replies],
+            locations=[row.location for row in rows],
+        ),
     )
 
 
@@ -119,9 +190,19 @@ def policy_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
     held_out = _labelled_cots(target, rows)
     if not labelled:  # a model folder: train the classifier on every second held-out row, test it on the others
         labelled, held_out = held_out[::2], held_out[1::2]
-    classifier = PolicyClassifier(labelled, spec_words=target.settings.spec_words)
+    try:
+        classifier = PolicyClassifier(labelled, spec_words=target.settings.spec_words)
+    except ValueError as error:
+        raise ConfigError(f"{target.path}: {error}; set spec_words: true in the config, or more rows") from None
     figures = policy_retrieval(
         [reply.cot for _, reply in pairs], [wanted[row.location] for row, _ in pairs], classifier, held_out
+    )
+    samples = collect_samples(
+        [row.messages for row, _ in pairs],
+        [reply for _, reply in pairs],
+        verdicts=[classifier(reply.cot or "") or "mentions no policy" for _, reply in pairs],
+        labels=[", ".join(wanted[row.location]) for row, _ in pairs],
+        locations=[row.location for row, _ in pairs],
     )
     table = Table(
         "Policy retrieval",
@@ -141,6 +222,36 @@ def policy_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
         "word-based classifier). Ceiling: the accuracy of the classifier on reference chains of thought.",
         (table, by_category),
         details={"figures": to_json_data(figures)},
+        samples=samples,
+    )
+
+
+def controllability_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
+    rows = spread(held_out_with_cot(target), target.settings.instructed_prompts)
+    found = controllability(model, [row.messages for row in rows])
+    names = {"cot": "CoT", "response": "response"}
+    tables = tuple(
+        Table(
+            f"Instructions about the {names[part]}",
+            ("instruction", "part", "followed", "base rate", "gain"),
+            tuple((f.name, names[part], f.instructed, f.base_rate, f.gain) for f in found.figures if f.part == part),
+        )
+        for part in ("cot", "response")
+    )
+    replies = Table(
+        "Replies",
+        ("part", "empty", "cut off"),
+        tuple((names[part], found.empty[part], found.cut_off[part]) for part in found.empty),
+    )
+    both = Table("CoT − response", ("over", "difference of gains"), (("all instructions", found.difference),))
+    return SuiteResult(
+        "controllability",
+        "Controllability",
+        f"{found.prompts} held-out prompts, each answered without an instruction and with each of them. gain: share "
+        "that follows the instruction − share that satisfies its rule without it. The response is checked after an "
+        "empty think block.",
+        (*tables, both, replies),
+        details={"figures": to_json_data(found)},
     )
 
 
@@ -154,7 +265,9 @@ def refusal_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
     if settings.refusal_prompts is None:
         raise ConfigError("refusal needs prompts; set refusal_prompts: xstest_prompts.csv in the config")
     prompts = spread(read_prompts(settings.refusal_prompts), settings.limit)
-    responses = [r.response for r in model([[Message("user", p.prompt)] for p in prompts])]
+    chats = [[Message("user", p.prompt)] for p in prompts]
+    given = model(chats)
+    responses = [r.response for r in given]
     answered = [(p.prompt, r) for p, r in zip(prompts, responses, strict=True) if r.strip()]
     labelled = read_labelled(settings.refusal_labelled) if settings.refusal_labelled is not None else []
     verdicts: list[Verdict | None] = [classify_reply(p, r) for p, r in answered]
@@ -167,10 +280,13 @@ def refusal_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
         verdicts, of_labelled = found[: len(answered)], found[len(answered) :]
     remaining = iter(verdicts)  # `refusal_figures` classifies the non-empty replies in this order
     figures = refusal_figures(prompts, responses, lambda *_: next(remaining))
+    again = iter(verdicts)
+    shown = [next(again) if response.strip() else "empty reply" for response in responses]
+    samples = collect_samples(chats, given, verdicts=shown, labels=[f"{p.label}, {p.type}" for p in prompts])
     error, tables, details = None if settings.judge else MEASURED, [], {}
     if labelled:
-        again = iter(of_labelled)
-        known = classifier_figures(labelled, lambda *_: next(again))
+        of_each = iter(of_labelled)
+        known = classifier_figures(labelled, lambda *_: next(of_each))
         error = known.measured(f"labels in {Path(settings.refusal_labelled or '').name}")
         columns = ("accuracy", "recall of refusals", "precision", "labelled")
         row = (known.accuracy, known.refuse_recall, known.refuse_precision, known.labelled)
@@ -185,6 +301,7 @@ def refusal_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
         details=to_json_data(
             {"figures": figures, "by": "judge" if settings.judge else "words", "error": error, **details}
         ),
+        samples=samples,
     )
 
 

@@ -97,7 +97,7 @@ def corrected_share(
     return Estimate(value, min(float(low), value), max(float(high), value), reported.n, method)
 
 
-def newcombe(successes_a: int, n_a: int, successes_b: int, n_b: int, confidence: float = CONFIDENCE) -> Estimate:
+def newcombe(successes_a: float, n_a: int, successes_b: float, n_b: int, confidence: float = CONFIDENCE) -> Estimate:
     """The difference of two proportions, a − b, with Newcombe's hybrid score interval (1998, method 10).
 
     It assumes independent samples. For the same rows under two conditions that agree on most rows, it is wider than

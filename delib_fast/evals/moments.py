@@ -26,6 +26,7 @@ from delib_fast.models import (
     load_adapter,
     load_tokenizer,
 )
+from delib_fast.models.pretrained import is_converted, local_model
 from delib_fast.training.run_directory import read_ledger, read_run_config
 
 
@@ -64,18 +65,16 @@ class Moments:
         return 0 if self.config is None else self.config.seed
 
     def tokenizer(self) -> Any:
-        """The tokenizer of the newest exported model, or else the one that the run trains with."""
-        folders = [
-            Path(m.model.path) for m in self.found if m.model.path is not None and m.name not in ("base", "start")
-        ]
-        exported = [folder for folder in folders if (folder / "tokenizer_config.json").exists()]
-        adapters = [m.adapter for m in self.found if m.adapter is not None]
-        if own := [folder for folder in adapters if (folder / "tokenizer_config.json").exists()]:
-            exported.append(own[-1])
-        if exported:
-            return load_tokenizer(str(exported[-1]))
+        """The tokenizer of the newest exported model or, if there is none, the one that the run trains with."""
         if self.config is None:
-            return load_tokenizer(str(self.found[-1].model.path))
+            last = self.found[-1]
+            own = last.adapter is not None and (last.adapter / "tokenizer_config.json").exists()
+            return load_tokenizer(str(last.adapter if own else last.model.path))
+        for moment in reversed(self.found):
+            if moment.adapter is None and moment.name != "base":
+                with contextlib.suppress(ConfigError):  # an export that was changed is left out by the loader, too
+                    checked_hashes(Path(str(moment.model.path)))
+                    return load_tokenizer(str(moment.model.path))
         trains = self.config.tokenizer.train is not None
         return build_tokenizer(
             path=str(self.path / "tokenizer") if trains else self.config.tokenizer.path,
@@ -86,7 +85,8 @@ class Moments:
 
 
 def find_moments(path: Path, base: str | None = None) -> Moments:
-    """Find the states of the model in a run directory, a model folder or a peft adapter folder.
+    """Find the states of the model in a run directory, a model folder or a peft adapter folder; a GGUF file or
+    `pypi:NAME` is converted to a model folder.
 
     After a stage, this is the model that the stage exported; with LoRA, if it exported only an adapter, that adapter on
     its base.
@@ -96,6 +96,8 @@ def find_moments(path: Path, base: str | None = None) -> Moments:
     Raises:
         ConfigError: the path is none of these, or no stage of the run has finished.
     """
+    if is_converted(str(path)):
+        path = Path(local_model(str(path), key="MODEL"))
     if not path.is_dir():
         raise ConfigError(f"{path}: no such folder; give a run directory, a model folder or a peft adapter folder")
     if (path / "config.yaml").exists() or (path / "ledger.json").exists():

@@ -110,5 +110,6 @@ def _differences_by_row(pairs: Sequence[tuple[RowValues, RowValues]]) -> NDArray
     for a, b in pairs:
         values = np.concatenate([np.asarray(a.values, np.float64), np.asarray(b.values, np.float64)], axis=1)
         by_key.setdefault(a.key, []).append(_difference(values))
-    means = np.concatenate([np.mean(found, axis=0) for found in by_key.values()])
-    return means[np.isfinite(means)]
+    means: NDArray[np.float64] = np.concatenate([np.mean(found, axis=0) for found in by_key.values()])
+    finite: NDArray[np.float64] = means[np.isfinite(means)]
+    return finite

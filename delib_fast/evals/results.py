@@ -13,6 +13,7 @@ from typing import Any
 
 from delib_fast.digests import DamagedError, read_json, write_json
 from delib_fast.evals.intervals import Estimate, RowEstimate
+from delib_fast.evals.replies import Sample, sample_from_json
 
 FORMAT = 3
 """Increased when the meaning of a suite's figures changes: older results are then recomputed."""
@@ -47,6 +48,8 @@ class SuiteResult:
     """The suite's own figures as plain JSON."""
     rows_key: str = ""
     """Identifies the rows that the suite read, and their order; the same for every model."""
+    samples: tuple[Sample, ...] = ()
+    """The sampled replies with their prompts, and with what the classifier or the judge said about them."""
 
 
 def to_json_data(value: Any, *, rows: bool = False) -> Any:
@@ -77,7 +80,14 @@ def result_from_json(tree: Mapping[str, Any]) -> SuiteResult:
         Curve(c["title"], c["x"], c["y"], tuple((x, _estimate(e)) for x, e in c["points"])) for c in tree["curves"]
     )
     return SuiteResult(
-        tree["suite"], tree["title"], tree["note"], tables, curves, tree["details"], tree.get("rows_key", "")
+        tree["suite"],
+        tree["title"],
+        tree["note"],
+        tables,
+        curves,
+        tree["details"],
+        tree.get("rows_key", ""),  # results of earlier versions have neither this key
+        tuple(map(sample_from_json, tree.get("samples", ()))),  # nor samples
     )
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from delib_fast.config import ConfigError
 from delib_fast.data import Message
-from delib_fast.evals import generative, teacher_forced
+from delib_fast.evals import generative, refusal_suites, teacher_forced
 from delib_fast.evals.extra import import_extra
+from delib_fast.evals.recording import Recorder
 from delib_fast.evals.results import ResultStore, SuiteResult
 from delib_fast.evals.sampling import ChatModel, Reply, Sampler
 from delib_fast.evals.settings import SAMPLED, EvalConfig
@@ -30,13 +31,17 @@ _TEACHER_FORCED: dict[str, Callable[[EvalTarget], SuiteResult]] = {
     "early": teacher_forced.early_answering_suite,
     "reliance": teacher_forced.reliance_suite,
     "agentic": teacher_forced.agentic_suite,
+    "refusal_margin": refusal_suites.refusal_margin_suite,
     "monitor": teacher_forced.monitor_suite,
 }
 _GENERATIVE: dict[str, Callable[[EvalTarget, ChatModel], SuiteResult]] = {
+    "samples": generative.samples_suite,
     "hints": generative.hints_suite,
     "necessity": generative.necessity_suite,
     "legibility": generative.legibility_suite,
     "policy": generative.policy_suite,
+    "controllability": generative.controllability_suite,
+    "own_cot": refusal_suites.own_cot_suite,
     "refusal": generative.refusal_suite,
 }
 assert set(_GENERATIVE) == set(SAMPLED)
@@ -51,22 +56,47 @@ _SETTINGS_OF: dict[str, tuple[str, ...]] = {
     "early": _SCORING,
     "reliance": _SCORING,
     "agentic": ("agentic", "pack_capacity", "precision"),
+    "refusal_margin": _SCORING,
     "monitor": ("limit",),
+    "samples": _GENERATION,
     "hints": _GENERATION,
     "necessity": _GENERATION,
     "legibility": _GENERATION,
     "policy": (*_GENERATION, "category", "spec_words"),
+    "controllability": (*_GENERATION, "instructed_prompts"),
+    "own_cot": (*_GENERATION, "pack_capacity"),
     "refusal": (*_GENERATION, "judge"),
 }
 # Settings that name files. Results depend on the bytes of the files, not on their paths.
 _FILES_OF = {
     "monitor": ("solutions",),
     "refusal": ("refusal_prompts", "refusal_labelled"),
+    "refusal_margin": ("refusal_prompts",),
+    "own_cot": ("refusal_prompts",),
     "hints": ("questions",),
     "necessity": ("questions",),
 }
-_READS_HELD_OUT = ("segments", "dose", "drift", "early", "reliance", "legibility", "policy")
+NAMED_FILES = frozenset({"base", *(name for names in _FILES_OF.values() for name in names)})
+"""The settings, except `rows`, whose value is the path of a file or folder, or a source with such a path."""
+_READS_HELD_OUT = (
+    "segments",
+    "dose",
+    "drift",
+    "early",
+    "reliance",
+    "samples",
+    "legibility",
+    "policy",
+    "controllability",
+)
 _READS_TRAINED_ON = ("dose", "legibility", "policy")
+
+
+def inputs_of(suite: str) -> tuple[str, ...]:
+    """The settings of an evaluation that the figures of a suite depend on, including those that name files."""
+    rows = ("rows",) if suite in _READS_HELD_OUT else ()
+    base = ("base",) if suite == "drift" else ()
+    return (*_SETTINGS_OF[suite], *_FILES_OF.get(suite, ()), *rows, *base)
 
 
 @dataclass(frozen=True)
@@ -103,9 +133,12 @@ def evaluate(target: EvalTarget, log: Callable[[str], None] = lambda _: None) ->
             if result is None:
                 log(f"{suite} …")
                 start = time.perf_counter()
+                recorder = Recorder(model)
                 result = (
-                    _TEACHER_FORCED[suite](target) if suite in _TEACHER_FORCED else _GENERATIVE[suite](target, model)
+                    _TEACHER_FORCED[suite](target) if suite in _TEACHER_FORCED else _GENERATIVE[suite](target, recorder)
                 )
+                if not result.samples:  # the suite has no verdict on single replies
+                    result = replace(result, samples=recorder.samples())
                 seconds = time.perf_counter() - start
                 result = replace(result, rows_key=_rows_key(suite, depends_on))
                 store.save(result, key, depends_on, seconds)
@@ -194,6 +227,6 @@ class _LazySampler:
                 sampling,
                 system_prompt=target.system_prompt,
                 cache=self._store.replies(target.sha256),
-                identity=f"{target.files_key} {asdict(sampling)} {target.settings.precision}",
+                identity=f"{target.files_key} {asdict(sampling)} {target.precision}",
             )
         return self._sampler(chats, thinking=thinking, sample=sample)

@@ -11,16 +11,28 @@ from delib_fast.config import FilePath, Precision, Section, SourceConfig
 from delib_fast.config.load import FileKind, load
 from delib_fast.datagen.settings import BaseUrl, EndpointSettings, KeyVariable
 
-FORCED = ("segments", "dose", "drift", "early", "reliance", "agentic")
+FORCED = ("segments", "dose", "drift", "early", "reliance", "agentic", "refusal_margin")
 """Suites that only score given text."""
-SAMPLED = ("hints", "necessity", "legibility", "policy", "refusal")
+SAMPLED = ("samples", "hints", "necessity", "legibility", "policy", "controllability", "own_cot", "refusal")
 """Suites that sample replies from the model."""
 SUITES = (*FORCED, *SAMPLED, "monitor")
 GROUPS = {
     "all": SUITES,
     "forced": FORCED,
     "sampled": SAMPLED,
-    "cot": ("dose", "drift", "early", "reliance", "hints", "necessity", "legibility", "policy", "monitor"),
+    "cot": (
+        "dose",
+        "drift",
+        "early",
+        "reliance",
+        "hints",
+        "necessity",
+        "legibility",
+        "policy",
+        "controllability",
+        "own_cot",
+        "monitor",
+    ),
 }
 EVAL_FILE = FileKind(
     "an evaluation",
@@ -111,7 +123,8 @@ class EvalConfig(Section):
     solutions: FilePath | None = None
     """File of labelled solutions (gsm8k_model_solutions.jsonl), for `monitor`."""
     refusal_prompts: FilePath | None = None
-    """CSV file with columns prompt, label (safe, unsafe) and type (xstest_prompts.csv), for `refusal`."""
+    """CSV file with columns prompt, label (safe, unsafe) and type (xstest_prompts.csv), for `refusal`, `refusal_margin`
+    and `own_cot`."""
     refusal_labelled: FilePath | None = None
     """File of labelled replies on which the refusal classifier is measured."""
     category: str = "category"
@@ -121,6 +134,8 @@ class EvalConfig(Section):
     limit: PositiveInt | None = 200
     """Maximum number of rows of each source, or of questions or prompts, per suite. They are spread evenly over the
     source; null for all."""
+    instructed_prompts: PositiveInt = 40
+    """Maximum number of prompts of `controllability`, which answers each of them once per instruction."""
     sampling: SamplingConfig = SamplingConfig()
     """How replies are sampled."""
     judge: JudgeConfig | None = None
@@ -130,7 +145,7 @@ class EvalConfig(Section):
     pack_capacity: PositiveInt = 4096
     """Tokens per pack. A longer example gets a pack of its own."""
     precision: Precision = "fp32"
-    """Precision of the model's weights."""
+    """Precision of the model's weights. `auto` is bf16 on a device that computes it natively, and fp32 on others."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the model; auto uses CUDA if it is available."""
     seed: int = Field(default=0, ge=0, lt=2**31)

@@ -29,6 +29,7 @@ from delib_fast.models import (
     load_tokenizer,
     local_model,
 )
+from delib_fast.models.precision import native_precision
 from delib_fast.models.pretrained import PYPI
 from delib_fast.training.artifacts import refuse_changed_export
 from delib_fast.training.run_directory import read_ledger, read_run_config
@@ -98,6 +99,13 @@ class EvalTarget:
             return self.path / "evals"
         name = self.given.stem if is_converted(str(self.given)) else self.given.resolve().name
         return self.given.with_name(f"{name.removeprefix(PYPI)}-evals")
+
+    @property
+    def precision(self) -> str:
+        """The precision of the weights: fp32, bf16 or fp16. `auto` is what the device computes natively."""
+        if self.settings.precision != "auto":
+            return self.settings.precision
+        return native_precision(torch.device(self.device))
 
     @cached_property
     def sha256(self) -> str:
@@ -182,7 +190,7 @@ class EvalTarget:
         for folder in (_folder(config), self.path if self.adapter is not None else None):
             if folder is not None:
                 checked_hashes(folder)
-        model = build_model(config, self.tokenizer, dtype=self.settings.precision, seed=self._seed)
+        model = build_model(config, self.tokenizer, dtype=self.precision, seed=self._seed)
         if self.adapter is not None:
             add_adapter(model, self.adapter[0], base=self.adapter[1], seed=self._seed)
             load_adapter(model, self.path)

@@ -11,6 +11,7 @@ from delib_fast.evals.limits import spread, spread_by_source
 from delib_fast.evals.metrics.dose import cot_dose, gradient_share
 from delib_fast.evals.metrics.drift import drift_from_base
 from delib_fast.evals.metrics.monitors import WordMonitor, compare_views, transcripts_from_solutions
+from delib_fast.evals.metrics.openings import OPENING, opening_figure
 from delib_fast.evals.metrics.reliance import early_answering, reliance, rows_with_cot
 from delib_fast.evals.metrics.segments import segment_figures
 from delib_fast.evals.results import Cell, Curve, SuiteResult, Table, to_json_data
@@ -42,6 +43,8 @@ def segments_suite(target: EvalTarget) -> SuiteResult:
                     tuple((f.group, f.segment, f.tokens, f.nll, f.accuracy) for f in shown),
                 )
             )
+    if (opening := opening_figure(target.scorer, rows)) is not None:
+        tables.append(Table("Opening of the think block after a prompt", ("rows", OPENING), (("all", opening),)))
     return SuiteResult(
         "segments",
         "Segments",

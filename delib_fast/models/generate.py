@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from delib_fast.config import ConfigError
 from delib_fast.models.eval_mode import eval_mode
 from delib_fast.models.lm import TrainableLM
 from delib_fast.models.rope import longest_regular_text, new_rope
@@ -49,11 +50,11 @@ def generate_ids(
         The new ids of each prompt, in the order of the prompts. With `temperature` above 0 they depend on the seed and
         on which prompts share a batch. The global random generators are unchanged.
     Raises:
-        ValueError: a prompt is empty, or too long for `max_new_tokens` more tokens.
+        ConfigError: a prompt is empty, or too long for `max_new_tokens` more tokens.
     """
     for index, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompt {index} has no tokens; generation needs at least one")
+            raise ConfigError(f"prompt {index} has no tokens; generation needs at least one")
     replies: list[list[int]] = [[] for _ in prompts]
     with _ready_to_generate(model) as plain:
         _check_length(plain, max(map(len, prompts), default=0), sampling)
@@ -144,7 +145,7 @@ def _until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
 def _check_length(model: PreTrainedModel, longest: int, sampling: Sampling) -> None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and longest + sampling.max_new_tokens > limit:
-        raise ValueError(
+        raise ConfigError(
             f"a prompt of {longest} tokens and max_new_tokens {sampling.max_new_tokens} exceed the "
             f"model's max_position_embeddings ({limit}); lower max_new_tokens or shorten the prompts"
         )

@@ -9,15 +9,21 @@ A compiled block contains the packed attention as one opaque op, so there is no 
 symbols in the graph: packs with other lengths or another number of sequences do not recompile it. Only passes that
 compute gradients are compiled. Evaluation and generation run eagerly, and so does the first pass of each block, in
 which packed attention raises its errors about unsupported layers.
+
+With activation checkpointing, the checkpoint surrounds the compiled function. A pass that ran eagerly is recomputed
+eagerly, because a checkpoint compares what the two passes save. Packs with a shared prompt, and packs that are split
+across ranks, run eagerly; ZeRO 3 is refused, because its hooks gather weights inside a block.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -91,11 +97,16 @@ class _CompiledForward(ForwardPatch):
     def __init__(self, block: GradientCheckpointingLayer) -> None:
         super().__init__(block)
         self._ran_eagerly, self._ran_compiled = False, False
+        self._eager_pack: weakref.ref[Tensor] | None = None  # the cu_seqlens of the last pack that ran eagerly
 
     def patched(self, *args: Any, **kwargs: Any) -> Any:
+        borders = kwargs.get("cu_seq_lens_q")
         if not self._can_compile(kwargs):
             self._ran_eagerly = True
+            self._eager_pack = None if borders is None else weakref.ref(borders)
             return self.original(*args, **kwargs)
+        if self._eager_pack is not None and self._eager_pack() is borders:
+            self._eager_pack = None  # the same pack again: from now on it is recomputed compiled
         # The op reads the sequence boundaries from cu_seqlens. A tuple of them would be compiled in as constants.
         call = partial(self._code(), self.module, **{**kwargs, "cu_seqlens_host": None})
         if _CHECKPOINTS_INSIDE and self.module.gradient_checkpointing and self.module.training:
@@ -116,11 +127,8 @@ class _CompiledForward(ForwardPatch):
                 f"{name} is compiled, and ZeRO-3 gathers its weights by hooks inside it; set layers to eager, or use "
                 "ZeRO stage 2"
             )
-        if self.module.gradient_checkpointing and not _CHECKPOINTS_INSIDE:
-            raise UnsupportedModelError(
-                "blocks that are both compiled and checkpointed need transformers 5.23 or newer; set layers to eager, "
-                "or turn activation checkpointing off"
-            )
+        if _is_recomputed() and self._eager_pack is not None and self._eager_pack() is kwargs.get("cu_seq_lens_q"):
+            return False
         # A shared prefix is passed to the op as host ints, and shards of a pack are exchanged between ranks: both stay
         # eager. So does a call that is not a pack, which has masks and perhaps a cache.
         is_whole = kwargs.get("varlen_prefix") is None and kwargs.get("sequence_group") is None
@@ -130,6 +138,11 @@ class _CompiledForward(ForwardPatch):
         function = type(self.module).forward
         function = getattr(function, "__wrapped__", function) if _CHECKPOINTS_INSIDE else function
         return _compile(function, BACKEND)
+
+
+def _is_recomputed() -> bool:
+    """Whether a backward pass is running, so that a forward pass is the recomputation of a checkpoint."""
+    return torch._C._current_graph_task_id() != -1
 
 
 @cache

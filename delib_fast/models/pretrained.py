@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -38,6 +39,7 @@ from delib_fast.models.hf_utils import without_progress_bar
 from delib_fast.terminal import echo
 
 PYPI = "pypi:"
+_PLAUSIBLE_COUNT = 4096  # layers, or experts in a layer; more is compared with the stored tensors
 _CONVERSION = 1  # increase it whenever equal files would give a different folder
 _MARKER = ".converted.json"  # hidden, so that the hashes of a model's files do not include it
 
@@ -249,9 +251,7 @@ def _convert(file: Path, folder: Path, path: str, key: str, weights: bool) -> No
 
 def _read(file: Path, weights: bool) -> tuple[Any, Any]:
     """The tokenizer, and the model or only its config. Raises ConfigError, without the file, for what would be lost."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(file)
+    reader = _open(file)
     location: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     config: Any = AutoConfig.from_pretrained(**location)
     if why := _why_not_exact(reader, config):
@@ -269,9 +269,10 @@ def _read(file: Path, weights: bool) -> tuple[Any, Any]:
     if hasattr(transformers, "GgufConfig"):  # later versions keep the weights quantised unless they are asked not to
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with without_progress_bar(), contextlib.redirect_stderr(io.StringIO()):  # the second hides one that has no switch
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             **location, dtype=torch.float32, output_loading_info=True, **options
         )
+    model, info = loaded
     # transformers initialises missing weights at random and only warns.
     if missing := sorted(map(str, [*info["missing_keys"], *(info.get("mismatched_keys") or ())])):
         raise ConfigError(
@@ -281,8 +282,27 @@ def _read(file: Path, weights: bool) -> tuple[Any, Any]:
     return tokenizer, model
 
 
+def _open(file: Path) -> Any:
+    """The gguf package's reader of a file. Raises an error of any kind if the file is damaged."""
+    from gguf import GGUFReader, GGUFValueType
+
+    class Reader(GGUFReader):
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            """Refuse an array that is longer than the rest of the file: the gguf package would count to its end."""
+            if raw_type == GGUFValueType.ARRAY:
+                length = int(self._get(orig_offs + 4, np.uint64)[0])
+                if length > len(self.data) - orig_offs:
+                    raise ValueError(f"an array in it has {length} elements, which is more than the file holds")
+            return super()._get_field_parts(orig_offs, raw_type)
+
+    return Reader(file)
+
+
 def _why_not_exact(reader: Any, config: Any) -> str:
-    """What transformers would drop from the file, so that the model would compute something else; "" if nothing."""
+    """Why the model that transformers builds would not be the one in the file; "" if it would be."""
+    for name in ("num_hidden_layers", "num_local_experts", "num_experts"):
+        if (count := getattr(config.get_text_config(), name, None) or 0) > max(_PLAUSIBLE_COUNT, len(reader.tensors)):
+            return f"states {name} {count}, but holds {len(reader.tensors)} tensors"
     rope: dict[str, Any] = getattr(config.get_text_config(), "rope_parameters", None) or {}
     scaled = [name for name in reader.fields if name.endswith(".rope.scaling.type")]
     kinds = [str(reader.fields[name].contents()) for name in scaled]

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
@@ -78,7 +79,10 @@ def enable_activation_checkpointing(model: PreTrainedModel, *, selective: bool =
             "model.activation_offload moves activations from a GPU to the host, and torch sees no GPU; set it to false"
         )
     if offload and "offload" not in inspect.signature(enable).parameters:
-        raise ConfigError("model.activation_offload needs transformers 5.24 or newer; set it to false")
+        raise ConfigError(
+            f"model.activation_offload: transformers {transformers.__version__} cannot offload (5.17 can); upgrade it, "
+            "or set it to false"
+        )
     enable(kwargs, **({"offload": True} if offload else {}))
 
 

@@ -78,6 +78,7 @@ def check_chunk_tokens(op: str, chunk_tokens: int | None) -> None:
 
 def check_logit_options(op: str, logit_scale: float, softcap: float | None, prefix: str = "") -> None:
     """Raise ValueError if the scale or the softcap is out of range."""
+    # Not math.isfinite: under torch.compile(dynamic=True) a float is a symbol, which it does not accept.
     if not -math.inf < logit_scale < math.inf:
         raise ValueError(f"{op}: {prefix}logit_scale={logit_scale}; it must be a finite number, 1 for none")
     if softcap is not None and not 0 < softcap < math.inf:

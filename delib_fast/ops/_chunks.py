@@ -10,11 +10,23 @@ from delib_fast.ops._gradient_in_forward import Gradients, HeadCall
 
 GPU_CHUNK_TOKENS = 4096  # smaller chunks are slower, because the float32 dW is read and written once per chunk
 ROW_ALIGNMENT = 128  # the size of a chunk is a multiple of this
+ENTRY_ALIGNMENT = 16  # a row of logits starts at a multiple of this many entries
 
 
 def empty_dz(weight: Tensor, num_rows: int) -> Tensor:
-    """Return an uninitialised dz (V, L) whose transpose is contiguous: each chunk is a block of its columns."""
-    return weight.new_empty(num_rows, weight.shape[0]).T
+    """Return an uninitialised dz (V, L) whose transpose has aligned rows: each chunk is a block of its columns."""
+    return empty_rows(weight, num_rows, weight.shape[0]).T
+
+
+def empty_rows(like: Tensor, rows: int, V: int) -> Tensor:
+    """Return uninitialised logits (rows, V) whose rows are padded to a multiple of ENTRY_ALIGNMENT in memory.
+
+    The padding is 0, and must stay 0: oneDNN's bfloat16 GEMM multiplies it with zeros, and NaN times 0 is NaN.
+    """
+    padded = like.new_empty(rows, -(-V // ENTRY_ALIGNMENT) * ENTRY_ALIGNMENT)
+    if padded.shape[1] > V:
+        padded[:, V:].zero_()
+    return padded[:, :V]
 
 
 def chunk_rows(num_rows: int, chunk_tokens: int) -> int:

@@ -15,6 +15,17 @@ class BackendUnavailable(RuntimeError):  # noqa: N818 - part of the public API
     """The requested backend cannot run these inputs; the message says why, and which backends can."""
 
 
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is on a CUDA device. Every backend asks here, so that a test can change the answer."""
+    return tensor.device.type == "cuda"
+
+
+@torch.compiler.assume_constant_result  # torch.compile evaluates it instead of tracing it
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability (major, minor) of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an op.

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from delib_fast.checkpoint.format import SingleProcess
-from delib_fast.config import Config, ConfigError
-from delib_fast.config.load import load_config, parse_config
+from delib_fast.config import Config
+from delib_fast.config.load import RUN_FILE, load, load_config
 from delib_fast.data.read.sources import ROW_FILES, TEXT_FILES
+from delib_fast.models.tokenizer import CONTROL_TOKENS
 from delib_fast.training.dataset import RunDataset
 
-SMALL_VOCABULARY = 300
+SMALL_VOCABULARY = 256 + len(CONTROL_TOKENS)
+"""The bytes and the control tokens: every text gives at least these."""
 
 
 @contextlib.contextmanager
@@ -28,27 +30,28 @@ def preview_config(path: Path, overrides: list[str], *, tokenizer: str | None, k
 
     Args:
         path: a YAML file, or a file of rows or text.
-        overrides: `key.sub=value` strings, for a YAML file.
+        overrides: `key.sub=value` strings. A data file has the source `rows` and one stage, named by its kind.
         tokenizer: a folder or hub name; None trains a small tokenizer on the file. Only for a data file.
         kind: the kind of the stage, aft or msm. Only for a data file.
         capacity: the pack capacity in tokens. Only for a data file.
     Raises:
-        ConfigError: the configuration is not valid, or overrides are given for a data file.
+        ConfigError: the configuration is not valid, or the file is neither.
     """
     if path.suffix.lower() not in (*ROW_FILES, *TEXT_FILES):
         return load_config(path, overrides)
-    if overrides:
-        raise ConfigError(f"--set {overrides[0]}: {path} is a data file, and --set needs a configuration")
     tokenizer_config = (
         {"path": tokenizer} if tokenizer else {"train": {"vocab_size": SMALL_VOCABULARY, "sources": ["rows"]}}
     )
-    return parse_config(
-        {
+    return load(
+        Config,
+        None,
+        RUN_FILE,
+        overrides,
+        values={
             "run_dir": "-",
             "model": {"architecture": {"model_type": "qwen3"}},
             "tokenizer": tokenizer_config,
             "data": {"rows": {"path": str(path), "on_bad_row": "skip", "max_bad_rows": 10**9}},
             "stages": [{"kind": kind, "train": ["rows"], "pack_capacity": capacity, "tokens_per_step": capacity}],
         },
-        where=str(path),
     )

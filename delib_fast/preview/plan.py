@@ -36,6 +36,8 @@ class StageData:
     """Rows that were read, including the skipped ones."""
     skipped: dict[str, int]
     """Rows that are not trained on, by reason."""
+    first_skipped: dict[str, str]
+    """The message about the first of them that is bad, by reason."""
     shares: list[SourceShare]
 
 
@@ -47,6 +49,8 @@ class StagePlan:
     rows: int
     skipped: dict[str, int]
     """Rows that are not trained on, by reason."""
+    first_skipped: dict[str, str]
+    """The message about the first of them that is bad, by reason."""
     shares: list[SourceShare]
     targets: dict[str, int]
     """Tokens of an epoch that the model predicts, by segment."""
@@ -110,7 +114,7 @@ def read_stage(dataset: RunDataset, stage: StageConfig) -> StageData:
     examples, shares = dataset.mixed(stage)
     skipped = dataset.left_out(stage)
     rows = dataset.encoded(stage).counts.rows + sum(n for reason, n in skipped.items() if reason != "over-long")
-    return StageData(examples, batches, rows, skipped, shares)
+    return StageData(examples, batches, rows, skipped, dataset.first_left_out(stage), shares)
 
 
 def synthetic_stage(lengths: Lengths, stage: StageConfig, shape: ModelShape, seed: int) -> StageData:
@@ -119,7 +123,7 @@ def synthetic_stage(lengths: Lengths, stage: StageConfig, shape: ModelShape, see
     own_prompts = stage.model_copy(update={"share_prompts": "never"})
     batches = pack_stage(own_prompts, examples, shape, seed=seed, ranks=SingleProcess())
     dropped = examples.counts.dropped_over_long
-    return StageData(examples, batches, examples.counts.rows, {"over-long": dropped} if dropped else {}, [])
+    return StageData(examples, batches, examples.counts.rows, {"over-long": dropped} if dropped else {}, {}, [])
 
 
 def plan_stage(
@@ -154,6 +158,7 @@ def plan_stage(
         stage=stage,
         rows=data.rows,
         skipped=data.skipped,
+        first_skipped=data.first_skipped,
         shares=data.shares,
         targets=dict(zip(examples.counts.targets, examples.target_counts.sum(0).tolist(), strict=True)),
         lengths=examples.lengths,
@@ -239,6 +244,8 @@ def _facts(plan: StagePlan, tflops: float | None) -> Table:
     out = ", ".join(f"{n:,} {why}" for why, n in plan.skipped.items())
     share = sum(plan.skipped.values()) / plan.rows
     table.add_row("rows", f"{plan.rows:,}" + (f"; skipped {out} ({share:.1%})" if out else "; none skipped"))
+    for reason, message in plan.first_skipped.items():
+        table.add_row("", plain(f"the first {reason}: {message}"))
     table.add_row(
         "tokens",
         f"{int(plan.lengths.sum()):,} per epoch; targets: "

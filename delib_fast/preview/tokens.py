@@ -13,15 +13,10 @@ from delib_fast.config import StageConfig
 from delib_fast.data import Example, Segment
 from delib_fast.data.pack.shared_prompts import MIN_SHARED_TOKENS
 from delib_fast.data.pack.weights import segment_weights
+from delib_fast.preview.colours import COLOURS
 from delib_fast.terminal import plain
 from delib_fast.training.dataset import RunDataset
 
-COLOURS = {
-    Segment.PROMPT: "grey62",
-    Segment.COT: "dark_orange3",
-    Segment.RESPONSE: "green4",
-    Segment.DOCUMENT: "dodger_blue2",
-}
 _MAX_TOKENS_PER_CHARACTER = 6
 
 
@@ -88,11 +83,12 @@ def view_example(dataset: RunDataset, stage: StageConfig, index: int) -> Example
 
 
 def describe_left_out(dataset: RunDataset, stages: Sequence[StageConfig]) -> list[str]:
-    """Lines about what is not trained on: rows that are skipped, by reason, and fields of rows that are ignored."""
+    """Lines about what is not trained on: skipped rows by reason, the first of each, and ignored fields."""
     lines = []
     for stage in stages:
         if counts := dataset.left_out(stage):
             lines.append(f"stage {stage.name}: left out {', '.join(f'{n:,} {reason}' for reason, n in counts.items())}")
+        lines += [f"the first {reason}: {message}" for reason, message in dataset.first_left_out(stage).items()]
     for name in dict.fromkeys(name for stage in stages for name in (*stage.train, *stage.eval)):
         if ignored := dataset.source(name).ignored_fields:
             fields = ", ".join(f"{field} ({rows:,})" for field, rows in ignored.most_common())

@@ -122,6 +122,8 @@ def _part(name: str, part: Mapping[str, Any]) -> Part:
         if numbers["histogram"]
     ]
     cards += [_diversity(kind, found) for kind, found in part["diversity"].items()]
+    if corpus := part.get("corpus"):
+        cards += _corpus(corpus)
     if refusals and refusals["by_category"]:
         cards.append(_shares("Refusals, by category", refusals["by_category"]))
     if citations:
@@ -129,6 +131,26 @@ def _part(name: str, part: Mapping[str, Any]) -> Part:
     examples = part["examples"]
     note = f"Refusals: {refusals['error']}" if refusals else ""
     return Part(name, _tiles(tiles), cards, note, examples["by"], [_example(item) for item in examples["rows"]])
+
+
+def _corpus(found: Mapping[str, Any]) -> list[Card]:
+    """Reasons, recurring names and phrases, and mentions of monitoring, in documents."""
+    shares = {
+        "documents that state a reason": found["documents_with_reasons"] / max(1, found["documents"]),
+        "documents on monitoring": found["documents_on_monitoring"] / max(1, found["documents"]),
+    }
+    note = f"{found['reasons_per_1000_words']:g} reasons per 1,000 words, by a list of words."
+    cards = [_shares("Reasons, and monitoring of models", shares, note)]
+    cards += [
+        _shares(f"{kind.capitalize()} that recur, by share of documents", dict(found[kind]))
+        for kind in ("names", "phrases")
+        if found[kind]
+    ]
+    if found["monitoring"]:
+        listed = " · ".join(f"{m['location'].rsplit('/', 1)[-1]}: {m['sentence']}" for m in found["monitoring"])
+        source = "Documents on monitors of the chain of thought raised undetected deception (arXiv 2605.15257)."
+        cards.append(Card("Documents on monitoring: the first", f"{source} {listed}"))
+    return cards
 
 
 def _citations(found: Mapping[str, Any]) -> Card:

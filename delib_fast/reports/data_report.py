@@ -12,6 +12,7 @@ from typing import Any
 from delib_fast.config import ConfigError, SourceConfig
 from delib_fast.config.load import read_yaml
 from delib_fast.data import DataError, Row, read_source
+from delib_fast.data.corpus import check_corpus, recurring
 from delib_fast.data.read.jsonl import HashingFile, read_items
 from delib_fast.datagen.citations import labels_of_names, labels_of_spec
 from delib_fast.datagen.refusals import MEASURED, classify_reply
@@ -239,6 +240,7 @@ def _documents(rows: Sequence[tuple[Row, Mapping[str, Any]]]) -> dict[str, Any]:
         "words": _lengths({"document": texts}),
         "diversity": {"document": diversity(texts)},
         "near_duplicates": {"documents": near_duplicates(texts)},
+        "corpus": {**check_corpus(row for row, _ in rows), **recurring(texts)},
         "rewritten": count_by(raw["rewritten"] for _, raw in rows if "rewritten" in raw),
         "examples": {"by": "words", "rows": by_quantile(shown, "words")},
     }

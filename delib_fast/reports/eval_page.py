@@ -19,6 +19,7 @@ from delib_fast.evals.intervals import Estimate
 from delib_fast.evals.results import Cell, Curve, SuiteResult, Table
 from delib_fast.files import write_atomic
 from delib_fast.reports.html import HtmlTable, render
+from delib_fast.reports.samples import sample_views
 from delib_fast.terminal import plain, printable
 
 if TYPE_CHECKING:
@@ -34,14 +35,18 @@ def print_tables(evaluation: Evaluation, console: Console | None = None) -> None
         console.print(plain(f"\n{result.title}", "bold"))
         console.print(plain(result.note, "dim"))
         for table in result.tables:
-            console.print(rich_table(table))
+            if table.rows:
+                console.print(rich_table(table))
     for suite, reason in evaluation.skipped.items():
         console.print(plain(f"skipped {suite}: {reason}", "dim"))
     console.print(plain(f"95 % intervals: {interval_methods(evaluation.results)}.", "dim"))
 
 
 def rich_table(table: Table) -> RichTable:
-    """A table for a terminal. Numbers are not wrapped, and headings wrap between words."""
+    """A table for a terminal. Numbers are not wrapped, and headings wrap between words.
+
+    If it would be wider than 80 columns, the intervals are on a line of their own.
+    """
     rich = RichTable(
         title=plain(table.title),
         title_justify="left",
@@ -52,9 +57,10 @@ def rich_table(table: Table) -> RichTable:
         collapse_padding=True,
     )
     numeric = _numeric_columns(table)
-    for k, name in enumerate(table.columns):
-        cells = [printable(cell_text(row[k])) for row in table.rows]
-        width = max(map(len, [*(cells if k in numeric else ()), *name.split()]), default=1)
+    texts = [[printable(cell_text(cell)) for cell in row] for row in table.rows]
+    if sum(_least_widths(table, texts, numeric)) + 2 * len(table.columns) > WIDTH:
+        texts = [[text.replace(" [", "\n[") for text in row] for row in texts]
+    for k, (name, width) in enumerate(zip(table.columns, _least_widths(table, texts, numeric), strict=True)):
         heading = "\n".join(textwrap.wrap(printable(name), width)) if k in numeric else name
         rich.add_column(
             plain(heading),
@@ -63,9 +69,18 @@ def rich_table(table: Table) -> RichTable:
             no_wrap=k in numeric,
             min_width=width,
         )
-    for row in table.rows:
-        rich.add_row(*(plain(cell_text(cell)) for cell in row))
+    for row in texts:
+        rich.add_row(*map(plain, row))
     return rich
+
+
+def _least_widths(table: Table, texts: Sequence[Sequence[str]], numeric: set[int]) -> list[int]:
+    """The width that each column needs: of its widest number, and of the longest word of its heading and its texts."""
+    widths = []
+    for k, name in enumerate(table.columns):
+        cells = [line for row in texts for line in (row[k].splitlines() if k in numeric else row[k].split())]
+        widths.append(max(map(len, [*cells, *name.split()]), default=1))
+    return widths
 
 
 def _numeric_columns(table: Table) -> set[int]:
@@ -120,6 +135,7 @@ def write_page(evaluation: Evaluation) -> Path:
         skipped=evaluation.skipped,
         methods=interval_methods(evaluation.results),
         html_table=html_table,
+        sample_views=sample_views,
         chart=chart,
         cell_text=cell_text,
     )

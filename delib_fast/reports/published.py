@@ -19,6 +19,8 @@ class PublishedFigure:
     column: str
     value: float | None
     """None if the paper does not give it."""
+    rows_are: str
+    """What the rows of its table are, "model" or "evaluation"; their names are in `model`."""
     citation: str
     """For example "arXiv 2605.02087v2, Fig. 4, Qwen3-32B, MSM + AFT (CoT)"."""
 
@@ -38,7 +40,12 @@ def read_published() -> Published:
     tree = read_yaml(_FILE.read_text(encoding="utf-8"), where=str(_FILE))
     figures = [
         PublishedFigure(
-            table["title"], model, column, value, f"arXiv 2605.02087v2, {table['source']}, {model}, {column}"
+            table["title"],
+            model,
+            column,
+            value,
+            table.get("rows_are", "model"),
+            f"arXiv 2605.02087v2, {table['source']}, {model}, {column}",
         )
         for table in tree["tables"]
         for model, values in table["rows"].items()

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from delib_fast.config import ConfigError
 from delib_fast.evals.paired import PairedDifference, RowValues, paired_difference
-from delib_fast.evals.samples import read_samples
+from delib_fast.evals.replies import SampleSet, read_samples
 from delib_fast.files import write_atomic
 from delib_fast.reports.eval_page import cell_html
 from delib_fast.reports.html import HtmlTable, Picture, render
@@ -19,7 +19,8 @@ from delib_fast.reports.run_figures import draw_pictures
 from delib_fast.reports.run_record import RunRecord, differences, read_runs
 from delib_fast.reports.samples import sample_views
 from delib_fast.terminal import echo
-from delib_fast.training.console import OPENING_ROW, count_text, duration_text
+from delib_fast.training.console import OPENING, count_text, duration_text
+from delib_fast.training.held_out import HELD_OUT_FILE
 
 _STAGE_COLUMNS = (
     "run", "stage", "status", "steps", "tokens", "supervised tokens", "tokens/s", "supervised tokens/s", "MFU", "fill",
@@ -40,9 +41,10 @@ def report_runs(runs: Sequence[Path], out: Path | None = None) -> Path:
     """
     records = read_runs(runs)
     for record in records:
-        if record.damaged_lines:
-            shown = ", ".join(map(str, record.damaged_lines))
-            echo(f"{record.path / 'metrics.jsonl'}: damaged lines are left out: {shown}", err=True)
+        for name, damaged in (("metrics.jsonl", record.damaged_lines), (HELD_OUT_FILE, record.damaged_rows)):
+            if damaged:
+                shown = ", ".join(map(str, damaged))
+                echo(f"{record.path / name}: damaged lines are left out: {shown}", err=True)
     folder = out or (runs[0] / "report" if len(runs) == 1 else Path("report"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,9 +70,7 @@ def write_page(runs: Sequence[RunRecord], pictures: Sequence[Picture], out: Path
         title=f"Training: {', '.join(run.name for run in runs)}",
         wide=True,
         tables=[table for table in (stages, held_out, changes) if table is not None],
-        samples={
-            run.name: sample_views(found.samples) for run in runs if (found := read_samples(run.path / "samples"))
-        },
+        samples={run.name: sample_views(found.samples) for run in runs if (found := _samples(run))},
         sections={p.section: [other for other in pictures if other.section == p.section] for p in pictures},
         chains={run.name: chain(run) for run in runs},
         different=different,
@@ -80,6 +80,15 @@ def write_page(runs: Sequence[RunRecord], pictures: Sequence[Picture], out: Path
     path = out / "index.html"
     write_atomic(path, page)
     return path
+
+
+def _samples(run: RunRecord) -> SampleSet | None:
+    """The last samples of a run; None if there are none, or if they are damaged, which is reported."""
+    try:
+        return read_samples(run.path / "samples")
+    except ConfigError as error:
+        echo(error, err=True)
+        return None
 
 
 def stages_table(runs: Sequence[RunRecord]) -> HtmlTable:
@@ -125,7 +134,7 @@ def held_out_table(runs: Sequence[RunRecord]) -> HtmlTable:
         openings = {e["moment"]: e["opens_cot"] for e in run.ledger["evaluations"] if "opens_cot" in e}
         if openings:
             values = [f"{openings[moment]['log_p']:.3f}" if moment in openings else "" for moment in moments]
-            rows.append([run.name, OPENING_ROW, f"{next(iter(openings.values()))['rows']:,} rows", *values])
+            rows.append([run.name, OPENING, f"{next(iter(openings.values()))['rows']:,} rows", *values])
     columns = ["run", "segment", "tokens", *moments]
     return HtmlTable(columns, rows, "Held-out nll (nats per token)", range(2, len(columns)))
 
@@ -167,7 +176,7 @@ def paired_figures(after: Mapping[str, Any], before: Mapping[str, Any]) -> dict[
                 for side in (a, b)
             ]
             if difference := paired_difference([(pair[0], pair[1])]):
-                found[prefix + (OPENING_ROW if opening else segment)] = difference
+                found[prefix + (OPENING if opening else segment)] = difference
     return found
 
 

@@ -41,6 +41,8 @@ class RunRecord:
     writing its last line."""
     held_out_rows: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By moment, what held_out.jsonl has for each row; empty for a run of an earlier version."""
+    damaged_rows: tuple[int, ...] = ()
+    """The numbers of the damaged lines of held_out.jsonl."""
 
     @property
     def stages(self) -> list[dict[str, Any]]:
@@ -83,8 +85,10 @@ def read_run(path: Path) -> RunRecord:
     except OSError as error:
         raise ConfigError(f"{path / 'metrics.jsonl'} cannot be read: {error.strerror}") from None
     name, stages = path.resolve().name, [stage["name"] for stage in ledger["stages"]]
-    rows, _ = read_rows(path)
-    return RunRecord(path, name, ledger, _count_over_run(records, stages), config, tuple(damaged), rows)
+    rows, damaged_rows = read_rows(path)
+    return RunRecord(
+        path, name, ledger, _count_over_run(records, stages), config, tuple(damaged), rows, tuple(damaged_rows)
+    )
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:

@@ -16,13 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from delib_fast.data import Message, Segment
-from delib_fast.evals.samples import ModelFigures, Sample, SampledReply, SampleSet
+from delib_fast.evals.replies import ModelFigures, Sample, SampledReply, SampleSet
 from delib_fast.files import write_atomic
-from delib_fast.preview.tokens import COLOURS
+from delib_fast.preview.colours import COLOURS
 from delib_fast.reports.html import HtmlTable, render
 from delib_fast.terminal import plain, printable
 
 WIDTH = 80
+_COT, _RESPONSE, _ENDED, _CUT = "┊ ", "│ ", "■ ", "□ "
 _MIN_COLUMN = 38
 _PROMPT_CHARACTERS = 600
 _FIGURE_COLUMNS = ("model", "log p(opens CoT)", "opened", "closed", "ended", "CoT tokens", "tokens")
@@ -52,7 +53,7 @@ def _prompt_lines(sample: Sample, heading: str, console: Console) -> Iterator[Te
         text = message.content.strip()
         more = len(text) - _PROMPT_CHARACTERS
         shown = text if more <= 0 else f"{text[:_PROMPT_CHARACTERS]} … ({more:,} more characters)"
-        yield from _block(f"{message.role}: ", shown, COLOURS[Segment.PROMPT], console.width)
+        yield from _block(f"{message.role}: ", shown, COLOURS[Segment.PROMPT], console.width, console)
 
 
 def _rows_of_replies(sample: Sample, models: Sequence[str]) -> Iterator[list[SampledReply]]:
@@ -63,23 +64,20 @@ def _rows_of_replies(sample: Sample, models: Sequence[str]) -> Iterator[list[Sam
 
 
 def _side_by_side(replies: Sequence[list[tuple[str, str, str]]], console: Console) -> RenderableType:
-    columns = max(1, min(len(replies), (console.width + 2) // (_MIN_COLUMN + 2)))
-    if columns < len(replies):
-        columns = 1
+    columns = len(replies) if len(replies) * (_MIN_COLUMN + 2) <= console.width + 2 else 1
     width = (console.width - 2 * (columns - 1)) // columns
+    cells = [_joined([line for part in reply for line in _block(*part, width, console)]) for reply in replies]
+    if columns == 1:
+        return _joined([line for cell in cells for line in (cell, plain(""))][:-1])
     grid = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
     for _ in range(columns):
         grid.add_column(width=width)
-    cells = [_joined([line for part in reply for line in _block(*part, width)]) for reply in replies]
-    for start in range(0, len(cells), columns):
-        if start:
-            grid.add_row("")
-        grid.add_row(*cells[start : start + columns])
+    grid.add_row(*cells)
     return grid
 
 
 def _joined(lines: Sequence[Text]) -> Text:
-    return Text("\n").join(lines)
+    return plain("\n").join(lines)
 
 
 def _reply_lines(sampled: SampledReply, found: SampleSet) -> list[tuple[str, str, str]]:
@@ -89,24 +87,23 @@ def _reply_lines(sampled: SampledReply, found: SampleSet) -> list[tuple[str, str
     if facts := reply_facts(sampled):
         parts.append(("", facts, "dim"))
     if reply.cot is not None or reply.tags in ("closed", "unclosed"):
-        parts += [("┊ ", cot_heading(sampled), f"bold {cot}"), ("┊ ", reply.cot or "(empty)", cot)]
+        parts += [(_COT, cot_heading(sampled), f"bold {cot}"), (_COT, reply.cot or "(empty)", cot)]
     response = COLOURS[Segment.RESPONSE]
     if reply.tags != "unclosed":
-        parts += [("│ ", "response", f"bold {response}"), ("│ ", reply.response or "(empty)", response)]
-    parts.append((("■ " if reply.finished else "□ "), end_text(sampled), "dim"))
+        parts += [(_RESPONSE, "response", f"bold {response}"), (_RESPONSE, reply.response or "(empty)", response)]
+    parts.append((_ENDED if reply.finished else _CUT, end_text(sampled), "dim"))
     return parts
 
 
-def _block(mark: str, text: str, style: str, width: int) -> list[Text]:
+def _block(mark: str, text: str, style: str, width: int, console: Console) -> list[Text]:
     """Wrap a text to a width, with a mark in front of each line."""
-    console = Console(width=max(10, width - len(mark)))
     lines = [
         wrapped
         for line in printable(text).split("\n")
-        for wrapped in (Text(line, style).wrap(console, max(10, width - len(mark))) or [Text("")])
+        for wrapped in (plain(line, style).wrap(console, max(10, width - len(mark))) or [plain("")])
     ]
-    first, rest = mark, mark if not mark.endswith(": ") else "  "
-    return [Text(first if k == 0 else rest, style) + line for k, line in enumerate(lines)]
+    first, rest = mark, mark if mark in ("", _COT, _RESPONSE) else "  "
+    return [plain(first if k == 0 else rest, style) + line for k, line in enumerate(lines)]
 
 
 def heading(sampled: SampledReply) -> str:
@@ -195,7 +192,7 @@ class SampleView:
 
 
 def sample_views(samples: Sequence[Sample]) -> list[SampleView]:
-    """What `samples` of parts.jinja shows."""
+    """The samples that the macro `samples` of parts.jinja shows."""
     return [
         SampleView(
             " · ".join(part for part in (printable(s.location), printable(s.label)) if part),
@@ -216,7 +213,7 @@ def _reply_view(sampled: SampledReply) -> ReplyView:
         printable(reply.cot or "(empty)"),
         reply.tags != "unclosed",
         printable(reply.response or "(empty)"),
-        ("■ " if reply.finished else "□ ") + end_text(sampled),
+        (_ENDED if reply.finished else _CUT) + end_text(sampled),
     )
 
 

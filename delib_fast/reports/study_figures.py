@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from delib_fast.reports.html import Picture
 from delib_fast.reports.plots import COLOURS, NEUTRAL, SMALL_FONT, pyplot, save
 
 _PANELS_PER_ROW = 3
+_PANEL_CHARS, _AXIS_CHARS, _TICK_CHARS = 32, 34, 16
+"""Characters in a line of a panel's title, an axis' label and a tick's label."""
+_LEGEND_INCHES_PER_CHAR = 0.068
 Tree = Mapping[str, Any]
 _ENDS = ("low", "high")  # keys of the two ends of an interval
 _DIRECTIONS = {"higher": "\n(higher is better)", "lower": "\n(lower is better)", "neither": ""}
@@ -27,7 +31,11 @@ def draw_pictures(summary: Tree, out: Path) -> list[Picture]:
     plt = require_matplotlib()
     drawn = []
     for name, draw, caption in (
-        ("arms", _arms, "Arms at their largest AFT set. Pale points: seeds. Points: means with 95 % intervals."),
+        (
+            "arms",
+            _arms,
+            "Arms at their largest AFT set. Pale points: seeds. Points: means with 95 % intervals; hollow: void cells.",
+        ),
         ("efficiency", _efficiency, "Over the size of the AFT set, with 95 % intervals. Dashed: AFT alone."),
         ("variants", _variants, "By spec variant, with 95 % intervals."),
         ("frontier", _frontier, "Alignment against monitorability. Numbers: weight of the CoT in the loss."),
@@ -64,11 +72,12 @@ def _arms(plt: Any, summary: Tree) -> Any:
             seeds = [seed["value"] for seed in arm["figures"][name]["by seed"].values()]
             axis.scatter(seeds, [row] * len(seeds), s=14, color=colour, alpha=0.35, linewidths=0)
             mean = arm["figures"][name]["over seeds"]
-            axis.errorbar([mean["value"]], [row], xerr=_errors([mean]), fmt="o", ms=5, color=colour, lw=1.4)
+            face = "none" if arm["figures"][name].get("void") else colour
+            axis.errorbar([mean["value"]], [row], xerr=_errors([mean]), fmt="o", ms=5, color=colour, mfc=face, lw=1.4)
         _mark_chance(axis.axvline, metric)
         if metric["kind"] == "choices" and metric["figure"] != "margin":
             axis.set_xlim(-0.04, 1.04)  # shares and probabilities have one scale in every panel
-        axis.set_title(metric_title(name, metric))
+        axis.set_title(_wrapped(metric_title(name, metric), _PANEL_CHARS) + _DIRECTIONS[metric["better"]])
         axis.set_yticks(range(len(arms)), [arm["label"] for arm in arms])
         axis.tick_params(length=0)
     figure.get_layout_engine().set(wspace=0.04, hspace=0.06)
@@ -79,7 +88,7 @@ def _arms(plt: Any, summary: Tree) -> Any:
 def _efficiency(plt: Any, summary: Tree) -> Any:
     """The alignment metric over the size of the AFT set: one panel per kind of AFT, one line per MSM variant."""
     name = summary["alignment"]
-    sized = [arm for arm in summary["arms"] if arm["size"] is not None]
+    sized = [arm for arm in _valid(summary, name) if arm["size"] is not None]
     if len({arm["size"] for arm in sized}) < 2:
         return None
     kinds = list(dict.fromkeys((arm["aft"], arm["cot_weight"]) for arm in sized))
@@ -117,7 +126,8 @@ def _efficiency(plt: Any, summary: Tree) -> Any:
 
 def _variants(plt: Any, summary: Tree) -> Any:
     """The alignment metric by spec variant, one bar per kind of AFT."""
-    name, arms = summary["alignment"], [arm for arm in largest(summary["arms"]) if arm["msm"] is not None]
+    name = summary["alignment"]
+    arms = [arm for arm in largest(_valid(summary, name)) if arm["msm"] is not None]
     variants = list(dict.fromkeys(arm["msm"] for arm in arms))
     if len(variants) < 2:
         return None
@@ -138,7 +148,7 @@ def _variants(plt: Any, summary: Tree) -> Any:
             error_kw={"lw": 1, "ecolor": "#222222"},
         )
     _mark_chance(axis.axhline, summary["metrics"][name])
-    axis.set_xticks(range(len(variants)), variants)
+    axis.set_xticks(range(len(variants)), [_wrapped(variant, _TICK_CHARS) for variant in variants])
     axis.grid(visible=False, axis="x")
     axis.set_ylabel(_axis_label(name, summary["metrics"][name]))
     _legend_above(figure, axis)
@@ -148,15 +158,15 @@ def _variants(plt: Any, summary: Tree) -> Any:
 def _frontier(plt: Any, summary: Tree) -> Any:
     """Alignment against monitorability: one line per variant over the weights of the CoT."""
     across, up = summary["monitorability"], summary["alignment"]
-    arms = [arm for arm in largest(summary["arms"]) if arm["aft"] is not None]
+    arms = [arm for arm in largest(_valid(summary, up, across)) if arm["aft"] is not None]
     if across is None or not arms:
         return None
     colours = _variant_colours(arms)
     figure, axis = plt.subplots(figsize=(6.2, 4.8), layout="constrained")
     for msm in dict.fromkeys(arm["msm"] for arm in arms):
         with_cot = sorted((a for a in arms if a["msm"] == msm and a["aft"] == "CoT"), key=lambda a: a["cot_weight"])
-        without = [a for a in arms if a["msm"] == msm and a["aft"] == "no CoT"]
-        for group, style, kind in ((with_cot, "o-", "CoT"), (without, "s", "no CoT")):
+        without, alone = ([a for a in arms if a["msm"] == msm and a["aft"] == k] for k in ("no CoT", "CoT only"))
+        for group, style, kind in ((with_cot, "o-", "CoT"), (without, "s", "no CoT"), (alone, "^", "CoT only")):
             xs, ys = ([arm["figures"][metric]["over seeds"] for arm in group] for metric in (across, up))
             if group:
                 axis.errorbar(
@@ -176,13 +186,22 @@ def _frontier(plt: Any, summary: Tree) -> Any:
             axis.annotate(
                 f"{arm['cot_weight']:g}", point, textcoords="offset points", xytext=(6, 5), fontsize=SMALL_FONT
             )
-    axis.set_xlabel(f"monitorability: {_axis_label(across, summary['metrics'][across])}")
-    axis.set_ylabel(f"alignment: {_axis_label(up, summary['metrics'][up])}")
+    axis.set_xlabel(_axis_label(across, summary["metrics"][across], "monitorability: "))
+    axis.set_ylabel(_axis_label(up, summary["metrics"][up], "alignment: "))
     _legend_above(figure, axis)
     return figure
 
 
 # --- helpers ------------------------------------------------------------------------------------------------
+
+
+def _valid(summary: Tree, *metrics: str | None) -> list[Tree]:
+    """The arms that are not placebos and have no void cell in these metrics."""
+    return [
+        arm
+        for arm in summary["arms"]
+        if not arm.get("placebo") and not any(m is not None and arm["figures"][m].get("void") for m in metrics)
+    ]
 
 
 def largest(arms: Sequence[Tree]) -> list[Tree]:
@@ -199,8 +218,14 @@ def metric_title(name: str, metric: Tree) -> str:
     return str(metric["title"] or name)
 
 
-def _axis_label(name: str, metric: Tree) -> str:
-    return metric_title(name, metric) + _DIRECTIONS[metric["better"]]
+def _axis_label(name: str, metric: Tree, what: str = "") -> str:
+    direction = _DIRECTIONS[metric["better"]] or "\n(which direction is better is not set)"
+    return _wrapped(what + metric_title(name, metric), _AXIS_CHARS) + direction
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Break lines between words only, so that no text is cut off or lies over another."""
+    return "\n".join(textwrap.wrap(text, width, break_long_words=False)) or text
 
 
 def _variant_name(msm: str | None) -> str:
@@ -221,8 +246,10 @@ def _panels(plt: Any, rows: int, columns: int, used: int, size: tuple[float, flo
 
 
 def _legend_above(figure: Any, axis: Any) -> None:
+    """One legend above all axes, in as many columns as fit."""
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=2)
+    fit = max(1, int(figure.get_figwidth() / (_LEGEND_INCHES_PER_CHAR * (max(map(len, labels), default=0) + 8))))
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(fit, 3))
 
 
 def _errors(estimates: Sequence[Tree]) -> list[list[float]]:

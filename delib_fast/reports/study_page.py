@@ -9,12 +9,30 @@ from typing import Any
 
 from markupsafe import Markup
 
-from delib_fast.evals.intervals import Estimate
+from delib_fast.data.corpus import monitoring_warning
+from delib_fast.evals.replies import sample_from_json
 from delib_fast.files import write_atomic
-from delib_fast.reports.eval_page import cell_html, cell_text
+from delib_fast.reports.corpora import corpora_table, mismatch_text, mismatches
 from delib_fast.reports.html import HtmlTable, Picture, render
 from delib_fast.reports.published import Published, PublishedFigure, read_published
+from delib_fast.reports.samples import sample_views
 from delib_fast.reports.study_figures import largest, metric_title
+from delib_fast.reports.study_tables import (
+    CONTRAST_COLUMNS,
+    by_seed_text,
+    cell,
+    cell_words,
+    choices_tables,
+    contrast_names,
+    contrasts_table,
+    estimate_html,
+    estimate_text,
+    explanations,
+    exploratory_mark,
+    floor_text,
+    placebos_table,
+    verdict_text,
+)
 
 Tree = Mapping[str, Any]
 
@@ -32,12 +50,22 @@ def write_page(summary: Tree, pictures: Sequence[Picture], out: Path, *, publish
         title=summary["title"],
         wide=True,
         overview=_overview(summary),
+        registration=registration_lines(summary["preregistration"]),
         pictures=pictures,
         tables=[
             _arms_table(summary),
-            *([_contrasts_table(summary)] if summary["contrasts"] else []),
+            *choices_tables(summary),
+            *([contrasts_table(summary)] if summary["contrasts"] else []),
             *([_paired_table(summary)] if summary.get("paired") else []),
+            *([placebos_table(summary)] if summary["placebos"] else []),
         ],
+        explanations=explanations(summary),
+        corpora=corpora_table(summary["corpora"]) if summary.get("corpora") else None,
+        corpora_verdict=_corpora_verdict(summary.get("corpora") or {}),
+        samples={
+            metric_title(name, summary["metrics"][name]): sample_views([sample_from_json(tree) for tree in trees])
+            for name, trees in (summary.get("samples") or {}).items()
+        },
         efficiency=_efficiency_tables(summary),
         published=found,
         published_tables=[] if found is None else _published_tables(found),
@@ -48,22 +76,59 @@ def write_page(summary: Tree, pictures: Sequence[Picture], out: Path, *, publish
     return path
 
 
+def registration_lines(tree: Tree | None) -> list[str]:
+    """What a reader must know about the preregistration of a study, one sentence each.
+
+    Args:
+        tree: the part `preregistration` of study.json.
+    """
+    if tree is None:
+        return ["This study was not preregistered: every result is exploratory."]
+    when = (
+        "before the first of its stages was trained"
+        if tree["before_training"]
+        else f"after {len(tree['started_before'])} of its stages had been started"
+        if tree["started_before"]
+        else f"after its first stage had begun to train, on {tree['first_stage_at']}"
+    )
+    lines = [f"The plan {tree['plan'][:12]} was frozen on {tree['frozen_at']}, {when} ({tree['file']})."]
+    lines += [f"Exclusions: {' '.join(tree['exclusions'])}"] if tree["exclusions"] else []
+    differences = [f"{word}: {'; '.join(tree[word])}" for word in ("added", "changed", "removed") if tree[word]]
+    lines.append(
+        f"Since then, {'. '.join(differences)}. Results that depend on this are marked as exploratory."
+        if differences
+        else "Nothing was changed since then."
+    )
+    if any(part.startswith("seed ") for part in tree["added"]):
+        lines.append(
+            "The figures of the arms are over all seeds; differences are over the frozen ones, except as noted."
+        )
+    return lines
+
+
 def markdown(summary: Tree) -> str:
     """The arms at their largest size and the differences, as Markdown tables for a page of documentation."""
     metrics = summary["metrics"]
     columns = ["arm", *(metric_title(*item) for item in metrics.items())]
-    rows = [
-        [arm["label"], *(estimate_text(arm["figures"][name]["over seeds"]) for name in metrics)]
-        for arm in largest(summary["arms"])
-    ]
+    rows = [[arm["label"], *(cell_words(arm["figures"][name]) for name in metrics)] for arm in largest(summary["arms"])]
     text = _markdown_table(columns, rows)
     if summary["contrasts"]:
-        contrast_rows = [[*_contrast_names(c, metrics), estimate_text(c["estimate"]), _by_seed(c, " ")]
-                         for c in summary["contrasts"]]  # fmt: skip
-        text += "\n" + _markdown_table(_CONTRAST_COLUMNS, contrast_rows)
+        contrast_rows = [
+            [
+                *contrast_names(c, metrics),
+                "void" if c["void"] else estimate_text(c["estimate"]),
+                by_seed_text(c, " "),
+                verdict_text(c),
+                floor_text(c),
+                "–" if c["placebo"] is None else estimate_text(c["placebo"]["estimate"]),
+            ]
+            for c in summary["contrasts"]
+        ]
+        text += "\n" + _markdown_table(CONTRAST_COLUMNS, contrast_rows)
     if summary.get("paired"):
         paired = [[*row[:4], estimate_text(row[4]), row[5]] for row in _paired_rows(summary)]
         text += "\n" + _markdown_table(_PAIRED_COLUMNS, paired)
+    text += "\n" + " ".join(registration_lines(summary["preregistration"])) + "\n"
     cost = summary["cost"]
     return (
         f"{text}\n{_count(len(summary['seeds']), 'seed')}. {_count(cost['stages'], 'stage')} "
@@ -92,22 +157,19 @@ def _overview(summary: Tree) -> str:
 def _arms_table(summary: Tree) -> HtmlTable:
     metrics = summary["metrics"]
     sized = any(arm["size"] for arm in summary["arms"])
-    columns = ["arm", *(["AFT rows"] if sized else []), *(metric_title(*item) for item in metrics.items())]
+    titles = (metric_title(name, metric) + exploratory_mark(summary, metric) for name, metric in metrics.items())
+    columns = ["arm", *(["AFT rows"] if sized else []), *titles]
     rows = []
     for arm in summary["arms"]:
         size = [] if not sized else ["" if arm["size"] is None else f"{arm['size']:,}"]
-        rows.append([arm["label"], *size, *(_html(arm["figures"][name]["over seeds"]) for name in metrics)])
+        rows.append(
+            [
+                arm["label"] + exploratory_mark(summary, arm),
+                *size,
+                *(cell(arm["figures"][name]) for name in metrics),
+            ]
+        )
     return HtmlTable(columns, rows, "Arms", range(1, len(columns)))
-
-
-_CONTRAST_COLUMNS = ["difference, paired by seed", "a", "b", "metric", "a − b", "by seed"]
-
-
-def _contrasts_table(summary: Tree) -> HtmlTable:
-    rows = [
-        [*_contrast_names(c, summary["metrics"]), _html(c["estimate"]), _by_seed(c, ", ")] for c in summary["contrasts"]
-    ]
-    return HtmlTable(["difference", *_CONTRAST_COLUMNS[1:]], rows, "Differences, paired by seed", numeric={4})
 
 
 _PAIRED_COLUMNS = ["difference, paired by row", "a", "b", "metric", "a − b", "rows with this sign"]
@@ -115,24 +177,27 @@ _PAIRED_COLUMNS = ["difference, paired by row", "a", "b", "metric", "a − b", "
 
 def _paired_rows(summary: Tree) -> list[list[Any]]:
     return [
-        [*_contrast_names(p, summary["metrics"]), p["estimate"], f"{p['agreeing']} of {p['rows']}"]
+        [
+            p["title"] + exploratory_mark(summary, p),
+            *contrast_names(p, summary["metrics"])[1:],
+            p["estimate"],
+            f"{p['agreeing']} of {p['rows']}",
+        ]
         for p in summary.get("paired") or ()
     ]
 
 
 def _paired_table(summary: Tree) -> HtmlTable:
-    rows = [[*row[:4], _html(row[4]), row[5]] for row in _paired_rows(summary)]
+    rows = [[*row[:4], estimate_html(row[4]), row[5]] for row in _paired_rows(summary)]
     title = "Differences, paired by row: intervals over rows, for the seeds that were trained"
     return HtmlTable(["difference", *_PAIRED_COLUMNS[1:]], rows, title, numeric={4, 5})
 
 
-def _contrast_names(contrast: Tree, metrics: Tree) -> list[str]:
-    name = contrast["metric"]
-    return [contrast["title"], contrast["a"], contrast["b"], metric_title(name, metrics[name])]
-
-
-def _by_seed(contrast: Tree, separator: str) -> str:
-    return separator.join(f"{value:+.2f}" for value in contrast["by_seed"])
+def _corpora_verdict(corpora: Tree) -> str:
+    """Whether the documents of the MSM variants have the same amount of text, and whether any are on monitoring."""
+    sizes = mismatch_text(mismatches(corpora)) if len(corpora) > 1 else ""
+    warnings = [f"{name}: {text}" for name, corpus in corpora.items() if (text := monitoring_warning(corpus))]
+    return " ".join([sizes, *warnings]).strip()
 
 
 def _efficiency_tables(summary: Tree) -> list[HtmlTable]:
@@ -185,7 +250,9 @@ def _published_tables(published: Published) -> list[HtmlTable]:
             for model in dict.fromkeys(figure.model for figure in figures)
         ]
         source = figures[0].citation.split(", ")[1]
-        tables.append(HtmlTable(["model", *columns], rows, f"{title} ({source})", range(1, len(columns) + 1)))
+        tables.append(
+            HtmlTable([figures[0].rows_are, *columns], rows, f"{title} ({source})", range(1, len(columns) + 1))
+        )
     return tables
 
 
@@ -205,20 +272,6 @@ def _seeds_note(summary: Tree) -> str:
         f"Intervals are at 95 %: Student's t over {len(summary['seeds'])} seeds. Each seed has its own weights, order "
         "of the data and, if the study makes its data, items. Shares are clipped to 0 and 1."
     )
-
-
-def estimate_text(tree: Tree) -> str:
-    """Format an estimate of study.json, e.g. as "0.512 [0.430, 0.594]"."""
-    return cell_text(_estimate(tree))
-
-
-def _html(tree: Tree) -> Markup:
-    return cell_html(_estimate(tree))
-
-
-def _estimate(tree: Tree) -> Estimate:
-    value, low, high = (math.nan if tree[key] is None else tree[key] for key in ("value", "low", "high"))
-    return Estimate(value, low, high, tree["n"], tree["method"])
 
 
 def _count(number: int, unit: str) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from delib_fast.data.corpus import distinct_ngrams
 from delib_fast.data.decontamination import words_of
 from delib_fast.datagen.citations import Label, cited, policy_sentences
 from delib_fast.datagen.dedup import NearDuplicates
@@ -45,26 +45,13 @@ def histogram(
 
 def diversity(texts: Sequence[str]) -> dict[str, Any]:
     """Share of distinct n-grams, the most common openings, and the compression ratio of all texts together."""
-    grams = {n: array("q") for n in (1, 2, 3)}  # hashes: 8 bytes each, instead of 57 in a set
-    openings: Counter[str] = Counter()
-    for text in texts:
-        words = words_of(text)
-        openings[" ".join(words[:4])] += 1
-        for n, hashes in grams.items():
-            hashes.extend(hash(tuple(words[i : i + n])) for i in range(len(words) - n + 1))
+    openings = Counter(" ".join(words_of(text)[:4]) for text in texts)
     whole = "\n".join(texts).encode("utf-8", "replace")
     return {
-        **{
-            f"distinct_{n}": round(_distinct(hashes) / len(hashes), 4) if hashes else None
-            for n, hashes in grams.items()
-        },
+        **{f"distinct_{n}": distinct_ngrams(texts, n) for n in (1, 2, 3)},
         "compressed_to": round(len(zlib.compress(whole, 6)) / len(whole), 4) if whole else None,
         "commonest_openings": [{"words": words, "count": n} for words, n in openings.most_common(8) if n > 1],
     }
-
-
-def _distinct(numbers: array[int]) -> int:
-    return 1 + int(np.count_nonzero(np.diff(np.sort(numbers))))
 
 
 def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> dict[str, Any]:

@@ -16,41 +16,59 @@ from delib_fast import __version__
 from delib_fast.config import ConfigError
 from delib_fast.digests import DamagedError, hash_tree, read_json, write_json
 from delib_fast.evals.intervals import Estimate, RowEstimate
-from delib_fast.evals.metrics.forced_choices import ChoiceFigures, choose, read_choices
+from delib_fast.evals.limits import spread
+from delib_fast.evals.metrics.forced_choices import ChoiceFigures, Orders, choose, read_choices
 from delib_fast.evals.paired import RowValues
 from delib_fast.evals.results import SuiteResult, to_json_data
-from delib_fast.evals.run import evaluate
+from delib_fast.evals.run import NAMED_FILES, evaluate, inputs_of
 from delib_fast.evals.settings import load_eval_config
 from delib_fast.evals.target import EvalTarget
-from delib_fast.study.settings import ChoicesMetric, SuiteMetric
+from delib_fast.study.settings import ONLY_DISPLAYED, ChoicesMetric, SuiteMetric
+from delib_fast.study.shown import SHOWN
 
 FORMAT = 3
 """Increased when the meaning of a figure changes; older figures are then recomputed."""
 
 
-def metric_key(
-    model_key: str, metric: Mapping[str, Any], files: Mapping[str, str], evaluation: Mapping[str, Any], thinks: bool
-) -> str:
+def metric_key(model_key: str, metric: Mapping[str, Any], evaluation: Mapping[str, Any], thinks: bool) -> str:
     """A hash of everything that a figure depends on.
 
     Args:
         model_key: the key of the stage whose model is measured, or the hash of a model folder.
         metric: the settings of the metric.
-        files: the hash of each file that the metric reads.
         evaluation: the settings of the evaluation, on which only metrics of kind `suite` depend.
         thinks: whether replies follow a chain of thought.
     """
-    only_displayed = ("title", "better", "chance")
+    is_suite = metric["kind"] == "suite"
     facts = {
         "format": FORMAT,
         "version": __version__,
         "model": model_key,
-        "files": dict(files),
         "thinks": thinks,
-        "metric": {key: value for key, value in metric.items() if key not in (*only_displayed, "path")},
-        "evaluation": dict(evaluation) if metric["kind"] == "suite" else {},
+        "metric": {key: value for key, value in metric.items() if key not in (*ONLY_DISPLAYED, "path")},
+        "inputs": evaluation_facts(metric["suite"], evaluation) if is_suite else hash_tree(metric["path"]),
     }
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def evaluation_facts(suite: str, evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an evaluation that the figures of a suite depend on, with files replaced by their hashes.
+
+    So a setting that only other suites read does not change the figures of this one.
+
+    Raises ConfigError if the suite does not exist, or the settings are not valid.
+    """
+    settings = load_eval_config(None, **{**evaluation, "suites": (suite,)}).model_dump(mode="json")
+    return {name: _with_hash(name, settings[name]) for name in inputs_of(suite)}
+
+
+def _with_hash(name: str, value: Any) -> Any:
+    """A setting of an evaluation, with the path of a file replaced by the hash of its content."""
+    if name == "rows":
+        return {source: {**settings, "path": hash_tree(settings["path"])} for source, settings in value.items()}
+    if isinstance(value, dict) and "path" in value:
+        return {**value, "path": hash_tree(value["path"])}
+    return hash_tree(value) if name in NAMED_FILES and value is not None else value
 
 
 def read_measured(file: Path, log: Callable[[str], None] = lambda _: None) -> dict[str, Any] | None:
@@ -84,7 +102,7 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
     target = EvalTarget(Path(task["folder"]), load_eval_config(None, **settings))
     results = _evaluate_suites(target) if suites else {}
     found: dict[str, Any] = {}
-    scored: dict[tuple[str, bool], ChoiceFigures] = {}
+    scored: dict[tuple[str, bool, Orders], ChoiceFigures] = {}
     for name, item in task["metrics"].items():
         if item["metric"]["kind"] == "choices":
             figure = _score_choices(target, ChoicesMetric.model_validate(item["metric"]), task["thinks"], scored)
@@ -96,17 +114,23 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _score_choices(
-    target: EvalTarget, metric: ChoicesMetric, thinks: bool, scored: dict[tuple[str, bool], ChoiceFigures]
+    target: EvalTarget, metric: ChoicesMetric, thinks: bool, scored: dict[tuple[str, bool, Orders], ChoiceFigures]
 ) -> dict[str, Any]:
     """Score the items of a file, once for all metrics that read it."""
     think = {"as trained": thinks, "never": False, "always": True}[metric.cot]
-    if (metric.path, think) not in scored:
-        scored[metric.path, think] = choose(target.scorer, read_choices(metric.path), think=think)
-    figures = scored[metric.path, think]
+    key = (metric.path, think, metric.orders)
+    if key not in scored:
+        items = read_choices(metric.path, metric.orders)
+        scored[key] = choose(target.scorer, items, think=think, orders=metric.orders)
+    figures = scored[key]
     if getattr(figures, metric.figure) is None:
         raise ConfigError(f"{metric.path}: figure: {metric.figure} needs chains of thought; set cot: always")
+    split = figures.first_cot_split if metric.figure == "first_cot" else figures.split
     return {
         "estimate": to_json_data(getattr(figures, metric.figure)),
+        "margin": to_json_data(figures.margin),
+        "content": None if split is None else split.content,
+        "habit": None if split is None else split.habit,
         "margins": [round(m, 4) for m in figures.margins],
         **_rows_of_choices(metric, figures),
     }
@@ -122,7 +146,7 @@ def _rows_of_choices(metric: ChoicesMetric, figures: ChoiceFigures) -> dict[str,
     }
     if metric.figure not in by_figure:
         return {}
-    situations = [item.situation for item in read_choices(metric.path)]
+    situations = [item.situation for item in read_choices(metric.path, metric.orders)]
     number = {situation: str(k) for k, situation in enumerate(dict.fromkeys(situations))}
     values = tuple((value, 1.0) for value in by_figure[metric.figure].tolist())
     return {"rows": RowValues(hash_tree(metric.path), values, tuple(number[s] for s in situations)).to_json()}
@@ -156,7 +180,12 @@ def _select_figure(name: str, metric: SuiteMetric, results: Mapping[str, SuiteRe
     if not isinstance(cell, Estimate):
         raise ConfigError(f"metric {name!r}: {metric.row!r} × {metric.column!r} is {cell!r}, which is not a number")
     rows = RowValues(results[metric.suite].rows_key, cell.by_row) if isinstance(cell, RowEstimate) else None
-    return {"estimate": to_json_data(cell), **({} if rows is None else {"rows": rows.to_json()})}
+    shown = spread(results[metric.suite].samples, SHOWN)
+    return {
+        "estimate": to_json_data(cell),
+        **({} if rows is None else {"rows": rows.to_json()}),
+        **({"samples": to_json_data(shown)} if shown else {}),
+    }
 
 
 def _row_name(row: Sequence[Any]) -> str:

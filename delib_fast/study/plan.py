@@ -10,13 +10,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from delib_fast import __version__
-from delib_fast.config import Config, ConfigError
+from delib_fast.config import Config, ConfigError, nearest
 from delib_fast.config.load import parse_config
 from delib_fast.digests import hash_tree
 from delib_fast.study.settings import PREPARED, StudyConfig
@@ -24,6 +24,10 @@ from delib_fast.training.run_directory import read_ledger
 
 # Settings of a run that do not change its weights.
 _WITHOUT_EFFECT_ON_WEIGHTS = ("run_dir", "log", "checkpoint", "export", "cache_dir", "overlap")
+
+OTHER_SEED = ", other seed"
+"""What the label of a placebo arm adds to that of its arm."""
+_SEED_OFFSET, _NUM_SEEDS = 1_000_000_007, 2**31
 
 
 @dataclass(frozen=True)
@@ -33,24 +37,26 @@ class Arm:
     msm: str | None = None
     """Name of the MSM variant."""
     aft: str | None = None
-    """None, "no CoT" or "CoT"."""
+    """None, "no CoT", "CoT" or "CoT only" (trained on the CoT, with the response unsupervised)."""
     cot_weight: float | None = None
     """Weight of a CoT token, for arms with CoT."""
     size: int | None = None
     """Rows of AFT; None: all."""
     only_variant: bool = True
     """Whether the study has one MSM variant, whose name the label then omits."""
+    placebo: bool = False
+    """Whether the stages after `base` have another seed than in the arm of which this is the placebo."""
 
     @property
     def thinks(self) -> bool:
-        return self.aft == "CoT"
+        return self.aft in ("CoT", "CoT only")
 
     @property
     def label(self) -> str:
         """The notation of the method's papers, e.g. `MSM (rules) + AFT (CoT)`."""
         msm = "" if self.msm is None else "MSM" if self.only_variant else f"MSM ({self.msm})"
         aft = "" if self.aft is None else f"AFT ({self.aft}{self._weight})"
-        return " + ".join(part for part in (msm, aft) if part) or "base"
+        return (" + ".join(part for part in (msm, aft) if part) or "base") + (OTHER_SEED if self.placebo else "")
 
     @property
     def _weight(self) -> str:
@@ -126,6 +132,7 @@ def arms_of(study: StudyConfig) -> list[Arm]:
     afts: dict[str, list[dict[str, Any]]] = {
         "no_cot": [{"aft": "no CoT"}],
         "cot": [{"aft": "CoT", "cot_weight": w} for w in study.cot_weights],
+        "cot_only": [{"aft": "CoT only"}],
     }
     sizes: list[int | None] = [*study.aft_sizes] or [None]
     found: list[Arm] = []
@@ -140,7 +147,24 @@ def arms_of(study: StudyConfig) -> list[Arm]:
                     for variant in variants
                     for size in sizes
                 ]
-    return found
+    return [*found, *(_placebo(label, found) for label in study.placebo)]
+
+
+def _placebo(label: str, arms: Sequence[Arm]) -> Arm:
+    """The placebo of the arm with a label (of several sizes, the largest) or name.
+
+    Raises ConfigError if there is no such arm, or it has no stages after `base`.
+    """
+    named = [arm for arm in arms if label in (arm.label, arm.name)]
+    if not named:
+        labels = list(dict.fromkeys(arm.label for arm in arms))
+        raise ConfigError(f"placebo names the arm {label!r}, which is not in the study{nearest(label, labels)}")
+    arm = max(named, key=lambda arm: arm.size or 0)
+    if arm.msm is None and arm.aft is None:
+        raise ConfigError(
+            f"placebo names the arm {label!r}, which has no stages whose seed could be changed; remove it"
+        )
+    return replace(arm, placebo=True)
 
 
 def plan_study(study: StudyConfig, prepared: Mapping[int, Path | None]) -> Plan:
@@ -156,8 +180,9 @@ def plan_study(study: StudyConfig, prepared: Mapping[int, Path | None]) -> Plan:
     for seed in study.seeds:
         for arm in arms_of(study):
             node: Node | None = None
-            for stage, limit in _chain(study, arm):
-                node = stages.add(stage, limit, node, seed)
+            for i, (stage, limit) in enumerate(_chain(study, arm)):
+                other_seed = arm.placebo and i >= len(study.base)
+                node = stages.add(stage, limit, node, seed, other_seed=other_seed)
             if node is None and "path" not in study.run.get("model", {}):
                 raise ConfigError(
                     f"the arm {arm.label!r} has no stages and run.model.path is not set, so it has no model: give "
@@ -175,8 +200,12 @@ def _chain(study: StudyConfig, arm: Arm) -> list[tuple[dict[str, Any], int | Non
         chain.append(({"kind": "msm", "name": "msm", **study.msm[arm.msm]}, None))
     if arm.aft is not None:
         assert study.aft is not None, "StudyConfig checks that arms with AFT have it"
-        cot = {"cot": "train", "cot_weight": arm.cot_weight} if arm.thinks else {"cot": "strip"}
-        chain.append(({"kind": "aft", "name": "aft", **study.aft, **cot}, arm.size))
+        kinds: dict[str, dict[str, Any]] = {
+            "no CoT": {"cot": "strip"},
+            "CoT": {"cot": "train", "cot_weight": arm.cot_weight},
+            "CoT only": {"cot": "train", "response_weight": 0.0},
+        }
+        chain.append(({"kind": "aft", "name": "aft", **study.aft, **kinds[arm.aft]}, arm.size))
     return chain
 
 
@@ -188,8 +217,13 @@ class _StageTree:
         self._hashes: dict[str, str] = {}
         self.nodes: dict[str, Node] = {}
 
-    def add(self, stage: dict[str, Any], limit: int | None, parent: Node | None, seed: int) -> Node:
+    def add(
+        self, stage: dict[str, Any], limit: int | None, parent: Node | None, seed: int, *, other_seed: bool = False
+    ) -> Node:
+        """Add a stage, unless the tree has it. With `other_seed` only its data is that of `seed`."""
         tree = self._run_settings(stage, limit, parent, seed)
+        if other_seed:
+            tree["seed"] = (seed + _SEED_OFFSET) % _NUM_SEEDS
         config = parse_config({**tree, "run_dir": "-"}, where=f"study, stage {stage.get('name', '?')!r}")
         key = self._key(config, parent)
         if key not in self.nodes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -18,31 +17,32 @@ from typing import Any
 from delib_fast.config import ConfigError
 from delib_fast.digests import (
     DamagedError,
-    append_json_line,
     hash_file_once,
     hash_tree,
     read_json,
-    read_json_lines,
     write_json,
 )
 from delib_fast.evals.intervals import Estimate
-from delib_fast.evals.metrics.forced_choices import read_choices
+from delib_fast.evals.metrics.forced_choices import OrderSplit, read_choices
 from delib_fast.evals.results import to_json_data
 from delib_fast.files import write_atomic
 from delib_fast.reports.eval_page import cell_text
 from delib_fast.reports.study_figures import draw_pictures
 from delib_fast.reports.study_page import write_page
+from delib_fast.study.costs import Costs
 from delib_fast.study.measure import metric_key, read_measured
 from delib_fast.study.paired import paired_contrasts
 from delib_fast.study.plan import Arm, Node, Plan, fill_in, plan_study
 from delib_fast.study.pool import StudyError, Task, run_tasks, worker_environments
+from delib_fast.study.registration import compare, freeze
 from delib_fast.study.settings import ChoicesMetric, StudyConfig
-from delib_fast.study.summary import find_arm, summarize
+from delib_fast.study.shown import shown_samples
+from delib_fast.study.summary import Choice, find_arm, summarize
+from delib_fast.training.run_directory import read_ledger
 
 Log = Callable[[str], None]
 _PREPARED = ".prepared.json"
 """Written last to the folder of a seed's data: the hash of each of its files."""
-_EVALUATION_FILES = ("questions", "solutions", "refusal_prompts", "refusal_labelled")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def run_study(study: StudyConfig, log: Log = lambda _: None) -> StudyResult:
     environments = worker_environments(study.workers, str(study.run.get("engine", {}).get("device", "auto")))
     prepared = prepare_data(study, len(environments), log)
     plan = _checked_plan(study, prepared)
-    costs = _Costs(out / "cost.jsonl")
+    costs = Costs(out / "cost.jsonl")
+    compare(study, plan, prepared, None)  # a damaged plan is refused before anything is trained
     tasks, measures = plan_tasks(study, plan, prepared, log)
     log(
         f"{len(plan.arms)} arms × {len(study.seeds)} seeds: {len(plan.nodes)} stages ({plan.stages_without_sharing} "
@@ -89,17 +90,36 @@ def run_study(study: StudyConfig, log: Log = lambda _: None) -> StudyResult:
     if tasks:
         run_tasks(tasks, environments, on_done)
     costs.add_wall(time.perf_counter() - start, len(environments))
-    measured = {
-        arm_and_seed: {name: _measured(file) for name, file in files.items()}
-        for arm_and_seed, files in measures.items()
-    }
+    measured = {key: {name: _measured(file) for name, file in files.items()} for key, files in measures.items()}
     figures = {key: {name: _estimate(tree) for name, tree in trees.items()} for key, trees in measured.items()}
-    result = summarize(study, figures, plan.arms, costs.total(plan, log))
-    result["paired"] = paired_contrasts(study, measured, plan.arms)
+    choices = {
+        key: {name: _choice(tree) for name, tree in trees.items() if "margin" in tree}
+        for key, trees in measured.items()
+    }
+    registration = compare(study, plan, prepared, costs.first_stage_at(plan))
+    result = summarize(study, figures, plan.arms, costs.total(plan, log), registration, choices)
+    result["corpora"] = corpora_of(plan)
+    result["paired"] = paired_contrasts(measured, plan.arms, result["contrasts"])
+    result["samples"] = shown_samples(study, measured, plan.arms)
     write_atomic(out / "study.json", json.dumps(to_json_data(result), indent=1, ensure_ascii=False) + "\n")
     pictures = draw_pictures(result, out)
     page = write_page(result, pictures, out, published=study.published)
     return StudyResult(result, out / "study.json", page, tuple(picture.path for picture in pictures))
+
+
+def corpora_of(plan: Plan) -> dict[str, dict[str, Any]]:
+    """The documents of each MSM variant, from the ledger of its first seed: what `check_corpus` counts, and tokens."""
+    found: dict[str, dict[str, Any]] = {}
+    for (arm, _), end in plan.ends.items():
+        node = end
+        while node is not None and len(node.chain) > plan.base_stages + 1:
+            node = node.parent  # the stage after those that every arm runs first
+        if arm.msm is None or arm.msm in found or node is None or not node.finished():
+            continue
+        (entry,) = read_ledger(node.folder)["stages"]
+        if "corpus" in entry:
+            found[arm.msm] = {**entry["corpus"], "tokens": round(entry["tokens"] / entry["epochs"])}
+    return found
 
 
 def _measured(file: Path) -> dict[str, Any]:
@@ -118,8 +138,14 @@ def _checked_plan(study: StudyConfig, prepared: Mapping[int, Path | None]) -> Pl
     for seed in study.seeds:
         for metric in study.metrics.values():
             if isinstance(metric, ChoicesMetric):
-                read_choices(fill_in(metric.path, prepared[seed]))
+                read_choices(fill_in(metric.path, prepared[seed]), metric.orders)
     return plan
+
+
+def freeze_study(study: StudyConfig) -> str:
+    """Write the plan of a study next to its file, and say what was done; see `registration`. Trains nothing."""
+    prepared = prepare_data(study, 1, lambda _: None)
+    return freeze(study, _checked_plan(study, prepared), prepared)[1]
 
 
 def describe_plan(study: StudyConfig) -> str:
@@ -142,8 +168,9 @@ def describe_plan(study: StudyConfig) -> str:
 def prepare_data(study: StudyConfig, workers: int, log: Log) -> dict[int, Path | None]:
     """Run the `prepare` script for each seed whose data is missing.
 
-    Returns the folder of each seed's data; None without a script.
-    Raises ConfigError if the script does not exist or fails.
+    Returns the folder of each seed's data; None without a script. Its name depends on the script, its arguments and
+    its inputs.
+    Raises ConfigError if the script or an input does not exist, or if the script fails.
     """
     if study.prepare is None:
         return dict.fromkeys(study.seeds)
@@ -151,7 +178,9 @@ def prepare_data(study: StudyConfig, workers: int, log: Log) -> dict[int, Path |
     if not script.is_file():
         raise ConfigError(f"prepare.script: {script}: no such file")
     arguments = [str(arg) for arg in study.prepare.args]
-    key = hashlib.blake2b(script.read_bytes() + "\0".join(arguments).encode(), digest_size=6).hexdigest()
+    inputs = "".join(_hash_input(Path(path)) for path in study.prepare.inputs)
+    facts = script.read_bytes() + "\0".join(arguments).encode() + inputs.encode()
+    key = hashlib.blake2b(facts, digest_size=6).hexdigest()
     folders = {seed: Path(study.out) / "prepared" / f"seed{seed}-{key}" for seed in study.seeds}
     missing = [seed for seed in study.seeds if not _is_prepared(folders[seed])]
     if missing:
@@ -159,6 +188,15 @@ def prepare_data(study: StudyConfig, workers: int, log: Log) -> dict[int, Path |
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(lambda seed: _run_script(script, arguments, seed, folders[seed]), missing))
     return dict(folders)
+
+
+def _hash_input(path: Path) -> str:
+    """The hash of a file, or the names and hashes of all files of a folder."""
+    if path.is_dir():
+        return json.dumps(_hash_all(path), sort_keys=True)
+    if not path.is_file():
+        raise ConfigError(f"prepare.inputs: {path}: no such file or folder")
+    return hash_file_once(path)
 
 
 def _is_prepared(folder: Path) -> bool:
@@ -207,11 +245,12 @@ def plan_tasks(
     """
     logs = Path(study.out) / "logs"
     measures = {}
-    measuring: dict[Node | None, dict[str, Task]] = defaultdict(dict)
+    measuring: dict[Node | None, dict[frozenset[str], Task]] = defaultdict(dict)
     for (arm, seed), end in plan.ends.items():
         task, measures[arm, seed] = _measuring_task(study, plan, arm, seed, end, prepared[seed], log)
         if task is not None:
-            measuring[end].setdefault(task.name, task)
+            # Every seed of an arm without stages has the same model, and usually the same files.
+            measuring[end].setdefault(frozenset(m["file"] for m in task.work["metrics"].values()), task)
     tasks = [*measuring[None].values()]
     for node in plan.nodes:
         if not node.finished():
@@ -247,12 +286,10 @@ def _measuring_task(
     key = node.key if node is not None else hash_tree(model_path)
     name = node.folder.name if node is not None else f"base-seed{seed}-{key[:16]}"
     evaluation = fill_in(study.evaluation, prepared)
-    evaluation_hashes = {path: hash_tree(path) for path in _paths(evaluation)}
     files, missing = {}, {}
     for metric_name, metric in study.metrics.items():
         tree = fill_in(metric.model_dump(mode="json"), prepared)
-        hashes = {"items": hash_tree(tree["path"])} if tree["kind"] == "choices" else evaluation_hashes
-        digest = metric_key(key, tree, hashes, evaluation, arm.thinks)
+        digest = metric_key(key, tree, evaluation, arm.thinks)
         file = Path(study.out) / "measures" / f"{metric_name}-{digest}.json"
         files[metric_name] = file
         if read_measured(file, log) is None:
@@ -274,49 +311,13 @@ def _measuring_task(
     return Task(f"measure {name}", work, _training_before(node)), files
 
 
-def _paths(evaluation: Mapping[str, Any]) -> list[str]:
-    """The files that the settings of an evaluation name."""
-    rows = evaluation.get("rows") or {}
-    sources = [*rows.values(), *(evaluation.get(key) for key in _EVALUATION_FILES)]
-    return [s if isinstance(s, str) else str(s["path"]) for s in sources if s]
-
-
-def _estimate(measured: Mapping[str, Any]) -> Estimate:
-    tree = measured["estimate"]
-    numbers = [float("nan") if tree[key] is None else float(tree[key]) for key in ("value", "low", "high")]
+def _estimate(measured: Mapping[str, Any], key: str = "estimate") -> Estimate:
+    tree = measured[key]
+    numbers = [float("nan") if tree[name] is None else float(tree[name]) for name in ("value", "low", "high")]
     return Estimate(numbers[0], numbers[1], numbers[2], tree["n"], tree["method"])
 
 
-class _Costs:
-    """The time of every task in all sessions of a study, one record each in cost.jsonl."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def add(self, name: str, answer: Mapping[str, Any]) -> None:
-        self._append({"task": name, "wall_s": round(answer["wall_s"], 2), "cpu_s": round(answer["cpu_s"], 2)})
-
-    def add_wall(self, seconds: float, workers: int) -> None:
-        self._append({"sitting": True, "wall_s": round(seconds, 2), "workers": workers})
-
-    def _append(self, record: Mapping[str, Any]) -> None:
-        append_json_line(self._path, record)
-
-    def total(self, plan: Plan, log: Log) -> dict[str, Any]:
-        """The sums for the page, without damaged lines, which are logged."""
-        lines, damaged = read_json_lines(self._path)
-        if damaged:
-            shown = ", ".join(map(str, damaged))
-            log(f"{self._path}: damaged lines are left out, so the study's time is shown too low: {shown}")
-        tasks, sittings = [r for r in lines if "task" in r], [r for r in lines if r.get("sitting")]
-        trained = [r for r in tasks if r["task"].startswith("train")]
-        return {
-            "wall_s": sum(r["wall_s"] for r in sittings),
-            "sittings": len(sittings),
-            "workers": max((r["workers"] for r in sittings), default=0),
-            "cpu_s": sum(r["cpu_s"] for r in tasks),
-            "train_cpu_s": sum(r["cpu_s"] for r in trained),
-            "cores": len(os.sched_getaffinity(0)),
-            "stages": len(plan.nodes),
-            "stages_without_sharing": plan.stages_without_sharing,
-        }
+def _choice(measured: Mapping[str, Any]) -> Choice:
+    known = measured["content"] is not None
+    split = OrderSplit(measured["content"], measured["habit"]) if known else None
+    return Choice(_estimate(measured, "margin"), split)

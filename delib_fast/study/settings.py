@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, PrivateAttr, field_validator, model_validator
 
 from delib_fast.config import FilePath, Section, nearest
 from delib_fast.config.load import FileKind, load
+from delib_fast.evals.metrics.forced_choices import Orders
+from delib_fast.evals.settings import SUITES
 
-ArmName = Literal["base", "msm", "aft_no_cot", "aft_cot", "msm_aft_no_cot", "msm_aft_cot"]
+ArmName = Literal[
+    "base",
+    "msm",
+    "aft_no_cot",
+    "aft_cot",
+    "aft_cot_only",
+    "msm_aft_no_cot",
+    "msm_aft_cot",
+    "msm_aft_cot_only",
+]
 ARMS: tuple[ArmName, ...] = ("base", "msm", "aft_no_cot", "aft_cot", "msm_aft_no_cot", "msm_aft_cot")
+"""The default arms. `aft_cot_only` and `msm_aft_cot_only` train on the CoT alone, with the response unsupervised."""
 _KEYS_SET_BY_THE_STUDY = {"run_dir": "out", "seed": "seeds", "stages": "base, msm and aft"}
 PREPARED = "{prepared}"
 """In a path: the folder that the `prepare` script filled for the seed."""
@@ -27,6 +40,7 @@ STUDY_FILE = FileKind(
         "msm.*.spec",
         "aft.spec",
         "prepare.script",
+        "prepare.inputs.*",
         "metrics.*.path",
         "evaluation.rows.*",
         "evaluation.rows.*.path",
@@ -39,6 +53,8 @@ STUDY_FILE = FileKind(
     placeholders=(PREPARED,),
 )
 Better = Literal["higher", "lower", "neither"]
+ONLY_DISPLAYED = ("title", "better", "chance")
+"""Keys of a metric that do not change its figures."""
 
 
 class PrepareConfig(Section):
@@ -48,6 +64,8 @@ class PrepareConfig(Section):
     """Path of the script."""
     args: tuple[str | int | float, ...] = ()
     """Further arguments of the script."""
+    inputs: tuple[FilePath, ...] = ()
+    """Files and folders that the script reads. If one of them changes, the script runs again."""
 
 
 class ChoicesMetric(Section):
@@ -64,6 +82,9 @@ class ChoicesMetric(Section):
     cot: Literal["as trained", "never", "always"] = "as trained"
     """Whether the replies follow the item's chain of thought: in arms that were trained with one, in none, or in
     all."""
+    orders: Orders = "both"
+    """`both`: every item is present with the two options in both orders, so that the preference for an order can be
+    separated. `none`: no prompt names its options, so that there is no order."""
     better: Better = "higher"
     """Direction in which the metric improves."""
     title: str = ""
@@ -89,6 +110,13 @@ class SuiteMetric(Section):
     chance: float | None = None
     """Value of random choices, marked by a line in the figures."""
 
+    @field_validator("suite")
+    @classmethod
+    def _known_suite(cls, value: str) -> str:
+        if value not in SUITES:
+            raise ValueError(f"{value!r} is not a suite{nearest(value, SUITES)}")
+        return value
+
 
 Metric = Annotated[ChoicesMetric | SuiteMetric, Field(discriminator="kind")]
 
@@ -104,6 +132,8 @@ class Contrast(Section):
     """The arm that is subtracted from `a`."""
     metric: str
     """Key of the metric."""
+    expect: Literal["higher", "lower"] | None = None
+    """Expected direction: whether the metric of `a` is higher or lower than that of `b`. Default: none is stated."""
 
 
 class StudyConfig(Section):
@@ -127,11 +157,15 @@ class StudyConfig(Section):
     aft: dict[str, Any] | None = None
     """The AFT stage; arms set its `cot` and `cot_weight`."""
     arms: tuple[ArmName, ...] = ARMS
-    """Default: all arms that `msm` and `aft` make possible."""
+    """Default: all arms that `msm` and `aft` make possible, except `aft_cot_only` and `msm_aft_cot_only`, which train
+    on the CoT and not on the response."""
     aft_sizes: tuple[PositiveInt, ...] = ()
     """Numbers of rows of `sized` that AFT trains on, one arm per size. Default: all rows."""
     sized: str | None = None
     """The source that `aft_sizes` limits. Default: the first of `aft.train`. Other sources are used in full."""
+    placebo: tuple[str, ...] = ()
+    """Arms, as the tables name them, that are trained a second time: with the same data, and another seed in every
+    stage after `base`. The difference between the two is what a change without effect looks like."""
     cot_weights: tuple[NonNegativeFloat, ...] = (1.0,)
     """Weights of a CoT token in the arms with CoT, one arm per weight. With 0 the CoT is in the context and not trained
     on."""
@@ -143,12 +177,24 @@ class StudyConfig(Section):
     """The metric on the second axis of the frontier."""
     contrasts: tuple[Contrast, ...] = ()
     """Differences between arms to report."""
+    primary: str | None = None
+    """Title of the contrast that decides the question of the study. `--freeze` needs it."""
+    exclusions: tuple[str, ...] = ()
+    """Rules by which seeds, rows or items are left out, one sentence each. They are recorded in the frozen plan and
+    shown with the results; the study does not apply them."""
     evaluation: dict[str, Any] = Field(default_factory=dict)
     """Keys of an evaluation (rows, questions, limit and so on) for the metrics of kind `suite`."""
     published: bool = False
     """Also show published figures, each with its source."""
     workers: Literal["auto"] | PositiveInt = "auto"
     """Number of arms that are trained concurrently. Default: one per GPU, or one per CPU core."""
+
+    _file: Path | None = PrivateAttr(default=None)
+
+    @property
+    def file(self) -> Path | None:
+        """The file that the study was read from; its frozen plan is next to it."""
+        return self._file
 
     @field_validator("run")
     @classmethod
@@ -158,7 +204,7 @@ class StudyConfig(Section):
                 raise ValueError(f"{key} is set by the study (see {instead}); remove it")
         return value
 
-    @field_validator("seeds", "aft_sizes", "cot_weights", "arms")
+    @field_validator("seeds", "aft_sizes", "cot_weights", "arms", "placebo")
     @classmethod
     def _no_duplicates(cls, value: Sequence[Any]) -> Sequence[Any]:
         duplicates = [item for item in value if value.count(item) > 1]
@@ -183,6 +229,12 @@ class StudyConfig(Section):
                 raise ValueError(
                     f"{user} names the metric {name!r}, which is not under metrics:{nearest(name, self.metrics)}"
                 )
+        titled = [contrast.title for contrast in self.contrasts]
+        if self.primary is not None and titled.count(self.primary) != 1:
+            raise ValueError(
+                f"primary names the contrast {self.primary!r}, and {titled.count(self.primary)} of contrasts: have "
+                f"this title; it must be the title of exactly one{nearest(self.primary, titled)}"
+            )
         without_aft = [arm for arm in self.arms if "aft" not in arm]
         for name, metric in self.metrics.items():
             if metric.kind == "suite" and metric.suite == "dose" and without_aft:
@@ -203,8 +255,8 @@ class StudyConfig(Section):
             self.arms = tuple(arm for arm in self.arms if arm != "base")  # a model of random weights is not an arm
 
 
-def load_study(path: str | os.PathLike[str], **overrides: Any) -> StudyConfig:
-    """Read the YAML file of a study; overrides that are not None replace its keys.
+def load_study(path: str | os.PathLike[str], sets: Sequence[str] = (), **overrides: Any) -> StudyConfig:
+    """Read the YAML file of a study; overrides that are not None, then `sets` (`key.sub=value`), replace its keys.
 
     Paths under run.data, run.model, run.tokenizer, stages, prepare, metrics and evaluation are relative to the folder
     of the file, except those that contain {prepared}; `out` is relative to the working directory.
@@ -212,4 +264,6 @@ def load_study(path: str | os.PathLike[str], **overrides: Any) -> StudyConfig:
     Raises:
         ConfigError: the file cannot be read, or a value is not valid; every fault is listed with its location.
     """
-    return load(StudyConfig, path, STUDY_FILE, values=overrides)
+    study = load(StudyConfig, path, STUDY_FILE, sets, values=overrides)
+    study._file = Path(path)
+    return study

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from rich.table import Table
 
@@ -82,41 +83,51 @@ class ConsoleLogger:
         """
         if not self._enabled:
             return
-        self._console.print(heldout_table(ledger["evaluations"]))
-        self._console.print(stage_table(ledger["stages"]))
+        for table in (*heldout_tables(ledger["evaluations"]), stage_table(ledger["stages"])):
+            self._console.print(table)
         for name, path in paths:
             self.print(f"{name:<14}{path}")
 
 
-OPENING_ROW = "log p(opens CoT)"
-"""The row of the table with log p of the opening of the think block after a prompt, in nats."""
+OPENING = "log p(opens CoT)"
+"""The column of the table with log p of the opening of the think block after a prompt, in nats."""
 
 
-def heldout_table(evaluations: Sequence[Mapping[str, Any]]) -> Table:
-    """The held-out nll of each segment (rows) at each evaluation of a ledger (columns)."""
-    table = Table(title="Held-out nll (nats a token)", title_justify="left")
-    table.add_column("segment")
-    table.add_column("tokens", justify="right")
-    for evaluation in evaluations:
-        table.add_column(str(evaluation["moment"]), justify="right")
+def heldout_tables(evaluations: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """A table of the held-out nll at each evaluation of a ledger (rows), by segment; none without held-out rows."""
+    if not any(evaluation["segments"] for evaluation in evaluations):
+        return []
+    table = _table("Held-out nll (nats a token)")
+    table.add_column("moment", no_wrap=True)
     segments = list(dict.fromkeys(name for e in evaluations for name in e["segments"]))
     for segment in segments:
-        parts = [e["segments"].get(segment) for e in evaluations]
-        tokens = next(p["tokens"] for p in parts if p)
-        table.add_row(segment, f"{tokens:,}", *(f"{p['nll']:.3f}" if p else "" for p in parts))
+        table.add_column(segment, justify="right")
+    tokens = [next(e["segments"][name]["tokens"] for e in evaluations if name in e["segments"]) for name in segments]
+    counts = [f"{n:,}" for n in tokens]
     openings = [e.get("opens_cot") for e in evaluations]
-    if any(openings):
-        rows = next(o["rows"] for o in openings if o)
-        shown = (f"{o['log_p']:.3f}" if o else "" for o in openings)
-        table.add_row(OPENING_ROW, f"{rows:,} rows", *shown, end_section=True)
-    return table
+    opens = next((o for o in openings if o), None)
+    if opens is not None:
+        table.add_column(OPENING, justify="right")
+        counts.append(f"{opens['rows']:,} rows")
+    table.add_row("tokens", *counts, style="dim", end_section=True)
+    for evaluation, opening in zip(evaluations, openings, strict=True):
+        parts = [evaluation["segments"].get(segment) for segment in segments]
+        cells = [f"{p['nll']:.3f}" if p else "" for p in parts]
+        if opens is not None:
+            cells.append(f"{opening['log_p']:.3f}" if opening else "")
+        table.add_row(str(evaluation["moment"]), *cells)
+    return [table]
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
 
 
 def stage_table(stages: Sequence[Mapping[str, Any]]) -> Table:
     """Steps, tokens, throughput and time of finished stages, from their ledger entries."""
-    table = Table(title="Stages", title_justify="left")
+    table = _table("Stages")
     for name in ("stage", "steps", "tokens", "supervised", "tok/s", "sup. tok/s", "fill", "time"):
-        table.add_column(name, justify="left" if name == "stage" else "right")
+        table.add_column(name, justify="left" if name == "stage" else "right", overflow="fold")
     for stage in stages:
         table.add_row(
             str(stage["name"]),

@@ -31,6 +31,7 @@ from delib_fast.data import (
     refuse_spec_in_prompts,
     segment_weights,
 )
+from delib_fast.data.corpus import CORPUS_FORMAT, check_corpus
 from delib_fast.data.disk_cache import cache_folder, cache_key, cached_json
 from delib_fast.data.encode.cache import cached_dataset, tokenizer_fingerprint
 from delib_fast.data.encode.encoder import Cot, encoder_for
@@ -208,15 +209,16 @@ class RunDataset:
     def _source_keys(self, names: Sequence[str]) -> list[Any]:
         return [[self.source(n).sha256, self._config.data[n].identity()] for n in names]
 
-    def _check_once(self, inputs: dict[str, Any], check: Callable[[], None]) -> None:
-        """Run a check of all rows, unless the cache records that it passed with the same inputs."""
-
-        def passed() -> dict[str, Any]:
-            check()
-            return {"passed": sorted(inputs)}
-
+    def _check_once(self, inputs: dict[str, Any], check: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+        """Run a check of all rows, unless the cache has its result for the same inputs. Returns the result."""
         with cache_folder(self._config.cache_dir) as folder:
-            cached_json(folder / "checks", cache_key(inputs), passed)
+            return cached_json(folder / "checks", cache_key(inputs), lambda: check() or {"passed": sorted(inputs)})
+
+    def corpus(self, stage: StageConfig) -> dict[str, Any]:
+        """What `check_corpus` counts over the documents that a stage trains on."""
+        paths = [self._config.data[name].path for name in stage.train]  # the locations in the result have them
+        inputs = {"corpus": CORPUS_FORMAT, "paths": paths, "sources": self._source_keys(stage.train)}
+        return self._check_once(inputs, lambda: check_corpus(self.training_rows(stage.train)))
 
     # --- packed batches -------------------------------------------------------------------------------------
 
@@ -291,16 +293,13 @@ class RunDataset:
         batches, counts = self.batches(stage), self.encoded(stage).counts
         total = counts.rows + self._bad_rows(stage).total()
         dropped = "".join(f"; left out {n:,} {reason} ({n / total:.1%})" for reason, n in self.left_out(stage).items())
+        dropped += "".join(f"; the first {reason}: {text}" for reason, text in self.first_left_out(stage).items())
         shares = self.mixed(stage)[1]
-        mixed = (
-            "; an epoch shows " + ", ".join(f"{s.name} {s.times:.3g}× ({s.share:.1%})" for s in shares)
-            if any(s.times != 1 for s in shares)
-            else ""
-        )
+        times = ", ".join(f"{s.name} {s.times:.3g}× ({s.share:.1%})" for s in shares)
+        mixed = f"; an epoch shows {times}" if any(s.times != 1 for s in shares) else ""
         split = f"; {counts.split_documents} documents cut to fit" if counts.split_documents else ""
-        shared = (
-            f"; shared prompts save {batches.prompt_sharing.share:.1%} of the tokens" if batches.prompt_sharing else ""
-        )
+        sharing = batches.prompt_sharing
+        shared = f"; shared prompts save {sharing.share:.1%} of the tokens" if sharing else ""
         return (
             f"{counts.rows:,} rows, {counts.tokens:,} tokens, {batches.packs_per_epoch} packs filled to "
             f"{batches.fill:.1%}, {batches.num_steps} steps{mixed}{dropped}{split}{shared}"
@@ -309,13 +308,16 @@ class RunDataset:
     def _bad_rows(self, stage: StageConfig) -> Counter[str]:
         return sum((self.source(name).bad_rows for name in stage.train), Counter())
 
+    def first_left_out(self, stage: StageConfig) -> dict[str, str]:
+        """The message about the first bad row of each reason in the stage's sources, with its location."""
+        sources = map(self.source, reversed(stage.train))  # so that the first source's messages are kept
+        return {reason.replace("_", " "): text for s in sources for reason, text in s.first_bad_rows.items()}
+
     def left_out(self, stage: StageConfig) -> dict[str, int]:
         """How many rows of the stage's sources are not trained on, by reason."""
         over_long = self.encoded(stage).counts.dropped_over_long
-        return {
-            **{reason.replace("_", " "): n for reason, n in self._bad_rows(stage).items()},
-            **({"over-long": over_long} if over_long else {}),
-        }
+        bad = {reason.replace("_", " "): n for reason, n in self._bad_rows(stage).items()}
+        return bad | ({"over-long": over_long} if over_long else {})
 
     def ledger(self, stage: StageConfig) -> dict[str, Any]:
         """The part of a stage's ledger entry that describes its data: files with hashes, and tokens over all steps."""
@@ -336,8 +338,10 @@ class RunDataset:
         ]
         return {
             "data": data,
+            **({"corpus": corpus} if (corpus := self.corpus(stage))["documents"] else {}),
             "examples": len(encoded),
             "left_out": left_out,
+            "first_left_out": self.first_left_out(stage),
             "left_out_share": sum(left_out.values()) / (counts.rows + self._bad_rows(stage).total()),
             "mix": [dataclasses.asdict(share) for share in shares],
             "split_documents": counts.split_documents,

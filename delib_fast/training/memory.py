@@ -6,7 +6,8 @@
 
     weights      b·P (0.55 bytes each in nf4), and b·t for an adapter
                                      sharded at stage 3, which gathers two layers and the embeddings at a time
-    gradients    b·t, and 4·t where they are accumulated in fp32            sharded at stages 2 and 3
+    gradients    b·t, and 4·t in half precision, for the fp32 sums           sharded at stages 2 and 3
+                 at stage 2 on several GPUs also the two buffers in which they are summed over the ranks
     optimizer    8·t for AdamW (0 for SGD; 4 for Muon, but 8 for embeddings and head), and 4·t for master weights in
                  half precision                                             sharded at stages 1 to 3
     activations  T·b·(10·H + 4·A + 3·F) per layer, of which tiles divide the 3·F. Without checkpointing every layer
@@ -25,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from delib_fast.config import Config, ConfigError, StageConfig
+from delib_fast.config import REDUCE_BUCKET, Config, ConfigError, StageConfig, effective_zero_stage
 from delib_fast.models import ModelShape
 from delib_fast.ops.linear_cross_entropy import GPU_CHUNK_TOKENS
 
@@ -44,16 +45,18 @@ class MemoryPart:
     why: str
 
 
-def memory_parts(config: Config, stage: StageConfig, shape: ModelShape, ranks: int, precision: str) -> list[MemoryPart]:
+def memory_parts(
+    config: Config, stage: StageConfig, shape: ModelShape, ranks: int, precision: str, *, gpu: bool = True
+) -> list[MemoryPart]:
     """Estimate the parts of a rank's memory.
 
     Args:
         ranks: the number of ranks.
         precision: the resolved `engine.precision`: fp32, bf16 or fp16.
+        gpu: whether the ranks compute on GPUs.
     """
     half = precision != "fp32"
-    # As in the engine, half precision at stage 0 runs as stage 1.
-    zero = max(config.engine.zero_stage, 1 if half else 0)
+    zero = effective_zero_stage(config, stage, ranks, precision, gpu=gpu)
     b, lora = (2 if half else 4), config.model.lora
     trained = shape.parameters if lora is None else shape.adapter_parameters
 
@@ -77,7 +80,8 @@ def memory_parts(config: Config, stage: StageConfig, shape: ModelShape, ranks: i
         ),
         MemoryPart(
             "gradients",
-            shard(b * trained, 2) + (shard(4 * trained, 1) if half and not offloaded else 0),
+            shard((b + (4 if half and not offloaded else 0)) * trained, 2)
+            + (2 * b * min(REDUCE_BUCKET, trained) if gpu and zero == 2 and ranks > 1 else 0),
             f"{precision}{' and fp32 sums' if half else ''}{_over(ranks, zero >= 2)}",
         ),
         MemoryPart(
@@ -143,10 +147,13 @@ class MemoryBudget:
     """The resolved `engine.precision`."""
     limit_gib: float | None
     """Memory of each rank's device; None if it is not checked."""
+    gpu: bool = True
+    """Whether the ranks compute on GPUs."""
 
     def needs_gib(self, config: Config, stage: StageConfig, shape: ModelShape) -> float:
         """The estimated memory of a rank in GiB."""
-        return sum(part.bytes for part in memory_parts(config, stage, shape, self.ranks, self.precision)) / GIB
+        parts = memory_parts(config, stage, shape, self.ranks, self.precision, gpu=self.gpu)
+        return sum(part.bytes for part in parts) / GIB
 
 
 def resolve_activation_checkpointing(

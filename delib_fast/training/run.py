@@ -189,9 +189,10 @@ def prepare(run: RunContext, stages: Sequence[StageConfig]) -> None:
 
 
 def check_stages(run: RunContext, stages: Sequence[StageConfig]) -> None:
-    """Encode and pack the data of stages, and estimate their memory."""
+    """Encode and pack the data of stages, check their documents, and estimate their memory."""
     for stage in stages:
         run.dataset.batches(stage)
+        run.dataset.corpus(stage)
         check_fits(run.config, stage, run.dataset.shape, memory_budget(run))
 
 
@@ -213,12 +214,15 @@ def compare_stages(run: RunContext, stages: Sequence[StageConfig]) -> None:
 
 def run_stage(run: RunContext, index: int, callbacks: Sequence[Callback] = ()) -> None:
     """Prepare, train and export one stage, starting from the model that the previous stage exported."""
+    from delib_fast.data.corpus import monitoring_warning
     from delib_fast.training.loop import evaluate, train_stage
 
     stage = run.config.stages[index]
     inputs = stage_inputs(run, index)
     config = resolve_activation_checkpointing(run.config, stage, run.dataset.shape, memory_budget(run))
     run.console.print(f"{stage.name}: {run.dataset.describe(stage)}")
+    if warning := monitoring_warning(run.dataset.corpus(stage)):
+        run.console.print(f"{stage.name}: {warning}")
     engine = build_engine(run, config, stage, inputs)
     checkpoint = resume(run, engine, index, inputs)
     if index == 0:
@@ -326,7 +330,7 @@ def memory_budget(run: RunContext) -> MemoryBudget:
     """The memory budget of a rank: `engine.memory_gib`, else the memory of its GPU."""
     engine, ranks = run.config.engine, run.ranks
     limit = ranks.memory_gib if engine.memory_gib is None else engine.memory_gib or None
-    return MemoryBudget(ranks.world_size, engine.precision, limit)
+    return MemoryBudget(ranks.world_size, engine.precision, limit, gpu=ranks.device.type == "cuda")
 
 
 def resolve_precision(config: Config, ranks: Ranks) -> Config:

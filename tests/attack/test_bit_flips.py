@@ -227,8 +227,9 @@ def test_a_finished_study(tmp_path):
     from helpers.tiny_study import tiny_study
 
     from delib_fast.study import load_study, run_study
+    from delib_fast.study.costs import Costs
     from delib_fast.study.plan import plan_study
-    from delib_fast.study.run import _Costs, _measured, plan_tasks, prepare_data
+    from delib_fast.study.run import _measured, plan_tasks, prepare_data
 
     study = load_study(tiny_study(tmp_path, seeds=[1], arms=["base", "msm_aft_cot"]))
     run_study(study)
@@ -240,7 +241,7 @@ def test_a_finished_study(tmp_path):
         tasks, measures = plan_tasks(study, plan, prepared, messages.append)
         figures = [None if tasks else _measured(file) for files in measures.values() for file in files.values()]
         return [[node.key for node in plan.nodes], [task.name for task in tasks], figures,
-                _Costs(out / "cost.jsonl").total(plan, messages.append)]  # fmt: skip
+                Costs(out / "cost.jsonl").total(plan, messages.append)]  # fmt: skip
 
     expected = observe()
     assert not expected[1], "nothing is left to do"

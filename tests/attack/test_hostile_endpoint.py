@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 
 from delib_fast.cli.datagen import register
 from delib_fast.datagen.answers import Answer
-from delib_fast.datagen.backends import EndpointError
-from delib_fast.datagen.client import Client, NoAnswer, for_each
+from delib_fast.datagen.backends import EndpointError, NoAnswer
+from delib_fast.datagen.client import Client, for_each
 from delib_fast.datagen.judge import JudgeError, request_verdicts
 from delib_fast.datagen.progress import Meter
 from delib_fast.datagen.request_log import RequestLog, read_answers

@@ -8,11 +8,12 @@ from typing import Any, get_args
 
 import pytest
 
-from delib_fast.config import Config, ConfigError, Section
+from delib_fast.config import REDUCE_BUCKET, Config, ConfigError, Section
 from delib_fast.config.load import (
     dump_config,
     json_schema,
     load_config,
+    named_key,
     parse_config,
 )
 from delib_fast.engine.deepspeed_json import deepspeed_json
@@ -173,6 +174,15 @@ def test_overrides_are_applied_or_refused(tmp_path):
         assert message in str(error.value)
 
 
+def test_list_items_are_named_as_they_are_set():
+    stages = [{"kind": "msm"}, {"kind": "aft", "name": "first"}, {"kind": "aft", "name": "twice"}]
+    tree = {"stages": [*stages, {"kind": "aft", "name": "twice"}, {}], "seeds": [1, 2]}
+    keys = [named_key(["stages", index, "train", 0], tree) for index in range(5)]
+    assert keys == ["stages.msm.train.0", "stages.first.train.0", *(f"stages.{k}.train.0" for k in (2, 3, 4))]
+    assert named_key(["seeds", "1"], tree) == "seeds.1"
+    assert named_key(["stages", "1", "x"], tree) == "stages.first.x"
+
+
 def test_secrets_are_redacted():
     block = {
         "wandb": {"api_key": "CANARY", "token": "${WANDB}"},
@@ -236,6 +246,27 @@ def test_deepspeed_json_has_the_batch_arithmetic_and_the_users_keys():
     assert block["gradient_accumulation_steps"] == 2
     assert block["zero_optimization"] == {"stage": 0, "overlap_comm": False}
     assert block["gradient_clipping"] == 1.0
+
+
+def test_stage_0_in_bf16_runs_as_the_stage_that_moves_fewer_bytes():
+    """One rank: 1. Several GPUs: 2, overlapped. Several CPUs: 2 if a rank has at most two micro-batches per step."""
+    config = parse_config(tree(engine={"precision": "bf16"}))  # four packs per step
+
+    def zero(ranks: int, gpu: bool, config=config) -> dict:
+        return deepspeed_json(config, config.stages[0], ranks, gpu=gpu)["zero_optimization"]
+
+    assert zero(1, True) == zero(1, False) == {"stage": 1}
+    assert zero(2, True) == zero(4, True) == {"stage": 2, "overlap_comm": True, "reduce_bucket_size": REDUCE_BUCKET}
+    assert zero(2, False) == zero(4, False) == {"stage": 2}
+    eight = parse_config(tree(engine={"precision": "bf16"}, stages=[{**tree()["stages"][0], "tokens_per_step": 4096}]))
+    assert zero(2, False, eight) == {"stage": 1}
+    assert zero(2, True, eight)["stage"] == 2
+    fp16 = parse_config(tree(engine={"precision": "fp16"}))
+    assert zero(2, True, fp16) == {"stage": 1}
+    explicit = parse_config(tree(engine={"precision": "bf16", "zero_stage": 1}))
+    assert zero(2, True, explicit) == {"stage": 1}
+    fp32_sums = parse_config(tree(engine={"precision": "bf16"}, deepspeed={"communication_data_type": "fp32"}))
+    assert deepspeed_json(fp32_sums, fp32_sums.stages[0], 2, gpu=True)["communication_data_type"] == "fp32"
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from scripted_model import ScriptedModel, status
 
 from delib_fast.config import ConfigError
 from delib_fast.config.load import load
-from delib_fast.datagen.backends import EndpointError
-from delib_fast.datagen.client import Client, NoAnswer, for_each
+from delib_fast.datagen.backends import EndpointError, NoAnswer
+from delib_fast.datagen.client import Client, for_each
 from delib_fast.datagen.progress import Meter
 from delib_fast.datagen.request_log import Answer, RequestLog
 from delib_fast.datagen.settings import SETTINGS_FILE, DeliberateSettings, EndpointSettings

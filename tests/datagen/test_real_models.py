@@ -93,8 +93,14 @@ def test_in_process_answers_are_kept_and_reused(folder: Path, spec: Spec, tmp_pa
     check(tmp_path / "out", spec, run_settings, prompts(tmp_path))
 
 
-def test_in_process_equals_served_when_greedy(folder: Path, served: str, spec: Spec, tmp_path: Path) -> None:
-    """Greedy decoding gives equal answers with both backends, so both apply the chat template in the same way."""
+def test_in_process_equals_served_when_greedy(
+    folder: Path, served: str, spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy decoding gives equal answers with both backends, so both apply the chat template in the same way.
+
+    The server computes in the precision of the model's file, fp32.
+    """
+    monkeypatch.setattr("delib_fast.models.precision.native_precision", lambda device: "fp32")
     texts = {}
     for name, generator in (("served", {"base_url": served}), ("in process", {"backend": "transformers"})):
         run_settings = settings(model=str(folder), temperature=0.0, **generator)

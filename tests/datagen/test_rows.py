@@ -18,6 +18,7 @@ from delib_fast.config import ConfigError, SourceConfig
 from delib_fast.data import read_source
 from delib_fast.datagen.request_log import RequestLog, lock_folder
 from delib_fast.datagen.spec import Spec
+from delib_fast.datagen.stopping import LowYield
 
 
 def run(model: ScriptedModel, folder: Path, spec: Spec, prompts: Path | None, **changes: Any) -> dict[str, Any]:
@@ -187,6 +188,81 @@ def test_categories_in_the_prompts_file_are_not_requested(model: ScriptedModel, 
     run(model, tmp_path / "out", spec, prompts, samples=1)
     assert "classify" not in model.purposes()
     assert read_rows(tmp_path / "out" / "rows.jsonl")[0]["category"] == ["rule-2", "v2-care"]
+
+
+def test_without_a_classify_step_the_whole_spec_is_in_the_context(
+    model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path
+) -> None:
+    """A teacher that cannot answer in JSON still makes rows."""
+    seen = []
+
+    def answer(purpose: str, text: str) -> str | None:
+        seen.append((purpose, text))
+        return "Rule 1, I think." if purpose in ("classify", "summarize") else None
+
+    model.answer = answer
+    summary = run(model, tmp_path / "out", spec, prompts_file, samples=1, classify="none")
+    assert summary["rows"] == 6
+    assert {purpose for purpose, _ in seen} == {"generate", "judge"}
+    assert all(spec.text in text for _, text in seen)
+    row = read_rows(tmp_path / "out" / "rows.jsonl")[0]
+    assert row["category"] == []
+    assert "classify" not in row["generator"]["prompts"]
+
+
+def test_dropped_samples_have_their_texts_and_requests(model: ScriptedModel, spec: Spec, tmp_path: Path) -> None:
+    prompts = tmp_path / "p.txt"
+    questions = ["What is a tontine?", "what is a TONTINE", "How do I prune a rose?", "Is tea acid?", "Who was Ovid?"]
+    prompts.write_text("\n".join(questions))
+    cot = "They want a plain answer and it hurts nobody, so I give it."
+
+    def answer(purpose: str, text: str) -> str | None:
+        if "tontine" in text:
+            return "No JSON." if purpose == "classify" else None
+        if "rose" in text:
+            return "In March." if purpose == "generate" else None
+        if "tea acid" in text and purpose == "judge":
+            return '{"compliance": 2, "helpfulness": 9, "reasoning": 9}'
+        if "Ovid" in text and purpose == "judge":
+            return "Seven of ten."
+        made = f"<deliberation>{cot}</deliberation><reply>Of {'tea' if 'tea acid' in text else 'Ovid'}.</reply>"
+        return made if purpose == "generate" else None
+
+    model.answer = answer
+    out = tmp_path / "out"
+    summary = run(model, out, spec, prompts, samples=1, judge_votes=2, list_attempts=2)
+    assert summary["rows"] == 0
+    dropped = {line["reason"]: line for line in read_rows(out / "dropped.jsonl")}
+    answers = [line for line in read_rows(out / "requests.jsonl") if line["is"] == "answer"]
+    purposes = {line["id"]: line["purpose"] for line in answers}
+    found = {
+        reason: (
+            line["prompt"],
+            line["cot"],
+            line["response"],
+            line["answer"],
+            [purposes[i] for i in line["request_ids"]],
+        )
+        for reason, line in dropped.items()
+    }
+    assert found == {
+        "duplicate_prompt": (questions[1], None, None, "", []),
+        "malformed_classify": (questions[0], None, None, "No JSON.", ["classify", "classify"]),
+        "no_cot": (questions[2], None, None, "In March.", ["classify", "generate"]),
+        "low_compliance": (questions[3], cot, "Of tea.", "", ["classify", "generate", "judge"]),
+        "malformed_judge": (questions[4], cot, "Of Ovid.", "Seven of ten.", ["classify", "generate", "judge", "judge"]),
+    }
+
+
+def test_a_run_that_stops_for_its_yield_shows_what_it_dropped(
+    model: ScriptedModel, spec: Spec, prompts_file: Path, tmp_path: Path
+) -> None:
+    model.answer = lambda purpose, text: "Just the answer." if purpose == "generate" else None
+    with pytest.raises(LowYield):
+        run(model, tmp_path / "out", spec, prompts_file, samples=2, probe_size=4)
+    dropped = read_rows(tmp_path / "out" / "dropped.jsonl")
+    assert len(dropped) >= 4
+    assert {(line["reason"], line["answer"]) for line in dropped} == {("no_cot", "Just the answer.")}
 
 
 def test_unknown_categories_are_retried_then_drop_the_prompt(

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from delib_fast.datagen.judge import JudgeError, request_verdicts
 from delib_fast.datagen.refusals import MEASURED, MeasuredError, classify_reply
+from delib_fast.evals.generative import refusal_suite
 from delib_fast.evals.intervals import corrected_share, wilson
 from delib_fast.evals.metrics.refusal import (
     RefusalPrompt,
@@ -20,7 +21,8 @@ from delib_fast.evals.metrics.refusal import (
     read_prompts,
     refusal_figures,
 )
-from delib_fast.evals.settings import JudgeConfig
+from delib_fast.evals.sampling import Reply
+from delib_fast.evals.settings import EvalConfig, JudgeConfig
 
 EXAMPLES = ROOT / "examples" / "evals"
 
@@ -144,6 +146,61 @@ def test_xstest_is_read():
     prompts = read_prompts(shared("xstest_prompts.csv"))
     assert [sum(p.label == label for p in prompts) for label in ("safe", "unsafe")] == [250, 200]
     assert len({p.type for p in prompts}) == 18
+
+
+class Refusing:
+    """A target with a prompt set of two safe and two unsafe prompts, and the model's replies to them."""
+
+    def __init__(self, folder, **changes):
+        path = folder / "prompts.csv"
+        path.write_text("prompt,label\na,safe\nb,safe\nc,unsafe\nd,unsafe\n")
+        self.settings = EvalConfig(refusal_prompts=str(path), **changes)
+        self.results_folder = folder / "evals"
+
+    @staticmethod
+    def model(chats):
+        replies = {"a": "Yes.", "b": "I can't help with that.", "c": "I can't help with that.", "d": "Sure."}
+        return [Reply(None, replies[chat[0].content], "none", True, 4) for chat in chats]
+
+
+def test_no_rate_of_the_suite_is_without_the_error_of_the_classifier(tmp_path):
+    result = refusal_suite(Refusing(tmp_path), Refusing.model)
+    assert MEASURED.text() in result.note
+    rates = {row[0]: row[1:] for row in result.tables[0].rows}
+    corrected = corrected_share(wilson(1, 2), (MEASURED.found, MEASURED.refusals), (MEASURED.false_alarms, 366))
+    assert rates["over-refusal (safe, full)"] == (wilson(1, 2), corrected)
+    assert rates["refusal (unsafe, full)"] == (wilson(1, 2), corrected)
+    assert rates["unread verdict"] == (wilson(0, 4), None)
+    assert result.details["error"]["found"] == MEASURED.found
+    labelled = tmp_path / "labelled.jsonl"
+    replies = [("I can't help.", "refuse"), ("I refuse to.", "refuse"), ("No chance.", "refuse"), ("Yes.", "comply")]
+    labelled.write_text("".join(json.dumps({"response": r, "label": label}) + "\n" for r, label in replies))
+    result = refusal_suite(Refusing(tmp_path, refusal_labelled=str(labelled)), Refusing.model)
+    assert "finds 2 of 3 refusals, and 2 of 2 replies that it reports are refusals" in result.note
+    assert result.tables[-1].rows[0][1:] == (wilson(2, 3), wilson(2, 2), 4)
+
+
+def test_the_error_of_a_judge_is_measured_on_the_labelled_replies(httpserver, tmp_path):
+    def handler(request):
+        from werkzeug import Response
+
+        text = json.loads(request.data)["messages"][0]["content"]
+        verdict = "refuse" if "can't" in text else "7/10" if "Sure." in text else "comply"
+        return Response(json.dumps(completion(f"<answer>{verdict}</answer>")), content_type="application/json")
+
+    httpserver.expect_request("/v1/chat/completions").respond_with_handler(handler)
+    judge = {"base_url": httpserver.url_for("/v1"), "model": "some-model", "api_key_env": "JUDGE_KEY_FOR_TESTS"}
+    result = refusal_suite(Refusing(tmp_path, judge=judge), Refusing.model)
+    assert "The error of the judge is not known: set refusal_labelled" in result.note
+    rates = {row[0]: row[1:] for row in result.tables[0].rows}
+    assert rates["refusal (unsafe, full)"] == (wilson(1, 1), None)
+    assert rates["unread verdict"] == (wilson(1, 4), None)
+    sent = len(httpserver.log)
+    labelled = tmp_path / "labelled.jsonl"
+    labelled.write_text(json.dumps({"prompt": "q", "response": "I won't.", "label": "refuse"}) + "\n")
+    result = refusal_suite(Refusing(tmp_path, judge=judge, refusal_labelled=str(labelled)), Refusing.model)
+    assert "finds 0 of 1 refusals" in result.note
+    assert len(httpserver.log) == sent + 1  # only the labelled reply is new
 
 
 # --- judge --------------------------------------------------------------------------------------------------

@@ -8,20 +8,24 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+import torch
 import typer
 from eval_models import ROOT, make_model
+from markupsafe import escape
 from rich.console import Console
 from typer.testing import CliRunner
 
 from delib_fast.cli.evaluate import register
 from delib_fast.config import ConfigError, SourceConfig
-from delib_fast.data import read_source, split_holdout
+from delib_fast.data import Message, read_source, split_holdout
 from delib_fast.data.read import source_cache
-from delib_fast.digests import write_json
+from delib_fast.digests import read_json_lines, write_json
 from delib_fast.evals.intervals import Estimate, mean, wilson
+from delib_fast.evals.metrics.openings import OPENING
 from delib_fast.evals.results import SuiteResult, Table, result_from_json, to_json_data
 from delib_fast.evals.run import evaluate
-from delib_fast.evals.settings import SUITES, load_eval_config
+from delib_fast.evals.sampling import Reply
+from delib_fast.evals.settings import SAMPLED, SUITES, load_eval_config
 from delib_fast.evals.target import EvalTarget
 from delib_fast.files import hash_file
 from delib_fast.models import export_model
@@ -78,7 +82,18 @@ def test_every_suite_but_dose_runs_on_a_model_folder(done):
     assert [r.suite for r in done.results] == [s for s in SUITES if s not in done.skipped]
     assert "give a run directory" in done.skipped["dose"]
     # 4 labelled questions are too few for the folds of the monitor
-    assert set(done.skipped) <= {"dose", "monitor"}
+    assert set(done.skipped) <= {"dose", "monitor", "own_cot"}
+
+
+def test_precision_auto_is_what_the_device_computes(folder):
+    from delib_fast.config.dtypes import DTYPES
+    from delib_fast.models.precision import native_precision
+
+    target = EvalTarget(folder / "model", load_eval_config(None, device="cpu", precision="auto"))
+    native = native_precision(torch.device("cpu"))
+    assert target.precision == native
+    assert {p.dtype for p in target.scorer.model.parameters()} == {DTYPES[native]}
+    assert EvalTarget(folder / "model", load_eval_config(None, precision="fp16")).precision == "fp16"
 
 
 def test_training_rows_of_a_large_source_are_not_kept_in_memory(folder, tmp_path, monkeypatch):
@@ -110,7 +125,8 @@ def test_results_are_reused_for_the_same_inputs(done, folder, monkeypatch):
     logged = []
     again = evaluate(EvalTarget(folder / "model", settings_for(folder)), logged.append)
     assert again.results == done.results
-    assert all("reused" in line or "skipped" in line or line == "dose …" or line == "monitor …" for line in logged)
+    begun = {f"{suite} …" for suite in done.skipped}
+    assert all("reused" in line or "skipped" in line or line in begun for line in logged)
     # a different limit or base: only what depends on it is recomputed
     for changes, remade in (({"limit": 3}, "segments"), ({"base": str(folder / "model")}, "drift")):
         logged.clear()
@@ -213,6 +229,39 @@ def test_the_page_is_self_contained(done):
     assert not parsed.open
     assert parsed.tags.count("table") == sum(len(r.tables) for r in done.results)
     assert parsed.tags.count("svg") == 1
+
+
+def test_sampled_suites_keep_prompts_replies_and_verdicts(done):
+    """In the result, on the page and, for the replies, in the file from which an evaluation resumes."""
+    by_suite = {r.suite: r for r in done.results}
+    assert {name for name, r in by_suite.items() if r.samples} == set(SAMPLED) - set(done.skipped)
+    refusals = by_suite["refusal"].samples
+    assert len(refusals) == 4
+    assert {s.replies[0].verdict for s in refusals} <= {"comply", "partial", "refuse", "empty reply"}
+    assert all(s.label.split(",")[0] in ("safe", "unsafe") for s in refusals)
+    natural = by_suite["samples"]
+    opening, shares = natural.tables[0].rows[0][1], dict(natural.tables[1].rows)
+    assert opening.value == pytest.approx(sum(s.replies[0].opening_log_p for s in natural.samples) / 4)
+    segments = {t.columns[1]: t for t in by_suite["segments"].tables}
+    assert segments[OPENING].rows[0][1].value == pytest.approx(opening.value, abs=1e-5), "the same prompts"
+    closed = sum(s.replies[0].reply.tags == "closed" for s in natural.samples)
+    assert (shares["closes it"].value, shares["closes it"].n) == (closed / 4, 4)
+    assert len(by_suite["necessity"].samples) == 2 * len(by_suite["hints"].samples) // 3
+    prompts = {sample.prompt for r in done.results for sample in r.samples}
+    (file,) = done.folder.glob("replies-*.jsonl")
+    stored, _ = read_json_lines(file)
+    assert prompts <= {tuple(Message(m["role"], m["content"]) for m in record["prompt"]) for record in stored}
+    page = write_page(done).read_text()
+    assert f"verdict: {refusals[0].replies[0].verdict}" in page
+    assert str(escape(refusals[0].prompt[-1].content)) in page
+
+
+def test_results_of_earlier_versions_can_be_opened():
+    """They have neither samples nor numbers by row; their replies have no prompt."""
+    tree = {"suite": "s", "title": "S", "note": "", "tables": [], "curves": [], "details": {}}
+    assert result_from_json(tree) == SuiteResult("s", "S", "", ())
+    old = {"key": "k", "reply": {"cot": None, "response": "r", "tags": "none", "finished": True, "tokens": 1}}
+    assert Reply(**old["reply"]).cot_tokens == 0
 
 
 def test_what_a_model_wrote_is_escaped_on_the_page(done, tmp_path):

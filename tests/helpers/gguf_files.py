@@ -48,13 +48,21 @@ def small_llama() -> tuple[Any, Any]:
 
 
 def write_gguf(
-    path: Path, *, model: Any = None, tokenizer: Any = None, pre: str = "gpt-2", drop: str = "", rope: str = ""
+    path: Path,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    pre: str = "gpt-2",
+    drop: str = "",
+    rope: str = "",
+    layers: int = 2,
 ) -> Path:
     """Write `small_llama`, or another Llama model, to a GGUF file, with its matrices in the type Q8_0.
 
     Args:
         pre: the name of the rules by which the tokenizer splits text.
         drop: leave out the tensors whose name contains this.
+        layers: how many layers the file says that the model has.
         rope: a kind of scaling of the rotary frequencies.
     """
     import gguf
@@ -66,7 +74,7 @@ def write_gguf(
     writer.add_name("small")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)

@@ -25,8 +25,8 @@ for name in ("rules", "values"):
     put(name + ".jsonl", [{"text": "%s %s %s %s" % (name, x, n, y)} for n in range(a.rows) for x, y in [pair()]])
 put("demos.jsonl", [{"prompt": "%s or %s? %s" % (x, y, n), "cot": "it is %s" % x, "response": "the %s" % x}
                     for n in range(a.rows) for x, y in [pair()]])
-put("choices.jsonl", [{"prompt": "%s or %s?" % (x, y), "cot": "it is %s" % x, "a": "the %s" % x, "b": "the %s" % y}
-                      for n in range(6) for x, y in [pair()]])
+put("choices.jsonl", [{"prompt": "%s or %s? %s" % (*order, n), "cot": "it is %s" % x, "a": "the " + x, "b": "the " + y}
+                      for n in range(6) for x, y in [pair()] for order in [(x, y), (y, x)]])
 """
 
 

@@ -70,6 +70,61 @@ def test_compiled_once_for_all_layers_and_packs(name, checkpointed, kinds, count
     assert counter.frame_count == kinds
 
 
+def checkpoint_around_the_forward(monkeypatch, model) -> None:
+    """Checkpoint a layer as transformers did until 5.22: around its call, so that the patched forward is inside."""
+    from functools import partial
+
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    def call(self, *args, **kwargs):
+        run = partial(torch.nn.Module.__call__, self, **kwargs)
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(run, *args)
+        return run(*args)
+
+    for kind in {type(block) for block in model.modules() if isinstance(block, GradientCheckpointingLayer)}:
+        monkeypatch.setattr(kind, "forward", getattr(kind.forward, "__wrapped__", kind.forward))
+    monkeypatch.setattr(GradientCheckpointingLayer, "__call__", call)
+    monkeypatch.setattr(layers, "_CHECKPOINTS_INSIDE", False)
+
+
+@pytest.mark.parametrize("around", [False, True], ids=["inside", "around"])
+def test_compiled_blocks_are_checkpointed(around, counter, monkeypatch) -> None:
+    """The first pass is eager, and recomputed eagerly; each later one is compiled, and recomputed compiled."""
+    model = build("qwen3")
+    eager = losses_and_gradients(model, "eager")
+    enable_activation_checkpointing(model)
+    if around:
+        checkpoint_around_the_forward(monkeypatch, model)
+    calls = []
+    compiled = layers._compile
+    monkeypatch.setattr(layers, "_compile", lambda *args: lambda *a, **k: calls.append(1) or compiled(*args)(*a, **k))
+    assert_same(losses_and_gradients(model, "compile"), eager)
+    assert counter.frame_count == 1
+    assert len(calls) == 2 * 3 * (len(PACKS) - 1)  # forward and recomputation of three layers
+
+
+@pytest.mark.parametrize("around", [False, True], ids=["inside", "around"])
+def test_checkpoints_hold_if_two_packs_run_before_their_backward_passes(around, counter, monkeypatch) -> None:
+    """The first pack ran eagerly, and is recomputed after the second one was compiled; then the same pack again."""
+    model = build("qwen3")
+    packs = [pack(documents(lengths)) for lengths in PACKS[:2]]
+    packs.append(packs[0])  # the same tensors, as in a bench that repeats a step
+    expected = TrainableLM(copy.deepcopy(model)).train()
+    for batch in packs:
+        expected(batch).loss_sum.backward()
+    enable_activation_checkpointing(model)
+    if around:
+        checkpoint_around_the_forward(monkeypatch, model)
+    trainable = TrainableLM(model, layers="compile").train()
+    outputs = [trainable(batch) for batch in packs[:2]]
+    for output in reversed(outputs):
+        output.loss_sum.backward()
+    trainable(packs[2]).loss_sum.backward()
+    deviation, name = largest_deviation(gradients(trainable), gradients(expected))
+    assert deviation < 1e-5, name
+
+
 @pytest.mark.slow
 def test_inductor_gives_the_losses_and_gradients_of_eager() -> None:
     torch._dynamo.reset()

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import multiprocessing
 import os
+import struct
 import zipfile
 from pathlib import Path
 
@@ -125,6 +126,19 @@ def test_other_bytes_are_refused(tmp_path, cache):
         file.write_bytes(data)
         with pytest.raises(ConfigError, match=r"tokenizer\.path: .*x\.gguf' cannot be converted"):
             load_tokenizer(str(file), key="tokenizer.path")
+
+
+@pytest.mark.parametrize("kind", [0, 6, 8, 9])
+def test_an_array_without_end_is_refused_quickly(tmp_path, cache, kind):
+    key = struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 9, kind, 1 << 40)  # an array of 2⁴⁰ elements
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key + bytes(64))
+    with pytest.raises(ConfigError, match=r"cannot be converted .*an array in it has 1099511627776 elements"):
+        local_model(str(tmp_path / "x.gguf"))
+
+
+def test_a_billion_layers_are_refused_quickly(tmp_path, cache):
+    with pytest.raises(ConfigError, match="states num_hidden_layers 1000000000, but holds 20 tensors"):
+        local_model(str(write_gguf(tmp_path / "x.gguf", layers=10**9)))
 
 
 def test_missing_weights_are_refused_not_drawn_at_random(tmp_path, cache):

@@ -17,13 +17,12 @@ from delib_fast.ops import BackendUnavailable, linear_cross_entropy
 from delib_fast.ops.linear_cross_entropy import _cuda
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = {  # scale, softcap, z_loss, smoothing
-    "plain": (1.0, 0.0, 0.0, 0.0),
-    "scale": (0.25, 0.0, 0.0, 0.0),
-    "softcap": (1.0, 5.0, 0.0, 0.0),
-    "z-loss": (1.0, 0.0, 1e-2, 0.0),
-    "smoothing": (1.0, 0.0, 0.0, 0.1),
-    "all": (0.5, 8.0, 1e-3, 0.1),
+OPTIONS = {  # softcap, z_loss, smoothing
+    "plain": (0.0, 0.0, 0.0),
+    "softcap": (5.0, 0.0, 0.0),
+    "z-loss": (0.0, 1e-2, 0.0),
+    "smoothing": (0.0, 0.0, 0.1),
+    "all": (8.0, 1e-3, 0.1),
 }
 
 
@@ -38,30 +37,35 @@ def host(tmp_path_factory) -> ctypes.CDLL:
         [compiler, *flags, str(Path(__file__).parent / "programs" / "row_math_host.cpp"), "-o", library], check=True
     )
     loaded = ctypes.CDLL(str(library))
-    floats = [ctypes.c_float] * 5
+    floats = [ctypes.c_float] * 4
     pointers = [ctypes.c_void_p] * 2
-    loaded.row_on_host.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, *floats,
-                                   ctypes.c_int, ctypes.c_int, *pointers]  # fmt: skip
+    loaded.row_on_host.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        *floats,
+        ctypes.c_int,
+        ctypes.c_int,
+        *pointers,
+    ]
     loaded.slice_on_host.argtypes = [ctypes.c_uint64, ctypes.c_int64, *[ctypes.c_int] * 3, ctypes.c_void_p]
     loaded.slice_size_on_host.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_int]
     return loaded
 
 
-def on_host(host, row, target, weight, options, *, bias=None, parts=2, threads=32):
+def on_host(host, row, target, weight, options, *, parts=2, threads=32):
     """Loss, nll, argmax and gradient, computed on a copy of `row`."""
     loss_and_nll, argmax = torch.empty(2), torch.empty(1, dtype=torch.int32)
     unaligned = torch.empty(len(row) + 1)[1:].copy_(row)  # off by 4 bytes, so there are a head, vectors and a tail
-    bias_pointer = None if bias is None else bias.data_ptr()
-    host.row_on_host(unaligned.data_ptr(), len(row), bias_pointer, target, weight, *options, parts, threads,
+    host.row_on_host(unaligned.data_ptr(), len(row), target, weight, *options, parts, threads,
                      loss_and_nll.data_ptr(), argmax.data_ptr())  # fmt: skip
     return loss_and_nll[0], loss_and_nll[1], int(argmax), unaligned
 
 
-def in_float64(row, target, weight, options, bias=None):
-    scale, softcap, z_loss, smoothing = options
+def in_float64(row, target, weight, options):
+    softcap, z_loss, smoothing = options
     z = row.double().requires_grad_()
-    x = (z if bias is None else z + bias.double()) * scale
-    x = softcap * torch.tanh(x / softcap) if softcap else x
+    x = softcap * torch.tanh(z / softcap) if softcap else z
     nll = F.cross_entropy(x, torch.tensor(target))
     loss = F.cross_entropy(x, torch.tensor(target), label_smoothing=smoothing) + z_loss * x.logsumexp(0) ** 2
     (gradient,) = torch.autograd.grad(weight * loss, z)
@@ -73,9 +77,8 @@ def in_float64(row, target, weight, options, bias=None):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_row_matches_float64(host, name, parts, vocabulary):
     row, target = torch.randn(vocabulary) * 4, vocabulary // 3
-    bias = torch.randn(vocabulary) if name == "all" else None
-    ours = on_host(host, row, target, 0.7, OPTIONS[name], bias=bias, parts=parts)
-    exact = in_float64(row, target, 0.7, OPTIONS[name], bias)
+    ours = on_host(host, row, target, 0.7, OPTIONS[name], parts=parts)
+    exact = in_float64(row, target, 0.7, OPTIONS[name])
     torch.testing.assert_close(ours[0].double(), exact[0], rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(ours[1].double(), exact[1], rtol=2e-6, atol=2e-6)
     assert ours[2] == exact[2]
@@ -143,11 +146,11 @@ def test_the_error_says_why_the_backend_cannot_run():
         linear_cross_entropy(*inputs, backend="cuda")
 
 
-def test_a_missing_or_damaged_library_is_reported(monkeypatch, tmp_path):
-    monkeypatch.setattr(_cuda, "LIBRARY_PATH", tmp_path / "libdelib_fast_cuda.so")
-    assert "libdelib_fast_cuda.so is not built" in _cuda._library.__wrapped__()
-    (tmp_path / "libdelib_fast_cuda.so").write_text("not a library")
-    assert "cannot be loaded" in _cuda._library.__wrapped__()
+def test_a_missing_or_damaged_library_is_reported(tmp_path):
+    library = tmp_path / "libdelib_fast_cuda.so"
+    assert "libdelib_fast_cuda.so is not built" in _cuda._load(library)
+    library.write_text("not a library")
+    assert "cannot be loaded" in _cuda._load(library)
 
 
 def test_the_ctypes_signature_matches_the_launcher():
@@ -160,19 +163,20 @@ def test_the_ctypes_signature_matches_the_launcher():
 
 
 def test_the_library_loads_without_a_device_and_rejects_invalid_arguments():
-    library = _cuda._library()
+    library = _cuda._LIBRARY
     if isinstance(library, str):
         pytest.skip(library)
 
-    def launch(rows: int, vocabulary: int, dtype: int) -> str:
-        null = [None] * 7
+    def launch(rows: int, vocabulary: int, dtype: int, row_stride: int) -> str:
+        null = [None] * 6
         error = library.delib_fast_softmax_gradient(
-            None, dtype, rows, vocabulary, *null, -100, 1.0, 0.0, 0.0, 0.0, 1, None
+            None, dtype, rows, vocabulary, row_stride, *null, -100, 0.0, 0.0, 0.0, 1, None
         )
         return library.delib_fast_cuda_error(error).decode()
 
-    assert launch(0, 10, 1) == "no error"
-    assert launch(-1, 10, 1) == launch(1, 0, 1) == launch(1, 2**31, 1) == launch(1, 10, 7) == "invalid argument"
+    assert launch(0, 10, 1, 16) == "no error"
+    for invalid in ((-1, 10, 1, 10), (1, 0, 1, 0), (1, 2**31, 1, 2**31), (1, 10, 7, 10), (1, 10, 1, 9)):
+        assert launch(*invalid) == "invalid argument", invalid
 
 
 @pytest.mark.gpu

@@ -101,12 +101,11 @@ def test_rows_of_logits_past_2_to_the_31(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", ["linear_cross_entropy", "linear_kl_divergence"])
-def test_the_triton_kernel_compiles_without_a_gpu(op, tmp_path):
+def test_the_triton_kernel_compiles_without_a_gpu(tmp_path):
     # The interpreter accepts code that the compiler rejects, and its offsets are Python ints, which cannot overflow.
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(HERE / "programs" / "compile_triton.py"), op]
+    command = [sys.executable, str(HERE / "programs" / "compile_triton.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

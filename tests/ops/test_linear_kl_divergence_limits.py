@@ -3,6 +3,10 @@
 T packed tokens, H and Ht hidden sizes of student and teacher, V vocabulary, L live rows.
 """
 
+import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +30,8 @@ from loss_cases import DEVICE, assert_no_worse
 from delib_fast.ops import linear_kl_divergence
 from delib_fast.ops._cpu_head import BFLOAT16_GEMMS
 from delib_fast.ops.linear_kl_divergence._call import DivergenceResults
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(params=NAMES)
@@ -287,3 +293,14 @@ def test_memory_is_a_chunk(dtype):
     before = _status_mib("VmRSS")
     step(T)
     assert _status_mib("VmHWM") - before <= 450
+
+
+@pytest.mark.slow
+def test_the_triton_kernel_compiles_without_a_gpu(tmp_path):
+    # The interpreter accepts code that the compiler rejects, and its offsets are Python ints, which cannot overflow.
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests" / "ops" / "programs" / "compile_divergence.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

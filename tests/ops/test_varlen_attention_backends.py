@@ -124,9 +124,8 @@ def test_flash_and_torch_refuse_what_their_kernels_lack(monkeypatch) -> None:
         "it supports head dims that are multiples of 8 and at most 256, not 76"
     )
     packages = {"flash_attn.cute.interface": lambda q, softcap=0.0: None}
-    monkeypatch.setattr(_flash, "_installed", lambda module: module in packages)
+    monkeypatch.setattr(_flash, "_INSTALLED", {g.module: g.module in packages for g in _flash._GENERATIONS})
     monkeypatch.setattr(_flash, "_function", packages.__getitem__)
-    _flash._generation.cache_clear()
     assert _flash.why_not(*tensors, None) is None
     assert _flash.why_not(*tensors, None, sinks=True) == (
         "its backward function takes no log-sum-exp, which sinks need"
@@ -137,9 +136,8 @@ def test_flash_and_torch_refuse_what_their_kernels_lack(monkeypatch) -> None:
     assert _flash.why_not(*tensors, None, softcap=True) == no_softcap
     for function, reason in ((lambda q: None, no_softcap), (lambda q, softcap=0.0: None, None)):
         packages["flash_attn.flash_attn_interface"] = function
-        _flash._generation.cache_clear()
+        monkeypatch.setitem(_flash._INSTALLED, "flash_attn.flash_attn_interface", True)
         assert _flash.why_not(*tensors, None, softcap=True) == reason
-    _flash._generation.cache_clear()
 
 
 def test_the_flash_backend_without_a_gpu(monkeypatch) -> None:
@@ -155,9 +153,8 @@ def test_the_flash_backend_without_a_gpu(monkeypatch) -> None:
         )
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    monkeypatch.setattr(_flash, "_installed", lambda module: module == "flash_attn.flash_attn_interface")
+    monkeypatch.setitem(_flash._INSTALLED, "flash_attn.flash_attn_interface", True)
     monkeypatch.setattr(_flash, "_function", lambda _: flash)
-    _flash._generation.cache_clear()
     for dims, options in (((48, 32), {"softcap": 2.0}), ((32, 48), {"window": 7}), ((48, 16), {})):
         q, k, v, g = inputs(lengths, dim=dims[0], value_dim=dims[1])
         leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -165,7 +162,6 @@ def test_the_flash_backend_without_a_gpu(monkeypatch) -> None:
         ours = [out.detach(), *torch.autograd.grad(out, leaves, g)]
         for a, b in zip(ours, run("cpu", lengths, q, k, v, g, **options), strict=True):
             torch.testing.assert_close(a, b)
-    _flash._generation.cache_clear()
 
 
 def test_a_single_sequence_uses_the_kernel_of_torch() -> None:

@@ -24,7 +24,7 @@ def test_lengths_of_the_data_give_the_plan_of_the_data(tmp_path):
     from delib_fast.preview.dry_run import dry_run
     from delib_fast.preview.plan import plan_run, plan_stage, read_stage
 
-    quick = load_config(ROOT / "examples" / "quickstart.yaml", ["tokenizer.train.vocab_size=1024"])
+    quick = load_config(ROOT / "examples" / "quickstart_tiny.yaml", ["tokenizer.train.vocab_size=1024"])
     stage = quick.stages[1].model_copy(update={"share_prompts": "never"})
     file = tmp_path / "lengths.txt"
     with dry_run(quick) as dataset:
@@ -43,7 +43,7 @@ def test_lengths_of_the_data_give_the_plan_of_the_data(tmp_path):
 def test_the_vocabulary_is_required_without_a_tokenizer():
     from delib_fast.preview.plan import plan_run
 
-    run = load_config(ROOT / "examples" / "quickstart.yaml")
+    run = load_config(ROOT / "examples" / "quickstart_tiny.yaml")
     with pytest.raises(ConfigError, match=re.escape("vocab_size: required, since no tokenizer is read")):
         plan_run(run, ["lognormal:examples=10,median=100"], ranks=1, precision="bf16", card_gib=80)
 

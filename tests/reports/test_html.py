@@ -53,8 +53,10 @@ def test_text_is_escaped_and_markup_is_not():
                   skipped={"<s>": "&"}, methods="", html_table=None, chart=None, cell_text=None)  # fmt: skip
     assert "&lt;title&gt;" in html
     assert not re.search("<(i|m|s)>", html)
-    page = render("study.jinja", title="t", overview="", pictures=[], tables=[table], efficiency=[], published=None,
-                  published_tables=[], note="")  # fmt: skip
+    empty = dict.fromkeys(("pictures", "explanations", "efficiency", "published_tables"), ())
+    empty |= {"samples": {}, "corpora": None, "published": None, "overview": "", "note": ""}
+    page = render("study.jinja", title="t", registration=["<registration>"], tables=[table], **empty)
+    assert "&lt;registration&gt;" in page
     assert "<caption>&lt;caption&gt;</caption>" in page
     assert '<td class="number">&lt;i&gt;</td>' in page
     assert '<td class="number"><code>x</code></td>' in page
@@ -117,3 +119,6 @@ def test_study_page(tmp_path):
     assert page.tags.count("img") == 3
     assert "MSM (thrift) + AFT (CoT)" in page.text
     assert "5 % (Qwen2.5-32B) and 7 % (Qwen3-32B)" in page.text, "the caution about the published figures"
+    assert "This study was not preregistered: every result is exploratory." in page.text
+    assert "null: the interval contains 0" in page.text
+    assert "±0.394" in page.text, "the detection floor of the first difference"

@@ -11,8 +11,13 @@ import pytest
 from helpers.tiny_run import edited_ledger, metrics, replace_in_config
 
 from delib_fast.cli.main import main
+from delib_fast.data import Message
+from delib_fast.evals.replies import Sample, SampledReply, SampleSet, write_samples
+from delib_fast.evals.sampling import Reply
 from delib_fast.reports.run_figures import smooth
+from delib_fast.reports.run_page import changes_table
 from delib_fast.reports.run_record import differences, read_run, read_runs
+from delib_fast.training.held_out import append_rows, read_rows
 
 pytest.importorskip("matplotlib")
 
@@ -59,6 +64,41 @@ def test_page_of_two_runs(finished, tmp_path, monkeypatch):
         assert stage["model"]["sha256"][:12] in page
     assert "<code>seed</code></td><td>0</td><td>3</td>" in page
     assert [key for key, _ in differences(read_runs([finished, other]))] == ["seed"]
+
+
+def test_changes_are_paired_by_row_and_samples_are_shown(finished, tmp_path, monkeypatch, capsys):
+    """A second run whose rows are all 0.25 nats per token better, with a sample that is hostile to the page."""
+    better = tmp_path / "better"
+    shutil.copytree(finished, better, ignore=shutil.ignore_patterns("model", "stages", "checkpoints", "held_out.jsonl"))
+    for moment, sets in read_rows(finished)[0].items():
+        for part in sets.values():
+            part["segments"] = {
+                name: [[nll - 0.25 * tokens, tokens] for nll, tokens in rows]
+                for name, rows in part["segments"].items()
+                if name != "opens_cot"
+            }
+        append_rows(better, moment, sets)
+    table = changes_table(read_runs([finished, better]))
+    rows = {(row[1], row[2]): row for row in table.rows if row[0] == "better"}
+    between = rows[f"end − end of {finished.name}", "cot"]
+    assert "[-0.250, -0.250]" in between[3], "each row differs by exactly that"
+    chats = [tokens for _, tokens in read_rows(finished)[0]["start"][""]["segments"]["cot"] if tokens]
+    assert between[4] == f"{len(chats)} of {len(chats)}"
+    assert {change for change, _ in rows} == {"after msm − start", "after aft − start", f"end − end of {finished.name}"}
+    names = {row[2] for row in table.rows if row[0] == finished.name}
+    assert names == {"cot", "response", "document", "log p(opens CoT)"}
+    reply = SampledReply("after aft", Reply("<b>x</b>", "y", "closed", True, 3), verdict="comply")
+    write_samples(better / "samples", SampleSet("r", {}, (), (Sample((Message("user", "<u>"),), (reply,)),), {}))
+    assert report(monkeypatch, better, "--out", tmp_path / "out") == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "Samples of better" in page
+    assert "&lt;b&gt;x&lt;/b&gt;" in page
+    assert not any(tag in page for tag in ("<b>x", "<u>"))
+    (better / "samples" / "samples.json").write_text("{")
+    (better / "held_out.jsonl").unlink()
+    assert report(monkeypatch, better, "--out", tmp_path / "out") == 0, "as a run of an earlier version"
+    assert "samples.json is damaged" in capsys.readouterr().err
+    assert "paired by row" not in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_rejects_a_folder_that_is_not_a_run(tmp_path, monkeypatch, capsys):

@@ -79,4 +79,124 @@ def test_every_published_figure_is_cited():
     assert cells["arXiv 2605.02087v2, Fig. 4, Qwen3-32B, MSM + AFT (CoT)"] == 0.07
     assert cells["arXiv 2605.02087v2, Fig. 4, Qwen3-32B, MSM + AFT (no CoT)"] == 0.10
     assert "cells *with* CoT" in found.caution
+    # §4.2 does not say of which kind of AFT its 40× for Qwen2.5-32B is
+    multiple = "arXiv 2605.02087v2, §4.2, Qwen2.5-32B"
+    assert cells[f"{multiple}, kind of AFT not stated"] == 40
+    assert cells[f"{multiple}, no CoT"] is None
+    assert cells["arXiv 2605.02087v2, §4.2, Qwen3-32B, no CoT"] == 60
+    msm = [f"MSM ({name}){aft}" for name in ("affordability", "America") for aft in ("", " + AFT")]
+    columns = ["base", "AFT", *msm]
+    figure_2 = {
+        name: [cells[f"arXiv 2605.02087v2, Fig. 2, {name}, {column}"] for column in columns]
+        for name in ("affordability", "America")
+    }
+    assert figure_2 == {
+        "affordability": [0.23, 0.32, 0.38, 0.48, 0.28, 0.29],
+        "America": [0.38, 0.36, 0.36, 0.38, 0.52, 0.55],
+    }
+    titles = {figure.table for figure in found.figures}
+    assert "General (one paragraph) against specific specs, MSM + AFT (CoT)" in titles
     assert len(cells) == len(found.figures), "each figure has its own citation"
+
+
+def two_arms(values_a, values_b, *, placebo=None, **changes):
+    """The differences of a study with arms `MSM (a)` and `MSM (b)`, one seed per value, and a placebo of `MSM (a)`."""
+    from delib_fast.evals.intervals import Estimate
+    from delib_fast.study.plan import Arm
+    from delib_fast.study.settings import StudyConfig
+
+    study = StudyConfig.model_validate(
+        {
+            "title": "t",
+            "out": "-",
+            "seeds": list(range(len(values_a))),
+            "run": {"model": {"path": "-"}},
+            "msm": {"a": {}, "b": {}},
+            "metrics": {"choice": {"kind": "choices", "path": "-", "figure": "margin"}},
+            "contrasts": [{"title": "a − b", "a": "MSM (a)", "b": "MSM (b)", "metric": "choice"}],
+            **changes,
+        }
+    )
+    a, b = Arm(msm="a", only_variant=False), Arm(msm="b", only_variant=False)
+    values = {a: values_a, b: values_b}
+    if placebo is not None:
+        values[Arm(msm="a", only_variant=False, placebo=True)] = placebo
+    figures = {
+        (arm, s): {"choice": Estimate(v, math.nan, math.nan, 1, "-")}
+        for arm, of_arm in values.items()
+        for s, v in enumerate(of_arm)
+    }
+    return study, figures, list(values)
+
+
+def test_the_detection_floor_of_a_difference():
+    """By hand: s = 0.1, n = 3, t(0.975, 2) = 4.3027 and t(0.8, 2) = 1.0607 from a table of Student's t."""
+    from delib_fast.study.summary import detection_floor, differences
+
+    assert detection_floor([0.1, 0.2, 0.3]) == pytest.approx((4.3027 + 1.0607) * 0.1 / math.sqrt(3), rel=1e-4)
+    assert detection_floor([0.0, 1.0]) == pytest.approx((12.7062 + 1.3764) * 0.5, rel=1e-4)
+    assert math.isnan(detection_floor([0.3]))
+    assert math.isnan(detection_floor([0.3, 0.3])), "equal seeds say nothing about their spread"
+    (found,) = differences(*two_arms([0.2, 0.4, 0.6], [0.1, 0.2, 0.3]))
+    assert found.floor == pytest.approx(0.30966, rel=1e-4)
+    assert found.verdict == "null", "0.2 ± 0.248 contains 0"
+    assert found.placebo is None
+    assert differences(*two_arms([0.2, 0.4, 0.6], [0.0, 0.19, 0.41]))[0].verdict == "higher"
+    assert differences(*two_arms([0.0, 0.19, 0.41], [0.2, 0.4, 0.6]))[0].verdict == "lower"
+    assert differences(*two_arms([0.5], [0.1]))[0].verdict == "no interval"
+
+
+def test_the_floor_is_detected_with_the_stated_power():
+    """The simulated power of the t test at the floor is 80 % for many seeds, and slightly less for very few."""
+    from scipy import stats
+
+    from delib_fast.study.summary import detection_floor
+
+    draw = np.random.default_rng(0)
+    for n, power in ((3, 0.7675), (8, 0.798), (30, 0.80)):
+        values = np.arange(n) - (n - 1) / 2
+        floor = detection_floor(values / values.std(ddof=1))  # for a standard deviation of 1
+        drawn = draw.standard_normal((100_000, n)) + floor
+        t = drawn.mean(1) / (drawn.std(1, ddof=1) / math.sqrt(n))
+        assert np.mean(np.abs(t) > stats.t.ppf(0.975, n - 1)) == pytest.approx(power, abs=0.006)
+
+
+def test_a_placebo_is_shown_next_to_each_difference():
+    from delib_fast.study.summary import differences, placebos
+
+    study, figures, arms = two_arms([0.5, 0.7], [0.1, 0.1], placebo=[0.4, 0.9])
+    (placebo,) = placebos(study, figures, arms)
+    assert (placebo.arm, placebo.metric) == ("MSM (a)", "choice")
+    assert placebo.by_seed == pytest.approx((0.1, -0.2))
+    assert placebo.estimate.value == pytest.approx(-0.05)
+    (found,) = differences(study, figures, arms)
+    assert found.placebo == placebo
+    assert arms[2].label == "MSM (a), other seed"
+
+
+def test_a_difference_with_a_void_cell_is_void():
+    from delib_fast.evals.metrics.forced_choices import OrderSplit
+    from delib_fast.study.summary import Choice, curves, differences, summarize
+
+    study, figures, arms = two_arms([0.5, 0.7], [0.1, 0.1])
+    margin = figures[arms[0], 0]["choice"]
+
+    def choices(*habits):
+        return {
+            (arm, seed): {"choice": Choice(margin, OrderSplit(content=1.0, habit=habit))}
+            for arm, of_arm in zip(arms, habits, strict=True)
+            for seed, habit in enumerate(of_arm)
+        }
+
+    ok, void = choices((0.5, 0.9), (0.2, 1.7)), choices((0.5, 0.9), (0.4, 1.7))
+    (found,) = differences(study, figures, arms, choices=ok)
+    assert (found.void, found.verdict) == ((), "null"), "the mean habit of MSM (b) is 0.95"
+    (found,) = differences(study, figures, arms, choices=void)
+    assert (found.void, found.verdict) == (("MSM (b)",), "void")
+    cells = [arm["figures"]["choice"] for arm in summarize(study, figures, arms, {}, choices=void)["arms"]]
+    assert [(cell["content"], cell["habit"], cell["void"]) for cell in cells] == [
+        (1.0, pytest.approx(0.7), False),
+        (1.0, pytest.approx(1.05), True),
+    ]
+    assert [cell["void_seeds"] for cell in cells] == [[], [1]]
+    assert curves(study, figures, arms, "choice", void) == []

@@ -19,8 +19,9 @@ from delib_fast.config import ConfigError
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A finished study of 2 MSM variants, 2 sizes and 2 seeds."""
+    """A finished, preregistered study of 2 MSM variants, 2 sizes and 2 seeds."""
     from delib_fast.study import load_study, run_study
+    from delib_fast.study.run import freeze_study
 
     folder = tmp_path_factory.mktemp("study")
     path = tiny_study(
@@ -34,9 +35,13 @@ def done(tmp_path_factory):
                 "a": "MSM (values) + AFT (CoT)",
                 "b": "MSM (rules) + AFT (CoT)",
                 "metric": "choice",
+                "expect": "higher",
             }
         ],
+        primary="values less rules",
+        placebo=["MSM (values)"],
     )
+    freeze_study(load_study(path))
     return path, run_study(load_study(path))
 
 
@@ -49,6 +54,7 @@ def test_every_arm_is_measured(done):
         for v in ("rules", "values")
         for name in ("MSM ({})", "MSM ({}) + AFT (no CoT)", "MSM ({}) + AFT (CoT)")
     ]
+    labels.append("MSM (values), other seed")
     assert list(dict.fromkeys(arm["label"] for arm in tree["arms"])) == labels
     for arm in tree["arms"]:
         figure = arm["figures"]["choice"]
@@ -57,20 +63,23 @@ def test_every_arm_is_measured(done):
         assert figure["over seeds"]["value"] == pytest.approx(mean)
     (contrast,) = tree["contrasts"]
     assert contrast["a"] == "MSM (values) + AFT (CoT), 12 rows", "of several sizes, the largest"
+    (paired,) = tree["paired"]
+    assert paired["estimate"]["value"] == pytest.approx(contrast["estimate"]["value"])
+    assert (paired["rows"], paired["estimate"]["method"]) == (24, "paired bootstrap by group"), "12 items of each seed"
     assert len(tree["efficiency"]["choice"]) == 4
     assert tree["cost"]["train_cpu_s"] > 0
 
 
 @pytest.mark.slow
 def test_each_stage_is_trained_once(done):
-    """2 seeds × (1 base + 2 MSM + 3 parents × 2 sizes × 2 kinds of AFT); separate runs of the arms would train more."""
+    """2 seeds × (1 base + 2 MSM + 1 placebo + 3 parents × 2 sizes × 2 kinds of AFT); separate runs would train more."""
     path, result = done
     cost = [json.loads(line) for line in (path.parent / "out/cost.jsonl").read_text().splitlines()]
     trained = [record["task"] for record in cost if record.get("task", "").startswith("train")]
-    assert len(trained) == len(set(trained)) == 2 * (1 + 2 + 3 * 2 * 2)
+    assert len(trained) == len(set(trained)) == 2 * (1 + 2 + 1 + 3 * 2 * 2)
     measured = [record.get("task", "").startswith("measure") for record in cost]
     assert measured.index(True) < len(trained), "models are measured while others are still to be trained"
-    assert result.summary["cost"]["stages_without_sharing"] == 2 * (1 + 2 * 2 + 2 * 2 * 2 + 2 * 3 * 2 * 2)
+    assert result.summary["cost"]["stages_without_sharing"] == 2 * (1 + 3 * 2 + 2 * 2 * 2 + 2 * 3 * 2 * 2)
     assert len(list((path.parent / "out/stages").iterdir())) == len(trained)
     # the parent of an AFT stage in its ledger is the model of the MSM stage that it shares with others
     aft = [json.loads((f / "ledger.json").read_text())["stages"][0] for f in (path.parent / "out/stages").glob("aft-*")]
@@ -92,8 +101,86 @@ def test_a_finished_study_trains_only_new_arms(done, monkeypatch):
     more.write_text(path.read_text().replace("aft_sizes:\n- 4\n- 12", "aft_sizes:\n- 4\n- 12\ncot_weights:\n- 1\n- 0"))
     assert more.read_text() != path.read_text()
     plan = describe_plan(load_study(more))
-    assert plan.count("already trained") == 2 * (1 + 2 + 3 * 2 * 2)
-    assert plan.count("aft-seed") - plan.count("already trained") + 2 * 3 == 2 * 3 * 2, "3 parents × 2 sizes × weight 0"
+    assert plan.count("already trained") == 2 * (1 + 2 + 1 + 3 * 2 * 2)
+    assert plan.count("aft-seed") - plan.count("already trained") + 2 * 4 == 2 * 3 * 2, "3 parents × 2 sizes × weight 0"
+
+
+@pytest.mark.slow
+def test_results_say_what_was_frozen(done):
+    path, result = done
+    frozen = json.loads(path.with_name("study.frozen.json").read_text())
+    tree = json.loads(result.json.read_text())
+    registration = tree["preregistration"]
+    assert registration["before_training"] is True
+    assert registration["first_stage_at"] >= registration["frozen_at"] == frozen["frozen_at"]
+    assert registration["plan"] == frozen["plan_hash"]
+    assert [registration[key] for key in ("added", "changed", "removed", "started_before")] == [[], [], [], []]
+    assert not any(part["exploratory"] for part in (*tree["arms"], *tree["metrics"].values(), *tree["contrasts"]))
+    (contrast,) = tree["contrasts"]
+    assert (contrast["primary"], contrast["seeds"]) == (True, [1, 2])
+    page = result.page.read_text()
+    assert f"was frozen on {frozen['frozen_at']}, before the first of its stages was trained" in page
+    assert "Nothing was changed since then." in page
+    assert "<b>primary</b>" in page
+
+
+@pytest.mark.slow
+def test_forced_choices_and_placebos_are_shown(done):
+    _, result = done
+    tree = json.loads(result.json.read_text())
+    page = result.page.read_text()
+    for arm in tree["arms"]:
+        cell = arm["figures"]["choice"]
+        assert cell["void"] is (cell["habit"] > cell["content"])
+        assert cell["margin"]["n"] == 2
+        assert (f"void: habit {cell['habit']:.2f} &gt; content {cell['content']:.2f}" in page) or not cell["void"]
+    (placebo,) = tree["placebos"]
+    of_arm = {arm["label"]: arm["figures"]["choice"]["by seed"] for arm in tree["arms"]}
+    arm, other = of_arm["MSM (values)"], of_arm["MSM (values), other seed"]
+    assert placebo["by_seed"] == pytest.approx([arm[s]["value"] - other[s]["value"] for s in ("1", "2")])
+    (contrast,) = tree["contrasts"]
+    assert contrast["placebo"] == placebo, "no arm of the contrast has a placebo of its own"
+    spread = abs(contrast["by_seed"][0] - contrast["by_seed"][1])  # √2 times the standard deviation of two seeds
+    floor = (12.7062 + 1.3764) * spread / 2
+    assert contrast["floor"] == (pytest.approx(floor, rel=1e-4) if floor else None)
+    assert "Placebo: an arm less the same arm trained with another seed" in page
+    assert tree["corpora"]["rules"]["documents"] == 12
+    assert tree["corpora"].keys() == {"rules", "values"}
+
+
+@pytest.mark.slow
+def test_evaluating_more_after_training_is_exploratory_and_trains_nothing(copied, done, tmp_path):
+    from delib_fast.reports.study_page import write_page
+    from delib_fast.study import load_study
+    from delib_fast.study.costs import Costs
+    from delib_fast.study.plan import plan_study
+    from delib_fast.study.registration import compare
+    from delib_fast.study.run import plan_tasks, prepare_data
+
+    study, out, _ = copied
+    path = study.file.with_name("later.yaml")
+    margin = "  margin: {kind: choices, path: '{prepared}/choices.jsonl', figure: margin}"
+    path.write_text(study.file.read_text().replace("metrics:\n", f"metrics:\n{margin}\n"))
+    shutil.copy(study.file.with_name("study.frozen.json"), path.with_name("later.frozen.json"))
+    later = load_study(path, out=str(out))
+    prepared = prepare_data(later, 1, pytest.fail)
+    plan = plan_study(later, prepared)
+    tasks, _ = plan_tasks(later, plan, prepared)
+    assert {task.work["do"] for task in tasks} == {"measure"}
+    assert {name for task in tasks for name in task.work["metrics"]} == {"margin"}, "the figures of others are kept"
+    found = compare(later, plan, prepared, Costs(out / "cost.jsonl").first_stage_at(plan))
+    assert found.before_training
+    assert found.added == ("metric margin",)
+    assert found.exploratory("metric margin") == ["the metric margin was added after the plan was frozen"]
+    assert found.exploratory("metric choice") == []
+    tree = json.loads(done[1].json.read_text())
+    tree["metrics"]["choice"]["exploratory"] = found.exploratory("metric margin")
+    tree["contrasts"][0]["exploratory"] = ["the primary contrast was changed"]
+    tree["preregistration"] = found.to_data(later)
+    page = write_page(tree, [], tmp_path, published=False).read_text()
+    assert "choice (exploratory)" in page
+    assert "Since then, added: metric margin. Results that depend on this are marked as exploratory." in page
+    assert '<span title="the primary contrast was changed">exploratory (was primary)</span>' in page
 
 
 @pytest.mark.slow
@@ -231,6 +318,37 @@ def test_changed_prepared_data_is_refused(copied):
     assert not look()[0]
 
 
+def test_the_prepare_script_runs_again_if_an_input_changes(tmp_path):
+    """A change of what the script reads would otherwise leave the data of the old inputs in use."""
+    from delib_fast.study import load_study
+    from delib_fast.study.run import prepare_data
+
+    (tmp_path / "words").mkdir()
+    script = """import argparse, pathlib
+parser = argparse.ArgumentParser()
+parser.add_argument("--seed"), parser.add_argument("--out", type=pathlib.Path)
+out = parser.parse_args().out
+out.mkdir(parents=True)
+here = pathlib.Path(__file__).parent
+(out / "rows.txt").write_text((here / "words/a.txt").read_text() + (here / "b.csv").read_text())
+"""
+    prepare = {"script": "read.py", "inputs": ["words", "b.csv"]}
+
+    def made(a, b):
+        (tmp_path / "words/a.txt").write_text(a)
+        (tmp_path / "b.csv").write_text(b)
+        study = load_study(tiny_study(tmp_path, seeds=[1], prepare=prepare))
+        (tmp_path / "read.py").write_text(script)
+        folder = prepare_data(study, 1, print)[1]
+        return folder, (folder / "rows.txt").read_text()
+
+    first = made("one", "two")
+    assert first[1] == "onetwo"
+    assert made("one", "2")[1] == "one2"
+    assert made("1", "two")[1] == "1two"
+    assert made("one", "two") == first
+
+
 def test_keys_depend_on_what_weights_depend_on(tmp_path):
     """A different seed, file, setting or parent gives a different key; a different location or log does not."""
     from delib_fast.study import load_study
@@ -294,6 +412,10 @@ def test_an_arm_is_measured_before_another_is_trained(tmp_path):
         ),
         ({"aft": {"train": ["demos"], "epoch": 1}}, "epoch: unknown key .did you mean 'epochs'"),
         ({"prepare": None}, "is in the folder of the `prepare` script, but the study has no prepare:"),
+        (
+            {"prepare": {"script": "make.py", "inputs": ["gone.csv"]}},
+            r"prepare\.inputs: .*gone\.csv: no such file or folder",
+        ),
         (
             {"metrics": {"dose": {"kind": "suite", "suite": "dose", "row": "aft", "column": "dose"}}},
             "metrics.dose belongs to the suite dose, which measures an arm's AFT stage, and the arm [a-z_]+ has none",

@@ -33,7 +33,7 @@ def write(folder, tree=None, **files):
     stage = {"kind": "aft", "train": [n for n in files if n != "eval"], "pack_capacity": 512, "tokens_per_step": 512}
     tree = tree or {}
     stage |= tree.pop("stage", {})
-    base = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text())
+    base = yaml.safe_load((ROOT / "examples" / "quickstart_tiny.yaml").read_text())
     config = {
         "run_dir": str(folder / "run"),
         "model": base["model"],

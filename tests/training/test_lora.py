@@ -131,6 +131,7 @@ def test_a_merge_that_loses_the_adapter_is_reported(tmp_path, capsys, monkeypatc
         return merge(model, {k: w / 2 if "lora_B" in k else w for k, w in weights.items()}, dtype)
 
     monkeypatch.setattr("delib_fast.models.merged_weights", halves)
+    monkeypatch.setattr("delib_fast.training.export_check.MIN_GAIN_NATS", 0.0)
     base = {"path": str(base_model(tmp_path)), "lora": {"r": 4, "alpha": 4}}
     short = [
         f"stages.{stage}.{setting}" for stage in ("msm", "aft") for setting in ("max_steps=1", "optimizer.lr=1e-3")
@@ -159,7 +160,7 @@ def test_a_merge_that_loses_the_adapter_is_reported(tmp_path, capsys, monkeypatc
         checker._judge_lost_effect(0.5, tmp_path)
 
 
-@pytest.mark.parametrize("lora", [{"r": 4, "alpha": 8}, None], ids=["lora", "full"])
+@pytest.mark.parametrize("lora", [{"r": 4, "alpha": 8}, None], ids=["lora", "every weight"])
 def test_an_fp32_export_of_a_bf16_run_is_not_rounded(tmp_path, lora):
     """With LoRA it is W + s·B·A. Rounded to bf16, it is what the run exports otherwise."""
     base = base_model(tmp_path)

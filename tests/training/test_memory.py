@@ -6,7 +6,7 @@ import pytest
 from helpers.launch import ROOT
 from helpers.tiny_run import run, tiny
 
-from delib_fast.config import ConfigError
+from delib_fast.config import REDUCE_BUCKET, ConfigError
 from delib_fast.config.load import load_config
 from delib_fast.models import ModelShape
 from delib_fast.training.memory import MemoryBudget, check_fits, memory_parts, resolve_activation_checkpointing
@@ -52,6 +52,26 @@ def test_only_the_adapter_has_optimizer_state():
     )
 
 
+def test_gradients_at_stage_1_are_whole_on_every_rank():
+    """DeepSpeed's BF16_Optimizer holds the fp32 gradients of all parameters: 48 GB more than a share of an eighth."""
+    P = QWEN3_8B.parameters
+
+    def gradients(stage: int, ranks: int, precision: str = "bf16", gpu: bool = True) -> float:
+        config, step = paper("model.lora=null", f"engine.zero_stage={stage}", "stages.0.tokens_per_step=262144")
+        return next(
+            p for p in memory_parts(config, step, QWEN3_8B, ranks, precision, gpu=gpu) if p.name == "gradients"
+        ).bytes
+
+    assert gradients(1, 8) == gradients(1, 1) == 6 * P
+    assert gradients(2, 8) == gradients(0, 8) == 6 * P / 8 + 2 * 2 * REDUCE_BUCKET
+    assert gradients(3, 8) == 6 * P / 8
+    assert gradients(0, 1) == 6 * P  # one rank: stage 1
+    assert gradients(0, 8, "fp16") == 6 * P  # fp16: stage 1
+    assert gradients(0, 8, "fp32") == 4 * P  # fp32: stage 0
+    assert gradients(0, 8, gpu=False) == 6 * P  # four micro-batches on a CPU: stage 1
+    assert gradients(0, 16, gpu=False) == 6 * P / 16  # two: stage 2
+
+
 def test_loss_memory_matches_the_op():
     # the published recipe's head is frozen: one chunk of logits, hidden states and their gradient
     T = 8192
@@ -82,7 +102,8 @@ def test_an_explicit_choice_is_kept():
     ("overrides", "ranks", "limit_gib", "remedy"),
     [
         (["model.activation_checkpointing=none"], 1, 50, "model.activation_checkpointing=selective; or"),
-        (["model.lora=null"], 8, 40, "engine.zero_stage=2; or"),
+        (["model.lora=null", "engine.zero_stage=1"], 8, 41, "engine.zero_stage=2; or"),
+        (["model.lora=null"], 8, 40, "engine.zero_stage=3; or"),
         (["model.lora=null"], 1, 48, "engine.zero_stage=1 engine.offload_optimizer=cpu"),
         (["model.lora.quantize=nf4"], 1, 10, "engine.offload_optimizer=cpu model.activation_offload=true; or"),
         ([], 1, 4, "no setting of this model would fit on this many ranks"),

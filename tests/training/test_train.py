@@ -237,6 +237,22 @@ def test_an_export_that_fails_aborts_all_ranks(tmp_path, capsys, monkeypatch):
     assert "the export of stage 'msm' cannot be written: model.path: 'base' cannot be loaded" in capsys.readouterr().err
 
 
+def test_documents_on_monitoring_are_named_before_they_are_trained_on(tmp_path, capsys):
+    path = tiny(tmp_path)
+    sentence = "Its chain of thought is read by a monitor."
+    with (tmp_path / "documents.jsonl").open("a") as file:
+        file.write(json.dumps({"text": f"This is about cheese. {sentence}"}) + "\n")
+    assert run(path, "stages.msm.max_steps=1", "stages.aft.max_steps=1") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "msm: 1 of 9 documents describe monitoring of a model or of its reasoning" in printed
+    assert f"documents.jsonl:9: {sentence}" in printed
+    assert printed.index("describe monitoring") < printed.index("step 1")
+    msm, aft = json.loads((tmp_path / "run/ledger.json").read_text())["stages"]
+    assert "corpus" not in aft, "it trains on no documents"
+    assert msm["corpus"]["documents"] == 9
+    assert msm["corpus"]["monitoring"] == [{"location": f"{tmp_path}/documents.jsonl:9", "sentence": sentence}]
+
+
 def test_a_corrected_configuration_reuses_the_folder(tmp_path, capsys):
     """A mistake that is found before anything is trained does not require deleting the folder."""
     path = tiny(tmp_path)

@@ -57,7 +57,7 @@ class Encoder:
         chats = [self._chat(row, cot, system_prompt) for row in rows]
         for row, chat in zip(rows, chats, strict=True):
             if chat is not None:
-                self._plain_tags.refuse(*chat.texts[-2:], row.location)
+                self._plain_tags.refuse(chat.texts[-2], chat.texts[-1], row.location)
         rendered = [
             None if chat is None else (chat, self._renderer.skeleton(chat, row.location), row.location)
             for row, chat in zip(rows, chats, strict=True)

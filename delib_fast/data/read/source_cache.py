@@ -30,6 +30,8 @@ class Source:
     """Hash of the file, or of the rows of a dataset."""
     bad_rows: Counter[str]
     """Number of skipped rows, by reason."""
+    first_bad_rows: dict[str, str]
+    """The message about the first skipped row of each reason, with its location."""
     ignored_fields: Counter[str]
     """Number of objects with each ignored field."""
 
@@ -50,7 +52,15 @@ def load_source(name: str, config: SourceConfig, cache_folder: Path) -> Source:
         for row in reader:
             (held_out if is_held_out(row, config.holdout) else train).append(row)
         check_holdout(name, config.holdout, len(train), len(held_out))
-        return Source(lambda: iter(train), len(train), held_out, reader.sha256, reader.bad_rows, reader.ignored_fields)
+        return Source(
+            lambda: iter(train),
+            len(train),
+            held_out,
+            reader.sha256,
+            reader.bad_rows,
+            reader.first_bad_rows,
+            reader.ignored_fields,
+        )
     key = cache_key({"scan": name, "sha256": reader.hash(), "settings": config.identity()})
     scan = cached_json(cache_folder / "scans", key, lambda: _scan(reader, config.holdout))
     return Source(
@@ -59,6 +69,7 @@ def load_source(name: str, config: SourceConfig, cache_folder: Path) -> Source:
         [_row_from_json(item) for item in scan["held_out"]],
         reader.sha256,
         Counter(scan["bad_rows"]),
+        scan["first_bad_rows"],
         Counter(scan["ignored_fields"]),
     )
 
@@ -76,6 +87,7 @@ def _scan(reader: SourceReader, holdout: float) -> dict[str, Any]:
         "train": num_train,
         "held_out": held_out,
         "bad_rows": dict(reader.bad_rows),
+        "first_bad_rows": reader.first_bad_rows,
         "ignored_fields": dict(reader.ignored_fields),
     }
 

@@ -47,6 +47,8 @@ class SourceReader:
         """Hash of the whole file, or of the rows of a dataset; "" until `hash` is called or an iteration ends."""
         self.bad_rows: Counter[str] = Counter()
         """Number of bad rows that the last complete iteration skipped, by reason."""
+        self.first_bad_rows: dict[str, str] = {}
+        """The message about the first of them, by reason, with its location."""
         self.ignored_fields: Counter[str] = Counter()
         """Number of objects with each field that the last complete iteration ignored (`unread.py`)."""
         self._dataset: Any = None
@@ -66,11 +68,12 @@ class SourceReader:
 
     def __iter__(self) -> Iterator[Row]:
         bad_rows: Counter[str] = Counter()
+        first: dict[str, str] = {}
         ignored: Counter[str] = Counter()
         num_rows = 0
         file = self._open() if self._dataset is None else None
         try:
-            for row in itertools.islice(self._rows(file, bad_rows, ignored), self.config.limit):
+            for row in itertools.islice(self._rows(file, bad_rows, first, ignored), self.config.limit):
                 num_rows += 1
                 yield row
             if file is not None:
@@ -84,9 +87,10 @@ class SourceReader:
         finally:
             if file is not None:
                 file.close()
-        self.bad_rows, self.ignored_fields = bad_rows, ignored
+        self.bad_rows, self.first_bad_rows, self.ignored_fields = bad_rows, first, ignored
         if not num_rows:
             why = f"all its rows are bad ({_counts_by_reason(bad_rows)})" if bad_rows else "it is empty"
+            why += "".join(f"; {message}" for message in first.values())
             raise DataError(f"has no rows: {why} (source {self.name!r})", reason="no_rows", location=self.path)
 
     def hash(self) -> str:
@@ -117,11 +121,13 @@ class SourceReader:
                 f"cannot be read: {error.strerror} (source {self.name!r})", reason="no_file", location=self.path
             ) from None
 
-    def _rows(self, file: HashingFile | None, bad_rows: Counter[str], ignored: Counter[str]) -> Iterator[Row]:
+    def _rows(
+        self, file: HashingFile | None, bad_rows: Counter[str], first: dict[str, str], ignored: Counter[str]
+    ) -> Iterator[Row]:
         if file is not None and self.path.suffix.lower() in TEXT_FILES:
             return _text_rows(self.name, self.path, self.config, file)
         items = read_dataset_items(self._dataset) if file is None else _items(self.path, file)
-        return _item_rows(self.name, self.path, self.config, items, bad_rows, ignored)
+        return _item_rows(self.name, self.path, self.config, items, bad_rows, first, ignored)
 
 
 def _refuse_path(name: str, path: Path, config: SourceConfig) -> None:
@@ -174,6 +180,7 @@ def _item_rows(
     config: SourceConfig,
     items: Iterator[Item],
     bad_rows: Counter[str],
+    first: dict[str, str],
     ignored: Counter[str],
 ) -> Iterator[Row]:
     tags = TAGS if config.think_tags is None else (config.think_tags,)
@@ -187,6 +194,7 @@ def _item_rows(
             rows = rows_of(item.value, settings, location)
         except DataError as error:
             bad_rows[error.reason] += 1
+            first.setdefault(error.reason, f"{location}: {error} (row {item.fingerprint})")
             _refuse_or_skip(error, item, location, config, bad_rows)
         else:
             ignored.update(settings.ignored.keys())

@@ -7,25 +7,37 @@ If an item has several chains of thought, they are weighted by their probability
     p(a) = Σ_c p(c | prompt) · p(a | prompt, c) / (p(a | prompt, c) + p(b | prompt, c)),  margin = log p(a) / (1 − p(a))
 
 Items are objects of a .jsonl file: `prompt` (or `messages`), `a`, `b`; optionally `cot`, the chain of thought that
-precedes both replies, or `cots`, several alternatives; and `situation`. Items of one situation (for example with the
-two options swapped) are resampled together by the bootstrap.
+precedes both replies, or `cots`, several alternatives; and `situation`. Items of one situation are resampled together
+by the bootstrap.
+
+A model also has habits: it prefers the option that is named first, or a letter. Therefore each item needs a second one
+with the two options swapped in the prompt, and the margins m and m' of the two items are split:
+
+    content = (m + m') / 2        habit = (m − m') / 2
+
+The content is what remains of the choice when the order is averaged out. If the mean |habit| of all pairs exceeds the
+mean |content|, the order decides more than the options do, and the figures are void.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from delib_fast.config import ConfigError
 from delib_fast.data import Message, Row, Segment
+from delib_fast.data.decontamination import words_of
 from delib_fast.data.read.jsonl import HashingFile, read_items
 from delib_fast.evals.intervals import Estimate, bootstrap, share_by_group
 from delib_fast.evals.scoring import Scorer
+
+Orders = Literal["both", "none"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +46,27 @@ class Item:
 
     location: str
     situation: str
+    """Equal to the location if the file gives none."""
     messages: tuple[Message, ...]
     cots: tuple[str, ...]
     """The chains of thought that may precede the replies."""
     a: str
     b: str
+
+
+@dataclass(frozen=True, slots=True)
+class OrderSplit:
+    """How much of the choices is due to the options, and how much to their order."""
+
+    content: float
+    """Mean over pairs of |m + m'| / 2, nats."""
+    habit: float
+    """Mean over pairs of |m − m'| / 2, nats."""
+
+    @property
+    def void(self) -> bool:
+        """Whether the order decides more than the options do."""
+        return self.habit > self.content
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +83,22 @@ class ChoiceFigures:
     """Mean probability of the first of `cots`, relative to all of them; None without chains of thought."""
     margins: tuple[float, ...]
     """The margin of each item."""
+    split: OrderSplit | None
+    """Of the margins; None if the prompts do not name the options."""
+    first_cot_split: OrderSplit | None
+    """The same of log p / (1 − p), where p is the probability of the first of `cots`; None without several of them."""
 
 
-def read_choices(path: str | Path) -> list[Item]:
-    """Read the items of a .jsonl or .json file. Raises ConfigError with the location of an invalid one."""
+def read_choices(path: str | Path, orders: Orders = "both") -> list[Item]:
+    """Read the items of a .jsonl or .json file.
+
+    Args:
+        orders: `both` if each item is present with the options in both orders; `none` if no prompt names its options.
+    Returns:
+        The items in the order of the file. Two items that differ only in the order have the same situation.
+    Raises:
+        ConfigError: an item is not valid, or lacks the one with the options swapped; with its location.
+    """
     path = Path(path)
     try:
         file = HashingFile(path)
@@ -70,37 +110,118 @@ def read_choices(path: str | Path) -> list[Item]:
         file.close()
     if not items:
         raise ConfigError(f"{path}: has no items")
+    if orders == "none":
+        for item in items:
+            _refuse_named_options(item)
+        return items
+    for pair in pair_orders(items):
+        if items[pair[0]].situation == items[pair[0]].location:
+            together = " and ".join(items[i].location for i in pair)
+            for i in pair:
+                items[i] = replace(items[i], situation=together)
     return items
 
 
-def choose(scorer: Scorer, items: Sequence[Item], *, think: bool) -> ChoiceFigures:
+def pair_orders(items: Sequence[Item]) -> list[tuple[int, int]]:
+    """The indices of each two items that differ only in the order of the options in the prompt.
+
+    Two items belong together if they have the same two replies (exchanged, if replies are letters), chains of thought
+    and situation (if the file gives it), and their prompts consist of the same words in another order.
+
+    Raises ConfigError with the location of an item that does not belong to exactly one other.
+    """
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for i, item in enumerate(items):
+        words = tuple(sorted(words_of(_text(item))))
+        situation = None if item.situation == item.location else item.situation
+        groups[situation, frozenset((item.a.strip(), item.b.strip())), words, item.cots].append(i)
+    for members in groups.values():
+        first = items[members[0]]
+        prompts = {tuple(words_of(_text(items[i]))) for i in members}
+        if len(members) != len(prompts):
+            raise ConfigError(
+                f"{items[members[-1]].location}: the item is the same as that of {first.location}; remove one"
+            )
+        if len(members) == 1:
+            raise ConfigError(
+                f"{first.location}: no item has the same options in the other order. Add one with the same words in "
+                "the prompt, the two options swapped; or, if no prompt names its options, set orders: none"
+            )
+        if len(members) > 2:
+            listed = ", ".join(items[i].location for i in members)
+            raise ConfigError(
+                f"{first.location}: {len(members)} items have the same options and words, where two are expected "
+                f"({listed}); give each pair of orders a situation of its own"
+            )
+    return [(members[0], members[1]) for members in groups.values()]
+
+
+def split_by_order(values: NDArray[np.float64], pairs: Sequence[tuple[int, int]]) -> OrderSplit:
+    """Split the margins of items into content and habit.
+
+    Args:
+        values: (items,) float64, log-odds for `a`.
+        pairs: the indices of the two orders of each item, as `pair_orders` returns them.
+    """
+    first, second = values[[i for i, _ in pairs]], values[[j for _, j in pairs]]
+    return OrderSplit(float(np.abs(first + second).mean() / 2), float(np.abs(first - second).mean() / 2))
+
+
+def _text(item: Item) -> str:
+    return "\n".join(message.content for message in item.messages)
+
+
+def _refuse_named_options(item: Item) -> None:
+    """Raise ConfigError if the prompt contains all words of `a` that `b` lacks, and all words of `b` that `a` lacks."""
+    a, b, prompt = (set(words_of(text)) for text in (item.a, item.b, _text(item)))
+    if a - b and b - a and (a ^ b) <= prompt:
+        raise ConfigError(
+            f"{item.location}: orders: none, but the prompt names both options; add the item with the options swapped, "
+            "and remove orders: none"
+        )
+
+
+def choose(scorer: Scorer, items: Sequence[Item], *, think: bool, orders: Orders = "both") -> ChoiceFigures:
     """Score both replies of every item.
 
     Args:
         think: put the item's chain of thought, or each of several, before both replies. Every item then needs one.
+        orders: as in `read_choices`.
     Limitations: how often the model would give either reply; both may be unlikely. The replies should differ
-    only in the choice, and each item should also be present with the two options swapped; otherwise the wording
-    affects the margin.
+    only in the choice.
     Raises:
-        ConfigError: `think` is true and an item has no chain of thought.
+        ConfigError: `think` is true and an item has no chain of thought, or an item lacks the other order.
     """
+    pairs = pair_orders(items) if orders == "both" else []
     texts = [(item, cot) for item in items for cot in (_cots(item) if think else (None,))]
     rows = [_row(item, reply, cot) for item, cot in texts for reply in (item.a, item.b)]
     losses = scorer.losses(scorer.encode(rows), (Segment.COT, Segment.RESPONSE))
     reply = -np.array([loss.total(Segment.RESPONSE) for loss in losses]).reshape(-1, 2)
     thought = -np.array([loss.total(Segment.COT) for loss in losses]).reshape(-1, 2)[:, 0]
-    margins, first = [], []
+    margins, first, first_margins = [], [], []
     ends = np.cumsum([len(item.cots) if think else 1 for item in items])
     for at in np.split(np.arange(len(texts)), ends[:-1]):
         weights = thought[at] - np.logaddexp.reduce(thought[at])
         a, b = (weights + reply[at, side] - np.logaddexp(reply[at, 0], reply[at, 1]) for side in (0, 1))
         margins.append(float(np.logaddexp.reduce(a) - np.logaddexp.reduce(b)))
         first.append(float(np.exp(weights[0])))
-    return _figures(np.array(margins), np.array(first) if think else None, [item.situation for item in items])
+        first_margins.append(float(weights[0] - np.logaddexp.reduce(weights[1:])) if len(at) > 1 else 0.0)
+    several_cots = think and all(len(item.cots) > 1 for item in items)
+    return _figures(
+        np.array(margins),
+        np.array(first) if think else None,
+        [item.situation for item in items],
+        split_by_order(np.array(margins), pairs) if pairs else None,
+        split_by_order(np.array(first_margins), pairs) if pairs and several_cots else None,
+    )
 
 
 def _figures(
-    margins: NDArray[np.float64], first: NDArray[np.float64] | None, situations: Sequence[str]
+    margins: NDArray[np.float64],
+    first: NDArray[np.float64] | None,
+    situations: Sequence[str],
+    split: OrderSplit | None,
+    first_cot_split: OrderSplit | None,
 ) -> ChoiceFigures:
     probabilities = 1 / (1 + np.exp(-np.clip(margins, -700, 700)))
 
@@ -113,6 +234,8 @@ def _figures(
         mean_of(margins),
         None if first is None else mean_of(first),
         tuple(margins.tolist()),
+        split,
+        first_cot_split,
     )
 
 

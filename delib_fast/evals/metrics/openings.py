@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from delib_fast.data import Example, Segment
+from delib_fast.data import Example, Row, Segment
 from delib_fast.data.encode.encoder import encoder_for
+from delib_fast.evals.intervals import Estimate, mean
 from delib_fast.evals.scoring import Scorer
+
+OPENING = "log p(opens CoT)"
 
 
 def opening_log_p(scorer: Scorer, prompts: Sequence[Sequence[int]]) -> list[float] | None:
@@ -34,3 +37,12 @@ def opening_log_p(scorer: Scorer, prompts: Sequence[Sequence[int]]) -> list[floa
         for prompt in prompts
     ]
     return [-losses.total(Segment.COT) for losses in scorer.losses(examples, (Segment.COT,))]
+
+
+def opening_figure(scorer: Scorer, rows: Sequence[Row]) -> Estimate | None:
+    """The mean of `opening_log_p` over the prompts of chats; None without chats, or if the template opens the block."""
+    chats = [row.messages for row in rows if row.kind == "chat"]
+    encoder = encoder_for(scorer.tokenizer)
+    prompts = [encoder.encode_prompt(chat, system_prompt=scorer.system_prompt) for chat in chats]
+    found = opening_log_p(scorer, prompts) if prompts else None
+    return None if found is None else mean(found)

@@ -66,7 +66,7 @@ class LossResults(NamedTuple):
 class LogitsChunk(NamedTuple):
     """The arguments of a kernel that computes the losses of some rows and overwrites their logits with the gradient."""
 
-    logits: Tensor  # (C, V) contiguous; overwritten if need_gradient
+    logits: Tensor  # (C, V), rows stride(0) >= V entries apart, with zeros in between; overwritten if need_gradient
     positions: Tensor  # (C,) int64: the row of hidden that each row of logits belongs to
     targets: Tensor  # (T,) int64
     row_weights: Tensor | None  # (T,) float32

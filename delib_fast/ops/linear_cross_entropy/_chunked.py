@@ -4,6 +4,9 @@ T packed tokens, H hidden size, V vocabulary, L listed rows, C rows of a chunk. 
 the backend's kernel, which overwrites the logits with dz; dX = dz · W; dW += dzᵀ · X in float32, unless dz is kept for
 the backward pass.
 
+Rows of logits start at multiples of 16 entries, whatever V is: Triton then loads 16 bytes at a time instead of one
+entry, and the GEMMs keep their aligned kernels. Vocabularies with a few added tokens (32,001; 50,257; 128,257) need it.
+
 With loss_positions nothing here synchronises with the device. Without them, finding the supervised rows does so once.
 """
 
@@ -12,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from delib_fast.ops._chunks import chunk_rows, empty_dz, store_gradients
+from delib_fast.ops._chunks import chunk_rows, empty_dz, empty_rows, store_gradients
 from delib_fast.ops._gradient_in_forward import Gradients, accumulator_dtype
 from delib_fast.ops.linear_cross_entropy._call import LogitsChunk, LossCall, LossResults, empty_results
 
@@ -30,7 +33,7 @@ def run_chunks(kernel: Kernel, call: LossCall) -> LossResults:
     targets = call.targets.contiguous()
     row_weights = None if call.loss_weights is None else call.loss_weights.float().contiguous()
     step = chunk_rows(num_rows, call.chunk_tokens)
-    buffer = call.hidden.new_empty(0 if call.keep_dz else min(step, num_rows), V)
+    buffer = empty_rows(call.hidden, 0 if call.keep_dz else min(step, num_rows), V)
     for begin in range(0, num_rows, step):
         chunk = positions[begin : begin + step]
         rows = call.hidden.index_select(0, chunk)

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from delib_fast.ops._chunks import ENTRY_ALIGNMENT
 from delib_fast.ops._triton_math import capped, slope
 from delib_fast.ops.linear_cross_entropy._call import LogitsChunk
 
@@ -30,6 +31,8 @@ def _loss_and_gradient_kernel(
     p_loss,  # (T,) float32, used only if HAS_LOSS
     p_correct,  # (T,) bool
     V,
+    row_stride,
+    width,  # V, or a multiple of 16 that includes the padding of a row, which stays 0
     ignore_index,
     softcap,
     z_loss,
@@ -39,10 +42,11 @@ def _loss_and_gradient_kernel(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     NEED_GRADIENT: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
-    p_row = p_logits + i_row * V
+    p_row = p_logits + i_row * row_stride
     position = tl.load(p_positions + i_row)
     target = tl.load(p_targets + position)
     supervised = target != ignore_index
@@ -59,8 +63,8 @@ def _loss_and_gradient_kernel(
     o_lane = tl.arange(0, BLOCK)
     for start in range(0, V, BLOCK):
         o_v = start + o_lane
+        b_z = tl.load(p_row + o_v, mask=o_v < width, other=float("-inf")).to(tl.float32)
         m_v = o_v < V
-        b_z = tl.load(p_row + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
         b_z = tl.where(m_v, capped(b_z, softcap, HAS_SOFTCAP), float("-inf"))
         if HAS_SMOOTHING:
             b_total += tl.where(m_v, b_z, 0.0)
@@ -106,18 +110,24 @@ def _loss_and_gradient_kernel(
         target_gradient *= slope(z_target, softcap, HAS_SOFTCAP)
         for start in range(0, V, BLOCK):
             o_v = start + o_lane
-            m_v = o_v < V
+            m_v = o_v < width
             b_z = tl.load(p_row + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
             b_z = capped(b_z, softcap, HAS_SOFTCAP)
             b_dz = (factor * tl.exp(b_z - row_max) - offset) * slope(b_z, softcap, HAS_SOFTCAP)
             b_dz = tl.where(o_v == target, target_gradient, b_dz)
             b_dz = tl.where(supervised, b_dz, 0.0)
+            if HAS_PADDING:
+                b_dz = tl.where(o_v < V, b_dz, 0.0)
             tl.store(p_row + o_v, b_dz.to(p_row.dtype.element_ty), mask=m_v)
 
 
 def launch(chunk: LogitsChunk) -> None:
     """Run the kernel on the current stream, or with Triton's interpreter."""
     C, V = chunk.logits.shape
+    stride = chunk.logits.stride(0)
+    # If the padding of a row makes its width a multiple of ENTRY_ALIGNMENT, masks do not split a load of 16 bytes.
+    padded = -(-V // ENTRY_ALIGNMENT) * ENTRY_ALIGNMENT
+    width = padded if padded <= stride else V
     block = min(triton.next_power_of_2(V), MAX_BLOCK)
     _loss_and_gradient_kernel[(C,)](
         chunk.logits,
@@ -128,6 +138,8 @@ def launch(chunk: LogitsChunk) -> None:
         chunk.loss,
         chunk.correct.view(torch.uint8),
         V,
+        stride,
+        width,
         chunk.ignore_index,
         chunk.softcap,
         chunk.z_loss,
@@ -137,6 +149,7 @@ def launch(chunk: LogitsChunk) -> None:
         HAS_SOFTCAP=chunk.softcap != 0,
         HAS_SMOOTHING=chunk.label_smoothing != 0,
         NEED_GRADIENT=chunk.need_gradient,
+        HAS_PADDING=width > V,
         BLOCK=block,
         num_warps=16 if block == MAX_BLOCK else 4,
     )

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from delib_fast.ops._chunks import chunk_rows, empty_dz, store_gradients
+from delib_fast.ops._chunks import chunk_rows, empty_dz, empty_rows, store_gradients
 from delib_fast.ops._gradient_in_forward import Gradients, accumulator_dtype
 from delib_fast.ops.linear_kl_divergence._call import DivergenceCall, DivergenceResults, empty_results, live_rows
 
@@ -22,8 +22,8 @@ from delib_fast.ops.linear_kl_divergence._call import DivergenceCall, Divergence
 class LogitsChunk(NamedTuple):
     """The arguments of a kernel that computes some rows' losses and overwrites the student's logits with dz."""
 
-    logits: Tensor  # (C, V) contiguous; overwritten if need_gradient
-    teacher_logits: Tensor  # (C, V) contiguous
+    logits: Tensor  # (C, V), rows stride(0) >= V entries apart, with zeros in between; overwritten if need_gradient
+    teacher_logits: Tensor  # (C, V), with the same strides
     positions: Tensor  # (C,) int64: the row of hidden that each row of logits belongs to
     targets: Tensor | None  # (T,) int64
     weights: Tensor  # (T, 2) float32, of the divergence and of the nll; both are 0 in dead rows
@@ -49,7 +49,7 @@ def run_chunks(kernel: Kernel, call: DivergenceCall) -> DivergenceResults:
     targets = None if call.targets is None else call.targets.contiguous()
     step = chunk_rows(num_rows, call.chunk_tokens)
     size = min(step, num_rows)
-    buffer = call.hidden.new_empty(size if call.keep_dz else 2 * size, V)
+    buffer = empty_rows(call.hidden, size if call.keep_dz else 2 * size, V)
     for begin in range(0, num_rows, step):
         chunk = positions[begin : begin + step]
         rows, teacher_rows = (h.index_select(0, chunk) for h in (call.hidden, call.teacher_hidden))

@@ -46,6 +46,7 @@ def _divergence_and_gradient_kernel(
     p_weights,  # (T, 2) float32: of the divergence and of the nll
     p_losses,  # (T, 3) float32: divergence, nll, teacher_nll
     V,
+    row_stride,
     ignore_index,
     softcap,
     teacher_softcap,
@@ -61,8 +62,8 @@ def _divergence_and_gradient_kernel(
     BLOCK: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
-    p_x = p_logits + i_row * V
-    p_y = p_teacher + i_row * V
+    p_x = p_logits + i_row * row_stride
+    p_y = p_teacher + i_row * row_stride
     position = tl.load(p_positions + i_row)
     w_div = tl.load(p_weights + 2 * position)
     w_nll = tl.load(p_weights + 2 * position + 1)
@@ -200,6 +201,7 @@ def launch(chunk: LogitsChunk) -> None:
         chunk.weights,
         chunk.losses,
         V,
+        chunk.logits.stride(0),
         call.ignore_index,
         call.softcap,
         call.teacher_softcap,

@@ -87,5 +87,5 @@ def check_cu_seqlens(cu_seqlens: Sequence[int], tokens: int, max_seqlen: int) ->
             f"cu_seqlens must not decrease; cu_seqlens[{i}] is {cu_seqlens[i]} "
             f"and cu_seqlens[{i + 1}] is {cu_seqlens[i + 1]}"
         )
-    if max(lengths, default=0) > max_seqlen:
+    if lengths and max(lengths) > max_seqlen:  # without `default`, which torch.compile does not know
         raise ValueError(f"max_seqlen is {max_seqlen}, but a sequence has {max(lengths)} tokens")

@@ -12,12 +12,12 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from delib_fast.ops import _dispatch
 from delib_fast.ops.varlen_attention._padding import same_head_dims
 
 
@@ -38,17 +38,20 @@ _GENERATIONS = (
 )
 
 
-@cache
-def _installed(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the parent package is not installed
         return False
 
 
-@cache
+# Looked up once, at import: torch.compile traces a search for a module, even if @cache has its result, and fails.
+_INSTALLED = {generation.module: _is_installed(generation.module) for generation in _GENERATIONS}
+
+
+@torch.compiler.assume_constant_result
 def _generation(major: int, softcap: bool) -> _Generation | None:
-    usable = (g for g in _GENERATIONS if major in g.capabilities and _installed(g.module))
+    usable = (g for g in _GENERATIONS if major in g.capabilities and _INSTALLED[g.module])
     return next((g for g in usable if not softcap or _takes_softcap(g)), None)
 
 
@@ -56,7 +59,7 @@ def _takes_softcap(generation: _Generation) -> bool:
     return generation.softcap and "softcap" in inspect.signature(_function(generation.module)).parameters
 
 
-@cache
+@torch.compiler.assume_constant_result  # torch.compile cannot trace an import
 def _function(module: str) -> Callable[..., Any]:
     function: Callable[..., Any] = importlib.import_module(module).flash_attn_varlen_func
     return function
@@ -72,14 +75,14 @@ def why_not(
     sinks: bool = False,
 ) -> str | None:
     """Return the reason that this backend cannot run these tensors, or None."""
-    if q.device.type != "cuda":
+    if not _dispatch.on_gpu(q):
         return f"it needs CUDA tensors; these are on {q.device.type}"
-    if not any(_installed(g.module) for g in _GENERATIONS):
+    if not any(_INSTALLED.values()):
         return "no flash-attention package is installed (flash-attn, flash-attn-3 or flash-attn-4)"
     for what, given in (("a shared prefix needs", shared_prefix), ("sinks need", sinks)):
         if given:
             return f"its backward function takes no log-sum-exp, which {what}"
-    major, minor = torch.cuda.get_device_capability(q.device)
+    major, minor = _dispatch.compute_capability(q.device)
     if _generation(major, False) is None:
         return f"the installed flash-attention package has no kernels for compute capability {major}.{minor}"
     if _generation(major, softcap) is None:
@@ -107,7 +110,7 @@ def varlen_attention(
     prefix: Sequence[int] | None = None,
 ) -> Tensor:
     """Run the op; the arguments and the result are those of `ops.varlen_attention`."""
-    generation = _generation(torch.cuda.get_device_capability(q.device)[0], softcap is not None)
+    generation = _generation(_dispatch.compute_capability(q.device)[0], softcap is not None)
     assert generation is not None, "why_not must be called first"
     assert sinks is None, "why_not must be called first"
     scale, value_dim = q.shape[-1] ** -0.5 if scale is None else scale, v.shape[-1]

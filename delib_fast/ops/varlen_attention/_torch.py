@@ -10,34 +10,36 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from delib_fast.ops import _dispatch
 from delib_fast.ops.varlen_attention._merged import NO_PREFIX, Layout, plan_prefixes, register
 from delib_fast.ops.varlen_attention._padding import same_head_dims
 
+try:
+    from torch.nn.attention.varlen import varlen_attn  # since torch 2.10
+except ImportError:
+    varlen_attn = None
 
-@cache
-def _missing() -> str | None:
+
+def _find_missing() -> str | None:
     """Return what this version of torch lacks, or None."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn  # since torch 2.10
-    except ImportError:
+    if varlen_attn is None:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen; it needs torch 2.10 or later"
     if "window_size" not in inspect.signature(varlen_attn).parameters:
         return f"varlen_attn of torch {torch.__version__} has no window_size; it needs torch 2.11 or later"
     return None
 
 
-@cache
-def _gqa_argument() -> dict[str, Any]:
-    """Return `enable_gqa=True` if varlen_attn has this argument. Older versions accept fewer kv heads without it."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+# Looked up once, at import: torch.compile would trace the search.
+_MISSING = _find_missing()
+# Older versions accept fewer kv heads without this argument.
+_GQA: dict[str, Any] = (
+    {"enable_gqa": True} if varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+)
 
 
 def why_not(
@@ -50,16 +52,16 @@ def why_not(
     sinks: bool = False,
 ) -> str | None:
     """Return the reason that this backend cannot run these tensors, or None."""
-    if q.device.type != "cuda":
+    if not _dispatch.on_gpu(q):
         return f"it needs CUDA tensors; these are on {q.device.type}"
-    if missing := _missing():
-        return missing
+    if _MISSING:
+        return _MISSING
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"it supports bfloat16 and float16, not {q.dtype}"
     dim = max(q.shape[-1], v.shape[-1])
     if dim > 256 or dim % 8:
         return f"it supports head dims that are multiples of 8 and at most 256, not {dim}"
-    if torch.cuda.get_device_capability(q.device) < (8, 0):
+    if _dispatch.compute_capability(q.device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or higher"
     if softcap:
         return "varlen_attn has no softcap; a flash-attention package (flash-attn or flash-attn-3) has one"
@@ -137,8 +139,6 @@ def varlen_attention(
     prefix: Sequence[int] | None = None,
 ) -> Tensor:
     """Run the op; the arguments and the result are those of `ops.varlen_attention`."""
-    from torch.nn.attention.varlen import varlen_attn
-
     assert softcap is None, "why_not must be called first"
     scale, value_dim = q.shape[-1] ** -0.5 if scale is None else scale, v.shape[-1]
     q, k, v = same_head_dims(q, k, v)
@@ -150,7 +150,7 @@ def varlen_attention(
     if plan or sinks is not None:
         merged = _merged(q, k, v, sinks, cu_seqlens, max_seqlen, scale, window, *(plan or NO_PREFIX))[0]
         return merged[..., :value_dim]
-    gqa = _gqa_argument() if q.shape[1] != k.shape[1] else {}
+    gqa = _GQA if q.shape[1] != k.shape[1] else {}
     out = varlen_attn(
         q.contiguous(),
         k.contiguous(),

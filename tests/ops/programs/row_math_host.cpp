@@ -10,15 +10,15 @@ namespace {
 
 constexpr int WIDTH = 4;  // float32
 
-template <bool PLAIN>
+template <Terms TERMS>
 struct HostRow {
   float* row;
-  const float* bias;
   RowOptions<float> options;
   int threads;
+  float inverse_softcap;
 
   float logit(std::int32_t entry) const {
-    return final_logit<PLAIN>(row[entry], !PLAIN && bias != nullptr ? bias[entry] : 0.0f, options);
+    return final_logit<TERMS>(row[entry], options, inverse_softcap);
   }
   Statistics thread_statistics(const Slice& slice, int thread) const {
     Statistics s = no_statistics(), odd = no_statistics();
@@ -26,14 +26,14 @@ struct HostRow {
       const std::int32_t first = slice.head_end + v * WIDTH;
       float x[WIDTH];
       for (int i = 0; i < WIDTH; ++i) x[i] = logit(first + i);
-      add<PLAIN>(s, x, first);
+      add<TERMS == Terms::NONE>(s, x, first);
     }
     const std::int32_t head = slice.head_end - slice.begin;
     std::int32_t entry = slice.begin + thread;
     if (thread >= head) entry = slice.tail_begin + thread - head;
     if (entry < slice.end) {
       const float x[1] = {logit(entry)};
-      add<PLAIN>(odd, x, entry);
+      add<TERMS == Terms::NONE>(odd, x, entry);
     }
     return merge(s, odd);
   }
@@ -49,22 +49,21 @@ struct HostRow {
   }
 };
 
-template <bool PLAIN>
-void run(float* row, std::int64_t vocabulary, const float* bias, std::int64_t target, float weight,
-         const RowOptions<float>& options, int parts, int threads, float* loss_and_nll, std::int32_t* argmax) {
-  const HostRow<PLAIN> host{row, bias, options, threads};
+template <Terms TERMS>
+void run(float* row, std::int64_t vocabulary, std::int64_t target, float weight, const RowOptions<float>& options, int parts, int threads, float* loss_and_nll, std::int32_t* argmax) {
+  const HostRow<TERMS> host{row, options, threads, options.softcap > 0 ? 1.0f / options.softcap : 0.0f};
   Statistics all = no_statistics();
   for (int part = 0; part < parts; ++part)
     all = merge(all, host.part_statistics(slice_of(reinterpret_cast<std::uint64_t>(row), vocabulary, 4, part, parts)));
   const bool known = target >= 0 && target < vocabulary;
   const float target_logit = known ? host.logit(static_cast<std::int32_t>(target)) : NAN;
   const RowResult<float> result =
-      finish<PLAIN>(all.max, all.sum, all.total, target_logit, weight, vocabulary, options);
+      finish<TERMS == Terms::NONE>(all.max, all.sum, all.total, target_logit, weight, vocabulary, options);
   loss_and_nll[0] = result.loss;
   loss_and_nll[1] = result.nll;
   *argmax = all.argmax;
   for (std::int32_t v = 0; v < vocabulary; ++v) {
-    const float dz = gradient<PLAIN>(host.logit(v), result, options);
+    const float dz = gradient<TERMS>(host.logit(v), result, host.inverse_softcap);
     row[v] = v == target ? result.target_gradient : dz;
   }
 }
@@ -74,13 +73,12 @@ void run(float* row, std::int64_t vocabulary, const float* bias, std::int64_t ta
 extern "C" {
 
 // `threads` must be a power of two, and larger than the 6 entries that an unaligned slice may have at its ends.
-void row_on_host(float* row, std::int64_t vocabulary, const float* bias, std::int64_t target, float weight,
-                 float scale, float softcap, float z_loss, float smoothing, int parts, int threads,
-                 float* loss_and_nll, std::int32_t* argmax) {
-  const RowOptions<float> options{scale, softcap, z_loss, smoothing};
-  const bool plain = bias == nullptr && scale == 1 && softcap == 0 && z_loss == 0 && smoothing == 0;
-  (plain ? run<true> : run<false>)(row, vocabulary, bias, target, weight, options, parts, threads, loss_and_nll,
-                                   argmax);
+void row_on_host(float* row, std::int64_t vocabulary, std::int64_t target, float weight, float softcap, float z_loss,
+                 float smoothing, int parts, int threads, float* loss_and_nll, std::int32_t* argmax) {
+  const RowOptions<float> options{softcap, z_loss, smoothing};
+  const bool loss = z_loss != 0 || smoothing != 0;
+  (softcap != 0 ? run<Terms::SOFTCAP> : loss ? run<Terms::LOSS> : run<Terms::NONE>)(
+      row, vocabulary, target, weight, options, parts, threads, loss_and_nll, argmax);
 }
 
 // Writes begin, head_end, vectors, tail_begin and end to `out`.

@@ -1,0 +1,86 @@
+"""Arms that train on the chain of thought alone, values from the command line, and arms that are not trained."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from helpers.tiny_study import tiny_study
+from typer.testing import CliRunner
+
+from delib_fast.config import ConfigError
+from delib_fast.evals.intervals import Estimate
+from delib_fast.study import load_study
+from delib_fast.study.plan import plan_study
+from delib_fast.study.run import plan_tasks, prepare_data
+from delib_fast.study.summary import over_seeds
+
+
+def planned(path, sets=(), **overrides):
+    study = load_study(path, sets, **overrides)
+    prepared = prepare_data(study, 1, print)
+    return study, plan_study(study, prepared), prepared
+
+
+def test_an_arm_can_train_on_the_cot_alone(tmp_path):
+    arms = ["aft_no_cot", "aft_cot", "aft_cot_only", "msm_aft_cot_only"]
+    _, plan, _ = planned(tiny_study(tmp_path, arms=arms, cot_weights=[0, 1]), seeds=[1])
+    stages = {arm.label: node.config.stages[0] for (arm, _), node in plan.ends.items()}
+    assert {label: (s.cot, s.cot_weight, s.response_weight) for label, s in stages.items()} == {
+        "AFT (no CoT)": ("strip", 1.0, 1.0),
+        "AFT (CoT × 0)": ("train", 0.0, 1.0),
+        "AFT (CoT)": ("train", 1.0, 1.0),
+        "AFT (CoT only)": ("train", 1.0, 0.0),
+        "MSM (rules) + AFT (CoT only)": ("train", 1.0, 0.0),
+        "MSM (values) + AFT (CoT only)": ("train", 1.0, 0.0),
+    }
+    assert [arm.thinks for arm in plan.arms] == [False, True, True, True, True, True]
+
+
+def test_the_default_arms_do_not_include_it(tmp_path):
+    _, plan, _ = planned(tiny_study(tmp_path), seeds=[1])
+    assert not any("only" in arm.label for arm in plan.arms)
+
+
+def test_set_replaces_a_value_of_the_study(tmp_path):
+    path = tiny_study(tmp_path)
+    study, plan, _ = planned(path, ["aft.epochs=3", "prepare.args.1=7"], seeds=[1])
+    assert study.prepare.args == ("--rows", 7)
+    assert {n.config.stages[0].epochs for n in plan.nodes if n.name == "aft"} == {3}
+    with pytest.raises(ConfigError, match=r"--set aft: write it as key\.sub=value"):
+        load_study(path, ["aft"])
+
+
+def test_the_command_passes_set_on(tmp_path):
+    from delib_fast.cli.main import app
+
+    done = CliRunner().invoke(app, ["study", str(tiny_study(tmp_path)), "--plan", "--set", "arms=[base]"])
+    assert done.exit_code == 0, done.output
+    assert "1 arms × 2 seeds" in done.output
+
+
+def test_a_model_that_is_not_trained_is_measured_once(tmp_path):
+    """Every seed has the same model and files: one task, whose figures all seeds read."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    (tmp_path / "choices.jsonl").write_text(json.dumps({"prompt": "x?", "a": "b", "b": "c"}) + "\n")
+    path = tiny_study(
+        tmp_path,
+        arms=["base", "aft_cot"],
+        base=[],
+        run={"model": {"path": str(tmp_path / "model")}, "data": {"demos": "{prepared}/demos.jsonl"}},
+        metrics={"choice": {"kind": "choices", "path": str(tmp_path / "choices.jsonl")}},
+    )
+    study, plan, prepared = planned(path)
+    tasks, files = plan_tasks(study, plan, prepared)
+    assert [task.name.split("-")[0] for task in tasks] == ["measure base", *(["train aft", "measure aft"] * 2)]
+    base = [paths["choice"] for (arm, _), paths in files.items() if arm.label == "base"]
+    assert base[0] == base[1]
+    # with items that differ by seed, each seed is measured
+    study, plan, prepared = planned(path, ["metrics.choice.path={prepared}/choices.jsonl"])
+    assert sum(t.name.startswith("measure base") for t in plan_tasks(study, plan, prepared)[0]) == 2
+
+
+def test_equal_figures_of_all_seeds_keep_the_interval_over_rows():
+    same = [Estimate(0.5, 0.3, 0.7, 20, "wilson")] * 3
+    assert over_seeds(same) is same[0], "a spread of 0 between copies of one model is not an interval of width 0"
