@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DEVICE, dtype_name, is_installed, seconds
+from harness import DEVICE, dtype_name, fastest_gemms, gemm_candidates, is_installed, seconds
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -244,13 +244,7 @@ def make_roof(key: InputsKey) -> Callable[[], None]:
     if DEVICE == "cuda":
         rows = rows[:8192]  # logits of all rows may not fit: fewer rows, repeated
     repeats = max(positions.shape[0] // rows.shape[0], 1)
-    chosen = []
-    for candidates in _gemm_candidates(rows, weight):
-        timed = []
-        for candidate in candidates:
-            candidate()
-            timed.append((seconds(candidate), candidate))
-        chosen.append(min(timed, key=lambda pair: pair[0])[1])
+    chosen = fastest_gemms(gemm_candidates(rows, weight))
 
     def roof() -> None:
         for _ in range(repeats):
@@ -258,21 +252,6 @@ def make_roof(key: InputsKey) -> Callable[[], None]:
                 gemm()
 
     return roof
-
-
-def _gemm_candidates(rows: Tensor, weight: Tensor) -> list[list[Callable[[], Tensor]]]:
-    """Return the candidates for each of the three GEMMs: with logits stored as (L, V) or (V, L) and, on a CPU, in the
-    inputs' dtype or in float32. All write into existing buffers."""
-    found: list[list[Callable[[], Tensor]]] = [[], [], []]
-    for dtype in {rows.dtype, torch.float32} if DEVICE == "cpu" else {rows.dtype}:
-        x, w = rows.to(dtype), weight.to(dtype)
-        z, dx, dw = x.new_empty(x.shape[0], w.shape[0]), torch.empty_like(x), torch.empty_like(w)
-        z.normal_()
-        zt = z.T.contiguous()
-        found[0] += [functools.partial(torch.mm, x, w.T, out=z), functools.partial(torch.mm, w, x.T, out=zt)]
-        found[1] += [functools.partial(torch.mm, z, w, out=dx), functools.partial(torch.mm, zt.T, w, out=dx)]
-        found[2] += [functools.partial(torch.mm, z.T, x, out=dw), functools.partial(torch.mm, zt, x, out=dw)]
-    return found
 
 
 # --- the bench ----------------------------------------------------------------------------------------------------

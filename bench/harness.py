@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
 
 from delib_fast.ops._library import WHY_NO_COMPILED
 
@@ -88,6 +89,36 @@ def time_alternating(
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:
     """The median of the ratios, taken round by round."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+# --- bare GEMMs ---------------------------------------------------------------------------------------------------
+
+
+def gemm_candidates(rows: Tensor, weight: Tensor) -> list[list[Callable[[], Tensor]]]:
+    """Return the candidates for each of the three GEMMs: with logits stored as (L, V) or (V, L) and, on a CPU, in the
+    inputs' dtype or in float32. All write into existing buffers."""
+    found: list[list[Callable[[], Tensor]]] = [[], [], []]
+    for dtype in {rows.dtype, torch.float32} if DEVICE == "cpu" else {rows.dtype}:
+        x, w = rows.to(dtype), weight.to(dtype)
+        z, dx, dw = x.new_empty(x.shape[0], w.shape[0]), torch.empty_like(x), torch.empty_like(w)
+        z.normal_()
+        zt = z.T.contiguous()
+        found[0] += [functools.partial(torch.mm, x, w.T, out=z), functools.partial(torch.mm, w, x.T, out=zt)]
+        found[1] += [functools.partial(torch.mm, z, w, out=dx), functools.partial(torch.mm, zt.T, w, out=dx)]
+        found[2] += [functools.partial(torch.mm, z.T, x, out=dw), functools.partial(torch.mm, zt, x, out=dw)]
+    return found
+
+
+def fastest_gemms(candidates: list[list[Callable[[], Tensor]]]) -> list[Callable[[], Tensor]]:
+    """Run every candidate twice, and return the fastest of each GEMM."""
+    chosen = []
+    for forms in candidates:
+        timed = []
+        for form in forms:
+            form()
+            timed.append((seconds(form), form))
+        chosen.append(min(timed, key=lambda pair: pair[0])[1])
+    return chosen
 
 
 # --- memory -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,6 @@
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of delib_fast; importing it registers the CPU kernels of torch.ops.delib_fast.";
-  m.attr("interface") = 3;  // must equal INTERFACE in delib_fast/ops/_library.py; increment both when a schema changes
+  m.attr("interface") = 4;  // must equal INTERFACE in delib_fast/ops/_library.py; increment both when a schema changes
   register_packing(m);
 }

@@ -5,18 +5,9 @@
 
 #include <cstdint>
 
+#include "fused_head/block.h"
+
 namespace delib_fast {
-
-using bf16_bits = std::uint16_t;
-
-// A block of transposed logits: some rows of the vocabulary for all tokens of a chunk.
-template <typename scalar_t>
-struct Block {
-  scalar_t* data;
-  std::int64_t leading;    // elements from the start of one row to the next
-  std::int64_t first_row;  // the vocabulary entry of row 0
-  std::int64_t rows;
-};
 
 // Running softmax statistics, one entry per token: the maximum, the first entry that has it, Σ exp(logit - max) and,
 // for the general kernels only, Σ logit. `shift`, `partial` and `partial_total` are scratch.
@@ -58,10 +49,6 @@ struct Sweeps {
 template <typename acc_t>
 using CapFn = void (*)(acc_t* logits, std::int64_t count, acc_t softcap);
 
-// to[i] = from[i] * scale, multiplied in the wider type and rounded once.
-template <typename from_t, typename to_t>
-using ScaleFn = void (*)(const from_t* from, to_t* to, std::int64_t count, float scale);
-
 struct RowKernels {
   const char* name;
   Sweeps<float, float> plain_f32, general_f32;
@@ -69,9 +56,6 @@ struct RowKernels {
   Sweeps<bf16_bits, float> plain_bf16, general_bf16;
   CapFn<float> cap_f32;
   CapFn<double> cap_f64;
-  ScaleFn<float, float> scale_f32;
-  ScaleFn<float, bf16_bits> scale_f32_to_bf16;
-  ScaleFn<bf16_bits, bf16_bits> scale_bf16;
 };
 
 // The table for the widest instruction set that this processor supports.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-INTERFACE = 3
+INTERFACE = 4
 """The version of the op schemas. The compiled module must be built for the same version (csrc/bindings.cpp)."""
 
 _Library: Any = torch.library.Library  # Any, because torch does not annotate its methods

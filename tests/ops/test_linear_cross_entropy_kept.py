@@ -9,9 +9,9 @@ from loss_cases import DEVICE, Case, assert_no_worse, eager, gradients, make_cas
 from torch import Tensor
 
 from delib_fast.ops import linear_cross_entropy
+from delib_fast.ops._gradient_in_forward import _weight_gradient
 from delib_fast.ops.linear_cross_entropy._call import LossResults
 from delib_fast.ops.linear_cross_entropy._cpu import BFLOAT16_GEMMS
-from delib_fast.ops.linear_cross_entropy._gradient_in_forward import _weight_gradient
 
 # (T, H, V, chunk_tokens): odd and even L, sizes that are not multiples of the tile of 64, chunks that are not multiples
 # of a vector, and more tokens than one product of a tile takes

@@ -6,17 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from delib_fast.ops._checks import check_not_sharded
+from delib_fast.ops._chunks import GPU_CHUNK_TOKENS
 from delib_fast.ops._dispatch import Backend, choose
+from delib_fast.ops._head_inputs import autocast, with_bias
+from delib_fast.ops._sharded import gather_weight
 from delib_fast.ops.linear_cross_entropy import _cpu, _cuda, _triton
-from delib_fast.ops.linear_cross_entropy._call import LossCall
-from delib_fast.ops.linear_cross_entropy._checks import OP, check_not_sharded, check_options, check_tensors
-from delib_fast.ops.linear_cross_entropy._chunked import GPU_CHUNK_TOKENS
-from delib_fast.ops.linear_cross_entropy._sharded import gather_weight
+from delib_fast.ops.linear_cross_entropy._call import OP, LossCall
+from delib_fast.ops.linear_cross_entropy._checks import check_options, check_tensors
 from delib_fast.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
 
 __all__ = ["BACKENDS", "GPU_CHUNK_TOKENS", "FusedLossHead", "LossOutput", "gather_weight", "linear_cross_entropy"]
-
-BIAS_COLUMNS = 8  # the bias and seven columns of zeros, so that rows of 16-bit numbers stay aligned for the GEMMs
 
 
 class LossOutput(NamedTuple):
@@ -128,13 +128,13 @@ def linear_cross_entropy(
     Source: gradients in the forward pass as in Liger Kernel (arXiv 2410.10989), skipped rows as in Cut Cross-Entropy
     (arXiv 2411.09009), softcap as in Gemma 2 (arXiv 2408.00118), z-loss as in PaLM (arXiv 2204.02311).
     """
-    check_not_sharded(hidden, weight, bias)
-    hidden, weight = _autocast(hidden), _autocast(weight)
-    bias = None if bias is None else _autocast(bias)
+    check_not_sharded(OP, hidden=hidden, weight=weight, bias=bias)
+    hidden, weight = autocast(hidden), autocast(weight)
+    bias = None if bias is None else autocast(bias)
     check_tensors(hidden, weight, bias, targets, loss_weights, loss_positions)
     check_options(logit_scale, softcap, z_loss, label_smoothing, chunk_tokens)
     if bias is not None:
-        hidden, weight = _with_bias(hidden, weight, bias)
+        hidden, weight = with_bias(hidden, weight, bias)
     if logit_scale != 1:
         hidden = hidden * logit_scale
     chosen = choose(OP, BACKENDS, backend, hidden, weight)
@@ -259,17 +259,3 @@ class FusedLossHead(nn.Module):
         V = V if self._vocabulary is None else min(V, self._vocabulary)
         softcap = "" if self.softcap is None else f", softcap={self.softcap:g}"
         return f"hidden={H}, vocabulary={V}{softcap}, backend={self.backend!r}"
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    device = tensor.device.type
-    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
-
-
-def _with_bias(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Append a column of ones to `hidden` and the bias to `weight`, so that one product adds the bias."""
-    ones = F.pad(hidden.new_ones(hidden.shape[0], 1), (0, BIAS_COLUMNS - 1))
-    column = F.pad(bias[:, None], (0, BIAS_COLUMNS - 1))
-    return torch.cat([hidden, ones], 1), torch.cat([weight, column], 1)

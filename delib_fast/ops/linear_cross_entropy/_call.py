@@ -4,14 +4,27 @@ T packed tokens, H hidden size, V vocabulary, L listed rows, C rows of a chunk. 
 is kept for the backward pass, it has K >= L columns.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from delib_fast.ops import _gradient_in_forward
+from delib_fast.ops._gradient_in_forward import EmptyDz, accumulator_dtype, empty_gradients
+
+OP = "linear_cross_entropy"
+# The arguments are the fields of LossCall; a backend may append its own.
+SCHEMA = (
+    "(Tensor hidden, Tensor weight, Tensor targets, Tensor? loss_weights, Tensor? loss_positions, "
+    "int ignore_index, int chunk_tokens, bool need_grad_hidden, bool need_grad_weight, "
+    "float softcap=0.0, float z_loss=0.0, float label_smoothing=0.0, bool keep_dz=False{extra}) -> "
+    "(Tensor loss_sum, Tensor nll, Tensor correct, Tensor grad_hidden, Tensor grad_weight, Tensor dz, Tensor rows)"
+)
+
 
 class LossCall(NamedTuple):
-    """The arguments of one call of a backend, in the order of the op's schema (see _gradient_in_forward.py)."""
+    """The arguments of one call of a backend, in the order of SCHEMA."""
 
     hidden: Tensor  # (T, H)
     weight: Tensor  # (V, H)
@@ -39,7 +52,7 @@ class LossCall(NamedTuple):
 
 
 class LossResults(NamedTuple):
-    """The results of one call of a backend. A gradient that is not needed is an empty tensor."""
+    """The results of one call of a backend; the last four are those of _gradient_in_forward.Gradients."""
 
     loss_sum: Tensor  # () float32 (float64 for float64 inputs), as are nll and grad_weight
     nll: Tensor  # (T,)
@@ -67,17 +80,24 @@ class LogitsChunk(NamedTuple):
     label_smoothing: float
 
 
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of losses and of sums over rows: float64 for float64, otherwise float32."""
-    return torch.promote_types(dtype, torch.float32)
+def as_call(*args: Any) -> LossCall:
+    """Return the call, without the arguments that a backend appends to the schema."""
+    return LossCall(*args[: len(LossCall._fields)])
 
 
-def keep_dz_if_smaller(call: LossCall) -> LossCall:
-    """Set keep_dz if dz in bfloat16 is no larger than the weight's gradient in float32.
+def empty_results(empty_dz: EmptyDz, call: LossCall, num_rows: int) -> LossResults:
+    """Allocate the results of a call with `num_rows` supervised or listed rows, uninitialised."""
+    hidden, wide = call.hidden, accumulator_dtype(call.hidden.dtype)
+    return LossResults(
+        hidden.new_empty((), dtype=wide),
+        hidden.new_empty(hidden.shape[0], dtype=wide),
+        hidden.new_empty(hidden.shape[0], dtype=torch.bool),
+        *empty_gradients(empty_dz, call, num_rows),
+    )
 
-    This is decided on the host, so loss_positions must be given. float16 never keeps dz: its range is too small for
-    products of scaled rows.
-    """
-    if call.loss_positions is None or not call.need_grad_weight or call.hidden.dtype != torch.bfloat16:
-        return call
-    return call._replace(keep_dz=call.loss_positions.shape[0] <= 2 * call.hidden.shape[1])
+
+def define(backend: str, empty_dz: EmptyDz, *, extra: str = "") -> None:
+    """Define the op of a backend; `extra` are the arguments that it appends to the schema."""
+    _gradient_in_forward.define(
+        OP, backend, SCHEMA.format(extra=extra), as_call, functools.partial(empty_results, empty_dz)
+    )

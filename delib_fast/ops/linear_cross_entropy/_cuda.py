@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from delib_fast.ops import _dispatch
-from delib_fast.ops.linear_cross_entropy._call import LogitsChunk, LossCall, LossResults, keep_dz_if_smaller
-from delib_fast.ops.linear_cross_entropy._chunked import empty_dz, run_chunks
-from delib_fast.ops.linear_cross_entropy._gradient_in_forward import define
+from delib_fast.ops._chunks import empty_dz
+from delib_fast.ops._gradient_in_forward import keep_dz_if_smaller
+from delib_fast.ops.linear_cross_entropy._call import LogitsChunk, LossCall, LossResults, define
+from delib_fast.ops.linear_cross_entropy._chunked import run_chunks
 
 LIBRARY_PATH = Path(__file__).parents[2] / "libdelib_fast_cuda.so"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the dtype codes of the C interface
@@ -26,7 +27,7 @@ ARGUMENT_TYPES: list[Any] = [
     *(_INT, _POINTER),  # need_gradient, stream
 ]
 
-define("linear_cross_entropy_cuda", empty_dz)
+define("cuda", empty_dz)
 
 
 def _load(path: Path) -> ctypes.CDLL | str:

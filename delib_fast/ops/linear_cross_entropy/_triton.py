@@ -1,38 +1,18 @@
 """The Triton backend: _chunked.py around the kernel of _triton_kernel.py."""
 
-import importlib.util
-import os
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from delib_fast.ops import _dispatch
-from delib_fast.ops.linear_cross_entropy._call import LossCall, LossResults, keep_dz_if_smaller
-from delib_fast.ops.linear_cross_entropy._chunked import empty_dz, run_chunks
-from delib_fast.ops.linear_cross_entropy._gradient_in_forward import define
+from delib_fast.ops._chunks import empty_dz
+from delib_fast.ops._gradient_in_forward import keep_dz_if_smaller
+from delib_fast.ops._triton_head import why_not
+from delib_fast.ops.linear_cross_entropy._call import LossCall, LossResults, define
+from delib_fast.ops.linear_cross_entropy._chunked import run_chunks
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+__all__ = ["run", "why_not"]
 
-# Looked up once, at import: torch.compile traces `why_not`.
-_INSTALLED = importlib.util.find_spec("triton") is not None
-
-define("linear_cross_entropy_triton", empty_dz)
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def why_not(hidden: Tensor, weight: Tensor) -> str | None:
-    """Return the reason that this backend cannot run these tensors, or None."""
-    if not _INSTALLED:
-        return "triton is not installed"
-    if not _dispatch.on_gpu(hidden) and not (hidden.device.type == "cpu" and _interpreted()):
-        return f"the tensors are on {hidden.device.type}, and TRITON_INTERPRET is not 1"
-    if hidden.dtype not in DTYPES:
-        return f"{hidden.dtype} is not supported"
-    return None
+define("triton", empty_dz)
 
 
 def _kernel(*args: Any) -> LossResults:

@@ -14,41 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
+from delib_fast.ops._chunks import ENTRY_ALIGNMENT
+from delib_fast.ops._triton_math import capped, slope
 from delib_fast.ops.linear_cross_entropy._call import LogitsChunk
-from delib_fast.ops.linear_cross_entropy._chunked import ENTRY_ALIGNMENT
 
 MAX_BLOCK = 8192
-
-
-@triton.jit
-def _tanh(x):
-    """tanh to about one ulp: from exponentials, but near 0, where they cancel, from the polynomial of Cephes."""
-    magnitude = tl.abs(x)
-    e = tl.exp(-2.0 * magnitude)
-    far = (1.0 - e) / (1.0 + e)
-    s = x * x
-    p = ((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s + 1.33314422036e-1
-    near = (p * s - 3.33332819422e-1) * s * x + x
-    return tl.where(magnitude < 0.625, near, tl.where(x < 0.0, -far, far))
-
-
-@triton.jit
-def _capped(z, softcap, HAS_SOFTCAP: tl.constexpr):
-    """The logit after the softcap: the input of the softmax."""
-    if HAS_SOFTCAP:
-        z = softcap * _tanh(z / softcap)
-    return z
-
-
-@triton.jit
-def _slope(x, softcap, HAS_SOFTCAP: tl.constexpr):
-    """dx/dz, as a function of x."""
-    if HAS_SOFTCAP:
-        ratio = x / softcap
-        slope = 1.0 - ratio * ratio
-    else:
-        slope = 1.0
-    return slope
 
 
 @triton.jit
@@ -95,7 +65,7 @@ def _loss_and_gradient_kernel(
         o_v = start + o_lane
         b_z = tl.load(p_row + o_v, mask=o_v < width, other=float("-inf")).to(tl.float32)
         m_v = o_v < V
-        b_z = tl.where(m_v, _capped(b_z, softcap, HAS_SOFTCAP), float("-inf"))
+        b_z = tl.where(m_v, capped(b_z, softcap, HAS_SOFTCAP), float("-inf"))
         if HAS_SMOOTHING:
             b_total += tl.where(m_v, b_z, 0.0)
         b_larger = b_z > b_max
@@ -111,7 +81,7 @@ def _loss_and_gradient_kernel(
 
     # A target outside the vocabulary makes the loss NaN.
     m_target = (target >= 0) & (target < V)
-    z_target = _capped(tl.load(p_row + tl.where(m_target, target, 0)).to(tl.float32), softcap, HAS_SOFTCAP)
+    z_target = capped(tl.load(p_row + tl.where(m_target, target, 0)).to(tl.float32), softcap, HAS_SOFTCAP)
     z_target = tl.where(m_target, z_target, float("nan"))
     # (max + log sum) - target would round at the magnitude of the logits.
     nll = (row_max - z_target) + tl.log(row_sum)
@@ -137,13 +107,13 @@ def _loss_and_gradient_kernel(
             factor *= 1.0 + z_slope
             offset = row_weight * share
             target_gradient += row_weight * (z_slope * tl.exp(d) + smoothing - share)
-        target_gradient *= _slope(z_target, softcap, HAS_SOFTCAP)
+        target_gradient *= slope(z_target, softcap, HAS_SOFTCAP)
         for start in range(0, V, BLOCK):
             o_v = start + o_lane
             m_v = o_v < width
             b_z = tl.load(p_row + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
-            b_z = _capped(b_z, softcap, HAS_SOFTCAP)
-            b_dz = (factor * tl.exp(b_z - row_max) - offset) * _slope(b_z, softcap, HAS_SOFTCAP)
+            b_z = capped(b_z, softcap, HAS_SOFTCAP)
+            b_dz = (factor * tl.exp(b_z - row_max) - offset) * slope(b_z, softcap, HAS_SOFTCAP)
             b_dz = tl.where(o_v == target, target_gradient, b_dz)
             b_dz = tl.where(supervised, b_dz, 0.0)
             if HAS_PADDING:

@@ -18,9 +18,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from delib_fast.ops._chunks import empty_rows
 from delib_fast.ops.linear_cross_entropy import _triton_kernel
 from delib_fast.ops.linear_cross_entropy._call import LogitsChunk
-from delib_fast.ops.linear_cross_entropy._chunked import _empty_rows
 
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -44,7 +44,7 @@ class Recorder:
 
 def chunk(dtype: str, V: int, options: dict) -> LogitsChunk:
     """The arguments of the launch; only shapes, dtypes and addresses matter."""
-    logits = _empty_rows(torch.empty(0, dtype=getattr(torch, dtype)), 1, V)
+    logits = empty_rows(torch.empty(0, dtype=getattr(torch, dtype)), 1, V)
     rows = torch.zeros(16, dtype=torch.int64)
     value = torch.zeros(16)
     terms = options.get("z_loss", 0.0) or options.get("label_smoothing", 0.0)

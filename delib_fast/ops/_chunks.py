@@ -1,0 +1,64 @@
+"""The parts of a fused head's GPU driver that do not depend on its loss: chunk sizes, and GEMMs of the gradients.
+
+T packed tokens, H hidden size, V vocabulary, L listed rows, C rows of a chunk, dz the gradient of the logits.
+"""
+
+import torch
+from torch import Tensor
+
+from delib_fast.ops._gradient_in_forward import Gradients, HeadCall
+
+GPU_CHUNK_TOKENS = 4096  # smaller chunks are slower, because the float32 dW is read and written once per chunk
+ROW_ALIGNMENT = 128  # the size of a chunk is a multiple of this
+ENTRY_ALIGNMENT = 16  # a row of logits starts at a multiple of this many entries
+
+
+def empty_dz(weight: Tensor, num_rows: int) -> Tensor:
+    """Return an uninitialised dz (V, L) whose transpose has aligned rows: each chunk is a block of its columns."""
+    return empty_rows(weight, num_rows, weight.shape[0]).T
+
+
+def empty_rows(like: Tensor, rows: int, V: int) -> Tensor:
+    """Return uninitialised logits (rows, V) whose rows are padded to a multiple of ENTRY_ALIGNMENT in memory.
+
+    The padding is 0, and must stay 0: oneDNN's bfloat16 GEMM multiplies it with zeros, and NaN times 0 is NaN.
+    """
+    padded = like.new_empty(rows, -(-V // ENTRY_ALIGNMENT) * ENTRY_ALIGNMENT)
+    if padded.shape[1] > V:
+        padded[:, V:].zero_()
+    return padded[:, :V]
+
+
+def chunk_rows(num_rows: int, chunk_tokens: int) -> int:
+    """Return the size of chunks that are nearly equal: a small last chunk would cost a whole pass over dW."""
+    max_rows = chunk_tokens if chunk_tokens > 0 else GPU_CHUNK_TOKENS
+    chunks = max(-(-num_rows // max_rows), 1)
+    even = -(-num_rows // chunks)
+    return max(min(-(-even // ROW_ALIGNMENT) * ROW_ALIGNMENT, max_rows), 1)
+
+
+def store_gradients(
+    call: HeadCall,
+    results: Gradients,
+    dz: Tensor,  # (C, V)
+    rows: Tensor,  # (C, H)
+    positions: Tensor,  # (C,)
+    begin: int,
+) -> None:
+    """Write the chunk's part of grad_hidden, and add its part of grad_weight or keep its rows."""
+    if call.need_grad_hidden:
+        results.grad_hidden.index_copy_(0, positions, dz @ call.weight)
+    if call.keep_dz:
+        results.rows[begin : begin + len(rows)] = rows
+    elif call.need_grad_weight:
+        _accumulate(results.grad_weight, dz, rows, first=begin == 0)
+
+
+def _accumulate(grad_weight: Tensor, dz: Tensor, rows: Tensor, first: bool) -> None:
+    """Compute grad_weight (V, H) float32 (+)= dzᵀ · rows, accumulated in float32 for every input dtype."""
+    if not dz.is_cuda or dz.dtype == torch.float32:
+        torch.addmm(grad_weight, dz.T.float(), rows.float(), beta=0 if first else 1, out=grad_weight)
+    elif first:
+        torch.mm(dz.T, rows, out_dtype=torch.float32, out=grad_weight)
+    else:
+        torch.addmm(grad_weight, dz.T, rows, out_dtype=torch.float32, out=grad_weight)
