@@ -3,8 +3,8 @@
 from delib_fast.config.base import ConfigError, FilePath, Section, expand_path, nearest
 from delib_fast.config.data import SourceConfig, TokenizerConfig, TokenizerTrainConfig
 from delib_fast.config.model import LoraConfig, ModelConfig
+from delib_fast.config.ranks import REDUCE_BUCKET, effective_zero_stage, packs_per_rank, rank_groups
 from delib_fast.config.schema import (
-    REDUCE_BUCKET,
     AFTConfig,
     CheckpointConfig,
     Config,
@@ -17,9 +17,6 @@ from delib_fast.config.schema import (
     Precision,
     StageBase,
     StageConfig,
-    effective_zero_stage,
-    packs_per_rank,
-    rank_groups,
 )
 
 __all__ = [

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,12 +15,21 @@ class BackendUnavailable(RuntimeError):  # noqa: N818 - part of the public API
     """The requested backend cannot run these inputs; the message says why, and which backends can."""
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def constant_under_compile(function: _F) -> _F:
+    """Mark a function that torch.compile evaluates instead of tracing it, for example because it imports a module."""
+    marked: _F = torch.compiler.assume_constant_result(function)
+    return marked
+
+
 def on_gpu(tensor: torch.Tensor) -> bool:
     """Return whether a tensor is on a CUDA device. Every backend asks here, so that a test can change the answer."""
     return tensor.device.type == "cuda"
 
 
-@torch.compiler.assume_constant_result  # torch.compile evaluates it instead of tracing it
+@constant_under_compile
 def compute_capability(device: torch.device) -> tuple[int, int]:
     """Return the compute capability (major, minor) of a CUDA device."""
     return torch.cuda.get_device_capability(device)

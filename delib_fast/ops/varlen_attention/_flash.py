@@ -49,7 +49,7 @@ def _is_installed(module: str) -> bool:
 _INSTALLED = {generation.module: _is_installed(generation.module) for generation in _GENERATIONS}
 
 
-@torch.compiler.assume_constant_result
+@_dispatch.constant_under_compile
 def _generation(major: int, softcap: bool) -> _Generation | None:
     usable = (g for g in _GENERATIONS if major in g.capabilities and _INSTALLED[g.module])
     return next((g for g in usable if not softcap or _takes_softcap(g)), None)
@@ -59,7 +59,7 @@ def _takes_softcap(generation: _Generation) -> bool:
     return generation.softcap and "softcap" in inspect.signature(_function(generation.module)).parameters
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace an import
+@_dispatch.constant_under_compile
 def _function(module: str) -> Callable[..., Any]:
     function: Callable[..., Any] = importlib.import_module(module).flash_attn_varlen_func
     return function

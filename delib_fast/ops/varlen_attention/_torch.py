@@ -19,6 +19,7 @@ from delib_fast.ops import _dispatch
 from delib_fast.ops.varlen_attention._merged import NO_PREFIX, Layout, plan_prefixes, register
 from delib_fast.ops.varlen_attention._padding import same_head_dims
 
+varlen_attn: Any
 try:
     from torch.nn.attention.varlen import varlen_attn  # since torch 2.10
 except ImportError:
