@@ -77,7 +77,7 @@ def test_a_model_that_is_not_trained_is_measured_once(tmp_path):
     base = [paths["choice"] for (arm, _), paths in files.items() if arm.label == "base"]
     assert base[0] == base[1]
     # with items that differ by seed, each seed is measured
-    study, plan, prepared = planned(path, ["metrics.choice.path={prepared}/choices.jsonl"])
+    study, plan, prepared = planned(path, ['metrics.choice.path="{prepared}/choices.jsonl"'])
     assert sum(t.name.startswith("measure base") for t in plan_tasks(study, plan, prepared)[0]) == 2
 
 
