@@ -53,7 +53,8 @@ def own_cot_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
         "own_cot",
         "The model's own chains of thought",
         f"{len(prompts)} prompts with the think block opened; {closed} chains of thought were closed by the model, the "
-        f"others by the length limit. {_MARGIN} The monitor does not see the prompt; it is cross-validated by prompt.{missing}",
+        f"others by the length limit. {_MARGIN} The monitor does not see the prompt; it is cross-validated by prompt."
+        f"{missing}",
         (
             *_margin_tables(("after its own CoT", own), ("after another prompt's CoT", other)),
             *([views] if monitor else []),
