@@ -5,7 +5,7 @@ from __future__ import annotations
 from delib_fast.config import ConfigError
 from delib_fast.data import Message
 from delib_fast.evals.limits import spread
-from delib_fast.evals.metrics.monitors import Transcript, WordMonitor, compare_views
+from delib_fast.evals.metrics.monitors import MonitorComparison, Transcript, WordMonitor, compare_views
 from delib_fast.evals.metrics.refusal import RefusalPrompt, read_prompts
 from delib_fast.evals.metrics.refusal_margin import AGREEMENT, REFUSAL, MarginFigures, refusal_margins
 from delib_fast.evals.recording import collect_samples
@@ -39,10 +39,11 @@ def own_cot_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
         Transcript(p.prompt, "", cot, reply.response, p.label == "unsafe")
         for p, cot, reply in zip(prompts, cots, replies, strict=True)
     ]
+    monitor: MonitorComparison | None = None
     try:
         monitor, missing = compare_views(transcripts, WordMonitor), ""
     except ValueError as error:  # too few prompts for its folds; the margins do not depend on it
-        monitor, missing = None, f" There is no monitor: {error}; raise limit, or give prompts of both labels."
+        missing = f" There is no monitor: {error}; raise limit, or give prompts of both labels."
     closed = sum(reply.tags == "closed" for reply in replies)
     views = Table(
         "Does a monitor of words recognise the unsafe requests?",
