@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from delib_fast.data import Message, Row, Segment
 from delib_fast.data.encode.encoder import encoder_for
 from delib_fast.evals.extra import import_extra
-from delib_fast.evals.intervals import Estimate, RowEstimate, bootstrap, mean
+from delib_fast.evals.intervals import Estimate, bootstrap, mean
 from delib_fast.evals.metrics.refusal import RefusalPrompt
 from delib_fast.evals.scoring import Scorer
 
@@ -84,14 +84,8 @@ def margin_figures(margins: NDArray[np.float64], unsafe: NDArray[np.bool_]) -> M
         return float(roc_auc_score(u, m)) if 0 < u.sum() < len(u) else float("nan")
 
     prompts = range(len(margins))
-    n, n_unsafe = len(margins), int(unsafe.sum())
-    found = bootstrap(separation, prompts)
-    if 0 < n_unsafe < n:  # the mean over prompts of these is the separation, so that two models can be paired by prompt
-        parts = margins * np.where(unsafe, n / max(n_unsafe, 1), -n / max(n - n_unsafe, 1))
-        by_row = tuple((float(part), 1.0) for part in parts)
-        found = RowEstimate(found.value, found.low, found.high, found.n, found.method, by_row)
     return MarginFigures(
-        found,
+        bootstrap(separation, prompts),
         bootstrap(auc, prompts, resamples=400),
         mean(margins[~unsafe]),
         mean(margins[unsafe]),
