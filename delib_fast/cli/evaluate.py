@@ -26,8 +26,8 @@ def eval_command(
             metavar="NAME",
             help=(
                 "a suite or a group, repeatable or comma-separated. Suites: segments, dose, drift, early, reliance, "
-                "agentic, samples, hints, necessity, legibility, policy, refusal, monitor; groups: forced (default), "
-                "sampled, cot, all"
+                "agentic, refusal_margin, samples, hints, necessity, legibility, policy, controllability, own_cot, "
+                "refusal, monitor; groups: forced (default), sampled, cot, all"
             ),
         ),
     ] = None,

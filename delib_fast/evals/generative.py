@@ -230,13 +230,15 @@ def controllability_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
     rows = spread(held_out_with_cot(target), target.settings.instructed_prompts)
     found = controllability(model, [row.messages for row in rows])
     names = {"cot": "CoT", "response": "response"}
-    tables = tuple(
-        Table(
-            f"Instructions about the {names[part]}",
-            ("instruction", "part", "followed", "base rate", "gain"),
-            tuple((f.name, names[part], f.instructed, f.base_rate, f.gain) for f in found.figures if f.part == part),
-        )
-        for part in ("cot", "response")
+    gains = Table(
+        "Instructions",
+        ("instruction", "part", "gain"),
+        tuple((f.name, names[f.part], f.gain) for f in found.figures),
+    )
+    shares = Table(
+        "Share of replies that follow an instruction",
+        ("instruction", "part", "instructed", "base rate"),
+        tuple((f.name, names[f.part], f.instructed, f.base_rate) for f in found.figures),
     )
     replies = Table(
         "Replies",
@@ -250,7 +252,7 @@ def controllability_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
         f"{found.prompts} held-out prompts, each answered without an instruction and with each of them. gain: share "
         "that follows the instruction − share that satisfies its rule without it. The response is checked after an "
         "empty think block.",
-        (*tables, both, replies),
+        (gains, both, shares, replies),
         details={"figures": to_json_data(found)},
     )
 

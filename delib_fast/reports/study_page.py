@@ -106,12 +106,18 @@ def registration_lines(tree: Tree | None) -> list[str]:
     return lines
 
 
+_METRICS_PER_TABLE = 6
+
+
 def markdown(summary: Tree) -> str:
     """The arms at their largest size and the differences, as Markdown tables for a page of documentation."""
     metrics = summary["metrics"]
-    columns = ["arm", *(metric_title(*item) for item in metrics.items())]
-    rows = [[arm["label"], *(cell_words(arm["figures"][name]) for name in metrics)] for arm in largest(summary["arms"])]
-    text = _markdown_table(columns, rows)
+    names, tables = list(metrics), []
+    for shown in (names[i : i + _METRICS_PER_TABLE] for i in range(0, max(1, len(names)), _METRICS_PER_TABLE)):
+        columns = ["arm", *(metric_title(name, metrics[name]) for name in shown)]
+        rows = [[arm["label"], *(cell_words(arm["figures"][n]) for n in shown)] for arm in largest(summary["arms"])]
+        tables.append(_markdown_table(columns, rows))
+    text = "\n".join(tables)
     if summary["contrasts"]:
         contrast_rows = [
             [

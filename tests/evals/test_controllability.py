@@ -67,6 +67,7 @@ def test_a_model_that_ignores_instructions_gains_zero_with_an_interval_that_is_n
     assert set(gains(found, "cot").values()) == set(gains(found, "response").values()) == {0.0}
     of_all = next(f.gain for f in found.figures if (f.part, f.name) == ("cot", "all"))
     assert of_all.method == "newcombe"
+    assert of_all.by_row == ((0.0, 1.0),) * 4, "two models can be paired by prompt"
     assert of_all.low < -0.4
     assert of_all.high > 0.4
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -98,7 +99,7 @@ def test_own_cots_separate_and_those_of_other_prompts_do_not(rule_scorer):
     target = target_of(scorer, 36)
     prompts = read_prompts(target.settings.refusal_prompts)
     found = own_cot_suite(target, thinking_of(prompts))
-    margins, views = found.tables
+    margins, _, views = found.tables
     (own, other) = ({"name": row[0], "separation": row[1], "auc": row[2]} for row in margins.rows)
     refusal, agreement = tokens_of(scorer, REFUSAL), tokens_of(scorer, AGREEMENT)
     high, low = 3.0 * agreement - refusal, agreement - 3.0 * refusal
@@ -113,10 +114,11 @@ def test_own_cots_separate_and_those_of_other_prompts_do_not(rule_scorer):
     assert f"{unsafe.sum()} chains of thought were closed by the model" in found.note
 
 
-def test_too_few_prompts_for_a_monitor_are_an_error_with_a_remedy(rule_scorer):
+def test_too_few_prompts_for_a_monitor_do_not_lose_the_margins(rule_scorer):
     target = target_of(rule_scorer(lambda *_: 1.0), 2)
-    with pytest.raises(ConfigError, match=r"own_cot: .*; raise limit, or give refusal_prompts of both labels"):
-        own_cot_suite(target, thinking_of(read_prompts(target.settings.refusal_prompts)))
+    found = own_cot_suite(target, thinking_of(read_prompts(target.settings.refusal_prompts)))
+    assert [table.title for table in found.tables] == ["Refusal margin", "Mean margin by label"]
+    assert re.search(r"There is no monitor: .*; raise limit, or give prompts of both labels\.$", found.note)
 
 
 @pytest.mark.parametrize("suite", [refusal_margin_suite, lambda target: own_cot_suite(target, None)])

@@ -82,7 +82,7 @@ def test_every_suite_but_dose_runs_on_a_model_folder(done):
     assert [r.suite for r in done.results] == [s for s in SUITES if s not in done.skipped]
     assert "give a run directory" in done.skipped["dose"]
     # 4 labelled questions are too few for the folds of the monitor
-    assert set(done.skipped) <= {"dose", "monitor", "own_cot"}
+    assert set(done.skipped) <= {"dose", "monitor"}
 
 
 def test_precision_auto_is_what_the_device_computes(folder):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -179,10 +179,11 @@ def _paired_gain(with_it: NDArray[np.float64], without: NDArray[np.float64]) -> 
     If all prompts have the same difference, every resample is the same; the interval is then Newcombe's, which is wider
     than necessary for pairs.
     """
-    n, gain = len(with_it), with_it - without
-    if n and gain.min() == gain.max():
-        return newcombe(float(with_it.sum()), n, float(without.sum()), n)
-    return mean(gain)
+    n, found = len(with_it), mean(with_it - without)
+    if not n or found.low < found.high:
+        return found
+    wide = newcombe(float(with_it.sum()), n, float(without.sum()), n)
+    return replace(found, low=wide.low, high=wide.high, method=wide.method)
 
 
 def _with_instruction(chat: Sequence[Message], instruction: str) -> list[Message]:

@@ -155,7 +155,8 @@ def linear_kl_divergence(
     if shared:  # one tensor stays one
         teacher = (autocast(teacher_hidden).detach(), student[1].detach(), student[2])
     else:
-        teacher = _autocast(*(t if t is None else t.detach() for t in (teacher_hidden, teacher_weight, teacher_bias)))
+        bias = None if teacher_bias is None else teacher_bias.detach()
+        teacher = _autocast(teacher_hidden.detach(), teacher_weight.detach(), bias)
     check_tensors(student, teacher, targets, loss_weights, nll_weight, loss_positions)
     check_objective(direction, beta, temperature, nll_weight)
     check_logit_options(OP, logit_scale, softcap)

@@ -87,7 +87,9 @@ def empty_results(empty_dz: EmptyDz, call: DivergenceCall, num_rows: int) -> Div
     hidden, wide = call.hidden, accumulator_dtype(call.hidden.dtype)
     return DivergenceResults(
         hidden.new_empty((), dtype=wide),
-        *(hidden.new_empty(hidden.shape[0], dtype=wide) for _ in range(3)),
+        hidden.new_empty(hidden.shape[0], dtype=wide),
+        hidden.new_empty(hidden.shape[0], dtype=wide),
+        hidden.new_empty(hidden.shape[0], dtype=wide),
         *empty_gradients(empty_dz, call, num_rows),
     )
 

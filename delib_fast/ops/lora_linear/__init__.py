@@ -79,7 +79,10 @@ def _check(
         raise ValueError(f"{_OP}: x must be (…, I) and weight (O, I), got {tuple(x.shape)} and {tuple(weight.shape)}")
     outputs, inputs = weight.shape
     rank = lora_a.shape[0] if lora_a.dim() else 0
-    expected = {"lora_a": (lora_a, (rank, inputs)), "lora_b": (lora_b, (outputs, rank))}
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "lora_a": (lora_a, (rank, inputs)),
+        "lora_b": (lora_b, (outputs, rank)),
+    }
     if bias is not None:
         expected["bias"] = (bias, (outputs,))
     if adapter_input is not None:

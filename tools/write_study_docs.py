@@ -1,8 +1,9 @@
-"""Write the stored study into docs/small_world.md (the tables between its markers) and docs/small_world.png.
+"""Write a stored study into docs/NAME.md (the tables between its markers) and docs/NAME.png.
 
-    python examples/small_world/write_docs.py [runs/small_world/study.json]
+    python tools/write_study_docs.py small_world [runs/small_world/study.json]
+    python tools/write_study_docs.py study_cot_monitor [runs/studies/cot_monitor/study.json]
 
-A given file is first copied to docs/small_world.json; without one, the stored file is rendered again.
+A given file is first copied to docs/NAME.json; without one, the stored file is rendered again.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from pathlib import Path
 from delib_fast.reports.study_figures import draw_pictures
 from delib_fast.reports.study_page import markdown
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- study:begin -->\n", "<!-- study:end -->\n"
 
 
 def main() -> None:
-    stored, page = DOCS / "small_world.json", DOCS / "small_world.md"
-    if len(sys.argv) > 1:
-        shutil.copyfile(sys.argv[1], stored)
+    if len(sys.argv) < 2:
+        sys.exit("give the name of a page of docs/, such as small_world")
+    stored, page = DOCS / f"{sys.argv[1]}.json", DOCS / f"{sys.argv[1]}.md"
+    if len(sys.argv) > 2:
+        shutil.copyfile(sys.argv[2], stored)
     summary = json.loads(stored.read_text(encoding="utf-8"))
     text = page.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
@@ -32,7 +35,7 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     try:
         arms = next(p.path for p in draw_pictures(summary, folder) if p.path.stem == "arms")
-        arms.replace(DOCS / "small_world.png")
+        arms.replace(stored.with_suffix(".png"))
     finally:
         shutil.rmtree(folder)
 
