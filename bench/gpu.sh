@@ -9,7 +9,7 @@
 # writes its JSON, which is stored in bench/results/<device>/.
 # The torch of $PYTHON (default python3; torch 2.11 with Python 3.12 is enough) is used and never replaced. Missing
 # packages come from $WHEELS (default wheels/, made by tools/gpu_wheels.sh), never from the network.
-# --dry-run runs every part without a GPU: small cases, and the device checks turned round where a part has any.
+# --dry-run runs every part without a GPU: small cases, and the device checks inverted where a part has any.
 # SECONDS_SCALE=2 doubles every limit. Exit status: the number of parts that did not pass.
 set -uo pipefail
 cd "$(dirname "$0")/.."

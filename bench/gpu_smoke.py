@@ -65,7 +65,7 @@ CHECKS |= {"attention": attention}
 CHECKS |= {f"steps {x} checkpointed={c}": partial(steps, x, c) for x in ("eager", "compile") for c in (0, 1)}
 if __name__ == "__main__":
     failed = 0
-    if not GPU:  # the device checks are turned round
+    if not GPU:  # the device checks are inverted
         os.environ["TRITON_INTERPRET"] = "1"
         import pytest
         from helpers.as_if_gpu import as_if_gpu

@@ -1,4 +1,4 @@
-"""Run the dispatch of a GPU on CPU tensors: the device checks are turned round, and the kernels are stand-ins.
+"""Run the dispatch of a GPU on CPU tensors: the device checks are inverted, and the kernels are stand-ins.
 
 The stand-ins compute the real results on the CPU, so that losses and gradients of a whole model can be compared. What
 is tested is the rest: the choice of a backend, its checks, the ops of torch, and torch.compile of all this.

@@ -1,4 +1,4 @@
-"""Every backend of a GPU, eager and compiled, with the device checks turned round (helpers/as_if_gpu.py)."""
+"""Every backend of a GPU, eager and compiled, with the device checks inverted (helpers/as_if_gpu.py)."""
 
 import pytest
 import torch
