@@ -122,7 +122,7 @@ def request_verdicts(
         endpoint: the model, and its concurrency limit.
         prompts: complete user messages.
         allowed: the possible verdicts, in lower case. The last `<answer>VERDICT</answer>` of an answer counts. After an
-            answer without a verdict, the judge is asked once more, and told what is missing.
+            answer without a verdict, the judge is asked once more, with what is missing in the prompt.
         folder: where the request log keeps every answer, so that none is requested (and paid for) twice; None for none.
     Raises:
         JudgeError: the endpoint does not answer after its retries, or no verdict at all can be read.

@@ -224,7 +224,7 @@ def _axis_label(name: str, metric: Tree, what: str = "") -> str:
 
 
 def _wrapped(text: str, width: int) -> str:
-    """Break lines between words only, so that no text is cut off or lies over another."""
+    """Break lines between words only, so that no text is cut off or overlaps another."""
     return "\n".join(textwrap.wrap(text, width, break_long_words=False)) or text
 
 

@@ -36,7 +36,7 @@ def cell(figure: Tree) -> Markup:
 
 
 def choices_tables(summary: Tree) -> list[HtmlTable]:
-    """For each metric of kind `choices` with both orders: the figure, the margin beside it, content and habit."""
+    """For each metric of kind `choices` with both orders: the figure, the margin next to it, content and habit."""
     tables = []
     for name, metric in summary["metrics"].items():
         arms = [arm for arm in summary["arms"] if arm["figures"][name].get("content") is not None]

@@ -30,7 +30,7 @@ class Choice:
     """What forced choices say besides their figure."""
 
     margin: Estimate
-    """Mean of log p(a) − log p(b), nats: how clear the choices are, beside how often they are made."""
+    """Mean of log p(a) − log p(b), nats: how clear the choices are, next to how often they are made."""
     split: OrderSplit | None
     """None if the prompts do not name the options."""
 

@@ -5,7 +5,7 @@
 
 with u the input of the adapter, x unless dropout was applied to it. The chain of peft writes and reads again a tensor
 (N, O) for the update, one for its scaled copy, and one (N, I) for the adapter's share of dx: here the products add to y
-and dx instead. Only h (N, r) is kept beside the inputs. N is the number of rows.
+and dx instead. Only h (N, r) is kept in addition to the inputs. N is the number of rows.
 
 torch's GEMMs do all of the work, on any device, and nothing elementwise is left for a kernel of our own.
 """
