@@ -55,7 +55,7 @@ _REASON = re.compile(
 )
 _NAME = re.compile(r"\b[A-Z]\w*[a-z]\w*(?:[- ][A-Z]\w*[a-z]\w*)*")
 _LOWER_CASE = re.compile(r"\b[^\W\d_A-Z]\w*")
-_BEFORE_A_SENTENCE = re.compile(r"(?:^|[.!?:\n])[\s\"'“‘”’*_#>()\[\]-]*$")
+_AROUND_A_SENTENCE = " \u00a0\u202f\u3000\t\r\f\v\"'“‘”’*_#>()[]-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +206,8 @@ def _names(texts: Sequence[str]) -> Counter[str]:
     for text in texts:
         of_text: tuple[set[str], set[str]] = (set(), set())
         for match in _NAME.finditer(text):
-            starts = _BEFORE_A_SENTENCE.search(text[max(0, match.start() - 8) : match.start()]) is not None
-            of_text[starts].add(match[0])
+            before = text[max(0, match.start() - 8) : match.start()].rstrip(_AROUND_A_SENTENCE)
+            of_text[not before or before[-1] in ".!?:\n"].add(match[0])
         inside.append(of_text[0])
         first.append(of_text[1])
     lower_case = Counter(word for text in texts for word in set(_LOWER_CASE.findall(text)))

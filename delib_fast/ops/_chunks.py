@@ -14,8 +14,11 @@ ENTRY_ALIGNMENT = 16  # a row of logits starts at a multiple of this many entrie
 
 
 def empty_dz(weight: Tensor, num_rows: int) -> Tensor:
-    """Return an uninitialised dz (V, L) whose transpose has aligned rows: each chunk is a block of its columns."""
-    return empty_rows(weight, num_rows, weight.shape[0]).T
+    """Return an uninitialised dz (V, L) whose transpose is contiguous: each chunk is a block of its columns.
+
+    Its rows are not padded as those of `empty_rows` are, because inductor needs outputs of an op without gaps.
+    """
+    return weight.new_empty(num_rows, weight.shape[0]).T
 
 
 def empty_rows(like: Tensor, rows: int, V: int) -> Tensor:

@@ -15,6 +15,7 @@ from helpers.run_facts import facts
 from helpers.tiny_run import tiny
 
 from delib_fast.config import ConfigError
+from delib_fast.data import Message
 from delib_fast.training.errors import TrainingError
 
 
@@ -176,7 +177,7 @@ def test_kept_results(tmp_path, full):
     replies = {f"{k:032x}": Reply(f"thought {k}", f"reply {k}", "closed", True, k) for k in range(20)}
     cache = _ReplyCache(tmp_path / "replies.jsonl")
     for key, reply in replies.items():
-        cache.put(key, reply)
+        cache.put(key, reply, [Message("user", "prompt")])
     kept: Counter[str] = Counter()
     for _ in flipped(tmp_path / "replies.jsonl", 1000 if full else 100):
         known = {key: reply for key in replies if (reply := _ReplyCache(tmp_path / "replies.jsonl").get(key))}

@@ -86,7 +86,7 @@ def test_muon_refuses_lora():
 
     with pytest.raises(ConfigError) as error:
         config(model={"path": "-", "lora": {"r": 8}})
-    assert "stages.aft.optimizer.name: muon cannot be used: it orthogonalizes whole matrices" in str(error.value)
+    assert "stages.msm.optimizer.name: muon cannot be used: it orthogonalizes whole matrices" in str(error.value)
     assert "set adamw" in str(error.value)
 
 

@@ -207,7 +207,7 @@ def test_invalid_arguments_raise():
         "linear_cross_entropy: chunk_tokens=0; it must be at least 1, or None for the default"
     )
     assert message(backend="cuda9") == (
-        "linear_cross_entropy: backend='cuda9' does not exist; choose from auto, cpu, triton, cuda, reference"
+        "linear_cross_entropy: backend='cuda9' does not exist; choose from auto, cpu, cuda, triton, reference"
     )
 
 

@@ -49,6 +49,7 @@ def check(variants) -> None:
         narrow = ".b32" if dtype == "float32" else ".b16"
         loads, stores = result["loads"], result["stores"]
         assert result["spills"] == 0, result
+        assert result["row_offset"] == "i64", "the offset of a row overflows if C·V exceeds 2^31"
         assert result["registers"] <= MAX_REGISTERS[result["warps"]], result
         # 16 bytes at a time in both loops; the target's logit is loaded alone, and so is the row's float32 weight
         assert loads.count(".v4.b32") >= (2 if options.get("gradient", True) else 1), result

@@ -105,7 +105,9 @@ def main() -> None:
             compiled = triton.compile(kernel, target=GPUTarget("cuda", arch, 32), options=compile_options)
             ptx = compiled.asm["ptx"]
             loads, stores = (re.findall(rf"{kind}\.global\S*?((?:\.v\d)?\.[bf]\d+)\b", ptx) for kind in ("ld", "st"))
+            offset = re.search(r"tt.addptr %p_logits, %\w+ : !tt.ptr<\w+>, (\w+)", compiled.asm["ttir"])
             result = {"variant": [dtype, V, options], "arch": arch, "warps": compile_options["num_warps"]}
+            result["row_offset"] = offset and offset[1]
             print(json.dumps({**result, **assembled(ptx), "loads": loads, "stores": stores}), flush=True)
 
 
