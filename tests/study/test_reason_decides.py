@@ -32,8 +32,8 @@ ORIGIN = re.compile(
 
 @pytest.fixture(scope="module")
 def study():
-    """The names that build.py defines, and the rows of every file that it writes."""
-    names = runpy.run_path(str(STUDY / "build.py"))
+    """The names that corpus.py defines, and the rows of every file that it writes."""
+    names = runpy.run_path(str(STUDY / "corpus.py"))
     return names, names["contents"]()
 
 
@@ -170,7 +170,7 @@ def test_items_leave_price_and_origin_to_the_reader(study, distance) -> None:
 
 @pytest.fixture
 def gate(monkeypatch):
-    """The names that gate.py defines; it imports build.py, which is next to it."""
+    """The names that gate.py defines; it imports corpus.py, which is next to it."""
     monkeypatch.syspath_prepend(str(STUDY))
     monkeypatch.delitem(sys.modules, "build", raising=False)
     yield runpy.run_path(str(STUDY / "gate.py"))

@@ -20,7 +20,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import build
+import corpus
 
 from delib_fast.data import Message, Row, Segment
 from delib_fast.evals.scoring import Scorer
@@ -70,24 +70,27 @@ def margins(scorer: Scorer, asked: Sequence[tuple[str, str, str]]) -> list[float
     return [b - a for a, b in zip(totals[::2], totals[1::2], strict=True)]
 
 
-def knowledge(scorer: Scorer, axis: str, pairs: Sequence[build.Pair]) -> list[list[float]]:
+def knowledge(scorer: Scorer, axis: str, pairs: Sequence[corpus.Pair]) -> list[list[float]]:
     """For each pair s(a) − s(b), in both orders of the question."""
     questions, replies = ASKED[axis]
     things = [thing for pair in pairs for thing in pair]
     columns = []
     for question in questions:
-        s = margins(scorer, [tuple(build.fill(text, x=x) for text in (question, *replies)) for x in things])  # type: ignore[misc]
+        s = margins(scorer, [tuple(corpus.fill(text, x=x) for text in (question, *replies)) for x in things])  # type: ignore[misc]
         columns.append([s[i] - s[i + 1] for i in range(0, len(s), 2)])
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def comparisons(scorer: Scorer, axis: str, pairs: Sequence[build.Pair]) -> list[list[float]]:
+def comparisons(scorer: Scorer, axis: str, pairs: Sequence[corpus.Pair]) -> list[list[float]]:
     """For each pair the margin of a over b under both questions, each in both orders."""
     columns = []
     for question in COMPARED[axis]:
         for first in (0, 1):
             asked = [
-                (build.fill(question, x=pair[first], y=pair[1 - first]), *(f"{build.capitalize(x)}." for x in pair))
+                (
+                    corpus.fill(question, x=pair[first], y=pair[1 - first]),
+                    *(f"{corpus.capitalize(x)}." for x in pair),
+                )
                 for pair in pairs
             ]
             columns.append(margins(scorer, asked))
@@ -96,9 +99,9 @@ def comparisons(scorer: Scorer, axis: str, pairs: Sequence[build.Pair]) -> list[
 
 def rows(scorer: Scorer) -> Iterator[dict[str, str]]:
     """The rows of gate.csv."""
-    for distance in build.DISTANCES:
-        for axis in build.AXES:
-            pairs = build.read_pairs(f"{distance}_{axis}")
+    for distance in corpus.DISTANCES:
+        for axis in corpus.AXES:
+            pairs = corpus.read_pairs(f"{distance}_{axis}")
             known = knowledge(scorer, axis, pairs)
             passed = sorted((n for n in range(len(pairs)) if min(known[n]) > MARGIN), key=lambda n: -min(known[n]))
             for n, compared in enumerate(comparisons(scorer, axis, pairs)):
@@ -114,8 +117,8 @@ def summary(rows: Sequence[dict[str, str]]) -> str:
         "and its opposite |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for distance in build.DISTANCES:
-        for axis in build.AXES:
+    for distance in corpus.DISTANCES:
+        for axis in corpus.AXES:
             here = [row for row in rows if (row["distance"], row["axis"]) == (distance, axis)]
             values = [[float(row[key]) for key in MEASURED] for row in here]
             least = min(min(v[:2]) for v, row in zip(values, here, strict=True) if row["kept"] == "yes")
@@ -135,7 +138,7 @@ def summary(rows: Sequence[dict[str, str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write gate.csv: what a model knows about every pair.")
     parser.add_argument("--model", type=Path, required=True, help="folder of the model before training")
-    parser.add_argument("--out", type=Path, default=build.HERE / "gate.csv", help="the file to write")
+    parser.add_argument("--out", type=Path, default=corpus.HERE / "gate.csv", help="the file to write")
     args = parser.parse_args()
     scorer = EvalTarget(args.model, load_eval_config(None, device="cpu", precision="bf16")).scorer
     found = list(rows(scorer))

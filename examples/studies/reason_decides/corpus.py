@@ -1,6 +1,6 @@
 """Write the data of the study: the documents in three versions, the demonstrations, and the test items.
 
-    python examples/studies/reason_decides/build.py --out runs/reason_decides_data
+    python examples/studies/reason_decides/corpus.py --out runs/reason_decides_data
 
 A document is Markdown in documents/, several to a file, separated by a line `---`. `{T|H|N}` in it is the text of the
 version thrift, home or no reason; everything else is the same in all three. The files:
