@@ -47,6 +47,7 @@ def _divergence_and_gradient_kernel(
     p_losses,  # (T, 3) float32: divergence, nll, teacher_nll
     V,
     row_stride,
+    teacher_row_stride,  # not that of the student if its logits are in the dz that is kept
     ignore_index,
     softcap,
     teacher_softcap,
@@ -63,7 +64,7 @@ def _divergence_and_gradient_kernel(
 ):
     i_row = tl.program_id(0).to(tl.int64)
     p_x = p_logits + i_row * row_stride
-    p_y = p_teacher + i_row * row_stride
+    p_y = p_teacher + i_row * teacher_row_stride
     position = tl.load(p_positions + i_row)
     w_div = tl.load(p_weights + 2 * position)
     w_nll = tl.load(p_weights + 2 * position + 1)
@@ -202,6 +203,7 @@ def launch(chunk: LogitsChunk) -> None:
         chunk.losses,
         V,
         chunk.logits.stride(0),
+        chunk.teacher_logits.stride(0),
         call.ignore_index,
         call.softcap,
         call.teacher_softcap,

@@ -10,10 +10,9 @@ from triton.compiler import ASTSource
 
 from delib_fast.ops.linear_kl_divergence import _triton_kernel as divergence
 
-TYPES = {"p_positions": "*i64", "p_targets": "*i64", "p_weights": "*fp32", "p_nll": "*fp32", "p_loss": "*fp32",
-         "p_losses": "*fp32", "p_correct": "*u8", "V": "i32", "row_stride": "i64", "ignore_index": "i64",
-         "softcap": "fp32", "teacher_softcap": "fp32", "cooling": "fp32", "beta": "fp32", "z_loss": "fp32",
-         "smoothing": "fp32"}  # fmt: skip
+TYPES = {"p_positions": "*i64", "p_targets": "*i64", "p_weights": "*fp32", "p_losses": "*fp32", "V": "i32",
+         "row_stride": "i64", "teacher_row_stride": "i64", "ignore_index": "i64", "softcap": "fp32",
+         "teacher_softcap": "fp32", "cooling": "fp32", "beta": "fp32"}  # fmt: skip
 DIVERGENCE_SWITCHES = ("HAS_TARGETS", "HAS_NLL", "HAS_SOFTCAP", "HAS_TEACHER_SOFTCAP", "TEMPERED", "NEED_GRADIENT")
 
 
