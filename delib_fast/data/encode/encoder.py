@@ -139,15 +139,11 @@ class Encoder:
     @cached_property
     def thought(self) -> ThoughtForm:
         """What a reply writes around its chain of thought; the default tags if the template cannot write one."""
-        chat = _prompt_chat([Message("user", "a")], "thought")
-        try:
-            skeleton = self._skeleton(chat, "a prompt")
-        except DataError:
+        if self._written_thought is None:
             opening, closing = THINK
             return ThoughtForm(opening, closing, tuple(self.control.encode_batch([self.control.spell(opening)])[0].ids))
-        text, (start, response, _) = skeleton.fill(chat.texts)
-        cot = len(skeleton.fill_before(len(chat.texts) - 2, chat.texts))
-        opening, closing = text[start:cot].rstrip(), text[cot + len("thought") : response]
+        text, start, before, closing = self._written_thought
+        opening = before.rstrip()
         encoding = self.control.encode_batch([text])[0]
         first, end = (_first_token_from(encoding, at, len(encoding.ids)) for at in (start, start + len(opening)))
         names = [self.control.unspell(part).strip() for part in (opening, closing)]
@@ -156,11 +152,25 @@ class Encoder:
     @cached_property
     def _plain_tags(self) -> PlainTags:
         """The think tags that are plain text to this tokenizer."""
+        if self._written_thought is None:
+            return PlainTags.by_default(self.control)
+        _, _, before, after = self._written_thought
+        return PlainTags.of(before, after, self.control)
+
+    @cached_property
+    def _written_thought(self) -> tuple[str, int, str, str] | None:
+        """A chat with a chain of thought, where its reply begins, and what is written before and after the thought.
+
+        Control tokens are private-use characters. None if the template cannot write such a chat.
+        """
         chat = _prompt_chat([Message("user", "a")], "thought")
         try:
-            return PlainTags.of(self._skeleton(chat, "a prompt"), chat, self.control)
-        except DataError:  # a template that cannot write such a chat
-            return PlainTags.by_default(self.control)
+            skeleton = self._skeleton(chat, "a prompt")
+        except DataError:
+            return None
+        text, (start, response, _) = skeleton.fill(chat.texts)
+        cot = len(skeleton.fill_before(len(chat.texts) - 2, chat.texts))
+        return text, start, text[start:cot], text[cot + len("thought") : response]
 
     def _chat(self, row: Row, cot: Cot, system_prompt: str | None) -> ChatInput | None:
         """What the chat template receives for a row; None for a document."""

@@ -8,9 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from delib_fast.data.encode.chat_input import THINK, ChatInput
+from delib_fast.data.encode.chat_input import THINK
 from delib_fast.data.encode.control_tokens import ControlTokens
-from delib_fast.data.encode.skeleton import Skeleton, slot
 from delib_fast.data.rows import DataError
 
 _MARKUP = re.compile(r"[^\w\s].*[^\w\s]", re.DOTALL)
@@ -25,14 +24,11 @@ class PlainTags:
     closing: str
 
     @classmethod
-    def of(cls, skeleton: Skeleton, chat: ChatInput, control: ControlTokens) -> PlainTags:
-        """Read the tags from the rendering of a chat with a chain of thought."""
-        text = skeleton.rendering.fill([slot(k) for k in range(len(chat.texts))])
-        cot_start, response_start, _ = map(sum, skeleton.boundaries)
-        cot_at = text.index(slot(len(chat.texts) - 2))
-        before = _between_tokens(text[cot_start:cot_at], control)[-1].strip().splitlines()
-        after = _between_tokens(text[cot_at + 1 : response_start], control)[0].strip().splitlines()
-        opening, closing = before[-1] if before else "", after[0] if after else ""
+    def of(cls, before: str, after: str, control: ControlTokens) -> PlainTags:
+        """The tags in what a template writes before and after a chain of thought, with control tokens as characters."""
+        above = _between_tokens(before, control)[-1].strip().splitlines()
+        below = _between_tokens(after, control)[0].strip().splitlines()
+        opening, closing = above[-1] if above else "", below[0] if below else ""
         if closing == THINK[1]:
             opening = opening or THINK[0]  # the generation prompt may have written it
         return cls(opening.strip(), closing.strip())
