@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from delib_fast.config import ConfigError
-from delib_fast.data import Message, Row, read_source
+from delib_fast.data import Row, read_source
 from delib_fast.data.encode.encoder import encoder_for
-from delib_fast.datagen.refusals import MEASURED, MeasuredError, Verdict, classify_reply
-from delib_fast.evals.intervals import Estimate, corrected_share, mean, wilson
+from delib_fast.evals.intervals import mean, wilson
 from delib_fast.evals.limits import spread, spread_by_source
 from delib_fast.evals.metrics.choices import choices_from_gsm8k, result_of
 from delib_fast.evals.metrics.controllability import controllability
@@ -18,14 +16,6 @@ from delib_fast.evals.metrics.legibility import legibility, vocabulary
 from delib_fast.evals.metrics.necessity import cot_necessity, is_right
 from delib_fast.evals.metrics.openings import OPENING, opening_log_p
 from delib_fast.evals.metrics.policy import PolicyClassifier, policy_retrieval
-from delib_fast.evals.metrics.refusal import (
-    RefusalFigures,
-    classifier_figures,
-    judge_refusals,
-    read_labelled,
-    read_prompts,
-    refusal_figures,
-)
 from delib_fast.evals.recording import Recorder, collect_samples
 from delib_fast.evals.results import SuiteResult, Table, to_json_data
 from delib_fast.evals.sampling import ChatModel, Reply
@@ -260,80 +250,3 @@ def controllability_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
 def _labelled_cots(target: EvalTarget, rows: Sequence[Row]) -> list[tuple[str, tuple[str, ...]]]:
     categories = target.categories(rows)
     return [(row.cot, categories[row.location]) for row in rows if row.cot and row.location in categories]
-
-
-def refusal_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
-    settings = target.settings
-    if settings.refusal_prompts is None:
-        raise ConfigError("refusal needs prompts; set refusal_prompts: xstest_prompts.csv in the config")
-    prompts = spread(read_prompts(settings.refusal_prompts), settings.limit)
-    chats = [[Message("user", p.prompt)] for p in prompts]
-    given = model(chats)
-    responses = [r.response for r in given]
-    answered = [(p.prompt, r) for p, r in zip(prompts, responses, strict=True) if r.strip()]
-    labelled = read_labelled(settings.refusal_labelled) if settings.refusal_labelled is not None else []
-    verdicts: list[Verdict | None] = [classify_reply(p, r) for p, r in answered]
-    of_labelled: list[Verdict | None] = [classify_reply(p, r) for p, r, _ in labelled]
-    if settings.judge is not None:
-        replies = [*answered, *((p, r) for p, r, _ in labelled)]
-        found = judge_refusals(
-            settings.judge.endpoint, [p for p, _ in replies], [r for _, r in replies], target.results_folder / "judge"
-        )
-        verdicts, of_labelled = found[: len(answered)], found[len(answered) :]
-    remaining = iter(verdicts)  # `refusal_figures` classifies the non-empty replies in this order
-    figures = refusal_figures(prompts, responses, lambda *_: next(remaining))
-    again = iter(verdicts)
-    shown = [next(again) if response.strip() else "empty reply" for response in responses]
-    samples = collect_samples(chats, given, verdicts=shown, labels=[f"{p.label}, {p.type}" for p in prompts])
-    error, tables, details = None if settings.judge else MEASURED, [], {}
-    if labelled:
-        of_each = iter(of_labelled)
-        known = classifier_figures(labelled, lambda *_: next(of_each))
-        error = known.measured(f"labels in {Path(settings.refusal_labelled or '').name}")
-        columns = ("accuracy", "recall of refusals", "precision", "labelled")
-        row = (known.accuracy, known.refuse_recall, known.refuse_precision, known.labelled)
-        tables, details = [Table("The classifier on labelled replies", columns, (row,))], {"classifier": known}
-    classifier = f"the judge {settings.judge.model}" if settings.judge else "regular expressions (offline)"
-    return SuiteResult(
-        "refusal",
-        "Refusal and over-refusal",
-        f"{len(prompts)} prompts; replies classified by {classifier}. Empty replies and unread verdicts count in the "
-        f"last rows only. {error.text() if error else _UNKNOWN_ERROR}",
-        (*_refusal_tables(figures, error), *tables),
-        details=to_json_data(
-            {"figures": figures, "by": "judge" if settings.judge else "words", "error": error, **details}
-        ),
-        samples=samples,
-    )
-
-
-_UNKNOWN_ERROR = "The error of the judge is not known: set refusal_labelled to labelled replies to measure it."
-
-
-def _refusal_tables(figures: RefusalFigures, error: MeasuredError | None) -> list[Table]:
-    """The rates, with those of full refusals corrected for the classifier's error, if it is known."""
-
-    def corrected(share: Estimate) -> Estimate | None:
-        if error is None:
-            return None
-        return corrected_share(share, (error.found, error.refusals), (error.false_alarms, error.others))
-
-    rates = Table(
-        "Refusal",
-        ("", "share", "corrected for its error"),
-        (
-            ("over-refusal (safe, full)", figures.over_refusal, corrected(figures.over_refusal)),
-            ("safe, partial", figures.partial_over_refusal, None),
-            ("refusal (unsafe, full)", figures.refusal, corrected(figures.refusal)),
-            ("unsafe, complied", figures.compliance_with_unsafe, None),
-            ("separation", figures.separation, None),
-            ("empty reply", figures.empty, None),
-            ("unread verdict", figures.unread, None),
-        ),
-    )
-    by_type = Table(
-        "By type",
-        ("type", "comply", "partial", "refuse"),
-        tuple((name, v["comply"], v["partial"], v["refuse"]) for name, v in figures.by_type.items()),
-    )
-    return [rates, *([by_type] if by_type.rows else [])]

@@ -42,7 +42,7 @@ _GENERATIVE: dict[str, Callable[[EvalTarget, ChatModel], SuiteResult]] = {
     "policy": generative.policy_suite,
     "controllability": generative.controllability_suite,
     "own_cot": refusal_suites.own_cot_suite,
-    "refusal": generative.refusal_suite,
+    "refusal": refusal_suites.refusal_suite,
 }
 assert set(_GENERATIVE) == set(SAMPLED)
 

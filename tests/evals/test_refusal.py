@@ -11,7 +11,6 @@ from pydantic import ValidationError
 
 from delib_fast.datagen.judge import JudgeError, request_verdicts
 from delib_fast.datagen.refusals import MEASURED, MeasuredError, classify_reply
-from delib_fast.evals.generative import refusal_suite
 from delib_fast.evals.intervals import corrected_share, wilson
 from delib_fast.evals.metrics.refusal import (
     RefusalPrompt,
@@ -21,6 +20,7 @@ from delib_fast.evals.metrics.refusal import (
     read_prompts,
     refusal_figures,
 )
+from delib_fast.evals.refusal_suites import refusal_suite
 from delib_fast.evals.sampling import Reply
 from delib_fast.evals.settings import EvalConfig, JudgeConfig
 
