@@ -16,15 +16,18 @@ from delib_fast.files import locked
 
 CACHE_VERSION = 6
 """Increase it whenever equal inputs would give a different result or a different file format."""
+_UNUSABLE = "cache_dir: {folder} cannot be used: {why}; set cache_dir or $DELIB_FAST_CACHE to a writable folder"
 
 
 @contextlib.contextmanager
-def cache_folder(configured: str | None) -> Iterator[Path]:
+def cache_folder(configured: str | None, *, unusable: str = _UNUSABLE) -> Iterator[Path]:
     """Provide the cache folder to a `with` block, and report an OSError in the block as a ConfigError.
 
     The folder is `configured` (`cache_dir`) if set, else `$DELIB_FAST_CACHE`, else `~/.cache/delib_fast`. It is not
     created here.
 
+    Args:
+        unusable: the message of the error, with {folder} and {why}.
     Raises:
         ConfigError: the block raised OSError, so the folder cannot be used.
     """
@@ -34,10 +37,7 @@ def cache_folder(configured: str | None) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # another folder would not help
             raise
-        raise ConfigError(
-            f"cache_dir: {folder} cannot be used: {error.strerror or error}; set cache_dir or "
-            "$DELIB_FAST_CACHE to a writable folder"
-        ) from error
+        raise ConfigError(unusable.format(folder=folder, why=error.strerror or error)) from error
 
 
 def cache_key(inputs: Mapping[str, Any]) -> str:

@@ -12,7 +12,6 @@ a model is training its dequantised weights; `model.lora.quantize` is a separate
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import importlib.util
 import io
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from delib_fast.config import ConfigError, nearest
-from delib_fast.digests import DamagedError, default_cache_folder, hash_file_once, hash_files, read_json, write_json
+from delib_fast.data.disk_cache import cache_folder
+from delib_fast.digests import DamagedError, hash_file_once, hash_files, read_json, write_json
 from delib_fast.files import locked, replace_folder, write_atomic
 from delib_fast.models.hf_utils import without_progress_bar
 from delib_fast.terminal import echo
@@ -41,6 +41,10 @@ from delib_fast.terminal import echo
 PYPI = "pypi:"
 _PLAUSIBLE_COUNT = 4096  # layers, or experts in a layer; more is compared with the stored tensors
 _CONVERSION = 1  # increase it whenever equal files would give a different folder
+_UNUSABLE = (
+    "the converted model cannot be kept in {folder}: {why}; free some space there, or set $DELIB_FAST_CACHE to another "
+    "folder (a model takes 4 bytes a parameter)"
+)
 _MARKER = ".converted.json"  # hidden, so that the hashes of a model's files do not include it
 
 
@@ -174,7 +178,7 @@ def _converted(sha256: str, get_file: Callable[[Path], Path], path: str, key: st
         get_file: returns the file; it receives the folder of all conversions, for a file that it has to fetch.
         weights: see `local_model`.
     """
-    with _cache_folder(key) as cache:
+    with cache_folder(None, unusable=f"{key}: {_UNUSABLE}") as cache:
         whole = cache / "models" / f"gguf-{sha256[:32]}-{_CONVERSION}"
         header = whole.with_name(f"{whole.name}-header")
         usable = (whole,) if weights else (whole, header)
@@ -189,21 +193,6 @@ def _converted(sha256: str, get_file: Callable[[Path], Path], path: str, key: st
             if weights and file.parent == whole.parent:
                 file.unlink(missing_ok=True)  # fetched, and the folder holds the same weights
             return found
-
-
-@contextlib.contextmanager
-def _cache_folder(key: str) -> Iterator[Path]:
-    """Provide the cache folder, and report that it cannot be read or written as a ConfigError."""
-    folder = default_cache_folder()
-    try:
-        yield folder
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # another folder would not help
-            raise
-        raise ConfigError(
-            f"{key}: the converted model cannot be kept in {folder}: {error.strerror or error}; free some space there, "
-            "or set $DELIB_FAST_CACHE to another folder (a model takes 4 bytes a parameter)"
-        ) from error
 
 
 def _is_intact(folder: Path) -> bool:
