@@ -107,7 +107,7 @@ def samples_suite(target: EvalTarget, model: ChatModel) -> SuiteResult:
     prompts = [encoder.encode_prompt(row.messages, system_prompt=target.system_prompt) for row in rows]
     openings = opening_log_p(target.scorer, prompts)
     cots = [reply.cot_tokens for reply in replies if reply.cot]
-    opened = sum(reply.tags in ("closed", "unclosed") for reply in replies)
+    opened = sum(reply.opened for reply in replies)
     closed = sum(reply.tags == "closed" for reply in replies)
     shares = (
         ("opens a CoT", wilson(opened, len(replies))),

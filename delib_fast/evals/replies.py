@@ -88,7 +88,7 @@ def model_figures(model: str, weights: str, replies: Sequence[SampledReply]) -> 
         weights,
         sum(openings) / len(openings) if openings else None,
         len(plain),
-        sum(reply.tags in ("closed", "unclosed") for reply in plain),
+        sum(reply.opened for reply in plain),
         sum(reply.tags == "closed" for reply in plain),
         sum(reply.finished for reply in plain),
         sum(reply.tokens for reply in plain) / max(1, len(plain)),

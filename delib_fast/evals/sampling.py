@@ -39,6 +39,11 @@ class Reply:
     cot_tokens: int = 0
     """Number of tokens of the chain of thought without its tags, when it is encoded on its own."""
 
+    @property
+    def opened(self) -> bool:
+        """Whether the reply opens a think block, or its prompt does."""
+        return self.tags in ("closed", "unclosed")
+
 
 class ChatModel(Protocol):
     def __call__(

@@ -40,7 +40,7 @@ def print_samples(found: SampleSet, console: Console) -> None:
             console.print(part)
         for replies in _rows_of_replies(sample, [f.model for f in found.figures]):
             console.print()
-            console.print(_side_by_side([_reply_lines(r, found) for r in replies], console))
+            console.print(_side_by_side([_reply_lines(r) for r in replies], console))
     console.print()
     console.print(_figures_table(found.figures))
     for line in notes(found):
@@ -80,19 +80,17 @@ def _joined(lines: Sequence[Text]) -> Text:
     return plain("\n").join(lines)
 
 
-def _reply_lines(sampled: SampledReply, found: SampleSet) -> list[tuple[str, str, str]]:
+def _reply_lines(sampled: SampledReply) -> list[tuple[str, str, str]]:
     """The parts of a reply: (mark of each line, text, style)."""
-    reply, cot = sampled.reply, COLOURS[Segment.COT]
-    parts = [("", heading(sampled), "bold")]
-    if facts := reply_facts(sampled):
-        parts.append(("", facts, "dim"))
-    if reply.cot is not None or reply.tags in ("closed", "unclosed"):
-        parts += [(_COT, cot_heading(sampled), f"bold {cot}"), (_COT, reply.cot or "(empty)", cot)]
-    response = COLOURS[Segment.RESPONSE]
-    if reply.tags != "unclosed":
-        parts += [(_RESPONSE, "response", f"bold {response}"), (_RESPONSE, reply.response or "(empty)", response)]
-    parts.append((_ENDED if reply.finished else _CUT, end_text(sampled), "dim"))
-    return parts
+    view, cot, response = _reply_view(sampled), COLOURS[Segment.COT], COLOURS[Segment.RESPONSE]
+    parts = [("", view.heading, "bold")]
+    if view.facts:
+        parts.append(("", view.facts, "dim"))
+    if view.cot_heading:
+        parts += [(_COT, view.cot_heading, f"bold {cot}"), (_COT, view.cot, cot)]
+    if view.response_shown:
+        parts += [(_RESPONSE, "response", f"bold {response}"), (_RESPONSE, view.response, response)]
+    return [*parts, (view.end_mark, view.end, "dim")]
 
 
 def _block(mark: str, text: str, style: str, width: int, console: Console) -> list[Text]:
@@ -171,7 +169,7 @@ def notes(found: SampleSet) -> list[str]:
 
 @dataclass(frozen=True)
 class ReplyView:
-    """A reply for a template, with printable texts."""
+    """The parts of a reply, as a terminal and a page show them, with printable texts."""
 
     heading: str
     facts: str
@@ -179,6 +177,7 @@ class ReplyView:
     cot: str
     response_shown: bool
     response: str
+    end_mark: str
     end: str
 
 
@@ -205,7 +204,7 @@ def sample_views(samples: Sequence[Sample]) -> list[SampleView]:
 
 def _reply_view(sampled: SampledReply) -> ReplyView:
     reply = sampled.reply
-    has_cot = reply.cot is not None or reply.tags in ("closed", "unclosed")
+    has_cot = reply.cot is not None or reply.opened
     return ReplyView(
         heading(sampled),
         reply_facts(sampled),
@@ -213,7 +212,8 @@ def _reply_view(sampled: SampledReply) -> ReplyView:
         printable(reply.cot or "(empty)"),
         reply.tags != "unclosed",
         printable(reply.response or "(empty)"),
-        (_ENDED if reply.finished else _CUT) + end_text(sampled),
+        _ENDED if reply.finished else _CUT,
+        end_text(sampled),
     )
 
 
