@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from delib_fast.config import Config, ConfigError, ModelConfig
 from delib_fast.config.load import parse_config
 from delib_fast.digests import hash_weights
@@ -26,7 +24,7 @@ from delib_fast.models import (
     load_adapter,
     load_tokenizer,
 )
-from delib_fast.models.pretrained import is_converted, local_model
+from delib_fast.models.pretrained import local_model
 from delib_fast.training.run_directory import read_ledger, read_run_config
 
 
@@ -96,8 +94,7 @@ def find_moments(path: Path, base: str | None = None) -> Moments:
     Raises:
         ConfigError: the path is none of these, or no stage of the run has finished.
     """
-    if is_converted(str(path)):
-        path = Path(local_model(str(path), key="MODEL"))
+    path = Path(local_model(str(path), key="MODEL"))
     if not path.is_dir():
         raise ConfigError(f"{path}: no such folder; give a run directory, a model folder or a peft adapter folder")
     if (path / "config.yaml").exists() or (path / "ledger.json").exists():
@@ -220,10 +217,3 @@ class MomentLoader:
         if adapters := self._adapters_on(config):
             add_adapter(model, adapter_settings(adapters[0])[0], base=config.path, seed=self._moments.seed)
         return TrainableLM(model).to(self._device)
-
-
-def best_precision(device: str) -> str:
-    """The precision that this device computes fastest without emulation: "bf16" or "fp32"."""
-    from delib_fast.models.precision import native_precision
-
-    return native_precision(torch.device(device))

@@ -14,11 +14,12 @@ from delib_fast.data.encode.encoder import encoder_for
 from delib_fast.datagen.user_prompts import read_prompts
 from delib_fast.evals.limits import spread
 from delib_fast.evals.metrics.openings import opening_log_p
-from delib_fast.evals.moments import MomentLoader, Moments, best_precision
+from delib_fast.evals.moments import MomentLoader, Moments
 from delib_fast.evals.replies import Sample, SampledReply, SampleSet, as_shown, model_figures
 from delib_fast.evals.sampling import Sampler
 from delib_fast.evals.scoring import Scorer
 from delib_fast.models.generate import Sampling
+from delib_fast.models.precision import native_precision
 from delib_fast.training.sources import held_out_rows, source_of
 
 
@@ -76,7 +77,7 @@ def sample_moments(
         ConfigError: no moment can be loaded, or a prompt is too long.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer, precision = moments.tokenizer(), best_precision(device)
+    tokenizer, precision = moments.tokenizer(), native_precision(torch.device(device))
     loader = MomentLoader(moments, tokenizer, device=device, precision=precision)
     system_prompt = next((s.system_prompt for s in _aft_stages(moments) if s.system_prompt), None)
     encoder = encoder_for(tokenizer)

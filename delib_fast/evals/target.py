@@ -55,8 +55,7 @@ class EvalTarget:
     def __post_init__(self) -> None:
         self.given = self.path
         """The path as it was given: a converted model is in the cache folder."""
-        if is_converted(str(self.path)):
-            self.path = Path(local_model(str(self.path), key="the model"))
+        self.path = Path(local_model(str(self.path), key="the model"))
         if not self.path.is_dir():
             raise ConfigError(f"{self.path}: no such folder; give a run directory or a model folder")
         saved = self.path / "config.yaml"

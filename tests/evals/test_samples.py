@@ -66,7 +66,7 @@ def test_each_moment_is_what_stock_libraries_load(lora_run, monkeypatch):
     """The base from the run's seed, the first stage's adapter with peft, and the merged export with transformers."""
     from peft import PeftModel
 
-    monkeypatch.setattr(samples_module, "best_precision", lambda device: "fp32")
+    monkeypatch.setattr(samples_module, "native_precision", lambda device: "fp32")
     found = sampled(lora_run)
     config = load_config(lora_run / "config.yaml")
     tokenizer = find_moments(lora_run).tokenizer()
@@ -114,7 +114,7 @@ def log_p(model, prompt, opening) -> float:
 
 def test_the_ledger_has_the_same_log_p_of_the_opening(lora_run, monkeypatch):
     """The held-out evaluation measures it on rows with a CoT; `sample` after their prompts."""
-    monkeypatch.setattr(samples_module, "best_precision", lambda device: "fp32")
+    monkeypatch.setattr(samples_module, "native_precision", lambda device: "fp32")
     moments = find_moments(lora_run)
     chats, locations, _ = sample_prompts(moments, None, 100)
     found = sample_moments(moments, chats, locations, Sampling(max_new_tokens=1))
