@@ -14,7 +14,7 @@ from delib_fast.config import Config, ConfigError, ModelConfig
 from delib_fast.config.load import parse_config
 from delib_fast.digests import hash_weights
 from delib_fast.evals.scoring import adapter_disabled
-from delib_fast.evals.target import checked_hashes
+from delib_fast.evals.target import checked_hashes, local_folder
 from delib_fast.models import (
     TrainableLM,
     adapter_settings,
@@ -159,12 +159,14 @@ def _moments_of_run(path: Path, base: str | None) -> Moments:
 
 def _why_not_the_base(config: Config, ledger: dict[str, Any]) -> str:
     """Why the model at `model.path` is not the one that the run started from; "" if it is, or if that is not known."""
-    if not ledger["stages"] or config.model.path is None or not Path(config.model.path).is_dir():
+    if not ledger["stages"]:
         return ""
     first = ledger["stages"][0]
     recorded = (first.get("base") or first["parent"])["sha256"]
     try:
-        own = hash_weights(checked_hashes(Path(config.model.path)))
+        if (folder := local_folder(config.model)) is None:
+            return ""
+        own = hash_weights(checked_hashes(folder))
     except ConfigError as error:
         return str(error)
     if recorded is not None and own != recorded:
@@ -202,8 +204,8 @@ class MomentLoader:
 
     def key(self, moment: Moment) -> str:
         """Identifies the weights of a moment, and how they are computed."""
-        folders = [Path(str(p)) for p in (moment.model.path, moment.adapter) if p is not None]
-        parts = [hash_weights(checked_hashes(folder)) if folder.is_dir() else str(folder) for folder in folders]
+        found = [p for p in (local_folder(moment.model) or moment.model.path, moment.adapter) if p is not None]
+        parts = [hash_weights(checked_hashes(p)) if isinstance(p, Path) else p for p in found]  # a hub name is a str
         text = f"{moment.model.model_dump_json(exclude={'path'})} {self._moments.seed} {self._precision} {parts}"
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -211,8 +213,8 @@ class MomentLoader:
         return [m.adapter for m in self._moments.found if m.adapter is not None and m.model == config]
 
     def _load(self, config: ModelConfig) -> TrainableLM:
-        if config.path is not None and Path(config.path).is_dir():
-            checked_hashes(Path(config.path))
+        if (folder := local_folder(config)) is not None:
+            checked_hashes(folder)
         model = build_model(config, self._tokenizer, dtype=self._precision, seed=self._moments.seed)
         if adapters := self._adapters_on(config):
             add_adapter(model, adapter_settings(adapters[0])[0], base=config.path, seed=self._moments.seed)

@@ -121,7 +121,7 @@ class EvalTarget:
     @cached_property
     def base_files_key(self) -> str | None:
         """As `files_key`, of the base model; None if the base is not a folder."""
-        folder = None if self.base_config is None else _folder(self.base_config[0])
+        folder = None if self.base_config is None else local_folder(self.base_config[0])
         return None if folder is None else _hash_all(folder)
 
     @cached_property
@@ -170,7 +170,7 @@ class EvalTarget:
         if self.base_config is None:
             return None
         config = self.base_config[0]
-        if (folder := _folder(config)) is not None:
+        if (folder := local_folder(config)) is not None:
             return hash_weights(checked_hashes(folder))
         return hashlib.sha256(f"{config.model_dump_json()} {self._seed}".encode()).hexdigest()
 
@@ -186,7 +186,7 @@ class EvalTarget:
         return self.config.seed if self.config is not None else 0
 
     def _load(self, config: ModelConfig) -> TrainableLM:
-        for folder in (_folder(config), self.path if self.adapter is not None else None):
+        for folder in (local_folder(config), self.path if self.adapter is not None else None):
             if folder is not None:
                 checked_hashes(folder)
         model = build_model(config, self.tokenizer, dtype=self.precision, seed=self._seed)
@@ -240,7 +240,7 @@ class EvalTarget:
         return self._sources[name]
 
 
-def _folder(config: ModelConfig) -> Path | None:
+def local_folder(config: ModelConfig) -> Path | None:
     """The folder of a model, converted if it is a GGUF file; None for a hub name and a new model."""
     folder = None if config.path is None else Path(local_model(config.path))
     return folder if folder is not None and folder.is_dir() else None

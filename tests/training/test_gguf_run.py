@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.gguf_files import write_gguf
+from helpers.gguf_files import small_llama, write_gguf
 from helpers.tiny_run import run, tiny
 from safetensors.torch import load_file
 
 from delib_fast.config.load import load_config
 from delib_fast.digests import read_json
+from delib_fast.evals.moments import MomentLoader, find_moments
 from delib_fast.evals.settings import load_eval_config
 from delib_fast.evals.target import EvalTarget
 from delib_fast.models import local_model
@@ -75,16 +76,35 @@ def test_a_run_on_a_gguf_file_resumes_without_the_cache(tmp_path, gguf_run):
     assert target.results_folder == tmp_path / "small-evals"
 
 
-def test_a_file_that_changed_between_the_stages_is_refused(tmp_path, gguf_run, capsys):
-    from helpers.gguf_files import small_llama
+def change(path: Path) -> None:
+    """Replace a file of `write_gguf` by that of other weights."""
+    model, tokenizer = small_llama()
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    write_gguf(path, model=model, tokenizer=tokenizer)
 
+
+def test_replies_of_a_file_that_changed_are_not_those_of_the_run(tmp_path, gguf_run):
+    """Neither shown as the base of the run, nor taken from the cache of replies."""
+    assert run(gguf_run) == 0
+    before = find_moments(tmp_path / "run")
+    assert [moment.name for moment in before.found] == ["base", "after msm", "after aft"]
+    loader = MomentLoader(before, None, device="cpu", precision="fp32")
+    key = loader.key(before.found[0])
+    change(tmp_path / "small.gguf")
+    assert loader.key(before.found[0]) != key
+    after = find_moments(tmp_path / "run")
+    assert "base" not in [moment.name for moment in after.found]
+    assert after.missing["base"] == (
+        f"{tmp_path / 'small.gguf'} has changed since the run started from it; restore it, or give --base FOLDER"
+    )
+
+
+def test_a_file_that_changed_between_the_stages_is_refused(tmp_path, gguf_run, capsys):
     from delib_fast.training.run import run as run_stages
 
     with pytest.raises(RuntimeError, match="the machine fails"):
         run_stages(load_config(gguf_run, ["engine.zero_stage=3"]), [FailsInAFT()])  # reads weight by weight
-    model, tokenizer = small_llama()
-    with torch.no_grad():
-        model.model.norm.weight.mul_(2)
-    write_gguf(tmp_path / "small.gguf", model=model, tokenizer=tokenizer)
+    change(tmp_path / "small.gguf")
     assert run(gguf_run) == 1
     assert "small.gguf is no longer the model whose adapter stage 'msm' trained" in capsys.readouterr().err
