@@ -27,13 +27,15 @@ def patch_lora(model: nn.Module) -> list[ForwardPatch]:
     if lora is None:
         return []
     layers: list[Any] = [module for module in model.modules() if type(module) is lora.Linear]
-    patches: list[ForwardPatch] = [_LoraForward(layer) for layer in layers if type(layer.base_layer) is nn.Linear]
+    patches: list[ForwardPatch] = [LoraForward(layer) for layer in layers if type(layer.base_layer) is nn.Linear]
     for patch in patches:
         patch.install()
     return patches
 
 
-class _LoraForward(ForwardPatch):
+class LoraForward(ForwardPatch):
+    """The forward of one LoRA layer."""
+
     def patched(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.module
         if len(args) != 1 or kwargs or not _is_plain(layer):
