@@ -2,7 +2,8 @@
 
 A call runs the chain of peft wherever the op does not compute the same: the adapter is switched off, merged or one of
 several, or a variant of LoRA (DoRA, …); the base layer is quantised or trained; ZeRO-3 or FSDP has sharded the weights;
-or the layers inside have hooks, which the op would skip.
+or the layers inside have hooks, which the op would skip. So does a compiled block: inductor fuses the sums of the chain
+with what surrounds them, which is faster than an op that it cannot look into (bench/README.md).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class LoraForward(ForwardPatch):
 
     def patched(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.module
-        if len(args) != 1 or kwargs or not _is_plain(layer):
+        if len(args) != 1 or kwargs or torch.compiler.is_compiling() or not _is_plain(layer):
             return self.original(*args, **kwargs)
         (x,) = args
         name = layer.active_adapters[0]

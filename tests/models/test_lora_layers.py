@@ -148,6 +148,17 @@ def test_an_adapter_for_each_row_runs_in_peft(calls) -> None:
     assert calls == []
 
 
+def test_a_compiled_layer_runs_in_peft(calls) -> None:
+    model, x = build(), torch.randn(4, 6, dtype=torch.float64)
+    expected = result(model, x)
+    patch_lora(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled_result = result(compiled, x)
+    assert calls == []
+    assert_equal({name.removeprefix("_orig_mod."): value for name, value in compiled_result.items()}, expected)
+
+
 def test_other_kinds_of_layers_are_left_alone() -> None:
     """An embedding, and a layer that only inherits from nn.Linear and may compute something else."""
 

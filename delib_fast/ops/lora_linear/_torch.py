@@ -38,7 +38,7 @@ def _forward(
 
 
 def _fake_forward(
-    x: Tensor, u: Tensor | None, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
+    x: Tensor, _u: Tensor | None, weight: Tensor, _bias: Tensor | None, lora_a: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
 
