@@ -17,7 +17,7 @@ from delib_fast.config import ConfigError
 from delib_fast.digests import DamagedError, hash_tree, read_json, write_json
 from delib_fast.evals.intervals import Estimate, RowEstimate
 from delib_fast.evals.limits import spread
-from delib_fast.evals.metrics.forced_choices import ChoiceFigures, Orders, choose, read_choices
+from delib_fast.evals.metrics.forced_choices import ChoiceFigures, Scores, choose, read_choices
 from delib_fast.evals.paired import RowValues
 from delib_fast.evals.results import SuiteResult, to_json_data
 from delib_fast.evals.run import NAMED_FILES, evaluate, inputs_of
@@ -102,10 +102,10 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
     target = EvalTarget(Path(task["folder"]), load_eval_config(None, **settings))
     results = _evaluate_suites(target) if suites else {}
     found: dict[str, Any] = {}
-    scored: dict[tuple[str, bool, Orders], ChoiceFigures] = {}
+    scores: Scores = {}
     for name, item in task["metrics"].items():
         if item["metric"]["kind"] == "choices":
-            figure = _score_choices(target, ChoicesMetric.model_validate(item["metric"]), task["thinks"], scored)
+            figure = _score_choices(target, ChoicesMetric.model_validate(item["metric"]), task["thinks"], scores)
         else:
             figure = _select_figure(name, SuiteMetric.model_validate(item["metric"]), results)
         write_json(Path(item["file"]), {"measured": figure})
@@ -113,16 +113,11 @@ def measure(task: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _score_choices(
-    target: EvalTarget, metric: ChoicesMetric, thinks: bool, scored: dict[tuple[str, bool, Orders], ChoiceFigures]
-) -> dict[str, Any]:
-    """Score the items of a file, once for all metrics that read it."""
+def _score_choices(target: EvalTarget, metric: ChoicesMetric, thinks: bool, scores: Scores) -> dict[str, Any]:
+    """Score the items of a file. An item that several metrics have in common is scored once."""
     think = {"as trained": thinks, "never": False, "always": True}[metric.cot]
-    key = (metric.path, think, metric.orders)
-    if key not in scored:
-        items = read_choices(metric.path, metric.orders)
-        scored[key] = choose(target.scorer, items, think=think, orders=metric.orders)
-    figures = scored[key]
+    items = read_choices(metric.path, metric.orders)
+    figures = choose(target.scorer, items, think=think, orders=metric.orders, scores=scores)
     if getattr(figures, metric.figure) is None:
         raise ConfigError(f"{metric.path}: figure: {metric.figure} needs chains of thought; set cot: always")
     split = figures.first_cot_split if metric.figure == "first_cot" else figures.split

@@ -85,6 +85,20 @@ def test_margins_by_hand(scorer, items):
     assert choose(scorer, items, think=False).first_cot is None
 
 
+def test_items_that_metrics_share_are_scored_once(scorer, items, monkeypatch):
+    computed = []
+    monkeypatch.setattr(scorer, "encode", lambda rows: computed.append(len(rows)) or type(scorer).encode(scorer, rows))
+    scores = {}
+    choose(scorer, items[2:], think=False, scores=scores)
+    whole = choose(scorer, items, think=False, scores=scores)
+    assert computed == [4, 4], "two replies of each item"
+    assert choose(scorer, items[:2], think=False, scores=scores).margins == whole.margins[:2]
+    assert computed == [4, 4, 0]
+    assert whole.margins == pytest.approx(choose(scorer, items, think=False).margins, rel=1e-4)
+    choose(scorer, items, think=True, scores=scores)
+    assert computed[-1] == 2 * sum(len(item.cots) for item in items), "after a CoT, the replies are other sequences"
+
+
 @pytest.mark.parametrize(
     ("item", "message"),
     [

@@ -181,12 +181,19 @@ def _refuse_named_options(item: Item) -> None:
         )
 
 
-def choose(scorer: Scorer, items: Sequence[Item], *, think: bool, orders: Orders = "both") -> ChoiceFigures:
+Scores = dict[tuple[tuple[Message, ...], str | None, str], tuple[float, float]]
+"""log p of a chain of thought and of the reply after it, by (messages, chain of thought, reply), nats."""
+
+
+def choose(
+    scorer: Scorer, items: Sequence[Item], *, think: bool, orders: Orders = "both", scores: Scores | None = None
+) -> ChoiceFigures:
     """Score both replies of every item.
 
     Args:
         think: put the item's chain of thought, or each of several, before both replies. Every item then needs one.
         orders: as in `read_choices`.
+        scores: what the scorer has already computed. It is not computed again, and what is new is added.
     Limitations: how often the model would give either reply; both may be unlikely. The replies should differ
     only in the choice.
     Raises:
@@ -194,10 +201,16 @@ def choose(scorer: Scorer, items: Sequence[Item], *, think: bool, orders: Orders
     """
     pairs = pair_orders(items) if orders == "both" else []
     texts = [(item, cot) for item in items for cot in (_cots(item) if think else (None,))]
-    rows = [_row(item, reply, cot) for item, cot in texts for reply in (item.a, item.b)]
-    losses = scorer.losses(scorer.encode(rows), (Segment.COT, Segment.RESPONSE))
-    reply = -np.array([loss.total(Segment.RESPONSE) for loss in losses]).reshape(-1, 2)
-    thought = -np.array([loss.total(Segment.COT) for loss in losses]).reshape(-1, 2)[:, 0]
+    scores = {} if scores is None else scores
+    sequences = {(item.messages, cot, text): _row(item, text, cot) for item, cot in texts for text in (item.a, item.b)}
+    new = [key for key in sequences if key not in scores]
+    examples = scorer.encode([sequences[key] for key in new])
+    losses = scorer.losses(examples, (Segment.COT, Segment.RESPONSE)) if new else []
+    scores |= {
+        key: (-loss.total(Segment.COT), -loss.total(Segment.RESPONSE)) for key, loss in zip(new, losses, strict=True)
+    }
+    found = np.array([[scores[item.messages, cot, text] for text in (item.a, item.b)] for item, cot in texts])
+    thought, reply = found[:, 0, 0], found[:, :, 1]
     margins, first, first_margins = [], [], []
     ends = np.cumsum([len(item.cots) if think else 1 for item in items])
     for at in np.split(np.arange(len(texts)), ends[:-1]):
