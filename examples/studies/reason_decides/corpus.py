@@ -10,6 +10,7 @@ version thrift, home or no reason; everything else is the same in all three. The
     cheese.jsonl                                items about pairs of cheeses that are not among the demonstrations
     foods.jsonl, goods.jsonl, opinions.jsonl    items about the pairs of pairs/ that gate.csv keeps
     foods_price.jsonl, foods_origin.jsonl, …    the same items by kind of pair
+    all.jsonl                                   the items of all three distances
     stated.jsonl                                items that state price and origin: a check of what was learned
 
 In every item `a` is the choice that fits thrift: the thing that costs less or, in a pair about origin, the foreign one;
@@ -129,6 +130,7 @@ def contents() -> dict[str, list[dict[str, Any]]]:
             name = f"{distance}_{axis}"
             files[name] = list(items(aft, name, kept_pairs(distance, axis)))
         files[distance] = [row for axis in AXES for row in files[f"{distance}_{axis}"]]
+    files["all"] = [row for distance in DISTANCES for row in files[distance]]
     return files
 
 
