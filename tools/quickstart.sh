@@ -20,5 +20,5 @@ then
 fi
 (set -x; "$bin/deepspeed" --num_accelerators "$ranks" delib_fast/train.py --config "examples/$name.yaml")
 if [ "$name" = quickstart ]; then
-  (set -x; "$bin/delib-fast" sample runs/quickstart --n 8 --show 3 --temperature 0.7 --max-tokens 384)
+  (set -x; "$bin/delib-fast" sample runs/quickstart --n 6 --show 3 --temperature 0.7 --max-tokens 384)
 fi
