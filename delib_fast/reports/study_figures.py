@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -162,11 +163,12 @@ def _frontier(plt: Any, summary: Tree) -> Any:
     if across is None or not arms:
         return None
     colours = _variant_colours(arms)
+    kinds = dict(zip(dict.fromkeys(arm["aft"] for arm in arms if arm["aft"] != "CoT"), cycle("s^DvPX"), strict=False))
     figure, axis = plt.subplots(figsize=(6.2, 4.8), layout="constrained")
     for msm in dict.fromkeys(arm["msm"] for arm in arms):
         with_cot = sorted((a for a in arms if a["msm"] == msm and a["aft"] == "CoT"), key=lambda a: a["cot_weight"])
-        without, alone = ([a for a in arms if a["msm"] == msm and a["aft"] == k] for k in ("no CoT", "CoT only"))
-        for group, style, kind in ((with_cot, "o-", "CoT"), (without, "s", "no CoT"), (alone, "^", "CoT only")):
+        others = {k: [a for a in arms if (a["msm"], a["aft"]) == (msm, k)] for k in kinds}
+        for kind, group, style in (("CoT", with_cot, "o-"), *((k, others[k], kinds[k]) for k in kinds)):
             xs, ys = ([arm["figures"][metric]["over seeds"] for arm in group] for metric in (across, up))
             if group:
                 axis.errorbar(

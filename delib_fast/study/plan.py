@@ -37,9 +37,10 @@ class Arm:
     msm: str | None = None
     """Name of the MSM variant."""
     aft: str | None = None
-    """None, "no CoT", "CoT" or "CoT only" (trained on the CoT, with the response unsupervised)."""
+    """None, "no CoT", "CoT", "CoT only" (trained on the CoT, with the response unsupervised) or "CoT, NAME" (NAME is a
+    variant of `aft_variants`)."""
     cot_weight: float | None = None
-    """Weight of a CoT token, for arms with CoT."""
+    """Weight of a CoT token, for the arms "CoT"."""
     size: int | None = None
     """Rows of AFT; None: all."""
     only_variant: bool = True
@@ -49,7 +50,7 @@ class Arm:
 
     @property
     def thinks(self) -> bool:
-        return self.aft in ("CoT", "CoT only")
+        return self.aft is not None and self.aft != "no CoT"
 
     @property
     def label(self) -> str:
@@ -131,7 +132,10 @@ def arms_of(study: StudyConfig) -> list[Arm]:
     only_variant = len(study.msm) == 1
     afts: dict[str, list[dict[str, Any]]] = {
         "no_cot": [{"aft": "no CoT"}],
-        "cot": [{"aft": "CoT", "cot_weight": w} for w in study.cot_weights],
+        "cot": [
+            *({"aft": "CoT", "cot_weight": w} for w in study.cot_weights),
+            *({"aft": f"CoT, {name}"} for name in study.aft_variants),
+        ],
         "cot_only": [{"aft": "CoT only"}],
     }
     sizes: list[int | None] = [*study.aft_sizes] or [None]
@@ -204,6 +208,7 @@ def _chain(study: StudyConfig, arm: Arm) -> list[tuple[dict[str, Any], int | Non
             "no CoT": {"cot": "strip"},
             "CoT": {"cot": "train", "cot_weight": arm.cot_weight},
             "CoT only": {"cot": "train", "response_weight": 0.0},
+            **{f"CoT, {name}": {"cot": "train", **keys} for name, keys in study.aft_variants.items()},
         }
         chain.append(({"kind": "aft", "name": "aft", **study.aft, **kinds[arm.aft]}, arm.size))
     return chain

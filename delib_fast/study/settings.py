@@ -156,6 +156,9 @@ class StudyConfig(Section):
     """MSM stages by name, one for each variant of the spec (rules, values and so on). Each has its own MSM arms."""
     aft: dict[str, Any] | None = None
     """The AFT stage; arms set its `cot` and `cot_weight`."""
+    aft_variants: dict[Annotated[str, Field(min_length=1)], dict[str, Any]] = Field(default_factory=dict)
+    """Further ways to train with CoT, by name: each replaces some keys of `aft`, and is an arm beside every `aft_cot`
+    and `msm_aft_cot`, e.g. `AFT (CoT, NAME)`. A key whose value is a mapping replaces the whole mapping."""
     arms: tuple[ArmName, ...] = ARMS
     """Default: all arms that `msm` and `aft` make possible, except `aft_cot_only` and `msm_aft_cot_only`, which train
     on the CoT and not on the response."""
@@ -204,6 +207,15 @@ class StudyConfig(Section):
                 raise ValueError(f"{key} is set by the study (see {instead}); remove it")
         return value
 
+    @field_validator("aft_variants")
+    @classmethod
+    def _train_with_cot(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, keys in value.items():
+            for key in keys:
+                if key in ("kind", "name", "cot"):
+                    raise ValueError(f"{name}.{key} cannot vary: every variant is an AFT stage with its CoT; remove it")
+        return value
+
     @field_validator("seeds", "aft_sizes", "cot_weights", "arms", "placebo")
     @classmethod
     def _no_duplicates(cls, value: Sequence[Any]) -> Sequence[Any]:
@@ -247,6 +259,8 @@ class StudyConfig(Section):
     def _resolve_arms(self) -> None:
         if self.arms == ARMS:
             self.arms = tuple(arm for arm in ARMS if (self.msm or "msm" not in arm) and (self.aft or "aft" not in arm))
+        if self.aft_variants and not {"aft_cot", "msm_aft_cot"} & set(self.arms):
+            raise ValueError("aft_variants are arms beside aft_cot and msm_aft_cot; add one of these to arms:")
         for arm in self.arms:
             for part, given in (("msm", self.msm), ("aft", self.aft)):
                 if part in arm and not given:

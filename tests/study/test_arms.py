@@ -37,6 +37,36 @@ def test_an_arm_can_train_on_the_cot_alone(tmp_path):
     assert [arm.thinks for arm in plan.arms] == [False, True, True, True, True, True]
 
 
+def test_variants_of_aft_are_arms_with_cot(tmp_path):
+    variants = {"slow": {"optimizer": {"lr": 1e-5}}, "half": {"cot_weight": 0.5, "epochs": 3}}
+    path = tiny_study(tmp_path, cot_weights=[0, 1], aft_variants=variants)
+    _, plan, _ = planned(path, seeds=[1])
+    stages = {arm.label: (arm, node.config.stages[0]) for (arm, _), node in plan.ends.items() if arm.aft}
+    for msm in ("", "MSM (rules) + ", "MSM (values) + "):
+        assert [label for label in stages if label.startswith(f"{msm}AFT (CoT")] == [
+            f"{msm}AFT (CoT × 0)",
+            f"{msm}AFT (CoT)",
+            f"{msm}AFT (CoT, slow)",
+            f"{msm}AFT (CoT, half)",
+        ]
+        arm, slow = stages[f"{msm}AFT (CoT, slow)"]
+        assert (arm.thinks, slow.cot, slow.cot_weight, slow.optimizer.lr) == (True, "train", 1.0, 1e-5)
+        _, half = stages[f"{msm}AFT (CoT, half)"]
+        assert (half.cot_weight, half.epochs, half.train) == (0.5, 3, ["demos"])
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["aft_variants={x: {cot: strip}}"], "x.cot cannot vary"),
+        (["aft_variants={x: {epochs: 2}}", "arms=[base, aft_no_cot]"], "aft_variants are arms beside aft_cot"),
+    ],
+)
+def test_variants_that_cannot_be_arms_are_refused(tmp_path, sets, message):
+    with pytest.raises(ConfigError, match=message):
+        load_study(tiny_study(tmp_path), sets)
+
+
 def test_the_default_arms_do_not_include_it(tmp_path):
     _, plan, _ = planned(tiny_study(tmp_path), seeds=[1])
     assert not any("only" in arm.label for arm in plan.arms)
