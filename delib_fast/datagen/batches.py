@@ -33,7 +33,7 @@ from delib_fast.datagen.endpoints import Connection, base_url_of
 from delib_fast.datagen.progress import Meter
 from delib_fast.datagen.request_log import RequestLog
 from delib_fast.datagen.settings import EndpointSettings
-from delib_fast.datagen.spending import at_most, cost_of, most_of
+from delib_fast.datagen.spending import log_answer, most_of
 from delib_fast.datagen.stopping import RequestsStopped
 from delib_fast.redaction import redact
 
@@ -276,15 +276,8 @@ class BatchBackend:
             await asyncio.gather(*appending)
 
     async def _keep(self, request: Request, answer: Answer, entry: BatchEntry) -> None:
-        if request.id not in self._log:
-            await self._log.append(
-                request,
-                answer,
-                cost=cost_of(self._settings, answer),
-                attempts=1,
-                seconds=max(0.0, time.time() - entry.at),
-                at_most=at_most(self._settings, request, answer),
-            )
+        seconds = max(0.0, time.time() - entry.at)
+        await log_answer(self._log, self._settings, request, answer, attempts=1, seconds=seconds)
         self._settle(request.id, answer)
 
     async def _retried(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -26,7 +26,7 @@ from delib_fast.datagen.progress import Meter
 from delib_fast.datagen.prompt_files import Chat
 from delib_fast.datagen.request_log import RequestLog, WriteError
 from delib_fast.datagen.settings import EndpointSettings
-from delib_fast.datagen.spending import Budget, YieldCheck, at_most, cost_of, most_of
+from delib_fast.datagen.spending import Budget, YieldCheck, log_answer, most_of
 from delib_fast.datagen.stopping import Interrupted, RequestsStopped, StopFlag
 
 T = TypeVar("T")
@@ -311,16 +311,9 @@ class Endpoint:
         """Append the answer to the log, and count it."""
         client = self._client
         answer = replace(answer, request_id=request.id)
-        if client.log is not None and request.id not in client.log:  # a batch appends its answers itself
+        if client.log is not None:  # which has the answers of a batch already
             await self._write(
-                client.log.append(
-                    request,
-                    answer,
-                    cost=cost_of(self.settings, answer),
-                    attempts=attempts,
-                    seconds=seconds,
-                    at_most=at_most(self.settings, request, answer),
-                )
+                log_answer(client.log, self.settings, request, answer, attempts=attempts, seconds=seconds)
             )
         self._longest = max(self._longest, answer.completion_tokens or 0)
         client.meter.received(answer)

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from delib_fast.data.decontamination import words_of
-from delib_fast.datagen.answers import DAMAGED, Answer, clean_text, estimated_tokens, plausible_tokens
+from delib_fast.datagen.answers import Answer, clean_text, estimated_tokens, plausible_tokens
 from delib_fast.datagen.backends import NoAnswer
 from delib_fast.datagen.dedup import NearDuplicates
-from delib_fast.datagen.filters import leaked_scaffolding
+from delib_fast.datagen.filters import answer_fault, leaked_scaffolding
 from delib_fast.datagen.parsing import MalformedAnswer, json_values, parse_strings, strip_thinking
 from delib_fast.datagen.prompt_files import quoted
 from delib_fast.datagen.session import Session
@@ -282,19 +282,17 @@ class _DocumentGenerator:
             document.tokens = estimated_tokens(text)  # the endpoint's count includes the thinking
         else:
             document.tokens = plausible_tokens(answer.completion_tokens, text)
-        name = " ".join(words_of(self.settings.model_name))
-        if answer.truncated:
-            document.dropped = "truncated"
-        elif answer.finish == "content_filter":
-            document.dropped = "content_filter"
-        elif DAMAGED in text:
-            document.dropped = "damaged_text"
-        elif leaked_scaffolding(text):
-            document.dropped = "leaked_scaffolding"
-        elif len(words_of(text)) < self.settings.least_words:
-            document.dropped = "too_short"
-        elif self.settings.must_name and f" {name} " not in f" {' '.join(words_of(text))} ":
-            document.dropped = "not_named"
+        document.dropped = answer_fault(answer, text) or self._text_fault(text)
+
+    def _text_fault(self, text: str) -> str | None:
+        """Return the reason to drop a document with this text, or None."""
+        words, name = words_of(text), words_of(self.settings.model_name)
+        if leaked_scaffolding(text):
+            return "leaked_scaffolding"
+        if len(words) < self.settings.least_words:
+            return "too_short"
+        named = f" {' '.join(name)} " in f" {' '.join(words)} "
+        return "not_named" if self.settings.must_name and not named else None
 
     async def _critique(self, document: Document) -> None:
         """Request a critique of a document, and a rewrite if the critique finds faults."""

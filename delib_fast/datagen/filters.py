@@ -26,6 +26,19 @@ def leaked_scaffolding(text: str) -> bool:
     return _SCAFFOLDING.search(text) is not None
 
 
+def answer_fault(answer: Answer, text: str) -> str | None:
+    """Return why no text of an answer can be used: truncated, content_filter or damaged_text; None if it can.
+
+    Args:
+        text: the texts of the answer that would be used.
+    """
+    if answer.truncated:
+        return "truncated"
+    if answer.finish == "content_filter":
+        return "content_filter"
+    return "damaged_text" if DAMAGED in text else None
+
+
 def format_fault(
     answer: Answer, parts: Deliberation, settings: DeliberateSettings, labels: Sequence[Label], conversation: str
 ) -> str | None:
@@ -44,14 +57,8 @@ def format_fault(
         labels: of the sections of the spec.
         conversation: the prompt; words that occur in it do not count as mentions of a spec.
     """
-    if answer.truncated:
-        return "truncated"
-    if answer.finish == "content_filter":
-        return "content_filter"
-    if DAMAGED in answer.text or DAMAGED in (answer.reasoning or ""):
-        return "damaged_text"
-    if parts.fault:
-        return parts.fault
+    if fault := answer_fault(answer, answer.text + (answer.reasoning or "")) or parts.fault:
+        return fault
     for name, part, min_words in (
         ("cot", parts.cot, settings.least_cot_words),
         ("response", parts.response, settings.least_response_words),

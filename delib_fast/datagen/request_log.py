@@ -335,7 +335,7 @@ class RequestLog:
     def _load(self) -> int:
         """Read the index and the totals, and remove an incomplete last line. Returns the end of the file, in bytes."""
         end = 0
-        for number, (start, line, record) in enumerate(_records(self.path), 1):
+        for number, (start, line, record, _) in enumerate(_records(self.path), 1):
             end = start + len(line)
             try:
                 self._index(record, start, len(line))
@@ -370,8 +370,8 @@ def _damaged(path: Path, number: int) -> ConfigError:
     )
 
 
-def _records(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
-    """Yield (offset, line, record) for each line, except for an incomplete last one."""
+def _records(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any], Answer | None]]:
+    """Yield (offset, line, record, its answer if it has one) for each line, except for an incomplete last one."""
     offset = 0
     with open_regular(path) as file:
         lines = iter(file)
@@ -383,18 +383,18 @@ def _records(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
                 record = unseal(line) if b'"digest": "' in line else json.loads(line)
                 if record["is"] not in ("text", "answer", "failed", "batch"):
                     raise ValueError
-                if record["is"] == "answer":
-                    Answer.from_record(record["answer"], record["id"])
+                is_answer = record["is"] == "answer"
+                answer = Answer.from_record(record["answer"], record["id"]) if is_answer else None
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 if next(lines, None) is None:
                     return  # a last line of which not every byte reached the disk
                 raise _damaged(path, number) from None
-            yield offset, line, record
+            yield offset, line, record, answer
             offset += len(line)
 
 
 def read_answers(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of the answers in a request log, for reports. Answers are bounded and cleaned."""
-    for _, _, record in _records(path):
-        if record["is"] == "answer":
-            yield {**record, "answer": asdict(Answer.from_record(record["answer"], record["id"]))}
+    for _, _, record, answer in _records(path):
+        if answer is not None:
+            yield {**record, "answer": asdict(answer)}

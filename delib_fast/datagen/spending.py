@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from delib_fast.datagen.answers import Answer, Charge, Request, Totals
 from delib_fast.datagen.progress import Meter, Share, money
+from delib_fast.datagen.request_log import RequestLog
 from delib_fast.datagen.settings import EndpointSettings
 from delib_fast.datagen.stopping import BudgetSpent, LowYield, RequestsStopped, StopFlag
 
@@ -41,6 +42,15 @@ def at_most(settings: EndpointSettings, request: Request, answer: Answer) -> Cha
     if not prompt or completion is None or (completion == 0 and (answer.text or answer.reasoning)):
         return most_of(settings, request)
     return _price(settings, prompt, completion)
+
+
+async def log_answer(
+    log: RequestLog, settings: EndpointSettings, request: Request, answer: Answer, *, attempts: int, seconds: float
+) -> None:
+    """Append an answer to the log with what it cost, unless the log has one. Raises WriteError; see `append`."""
+    if request.id not in log:
+        cost, most = cost_of(settings, answer), at_most(settings, request, answer)
+        await log.append(request, answer, cost=cost, attempts=attempts, seconds=seconds, at_most=most)
 
 
 def _price(settings: EndpointSettings, prompt_tokens: int, completion_tokens: int) -> Charge:
