@@ -10,10 +10,11 @@ from typing import Any
 
 from delib_fast.config import ConfigError, SourceConfig
 from delib_fast.data import DataError, read_source
-from delib_fast.data.corpus import check_corpus, distinct_ngrams, recurring
+from delib_fast.data.corpus import check_corpus
 from delib_fast.files import write_atomic
 from delib_fast.models import build_tokenizer
 from delib_fast.reports.html import HtmlTable, render
+from delib_fast.reports.text_statistics import distinct_ngrams, recurring
 
 MAX_MISMATCH = 0.005
 """Totals of matched corpora should differ by at most 0.5 %."""

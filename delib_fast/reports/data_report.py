@@ -12,7 +12,7 @@ from typing import Any
 from delib_fast.config import ConfigError, SourceConfig
 from delib_fast.config.load import read_yaml
 from delib_fast.data import DataError, Row, read_source
-from delib_fast.data.corpus import check_corpus, recurring
+from delib_fast.data.corpus import check_corpus
 from delib_fast.data.read.jsonl import HashingFile, read_items
 from delib_fast.datagen.citations import labels_of_names, labels_of_spec
 from delib_fast.datagen.refusals import MEASURED, classify_reply
@@ -30,6 +30,7 @@ from delib_fast.reports.text_statistics import (
     histogram,
     near_duplicates,
     quantiles,
+    recurring,
 )
 
 _ROW_FILES = ("rows.jsonl", "documents.jsonl")

@@ -1,7 +1,8 @@
-"""Statistics of a set of texts: lengths, diversity, near-duplicates, citations."""
+"""Statistics of a set of texts: lengths, diversity, recurring names and phrases, near-duplicates, citations."""
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,12 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from delib_fast.data.corpus import distinct_ngrams
 from delib_fast.data.decontamination import words_of
 from delib_fast.datagen.citations import Label, cited, policy_sentences
 from delib_fast.datagen.dedup import NearDuplicates
 
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+_PHRASE_WORDS = 5
+_SAMPLE = 2000  # documents of which phrases and names are counted
+_NAME = re.compile(r"\b[A-Z]\w*[a-z]\w*(?:[- ][A-Z]\w*[a-z]\w*)*")
+_LOWER_CASE = re.compile(r"\b[^\W\d_A-Z]\w*")
+_AROUND_A_SENTENCE = " \u00a0\u202f\u3000\t\r\f\v\"'“‘”’*_#>()[]-"
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -52,6 +57,68 @@ def diversity(texts: Sequence[str]) -> dict[str, Any]:
         "compressed_to": round(len(zlib.compress(whole, 6)) / len(whole), 4) if whole else None,
         "commonest_openings": [{"words": words, "count": n} for words, n in openings.most_common(8) if n > 1],
     }
+
+
+def distinct_ngrams(texts: Iterable[str], n: int) -> float | None:
+    """Share of distinct word n-grams among all of them; None if there are none. 8 bytes for each n-gram."""
+    parts = []
+    for text in texts:
+        words = words_of(text)
+        parts.append(np.fromiter((hash(tuple(words[i : i + n])) for i in range(len(words) - n + 1)), np.int64))
+    grams = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+    return round(len(np.unique(grams)) / len(grams), 4) if len(grams) else None
+
+
+def recurring(texts: Sequence[str], most: int = 8) -> dict[str, list[tuple[str, float]]]:
+    """The names and phrases that occur in the most documents, each with its share of the documents.
+
+    A name is one or more capitalized words, not just the first of a sentence; a phrase is five successive words. At
+    most 2,000 texts, evenly spaced, are read. Phrases and names in a single document are left out.
+
+    Args:
+        most: how many names and phrases are returned.
+    """
+    sample = texts[:: -(-len(texts) // _SAMPLE)] if texts else []
+    phrases: Counter[str] = Counter()
+    for text in sample:
+        words = words_of(text)
+        phrases.update({" ".join(words[i : i + _PHRASE_WORDS]) for i in range(len(words) - _PHRASE_WORDS + 1)})
+    names = _names(sample)
+    return {
+        kind: [(found, round(n / len(sample), 4)) for found, n in _most_common(counts, most) if n > 1]
+        for kind, counts in (("names", names), ("phrases", phrases))
+    }
+
+
+def _most_common(counts: Counter[str], most: int) -> list[tuple[str, int]]:
+    """The most frequent texts. Those that are equally frequent are in alphabetical order, whatever the hash seed is."""
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]
+
+
+def _names(texts: Sequence[str]) -> Counter[str]:
+    """In how many texts each name occurs.
+
+    The first word of a sentence counts only in a longer or known name. A single word that more
+    texts have in lower case is not a name.
+    """
+    inside: list[set[str]] = []
+    first: list[set[str]] = []
+    for text in texts:
+        of_text: tuple[set[str], set[str]] = (set(), set())
+        for match in _NAME.finditer(text):
+            before = text[max(0, match.start() - 8) : match.start()].rstrip(_AROUND_A_SENTENCE)
+            of_text[not before or before[-1] in ".!?:\n"].add(match[0])
+        inside.append(of_text[0])
+        first.append(of_text[1])
+    lower_case = Counter(word for text in texts for word in set(_LOWER_CASE.findall(text)))
+    within = Counter(name for names in inside for name in names)
+    known = {name for name, count in within.items() if count > lower_case[name.casefold()]}
+    counts: Counter[str] = Counter()
+    for names, sentence_starts in zip(inside, first, strict=True):
+        tails = {name: name.partition(" ")[2] for name in sentence_starts}
+        whole = {name for name, tail in tails.items() if name in known or (tail and tail not in known)}
+        counts.update((names & known) | whole | (set(tails.values()) & known))
+    return counts
 
 
 def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> dict[str, Any]:

@@ -1,16 +1,10 @@
-"""What decides whether a corpus has its effect: reasons, names, phrases, diversity, and mentions of monitoring."""
+"""What is counted in documents before a stage trains on them: stated reasons, and mentions of monitoring."""
 
 from __future__ import annotations
 
 import pytest
 
-from delib_fast.data.corpus import (
-    check_corpus,
-    distinct_ngrams,
-    mention_of_monitoring,
-    monitoring_warning,
-    recurring,
-)
+from delib_fast.data.corpus import check_corpus, mention_of_monitoring, monitoring_warning
 from delib_fast.data.rows import Row
 
 
@@ -85,24 +79,3 @@ def test_the_warning_names_documents():
         "  and 3 more",
     ]
     assert monitoring_warning(check_corpus(rows[-1:])) is None
-
-
-def test_distinct_ngrams():
-    texts = ["the red fox", "The red dog!"]
-    assert [distinct_ngrams(texts, n) for n in (1, 2, 3, 4)] == [round(4 / 6, 4), 0.75, 1.0, None]
-
-
-def test_recurring_names_and_phrases():
-    texts = [
-        "Today Mira Lund visits Port Alba. She takes the cheese that is on sale.",
-        "Then Mira Lund sleeps. A man takes the cheese that is on the shelf, says OpenAI.",
-        "Bread is good, says Mira Lund. “The Bread.” The",
-        "Bread is good.",
-    ]
-    found = recurring(texts)
-    assert found["names"] == [("Mira Lund", 0.75)], "'Bread' and 'She' only begin sentences"
-    assert found["phrases"] == [
-        ("takes the cheese that is", 0.5),
-        ("the cheese that is on", 0.5),
-    ]
-    assert recurring([]) == {"names": [], "phrases": []}
