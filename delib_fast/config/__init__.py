@@ -3,7 +3,7 @@
 from delib_fast.config.base import ConfigError, FilePath, Section, expand_path, nearest
 from delib_fast.config.data import SourceConfig, TokenizerConfig, TokenizerTrainConfig
 from delib_fast.config.model import LoraConfig, ModelConfig
-from delib_fast.config.ranks import REDUCE_BUCKET, effective_zero_stage, packs_per_rank, rank_groups
+from delib_fast.config.ranks import REDUCE_BUCKET, effective_zero_stage, packs_per_rank, rank_groups, ranks_text
 from delib_fast.config.schema import (
     AFTConfig,
     CheckpointConfig,
@@ -46,4 +46,5 @@ __all__ = [
     "nearest",
     "packs_per_rank",
     "rank_groups",
+    "ranks_text",
 ]

@@ -1,6 +1,11 @@
-"""What follows from a configuration and the number of ranks: who computes which packs, and the ZeRO stage."""
+"""What follows from a configuration and the number of ranks: who computes which packs, and the ZeRO stage.
+
+`ranks_text` is how messages list ranks.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from delib_fast.config.base import ConfigError
 from delib_fast.config.schema import Config, StageBase
@@ -57,3 +62,15 @@ def packs_per_rank(stage: StageBase, world_size: int, sequence_parallel: int = 1
             f"the nearest valid tokens_per_step is {nearest_valid}"
         )
     return stage.packs_per_step // groups
+
+
+def ranks_text(ranks: Iterable[int]) -> str:
+    """Ranks as messages list them: `rank 3`, `ranks 0-2, 5`, or `ranks 0-63`; at most eight runs of them."""
+    runs: list[list[int]] = []
+    for number in sorted(ranks):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs[:8]) + (", …" if len(runs) > 8 else "")
+    return f"rank {text}" if text.isdigit() else f"ranks {text}"

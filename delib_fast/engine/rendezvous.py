@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -23,7 +23,7 @@ import torch.distributed as dist
 # Documented, but not in torch's __all__.
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from delib_fast.config import ConfigError
+from delib_fast.config import ConfigError, ranks_text
 from delib_fast.engine.processes import Process
 from delib_fast.engine.slurm import has_launcher
 
@@ -291,7 +291,7 @@ class Rendezvous:
                 looked = time.monotonic()
             # Rank 0, which knows who is missing, reports it first.
             if self._limit_s is not None and time.monotonic() - began > self._limit_s + (5 if self.rank else 0):
-                late = _ranks(missing)
+                late = ranks_text(missing)
                 self._fail(f"{late} did not answer within {self._limit_s:g} s of the start; its output has the reason")
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
@@ -362,12 +362,3 @@ def _describe(rank: int, error: Exception) -> dict[str, Any]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0][:200]
-
-
-def _ranks(ranks: Iterable[int]) -> str:
-    """`rank 1`, or `ranks 1, 2, 3, … (7 in all)`."""
-    numbers = sorted(ranks)
-    if len(numbers) == 1:
-        return f"rank {numbers[0]}"
-    more = f", … ({len(numbers)} in all)" if len(numbers) > 8 else ""
-    return f"ranks {', '.join(map(str, numbers[:8]))}{more}"

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delib_fast.checkpoint.format import MANIFEST, list_steps, step_folder
-from delib_fast.config import Config, StageConfig
+from delib_fast.config import Config, StageConfig, ranks_text
 from delib_fast.config.load import flatten
 from delib_fast.digests import hash_file_once
 from delib_fast.files import hash_file
@@ -109,7 +109,7 @@ def describe_differences(facts: Sequence[Mapping[str, Sequence[str]]]) -> str:
             if len(set(shown.values())) == 1:  # secrets, or values that differ after the part that is shown
                 shown = {digest: f"{text} (value {n})" for n, (digest, text) in enumerate(shown.items(), 1)}
             largest_last = sorted(groups.items(), key=lambda item: (len(item[1]), item[1][0]))
-            values = "; ".join(f"{shown[digest]} on {_ranks(numbers)}" for digest, numbers in largest_last[:4])
+            values = "; ".join(f"{shown[digest]} on {ranks_text(numbers)}" for digest, numbers in largest_last[:4])
             more = f"; and {len(groups) - 4} more values" if len(groups) > 4 else ""
             lines.append(f"  {name}: {values}{more}")
     more_lines = [f"  and {len(lines) - 20} more"] if len(lines) > 20 else []
@@ -313,15 +313,3 @@ def _hub_revision(name: str) -> str:
             if isinstance(found, str):
                 return Path(found).parent.name
     return "not in the cache"
-
-
-def _ranks(numbers: Sequence[int]) -> str:
-    """`rank 3`, `ranks 0-2, 5`, or `ranks 0-63` in as few characters as possible."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs[:8]) + (", …" if len(runs) > 8 else "")
-    return f"rank {text}" if len(numbers) == 1 else f"ranks {text}"

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 
-from delib_fast.config import REDUCE_BUCKET, Config, ConfigError, Section
+from delib_fast.config import REDUCE_BUCKET, Config, ConfigError, Section, ranks_text
 from delib_fast.config.load import (
     dump_config,
     json_schema,
@@ -300,3 +300,17 @@ def test_refuses_packs_that_the_ranks_cannot_divide():
         "stage 'aft': tokens_per_step 2048 makes 4 packs of 512 tokens, which cannot be "
         "divided evenly among 3 ranks; the nearest valid tokens_per_step is 1536"
     )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [
+        ([3], "rank 3"),
+        ([1, 0], "ranks 0-1"),
+        ({5, 0, 2, 1}, "ranks 0-2, 5"),
+        (range(64), "ranks 0-63"),
+        (range(0, 18, 2), "ranks 0, 2, 4, 6, 8, 10, 12, 14, …"),
+    ],
+)
+def test_how_messages_list_ranks(ranks, text):
+    assert ranks_text(ranks) == text
