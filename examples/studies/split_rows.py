@@ -40,7 +40,7 @@ def main() -> None:
 
 def read(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8")
-    lines = text.splitlines()
+    lines = text.split("\n")  # not splitlines: a string may contain U+2028
     found = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines if line.strip()]
     return list(found)
 

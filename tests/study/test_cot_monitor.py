@@ -37,7 +37,7 @@ def split(folder, rows, *args):
     command = [sys.executable, str(STUDIES / "split_rows.py"), "--rows", str(source), "--out", str(folder), *args]
     done = subprocess.run(command, capture_output=True, text=True)
     parts = [folder / "train.jsonl", folder / "heldout.jsonl"]
-    return done, [[json.loads(line) for line in p.read_text().splitlines()] if p.exists() else [] for p in parts]
+    return done, [[json.loads(line) for line in p.read_text().split("\n")[:-1]] if p.exists() else [] for p in parts]
 
 
 def test_rows_are_split_by_their_hash(tmp_path):
@@ -52,6 +52,16 @@ def test_rows_are_split_by_their_hash(tmp_path):
     assert again == [train, heldout], "neither the order of the file nor the seed decides"
     _, (rest, _) = split(tmp_path, rows, "--heldout", "5")
     assert len(rest) == 35
+
+
+def test_lines_of_a_jsonl_file_may_contain_line_separators(tmp_path):
+    """`str.splitlines` cuts a JSON string at U+2028 and U+0085."""
+    rows = [{"question": f"a\u2028b\u0085{k}"} for k in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    done, (train, heldout) = split(tmp_path, [], "--rows", str(tmp_path / "rows.jsonl"), "--heldout", "1")
+    assert done.returncode == 0, done.stderr
+    assert (len(train), len(heldout)) == (2, 1)
+    assert sorted(row["question"] for row in (*train, *heldout)) == [row["question"] for row in rows]
 
 
 @pytest.mark.parametrize(
