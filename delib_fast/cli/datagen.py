@@ -57,16 +57,22 @@ class RunOptions:
             help="OpenAI-compatible address, e.g. http://127.0.0.1:8000/v1; the key is read from $OPENAI_API_KEY"
         ),
     ] = None
-    backend: Annotated[str | None, typer.Option(help="openai (an endpoint) or transformers (in this process)")] = None
+    backend: Annotated[
+        str | None, typer.Option(help="openai (an endpoint, default) or transformers (in this process)")
+    ] = None
     judge_model: Annotated[str | None, typer.Option(help="name of the judge (default: the generator)")] = None
     judge_base_url: Annotated[str | None, typer.Option(help="address of the judge's endpoint")] = None
-    concurrency: Annotated[int | None, typer.Option(help="maximum number of requests in flight")] = None
+    concurrency: Annotated[int | None, typer.Option(help="maximum number of requests in flight (default: 16)")] = None
     prompt_files: Annotated[
         Path | None,
         typer.Option("--prompts", metavar="DIR", help="prompt files that replace the built-in ones of the same name"),
     ] = None
-    model_name: Annotated[str | None, typer.Option(help="replaces {model_name} in the spec")] = None
-    provider_name: Annotated[str | None, typer.Option(help="replaces {provider_name} in the spec")] = None
+    model_name: Annotated[
+        str | None, typer.Option(help="replaces {model_name} in the spec (default: the assistant)")
+    ] = None
+    provider_name: Annotated[
+        str | None, typer.Option(help="replaces {provider_name} in the spec (default: its developer)")
+    ] = None
     sets: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="any setting, e.g. generator.top_p=0.9 (repeatable)")
     ] = field(default_factory=list)
@@ -128,13 +134,15 @@ def deliberate(
     ] = None,
     *,
     options: RunOptions,
-    style: Annotated[str | None, typer.Option(help="cite or internal")] = None,
-    samples: Annotated[int | None, typer.Option("-n", "--samples", help="answers per prompt")] = None,
-    judge_votes: Annotated[
-        int | None, typer.Option("-k", "--judge-votes", help="ratings per row; the minimum counts")
+    style: Annotated[
+        str | None, typer.Option(help="whether the CoT cites clauses of the spec: cite or internal (default)")
     ] = None,
-    threshold: Annotated[float | None, typer.Option(help="minimum score, 1 to 10")] = None,
-    best_of: Annotated[int | None, typer.Option(help="keep at most this many rows per prompt")] = None,
+    samples: Annotated[int | None, typer.Option("-n", "--samples", help="answers per prompt (default: 1)")] = None,
+    judge_votes: Annotated[
+        int | None, typer.Option("-k", "--judge-votes", help="ratings per row; the minimum counts (default: 3)")
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="minimum score, 1 to 10 (default: 7)")] = None,
+    best_of: Annotated[int | None, typer.Option(help="keep at most this many rows per prompt (default: all)")] = None,
     also_no_cot: Annotated[bool | None, typer.Option("--also-no-cot", help="also write rows_no_cot.jsonl")] = None,
     prompts_from_spec: Annotated[
         int | None, typer.Option(metavar="N", help="generate N prompts from the spec, in addition to PROMPTS")
@@ -165,8 +173,10 @@ def document(
     spec: _SPEC,
     *,
     options: RunOptions,
-    tokens: Annotated[str | None, typer.Option(metavar="N", help="token budget, e.g. 500k or 1M")] = None,
-    emphasis: Annotated[str | None, typer.Option(help="rules, values or rules_and_values")] = None,
+    tokens: Annotated[str | None, typer.Option(metavar="N", help="token budget, e.g. 500k (default: 1M)")] = None,
+    emphasis: Annotated[
+        str | None, typer.Option(help="what the documents emphasize: rules, values (default) or rules_and_values")
+    ] = None,
     critique: Annotated[bool | None, typer.Option("--critique", help="critique and rewrite each document")] = None,
 ) -> None:
     """Generate midtraining documents about a spec, up to a token budget."""

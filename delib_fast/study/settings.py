@@ -157,7 +157,7 @@ class StudyConfig(Section):
     aft: dict[str, Any] | None = None
     """The AFT stage; arms set its `cot` and `cot_weight`."""
     aft_variants: dict[Annotated[str, Field(min_length=1)], dict[str, Any]] = Field(default_factory=dict)
-    """Further ways to train with CoT, by name: each replaces some keys of `aft`, and is an arm beside every `aft_cot`
+    """Further ways to train with CoT, by name: each replaces some keys of `aft`, and is an arm next to every `aft_cot`
     and `msm_aft_cot`, e.g. `AFT (CoT, NAME)`. A key whose value is a mapping replaces the whole mapping."""
     arms: tuple[ArmName, ...] = ARMS
     """Default: all arms that `msm` and `aft` make possible, except `aft_cot_only` and `msm_aft_cot_only`, which train
@@ -260,7 +260,7 @@ class StudyConfig(Section):
         if self.arms == ARMS:
             self.arms = tuple(arm for arm in ARMS if (self.msm or "msm" not in arm) and (self.aft or "aft" not in arm))
         if self.aft_variants and not {"aft_cot", "msm_aft_cot"} & set(self.arms):
-            raise ValueError("aft_variants are arms beside aft_cot and msm_aft_cot; add one of these to arms:")
+            raise ValueError("aft_variants vary aft_cot and msm_aft_cot, and arms: has neither; add one of them")
         for arm in self.arms:
             for part, given in (("msm", self.msm), ("aft", self.aft)):
                 if part in arm and not given:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from scripted_model import ScriptedModel, status
 
+from delib_fast.cli.datagen import register
 from delib_fast.config import ConfigError
 from delib_fast.config.load import load
 from delib_fast.datagen.settings import SETTINGS_FILE, DeliberateSettings, DocumentSettings
@@ -66,6 +69,30 @@ def test_example_settings_are_valid() -> None:
     load(DocumentSettings, examples / "local_documents.yaml", SETTINGS_FILE)
     short = Spec.read(examples / "short_spec.md", model_name="Quill", provider_name="Fern")
     assert len(read_prompts(examples / "prompts.jsonl", short)) == 20
+
+
+def test_help_texts_state_the_defaults_of_the_settings() -> None:
+    app = typer.Typer()
+    register(app)
+    group: Any = typer.main.get_command(app)
+    options = {p.name: p.help for name in ("deliberate", "document") for p in group.commands[name].params}
+    rows, documents = DeliberateSettings.model_validate({}), DocumentSettings.model_validate({})
+    assert documents.tokens == 1_000_000
+    assert rows.best_of is None
+    for name, default in {
+        "samples": rows.samples,
+        "judge_votes": rows.judge_votes,
+        "threshold": f"{rows.threshold:g}",
+        "concurrency": rows.generator.concurrency,
+        "model_name": rows.model_name,
+        "provider_name": rows.provider_name,
+        "tokens": "1M",
+        "best_of": "all",
+    }.items():
+        assert f"(default: {default})" in options[name]
+    assert f"{rows.style} (default)" in options["style"]
+    assert f"{documents.emphasis} (default)" in options["emphasis"]
+    assert f"{rows.generator.backend} (an endpoint, default)" in options["backend"]
 
 
 def test_lost_endpoint_is_reported(invoke, model: ScriptedModel, capfd: pytest.CaptureFixture[str]) -> None:

@@ -59,7 +59,7 @@ def test_variants_of_aft_are_arms_with_cot(tmp_path):
     ("sets", "message"),
     [
         (["aft_variants={x: {cot: strip}}"], "x.cot cannot vary"),
-        (["aft_variants={x: {epochs: 2}}", "arms=[base, aft_no_cot]"], "aft_variants are arms beside aft_cot"),
+        (["aft_variants={x: {epochs: 2}}", "arms=[base, aft_no_cot]"], "aft_variants vary aft_cot and msm_aft_cot"),
     ],
 )
 def test_variants_that_cannot_be_arms_are_refused(tmp_path, sets, message):
