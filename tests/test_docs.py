@@ -114,6 +114,18 @@ def test_documented_commands_and_options_exist() -> None:
     assert seen > 50
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_documented_files_exist(page) -> None:
+    """Files of the repository that a page names in its commands, code and text; X is the name of any op."""
+    not_files = {"delib_fast/agentic_misalignment": "a task of Inspect", "bench/cpu_adam_step.py": "removed"}
+    named = re.findall(
+        r"(?<![\w/.-])((?:tests|bench|tools|examples|csrc|docs|delib_fast)/[\w./*-]+)", page.read_text(encoding="utf-8")
+    )
+    for name in {name.rstrip(".") for name in named} - not_files.keys():
+        if not re.search(r"[/_]X\b", name) and not name.startswith("bench/results"):
+            assert any(ROOT.glob(name)) if "*" in name else (ROOT / name).exists(), f"{page.name} names {name}"
+
+
 def yaml_blocks() -> list[Any]:
     return [
         pytest.param(block, id=f"{page.name}-{k}")
