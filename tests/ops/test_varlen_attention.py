@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
 from attention_cases import assert_as_accurate_as_torch, inputs, offsets, run, run_eager, sinks_of
 
 from delib_fast.ops import BackendUnavailable, varlen_attention
+from delib_fast.ops._library import WHY_NO_COMPILED
 from delib_fast.ops.varlen_attention import _cpu, _flash, _torch, reference
 
 LENGTHS = {
@@ -84,12 +89,34 @@ def test_a_sink_is_a_key_whose_value_is_zero() -> None:
         assert d_sinks[1] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
-def test_head_dims(dim) -> None:
+def test_head_dims(dim, dtype) -> None:
     lengths = [40, 1, 90]
-    data = inputs(lengths, (4, 2), dim)
+    data = inputs(lengths, (4, 2), dim, dtype)
     exact = run("reference", lengths, *(x.double() for x in data))
-    assert_as_accurate_as_torch(run("cpu", lengths, *data), exact, run_eager(lengths, *data), torch.float32)
+    assert_as_accurate_as_torch(run("cpu", lengths, *data), exact, run_eager(lengths, *data), dtype)
+
+
+def isa_flags() -> set[str]:
+    """The instruction sets of this processor, as Linux names them."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def test_each_instruction_set_is_as_accurate_as_torch() -> None:
+    """AMX, AVX-512 BF16 and float32 loops, as far as this processor has them; their results differ by roundings."""
+    program = Path(__file__).parent / "programs" / "attention_isa.py"
+    digests = set()
+    for isa in ("DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE"):
+        path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "PYTHONPATH": path}
+        done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (isa, done.stderr)
+        digests.add(done.stdout)
+    if WHY_NO_COMPILED is None:
+        assert len(digests) == 1 + ("avx512_bf16" in isa_flags()) + ("amx_bf16" in isa_flags())
 
 
 def test_window_longer_than_a_block() -> None:
