@@ -279,7 +279,7 @@ def bench_plan_at_scale(benchmark: BenchmarkFixture, quick: bool, source: str, t
                 "model": {"architecture": {"model_type": "qwen3", "num_hidden_layers": 2}},
                 "tokenizer": {"path": "tokenizer"},
                 "data": {"rows": "rows.jsonl"},
-                "cache_dir": "cache",
+                "cache_dir": str(tmp_path / "cache"),
                 "stages": [{"kind": "aft", "train": ["rows"], "pack_capacity": CAPACITY, "tokens_per_step": CAPACITY}],
             }
         )

@@ -222,8 +222,8 @@ struct BackwardScratch {
 };
 
 // Turns scores and d_probabilities of 16 queries into probabilities and d_scores, both 0 for keys that are not visible,
-// and rounds them: by rows in `p` and `ds`, and d_scores also in pairs of rows. The scores come in before the cap; lse is
-// in units of log2.
+// and rounds them: by rows in `p` and `ds`, and d_scores also in pairs of rows. The scores come in before the cap; lse
+// is in units of log2.
 template <bool MASKED>
 inline void softmax_backward(const BackwardScratch& at, std::int64_t c, std::int64_t rows, std::int64_t first_key,
                              const Mask& mask, const Problem& task, Vector lse, Vector delta) {
@@ -254,7 +254,8 @@ inline void softmax_backward(const BackwardScratch& at, std::int64_t c, std::int
   }
 }
 
-// lse in units of log2, and delta = sum of out . d_out, of a block. Past its end, lse is infinite: these probabilities are 0.
+// lse in units of log2, and delta = sum of out . d_out, of a block. Past its end, lse is infinite, so that these
+// probabilities are 0.
 inline void row_statistics(const Backward<bf16_bits>& task, std::int64_t head, const Queries& block, float* lse,
                            float* delta) {
   for (std::int64_t i = 0; i < block.columns; ++i) {

@@ -66,8 +66,9 @@ namespace {
 bool supports_avx512_bf16() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   __builtin_cpu_init();  // also checks that the system saves the registers
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1) != 0;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1) != 0;
 }
 
 // Whether the processor has AMX with bfloat16, and Linux lets this process use the tile registers.

@@ -125,7 +125,8 @@ inline void transpose(__m512i (&r)[16]) {
     r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
   }
   for (int i = 0; i < 4; ++i) {  // now lane j of r[4 g + i] has column 4 j + i of rows 4 g to 4 g + 3
-    const __m512i low_0 = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x44), low_1 = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xee);
+    const __m512i low_0 = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x44);
+    const __m512i low_1 = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xee);
     const __m512i high_0 = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x44);
     const __m512i high_1 = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xee);
     t[i] = _mm512_shuffle_i32x4(low_0, high_0, 0x88);
@@ -144,9 +145,9 @@ inline void transpose_words(const void* from, std::int64_t stride, std::int64_t 
     const auto mask = static_cast<__mmask16>(words - w >= 16 ? 0xffff : (1 << (words - w)) - 1);
     for (std::int64_t r = 0; r < rows; r += 16) {
       __m512i block[16];
+      const char* first = static_cast<const char*>(from) + r * stride + 4 * w;
       for (int i = 0; i < 16; ++i)
-        block[i] = r + i < count ? _mm512_maskz_loadu_epi32(mask, static_cast<const char*>(from) + (r + i) * stride + 4 * w)
-                                 : _mm512_setzero_si512();
+        block[i] = r + i < count ? _mm512_maskz_loadu_epi32(mask, first + i * stride) : _mm512_setzero_si512();
       transpose(block);
       for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + (w + i) * ld + r, block[i]);
     }
@@ -157,8 +158,8 @@ inline __m512i widened(const bf16_bits* from) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
-// Pairs the rows: to[r / 2][d] has from[r][d] and from[r + 1][d]. Rows from `count` on are zero; `rows` must be even and
-// `dim` a multiple of 16.
+// Pairs the rows: to[r / 2][d] has from[r][d] and from[r + 1][d]. Rows from `count` on are zero; `rows` must be even
+// and `dim` a multiple of 16.
 inline void pair_rows(const bf16_bits* from, std::int64_t stride, std::int64_t count, std::int64_t rows,
                       std::int64_t dim, word* to) {
   for (std::int64_t r = 0; r < rows; r += 2, to += dim) {
