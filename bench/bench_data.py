@@ -1,6 +1,7 @@
 """From a file to packed batches, and whether each token has the right supervision: ours and TRL's SFTTrainer.
 
     pytest bench/bench_data.py --quick
+    pytest bench/bench_data.py -k plan_at_scale     # 200,000 rows
 
 The rows of `bench_masks` are adversarial: control tokens typed by a user, `</think>` inside a chain of thought, texts
 whose BPE merges would cross a segment boundary, empty texts, a prompt of 40,000 characters. They are compared with
@@ -14,6 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 import random
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -255,4 +257,44 @@ def bench_file_to_packs(benchmark: BenchmarkFixture, contender: str, file: Path,
         fill, tokens = benchmark.pedantic(lambda: packs(dataset()), rounds=3)
     benchmark.extra_info.update(
         machine(), fill=fill, tokens=tokens, tokens_per_s=tokens / min(round_seconds(benchmark))
+    )
+
+
+@pytest.mark.parametrize("source", ["encoded", "cached"])
+def bench_plan_at_scale(benchmark: BenchmarkFixture, quick: bool, source: str, tmp_path: Path) -> None:
+    """Plan a run of 200,000 chats in a process of its own, without and with the cache of encoded rows: seconds,
+    tokens/s and peak memory. `--quick` plans 2,000."""
+    rows = 2_000 if quick else 200_000
+    examples = (Path(__file__).parent.parent / "examples" / "data" / "deliberation.jsonl").read_text().splitlines()
+    with (tmp_path / "rows.jsonl").open("w") as out:
+        for i in range(rows):
+            row = json.loads(examples[i % len(examples)])
+            row["prompt"] = f"{i}: {row['prompt']}"  # no row is a copy of another
+            out.write(json.dumps(row) + "\n")
+    tokenizer("qwen3").save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "run.yaml").write_text(
+        json.dumps(
+            {
+                "run_dir": "run",
+                "model": {"architecture": {"model_type": "qwen3", "num_hidden_layers": 2}},
+                "tokenizer": {"path": "tokenizer"},
+                "data": {"rows": "rows.jsonl"},
+                "cache_dir": str(tmp_path / "cache"),
+                "stages": [{"kind": "aft", "train": ["rows"], "pack_capacity": CAPACITY, "tokens_per_step": CAPACITY}],
+            }
+        )
+    )
+
+    def plan() -> dict[str, Any]:
+        program = Path(__file__).parent / "experiments" / "plan_scale.py"
+        command = [sys.executable, str(program), str(tmp_path / "run.yaml")]
+        found: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        return found
+
+    if source == "cached":
+        plan()
+    found = benchmark.pedantic(plan, rounds=1)
+    assert found["rows"] == rows
+    benchmark.extra_info.update(
+        machine(), quick=quick, source=source, **found, tokens_per_s=found["tokens"] / found["seconds"]
     )

@@ -28,6 +28,7 @@ from recording import machine
 from torch import Tensor
 
 from delib_fast.data import PackedBatch
+from delib_fast.models.precision import native_precision
 from delib_fast.ops import varlen_attention
 from delib_fast.ops.varlen_attention import BACKENDS
 
@@ -65,11 +66,14 @@ class Inputs(NamedTuple):
         return out.detach(), *torch.autograd.grad(out, (self.q, self.k, self.v), self.upstream)
 
 
-def make_inputs(lengths: list[int], prefix: list[int] | None = None, dtype: torch.dtype = DTYPE) -> Inputs:
+def make_inputs(
+    lengths: list[int],
+    prefix: list[int] | None = None,
+    dtype: torch.dtype = DTYPE,
+    heads: tuple[int, int] = (Hq, Hkv),
+) -> Inputs:
     draw = torch.Generator(DEVICE).manual_seed(1)
-    q, k, v, g = (
-        torch.randn(sum(lengths), heads, D, device=DEVICE, generator=draw).to(dtype) for heads in (Hq, Hkv, Hkv, Hq)
-    )
+    q, k, v, g = (torch.randn(sum(lengths), heads[i], D, device=DEVICE, generator=draw).to(dtype) for i in (0, 1, 1, 0))
     return Inputs(lengths, prefix, q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), g)
 
 
@@ -187,6 +191,41 @@ def bench_varlen_attention(
         longest=max(lengths),
         error=error,
         dtype=dtype_name(DTYPE),
+    )
+
+
+@pytest.mark.parametrize("name", ["ours-cpu", "ours-cpu in float32", "sdpa_loop"])
+def bench_chats_in_bfloat16(against_roof: Callable[..., None], quick: bool, name: str) -> None:
+    """Chats of about 400 tokens with the heads of SmolLM2-135M. The roof is a bfloat16 product of as many FLOPs."""
+    if DEVICE != "cpu" or native_precision(torch.device("cpu")) != "bf16":
+        pytest.skip("this case is for CPUs that multiply bfloat16")
+    lengths = [130, 97] if quick else [437, 436, 436, 435, 304]
+    heads = (9, 3)
+    inputs = make_inputs(lengths, dtype=torch.bfloat16, heads=heads)
+    wide = make_inputs(lengths, dtype=torch.float32, heads=heads)
+    calls: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+        "ours-cpu": lambda: ours("cpu", None, inputs),
+        "ours-cpu in float32": lambda: ours("cpu", None, wide),
+        "sdpa_loop": lambda: sdpa_loop(None, inputs),
+    }
+    exact = ours("reference", None, Inputs(lengths, None, *(x.detach().double().requires_grad_() for x in inputs[2:])))
+    pairs = zip(calls[name](), exact, strict=True)
+    error = max(((a.double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+    assert error < 2e-2, error
+    work = flops(lengths, None) * heads[0] // Hq
+    side = round((work / 2) ** (1 / 3))
+    a, b, out = (torch.randn(side, side, dtype=torch.bfloat16) for _ in range(3))
+    against_roof(
+        calls[name],
+        lambda: torch.mm(a, b, out=out),
+        rounds=11,
+        case="chats in bfloat16",
+        contender=name,
+        flops=work,
+        tokens=sum(lengths),
+        longest=max(lengths),
+        error=error,
+        dtype="bfloat16",
     )
 
 

@@ -31,6 +31,7 @@ STEP_NAMES = {
     "ours-eager": f"{OURS}, eager blocks",
     "by hand": BASELINE,
     "trl": "TRL",
+    "trainer": "transformers' Trainer",
 }
 PEER_NAMES = {
     "compile-compact": "torch.compile",

@@ -42,10 +42,11 @@ class Shape:
     device: str = "cpu"
     lora: int | None = None
     """Rank of a LoRA adapter; None trains all parameters."""
+    model_type: str = "qwen3"
 
     def architecture(self) -> dict[str, Any]:
         return {
-            "model_type": "qwen3",
+            "model_type": self.model_type,
             "hidden_size": self.hidden,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
@@ -80,9 +81,15 @@ class Shape:
 
 Sizes = tuple[int, int, int, int, int, int, int]
 """hidden, layers, heads, key-value heads, head size, intermediate, vocabulary"""
+_SMOLLM2: Sizes = (576, 30, 9, 3, 64, 1536, 49_152)
 _1B7: Sizes = (2048, 28, 16, 8, 128, 6144, 151_936)
 _8B: Sizes = (4096, 36, 32, 8, 128, 12288, 151_936)
 _32B: Sizes = (5120, 64, 64, 8, 128, 25600, 151_936)
+
+
+def _smollm2(name: str, lora: int | None = None) -> Shape:
+    """SmolLM2-135M: its shape, with random weights."""
+    return Shape(name, *_SMOLLM2, tokens_per_step=4096, lora=lora, model_type="llama")
 
 
 def _gpu(name: str, sizes: Sizes, *, tied: bool = True, lora: int | None = None) -> Shape:
@@ -104,6 +111,8 @@ SHAPES = {
         Shape("quick", 128, 2, 4, 2, 32, 384, 2048, tokens_per_step=2048, pack_capacity=1024),
         Shape("hidden256-vocab8k", 256, 6, 8, 4, 32, 768, 8192, data=("short", "long")),
         Shape("hidden512-vocab152k", 512, 4, 8, 4, 64, 1536, 151_936),
+        _smollm2("smollm2-135m-lora64", lora=64),
+        _smollm2("smollm2-135m-full"),
         _gpu("qwen3-1.7b-full", _1B7),
         _gpu("qwen3-8b-full", _8B, tied=False),
         _gpu("qwen3-8b-lora64", _8B, tied=False, lora=64),
@@ -167,14 +176,15 @@ class Workload:
     def model(self) -> Any:
         """Build a new model, with the same initial weights on every call."""
         if self.ranks.device.type == "cpu":
-            return build_model(ModelConfig(architecture=self.shape.architecture()), self.tokenizer, seed=0)
-        torch.manual_seed(0)
-        with self.ranks.device:  # initialized on the GPU: on the host, 32 billion weights take minutes
-            model = AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(**self.shape.architecture()), dtype=torch.bfloat16
-            )
-        model.config.use_cache = False
-        recompute(model, self._checkpointing())
+            model: Any = build_model(ModelConfig(architecture=self.shape.architecture()), self.tokenizer, seed=0)
+        else:
+            torch.manual_seed(0)
+            with self.ranks.device:  # initialized on the GPU: on the host, 32 billion weights take minutes
+                model = AutoModelForCausalLM.from_config(
+                    AutoConfig.for_model(**self.shape.architecture()), dtype=torch.bfloat16
+                )
+            model.config.use_cache = False
+            recompute(model, self._checkpointing())
         if self.shape.lora is not None:
             add_adapter(model, LoraConfig(r=self.shape.lora, alpha=2 * self.shape.lora), base=None, seed=0)
         return model

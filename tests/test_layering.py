@@ -138,6 +138,7 @@ def test_ops_need_only_torch(path):
         ("delib_fast.cli.main", ["deepspeed", "transformers", "torch"]),
         ("delib_fast.data", ["deepspeed", "transformers"]),
         ("delib_fast.ops", ["deepspeed", "transformers", "pydantic"]),
+        ("delib_fast.training.run", ["deepspeed", "peft"]),
     ],
 )
 def test_import_is_light(module, absent):

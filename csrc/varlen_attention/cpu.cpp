@@ -115,7 +115,9 @@ std::tuple<at::Tensor, at::Tensor> varlen_attention_compiled(const at::Tensor& q
   if (q.scalar_type() == at::kFloat) {
     forward_all<float>(q, k, v, sink_of_head, cu_seqlens, scale, window, softcap, out, lse, table.forward_f32);
   } else {
-    forward_all<bf16_bits>(q, k, v, sink_of_head, cu_seqlens, scale, window, softcap, out, lse, table.forward_bf16);
+    const auto* bf16 = attention::bf16_kernels();
+    forward_all<bf16_bits>(q, k, v, sink_of_head, cu_seqlens, scale, window, softcap, out, lse,
+                           bf16 == nullptr ? table.forward_bf16 : bf16->forward);
   }
   return {out, lse};
 }
@@ -152,8 +154,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> varlen_attention_compiled_backwar
   if (q.scalar_type() == at::kFloat) {
     backward_all<float>(d_out, q, k, v, out, lse, cu_seqlens, scale, window, softcap, dq, dk, dv, table.backward_f32);
   } else {
+    const auto* bf16 = attention::bf16_kernels();
     backward_all<bf16_bits>(d_out, q, k, v, out, lse, cu_seqlens, scale, window, softcap, dq, dk, dv,
-                            table.backward_bf16);
+                            bf16 == nullptr ? table.backward_bf16 : bf16->backward);
   }
   return {dq, dk, dv};
 }

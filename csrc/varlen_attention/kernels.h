@@ -14,6 +14,7 @@ constexpr std::int64_t QUERIES = 32;  // per block
 constexpr std::int64_t KEYS = 128;    // per block; a block of scores, QUERIES x KEYS float32, fits the L1 cache
 constexpr std::int64_t D_MULTIPLE = 16;
 constexpr std::int64_t MAX_D = 256;  // of D and of V
+constexpr std::int64_t BF16_BLOCK = 64;  // queries and keys per block where the processor multiplies bfloat16
 
 // One or several heads of one sequence. Element (token, head, d) is at
 // data[token * token_stride + head * head_stride + d].
@@ -49,12 +50,14 @@ struct Backward : Problem {
 
 inline std::int64_t padded(std::int64_t length) { return (length + KEYS - 1) / KEYS * KEYS; }
 
-// Scratch memory of one task, in floats.
+// Scratch memory of one task, in floats. It suffices for the loops of both dtypes. Those for bfloat16 keep as many
+// copies of k and v, of half the size, and need MARGIN for their blocks and for alignment.
+constexpr std::int64_t MARGIN = 4 * BF16_BLOCK * BF16_BLOCK + 16 * 15;
 inline std::int64_t forward_scratch(std::int64_t length, std::int64_t dim, std::int64_t value_dim) {
-  return padded(length) * (dim + value_dim) + QUERIES * (dim + value_dim + KEYS);
+  return padded(length) * (dim + value_dim + 16) + BF16_BLOCK * (dim + value_dim + KEYS + 16) + MARGIN;
 }
 inline std::int64_t backward_scratch(std::int64_t length, std::int64_t dim, std::int64_t value_dim) {
-  return padded(length) * (3 * dim + 2 * value_dim) + QUERIES * (2 * dim + 2 * value_dim + 2 * KEYS);
+  return padded(length) * (3 * dim + 2 * value_dim + 16) + BF16_BLOCK * 3 * (dim + value_dim + 16) + MARGIN;
 }
 
 struct Kernels {
@@ -65,7 +68,17 @@ struct Kernels {
   void (*backward_bf16)(const Backward<bf16_bits>&, float* scratch);
 };
 
+// Loops for processors that multiply bfloat16.
+struct Bf16Kernels {
+  const char* name;
+  void (*forward)(const Forward<bf16_bits>&, float* scratch);
+  void (*backward)(const Backward<bf16_bits>&, float* scratch);
+};
+
 // The table for the widest instruction set that this processor supports.
 const Kernels& kernels();
+
+// The loops for AMX or AVX-512 BF16, or null if the processor has neither.
+const Bf16Kernels* bf16_kernels();
 
 }  // namespace delib_fast::attention

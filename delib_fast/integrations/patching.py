@@ -267,7 +267,8 @@ def apply(
         separation = separate(inner, attention_backend=attention_backend, in_one_pass=why_one_pass(layers))
         if separation.note:
             _log.warning("%s: %s", type(inner).__name__, separation.note)
-    changes = _Applied(patches=separation.patches + patch_layers(inner, layers) + patch_lora(inner), attention=[])
+    patches = [*separation.patches, *patch_layers(inner, layers), *patch_lora(inner, layers)]
+    changes = _Applied(patches=patches, attention=[])
     if loss:
         changes.patches += _patch_loss(inner, loss_backend, shifts)
     if attention:

@@ -11,10 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -23,6 +22,9 @@ from delib_fast.models.export import exported_weights
 from delib_fast.models.hf_utils import without_progress_bar
 from delib_fast.models.lm import TrainableLM
 from delib_fast.models.lora import PEFT_PREFIX, adapter_parameters
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 0.1}
 """Largest difference of logits, by the dtype of the exported weights; see `compare_logits`."""
@@ -104,6 +106,8 @@ def compare_weights(reloaded: PreTrainedModel, skeleton: PreTrainedModel, weight
 
 def reload_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """Load an exported adapter with peft, next to the weights of its base."""
+    from peft import PeftModel
+
     return PeftModel.from_pretrained(base, str(folder))
 
 

@@ -95,7 +95,7 @@ class TrainableLM(nn.Module):
             *self.separation.patches,
             *patch_layers(model, layers),
             *patch_rope(model),
-            *patch_lora(model),
+            *patch_lora(model, layers),
         ]
         self._use_packed_attention()
         fused = FusedLossHead.from_linear(head, backend=loss_backend, **logit_options(model))

@@ -14,11 +14,9 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import peft
 import torch
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,6 +24,9 @@ from transformers import PreTrainedModel
 
 from delib_fast.config import ConfigError, LoraConfig, nearest
 from delib_fast.files import open_regular, read_text, replace_folder
+
+if TYPE_CHECKING:
+    import peft
 
 _ADAPTER = "default"
 PEFT_PREFIX = "base_model.model."
@@ -41,6 +42,8 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, *, base: str | None,
     Raises:
         ConfigError: a target does not exist in the model, is not an nn.Linear, or is the output head or an embedding.
     """
+    import peft  # half a second, which runs without an adapter save
+
     settings = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # any number works
@@ -254,6 +257,8 @@ def merged_weights(
             returned in it.
         dtype: the dtype of the merged weights, instead of that of the base weights.
     """
+    from peft.tuners.lora import LoraLayer
+
     scales = {name: module.scaling[_ADAPTER] for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     merged: dict[str, Tensor] = {}
     for name, weight in weights.items():

@@ -2,8 +2,11 @@
 
 A call runs the chain of peft wherever the op does not compute the same: the adapter is switched off, merged or one of
 several, or a variant of LoRA (DoRA, …); the base layer is quantised or trained; ZeRO-3 or FSDP has sharded the weights;
-or the layers inside have hooks, which the op would skip. So does a compiled block: inductor fuses the sums of the chain
-with what surrounds them, which is faster than an op that it cannot look into (bench/README.md).
+or the layers inside have hooks, which the op would skip.
+
+Compiled blocks run the chain too: inductor fuses its sums with what surrounds them, which is faster than an op that it
+cannot look into (bench/README.md). Their layers are not patched at all. A patch is an object of its own for each layer,
+so that dynamo would compile each block again, until it gives up after eight.
 """
 
 from __future__ import annotations
@@ -18,12 +21,16 @@ from delib_fast.models.forward_patch import ForwardPatch
 from delib_fast.ops import lora_linear
 
 
-def patch_lora(model: nn.Module) -> list[ForwardPatch]:
+def patch_lora(model: nn.Module, layers: str = "eager") -> list[ForwardPatch]:
     """Make the LoRA layers of nn.Linear in a model run as one op.
 
+    Args:
+        layers: how the blocks run, as in `patch_layers`. With "compile", no layer is patched.
     Returns:
         The installed patches, for `remove_patches`; empty if the model has no such layers.
     """
+    if layers == "compile":
+        return []
     lora = sys.modules.get("peft.tuners.lora")  # a model has no layers of a package that was never imported
     if lora is None:
         return []

@@ -26,6 +26,23 @@ def test_help_lists_every_command_and_imports_no_torch():
         assert name in done.stdout
 
 
+def test_config_imports_no_torch_and_no_transformers(tmp_path):
+    """Importing them takes seconds, and checking a file needs neither."""
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        "run_dir: run\nmodel: {path: folder, lora: {r: 4}}\ndata: {rows: rows.jsonl}\n"
+        "stages: [{kind: aft, train: [rows], pack_capacity: 64, tokens_per_step: 64}]\n"
+    )
+    code = (
+        "import sys; from typer.testing import CliRunner; from delib_fast.cli.main import app; "
+        f"done = CliRunner().invoke(app, ['config', {str(run)!r}]); print(done.stdout); "
+        "assert not done.exit_code and not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tokens_per_step: 64" in done.stdout
+
+
 @pytest.mark.parametrize("name", ["deliberate", "document", "data-report", "eval"])
 def test_lazy_commands_have_help(name):
     done = runner.invoke(app, [name, "--help"])

@@ -70,6 +70,23 @@ def test_compiled_once_for_all_layers_and_packs(name, checkpointed, kinds, count
     assert counter.frame_count == kinds
 
 
+def test_blocks_with_adapters_are_compiled_once(counter) -> None:
+    """Once more for the first block, whose input needs no gradient, and not for each of the three.
+
+    A patch of a LoRA layer would be a constant of the graph, and each block would be compiled again.
+    """
+    from delib_fast.config import LoraConfig
+    from delib_fast.models import add_adapter
+
+    model = build("qwen3")
+    add_adapter(model, LoraConfig(r=4, alpha=8), base=None, seed=0)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:  # zero in a new adapter
+            torch.nn.init.normal_(parameter, std=0.1)
+    assert_same(losses_and_gradients(model, "compile"), losses_and_gradients(model, "eager"))
+    assert counter.frame_count == 2
+
+
 def checkpoint_around_the_forward(monkeypatch, model) -> None:
     """Checkpoint a layer as transformers did until 5.22: around its call, so that the patched forward is inside."""
     from functools import partial

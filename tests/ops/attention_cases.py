@@ -1,5 +1,6 @@
 """Helpers of the varlen_attention tests: inputs, the op and plain torch with gradients, the accuracy criterion."""
 
+import hashlib
 from itertools import accumulate
 
 import torch
@@ -77,3 +78,25 @@ def assert_as_accurate_as_torch(ours, exact, torchs, dtype, factor=3.0) -> None:
         allowed = factor * (c.double() - b).abs().max() + 32 * eps * max(1.0, b.abs().max())
         error = (a.double() - b).abs().max()
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def bfloat16_digest() -> str:
+    """Check bfloat16 attention of the cpu backend on a few packs, and return a digest of the results.
+
+    The heads are those of SmolLM2-135M (9 query heads, 3 kv heads of 64), and others with a window, a cap and sinks.
+    """
+    digest = hashlib.sha256()
+    for lengths, heads, dims, options in (
+        ([130, 1, 64, 97], (9, 3), (64, 64), {}),
+        ([200, 65, 32], (2, 1), (48, 80), {"window": 70, "softcap": 1.5}),
+        ([129, 40], (4, 2), (16, 16), {"window": 3}),
+    ):
+        data = inputs(lengths, heads, dims[0], torch.bfloat16, value_dim=dims[1])
+        if "softcap" in options:
+            data.append(sinks_of(heads[0], torch.bfloat16))
+        exact = run("reference", lengths, *(x.double() for x in data), **options)
+        ours = run("cpu", lengths, *data, **options)
+        assert_as_accurate_as_torch(ours, exact, run_eager(lengths, *data, **options), torch.bfloat16)
+        for result in ours:
+            digest.update(result.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import subprocess
+import sys
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
-from attention_cases import assert_as_accurate_as_torch, inputs, offsets, run, run_eager, sinks_of
+from attention_cases import assert_as_accurate_as_torch, bfloat16_digest, inputs, offsets, run, run_eager, sinks_of
 
 from delib_fast.ops import BackendUnavailable, varlen_attention
+from delib_fast.ops._library import WHY_NO_COMPILED
 from delib_fast.ops.varlen_attention import _cpu, _flash, _torch, reference
 
 LENGTHS = {
@@ -84,12 +90,38 @@ def test_a_sink_is_a_key_whose_value_is_zero() -> None:
         assert d_sinks[1] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
-def test_head_dims(dim) -> None:
+def test_head_dims(dim, dtype) -> None:
     lengths = [40, 1, 90]
-    data = inputs(lengths, (4, 2), dim)
+    data = inputs(lengths, (4, 2), dim, dtype)
     exact = run("reference", lengths, *(x.double() for x in data))
-    assert_as_accurate_as_torch(run("cpu", lengths, *data), exact, run_eager(lengths, *data), torch.float32)
+    assert_as_accurate_as_torch(run("cpu", lengths, *data), exact, run_eager(lengths, *data), dtype)
+
+
+def bfloat16_loops() -> int:
+    """The number of loops for bfloat16 that this processor and system run: AVX-512 BF16 and AMX."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    flags = next((line for line in lines if line.startswith("flags")), "").split()
+    may_use_tiles = "amx_bf16" in flags and ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0  # arch_prctl, for AMX
+    return ("avx512_bf16" in flags) + may_use_tiles
+
+
+def test_each_instruction_set_is_as_accurate_as_torch() -> None:
+    """AMX, AVX-512 BF16 and float32 loops, as far as this processor has them; their results differ by roundings."""
+    digests = {bfloat16_digest()}
+    for isa in ("AVX512_CORE_BF16", "AVX512_CORE"):
+        path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "PYTHONPATH": path}
+        program = "import attention_cases; print(attention_cases.bfloat16_digest())"
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (isa, done.stderr)
+        digests.add(done.stdout.strip())
+    if WHY_NO_COMPILED is None and "ONEDNN_MAX_CPU_ISA" not in os.environ:
+        assert len(digests) == 1 + bfloat16_loops()
 
 
 def test_window_longer_than_a_block() -> None:

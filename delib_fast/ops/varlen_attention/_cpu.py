@@ -2,8 +2,10 @@
 
 The C++ loops process each sequence and kv head as a separate task, so nothing is padded, and no key is copied for the
 query heads that share it. They support float32 and bfloat16 and head dims that are multiples of 16 up to 256. Only they
-cap scores. Packs in which the number of sequences × kv heads is below the number of threads would leave threads idle,
-so without a cap they use torch's kernel.
+cap scores. On processors with AMX or AVX-512 BF16 they multiply bfloat16 with float32 sums, and round probabilities and
+the gradients of scores to bfloat16, as the kernels of GPUs do; on others they convert bfloat16 to float32. Packs in
+which the number of sequences × kv heads is below the number of threads would leave threads idle, so without a cap they
+use torch's kernel.
 
 Everything else uses `_scaled_dot_product_flash_attention_for_cpu`, forward and backward. The sequences of a pack are
 grouped into a few batches of similar length, so that a hundred short sequences need a few kernel calls instead of a
@@ -11,8 +13,8 @@ hundred. A shorter sequence of a batch is padded with zeros at its end. The mask
 the padding, and the outputs of the padding are dropped. A (T, T) mask is never built. With a sliding window each block
 of queries attends only to the keys that are visible to it, at a cost of O(T·window). Sinks are merged afterwards.
 
-bfloat16 and float16 are computed in float32: the half-precision backward kernel of torch 2.13 takes 10 times as long
-(T = 2048, 8 heads of 64, one sequence, 2 cores: 1413 ms against 144 ms), and its forward kernel is no faster.
+torch's kernel computes bfloat16 and float16 in float32: the half-precision backward kernel of torch 2.13 takes 10 times
+as long (T = 2048, 8 heads of 64, one sequence, 2 cores: 1413 ms against 144 ms), and its forward kernel is no faster.
 """
 
 from __future__ import annotations
