@@ -184,12 +184,13 @@ class Workload:
                     AutoConfig.for_model(**self.shape.architecture()), dtype=torch.bfloat16
                 )
             model.config.use_cache = False
-            recompute(model, self._checkpointing())
+            checkpointing = self._checkpointing()
+            recompute(model, checkpointing.activation_checkpointing, layers=checkpointing.checkpointed_layers)
         if self.shape.lora is not None:
             add_adapter(model, LoraConfig(r=self.shape.lora, alpha=2 * self.shape.lora), base=None, seed=0)
         return model
 
-    def _checkpointing(self) -> str:
+    def _checkpointing(self) -> ModelConfig:
         """The least recomputation with which the shape fits the GPU, as `activation_checkpointing: auto` selects it."""
         lora = None if self.shape.lora is None else LoraConfig(r=self.shape.lora)
         # compiled blocks, for which only none and full exist: every contender gets the same
@@ -197,7 +198,7 @@ class Workload:
         config = self.config.model_copy(update={"model": model})
         budget = MemoryBudget(1, self.precision, self.ranks.memory_gib)
         resolved = resolve_activation_checkpointing(config, self.stage, model_shape(model, self.tokenizer), budget)
-        return resolved.model.activation_checkpointing
+        return resolved.model
 
 
 def _file(data: str) -> tuple[Path, str]:

@@ -106,16 +106,23 @@ def plan(
     tflops: Annotated[
         float | None, typer.Option(min=0.001, help="TFLOP/s of a rank, to estimate the hours of training")
     ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="GPU of each rank, such as h200 or a100, to estimate the time of a step by part")
+    ] = None,
     overrides: _SET = [],  # noqa: B006
 ) -> None:
     """Plan a run without a GPU: rows, tokens, lengths, packs, steps, balance, and the memory that a rank needs."""
     from delib_fast.preview.plan import plan_run, render_plan
+    from delib_fast.training.roofline import known_device
 
     config = load_config(path, overrides)
     chosen = precision if config.engine.precision == "auto" else config.engine.precision
     if chosen not in ("fp32", "bf16", "fp16"):
         raise ConfigError(f"--precision {precision}: must be fp32, bf16 or fp16")
-    shape, plans = plan_run(config, lengths, ranks=gpus, precision=chosen, card_gib=memory_gib)
+    if gpu is not None and tflops is not None:
+        raise ConfigError("--gpu and --tflops both give the rate of a rank; give one of them")
+    device = None if gpu is None else known_device(gpu)
+    shape, plans = plan_run(config, lengths, ranks=gpus, precision=chosen, card_gib=memory_gib, device=device)
     out = console(width=WIDTH)
     out.print(
         f"{shape.parameters:,} parameters ({shape.embedding_parameters:,} of them embeddings), "
@@ -123,7 +130,7 @@ def plan(
         f"ZeRO {config.engine.zero_stage}, {chosen}"
     )
     for stage_plan in plans:
-        out.print(render_plan(stage_plan, memory_gib, tflops))
+        out.print(render_plan(stage_plan, memory_gib, tflops, device))
 
 
 @_user_errors()

@@ -41,16 +41,19 @@ class ModelConfig(Section):
     """A Hugging Face config as a mapping with `model_type`: start from a new model with random weights."""
     attention: Literal["auto", "reference", "cpu", "torch", "flash"] = "auto"
     """Backend of `ops.varlen_attention`. `auto` takes the fastest that can run."""
-    loss: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    loss: Literal["auto", "reference", "cpu", "cuda", "triton"] = "auto"
     """Backend of `ops.linear_cross_entropy`. `auto` takes the fastest that can run."""
-    layers: Literal["eager", "compile", "liger"] = "eager"
+    layers: Literal["auto", "eager", "compile", "liger"] = "auto"
     """How a decoder block runs its norms, rotary positions and SwiGLU. `eager`: transformers' code. `compile`:
-    `torch.compile` of each block, which takes about a minute once; not with ZeRO stage 3. `liger`: Liger's kernels, on
-    a GPU."""
+    `torch.compile` of each block, which takes about a minute once. `liger`: Liger's kernels, on a GPU. `auto`: on a GPU
+    the first of compile, liger and eager that supports the model, and on a CPU eager; a GPU's choice is logged."""
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """What a layer keeps for the backward pass, which recomputes the rest. `none`: everything. `selective`: its input
     and the output of its attention. `full`: its input. `auto`: the least recomputation that fits into
     `engine.memory_gib`."""
+    checkpointed_layers: PositiveInt | None = None
+    """Apply `activation_checkpointing` to this number of layers, from the first, and keep everything in the others.
+    null: to all of them, or with `auto` to as few as fit into `engine.memory_gib`."""
     activation_offload: bool = False
     """With selective or full activation checkpointing: keep the layers' inputs in host memory."""
     mlp_tiles: PositiveInt = 1
@@ -64,12 +67,6 @@ class ModelConfig(Section):
     @classmethod
     def _bool_is_full_or_none(cls, value: Any) -> Any:
         return {True: "full", False: "none"}.get(value, value) if isinstance(value, bool) else value
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _auto_was_eager(cls, value: Any) -> Any:
-        """Version 0.1 wrote `auto`, which always chose `eager`, into every config.yaml. Accepted for one version."""
-        return "eager" if value == "auto" else value
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
@@ -87,6 +84,13 @@ class ModelConfig(Section):
             raise ValueError(
                 "model.activation_offload moves what activation checkpointing keeps: set "
                 "model.activation_checkpointing to full, selective or auto"
+            )
+        if self.checkpointed_layers is not None and self.activation_checkpointing in ("auto", "none"):
+            raise ValueError(
+                f"model.checkpointed_layers is {self.checkpointed_layers}, and activation_checkpointing: "
+                f"{self.activation_checkpointing} "
+                + ("selects the number of layers itself" if self.activation_checkpointing == "auto" else "has none")
+                + "; set activation_checkpointing to selective or full, or checkpointed_layers to null"
             )
         if self.layers == "compile" and (self.activation_checkpointing == "selective" or self.mlp_tiles > 1):
             raise ValueError(

@@ -351,11 +351,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _options_fit_together(self) -> Config:
-        if self.model.layers == "compile" and self.engine.zero_stage == 3:
-            raise ValueError(
-                "model.layers is compile, but ZeRO stage 3 gathers weights by hooks inside a block; set "
-                "model.layers: eager, or engine.zero_stage: 2"
-            )
         lora = self.model.lora
         if lora is not None and lora.quantize != "none" and self.engine.zero_stage == 3:
             raise ValueError("model.lora.quantize: ZeRO 3 cannot shard 4-bit weights; set engine.zero_stage to 2")

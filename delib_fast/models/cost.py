@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from delib_fast.data import PackedBatch
+from delib_fast.models.hf_utils import expert_share
 from delib_fast.models.lm import TrainableLM
 from delib_fast.models.shape import head_dims
 
@@ -44,12 +45,11 @@ class StepCost:
         config: Any = trainable.model.config.get_text_config()
         head, embedding = trainable.head.weight, trainable.model.get_input_embeddings()
         shared = {id(head), id(getattr(embedding, "weight", None))}
-        active = getattr(config, "num_experts_per_tok", None) or 1
-        experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or active
+        active = expert_share(config)
         body = 0.0
         for name, parameter in trainable.model.named_parameters():
             if id(parameter) not in shared and _ndim(parameter) >= 2:
-                body += _flops_of(parameter) * (active / experts if ".experts." in name else 1)
+                body += _flops_of(parameter) * (active if ".experts." in name else 1)
         layers = config.num_hidden_layers
         heads = config.num_attention_heads
         width = heads * sum(head_dims(config))

@@ -10,7 +10,7 @@ from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not in __all__
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 
@@ -55,3 +55,11 @@ def trunk(model: PreTrainedModel) -> nn.Module:
         return model.base_model
     parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
     return parts[0] if len(parts) == 1 else model
+
+
+def expert_share(text: PreTrainedConfig) -> float:
+    """The share of a layer's experts that a token is routed to; 1 without experts."""
+    active = getattr(text, "num_experts_per_tok", None) or 1
+    counts = (getattr(text, key, None) for key in ("num_local_experts", "num_experts", "n_routed_experts"))
+    share: float = active / next((count for count in counts if count), active)
+    return share

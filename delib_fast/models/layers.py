@@ -1,9 +1,10 @@
 """How a decoder block computes everything except attention and matrix products: RMSNorm and residual, rotary
 positions with QK-norm, SwiGLU.
 
-    eager      transformers' own code (the default)
+    eager      transformers' own code
     compile    torch.compile of each block (regional: all blocks of a kind share one compiled function)
     liger      Liger's Triton kernels for the norms and SwiGLU (models/liger.py; optional, needs a GPU)
+    auto       on a GPU the first of compile, liger and eager that supports the model; on a CPU eager (`choose_layers`)
 
 A compiled block contains the packed attention as one opaque op, so there is no graph break. The sizes of a pack are
 symbols in the graph: packs with other lengths or another number of sequences do not recompile it. Only passes that
@@ -12,11 +13,13 @@ which packed attention raises its errors about unsupported layers.
 
 With activation checkpointing, the checkpoint surrounds the compiled function. A pass that ran eagerly is recomputed
 eagerly, because a checkpoint compares what the two passes save. Packs with a shared prompt, and packs that are split
-across ranks, run eagerly; ZeRO 3 is refused, because its hooks gather weights inside a block.
+across ranks, run eagerly. At ZeRO 3 the weights of a whole block are gathered around the compiled function.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 import weakref
 from collections.abc import Callable
 from functools import cache, partial
@@ -29,9 +32,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from delib_fast.models.attention import UnsupportedModelError
 from delib_fast.models.forward_patch import ForwardPatch
-from delib_fast.models.liger import patch_liger, why_not_liger
+from delib_fast.models.hf_utils import expert_share
+from delib_fast.models.liger import computes_with_liger, patch_liger, why_not_liger
+from delib_fast.models.separation import has_weights
 
-CHOICES = ("eager", "compile", "liger")
+CHOICES = ("auto", "eager", "compile", "liger")
 BACKEND: Any = "inductor"
 """The backend of torch.compile."""
 
@@ -46,10 +51,64 @@ def check_layers(choice: str, device: torch.device) -> None:
         ValueError: the choice does not exist.
         UnsupportedModelError: the choice is "liger" and Liger cannot run on the device.
     """
-    if choice not in CHOICES:
-        raise ValueError(f"layers={choice!r} does not exist; choose from {', '.join(CHOICES)}")
+    _check_choice(choice)
     if choice == "liger" and (reason := why_not_liger(device)):
         raise UnsupportedModelError(f"layers is liger: {reason}; set it to eager or compile")
+
+
+def _check_choice(choice: str) -> None:
+    if choice not in CHOICES:
+        raise ValueError(f"layers={choice!r} does not exist; choose from {', '.join(CHOICES)}")
+
+
+def choose_layers(model: PreTrainedModel, device: torch.device, *, why_eager: str | None = None) -> tuple[str, str]:
+    """What `auto` selects for a model that trains on the device: (eager, compile or liger; the reason).
+
+    The choice depends only on the device, the installed packages, and the structure and settings of the model, so it is
+    the same on every rank.
+
+    Args:
+        why_eager: why compiled code would never run, if that is known.
+    """
+    if device.type != "cuda":
+        return "eager", "on a CPU, compiling pays off only in runs longer than a few minutes"
+    reason = why_eager or _why_not_compile(model)
+    if reason is None:
+        return "compile", "torch.compile fuses norms, rotary positions and SwiGLU"
+    why_not = why_not_liger(device)
+    if why_not is None and not has_weights(model):
+        why_not = "Liger's layers are recognized by their results, and the weights are not loaded yet"
+    if why_not is None and not computes_with_liger(model):
+        why_not = "the model has no RMSNorm and no SwiGLU that Liger computes"
+    if why_not is None:
+        return "liger", f"the blocks are not compiled: {reason}"
+    return "eager", f"the blocks are not compiled: {reason}; and {why_not}"
+
+
+def _why_not_compile(model: PreTrainedModel) -> str | None:
+    """Why `auto` does not compile the blocks of a model on a GPU, or None."""
+    blocks: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        return f"{type(model).__name__} has no blocks that transformers marks as layers"
+    if any("forward" in vars(module) for block in blocks for module in block.modules()):
+        return "a forward inside them was replaced"
+    if any(
+        "context_fn" in getattr(block._gradient_checkpointing_func, "keywords", {}) for block in _checkpointed(blocks)
+    ):
+        return "selective activation checkpointing cannot see inside a compiled block"
+    if expert_share(model.config.get_text_config()) < 1:
+        return "the number of tokens of each expert changes with every pack"
+    if any(hasattr(parameter, "quant_state") for parameter in model.parameters()):
+        return "their weights are in 4 bits"
+    if not torch.utils._triton.has_triton():
+        return "triton is not installed, or does not support this GPU"
+    if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
+        return "triton needs a C compiler, and cc, gcc and clang are not found"
+    return None
+
+
+def _checkpointed(blocks: list[Any]) -> list[Any]:
+    return [block for block in blocks if block.gradient_checkpointing]
 
 
 def why_one_pass(choice: str) -> str | None:
@@ -58,7 +117,7 @@ def why_one_pass(choice: str) -> str | None:
 
 
 def patch_layers(model: PreTrainedModel, choice: str = "eager") -> list[ForwardPatch]:
-    """Make the decoder blocks of a model run as `choice` says.
+    """Make the decoder blocks of a model run as `choice` ("eager", "compile" or "liger") says.
 
     The device is not checked here (see `check_layers`), because the model may still be on the CPU.
 
@@ -68,8 +127,7 @@ def patch_layers(model: PreTrainedModel, choice: str = "eager") -> list[ForwardP
         ValueError: the choice does not exist.
         UnsupportedModelError: the model has no blocks of a known kind, or the forward of one was replaced already.
     """
-    if choice not in CHOICES:
-        raise ValueError(f"layers={choice!r} does not exist; choose from {', '.join(CHOICES)}")
+    _check_choice(choice)
     if choice == "eager":
         return []
     if choice == "liger":
@@ -97,6 +155,9 @@ class _CompiledForward(ForwardPatch):
     def __init__(self, block: GradientCheckpointingLayer) -> None:
         super().__init__(block)
         self._ran_eagerly, self._ran_compiled = False, False
+        # ZeRO 3 then gathers the weights of the whole block by hooks of the block, outside the compiled function.
+        # DeepSpeed's name for this is a leaf module; it reads the flag when it wraps the model.
+        setattr(block, "_z3_leaf", True)  # noqa: B010 — an attribute that nn.Module does not declare
         self._eager_pack: weakref.ref[Tensor] | None = None  # the cu_seqlens of the last pack that ran eagerly
 
     def patched(self, *args: Any, **kwargs: Any) -> Any:
@@ -121,12 +182,6 @@ class _CompiledForward(ForwardPatch):
     def _can_compile(self, kwargs: dict[str, Any]) -> bool:
         if not (self._ran_eagerly and torch.is_grad_enabled()):
             return False
-        name = type(self.module).__name__
-        if any(hasattr(parameter, "ds_id") for parameter in self.module.parameters()):
-            raise UnsupportedModelError(
-                f"{name} is compiled, and ZeRO-3 gathers its weights by hooks inside it; set layers to eager, or use "
-                "ZeRO stage 2"
-            )
         if _is_recomputed() and self._eager_pack is not None and self._eager_pack() is kwargs.get("cu_seq_lens_q"):
             return False
         # A shared prefix is passed to the op as host ints, and shards of a pack are exchanged between ranks: both stay

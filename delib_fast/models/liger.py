@@ -33,6 +33,11 @@ def why_not_liger(device: torch.device) -> str | None:
     return None if device.type == "cuda" else f"liger-kernel's layers need a GPU, and the model is on {device.type}"
 
 
+def computes_with_liger(model: PreTrainedModel) -> bool:
+    """Whether the model has a norm or an MLP that Liger computes."""
+    return any(_norm_offset(module) is not None or _is_swiglu(module) for module in model.modules())
+
+
 def patch_liger(model: PreTrainedModel) -> list[ForwardPatch]:
     """Replace the forwards of norms and MLPs. Modules whose forward was replaced already are left alone.
 

@@ -27,7 +27,7 @@ from delib_fast.models.eval_mode import eval_mode
 from delib_fast.models.forward_patch import remove_patches
 from delib_fast.models.hf_utils import trunk
 from delib_fast.models.labels import shifts_labels
-from delib_fast.models.layers import patch_layers, why_one_pass
+from delib_fast.models.layers import choose_layers, patch_layers, why_one_pass
 from delib_fast.models.lora_layers import patch_lora
 from delib_fast.models.rope import patch_rope
 from delib_fast.models.separation import RUN_ERRORS, first_sentence, has_weights, separate
@@ -49,8 +49,9 @@ class TrainableLM(nn.Module):
             `unpatch` restores it.
         attention_backend: the backend of `ops.varlen_attention`.
         loss_backend: the backend of `ops.linear_cross_entropy`.
-        layers: how the decoder blocks run everything except attention and head: "eager", "compile" or "liger" (see
-            `models.layers`).
+        layers: how the decoder blocks run everything except attention and head: "eager", "compile", "liger" or "auto"
+            (see `models.layers`).
+        device: where the model will train, which "auto" depends on; by default where its weights are.
         sequence_group: the ranks across which each pack is sharded (`models.ulysses`), in the order of its shards. The
             model then takes this rank's shard of a pack, and all ranks of the group must call it together.
         in_one_pass: why every pack must run in one pass through the model, with the remedy; None if layers, or the
@@ -68,6 +69,7 @@ class TrainableLM(nn.Module):
         attention_backend: str = "auto",
         loss_backend: str = "auto",
         layers: str = "eager",
+        device: torch.device | None = None,
         sequence_group: dist.ProcessGroup | None = None,
         in_one_pass: str | None = None,
     ) -> None:
@@ -91,11 +93,18 @@ class TrainableLM(nn.Module):
         if sequence_group is not None:
             in_one_pass = "Packs are sharded across ranks, which needs one pass: set sequence_parallel to 1"
         self.separation = separate(model, attention_backend=attention_backend, in_one_pass=in_one_pass)
+        self.layers, self.layers_reason = layers, "requested"
+        if layers == "auto":
+            why_eager = "packs that are split across ranks run eagerly" if sequence_group is not None else None
+            if self.separation.kind != "packed":
+                why_eager = "documents run one at a time"
+            device = device or next(model.parameters()).device
+            self.layers, self.layers_reason = choose_layers(model, device, why_eager=why_eager)
         self._layer_patches = [
             *self.separation.patches,
-            *patch_layers(model, layers),
+            *patch_layers(model, self.layers),
             *patch_rope(model),
-            *patch_lora(model, layers),
+            *patch_lora(model, self.layers),
         ]
         self._use_packed_attention()
         fused = FusedLossHead.from_linear(head, backend=loss_backend, **logit_options(model))

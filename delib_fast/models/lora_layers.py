@@ -34,8 +34,8 @@ def patch_lora(model: nn.Module, layers: str = "eager") -> list[ForwardPatch]:
     lora = sys.modules.get("peft.tuners.lora")  # a model has no layers of a package that was never imported
     if lora is None:
         return []
-    layers: list[Any] = [module for module in model.modules() if type(module) is lora.Linear]
-    patches: list[ForwardPatch] = [LoraForward(layer) for layer in layers if type(layer.base_layer) is nn.Linear]
+    found: list[Any] = [module for module in model.modules() if type(module) is lora.Linear]
+    patches: list[ForwardPatch] = [LoraForward(layer) for layer in found if type(layer.base_layer) is nn.Linear]
     for patch in patches:
         patch.install()
     return patches

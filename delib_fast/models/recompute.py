@@ -31,11 +31,16 @@ from delib_fast.models.forward_patch import ForwardPatch
 _ATTENTION_OPS = ("varlen_attention", "varlen_attn", "_flash_attn_varlen", "_flash_attention", "scaled_dot_product")
 
 
-def recompute(model: PreTrainedModel, mode: str, *, offload: bool = False, mlp_tiles: int = 1) -> list[ForwardPatch]:
+def recompute(
+    model: PreTrainedModel, mode: str, *, layers: int | None = None, offload: bool = False, mlp_tiles: int = 1
+) -> list[ForwardPatch]:
     """Set what the model's layers keep for the backward pass.
 
     Args:
         mode: "none", "selective" or "full".
+        layers: apply `mode` to this number of layers, the first ones, and keep everything in the others; None for all.
+            The backward pass frees what the last layers keep before it recomputes one of the first, so that both are
+            never in memory together.
         offload: keep the layers' inputs in host memory.
         mlp_tiles: number of tiles that the tokens of a pack are split into for each MLP; 1 disables tiling.
     Returns:
@@ -48,6 +53,8 @@ def recompute(model: PreTrainedModel, mode: str, *, offload: bool = False, mlp_t
         if not model.supports_gradient_checkpointing:
             raise ConfigError(f"model.activation_checkpointing: {name} does not support it; set it to none")
         enable_activation_checkpointing(model, selective=mode == "selective", offload=offload)
+        if layers is not None:
+            _keep_the_last(model, layers)
     if mlp_tiles == 1:
         return []
     mlps: list[Any] = [
@@ -61,6 +68,37 @@ def recompute(model: PreTrainedModel, mode: str, *, offload: bool = False, mlp_t
     for patch in patches:
         patch.install()
     return patches
+
+
+def checkpointed_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules that activation checkpointing recomputes one by one, in their order: usually the decoder layers."""
+    found: list[nn.Module] = []
+    inside: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and id(module) not in inside:
+            found.append(module)
+            inside.update(id(child) for child in module.modules())
+    return found
+
+
+def _keep_the_last(model: PreTrainedModel, layers: int) -> None:
+    """Recompute only the first `layers` layers. Raises ConfigError if the model has another number of blocks."""
+    blocks: list[Any] = checkpointed_blocks(model)
+    expected = model.config.get_text_config().num_hidden_layers
+    if len(blocks) != expected:
+        raise ConfigError(
+            f"model.checkpointed_layers: {type(model).__name__} has {expected} layers, but {len(blocks)} modules that "
+            "can be recomputed one by one; set it to null"
+        )
+    if layers > len(blocks):
+        raise ConfigError(
+            f"model.checkpointed_layers is {layers}, but {type(model).__name__} has {len(blocks)} layers; set it to at "
+            f"most {len(blocks)}, or to null for all"
+        )
+    for block in blocks[layers:]:
+        for module in block.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.gradient_checkpointing = False
 
 
 def enable_activation_checkpointing(model: PreTrainedModel, *, selective: bool = False, offload: bool = False) -> None:

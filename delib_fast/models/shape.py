@@ -11,8 +11,10 @@ from delib_fast.config import ConfigError, ModelConfig
 from delib_fast.models.attention import why_not_share_prompts
 from delib_fast.models.build import architecture_config
 from delib_fast.models.folder import loading
+from delib_fast.models.hf_utils import expert_share
 from delib_fast.models.lora import adapter_size
 from delib_fast.models.pretrained import local_model
+from delib_fast.models.recompute import checkpointed_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,12 @@ class ModelShape:
     vocabulary: int
     largest_layer: int
     """Parameters of the largest layer."""
+    matrix_parameters: int = 0
+    """Parameters of all matrices that a token is multiplied by, except the head: of experts, those it is routed to."""
+    norm_elements: int = 0
+    """Elements of a token's states that norms normalize, in all layers."""
+    blocks: int = 0
+    """Modules that activation checkpointing can recompute one by one."""
     adapter_parameters: int = 0
     """Parameters of the LoRA adapter of all layers."""
     adapted_parameters: int = 0
@@ -80,6 +88,8 @@ def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) 
     }
     stacks = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == text.num_hidden_layers]
     layers = [sum(p.numel() for p in layer.parameters()) for layer in stacks[0]] if stacks else []
+    ends = set(embeddings)
+    active = expert_share(text)
     adapter, adapted = adapter_size(model, config.lora) if config.lora is not None else (0, 0)
     heads, hidden = text.num_attention_heads, text.hidden_size
     head_dim, value_dim = head_dims(text)
@@ -95,6 +105,15 @@ def model_shape(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) 
         value_dim=value_dim,
         vocabulary=text.vocab_size,
         largest_layer=max(layers, default=0),
+        matrix_parameters=round(
+            sum(
+                p.numel() * (active if ".experts." in name else 1)
+                for name, p in model.named_parameters()
+                if p.ndim >= 2 and id(p) not in ends
+            )
+        ),
+        norm_elements=_norm_elements(model, text),
+        blocks=len(checkpointed_blocks(model)),
         adapter_parameters=adapter,
         adapted_parameters=adapted,
         no_shared_prompts=why_not_share_prompts(hf_config, config.attention),
@@ -108,6 +127,18 @@ def head_dims(text: PreTrainedConfig) -> tuple[int, int]:
     own: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     head_dim = own if nope is None or rope is None else nope + rope
     return head_dim, getattr(text, "v_head_dim", None) or head_dim
+
+
+def _norm_elements(model: torch.nn.Module, text: PreTrainedConfig) -> int:
+    """Norms of queries and keys have a weight of one head's size, and are applied to each head."""
+    heads = {"q_norm": text.num_attention_heads, "k_norm": getattr(text, "num_key_value_heads", None)}
+    total = 0
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1:
+            per_head = weight.numel() == head_dims(text)[0]
+            total += weight.numel() * ((heads.get(name.rpartition(".")[2]) or 1) if per_head else 1)
+    return total
 
 
 def _hf_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedConfig:

@@ -9,6 +9,8 @@ from torch import Tensor
 from delib_fast.ops._gradient_in_forward import Gradients, HeadCall
 
 GPU_CHUNK_TOKENS = 4096  # smaller chunks are slower, because the float32 dW is read and written once per chunk
+LARGE_GPU_CHUNK_TOKENS = 8192  # halves that traffic; 1.2 GB more at 152,000 bf16 logits
+LARGE_GPU_BYTES = 60 << 30  # memory of a GPU from which the larger chunk is used
 ROW_ALIGNMENT = 128  # the size of a chunk is a multiple of this
 ENTRY_ALIGNMENT = 16  # a row of logits starts at a multiple of this many entries
 
@@ -32,9 +34,20 @@ def empty_rows(like: Tensor, rows: int, V: int) -> Tensor:
     return padded[:, :V]
 
 
-def chunk_rows(num_rows: int, chunk_tokens: int) -> int:
+def gpu_chunk_tokens(memory_bytes: float | None) -> int:
+    """Return the default rows of a chunk of the loss, from the memory of the GPU; None if that is not known."""
+    large = memory_bytes is not None and memory_bytes >= LARGE_GPU_BYTES
+    return LARGE_GPU_CHUNK_TOKENS if large else GPU_CHUNK_TOKENS
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Return the memory of a CUDA device in bytes, without a device sync; None for other devices."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def chunk_rows(num_rows: int, chunk_tokens: int, default: int = GPU_CHUNK_TOKENS) -> int:
     """Return the size of chunks that are nearly equal: a small last chunk would cost a whole pass over dW."""
-    max_rows = chunk_tokens if chunk_tokens > 0 else GPU_CHUNK_TOKENS
+    max_rows = chunk_tokens if chunk_tokens > 0 else default
     chunks = max(-(-num_rows // max_rows), 1)
     even = -(-num_rows // chunks)
     return max(min(-(-even // ROW_ALIGNMENT) * ROW_ALIGNMENT, max_rows), 1)

@@ -15,10 +15,12 @@ from delib_fast.config import Config, ConfigError, StageConfig, packs_per_rank
 from delib_fast.data import PackedDataLoader, PromptSharing, SourceShare, TokenizedDataset
 from delib_fast.models import ModelShape, model_shape, ulysses
 from delib_fast.preview.dry_run import dry_run
+from delib_fast.preview.step_time import mean_work, time_table
 from delib_fast.preview.synthetic_lengths import Lengths, parse_lengths, synthetic_examples
 from delib_fast.terminal import plain
 from delib_fast.training.dataset import RunDataset, pack_stage
-from delib_fast.training.memory import GIB, MemoryBudget, MemoryPart, memory_parts, resolve_activation_checkpointing
+from delib_fast.training.memory import GIB, MemoryBudget, MemoryPart, resolve_activation_checkpointing
+from delib_fast.training.roofline import Device, TimePart, step_parts
 
 _BARS = 10
 _BAR_WIDTH = 30
@@ -77,6 +79,8 @@ class StagePlan:
     attention_share: float
     """Share of these FLOPs in attention."""
     memory: list[MemoryPart]
+    time: list[TimePart]
+    """Estimated seconds of a step, by part, on a rank with a mean share of the tokens; empty without a device."""
     longest: int | None
     """Estimated tokens of the longest pack that fits in memory; None if not even a short one does."""
     positions: int | None
@@ -84,13 +88,19 @@ class StagePlan:
 
 
 def plan_run(
-    config: Config, lengths: Sequence[str] = (), *, ranks: int, precision: str, card_gib: float
+    config: Config,
+    lengths: Sequence[str] = (),
+    *,
+    ranks: int,
+    precision: str,
+    card_gib: float,
+    device: Device | None = None,
 ) -> tuple[ModelShape, list[StagePlan]]:
     """Plan every stage of a run.
 
     Args:
         lengths: `--lengths` options. The data of the stages that they name is not read.
-        ranks, precision, card_gib: see `plan_stage`.
+        ranks, precision, card_gib, device: see `plan_stage`.
     Raises:
         ConfigError, DataError: see `plan_stage` and `parse_lengths`.
     """
@@ -104,7 +114,11 @@ def plan_run(
         for stage in config.stages:
             known = synthetic.get(stage.name)
             data = read_stage(dataset, stage) if known is None else synthetic_stage(known, stage, shape, config.seed)
-            plans.append(plan_stage(data, shape, config, stage, ranks=ranks, precision=precision, card_gib=card_gib))
+            plans.append(
+                plan_stage(
+                    data, shape, config, stage, ranks=ranks, precision=precision, card_gib=card_gib, device=device
+                )
+            )
     return shape, plans
 
 
@@ -135,6 +149,7 @@ def plan_stage(
     ranks: int,
     precision: str,
     card_gib: float = 80.0,
+    device: Device | None = None,
 ) -> StagePlan:
     """Plan a stage.
 
@@ -142,6 +157,7 @@ def plan_stage(
         ranks: number of ranks.
         precision: the resolved `engine.precision`: fp32, bf16 or fp16.
         card_gib: memory of each rank's device in GiB.
+        device: the rates of each rank's device, to estimate the time of a step.
     Raises:
         ConfigError: the packs of a step cannot be divided evenly among the ranks, or the attention heads cannot be
             split by `engine.sequence_parallel`.
@@ -154,6 +170,7 @@ def plan_stage(
     cost = batches.cost_of_epoch(q)
     budget = MemoryBudget(ranks, precision, card_gib)
     resolved = resolve_activation_checkpointing(config, stage, shape, budget)
+    work = mean_work(batches, examples, stage, q, ranks=ranks, micro_batches=step_packs)
     return StagePlan(
         stage=stage,
         rows=data.rows,
@@ -175,7 +192,8 @@ def plan_stage(
         balance=_balance(batches, ranks // parallel, q),
         flops_per_epoch=6 * shape.layers * shape.attention_width / q * cost,
         attention_share=1 - batches.tokens_per_epoch / cost,
-        memory=memory_parts(resolved, stage, shape, ranks, precision),
+        memory=budget.parts(resolved, stage, shape),
+        time=[] if device is None else step_parts(resolved, stage, shape, work, device, ranks, precision),
         longest=longest_pack(config, stage, shape, ranks, precision, card_gib),
         positions=shape.positions,
     )
@@ -213,12 +231,15 @@ def longest_pack(
 # --- printing -----------------------------------------------------------------------------------------------
 
 
-def render_plan(plan: StagePlan, card_gib: float, tflops: float | None = None) -> RenderableType:
+def render_plan(
+    plan: StagePlan, card_gib: float, tflops: float | None = None, device: Device | None = None
+) -> RenderableType:
     """The plan for a terminal of 80 columns.
 
     Args:
         card_gib: memory of each rank's device in GiB.
         tflops: TFLOP/s of a rank, from which the hours of training are estimated.
+        device: the device of `plan.time`, from which they are estimated instead.
     """
     stage = plan.stage
     return Group(
@@ -229,7 +250,14 @@ def render_plan(plan: StagePlan, card_gib: float, tflops: float | None = None) -
         _histogram(plan),
         plain(f"estimated memory of a rank, of {card_gib:g} GiB"),
         _memory(plan, card_gib),
+        *([] if device is None else _time(plan, device)),
     )
+
+
+def _time(plan: StagePlan, device: Device) -> list[RenderableType]:
+    tokens = plan.tokens_per_epoch / plan.steps_per_epoch
+    table = time_table(plan.time, tokens=tokens, steps=plan.steps, balance=plan.balance)
+    return [plain(f"estimated time of a step on {device.name}, not yet compared with a GPU"), table]
 
 
 def _grid() -> Table:

@@ -256,6 +256,7 @@ def build_stage_model(run: RunContext, inputs: StageInputs, config: Config) -> t
     recompute(
         model,
         config.model.activation_checkpointing,
+        layers=config.model.checkpointed_layers,
         offload=config.model.activation_offload,
         mlp_tiles=config.model.mlp_tiles,
     )

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from delib_fast.config import REDUCE_BUCKET, Config, ConfigError, StageConfig, effective_zero_stage
 from delib_fast.models import ModelShape
-from delib_fast.ops.linear_cross_entropy import GPU_CHUNK_TOKENS
+from delib_fast.ops.linear_cross_entropy import gpu_chunk_tokens
 
 GIB = 1 << 30
 _NF4_BYTES = 0.55  # four bits, and an 8-bit scale per block of 64, which is itself quantized in blocks
@@ -46,7 +46,14 @@ class MemoryPart:
 
 
 def memory_parts(
-    config: Config, stage: StageConfig, shape: ModelShape, ranks: int, precision: str, *, gpu: bool = True
+    config: Config,
+    stage: StageConfig,
+    shape: ModelShape,
+    ranks: int,
+    precision: str,
+    *,
+    gpu: bool = True,
+    limit_gib: float | None = None,
 ) -> list[MemoryPart]:
     """Estimate the parts of a rank's memory.
 
@@ -54,6 +61,7 @@ def memory_parts(
         ranks: the number of ranks.
         precision: the resolved `engine.precision`: fp32, bf16 or fp16.
         gpu: whether the ranks compute on GPUs.
+        limit_gib: memory of each rank's device, on which the chunks of the loss depend.
     """
     half = precision != "fp32"
     zero = effective_zero_stage(config, stage, ranks, precision, gpu=gpu)
@@ -70,6 +78,7 @@ def memory_parts(
     adamw_under_muon = min(shape.embedding_parameters, trained)
     moments = {"sgd": 0, "adamw": 8 * trained, "muon": 4 * (trained + adamw_under_muon)}[stage.optimizer.name]
     T = tokens_of_a_rank(config, stage)
+    chunk = gpu_chunk_tokens(limit_gib * GIB if gpu and limit_gib is not None else None)
     offloaded = config.engine.offload_optimizer != "none"
     adapter = "" if lora is None else f", adapter of {trained:,}"
     return [
@@ -92,14 +101,15 @@ def memory_parts(
             else f"{stage.optimizer.name}{', fp32 master weights' if half else ''}{_over(ranks, zero >= 1)}",
         ),
         _activations(config, stage, shape, b),
-        _loss(T, shape, b, head_is_trained=lora is None, may_keep_logits=precision == "bf16"),
+        _loss(T, shape, b, chunk, head_is_trained=lora is None, may_keep_logits=precision == "bf16"),
     ]
 
 
-def _loss(T: int, shape: ModelShape, b: int, *, head_is_trained: bool, may_keep_logits: bool) -> MemoryPart:
+def _loss(T: int, shape: ModelShape, b: int, chunk: int, *, head_is_trained: bool, may_keep_logits: bool) -> MemoryPart:
     """The memory of the loss.
 
     Args:
+        chunk: rows of logits in memory at a time.
         may_keep_logits: whether the op may keep the gradient of all logits instead of summing the head's in float32.
     """
     V, H = shape.vocabulary, shape.hidden
@@ -108,8 +118,8 @@ def _loss(T: int, shape: ModelShape, b: int, *, head_is_trained: bool, may_keep_
         return MemoryPart("loss", b * (T * V + V * H) + hidden, "the logits' gradient, and the head's made from it")
     head = (4 + b) * V * H if head_is_trained else 0
     and_head = " and the gradient of the head" if head_is_trained else ""
-    why = f"chunks of {GPU_CHUNK_TOKENS:,} tokens{and_head}, never T × V"
-    return MemoryPart("loss", b * min(GPU_CHUNK_TOKENS, T) * V + head + hidden, why)
+    why = f"chunks of {chunk:,} tokens{and_head}, never T × V"
+    return MemoryPart("loss", b * min(chunk, T) * V + head + hidden, why)
 
 
 def tokens_of_a_rank(config: Config, stage: StageConfig) -> int:
@@ -126,7 +136,13 @@ def _activations(config: Config, stage: StageConfig, shape: ModelShape, b: int) 
     kept = 0 if model.activation_offload else shape.hidden
     if mode == "selective":
         kept += shape.attention_width
-    return MemoryPart("activations", float(T * b * kept * shape.layers + layer), f"{mode}: one layer whole")
+    count = shape.layers if model.checkpointed_layers is None else min(model.checkpointed_layers, shape.layers)
+    whole = max(1, shape.layers - count)
+    return MemoryPart(
+        "activations",
+        float(T * b * kept * count + layer * whole),
+        f"{mode}: {f'{count} of {shape.layers} layers' if count < shape.layers else 'one layer whole'}",
+    )
 
 
 def _over(ranks: int, sharded: bool) -> str:
@@ -150,9 +166,18 @@ class MemoryBudget:
     gpu: bool = True
     """Whether the ranks compute on GPUs."""
 
+    @property
+    def chunk_tokens(self) -> int | None:
+        """Rows of a chunk of the loss that the estimate counts; None for the op's own default."""
+        return gpu_chunk_tokens(self.limit_gib * GIB) if self.gpu and self.limit_gib is not None else None
+
+    def parts(self, config: Config, stage: StageConfig, shape: ModelShape) -> list[MemoryPart]:
+        """The estimated parts of a rank's memory."""
+        return memory_parts(config, stage, shape, self.ranks, self.precision, gpu=self.gpu, limit_gib=self.limit_gib)
+
     def needs_gib(self, config: Config, stage: StageConfig, shape: ModelShape) -> float:
         """The estimated memory of a rank in GiB."""
-        parts = memory_parts(config, stage, shape, self.ranks, self.precision, gpu=self.gpu)
+        parts = self.parts(config, stage, shape)
         return sum(part.bytes for part in parts) / GIB
 
 
@@ -162,25 +187,37 @@ def resolve_activation_checkpointing(
     """The configuration with `activation_checkpointing: auto` replaced by the least recomputation that fits."""
     if config.model.activation_checkpointing != "auto":
         return config
-    mode: Mode = "none"
-    if budget.limit_gib is not None:
-        modes: Sequence[Mode] = ("none", "selective", "full")
-        if config.model.activation_offload:
-            modes = ("full",)
-        elif config.model.layers == "compile":  # a compiled block cannot be checkpointed inside
-            modes = ("none", "full")
-        limit_gib = _SHARE_FOR_AUTO * budget.limit_gib
-        mode = next(
-            (
-                m
-                for m in modes
-                if budget.needs_gib(_with_key(config, "model.activation_checkpointing", m), stage, shape) <= limit_gib
-            ),
-            "full",
-        )
-    elif config.model.activation_offload:
-        mode = "full"
-    return _with_key(config, "model.activation_checkpointing", mode)
+    none = _with_checkpointing(config, "none")
+    if config.model.activation_offload:
+        return _with_checkpointing(config, "full")
+    if budget.limit_gib is None:
+        return none
+    limit_gib = _SHARE_FOR_AUTO * budget.limit_gib
+
+    def fits(candidate: Config) -> bool:
+        return budget.needs_gib(candidate, stage, shape) <= limit_gib
+
+    if fits(none):
+        return none
+    # a compiled block cannot be checkpointed inside; on a GPU `auto` compiles where it can
+    compiled = config.model.layers == "compile" or (config.model.layers == "auto" and budget.gpu)
+    modes: Sequence[Mode] = ("full",) if compiled and config.model.mlp_tiles == 1 else ("selective", "full")
+    for mode in modes:
+        if fits(_with_checkpointing(config, mode)):
+            counts = range(1, shape.layers) if shape.blocks == shape.layers else ()
+            some = (found for n in counts if fits(found := _with_checkpointing(config, mode, n)))
+            return next(some, _with_checkpointing(config, mode))
+    return _with_checkpointing(config, "full")
+
+
+def _with_checkpointing(config: Config, mode: Mode, layers: int | None = None) -> Config:
+    return _with_key(_with_key(config, "model.activation_checkpointing", mode), "model.checkpointed_layers", layers)
+
+
+def describe_checkpointing(config: Config) -> str:
+    """The resolved activation checkpointing, such as "none", "full" or "full, in the first 21 layers"."""
+    mode, layers = config.model.activation_checkpointing, config.model.checkpointed_layers
+    return mode if layers is None else f"{mode}, in the first {layers} layers"
 
 
 def check_fits(config: Config, stage: StageConfig, shape: ModelShape, budget: MemoryBudget) -> None:
@@ -202,18 +239,24 @@ def _remedy(config: Config, stage: StageConfig, shape: ModelShape, budget: Memor
     for key, value in changes:
         if budget.needs_gib(*_with_change(config, stage, key, value), shape) <= budget.limit_gib:  # type: ignore[operator]
             needs_zero_1 = key == "engine.offload_optimizer" and config.engine.zero_stage == 0
-            return f"it would fit with {'engine.zero_stage=1 ' if needs_zero_1 else ''}{key}={value}"
+            return f"it would fit with {'engine.zero_stage=1 ' if needs_zero_1 else ''}{key}={_text(value)}"
     changed: list[str] = []
     for key, value in changes:
         config, stage = _with_change(config, stage, key, value)
-        changed = [s for s in changed if not s.startswith(f"{key}=")] + [f"{key}={value}"]
+        changed = [s for s in changed if not s.startswith(f"{key}=")] + [f"{key}={_text(value)}"]
         if budget.needs_gib(config, stage, shape) <= budget.limit_gib:  # type: ignore[operator]
             return f"it would fit with {' '.join(changed)}"
     return "no setting of this model would fit on this many ranks: use more ranks, or model.lora"
 
 
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
 def _possible_changes(config: Config, stage: StageConfig, budget: MemoryBudget) -> Iterator[tuple[str, Any]]:
     """Keys and values that save memory, the cheapest in time first."""
+    if config.model.checkpointed_layers is not None:
+        yield "model.checkpointed_layers", None
     if config.model.activation_checkpointing in ("none", "selective"):
         if config.model.activation_checkpointing == "none" and config.model.layers != "compile":
             yield "model.activation_checkpointing", "selective"

@@ -31,7 +31,12 @@ from delib_fast.training.console import ConsoleLogger
 from delib_fast.training.context import RunContext
 from delib_fast.training.errors import LostRankError, Stopped
 from delib_fast.training.loggers import Loggers, refuse_missing_loggers
-from delib_fast.training.memory import MemoryBudget, check_fits, resolve_activation_checkpointing
+from delib_fast.training.memory import (
+    MemoryBudget,
+    check_fits,
+    describe_checkpointing,
+    resolve_activation_checkpointing,
+)
 from delib_fast.training.metrics_file import NO_LINES
 from delib_fast.training.run_directory import RunDirectory
 from delib_fast.training.signals import StopRequest
@@ -205,7 +210,7 @@ def compare_stages(run: RunContext, stages: Sequence[StageConfig]) -> None:
             settings: dict[str, str] = {"engine.precision (resolved)": run.config.engine.precision}
             for stage in stages:
                 found = resolve_activation_checkpointing(run.config, stage, run.dataset.shape, memory_budget(run))
-                settings[f"stages.{stage.name}: activation checkpointing"] = found.model.activation_checkpointing
+                settings[f"stages.{stage.name}: activation checkpointing"] = describe_checkpointing(found)
             return stage_facts(run, stages, settings)
 
     meeting = run.ranks.rendezvous
@@ -266,13 +271,17 @@ def build_engine(run: RunContext, config: Config, stage: StageConfig, inputs: St
                 loss_backend=config.model.loss,
                 sequence_group=ranks.sequence_group,
                 layers=config.model.layers,
+                device=ranks.device,
                 in_one_pass=_ZERO_3 if config.engine.zero_stage == 3 else None,
             )
+            module.head.chunk_tokens = memory_budget(run).chunk_tokens
             return module, exact_weights
 
     module, exact_weights = ranks.raise_together(build)
     if module.separation.note is not None:
         run.console.print(f"{stage.name}: {module.separation.note}")
+    if config.model.layers == "auto" and ranks.device.type == "cuda":
+        run.console.print(f"{stage.name}: layers run {module.layers}: {module.layers_reason}")
     engine = Engine(module, config, stage, batches.num_steps, ranks)
     engine.state.set_weights(exact_weights)
     check_isolation(engine.wrapped, ranks.device, shares_prompts=batches.shares_prompts)
@@ -314,7 +323,7 @@ def stage_entry(
         "sequence_parallel": run.ranks.sequence_parallel,
         "zero_stage": config.engine.zero_stage,
         "precision": config.engine.precision,
-        "activation_checkpointing": config.model.activation_checkpointing,
+        "activation_checkpointing": describe_checkpointing(config),
         "trained_parameters": engine.trained_parameters,
         "versions": versions(),
     }

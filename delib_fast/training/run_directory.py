@@ -58,6 +58,7 @@ _MAY_CHANGE = (
     "model.attention",
     "model.loss",
     "model.activation_",
+    "model.checkpointed_layers",
     "model.mlp_tiles",
     "engine.memory_gib",
     "engine.offload_",

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
 from helpers.small_models import build, documents, gradients, largest_deviation, pack
-
-from delib_fast.config import ConfigError
-from delib_fast.config.load import parse_config
 
 # Packs that differ in total length, number of sequences and longest sequence.
 PACKS = [(13, 1, 7, 30, 2, 11), (40, 9), (5, 5, 5, 5, 21, 3, 8, 2), (64,)]
@@ -142,6 +140,25 @@ def test_checkpoints_hold_if_two_packs_run_before_their_backward_passes(around, 
     assert deviation < 1e-5, name
 
 
+def test_a_compiled_block_keeps_only_the_weights_themselves(counter) -> None:
+    """It saves no view of a weight for the backward pass, which would keep alive what ZeRO 3 gathered."""
+    trainable = TrainableLM(build("qwen3"), layers="compile").train()
+    for _ in range(2):  # the first pass is eager
+        trainable(pack(documents())).loss_sum.backward()
+    weights = {p.untyped_storage().data_ptr(): p for p in trainable.model.model.layers.parameters()}
+    saved = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        weight = weights.get(tensor.untyped_storage().data_ptr())
+        if weight is not None:
+            saved.append(tensor is weight)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        trainable(pack(documents()))
+    assert saved == [True] * len(weights)
+
+
 @pytest.mark.slow
 def test_inductor_gives_the_losses_and_gradients_of_eager() -> None:
     torch._dynamo.reset()
@@ -184,26 +201,102 @@ def test_a_wrapper_stays_after_unpatch_and_calls_the_original_forward(counter, c
 
 
 def test_rejects_unsupported_layers(counter) -> None:
-    with pytest.raises(ValueError, match="layers='fast' does not exist; choose from eager, compile, liger"):
+    with pytest.raises(ValueError, match="layers='fast' does not exist; choose from auto, eager, compile, liger"):
         TrainableLM(build("qwen3"), layers="fast")
-    with pytest.raises(ConfigError, match=r"model.layers is compile, but ZeRO stage 3.*engine.zero_stage: 2"):
-        parse_config(
-            {
-                "run_dir": "r",
-                "model": {"path": "m", "layers": "compile"},
-                "data": {"rows": "rows.jsonl"},
-                "stages": [{"kind": "aft", "train": ["rows"]}],
-                "engine": {"zero_stage": 3},
-            }
-        )
-    for choice in ("auto", "fast"):
-        with pytest.raises(ValueError, match=rf"layers='{choice}' does not exist; choose from eager, compile, liger"):
-            layers.check_layers(choice, torch.device("cpu"))
-    trainable = TrainableLM(build("qwen3"), layers="compile").train()
-    trainable(pack(documents()))
-    next(trainable.model.model.layers[0].parameters()).ds_id = 0  # as ZeRO-3 marks what it shards
-    with pytest.raises(UnsupportedModelError, match="ZeRO-3 gathers its weights by hooks"):
-        trainable(pack(documents()))
+    with pytest.raises(ValueError, match="layers='fast' does not exist; choose from auto, eager, compile, liger"):
+        layers.check_layers("fast", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("around", [False, True], ids=["inside", "around"])
+def test_compiled_blocks_of_which_some_are_checkpointed(around, counter, monkeypatch) -> None:
+    from delib_fast.models.recompute import recompute
+
+    model = build("qwen3")
+    eager = losses_and_gradients(model, "eager")
+    recompute(model, "full", layers=2)
+    if around:
+        checkpoint_around_the_forward(monkeypatch, model)
+    assert_same(losses_and_gradients(model, "compile"), eager)
+    assert counter.frame_count == 1
+
+
+# --- auto -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: True)
+    monkeypatch.setattr(layers.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(layers, "why_not_liger", lambda device: None)
+
+
+GPU = torch.device("cuda")
+
+
+def test_auto_is_eager_on_a_cpu() -> None:
+    trainable = TrainableLM(build("qwen3"), layers="auto")
+    assert (trainable.layers, trainable.layers_reason) == (
+        "eager",
+        "on a CPU, compiling pays off only in runs longer than a few minutes",
+    )
+
+
+def test_auto_compiles_on_a_gpu(as_on_a_gpu) -> None:
+    trainable = TrainableLM(build("qwen3"), layers="auto", device=GPU)
+    assert (trainable.layers, trainable.layers_reason) == (
+        "compile",
+        "torch.compile fuses norms, rotary positions and SwiGLU",
+    )
+    assert all("forward" in vars(block) for block in trainable.model.model.layers)
+
+
+@pytest.mark.parametrize("name", ["qwen3 moe", "gpt-oss, sinks", "deepseek v3, small values"])
+def test_auto_does_not_compile_experts(name, as_on_a_gpu) -> None:
+    choice, reason = layers.choose_layers(build(name), GPU)
+    assert choice == "liger"
+    assert reason == "the blocks are not compiled: the number of tokens of each expert changes with every pack"
+
+
+def test_auto_does_not_compile_layers_that_run_one_document_at_a_time(as_on_a_gpu, monkeypatch) -> None:
+    monkeypatch.setattr(layers, "computes_with_liger", lambda model: False)
+    separated = importlib.import_module("delib_fast.models.separation").Separation("mixers", "it has a convolution")
+    monkeypatch.setattr("delib_fast.models.lm.separate", lambda *_, **__: separated)
+    trainable = TrainableLM(build("qwen3"), layers="auto", device=GPU)
+    assert trainable.layers == "eager"
+    assert trainable.layers_reason.startswith("the blocks are not compiled: documents run one at a time; and ")
+
+
+def test_auto_gives_the_reason_of_each_choice(as_on_a_gpu, monkeypatch) -> None:
+    from delib_fast.models.recompute import recompute
+
+    model = build("qwen3")
+    choose = layers.choose_layers
+    assert choose(model, GPU) == ("compile", "torch.compile fuses norms, rotary positions and SwiGLU")
+    split = choose(model, GPU, why_eager="packs that are split across ranks run eagerly")
+    assert split == ("liger", "the blocks are not compiled: packs that are split across ranks run eagerly")
+    recompute(model, "full", layers=2)
+    assert choose(model, GPU)[0] == "compile"
+    recompute(model, "selective")
+    inside = "selective activation checkpointing cannot see inside a compiled block"
+    assert choose(model, GPU) == ("liger", f"the blocks are not compiled: {inside}")
+    model.gradient_checkpointing_disable()
+    recompute(model, "none", mlp_tiles=2)
+    assert choose(model, GPU) == ("liger", "the blocks are not compiled: a forward inside them was replaced")
+    model = build("qwen3")
+    monkeypatch.setattr(layers, "why_not_liger", lambda device: "liger-kernel is not installed")
+    monkeypatch.setattr(layers.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    no_compiler = "triton needs a C compiler, and cc, gcc and clang are not found"
+    assert choose(model, GPU) == (
+        "eager",
+        f"the blocks are not compiled: {no_compiler}; and liger-kernel is not installed",
+    )
+    monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: False)
+    assert "triton is not installed" in choose(model, GPU)[1]
+    with torch.device("meta"):
+        deferred = copy.deepcopy(model).to("meta")
+    monkeypatch.setattr(layers, "why_not_liger", lambda device: None)
+    assert choose(deferred, GPU)[0] == "eager"  # the same on every rank, though only rank 0 could look at the weights
 
 
 # --- Liger: its kernels need a GPU, but which modules they replace, and with which arguments, is tested without one ---

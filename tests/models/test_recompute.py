@@ -16,7 +16,16 @@ from torch.utils._pytree import tree_leaves
 from delib_fast.config import ConfigError, LoraConfig
 
 LENGTHS = (61, 40, 90)
-MODES = {"none": {}, "selective": {}, "full": {}, "none, tiled": {"mlp_tiles": 3}, "full, tiled": {"mlp_tiles": 3}}
+MODES = {
+    "none": {},
+    "selective": {},
+    "full": {},
+    "selective, one layer": {"layers": 1},
+    "full, one layer": {"layers": 1},
+    "full, two layers": {"layers": 2},
+    "none, tiled": {"mlp_tiles": 3},
+    "full, tiled": {"mlp_tiles": 3},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,17 +101,48 @@ def test_adapter_with_dropout(mode):
 
 
 def test_less_is_held_between_the_passes(plain):
-    held = {mode: trained(mode)[1] for mode in ("selective", "full", "none, tiled")} | {"none": plain[1]}
+    held = {mode: trained(mode)[1] for mode in MODES if mode not in ("none", "full, tiled")} | {"none": plain[1]}
+    assert held["full"] < held["full, two layers"] < held["full, one layer"] < held["none"]
+    # each layer that is not recomputed holds as much as another
+    step = held["full, one layer"] - held["full, two layers"]
+    assert step == pytest.approx(held["none"] - held["full, one layer"], rel=0.01)
     assert held["full"] < held["selective"] < held["none, tiled"] < held["none"]
     tokens, layers, width = sum(LENGTHS), 3, 32
     attention = tokens * layers * 4 * (width + 4)  # its output and one log-sum-exp per head, in fp32
     assert held["selective"] - held["full"] == pytest.approx(attention, rel=0.1)
 
 
-@pytest.mark.parametrize(("mode", "times"), [("none", 1), ("selective", 1), ("full", 2)])
-def test_attention_is_computed_once_if_it_is_kept(mode, times):
+@pytest.mark.parametrize(
+    ("mode", "times"),
+    [
+        ("none", 3),
+        ("selective", 3),
+        ("selective, one layer", 3),
+        ("full, one layer", 4),
+        ("full, two layers", 5),
+        ("full", 6),
+    ],
+)
+def test_attention_is_computed_once_where_it_is_kept(mode, times):
+    """By the three layers together, forward and backward."""
     ops = trained(mode)[2].ops
-    assert ops["delib_fast.varlen_attention_cpu.default"] == 3 * times
+    assert ops["delib_fast.varlen_attention_cpu.default"] == times
+
+
+def test_the_first_layers_are_recomputed():
+    """The backward pass has freed what the last ones keep before it recomputes one."""
+    model = build("llama")
+    recompute(model, "full", layers=2)
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, True, False]
+    with pytest.raises(
+        ConfigError, match=r"checkpointed_layers is 4, but LlamaForCausalLM has 3 layers; set it to at m"
+    ):
+        recompute(model, "full", layers=4)
+    model.model.layers = model.model.layers[:2]
+    with pytest.raises(
+        ConfigError, match=r"has 3 layers, but 2 modules that can be recomputed one by one; set it to nu"
+    ):
+        recompute(model, "full", layers=1)
 
 
 def test_tiles_can_be_removed():

@@ -19,9 +19,9 @@ GROUPS = ((11, (4, 9, 2)), (1, (5,)), (23, (3, 3)))
 @pytest.fixture(scope="module", autouse=True)
 def heavy_imports():
     """Import when the first test runs, not when tests are collected."""
-    global TrainableLM, enable_activation_checkpointing
+    global TrainableLM, recompute
     from delib_fast.models import TrainableLM
-    from delib_fast.models.recompute import enable_activation_checkpointing
+    from delib_fast.models.recompute import recompute
 
 
 def rows() -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
@@ -120,12 +120,11 @@ def examples() -> list[Example]:
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama", "qwen3 moe"])
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", [0, 1, 3])
 def test_shared_prompts_of_the_loader_train_as_separate_rows(name, checkpointed) -> None:
     """From examples to every nll, and to the gradient of every parameter."""
     model = build(name)
-    if checkpointed:
-        enable_activation_checkpointing(model)
+    recompute(model, "full" if checkpointed else "none", layers=checkpointed or None)
     results = []
     for share in (False, True):
         batches = PackedDataLoader(

@@ -10,15 +10,25 @@ import json
 
 import torch
 from helpers.small_models import build, documents, pack
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from delib_fast.engine import Ranks
 from delib_fast.engine.import_deepspeed import deepspeed
-from delib_fast.models import TrainableLM, check_isolation, export_model, train_tokenizer
-from delib_fast.models.recompute import enable_activation_checkpointing
+from delib_fast.models import TrainableLM, check_isolation, export_model, layers, train_tokenizer
+from delib_fast.models.recompute import recompute
 
 LR, STEPS = 0.05, 3
 TIED = "qwen3 tied, one kv head"
-RUNS = [(TIED, 0, False), (TIED, 3, False), (TIED, 3, True), ("llama", 3, True)]
+RUNS = [
+    (TIED, 0, 0, "eager"),
+    (TIED, 3, 0, "eager"),
+    (TIED, 3, 3, "eager"),
+    ("llama", 3, 3, "eager"),
+    ("llama", 3, 2, "eager"),
+    (TIED, 3, 0, "compile"),
+    (TIED, 3, 3, "compile"),
+    ("llama", 3, 2, "compile"),
+]
 
 
 def batches(step: int):
@@ -39,12 +49,13 @@ def one_process(name: str) -> dict[str, torch.Tensor]:
     return {key: weight.detach().clone() for key, weight in model.named_parameters()}
 
 
-def under_zero(ranks: Ranks, name: str, stage: int, checkpointing: bool, folder: str) -> dict[str, torch.Tensor]:
+def under_zero(
+    ranks: Ranks, name: str, stage: int, checkpointed: int, choice: str, folder: str
+) -> dict[str, torch.Tensor]:
     rank, world_size = ranks.rank, ranks.world_size
     bare = build(name)
-    if checkpointing:
-        enable_activation_checkpointing(bare)
-    model = TrainableLM(bare).train()
+    recompute(bare, "full" if checkpointed else "none", layers=checkpointed or None)
+    model = TrainableLM(bare, layers=choice).train()
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), LR),
@@ -74,14 +85,16 @@ def under_zero(ranks: Ranks, name: str, stage: int, checkpointing: bool, folder:
 
 def main(folder: str) -> None:
     ranks = Ranks("cpu")  # not deepspeed.init_distributed: that would compile a shared-memory op
-    deviations = {}
-    for name, stage, checkpointing in RUNS:
+    found = {}
+    for name, stage, checkpointed, choice in RUNS:
+        torch._dynamo.reset()
+        layers.BACKEND = counter = CompileCounterWithBackend("aot_eager")
         expected = one_process(name)
-        found = under_zero(ranks, name, stage, checkpointing, f"{folder}/{len(deviations)}")
-        off = max(((found[key] - expected[key]).abs().max() / expected[key].abs().max()).item() for key in expected)
-        deviations[f"{name} z{stage} {'checkpointed' if checkpointing else 'plain'}"] = off
+        weights = under_zero(ranks, name, stage, checkpointed, choice, f"{folder}/{len(found)}")
+        off = max(((weights[key] - expected[key]).abs().max() / expected[key].abs().max()).item() for key in expected)
+        found[f"{name}, ZeRO {stage}, {checkpointed} layers checkpointed, {choice}"] = (off, counter.frame_count)
     if ranks.rank == 0:
-        print("RESULT " + json.dumps(deviations))
+        print("RESULT " + json.dumps(found))
 
 
 if __name__ == "__main__":

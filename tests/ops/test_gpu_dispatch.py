@@ -1,5 +1,7 @@
 """Every backend of a GPU, eager and compiled, with the device checks inverted (helpers/as_if_gpu.py)."""
 
+from typing import get_args
+
 import pytest
 import torch
 from attention_cases import inputs, offsets
@@ -7,6 +9,7 @@ from helpers.as_if_gpu import as_if_gpu
 from loss_cases import make_case, supervised
 from torch import Tensor
 
+from delib_fast.config import ModelConfig
 from delib_fast.ops import _dispatch, linear_cross_entropy, varlen_attention
 from delib_fast.ops.linear_cross_entropy import BACKENDS as LOSS_BACKENDS
 from delib_fast.ops.varlen_attention import BACKENDS as ATTENTION_BACKENDS
@@ -82,3 +85,9 @@ def test_the_order_of_the_backends_of_a_gpu(flash, monkeypatch, caplog) -> None:
     assert chosen == ["linear_cross_entropy runs on cuda", f"varlen_attention runs on {'flash' if flash else 'torch'}"]
     assert [b.name for b in ATTENTION_BACKENDS][:2] == ["flash", "torch"]
     del registered
+
+
+def test_the_configuration_accepts_every_backend() -> None:
+    accepted = {key: set(get_args(ModelConfig.model_fields[key].annotation)) for key in ("attention", "loss")}
+    assert accepted["attention"] == {"auto", *(b.name for b in ATTENTION_BACKENDS)}
+    assert accepted["loss"] == {"auto", *(b.name for b in LOSS_BACKENDS)}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from attention_cases import inputs, offsets, run
 
-from delib_fast.ops import BackendUnavailable, varlen_attention
-from delib_fast.ops.varlen_attention import _cpu, _flash, _torch
+from delib_fast.ops import BackendUnavailable, _dispatch, varlen_attention
+from delib_fast.ops.varlen_attention import BACKENDS, _cpu, _flash, _torch
 
 
 def call(**changes):
@@ -138,6 +138,34 @@ def test_flash_and_torch_refuse_what_their_kernels_lack(monkeypatch) -> None:
         packages["flash_attn.flash_attn_interface"] = function
         monkeypatch.setitem(_flash._INSTALLED, "flash_attn.flash_attn_interface", True)
         assert _flash.why_not(*tensors, None, softcap=True) == reason
+
+
+FA2, FA3, FA4 = "flash_attn.flash_attn_interface", "flash_attn_interface", "flash_attn.cute.interface"
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "expected"),
+    [
+        ((9, 0), (FA2, FA3, FA4), "flash-attn-3"),  # on Hopper the third generation is the fastest
+        ((9, 0), (FA2, FA4), "flash-attn-4"),
+        ((9, 0), (FA2,), "flash-attn"),
+        ((9, 0), (), None),
+        ((10, 0), (FA2, FA3, FA4), "flash-attn-4"),
+        ((10, 0), (FA2, FA3), "flash-attn"),
+        ((8, 0), (FA2, FA3, FA4), "flash-attn"),
+        ((8, 0), (FA3, FA4), None),
+    ],
+)
+def test_the_flash_generation_of_a_gpu(capability, installed, expected, monkeypatch) -> None:
+    """The newest package with kernels for the GPU; torch's varlen_attn where there is none."""
+    monkeypatch.setattr(_dispatch, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(_flash, "_INSTALLED", {g.module: g.module in installed for g in _flash._GENERATIONS})
+    found = _flash._generation(capability[0], False)
+    assert (found.name if found else None) == expected
+    q, k, v, _ = inputs([20], (4, 2), 64, dtype=torch.bfloat16)
+    on_a_gpu = [b for b in BACKENDS if b.name != "cpu"]
+    assert _dispatch.choose("op", on_a_gpu, "auto", q, k, v, None).name == ("flash" if expected else "torch")
 
 
 def test_the_flash_backend_without_a_gpu(monkeypatch) -> None:

@@ -181,6 +181,38 @@ def test_plan_fits_80_columns():
         assert word in result.output
 
 
+def test_plan_estimates_the_time_of_a_step(dataset):
+    """The parts of the table are those of the roofline model, for the mean tokens of a rank."""
+    from delib_fast.preview.plan import plan_stage, read_stage
+    from delib_fast.training.roofline import StepWork, known_device, step_parts
+
+    result = command("plan", CONFIG, "--gpu", "h200", "--set", "tokenizer.train.vocab_size=1024")
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.output.splitlines())) <= 80
+    assert result.output.count("estimated time of a step on H200, not yet compared with a GPU") == 2
+    assert command("plan", CONFIG, "--gpu", "h900").exit_code == 2
+    assert command("plan", CONFIG, "--gpu", "h200", "--tflops", 400).exit_code == 2
+
+    config = load_config(CONFIG, ["stages.aft.cot_weight=0.5", "tokenizer.train.vocab_size=1024"])
+    stage, h200 = config.stages[1], known_device("h200")
+    data = read_stage(dataset, stage)
+    plan = plan_stage(data, dataset.shape, config, stage, ranks=2, precision="bf16", device=h200)
+    packs = [pack for step in range(plan.steps_per_epoch) for pack in data.batches.step(step)]
+    share = 1 / (2 * plan.steps_per_epoch)
+    lengths = np.concatenate([np.diff(pack.cu_seqlens_host) for pack in packs])
+    work = StepWork(
+        tokens=lengths.sum() * share,
+        supervised=sum(pack.num_supervised for pack in packs) * share,
+        pairs=(lengths.astype(float) ** 2).sum() / 2 * share,
+        micro_batches=plan.packs_per_rank,
+    )
+    none = config.model_copy(update={"model": config.model.model_copy(update={"activation_checkpointing": "none"})})
+    expected = step_parts(none, stage, dataset.shape, work, h200, 2, "bf16")
+    assert [part.name for part in plan.time] == [part.name for part in expected]
+    for ours, theirs in zip(plan.time, expected, strict=True):
+        assert ours.seconds == pytest.approx(theirs.seconds, rel=1e-6), ours.name
+
+
 def test_memory_by_zero_stage(dataset):
     """Exact parts of the memory: 16 bytes per parameter with AdamW, sharded by ZeRO stage."""
     from delib_fast.training.memory import memory_parts
@@ -234,6 +266,15 @@ def test_shape_matches_the_model(dataset):
     model = build_model(config.model, dataset.tokenizer)
     assert dataset.shape.parameters == sum(p.numel() for p in model.parameters())
     assert dataset.shape.largest_layer == sum(p.numel() for p in model.model.layers[0].parameters())
+    assert dataset.shape.matrix_parameters == sum(
+        p.numel() for layer in model.model.layers for p in layer.parameters() if p.ndim == 2
+    )
+    assert dataset.shape.blocks == len(model.model.layers)
+    norms = [m for m in model.modules() if "Norm" in type(m).__name__]
+    states = {"q_norm": dataset.shape.heads, "k_norm": dataset.shape.kv_heads}
+    assert dataset.shape.norm_elements == sum(
+        m.weight.numel() * states.get(name.rpartition(".")[2], 1) for name, m in model.named_modules() if m in norms
+    )
     assert np.isclose(
         dataset.shape.quadratic_cost, 4 * 192 / dataset.shape.parameters
     )  # tied embeddings: every parameter multiplies

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from helpers.launch import ROOT
 from helpers.tiny_run import run, tiny
@@ -9,7 +11,13 @@ from helpers.tiny_run import run, tiny
 from delib_fast.config import REDUCE_BUCKET, ConfigError
 from delib_fast.config.load import load_config
 from delib_fast.models import ModelShape
-from delib_fast.training.memory import MemoryBudget, check_fits, memory_parts, resolve_activation_checkpointing
+from delib_fast.training.memory import (
+    MemoryBudget,
+    check_fits,
+    describe_checkpointing,
+    memory_parts,
+    resolve_activation_checkpointing,
+)
 
 # Qwen3-8B, from its published config; LoRA of rank 64 on its linear layers.
 H, F, A, KV, LAYERS, V = 4096, 12288, 4096, 1024, 36, 151_936
@@ -29,6 +37,7 @@ QWEN3_8B = ModelShape(
     largest_layer=MATRICES // LAYERS,
     adapter_parameters=ADAPTER,
     adapted_parameters=MATRICES,
+    blocks=LAYERS,
 )
 
 
@@ -82,15 +91,66 @@ def test_loss_memory_matches_the_op():
     assert longer == 2 * 4096 * V + (4 + 2) * V * H + 2 * 2 * 2 * T * H
 
 
-@pytest.mark.parametrize(("limit_gib", "mode"), [(None, "none"), (141, "none"), (48, "selective"), (27, "full")])
-def test_auto_is_the_least_recomputation_that_fits(limit_gib, mode):
-    config, stage = paper()
-    assert (
-        resolve_activation_checkpointing(
-            config, stage, QWEN3_8B, MemoryBudget(1, "bf16", limit_gib)
-        ).model.activation_checkpointing
-        == mode
-    )
+def test_chunks_of_the_loss_are_larger_where_memory_allows():
+    """8,192 rows from 60 GiB on, as the op takes them; a CPU and an unknown GPU have 4,096."""
+    from delib_fast.ops._chunks import chunk_rows, gpu_chunk_tokens
+
+    def loss(limit_gib: float | None) -> float:
+        config, stage = paper("stages.0.pack_capacity=32768")
+        return next(
+            p for p in MemoryBudget(1, "bf16", limit_gib).parts(config, stage, QWEN3_8B) if p.name == "loss"
+        ).bytes
+
+    hidden = 2 * 2 * 32768 * H
+    assert [loss(limit) - hidden for limit in (None, 48, 59.9)] == [2 * 4096 * V] * 3
+    assert [loss(limit) - hidden for limit in (60, 79.6, 140)] == [2 * 8192 * V] * 3
+    budgets = (MemoryBudget(1, "bf16", 80), MemoryBudget(1, "bf16", 48), MemoryBudget(1, "bf16", 80, gpu=False))
+    assert [budget.chunk_tokens for budget in budgets] == [8192, 4096, None]
+    assert gpu_chunk_tokens(None) == gpu_chunk_tokens(48 << 30) == 4096
+    assert chunk_rows(32768, 0, gpu_chunk_tokens(80 << 30)) == 8192
+    assert chunk_rows(9000, 0, gpu_chunk_tokens(80 << 30)) == 4608  # two nearly equal chunks
+    assert chunk_rows(9000, 2048, gpu_chunk_tokens(80 << 30)) == 1920  # an explicit choice is a maximum
+
+
+@pytest.mark.parametrize(
+    ("layers", "limit_gib", "expected"),
+    [
+        ("eager", None, "none"),
+        ("eager", 141, "none"),
+        ("eager", 60, "selective, in the first 15 layers"),
+        ("eager", 30, "selective, in the first 34 layers"),
+        ("eager", 27, "full, in the first 35 layers"),
+        ("eager", 10, "full"),
+        ("compile", 60, "full, in the first 14 layers"),
+        ("auto", 60, "full, in the first 14 layers"),  # on a GPU, auto compiles
+        ("auto", 141, "none"),
+    ],
+)
+def test_auto_is_the_least_recomputation_that_fits(layers, limit_gib, expected):
+    """The least number of layers, and one layer less does not fit into nine tenths of the memory."""
+    config, stage = paper(f"model.layers={layers}")
+    budget = MemoryBudget(1, "bf16", limit_gib)
+    found = resolve_activation_checkpointing(config, stage, QWEN3_8B, budget)
+    assert describe_checkpointing(found) == expected
+    if (count := found.model.checkpointed_layers) is not None:
+        assert budget.needs_gib(found, stage, QWEN3_8B) <= 0.9 * limit_gib
+        fewer = found.model_copy(update={"model": found.model.model_copy(update={"checkpointed_layers": count - 1})})
+        assert budget.needs_gib(fewer, stage, QWEN3_8B) > 0.9 * limit_gib
+
+
+def test_auto_checkpoints_all_layers_if_they_cannot_be_told_apart():
+    config, stage = paper("model.layers=eager")
+    shape = replace(QWEN3_8B, blocks=LAYERS + 1)
+    found = resolve_activation_checkpointing(config, stage, shape, MemoryBudget(1, "bf16", 60))
+    assert describe_checkpointing(found) == "selective"
+
+
+def test_what_recomputed_and_kept_layers_need():
+    """The first 20 keep their input; the last 16 keep all, and are freed before one of the first is whole again."""
+    T, layer = 8192, 2 * (10 * H + 4 * A + 3 * F)
+    found = parts("model.activation_checkpointing=full", "model.checkpointed_layers=20")["activations"]
+    assert found == T * (20 * 2 * H + 16 * layer)
+    assert parts("model.activation_checkpointing=full")["activations"] == T * (36 * 2 * H + layer)
 
 
 def test_an_explicit_choice_is_kept():
@@ -102,6 +162,12 @@ def test_an_explicit_choice_is_kept():
     ("overrides", "ranks", "limit_gib", "remedy"),
     [
         (["model.activation_checkpointing=none"], 1, 50, "model.activation_checkpointing=selective; or"),
+        (
+            ["model.activation_checkpointing=full", "model.checkpointed_layers=2"],
+            1,
+            30,
+            "fit with model.checkpointed_layers=null; or",
+        ),
         (["model.lora=null", "engine.zero_stage=1"], 8, 41, "engine.zero_stage=2; or"),
         (["model.lora=null"], 8, 40, "engine.zero_stage=3; or"),
         (["model.lora=null"], 1, 48, "engine.zero_stage=1 engine.offload_optimizer=cpu"),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from delib_fast.ops._checks import check_not_sharded
-from delib_fast.ops._chunks import GPU_CHUNK_TOKENS
+from delib_fast.ops._chunks import gpu_chunk_tokens
 from delib_fast.ops._dispatch import Backend, choose
 from delib_fast.ops._head_inputs import autocast, with_bias
 from delib_fast.ops._sharded import gather_weight
@@ -16,7 +16,7 @@ from delib_fast.ops.linear_cross_entropy._call import OP, LossCall
 from delib_fast.ops.linear_cross_entropy._checks import check_options, check_tensors
 from delib_fast.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
 
-__all__ = ["BACKENDS", "GPU_CHUNK_TOKENS", "FusedLossHead", "LossOutput", "gather_weight", "linear_cross_entropy"]
+__all__ = ["BACKENDS", "FusedLossHead", "LossOutput", "gather_weight", "gpu_chunk_tokens", "linear_cross_entropy"]
 
 
 class LossOutput(NamedTuple):
@@ -95,8 +95,8 @@ def linear_cross_entropy(
         loss_positions: (L,) int64 on the same device: the rows to compute, each listed once. Rows that are not
             listed are not supervised. If given, a GPU backend does not synchronise with the device, and a small L
             needs less memory (see Cost).
-        chunk_tokens: rows of logits in memory at a time; by default GPU_CHUNK_TOKENS on a GPU, and as many as fit 320
-            MiB on a CPU.
+        chunk_tokens: rows of logits in memory at a time; by default 8,192 on a GPU with at least 60 GiB, 4,096 on
+            others, and as many as fit 320 MiB on a CPU.
         backend: "auto", "cpu", "triton", "cuda" or "reference".
 
     Returns:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from delib_fast.ops._chunks import chunk_rows, empty_dz, empty_rows, store_gradients
+from delib_fast.ops._chunks import chunk_rows, empty_dz, empty_rows, gpu_chunk_tokens, memory_of, store_gradients
 from delib_fast.ops._gradient_in_forward import Gradients, accumulator_dtype
 from delib_fast.ops.linear_cross_entropy._call import LogitsChunk, LossCall, LossResults, empty_results
 
@@ -32,7 +32,7 @@ def run_chunks(kernel: Kernel, call: LossCall) -> LossResults:
     loss = None if call.loss_is_nll else torch.zeros_like(results.nll)
     targets = call.targets.contiguous()
     row_weights = None if call.loss_weights is None else call.loss_weights.float().contiguous()
-    step = chunk_rows(num_rows, call.chunk_tokens)
+    step = chunk_rows(num_rows, call.chunk_tokens, gpu_chunk_tokens(memory_of(call.hidden.device)))
     buffer = empty_rows(call.hidden, 0 if call.keep_dz else min(step, num_rows), V)
     for begin in range(0, num_rows, step):
         chunk = positions[begin : begin + step]

@@ -113,7 +113,7 @@ def linear_kl_divergence(
         ignore_index: target of rows that have no target.
         loss_positions: (L,) int64 on the same device: the rows to compute, each listed once. Others are dead. If given,
             a GPU backend does not synchronise with the device, and a small L needs less memory.
-        chunk_tokens: rows of logits in memory at a time; by default GPU_CHUNK_TOKENS on a GPU, and as many as fit 320
+        chunk_tokens: rows of logits in memory at a time; by default 4,096 on a GPU, and as many as fit 320
             MiB on a CPU, including those of the teacher.
         backend: "auto", "cpu", "triton" or "reference".
 
