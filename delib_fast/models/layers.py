@@ -157,7 +157,7 @@ class _CompiledForward(ForwardPatch):
         self._ran_eagerly, self._ran_compiled = False, False
         # ZeRO 3 then gathers the weights of the whole block by hooks of the block, outside the compiled function.
         # DeepSpeed's name for this is a leaf module; it reads the flag when it wraps the model.
-        setattr(block, "_z3_leaf", True)  # noqa: B010 — an attribute that nn.Module does not declare
+        self.module._z3_leaf = True
         self._eager_pack: weakref.ref[Tensor] | None = None  # the cu_seqlens of the last pack that ran eagerly
 
     def patched(self, *args: Any, **kwargs: Any) -> Any:
