@@ -26,7 +26,7 @@ def test_help_lists_every_command_and_imports_no_torch():
         assert name in done.stdout
 
 
-@pytest.mark.parametrize("name", ["deliberate", "document", "data-report", "eval"])
+@pytest.mark.parametrize("name", ["deliberate", "document", "data-report", "eval", "rounds"])
 def test_lazy_commands_have_help(name):
     done = runner.invoke(app, [name, "--help"])
     assert done.exit_code == 0
