@@ -84,7 +84,7 @@ def scan_requests(log: Path, replies: Sequence[JudgedReply], others: Sequence[st
     shared = {n: np.unique(_hashes(others, n)) for n in wanted}
     everything = {n: np.unique(_hashes({t for own in parts.values() for t in own}, n)) for n in wanted}
     texts = 0
-    for _, _, record in read_records(log):
+    for _, _, record, _ in read_records(log):
         if record["is"] != "text":
             continue
         texts += 1
@@ -109,7 +109,7 @@ def _ngrams_of(cots: Iterable[str]) -> tuple[dict[int, NDArray[np.uint64]], int,
     """The n-grams of chains of thought by n; how many are long enough, and how many are not."""
     found: dict[int, list[NDArray[np.uint64]]] = {}
     searched = too_short = 0
-    for cot in dict.fromkeys(cots):
+    for cot in filter(None, dict.fromkeys(cots)):
         count = len(words_of(cot))
         if count < LEAST_WORDS:
             too_short += 1

@@ -48,6 +48,7 @@ from delib_fast.rounds.sampling import CurrentModel, Drawn, draw_replies
 from delib_fast.rounds.selection import Candidate, drop_counts, dropped_row, reply_key, row_of, select
 from delib_fast.rounds.served import draw_from_server
 from delib_fast.rounds.settings import KEPT, STAGE, RoundsConfig
+from delib_fast.training.errors import Stopped
 from delib_fast.training.run_directory import read_ledger
 
 Log = Callable[[str], None]
@@ -313,7 +314,8 @@ class _Rounds:
             from delib_fast.training.run import run  # imports torch and deepspeed
 
             self.log(f"round {number}: training")
-            run(config)
+            if run(config).stop_requested:
+                raise Stopped(f"stopped after the training of round {number}")
         return folder
 
     def _write(

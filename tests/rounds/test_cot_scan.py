@@ -69,7 +69,9 @@ def test_with_sees_all_the_judge_sees_the_chain_of_thought():
 def test_a_clean_log_passes(tmp_path):
     requests = requests_of("response")
     log = write_log(tmp_path / "log", requests.chat(view_of(PROMPT, COT, RESPONSE, requests.settings)))
-    result = scan_requests(log, [judged(requests), judged(requests, cot="")], others(requests))
+    result = scan_requests(
+        log, [judged(requests), judged(requests, cot="I see."), judged(requests, cot="")], others(requests)
+    )
     assert (result.cots, result.texts) == (1, 2)
     assert (
         result.describe() == "no 13-gram of 1 chains of thought occurs in 2 texts sent to the judge (1 have fewer "
