@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] =
     except Exception as error:
         if message := describe_system_error(error):
             return _fail(message, 1, prints=True)  # it may concern only this rank's machine
-        if not _has_user_message(error):
+        if not has_user_message(error):
             report_to_ranks(f"it failed: {type(error).__name__}: {error}")
             raise
         prints = getattr(error, "reports", is_main)
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None, callbacks: Sequence[Callback] =
     return 0
 
 
-def _has_user_message(error: Exception) -> bool:
+def has_user_message(error: Exception) -> bool:
     """Whether the error is one of ours, whose message is written for the user; a traceback would bury it."""
     from delib_fast.checkpoint.format import CheckpointError
     from delib_fast.data import DataError

@@ -41,7 +41,8 @@ ALLOWED: dict[str, set[str]] = {
     "preview": TRAINING,
     "reports": TRAINING | {"datagen", "evals", "preview"},
     "study": TRAINING | {"datagen", "evals", "preview", "reports"},
-    "cli": TRAINING | {"train", "stages", "datagen", "evals", "preview", "reports", "study"},
+    "rounds": TRAINING | {"datagen", "evals", "preview", "reports"},
+    "cli": TRAINING | {"train", "stages", "datagen", "evals", "preview", "reports", "study", "rounds"},
 }
 # Libraries that only some packages may import.
 ONLY_IN = {"transformers": {"models", "integrations"}, "deepspeed": {"engine"}, "peft": {"models", "integrations"}}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import json
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
@@ -268,9 +269,20 @@ def _run(
                     error.add_note(str(fault))
                 raise
 
+    with exit_with_message(out):
+        return asyncio.run(main())
+
+
+@contextlib.contextmanager
+def exit_with_message(out: Path) -> Iterator[None]:
+    """Exit with a message and the code that `_run` documents if the requests to a model end in an error.
+
+    Args:
+        out: the folder of the run, which keeps the answers.
+    """
     kept = f"every answer is kept in {out}; the same command resumes from there"
     try:
-        return asyncio.run(main())
+        yield
     except (Interrupted, KeyboardInterrupt):
         _exit(f"stopped: {kept}", 130)
     except BudgetSpent as error:

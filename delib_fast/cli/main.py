@@ -25,6 +25,7 @@ _LAZY_COMMANDS = {
     "report": ("delib_fast.cli.preview", "Write a page about one or several runs: losses, throughput, memory, ledger."),
     "sample": ("delib_fast.cli.sample", "Show replies of the base model and of the model after each stage."),
     "eval": ("delib_fast.cli.evaluate", "Evaluate a model; writes JSON, tables and an HTML page."),
+    "rounds": ("delib_fast.cli.rounds", "Sample, judge with the spec, train on what is kept; repeat."),
     "study": ("delib_fast.cli.study", "Train the arms of a study and compare them."),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,20 +64,22 @@ def _string_end(text: str, error: json.JSONDecodeError) -> int:
     return len(text) if error.msg.startswith("Unterminated string") else error.pos
 
 
-def parse_scores(text: str) -> tuple[dict[Axis, float], str]:
+def parse_scores(text: str, axes: Sequence[Axis] = AXES) -> tuple[dict[Axis, float], str]:
     """Parse a judgement into (score from 1 to 10 on each axis, the judge's reason), without guessing.
 
+    Args:
+        axes: the axes that the judge was asked to rate. Others are ignored.
     Raises:
         MalformedAnswer: no object has every axis, a value is not a number on the scale, or several objects disagree.
     """
     found: list[tuple[dict[Axis, float], str]] = []
-    fault = "it contains no JSON object with " + ", ".join(AXES)
+    fault = "it contains no JSON object with " + ", ".join(axes)
     for value in json_values(text, dict):
-        if not any(axis in value for axis in AXES):
+        if not any(axis in value for axis in axes):
             continue
         try:
             why = value.get("why")
-            found.append(({axis: _score(value, axis) for axis in AXES}, why if isinstance(why, str) else ""))
+            found.append(({axis: _score(value, axis) for axis in axes}, why if isinstance(why, str) else ""))
         except MalformedAnswer as error:
             fault = str(error)
     if not found:

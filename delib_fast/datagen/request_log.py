@@ -335,7 +335,7 @@ class RequestLog:
     def _load(self) -> int:
         """Read the index and the totals, and remove an incomplete last line. Returns the end of the file, in bytes."""
         end = 0
-        for number, (start, line, record, _) in enumerate(_records(self.path), 1):
+        for number, (start, line, record, _) in enumerate(read_records(self.path), 1):
             end = start + len(line)
             try:
                 self._index(record, start, len(line))
@@ -370,7 +370,7 @@ def _damaged(path: Path, number: int) -> ConfigError:
     )
 
 
-def _records(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any], Answer | None]]:
+def read_records(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any], Answer | None]]:
     """Yield (offset, line, record, its answer if it has one) for each line, except for an incomplete last one."""
     offset = 0
     with open_regular(path) as file:
@@ -395,6 +395,6 @@ def _records(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any], Answer | 
 
 def read_answers(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of the answers in a request log, for reports. Answers are bounded and cleaned."""
-    for _, _, record, answer in _records(path):
+    for _, _, record, answer in read_records(path):
         if answer is not None:
             yield {**record, "answer": asdict(answer)}

@@ -202,6 +202,10 @@ class MomentLoader:
                 stack.enter_context(adapter_disabled(model))
             yield model
 
+    def unload(self) -> None:
+        """Release the loaded model."""
+        self._loaded = None
+
     def key(self, moment: Moment) -> str:
         """Identifies the weights of a moment, and how they are computed."""
         found = [p for p in (local_folder(moment.model) or moment.model.path, moment.adapter) if p is not None]

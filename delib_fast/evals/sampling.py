@@ -101,13 +101,19 @@ class Sampler:
         size = self._sampling.batch_size * 4  # several batches, which `generate_ids` sorts by length
         for start in range(0, len(missing), size):
             chunk = missing[start : start + size]
-            for i, reply in zip(chunk, self._draw([prompts[i] for i in chunk], thinking, sample), strict=True):
+            for i, reply in zip(chunk, self.draw([prompts[i] for i in chunk], thinking, sample), strict=True):
                 known[keys[i]] = reply
                 if self._cache:
                     self._cache.put(keys[i], reply, chats[i])
         return [known[key] for key in keys]
 
-    def _draw(self, prompts: Sequence[Sequence[int]], thinking: bool | None, sample: int) -> list[Reply]:
+    def draw(self, prompts: Sequence[Sequence[int]], thinking: bool | None = None, sample: int = 0) -> list[Reply]:
+        """Generate a reply to each prompt, without the cache. Equal prompts have independent replies.
+
+        Args:
+            prompts: encoded prompts, control tokens included.
+            thinking, sample: see `ChatModel`.
+        """
         settings = {**asdict(self._sampling), "seed": self._sampling.seed + 7919 * sample}
         ends = self._encoder.end_ids
         replies = generate_ids(

@@ -61,6 +61,8 @@ class RunResult:
     run_dir: Path
     model: Path
     ledger: dict[str, Any]
+    stop_requested: bool = False
+    """Whether a stop was requested after the last step, when the run finished instead."""
 
 
 def run(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
@@ -110,7 +112,7 @@ def run(config: Config, callbacks: Sequence[Callback] = ()) -> RunResult:
                 run_stages(context, callbacks)
         model = directory.exported(config.stages[-1].name, last=True)
         console.print_tables(directory.ledger, [("run directory", str(directory.path)), ("model", str(model))])
-        return RunResult(directory.path, model, directory.ledger)
+        return RunResult(directory.path, model, directory.ledger, stop.requested)
     finally:
         if loggers is not None:
             loggers.close()

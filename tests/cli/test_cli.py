@@ -43,7 +43,7 @@ def test_config_imports_no_torch_and_no_transformers(tmp_path):
     assert "tokens_per_step: 64" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["deliberate", "document", "data-report", "eval"])
+@pytest.mark.parametrize("name", ["deliberate", "document", "data-report", "eval", "rounds"])
 def test_lazy_commands_have_help(name):
     done = runner.invoke(app, [name, "--help"])
     assert done.exit_code == 0

@@ -145,6 +145,16 @@ def test_any_text_gives_scores_or_is_malformed(text: str) -> None:
     assert all(1 <= score <= 10 for score in scores.values())
 
 
+def test_only_the_axes_that_were_asked_for_are_parsed() -> None:
+    """A judge that does not see the CoT gives no score for the reasoning; if it does, the score is ignored."""
+    axes = ("compliance", "helpfulness")
+    text = '{"why": "short", "compliance": 9, "helpfulness": 8}'
+    assert parse_scores(text, axes) == ({"compliance": 9.0, "helpfulness": 8.0}, "short")
+    assert parse_scores(text.replace("}", ', "reasoning": 11}'), axes) == parse_scores(text, axes)
+    with pytest.raises(MalformedAnswer, match="reasoning is missing"):
+        parse_scores(text)
+
+
 def test_json_is_found_among_prose() -> None:
     assert json_values('x {"a": {"b": 1}} y {"c": 2}', dict) == [{"a": {"b": 1}}, {"c": 2}]
     assert parse_strings('First [1] then\n```\n["a  b", "c", "a b", " "]\n```') == ["a b", "c"]
@@ -338,7 +348,7 @@ def test_spec_guard_reads_the_file_back(spec: Spec, tmp_path: Path) -> None:
 
 def test_prompt_files_can_be_replaced(tmp_path: Path) -> None:
     built_in = PromptFiles()
-    assert len(built_in.names) == 22
+    assert len(built_in.names) == 23
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "classify.md").write_text("## user\n{{sections}} for {{model_name}}: {{conversation}}")
