@@ -18,6 +18,7 @@ from delib_fast.config.schema import (
     StageBase,
     StageConfig,
 )
+from delib_fast.config.teacher import TeacherConfig
 
 __all__ = [
     "REDUCE_BUCKET",
@@ -39,6 +40,7 @@ __all__ = [
     "SourceConfig",
     "StageBase",
     "StageConfig",
+    "TeacherConfig",
     "TokenizerConfig",
     "TokenizerTrainConfig",
     "effective_zero_stage",

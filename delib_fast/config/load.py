@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from delib_fast.config.base import ConfigError, Section, expand_path, is_same_file, nearest
 from delib_fast.config.schema import Config
+from delib_fast.config.teacher import OWN_WEIGHTS
 from delib_fast.config.yaml_text import dump_yaml
 from delib_fast.config.yaml_text import read_yaml as read_yaml
 from delib_fast.files import read_text
@@ -48,8 +49,15 @@ class FileKind:
 
 RUN_FILE = FileKind(
     "a configuration",
-    paths=("data.*", "data.*.path", "model.lora.path", "tokenizer.chat_template", "stages.*.spec"),
-    names_or_paths=("model.path", "tokenizer.path"),
+    paths=(
+        "data.*",
+        "data.*.path",
+        "model.lora.path",
+        "tokenizer.chat_template",
+        "stages.*.spec",
+        "stages.*.teacher.spec",
+    ),
+    names_or_paths=("model.path", "tokenizer.path", "stages.*.teacher.model"),
 )
 _TABLE = "convert it to .jsonl, one object per line, e.g. with the fields prompt and response"
 _ROWS = "name it under data: in a configuration; `delib-fast inspect` shows its rows"
@@ -157,6 +165,8 @@ def _resolve_paths(tree: Any, pattern: str, folder: Path, file_kind: FileKind) -
             if not isinstance(value, str) or value.startswith("hub:"):
                 continue
             if any(placeholder in value for placeholder in file_kind.placeholders):
+                continue
+            if pattern.endswith("teacher.model") and value in OWN_WEIGHTS:  # even if a folder has that name
                 continue
             with contextlib.suppress(ValueError):  # the section that has the key raises it with its location
                 candidate = folder / expand_path(value)

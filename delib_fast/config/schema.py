@@ -22,6 +22,7 @@ from pydantic import (
 from delib_fast.config.base import FilePath, Section, expand_path, nearest
 from delib_fast.config.data import SourceConfig, TokenizerConfig
 from delib_fast.config.model import ModelConfig
+from delib_fast.config.teacher import TeacherConfig
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 StageName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -153,11 +154,18 @@ class AFTConfig(StageBase):
     must know the spec, not read it in the prompt."""
     over_long: Literal["drop", "error"] = "drop"
     """Examples longer than a pack, which are never cut. `drop`: skip and count. `error`: abort."""
+    teacher: TeacherConfig | None = None
+    """Also train on the divergence from a teacher that reads the spec. By default the nll is the only loss."""
 
     @model_validator(mode="after")
     def _something_supervised(self) -> AFTConfig:
         if self.response_weight == 0 and (self.cot != "train" or self.cot_weight == 0):
             raise ValueError("nothing is supervised: response_weight is 0 and the CoT is not trained")
+        if self.teacher is not None and self.teacher.cot_weight > 0 and self.cot == "strip":
+            raise ValueError(
+                f"teacher.cot_weight is {self.teacher.cot_weight:g}, but cot: strip removes the CoT; set cot to train "
+                "or context, or teacher.cot_weight to 0"
+            )
         return self
 
 
@@ -359,6 +367,11 @@ class Config(Section):
                 raise ValueError(
                     f"stages.{stage.name}.optimizer.name: muon cannot be used: it orthogonalizes whole matrices, and "
                     "model.lora trains low-rank factors; set adamw"
+                )
+            if isinstance(stage, AFTConfig) and stage.teacher and stage.teacher.model == "base" and lora is None:
+                raise ValueError(
+                    f"stages.{stage.name}.teacher.model: base is the model without its adapter, but model.lora is not "
+                    "set; set it, or set teacher.model to self or to the folder of a model"
                 )
             if stage.adapter == "merge" and (i == 0 or lora is None):
                 why = "it is the first stage" if i == 0 else "model.lora is not set"

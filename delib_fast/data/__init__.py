@@ -14,15 +14,23 @@ imports a later one. The tokenizer is an argument, a fast one of Hugging Face; n
 from delib_fast.data.decontamination import Overlap, find_overlap, refuse_overlap, refuse_spec_in_prompts
 from delib_fast.data.encode.encoder import encode_row
 from delib_fast.data.encode.stream import encode_rows, encode_stream, encoding_options, split_document
+from delib_fast.data.encode.teacher import teacher_stream
 from delib_fast.data.encode.template import PLAIN_TEMPLATE
 from delib_fast.data.encode.tokenized_dataset import Counts, Example, TokenizedDataset
 from delib_fast.data.holdout import split_holdout
-from delib_fast.data.pack.batch import IGNORE_INDEX, PackedBatch, empty_pack
+from delib_fast.data.pack.batch import IGNORE_INDEX, PackedBatch, TeacherPack, empty_pack
 from delib_fast.data.pack.epochs import PromptSharing
 from delib_fast.data.pack.loader import PackedDataLoader, evaluation_batches
 from delib_fast.data.pack.mixing import SourceShare, mix_datasets, mix_sources
 from delib_fast.data.pack.packing import PackPlan, plan_packs
-from delib_fast.data.pack.weights import loss_normalizer, segment_weights
+from delib_fast.data.pack.teacher import TeacherWeights
+from delib_fast.data.pack.weights import (
+    cot_under_pressure,
+    loss_normalizer,
+    segment_weights,
+    teacher_weights,
+    total_weights,
+)
 from delib_fast.data.read.source_cache import Source, load_source
 from delib_fast.data.read.sources import SourceReader, read_source
 from delib_fast.data.rows import DataError, Message, Row, Segment
@@ -44,7 +52,10 @@ __all__ = [
     "Source",
     "SourceReader",
     "SourceShare",
+    "TeacherPack",
+    "TeacherWeights",
     "TokenizedDataset",
+    "cot_under_pressure",
     "empty_pack",
     "encode_row",
     "encode_rows",
@@ -63,4 +74,7 @@ __all__ = [
     "segment_weights",
     "split_document",
     "split_holdout",
+    "teacher_stream",
+    "teacher_weights",
+    "total_weights",
 ]

@@ -25,7 +25,7 @@ from delib_fast.engine.ranks import Ranks
 from delib_fast.engine.sharding import refuse_misaligned_swap, shard_parameters
 from delib_fast.engine.state import TrainingState
 from delib_fast.engine.step_guard import StepGuard
-from delib_fast.ops import LossOutput
+from delib_fast.ops import DivergenceOutput, LossOutput
 
 if TYPE_CHECKING:
     from delib_fast.data import PackedBatch
@@ -83,7 +83,7 @@ class Engine:
         self,
         micro_batches: Sequence[PackedBatch],
         normalizer: float,
-        on_output: Callable[[PackedBatch, LossOutput], None] | None = None,
+        on_output: Callable[[PackedBatch, LossOutput | DivergenceOutput], None] | None = None,
     ) -> None:
         """Make one step: forward and backward passes of each micro-batch, and the optimizer step. A collective.
 
@@ -117,10 +117,18 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = self.lr
 
-    def forward(self, batch: PackedBatch) -> LossOutput:
-        """Run the forward pass of a micro-batch on the device. A collective at ZeRO 3."""
-        output = LossOutput(*self._engine(batch))
-        self.guard.watch(self.step, output.nll)
+    def forward(self, batch: PackedBatch) -> LossOutput | DivergenceOutput:
+        """Run the forward pass of a micro-batch on the device. A collective at ZeRO 3.
+
+        The output of a batch with a teacher is a DivergenceOutput.
+        """
+        output: LossOutput | DivergenceOutput
+        if batch.teacher is None:
+            output = LossOutput(*self._engine(batch))
+            self.guard.watch(self.step, output.nll)
+        else:
+            output = DivergenceOutput(*self._engine(batch))
+            self.guard.watch(self.step, output.nll + output.divergence)
         return output
 
     def backward(self, loss_sum: Tensor, normalizer: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from delib_fast.config import ConfigError
-from delib_fast.data import Row, encode_rows, encoding_options, segment_weights
+from delib_fast.data import Row, encode_rows, encoding_options, total_weights
 from delib_fast.evals.agentic import conditions, margins
 from delib_fast.evals.limits import spread, spread_by_source
 from delib_fast.evals.metrics.dose import cot_dose, gradient_share
@@ -64,7 +64,7 @@ def dose_suite(target: EvalTarget) -> SuiteResult:
     details: dict[str, Any] = {}
     for stage in target.aft_stages:
         trained = [row for row in target.trained_on if row.source in stage.train]
-        weights = segment_weights(stage)
+        weights = total_weights(stage)
         examples = encode_rows(trained, target.tokenizer, **encoding_options(stage))
         figures = cot_dose(examples, weights)
         gradient = gradient_share(target.scorer, spread(examples, _GRADIENT_ROWS), weights)
@@ -76,8 +76,9 @@ def dose_suite(target: EvalTarget) -> SuiteResult:
     return SuiteResult(
         "dose",
         "CoT dose",
-        "dose: Σw over CoT targets ÷ Σw over all targets. CoT tokens: supervised ones, over all epochs. grad. share: "
-        f"‖g_cot‖ ÷ (‖g_cot‖ + ‖g_rest‖) at the final weights on {_GRADIENT_ROWS} training rows.",
+        "dose: Σw over CoT targets ÷ Σw over all targets; w counts the nll and the divergence from a teacher. "
+        "CoT tokens: supervised ones, over all epochs. grad. share: "
+        f"‖g_cot‖ ÷ (‖g_cot‖ + ‖g_rest‖) of the nll at the final weights on {_GRADIENT_ROWS} training rows.",
         (table,),
         details=details,
     )

@@ -8,7 +8,7 @@ from delib_fast.models.eval_mode import eval_mode
 from delib_fast.models.export import export_model
 from delib_fast.models.isolation import LeakError, check_isolation
 from delib_fast.models.layers import check_layers
-from delib_fast.models.lm import TrainableLM
+from delib_fast.models.lm import Teacher, TrainableLM
 from delib_fast.models.lora import (
     adapter_settings,
     add_adapter,
@@ -27,6 +27,7 @@ __all__ = [
     "LeakError",
     "ModelShape",
     "StepCost",
+    "Teacher",
     "TrainableLM",
     "UnsupportedModelError",
     "adapter_settings",

@@ -38,6 +38,12 @@ class StepCost:
     """FLOPs of one layer's attention, for a pair of tokens."""
     windows: tuple[int | None, ...]
     """For each layer, how many tokens a token attends to; None for all."""
+    forward_per_token: float = 0.0
+    """FLOPs of the forward pass of all matrix products except the head, for a token."""
+    forward_per_supervised_token: float = 0.0
+    """FLOPs of the forward pass of the head, for a token that is a target."""
+    teacher: StepCost | None = None
+    """The coefficients of another model that is the teacher; None if the model is its own teacher, or has none."""
 
     @staticmethod
     def of(trainable: TrainableLM) -> StepCost:
@@ -46,17 +52,31 @@ class StepCost:
         head, embedding = trainable.head.weight, trainable.model.get_input_embeddings()
         shared = {id(head), id(getattr(embedding, "weight", None))}
         active = expert_share(config)
-        body = 0.0
+        body = forward = 0.0
         for name, parameter in trainable.model.named_parameters():
             if id(parameter) not in shared and _ndim(parameter) >= 2:
-                body += _flops_of(parameter) * (active if ".experts." in name else 1)
+                share = active if ".experts." in name else 1
+                body += _flops_of(parameter) * share
+                forward += 2.0 * _weights_of(parameter) * share
         layers = config.num_hidden_layers
         heads = config.num_attention_heads
         width = heads * sum(head_dims(config))
-        return StepCost(body, _flops_of(head), 6.0 * width, tuple(_window(config, i) for i in range(layers)))
+        other = None if trainable.teacher is None else trainable.teacher.model
+        return StepCost(
+            body,
+            _flops_of(head),
+            6.0 * width,
+            tuple(_window(config, i) for i in range(layers)),
+            forward,
+            2.0 * _weights_of(head),
+            StepCost.of(other) if isinstance(other, TrainableLM) else None,
+        )
 
     def flops(self, batches: Iterable[PackedBatch]) -> float:
-        """The FLOPs of these packs; for a shard of a pack, its share of the pack's attention."""
+        """The FLOPs of these packs, with those of the teacher's forward passes.
+
+        For a shard of a pack, its share of the pack's attention counts.
+        """
         total = 0.0
         for batch in batches:
             if batch.is_empty:
@@ -68,7 +88,18 @@ class StepCost:
                 + self.per_supervised_token * batch.num_supervised
                 + self.per_pair * pairs / share
             )
+            if batch.teacher is not None:
+                total += (self.teacher or self)._forward_flops(batch.teacher.batch, batch.num_supervised)
         return total
+
+    def _forward_flops(self, batch: PackedBatch, num_supervised: int) -> float:
+        share = 1 if batch.shard is None else batch.shard.size
+        pairs = sum(_pairs(batch, window) for window in self.windows)
+        return (
+            self.forward_per_token * batch.num_tokens
+            + self.forward_per_supervised_token * num_supervised
+            + self.per_pair / 3 * pairs / share
+        )
 
 
 def _pairs(batch: PackedBatch, window: int | None) -> float:
@@ -98,10 +129,17 @@ def _window(config: Any, layer: int) -> int | None:
 
 
 def _flops_of(parameter: nn.Parameter) -> float:
+    """The FLOPs of a matrix for a token, forward and backward: a frozen one has no gradient of its own."""
+    return (6.0 if parameter.requires_grad else 4.0) * _weights_of(parameter)
+
+
+def _weights_of(parameter: nn.Parameter) -> int:
     # An element of a 4-bit matrix's tensor packs several weights.
     quantized: Any = getattr(parameter, "quant_state", None)
-    weights = quantized.shape.numel() if quantized is not None else getattr(parameter, "ds_numel", parameter.numel())
-    return (6.0 if parameter.requires_grad else 4.0) * weights
+    weights: int = (
+        quantized.shape.numel() if quantized is not None else getattr(parameter, "ds_numel", parameter.numel())
+    )
+    return weights
 
 
 def _ndim(parameter: nn.Parameter) -> int:

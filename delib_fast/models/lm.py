@@ -4,21 +4,22 @@
 tied embeddings stay tied, checkpoints keep their keys, and ZeRO-3's hooks gather the weight for the head's own forward
 and nowhere else.
 
-Sizes: T packed tokens, H hidden, V vocabulary.
+Sizes: T packed tokens, H hidden, V vocabulary, L supervised tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from delib_fast.data import PackedBatch
+from delib_fast.data import PackedBatch, TeacherPack
 from delib_fast.models import ulysses
 from delib_fast.models.active_pack import ActivePack, in_a_pack
 from delib_fast.models.attention import NAME, UnsupportedModelError, packed_inputs, unsupported, why_not_share_prompts
@@ -28,10 +29,11 @@ from delib_fast.models.forward_patch import remove_patches
 from delib_fast.models.hf_utils import trunk
 from delib_fast.models.labels import shifts_labels
 from delib_fast.models.layers import choose_layers, patch_layers, why_one_pass
+from delib_fast.models.lora import adapter_off
 from delib_fast.models.lora_layers import patch_lora
 from delib_fast.models.rope import patch_rope
 from delib_fast.models.separation import RUN_ERRORS, first_sentence, has_weights, separate
-from delib_fast.ops import FusedLossHead, LossOutput
+from delib_fast.ops import DivergenceOutput, FusedLossHead, HeadTeacher, LossOutput
 
 _PROBE_TOKENS = 4
 
@@ -56,6 +58,7 @@ class TrainableLM(nn.Module):
             model then takes this rank's shard of a pack, and all ranks of the group must call it together.
         in_one_pass: why every pack must run in one pass through the model, with the remedy; None if layers, or the
             model, may run one document at a time where they cannot keep documents apart (`models.separation`).
+        teacher: the teacher that computes the divergence of packs that have one (`PackedBatch.teacher`).
     Raises:
         UnsupportedModelError: the model does something that cannot be computed exactly this way; the message names it.
             The head is wrapped by LoRA or is not an nn.Linear, the logits are changed after the head by more than a
@@ -72,6 +75,7 @@ class TrainableLM(nn.Module):
         device: torch.device | None = None,
         sequence_group: dist.ProcessGroup | None = None,
         in_one_pass: str | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         if reason := unsupported(model) or unsupported_head(model) or unsupported_group(model, sequence_group):
@@ -80,6 +84,7 @@ class TrainableLM(nn.Module):
         self.model = model
         self.attention_backend = attention_backend
         self.sequence_group = sequence_group
+        self.teacher = teacher
         self._head_name = next(name for name, module in model.named_modules() if module is head)
         # What `unpatch` restores: head, attention implementation and cache setting.
         self._original: tuple[nn.Module, str, bool | None] | None = (
@@ -110,10 +115,12 @@ class TrainableLM(nn.Module):
         fused = FusedLossHead.from_linear(head, backend=loss_backend, **logit_options(model))
         model.set_submodule(self._head_name, fused)
 
-    def forward(self, batch: PackedBatch) -> LossOutput:
+    def forward(self, batch: PackedBatch) -> LossOutput | DivergenceOutput:
         """The loss of a pack: `loss_sum` () float32, and detached `nll` (T,) float32 and `correct` (T,) bool.
 
-        Raises ValueError if the batch is not sharded across as many ranks as `sequence_group` has.
+        Of a pack with a teacher, the loss has the divergence from it, and the result is a `DivergenceOutput`. Raises
+        ValueError if the batch is not sharded across as many ranks as `sequence_group` has, or has a teacher although
+        this model has none.
         """
         size = 1 if self.sequence_group is None else dist.get_world_size(self.sequence_group)
         if size != (1 if batch.shard is None else batch.shard.size):
@@ -122,7 +129,21 @@ class TrainableLM(nn.Module):
                 + ("a whole pack" if batch.shard is None else f"one of {batch.shard.size} shards")
                 + "; set sequence_parallel of PackedDataLoader, or sequence_group of TrainableLM"
             )
+        if batch.teacher is not None:
+            return self._divergence(batch, batch.teacher)
         output: LossOutput = self.head(self.hidden(batch), batch.targets, batch.loss_weights, batch.loss_positions)
+        return output
+
+    def _divergence(self, batch: PackedBatch, pack: TeacherPack) -> DivergenceOutput:
+        if self.teacher is None:
+            raise ValueError("the batch has a teacher, but this model has none; set teacher of TrainableLM")
+        rows = self.teacher.hidden(self, pack)
+        hidden = self.hidden(batch)
+        aligned = rows.new_zeros(hidden.shape[0], rows.shape[1]).index_copy_(0, batch.loss_positions, rows)
+        teacher = HeadTeacher(
+            aligned, pack.divergence_weights, pack.nll_weights, self.teacher.direction, self.teacher.own_head
+        )
+        output: DivergenceOutput = self.head(hidden, batch.targets, None, batch.loss_positions, teacher=teacher)
         return output
 
     def _use_packed_attention(self) -> None:
@@ -221,6 +242,36 @@ class TrainableLM(nn.Module):
             if cast.dtype != buffer.dtype and cast.is_floating_point() and not buffer.is_meta:
                 setattr(module, leaf, buffer.to(cast.device))
         return self
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Who the teacher of a `TrainableLM` is, and the direction of the divergence from it."""
+
+    model: Literal["base", "self"] | TrainableLM
+    """`base`: the student without its adapter. `self`: the student as it is. Or another model, frozen, on the student's
+    device and in its dtype; it is not a part of the student, so ZeRO does not shard it."""
+    direction: str
+    """As in `ops.linear_kl_divergence`."""
+
+    @property
+    def own_head(self) -> FusedLossHead | None:
+        """The head of another model; None if the teacher has the student's head (no adapter applies to a head)."""
+        return None if isinstance(self.model, str) else self.model.head
+
+    def hidden(self, student: TrainableLM, pack: TeacherPack) -> Tensor:
+        """The teacher's hidden states (L, H) for the student's `loss_positions`: in eval mode, without gradients.
+
+        At ZeRO 3 a collective for `base` and `self`, whose weights are gathered layer by layer; with sequence
+        parallelism a collective of the group.
+        """
+        lm = student if isinstance(self.model, str) else self.model
+        is_base = self.model == "base"
+        with eval_mode(lm.model), adapter_off(lm.model) if is_base else contextlib.nullcontext():
+            states = lm.hidden(pack.batch)
+            if lm.sequence_group is not None:
+                states = ulysses.gather_tokens(states, lm.sequence_group)
+            return states[pack.rows]
 
 
 def unsupported_group(model: PreTrainedModel, group: dist.ProcessGroup | None) -> str | None:

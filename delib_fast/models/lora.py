@@ -10,9 +10,10 @@ Names: `model.layers.0.mlp.up_proj.lora_A.default.weight` in the model is
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +130,26 @@ def unreached_weights(model: PreTrainedModel) -> str | None:
         f"the adapter reaches {share:.1%} of the weights in the matrices between the embeddings and the head; it does "
         f"not reach {', '.join(largest)}{' and others' if len(missed) > 3 else ''}"
     )
+
+
+@contextlib.contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Run a block with the model's base weights alone.
+
+    Unlike peft's `disable_adapter`, this does not change which parameters require a gradient, on which the hooks of
+    ZeRO depend.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
 
 
 # --- reading --------------------------------------------------------------------------------------------------

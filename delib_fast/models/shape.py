@@ -49,6 +49,8 @@ class ModelShape:
     """Parameters of the matrices that the adapter applies to."""
     no_shared_prompts: str | None = None
     """Why replies to one prompt cannot share it in a pack, or None if they can."""
+    teacher_parameters: int = 0
+    """Parameters of another model that is a stage's teacher, of which every rank has a copy."""
     positions: int | None = None
     """Maximum length of an example that the model is made for, in tokens; None if its config does not say."""
 

@@ -18,8 +18,9 @@ from delib_fast.preview.dry_run import dry_run
 from delib_fast.preview.step_time import mean_work, time_table
 from delib_fast.preview.synthetic_lengths import Lengths, parse_lengths, synthetic_examples
 from delib_fast.terminal import plain
-from delib_fast.training.dataset import RunDataset, pack_stage
+from delib_fast.training.dataset import RunDataset
 from delib_fast.training.memory import GIB, MemoryBudget, MemoryPart, resolve_activation_checkpointing
+from delib_fast.training.packs import pack_stage
 from delib_fast.training.roofline import Device, TimePart, step_parts
 
 _BARS = 10
@@ -114,10 +115,9 @@ def plan_run(
         for stage in config.stages:
             known = synthetic.get(stage.name)
             data = read_stage(dataset, stage) if known is None else synthetic_stage(known, stage, shape, config.seed)
+            own = dataset.stage_shape(stage) if known is None else shape
             plans.append(
-                plan_stage(
-                    data, shape, config, stage, ranks=ranks, precision=precision, card_gib=card_gib, device=device
-                )
+                plan_stage(data, own, config, stage, ranks=ranks, precision=precision, card_gib=card_gib, device=device)
             )
     return shape, plans
 

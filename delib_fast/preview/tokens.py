@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from delib_fast.config import StageConfig
 from delib_fast.data import Example, Segment
 from delib_fast.data.pack.shared_prompts import MIN_SHARED_TOKENS
-from delib_fast.data.pack.weights import segment_weights
+from delib_fast.data.pack.weights import total_weights
 from delib_fast.preview.colours import COLOURS
 from delib_fast.terminal import plain
 from delib_fast.training.dataset import RunDataset
@@ -73,7 +73,7 @@ def view_example(dataset: RunDataset, stage: StageConfig, index: int) -> Example
         raise ValueError(f"--row {index}: stage {stage.name!r} has examples 0 to {len(encoded) - 1}")
     example = encoded[index]
     factor = float(batches.example_weights[index])
-    spans = tuple(split_into_spans(example, dataset.tokenizer, [factor * w for w in segment_weights(stage)]))
+    spans = tuple(split_into_spans(example, dataset.tokenizer, [factor * w for w in total_weights(stage)]))
     replies = (
         int((encoded.prompt_keys == encoded.prompt_keys[index]).all(1).sum())
         if batches.shares_prompts and encoded.prompt_keys[index, 0] >= MIN_SHARED_TOKENS

@@ -70,6 +70,14 @@ def _charts(runs: Sequence[RunRecord]) -> Iterator[_Chart]:
             "token accuracy",
             _of_segment(segment, "accuracy"),
         )
+    for segment in segments:
+        yield _Chart(
+            f"divergence-{segment}",
+            "Divergence from the teacher by segment",
+            f"divergence from the teacher, which reads the spec, in the {segment} segment",
+            "divergence (nats per token)",
+            _of_segment(segment, "divergence"),
+        )
     for name, y_label, caption, zero in (
         ("tokens_per_s", "tokens/s", "tokens per second, prompts included", True),
         ("supervised_tokens_per_s", "supervised tokens/s", "supervised tokens per second", True),

@@ -25,6 +25,7 @@ from delib_fast.training.held_out import HELD_OUT_FILE
 _STAGE_COLUMNS = (
     "run", "stage", "status", "steps", "tokens", "supervised tokens", "tokens/s", "supervised tokens/s", "MFU", "fill",
     "peak memory", "time", "ranks", "precision",
+    "CoT under pressure",
 )  # fmt: skip
 _FIRST_NUMERIC = 3
 
@@ -93,7 +94,7 @@ def _samples(run: RunRecord) -> SampleSet | None:
 
 def stages_table(runs: Sequence[RunRecord]) -> HtmlTable:
     rows = [[run.name, *_stage_cells(run, stage)] for run in runs for stage in run.stages]
-    numeric = range(_FIRST_NUMERIC, len(_STAGE_COLUMNS) - 1)
+    numeric = range(_FIRST_NUMERIC, len(_STAGE_COLUMNS) - 2)
     return HtmlTable(_STAGE_COLUMNS, rows, "Stages", numeric)
 
 
@@ -113,6 +114,7 @@ def _stage_cells(run: RunRecord, stage: dict[str, Any]) -> list[str]:
         duration_text(sum(record["seconds"] for record in records)),
         f"{stage['ranks']}",
         stage["precision"],
+        stage.get("cot_under_pressure", "–"),
     ]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from delib_fast import __version__
 from delib_fast.config import Config, ConfigError, nearest
 from delib_fast.config.load import parse_config
+from delib_fast.config.teacher import OWN_WEIGHTS
 from delib_fast.digests import hash_tree
 from delib_fast.study.settings import PREPARED, StudyConfig
 from delib_fast.training.run_directory import read_ledger
@@ -269,8 +270,13 @@ class _StageTree:
             facts["model"]["path"] = self._hash(config.model.path)
         # The content of files matters, not their location.
         files = [facts["tokenizer"], *facts["data"].values(), *([facts["model"]["lora"]] if config.model.lora else [])]
-        for section, key in [*((f, "path") for f in files), (files[0], "chat_template"), (facts["stages"][0], "spec")]:
-            if section.get(key) is not None:
+        stage = facts["stages"][0]
+        teacher = stage.get("teacher") or {}
+        if not teacher:  # the key of a run of an earlier version, which had no teachers, stays the same
+            stage.pop("teacher", None)
+        keys = [*((f, "path") for f in files), (files[0], "chat_template"), (stage, "spec"), (teacher, "spec")]
+        for section, key in [*keys, (teacher, "model")]:
+            if section.get(key) is not None and section[key] not in OWN_WEIGHTS:
                 section[key] = self._hash(section[key])
         text = json.dumps({"version": __version__, **facts}, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

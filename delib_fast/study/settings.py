@@ -39,6 +39,7 @@ STUDY_FILE = FileKind(
         "base.*.spec",
         "msm.*.spec",
         "aft.spec",
+        "aft.teacher.spec",
         "prepare.script",
         "prepare.inputs.*",
         "metrics.*.path",
@@ -49,7 +50,7 @@ STUDY_FILE = FileKind(
         "evaluation.refusal_prompts",
         "evaluation.refusal_labelled",
     ),
-    names_or_paths=("run.model.path", "run.tokenizer.path", "evaluation.base"),
+    names_or_paths=("run.model.path", "run.tokenizer.path", "aft.teacher.model", "evaluation.base"),
     placeholders=(PREPARED,),
 )
 Better = Literal["higher", "lower", "neither"]

@@ -31,6 +31,7 @@ from delib_fast.config.load import flatten
 from delib_fast.digests import hash_file_once
 from delib_fast.files import hash_file
 from delib_fast.redaction import redact
+from delib_fast.training.distillation import other_teacher, teacher_key
 from delib_fast.training.errors import RanksDifferError
 
 if TYPE_CHECKING:
@@ -204,8 +205,9 @@ def stage_facts(run: RunContext, stages: Sequence[StageConfig], settings: Mappin
         where = f"stages.{stage.name}"
         facts[f"{where}: number of steps"] = fact(dataset.batches(stage).num_steps)
         facts[f"{where}: sha256 of the examples and their order"] = hash_fact(dataset.fingerprint(stage))
-        if spec := getattr(stage, "spec", None):
-            facts[f"{where}.spec: sha256 of {spec}"] = hash_fact(hash_file(Path(spec)))
+        for key, owner in (("spec", stage), ("teacher.spec", getattr(stage, "teacher", None))):
+            if spec := getattr(owner, "spec", None):
+                facts[f"{where}.{key}: sha256 of {spec}"] = hash_fact(hash_file(Path(spec)))
     return facts
 
 
@@ -274,17 +276,19 @@ def _model_facts(config: Config) -> dict[str, str]:
         "model.lora.path": lora.path if lora is not None else None,
         "tokenizer.path": config.tokenizer.path,
     }
+    teachers = {teacher_key(stage): other_teacher(config, stage) for stage in config.stages}
+    paths |= {key: teacher.path for key, teacher in teachers.items() if teacher is not None}
     facts = {}
     for key, path in paths.items():
         if path is None:
             continue
         # Of a GGUF file, the folder that it was converted to is compared. The cache folder is a machine's own.
-        folder = path if key == "model.lora.path" else local_model(path, key=key, weights=key == "model.path")
+        folder = path if key == "model.lora.path" else local_model(path, key=key, weights=key != "tokenizer.path")
         if not Path(folder).is_dir():
             facts[f"{key}: revision of {path}"] = _hub_revision(path)
             continue
         # At ZeRO 3 only rank 0 reads the weights: the others get theirs from it.
-        files = model_files(Path(folder), weights_too=zero_stage < 3)
+        files = model_files(Path(folder), weights_too=zero_stage < 3 or key in teachers)
         facts |= {f"{key}: sha256 of {name} in {path}": value for name, value in files.items()}
     return facts
 

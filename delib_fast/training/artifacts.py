@@ -55,12 +55,15 @@ class StageInputs:
 
     model: Weights
     adapter: Weights | None = None
+    teacher: Weights | None = None
+    """Another model that is the stage's teacher."""
 
     def describe(self) -> dict[str, Any]:
         """For the ledger: the parent is what this stage trains further, and an adapter also has a base model."""
+        teacher = {} if self.teacher is None else {"teacher_model": self.teacher.describe()}
         if self.adapter is None:
-            return {"parent": self.model.describe()}
-        return {"parent": self.adapter.describe(), "base": self.model.describe()}
+            return {"parent": self.model.describe(), **teacher}
+        return {"parent": self.adapter.describe(), "base": self.model.describe(), **teacher}
 
 
 def stage_inputs(run: RunContext, index: int) -> StageInputs:
@@ -71,13 +74,13 @@ def stage_inputs(run: RunContext, index: int) -> StageInputs:
     config = run.config
     lora = config.model.lora
     if index == 0:
-        adapter = None if lora is None or lora.path is None else _user_weights(run, lora.path)
-        return StageInputs(_user_weights(run, config.model.path, key="model.path"), adapter)
+        adapter = None if lora is None or lora.path is None else user_weights(run, lora.path)
+        return StageInputs(user_weights(run, config.model.path, key="model.path"), adapter)
     if lora is None or config.stages[index].adapter == "merge":
         return StageInputs(exported_by(run, index - 1, "model"))
     entry = run.directory.stage(config.stages[index - 1].name) or {}
     recorded = entry.get("base") or entry["parent"]
-    base = _user_weights(run, recorded["path"], key="model.path")
+    base = user_weights(run, recorded["path"], key="model.path")
     if base.sha256 != recorded["sha256"]:
         raise TrainingError(
             f"{base.path} is no longer the model whose adapter stage {entry['name']!r} trained: its "
@@ -93,12 +96,12 @@ def check_inputs(run: RunContext) -> None:
     """
     config = run.config
     adapter = None if config.model.lora is None else config.model.lora.path
-    _user_weights(run, config.model.path, key="model.path")
-    _user_weights(run, config.tokenizer.path, key="tokenizer.path")
-    _user_weights(run, adapter)
+    user_weights(run, config.model.path, key="model.path")
+    user_weights(run, config.tokenizer.path, key="tokenizer.path")
+    user_weights(run, adapter)
 
 
-def _user_weights(run: RunContext, path: str | None, *, key: str | None = None) -> Weights:
+def user_weights(run: RunContext, path: str | None, *, key: str | None = None) -> Weights:
     """The weights that the user configured, converted if they are in a GGUF file. A collective.
 
     A hub name is not hashed. A GGUF file has the hash of the folder that it is converted to.
@@ -125,7 +128,7 @@ def _converted(run: RunContext, path: str, key: str) -> str:
 
     def of_this_rank() -> str:
         with run.watchdog.local_work(f"converting {path}"):
-            return local_model(path, key=key, weights=key == "model.path")
+            return local_model(path, key=key, weights=key != "tokenizer.path")
 
     return run.ranks.raise_together(of_this_rank)
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from delib_fast.config import StageConfig
     from delib_fast.data import PackedBatch
     from delib_fast.engine import Engine
-    from delib_fast.ops import LossOutput
+    from delib_fast.ops import DivergenceOutput, LossOutput
     from delib_fast.training.context import RunContext
 
 
@@ -20,8 +20,11 @@ class Callback:
     or the state of random number generators.
     """
 
-    def micro_batch(self, batch: PackedBatch, output: LossOutput) -> None:
-        """Called after the backward pass of a micro-batch. Both arguments are on the device; do not synchronize."""
+    def micro_batch(self, batch: PackedBatch, output: LossOutput | DivergenceOutput) -> None:
+        """Called after the backward pass of a micro-batch. Both arguments are on the device; do not synchronize.
+
+        The output of a batch with a teacher (`batch.teacher`) is a DivergenceOutput.
+        """
 
     def step_end(self, run: RunContext, engine: Engine, stage: StageConfig) -> None:
         """Called after each step. `engine.step` is the number of steps made so far."""
@@ -35,7 +38,7 @@ class CallbackList:
     ) -> None:
         self._run, self._engine, self._stage, self._log, self._callbacks = run, engine, stage, log, callbacks
 
-    def micro_batch(self, batch: PackedBatch, output: LossOutput) -> None:
+    def micro_batch(self, batch: PackedBatch, output: LossOutput | DivergenceOutput) -> None:
         for callback in (self._log, *self._callbacks):
             callback.micro_batch(batch, output)
 

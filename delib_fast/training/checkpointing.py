@@ -119,7 +119,7 @@ class Checkpointer:
         extra = {
             "stage": self._stage.name,
             "config": plain_config(self._run.config),
-            "inputs": {name: entry[name] for name in ("parent", "base") if name in entry},
+            "inputs": {name: entry[name] for name in ("parent", "base", "teacher_model") if name in entry},
             "data": self._run.dataset.fingerprint(self._stage),
             "log": self._log.state(self._engine),
             "metrics": self._run.directory.sync_metrics(),  # before the checkpoint, which promises these records

@@ -59,7 +59,10 @@ class ConsoleLogger:
         """Show a metrics record. Without a terminal, at most one line is printed every 5 s."""
         if not self._enabled:
             return
-        losses = " ".join(f"{name} {part['nll']:.3f}" for name, part in record["segments"].items())
+        losses = " ".join(
+            f"{name} {part['nll']:.3f}" + (f" (divergence {part['divergence']:.3f})" if "divergence" in part else "")
+            for name, part in record["segments"].items()
+        )
         done, now = step - self._first_step, time.perf_counter()
         left = (now - self._started) / max(1, done) * (self._num_steps - step)
         status = f"{losses}  {count_text(record['tokens_per_s'])} tok/s  {duration_text(left)} left"

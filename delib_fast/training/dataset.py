@@ -8,11 +8,11 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delib_fast.config import AFTConfig, Config, ConfigError, StageConfig
+from delib_fast.config import AFTConfig, Config, StageConfig
 from delib_fast.data import (
     DataError,
     Message,
@@ -23,23 +23,23 @@ from delib_fast.data import (
     SourceShare,
     TokenizedDataset,
     encode_rows,
-    encode_stream,
-    encoding_options,
     evaluation_batches,
     mix_datasets,
     refuse_overlap,
     refuse_spec_in_prompts,
     segment_weights,
+    total_weights,
 )
 from delib_fast.data.corpus import CORPUS_FORMAT, check_corpus
 from delib_fast.data.disk_cache import cache_folder, cache_key, cached_json
-from delib_fast.data.encode.cache import cached_dataset, tokenizer_fingerprint
+from delib_fast.data.encode.cache import tokenizer_fingerprint
 from delib_fast.data.encode.encoder import Cot, encoder_for
-from delib_fast.data.progress import log_progress
 from delib_fast.digests import hash_tree
-from delib_fast.files import read_text
 from delib_fast.models import ModelShape, build_tokenizer, model_shape
+from delib_fast.training.distillation import specs_of, teacher_note, teacher_shape
+from delib_fast.training.encoding import EncodedSources
 from delib_fast.training.held_out import EvaluationSet, rows_key
+from delib_fast.training.packs import pack_stage
 from delib_fast.training.sources import held_out_rows, reraise_as_data_error, source_of
 from delib_fast.training.trained_tokenizer import is_intact, store
 
@@ -63,7 +63,8 @@ class RunDataset:
     def __init__(self, config: Config, tokenizer_folder: Path, ranks: Ranks | SingleProcess) -> None:
         self._config, self._tokenizer_folder, self._ranks = config, tokenizer_folder, ranks
         self._sources: dict[str, Source] = {}
-        self._encoded_sources: dict[str, TokenizedDataset] = {}
+        self._encoded_sources = EncodedSources(config, logs=ranks.rank == 0)
+        self._teacher_shapes: dict[str, ModelShape] = {}
         self._encoded: dict[str, TokenizedDataset] = {}
         self._mixed: dict[str, tuple[TokenizedDataset, list[SourceShare]]] = {}
         self._batches: dict[str, PackedDataLoader] = {}
@@ -144,19 +145,21 @@ class RunDataset:
         return self._encoded[stage.name]
 
     def _encoded_source(self, stage: StageConfig, name: str) -> TokenizedDataset:
-        """The examples of a source, from the encoding cache or encoded now."""
-        source, options = self.source(name), encoding_options(stage)
-        settings = self._config.data[name].identity(exclude=frozenset({"repeat", "max_tokens"}))
-        inputs = {"source": name, "settings": settings, "sha256": source.sha256, **options}
-        key = cache_key({**inputs, "tokenizer": self.tokenizer_fingerprint})
-        if key not in self._encoded_sources:
-            rows = source.train_rows()
-            if self._ranks.rank == 0:
-                rows = log_progress(rows, source.num_train, f"encoding {name}")
-            with reraise_as_data_error(f"stage {stage.name!r}"), cache_folder(self._config.cache_dir) as folder:
-                encoded = encode_stream(rows, self.tokenizer, **options)
-                self._encoded_sources[key] = cached_dataset(folder, key, encoded, description=inputs)
-        return self._encoded_sources[key]
+        """The examples of a source, from the encoding cache or encoded now, with those that a teacher reads."""
+        return self._encoded_sources.of(
+            stage,
+            self.source(name),
+            name,
+            self.tokenizer,
+            self.tokenizer_fingerprint,
+            lambda: self.teacher_shape(stage).positions,
+        )
+
+    def teacher_shape(self, stage: StageConfig) -> ModelShape:
+        """The sizes of the stage's teacher: those of the run's model, unless the teacher is another model."""
+        if stage.name not in self._teacher_shapes:
+            self._teacher_shapes[stage.name] = teacher_shape(self._config, stage, self.shape, self.tokenizer)
+        return self._teacher_shapes[stage.name]
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
@@ -177,23 +180,27 @@ class RunDataset:
                 )
         return self._mixed[stage.name]
 
+    def stage_shape(self, stage: StageConfig) -> ModelShape:
+        """The sizes of the run's model, with those of the stage's teacher."""
+        teacher = self.teacher_shape(stage)
+        is_other = teacher is not self.shape
+        return dataclasses.replace(self.shape, teacher_parameters=teacher.parameters if is_other else 0)
+
     # --- decontamination ------------------------------------------------------------------------------------
 
     def refuse_leaks(self, stage: StageConfig) -> None:
         """Raise DataError if a prompt contains text of the spec, or evaluation rows occur in the training data."""
-        if isinstance(stage, AFTConfig) and stage.spec is not None:
-            try:
-                spec = read_text(stage.spec)
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"stage {stage.name!r}: spec: {stage.spec} cannot be read: {error}") from None
+        if isinstance(stage, AFTConfig):
             system_prompt = stage.system_prompt or ""
             shown = Message("system", system_prompt)  # in the prompt of every row that has no system message
             where = f"stages.{stage.name}.system_prompt"
             added = Row(kind="chat", location=where, source="", digest="", messages=(shown,))
-            self._check_once(
-                {"spec": spec, "system_prompt": system_prompt, "sources": self._source_keys(stage.train)},
-                lambda: refuse_spec_in_prompts(itertools.chain([added], self.training_rows(stage.train)), [spec]),
-            )
+            for spec in specs_of(stage):
+                rows = itertools.chain([added], self.training_rows(stage.train))
+                self._check_once(
+                    {"spec": spec, "system_prompt": system_prompt, "sources": self._source_keys(stage.train)},
+                    partial(refuse_spec_in_prompts, rows, [spec]),
+                )
         if not self._overlap_checked and self._config.overlap == "error":
             names = list({name: None for stage in self._config.stages for name in stage.train})
             held_out = self.held_out_rows()
@@ -231,7 +238,12 @@ class RunDataset:
             self.refuse_leaks(stage)
             examples = self.mixed(stage)[0]
             self._batches[stage.name] = pack_stage(
-                stage, examples, self.shape, seed=self._config.seed, ranks=self._ranks
+                stage,
+                examples,
+                self.shape,
+                seed=self._config.seed,
+                ranks=self._ranks,
+                teacher_shares=self.teacher_shape(stage).no_shared_prompts is None,
             )
         return self._batches[stage.name]
 
@@ -300,9 +312,10 @@ class RunDataset:
         split = f"; {counts.split_documents} documents cut to fit" if counts.split_documents else ""
         sharing = batches.prompt_sharing
         shared = f"; shared prompts save {sharing.share:.1%} of the tokens" if sharing else ""
+        taught = teacher_note(stage, shares=batches.teacher_shares)
         return (
             f"{counts.rows:,} rows, {counts.tokens:,} tokens, {batches.packs_per_epoch} packs filled to "
-            f"{batches.fill:.1%}, {batches.num_steps} steps{mixed}{dropped}{split}{shared}"
+            f"{batches.fill:.1%}, {batches.num_steps} steps{mixed}{dropped}{split}{shared}{taught}"
         )
 
     def _bad_rows(self, stage: StageConfig) -> Counter[str]:
@@ -322,7 +335,7 @@ class RunDataset:
     def ledger(self, stage: StageConfig) -> dict[str, Any]:
         """The part of a stage's ledger entry that describes its data: files with hashes, and tokens over all steps."""
         batches, (encoded, shares) = self.batches(stage), self.mixed(stage)
-        weights, counts = segment_weights(stage), self.encoded(stage).counts
+        weights, losses, counts = segment_weights(stage), total_weights(stage), self.encoded(stage).counts
         totals, left_out = batches.totals(), self.left_out(stage)
         targets = (totals.repeats @ encoded.target_counts).tolist()
         data = [
@@ -352,48 +365,9 @@ class RunDataset:
             "supervised_tokens": {
                 segment.name.lower(): targets[segment]
                 for segment in Segment
-                if weights[segment] > 0 and targets[segment]
+                if losses[segment] > 0 and targets[segment]
             },
             "segment_weights": {s.name.lower(): weights[s] for s in Segment},
             "packs_per_epoch": batches.packs_per_epoch,
             "fill": batches.fill,
         }
-
-
-def pack_stage(
-    stage: StageConfig, examples: TokenizedDataset, shape: ModelShape, *, seed: int, ranks: Ranks | SingleProcess
-) -> PackedDataLoader:
-    """Pack the examples of a stage; each rank gets its own packs.
-
-    Raises DataError if there are fewer steps than the stage's `min_steps`, or if a step has nothing to train on.
-    """
-    with reraise_as_data_error(f"stage {stage.name!r}"):
-        batches = PackedDataLoader(
-            examples,
-            pack_capacity=stage.pack_capacity,
-            packs_per_step=stage.packs_per_step,
-            segment_weights=segment_weights(stage),
-            seed=seed,
-            epochs=stage.epochs,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            sequence_parallel=ranks.sequence_parallel,
-            max_steps=stage.max_steps,
-            quadratic_cost=shape.quadratic_cost if stage.balance == "cost" else 0.0,
-            loss_average=stage.loss_average,
-            share_prompts=stage.share_prompts == "auto" and shape.no_shared_prompts is None,
-        )
-        refuse_few_steps(stage, batches)
-        batches.refuse_unsupervised_steps()
-    return batches
-
-
-def refuse_few_steps(stage: StageConfig, batches: PackedDataLoader) -> None:
-    """Raise ValueError, with a tokens_per_step that works, if a stage has fewer steps than its `min_steps`."""
-    if batches.num_steps < stage.min_steps:
-        tokens = batches.tokens_per_epoch * stage.epochs
-        fits = max(1, tokens // (stage.min_steps * stage.pack_capacity)) * stage.pack_capacity
-        raise ValueError(
-            f"{tokens:,} tokens at {stage.tokens_per_step:,} per step are only {batches.num_steps} steps, fewer than "
-            f"min_steps ({stage.min_steps}); set tokens_per_step to about {fits:,}, or train more epochs"
-        )

@@ -33,7 +33,7 @@ def flatten_metrics(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a metrics record by flat name: nll/cot, accuracy/cot, tokens_per_s, … (without `step`)."""
     flat = {name: float(value) for name, value in record.items() if isinstance(value, int | float) and name != "step"}
     for segment, part in record["segments"].items():
-        flat |= {f"nll/{segment}": part["nll"], f"accuracy/{segment}": part["accuracy"]}
+        flat |= {f"{name}/{segment}": value for name, value in part.items() if name != "tokens"}
     return flat
 
 

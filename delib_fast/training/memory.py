@@ -16,6 +16,9 @@
                  4·V·H for its gradient in float32 and b·V·H for the gradient that is returned. In bf16 with T <= 2·H:
                  b·T·V for logits instead of the chunk and the float32 gradient (`ops.linear_cross_entropy`)
 
+    teacher      b·P of another model that is the stage's teacher, on every rank; with any teacher, b·(T·H + chunk·V)
+                 more for the loss. Its forward pass comes before the student's, and keeps nothing else
+
 Offloaded parts are not counted. `activation_checkpointing: auto` leaves a tenth of the memory free for what this
 estimate omits; `check_fits` refuses a stage that needs more memory than there is.
 """
@@ -26,7 +29,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from delib_fast.config import REDUCE_BUCKET, Config, ConfigError, StageConfig, effective_zero_stage
+from delib_fast.config import REDUCE_BUCKET, AFTConfig, Config, ConfigError, StageConfig, effective_zero_stage
 from delib_fast.models import ModelShape
 from delib_fast.ops.linear_cross_entropy import gpu_chunk_tokens
 
@@ -79,6 +82,8 @@ def memory_parts(
     moments = {"sgd": 0, "adamw": 8 * trained, "muon": 4 * (trained + adamw_under_muon)}[stage.optimizer.name]
     T = tokens_of_a_rank(config, stage)
     chunk = gpu_chunk_tokens(limit_gib * GIB if gpu and limit_gib is not None else None)
+    teacher = isinstance(stage, AFTConfig) and stage.teacher is not None
+    copies = [MemoryPart("teacher", b * shape.teacher_parameters, f"{precision}, on every rank")]
     offloaded = config.engine.offload_optimizer != "none"
     adapter = "" if lora is None else f", adapter of {trained:,}"
     return [
@@ -101,19 +106,31 @@ def memory_parts(
             else f"{stage.optimizer.name}{', fp32 master weights' if half else ''}{_over(ranks, zero >= 1)}",
         ),
         _activations(config, stage, shape, b),
-        _loss(T, shape, b, chunk, head_is_trained=lora is None, may_keep_logits=precision == "bf16"),
+        _loss(
+            T,
+            shape,
+            b,
+            chunk,
+            head_is_trained=lora is None,
+            may_keep_logits=precision == "bf16",
+            has_teacher=teacher,
+        ),
+        *(copies if shape.teacher_parameters else ()),
     ]
 
 
-def _loss(T: int, shape: ModelShape, b: int, chunk: int, *, head_is_trained: bool, may_keep_logits: bool) -> MemoryPart:
+def _loss(
+    T: int, shape: ModelShape, b: int, chunk: int, *, head_is_trained: bool, may_keep_logits: bool, has_teacher: bool
+) -> MemoryPart:
     """The memory of the loss.
 
     Args:
         chunk: rows of logits in memory at a time.
+        has_teacher: whether it has a divergence from a teacher, whose hidden states and chunk of logits count too.
         may_keep_logits: whether the op may keep the gradient of all logits instead of summing the head's in float32.
     """
     V, H = shape.vocabulary, shape.hidden
-    hidden = 2.0 * b * T * H
+    hidden = 2.0 * b * T * H + (b * (T * H + min(chunk, T) * V) if has_teacher else 0)
     if head_is_trained and may_keep_logits and T <= 2 * H:
         return MemoryPart("loss", b * (T * V + V * H) + hidden, "the logits' gradient, and the head's made from it")
     head = (4 + b) * V * H if head_is_trained else 0

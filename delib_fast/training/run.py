@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +29,7 @@ from delib_fast.training.artifacts import (
 from delib_fast.training.checkpointing import refuse_foreign_checkpoint
 from delib_fast.training.console import ConsoleLogger
 from delib_fast.training.context import RunContext
+from delib_fast.training.distillation import describe_teacher
 from delib_fast.training.errors import LostRankError, Stopped
 from delib_fast.training.loggers import Loggers, refuse_missing_loggers
 from delib_fast.training.memory import (
@@ -40,6 +41,7 @@ from delib_fast.training.memory import (
 from delib_fast.training.metrics_file import NO_LINES
 from delib_fast.training.run_directory import RunDirectory
 from delib_fast.training.signals import StopRequest
+from delib_fast.training.teacher_model import build_teacher, teacher_model
 from delib_fast.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -149,6 +151,8 @@ def run_stages(run: RunContext, callbacks: Sequence[Callback] = ()) -> None:
     finished = {entry["name"]: entry for entry in run.directory.ledger["stages"] if entry["status"] == "finished"}
     with run.stop.raise_immediately("reading the data"):
         check_inputs(run)
+        for stage in stages:
+            teacher_model(run, stage)
         prepare(run, [stage for stage in stages if stage.name not in finished])
     for index, stage in enumerate(stages):
         if stage.name in finished:
@@ -200,7 +204,7 @@ def check_stages(run: RunContext, stages: Sequence[StageConfig]) -> None:
     for stage in stages:
         run.dataset.batches(stage)
         run.dataset.corpus(stage)
-        check_fits(run.config, stage, run.dataset.shape, memory_budget(run))
+        check_fits(run.config, stage, run.dataset.stage_shape(stage), memory_budget(run))
 
 
 def compare_stages(run: RunContext, stages: Sequence[StageConfig]) -> None:
@@ -211,7 +215,9 @@ def compare_stages(run: RunContext, stages: Sequence[StageConfig]) -> None:
         with run.watchdog.local_work("comparing the ranks"):
             settings: dict[str, str] = {"engine.precision (resolved)": run.config.engine.precision}
             for stage in stages:
-                found = resolve_activation_checkpointing(run.config, stage, run.dataset.shape, memory_budget(run))
+                found = resolve_activation_checkpointing(
+                    run.config, stage, run.dataset.stage_shape(stage), memory_budget(run)
+                )
                 settings[f"stages.{stage.name}: activation checkpointing"] = describe_checkpointing(found)
             return stage_facts(run, stages, settings)
 
@@ -225,8 +231,8 @@ def run_stage(run: RunContext, index: int, callbacks: Sequence[Callback] = ()) -
     from delib_fast.training.loop import evaluate, train_stage
 
     stage = run.config.stages[index]
-    inputs = stage_inputs(run, index)
-    config = resolve_activation_checkpointing(run.config, stage, run.dataset.shape, memory_budget(run))
+    inputs = replace(stage_inputs(run, index), teacher=teacher_model(run, stage))
+    config = resolve_activation_checkpointing(run.config, stage, run.dataset.stage_shape(stage), memory_budget(run))
     run.console.print(f"{stage.name}: {run.dataset.describe(stage)}")
     if warning := monitoring_warning(run.dataset.corpus(stage)):
         run.console.print(f"{stage.name}: {warning}")
@@ -267,15 +273,16 @@ def build_engine(run: RunContext, config: Config, stage: StageConfig, inputs: St
         with run.watchdog.local_work("loading the model"):
             model, exact_weights = build_stage_model(run, inputs, config)
             check_layers(config.model.layers, ranks.device)
-            module = TrainableLM(
-                model,
-                attention_backend=config.model.attention,
-                loss_backend=config.model.loss,
-                sequence_group=ranks.sequence_group,
-                layers=config.model.layers,
-                device=ranks.device,
-                in_one_pass=_ZERO_3 if config.engine.zero_stage == 3 else None,
-            )
+            options: dict[str, Any] = {
+                "attention_backend": config.model.attention,
+                "loss_backend": config.model.loss,
+                "sequence_group": ranks.sequence_group,
+                "layers": config.model.layers,
+                "device": ranks.device,
+            }
+            in_one_pass = _ZERO_3 if config.engine.zero_stage == 3 else None
+            teacher = build_teacher(run, config, stage, **options)
+            module = TrainableLM(model, **options, in_one_pass=in_one_pass, teacher=teacher)
             module.head.chunk_tokens = memory_budget(run).chunk_tokens
             return module, exact_weights
 
@@ -286,7 +293,11 @@ def build_engine(run: RunContext, config: Config, stage: StageConfig, inputs: St
         run.console.print(f"{stage.name}: layers run {module.layers}: {module.layers_reason}")
     engine = Engine(module, config, stage, batches.num_steps, ranks)
     engine.state.set_weights(exact_weights)
-    check_isolation(engine.wrapped, ranks.device, shares_prompts=batches.shares_prompts)
+    other = module.teacher.model if module.teacher is not None else None
+    shares_prompts = batches.shares_prompts or (isinstance(other, str) and batches.teacher_shares)
+    check_isolation(engine.wrapped, ranks.device, shares_prompts=shares_prompts)
+    if isinstance(other, TrainableLM):
+        check_isolation(other, ranks.device, shares_prompts=batches.teacher_shares)
     return engine
 
 
@@ -320,6 +331,7 @@ def stage_entry(
         "status": "running",
         **inputs.describe(),
         **run.dataset.ledger(stage),
+        **describe_teacher(stage),
         "steps": run.dataset.batches(stage).num_steps,
         "ranks": run.ranks.world_size,
         "sequence_parallel": run.ranks.sequence_parallel,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from delib_fast.config import AFTConfig
 from delib_fast.training.bad_steps import BadSteps
 from delib_fast.training.callbacks import Callback
 from delib_fast.training.meter import Meter, count_tokens, segment_report, weighted_loss
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from delib_fast.config import StageConfig
     from delib_fast.data import PackedBatch, PackedDataLoader
     from delib_fast.engine import Engine
-    from delib_fast.ops import LossOutput
+    from delib_fast.ops import DivergenceOutput, LossOutput
     from delib_fast.training.context import RunContext
 
 
@@ -36,7 +37,8 @@ class StepLog(Callback):
         state: Mapping[str, Any] | None,
     ) -> None:
         self._run, self._stage, self._num_steps = run, stage, batches.num_steps
-        self._meter, self._throughput = Meter(engine.device), Throughput.of(engine, stage)
+        self._meter = Meter(engine.device, has_teacher=isinstance(stage, AFTConfig) and stage.teacher is not None)
+        self._throughput = Throughput.of(engine, stage)
         self._bad_steps = BadSteps(run, stage, batches)
         self._micro_batches: Sequence[PackedBatch] = ()
         self._totals: dict[str, Any] = {
@@ -67,7 +69,7 @@ class StepLog(Callback):
             self._micro_batches = micro_batches
             yield micro_batches
 
-    def micro_batch(self, batch: PackedBatch, output: LossOutput) -> None:
+    def micro_batch(self, batch: PackedBatch, output: LossOutput | DivergenceOutput) -> None:
         self._meter.add(batch, output)
 
     def step_end(self, run: RunContext, engine: Engine, stage: StageConfig) -> None:

@@ -260,11 +260,11 @@ def test_chunks_are_limited_by_rows_and_by_characters(monkeypatch):
 
     monkeypatch.setattr(stream, "_CHUNK_CHARS", 100)
     rows = [document("x" * n) for n in (10, 60, 40, 500, 1, 1)]
-    assert [len(chunk) for chunk in stream._chunks(rows)] == [2, 1, 1, 2]
+    assert [len(chunk) for chunk in stream.chunks_of(rows)] == [2, 1, 1, 2]
     encoded = encode_rows(rows, tokenizer("plain"), pack_capacity=2048)
     assert [len(tokenizer("plain").decode(e.input_ids[:-1])) for e in encoded] == [10, 60, 40, 500, 1, 1]
     monkeypatch.setattr(stream, "_CHUNK_ROWS", 4)
-    assert [len(chunk) for chunk in stream._chunks([document("x")] * 6)] == [4, 2]
+    assert [len(chunk) for chunk in stream.chunks_of([document("x")] * 6)] == [4, 2]
 
 
 def test_a_stream_yields_the_examples_of_each_row():

@@ -82,10 +82,10 @@ def encode_stream(
     """
     encoder = encoder_for(tokenizer)
     num_rows = num_kept = 0
-    for chunk in prefetch(_chunks(rows)):
+    for chunk in prefetch(chunks_of(rows)):
         encoded = encoder.encode(chunk, cot=cot, system_prompt=system_prompt)
         for row, example in zip(chunk, encoded, strict=True):
-            examples = _fit(row, example, pack_capacity, over_long)
+            examples = fit(row, example, pack_capacity, over_long)
             num_kept += bool(examples)
             yield examples
         num_rows += len(chunk)
@@ -97,11 +97,18 @@ def encode_stream(
         )
 
 
-def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def chunks_of(rows: Iterable[Row], *, extra_chars: int = 0) -> Iterator[list[Row]]:
+    """Yield the rows in chunks that the tokenizer encodes together.
+
+    Args:
+        extra_chars: characters that are added to each row before it is encoded.
+    Raises:
+        DataError: a row is longer than MAX_ROW_CHARS.
+    """
     chunk: list[Row] = []
     chars = 0
     for row in rows:
-        size = sum(map(len, row.texts))
+        size = sum(map(len, row.texts)) + extra_chars
         if size > MAX_ROW_CHARS:
             raise DataError(
                 f"the row has {size / 2**20:.1f} Mi characters, more than the limit of {MAX_ROW_CHARS >> 20} Mi: the "
@@ -118,7 +125,8 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
-def _fit(row: Row, example: Example, pack_capacity: int, over_long: OverLong) -> list[Example]:
+def fit(row: Row, example: Example, pack_capacity: int, over_long: OverLong) -> list[Example]:
+    """Return the examples of a row: its example, its pieces, or none if it is longer than a pack and dropped."""
     if len(example) <= pack_capacity:
         return [example]
     if over_long == "error":

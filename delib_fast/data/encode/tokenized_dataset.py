@@ -129,6 +129,8 @@ class TokenizedDataset(Sequence[Example]):
         """(N, 4) number of targets of each example, by segment."""
         self.prompt_keys = np.array([e.prompt_key for e in examples], np.int64).reshape(-1, 2)
         """(N, 2) `Example.prompt_key` of each example."""
+        self.teacher: TokenizedDataset | None = None
+        """What the stage's teacher reads for each example (teacher.py); None without a teacher."""
 
     @classmethod
     def from_arrays(
@@ -175,6 +177,10 @@ class TokenizedDataset(Sequence[Example]):
             return datasets[k].location(index - int(ends[k]) + len(datasets[k]))
 
         dataset.location = location
+        teachers = [d.teacher for d in datasets if d.teacher is not None]
+        if teachers:
+            assert len(teachers) == len(datasets), "either every dataset of a stage has a teacher, or none has"
+            dataset.teacher = cls.join(teachers)
         return dataset
 
     def take(self, indices: NDArray[np.int64]) -> TokenizedDataset:
@@ -184,6 +190,7 @@ class TokenizedDataset(Sequence[Example]):
         for name in ("array_of", "lengths", "starts", "weights", "target_counts", "prompt_keys"):
             setattr(dataset, name, getattr(self, name)[indices])
         dataset.location = lambda index: self.location(int(indices[index]))
+        dataset.teacher = None if self.teacher is None else self.teacher.take(indices)
         return dataset
 
     def __len__(self) -> int:
@@ -232,12 +239,17 @@ class TokenizedDataset(Sequence[Example]):
         )
 
     def digest(self) -> str:
-        """Return the sha256 of all tokens, segments and weights, in order. Tokens are only read by the first call."""
+        """Return the sha256 of all tokens, segments and weights, in order, and of what a teacher reads.
+
+        Tokens are only read by the first call.
+        """
         digest = hashlib.sha256()
         for array in (self.array_of, self.starts, self.lengths, self.weights, self.target_counts, self.prompt_keys):
             digest.update(np.ascontiguousarray(array).data)
         for known in self.array_digests():
             digest.update(known.encode())
+        if self.teacher is not None:
+            digest.update(self.teacher.digest().encode())
         return digest.hexdigest()
 
     def array_digests(self) -> list[str]:

@@ -66,6 +66,8 @@ class PackedBatch:
     """(N,) the sequence that each one continues, or -1, as in `ops.varlen_attention`; None without shared prompts."""
     shard: SequenceShard | None = None
     """None for a whole pack."""
+    teacher: TeacherPack | None = None
+    """What the stage's teacher reads; `loss_positions` are then those of `TeacherPack.rows`. None without a teacher."""
 
     @property
     def num_tokens(self) -> int:
@@ -85,11 +87,13 @@ class PackedBatch:
     def to(self, device: torch.device | str, *, non_blocking: bool = True) -> PackedBatch:
         """Copy the batch to a device. From pinned memory the copies overlap with computation."""
         moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in _TENSORS}
-        return replace(self, **moved)
+        teacher = None if self.teacher is None else self.teacher.to(device, non_blocking=non_blocking)
+        return replace(self, **moved, teacher=teacher)
 
     def pin_memory(self) -> PackedBatch:
         """Copy the batch to pinned host memory."""
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS})
+        teacher = None if self.teacher is None else self.teacher.pin_memory()
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in _TENSORS}, teacher=teacher)
 
     def shard_of(self, rank: int, size: int) -> PackedBatch:
         """Return shard `rank` of `size`: ⌈T / size⌉ consecutive tokens. The batch must be a whole pack on the host.
@@ -111,6 +115,15 @@ class PackedBatch:
             boundaries = (*boundaries, size * shard_size)
             prefix = None if prefix is None else (*prefix, -1)
         positions = self.loss_positions
+        own = (positions >= start) & (positions < end)
+        teacher = self.teacher
+        if teacher is not None:
+            teacher = TeacherPack(
+                teacher.batch.shard_of(rank, size),
+                teacher.rows[own],
+                cut(teacher.divergence_weights, zeros.float()),
+                cut(teacher.nll_weights, zeros.float()),
+            )
         return replace(
             self,
             input_ids=cut(self.input_ids, zeros),
@@ -118,13 +131,40 @@ class PackedBatch:
             loss_weights=cut(self.loss_weights, zeros.float()),
             segment_ids=cut(self.segment_ids, zeros.to(torch.int8)),
             position_ids=cut(self.position_ids, torch.arange(padding)),
-            loss_positions=positions[(positions >= start) & (positions < end)] - start,
+            loss_positions=positions[own] - start,
             cu_seqlens=torch.tensor(boundaries, dtype=torch.int32),
             cu_seqlens_host=boundaries,
             max_seqlen=max(self.max_seqlen, padding),
             prefix=prefix,
             shard=SequenceShard(rank, size, max(0, min(end, T) - start)),
+            teacher=teacher,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherPack:
+    """What the teacher of a pack reads, and the weights of what the student learns from it (teacher.py)."""
+
+    batch: PackedBatch
+    """The teacher's sequences, without targets. Under sequence parallelism, this rank's shard of them."""
+    rows: Tensor
+    """(L,) int64: for each of the student's `loss_positions`, the position in the teacher's whole pack whose hidden
+    state predicts the same token; 0 in documents, which have no teacher."""
+    divergence_weights: Tensor
+    """(T,) float32: the weight of the divergence at each of the student's targets."""
+    nll_weights: Tensor
+    """(T,) float32: the weight of the nll of each of the student's targets."""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = True) -> TeacherPack:
+        """Copy the tensors to a device."""
+        tensors = (self.rows, self.divergence_weights, self.nll_weights)
+        moved = (tensor.to(device, non_blocking=non_blocking) for tensor in tensors)
+        return TeacherPack(self.batch.to(device, non_blocking=non_blocking), *moved)
+
+    def pin_memory(self) -> TeacherPack:
+        """Copy the tensors to pinned host memory."""
+        tensors = (self.rows, self.divergence_weights, self.nll_weights)
+        return TeacherPack(self.batch.pin_memory(), *(tensor.pin_memory() for tensor in tensors))
 
 
 def collate_pack(

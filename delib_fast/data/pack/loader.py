@@ -15,6 +15,7 @@ from delib_fast.data.pack.batch import PackedBatch, collate_pack, empty_pack
 from delib_fast.data.pack.epochs import EpochPlanner, PromptSharing, StageTotals
 from delib_fast.data.pack.packing import PackPlan, plan_packs
 from delib_fast.data.pack.shared_prompts import bundle, plan_bundles
+from delib_fast.data.pack.teacher import TeacherWeights, with_teacher
 from delib_fast.data.prefetch import prefetch
 from delib_fast.data.rows import Segment
 
@@ -47,6 +48,7 @@ class PackedDataLoader:
             so that all examples of the dataset have the same total weight regardless of their length, times their
             rows' own weights. The total weight of the dataset does not change.
         share_prompts: pack replies to one prompt with the prompt only once, unless that would need more packs.
+        teacher: give each pack what its teacher reads (`TokenizedDataset.teacher`), with these loss weights.
     Raises:
         ValueError: packs_per_step cannot be divided evenly among the ranks, an example is longer than the capacity, or
             no target of the dataset has a weight above 0.
@@ -68,7 +70,9 @@ class PackedDataLoader:
         quadratic_cost: float = 0.0,
         loss_average: Literal["token", "example"] = "token",
         share_prompts: bool = False,
+        teacher: TeacherWeights | None = None,
     ) -> None:
+        self._teacher = teacher
         self._assignment = _RankAssignment(rank, world_size, sequence_parallel)
         self._assignment.check(packs_per_step)
         self.examples = _tokenized(examples)
@@ -105,11 +109,20 @@ class PackedDataLoader:
     def step(self, index: int) -> list[PackedBatch]:
         """Collate this rank's packs, or shards of packs, of a global step. Raises IndexError after the last step."""
         plan, packs = self._packs(index)
-        weights = self._segment_weights, self.example_weights
         return self._assignment.select(
-            [partial(collate_pack, self.examples, plan.pack(p), *weights, plan.pack_continues(p)) for p in packs],
+            [partial(self._collate, plan, p) for p in packs],
             self.packs_per_step // self._assignment.num_groups,
+            self._taught(empty_pack()),
         )
+
+    def _collate(self, plan: PackPlan, pack: int) -> PackedBatch:
+        weights = self._segment_weights, self.example_weights
+        return self._taught(collate_pack(self.examples, plan.pack(pack), *weights, plan.pack_continues(pack)))
+
+    def _taught(self, batch: PackedBatch) -> PackedBatch:
+        if self._teacher is None:
+            return batch
+        return with_teacher(batch, self.examples, self.example_weights, self._teacher)
 
     def from_step(self, first: int, *, pin: bool = False) -> Iterator[list[PackedBatch]]:
         """Yield this rank's packs of each step from `first` on.
@@ -128,6 +141,11 @@ class PackedDataLoader:
     def shares_prompts(self) -> bool:
         """Whether packs share prompts."""
         return self._planner.shares_prompts
+
+    @property
+    def teacher_shares(self) -> bool:
+        """Whether the stage has a teacher that computes once what several rows of a pack begin with."""
+        return self._teacher is not None and self._teacher.share
 
     @property
     def prompt_sharing(self) -> PromptSharing | None:
@@ -201,6 +219,7 @@ def evaluation_batches(
             for p in range(plan.num_packs)
         ],
         -(-plan.num_packs // assignment.num_groups),
+        empty_pack(),
     )
 
 
@@ -238,11 +257,11 @@ class _RankAssignment:
                 f"{nearest} packs)"
             )
 
-    def select(self, packs: Sequence[Callable[[], PackedBatch]], count: int) -> list[PackedBatch]:
+    def select(self, packs: Sequence[Callable[[], PackedBatch]], count: int, empty: PackedBatch) -> list[PackedBatch]:
         """Collate the packs that this rank takes, and append empty packs until there are `count`."""
         group, shard = divmod(self.rank, self.sequence_parallel)
         mine = [collate() for collate in packs[group :: self.num_groups]]
-        mine += [empty_pack() for _ in range(count - len(mine))]
+        mine += [empty] * (count - len(mine))
         return mine if self.sequence_parallel == 1 else [pack.shard_of(shard, self.sequence_parallel) for pack in mine]
 
 

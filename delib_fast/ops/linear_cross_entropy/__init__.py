@@ -1,6 +1,7 @@
 """The fused loss head: projection to the vocabulary, softmax and cross-entropy, without (T, V) logits in memory."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,17 @@ from delib_fast.ops.linear_cross_entropy import _cpu, _cuda, _triton
 from delib_fast.ops.linear_cross_entropy._call import OP, LossCall
 from delib_fast.ops.linear_cross_entropy._checks import check_options, check_tensors
 from delib_fast.ops.linear_cross_entropy.reference import linear_cross_entropy_reference
+from delib_fast.ops.linear_kl_divergence import DivergenceOutput, linear_kl_divergence
 
-__all__ = ["BACKENDS", "FusedLossHead", "LossOutput", "gather_weight", "gpu_chunk_tokens", "linear_cross_entropy"]
+__all__ = [
+    "BACKENDS",
+    "FusedLossHead",
+    "HeadTeacher",
+    "LossOutput",
+    "gather_weight",
+    "gpu_chunk_tokens",
+    "linear_cross_entropy",
+]
 
 
 class LossOutput(NamedTuple):
@@ -157,6 +167,22 @@ def linear_cross_entropy(
     return LossOutput(results[0], results[1].detach(), results[2])
 
 
+@dataclass(frozen=True, slots=True)
+class HeadTeacher:
+    """The teacher of a call of FusedLossHead, for T tokens of the student."""
+
+    hidden: Tensor
+    """(T, Ht): row t predicts the same token as row t of the student. Rows without a weight are not read."""
+    divergence_weights: Tensor
+    """(T,) weight of each divergence."""
+    nll_weights: Tensor
+    """(T,) weight of each nll."""
+    direction: str
+    """As in linear_kl_divergence."""
+    head: "FusedLossHead | None" = None
+    """The teacher's head; None if it is the student's own, which is then read once."""
+
+
 class FusedLossHead(nn.Module):
     """linear_cross_entropy as a module that replaces lm_head.
 
@@ -209,15 +235,38 @@ class FusedLossHead(nn.Module):
         weight: Any = linear.weight  # a Parameter, although nn.Linear declares a Tensor
         return cls(weight, linear.bias, **options)
 
+    @overload
+    def forward(
+        self, hidden: Tensor, targets: Tensor, loss_weights: Tensor | None = ..., loss_positions: Tensor | None = ...
+    ) -> LossOutput: ...
+
+    @overload
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        loss_weights: Tensor | None = ...,
+        loss_positions: Tensor | None = ...,
+        *,
+        teacher: HeadTeacher,
+    ) -> DivergenceOutput: ...
+
     def forward(
         self,
         hidden: Tensor,  # (T, H)
         targets: Tensor,  # (T,)
         loss_weights: Tensor | None = None,  # (T,)
         loss_positions: Tensor | None = None,  # (L,)
-    ) -> LossOutput:
-        """Return linear_cross_entropy with the weight, the bias and the options of this head."""
+        *,
+        teacher: HeadTeacher | None = None,  # here, because the hooks of ZeRO-3 gather the weight for this call alone
+    ) -> LossOutput | DivergenceOutput:
+        """Return linear_cross_entropy with the weight, the bias and the options of this head.
+
+        With a teacher, return linear_kl_divergence, with the teacher's weights instead of `loss_weights`.
+        """
         weight, bias = self._weight_and_bias()
+        if teacher is not None:
+            return self._divergence(hidden, targets, loss_positions, teacher, weight, bias)
         return linear_cross_entropy(
             hidden,
             weight,
@@ -228,6 +277,39 @@ class FusedLossHead(nn.Module):
             softcap=self.softcap,
             z_loss=self.z_loss,
             label_smoothing=self.label_smoothing,
+            loss_positions=loss_positions,
+            chunk_tokens=self.chunk_tokens,
+            backend=self.backend,
+        )
+
+    def _divergence(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        loss_positions: Tensor | None,
+        teacher: HeadTeacher,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> DivergenceOutput:
+        if self.z_loss or self.label_smoothing:
+            raise ValueError("FusedLossHead: a teacher and z_loss or label_smoothing cannot be combined; set both to 0")
+        other = self if teacher.head is None else teacher.head
+        teacher_weight, teacher_bias = (weight, bias) if other is self else other._weight_and_bias()
+        return linear_kl_divergence(
+            hidden,
+            weight,
+            teacher.hidden,
+            teacher_weight,
+            teacher.divergence_weights,
+            direction=teacher.direction,
+            targets=targets,
+            nll_weight=teacher.nll_weights,
+            student_bias=bias,
+            teacher_bias=teacher_bias,
+            logit_scale=self.logit_scale,
+            teacher_logit_scale=other.logit_scale,
+            softcap=self.softcap,
+            teacher_softcap=other.softcap,
             loss_positions=loss_positions,
             chunk_tokens=self.chunk_tokens,
             backend=self.backend,
