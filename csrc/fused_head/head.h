@@ -3,15 +3,17 @@
 // A fused head projects hidden states (T, H) to logits with a weight (V, H), and computes a loss of the logits and its
 // gradients, without ever storing all logits. T packed tokens, H hidden size, V vocabulary, C tokens of a chunk, K
 // columns of dz if it is kept. Logits are stored transposed, (V, C): the gradient of the logits, dz, then has the layout
-// that the GEMM of the weight's gradient needs, and the softmax loops run along tokens.
+// that the GEMM of the weight's gradient needs, and the softmax loops run along tokens. Without that gradient the bfloat16
+// driver may store them by token, (C, V).
 //
 // A driver (widened.h, bfloat16.h) has the loops over chunks of supervised rows and over blocks of the vocabulary, and
 // the GEMMs. What a head does with the logits is its objective, a class with these members:
 //
 //   scalar_t                       the type of the logits: float, double or bf16_bits
+//   HAS_LOOPS_BY_TOKEN             whether there are loops for logits by token
 //   size()                         the number of supervised rows
-//   matrices()                     how many (V, C) matrices of scalar_t a chunk needs besides its logits
-//   reserve(vocabulary, step)      allocates them for chunks of at most `step` tokens
+//   matrices()                     how many matrices a chunk needs besides its logits, of the same shape and type
+//   reserve(vocabulary, step, by_token)   allocates them for chunks of at most `step` tokens, and sets the layout
 //   begin(first, last)             starts the chunk of the supervised rows [first, last)
 //   hidden(), positions()          of the chunk: (C, H), and (C,) int64 rows of the packed hidden states
 //   add_logits(block, weight)      takes a block of logits, while it is in cache, and the rows of the weight that gave it
@@ -36,6 +38,10 @@ namespace delib_fast {
 // The stride between rows of a chunk's transposed logits, in elements: whole cache lines. MKL writes unaligned rows at
 // little more than half the speed.
 inline std::int64_t leading_dimension(std::int64_t tokens) { return (tokens + 15) / 16 * 16; }
+
+// The stride between rows of logits (C, V): an odd number of cache lines of bfloat16, so that the rows of a block do not
+// share a few sets of the cache if V is a power of 2.
+inline std::int64_t leading_by_token(std::int64_t vocabulary) { return ((vocabulary + 31) / 32 | 1) * 32; }
 
 // The size of chunks that are nearly equal: a multiple of 16 rows (a cache line of float32), at most max(max_rows, 16).
 std::int64_t equal_chunk(std::int64_t rows, std::int64_t max_rows);

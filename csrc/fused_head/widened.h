@@ -50,7 +50,7 @@ class WidenedHead {
     const std::int64_t fits = std::clamp<std::int64_t>(LOGITS_BYTES / token_bytes, 16, MAX_TOKENS);
     step_ = equal_chunk(objective.size(), chunk_tokens > 0 ? chunk_tokens : fits);
     buffer_ = large_empty({vocabulary_ * step_}, DTYPE);
-    objective.reserve(vocabulary_, step_);
+    objective.reserve(vocabulary_, step_, /*by_token=*/false);
   }
 
   void run() {

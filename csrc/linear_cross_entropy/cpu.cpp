@@ -97,6 +97,7 @@ template <typename scalar, typename acc_t>
 class LossObjective {
  public:
   using scalar_t = scalar;
+  static constexpr bool HAS_LOOPS_BY_TOKEN = false;
 
   LossObjective(const at::Tensor& hidden, const SupervisedRows& rows, const Sweeps<scalar_t, acc_t>& plain,
                 const Sweeps<scalar_t, acc_t>& general, Results& results)
@@ -104,7 +105,7 @@ class LossObjective {
 
   std::int64_t size() const { return rows_.size(); }
   std::int64_t matrices() const { return 0; }
-  void reserve(std::int64_t vocabulary, std::int64_t) { vocabulary_ = vocabulary; }
+  void reserve(std::int64_t vocabulary, std::int64_t, bool) { vocabulary_ = vocabulary; }
   void begin(std::int64_t first, std::int64_t last) {
     chunk_.emplace(hidden_, rows_, first, last, dtype_of<scalar_t>, results_.options);
   }

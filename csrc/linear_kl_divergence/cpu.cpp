@@ -1,9 +1,9 @@
 // The divergence on the CPU: its objective, and the op that is registered for torch.ops.delib_fast.
 //
-// A chunk has two matrices of logits, (V, C) each: the student's, which the driver owns and in which the gradient is
+// A chunk has two matrices of logits in the same layout: the student's, which the driver owns and in which the gradient is
 // computed, and the teacher's. After the student's GEMM of a block, the objective computes the same block of the teacher's
 // logits. If both share their weight, the block of the weight is in cache by then, so that the weight is read once.
-#include <ATen/ops/empty.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/index_select.h>
@@ -125,20 +125,22 @@ class DivergenceObjective {
  public:
   using scalar_t = scalar;
   static constexpr at::ScalarType DTYPE = dtype_of<scalar_t>;
+  static constexpr bool HAS_LOOPS_BY_TOKEN = DTYPE == at::kBFloat16;
 
-  // `wide` has the loops for logits of the accumulator's type.
-  DivergenceObjective(const PairTable<scalar_t, acc_t>& table, const PairTable<acc_t, acc_t>& wide, Divergence& call)
-      : call_(call), rows_(call.rows), sweeps_(table.choose(call.direction, call.plain())),
-        wide_sweeps_(wide.choose(call.direction, call.plain())),
+  explicit DivergenceObjective(Divergence& call)
+      : call_(call), rows_(call.rows),
+        wide_sweeps_(table_of<acc_t>(pair_kernels(), false).choose(call.direction, call.plain())),
         options_{static_cast<acc_t>(call.options.softcap), static_cast<acc_t>(call.options.teacher_softcap),
                  static_cast<acc_t>(call.options.inverse_temperature), static_cast<acc_t>(call.options.beta)},
         shares_weight_(call.shares_weight()), teacher_weight_(call.teacher_weight, DTYPE) {}
 
   std::int64_t size() const { return rows_.size(); }
   std::int64_t matrices() const { return 1; }
-  void reserve(std::int64_t vocabulary, std::int64_t step) {
+  void reserve(std::int64_t vocabulary, std::int64_t step, bool by_token) {
     vocabulary_ = vocabulary;
-    buffer_ = large_empty({vocabulary * step}, DTYPE);
+    by_token_ = by_token;
+    sweeps_ = &table_of<scalar_t>(pair_kernels(), by_token).choose(call_.direction, call_.plain());
+    buffer_ = large_empty({(by_token ? leading_by_token(vocabulary) : vocabulary) * step}, DTYPE);
   }
 
   void begin(std::int64_t first, std::int64_t last) {
@@ -148,36 +150,44 @@ class DivergenceObjective {
     auto* positions = const_cast<std::int64_t*>(rows_.positions.data()) + first;
     positions_ = at::from_blob(positions, {size_}, at::kLong);
     hidden_ = at::index_select(call_.hidden, 0, positions_).to(DTYPE);
+    teacher_hidden_ = at::index_select(call_.teacher_hidden, 0, positions_).to(DTYPE);
+    if (by_token_) {
+      const std::int64_t leading = leading_by_token(vocabulary_);
+      teacher_logits_ = buffer_.narrow(0, 0, leading * size_).view({size_, leading});
+      return;
+    }
     // Padded with rows of zeros, as in bfloat16.h, so that the rows of the teacher's logits are whole cache lines.
     const std::int64_t leading = padded_size();
-    teacher_hidden_ = at::empty({leading, call_.teacher_hidden.size(1)}, DTYPE);
-    teacher_hidden_.narrow(0, 0, size_).copy_(at::index_select(call_.teacher_hidden, 0, positions_));
-    teacher_hidden_.narrow(0, size_, leading - size_).zero_();
+    teacher_hidden_ = at::constant_pad_nd(teacher_hidden_, {0, 0, 0, leading - size_});
     teacher_logits_ = buffer_.narrow(0, 0, vocabulary_ * leading).view({vocabulary_, leading});
   }
   const at::Tensor& hidden() const { return hidden_; }
   const at::Tensor& positions() const { return positions_; }
 
   void add_logits(const Block<scalar_t>& student, const at::Tensor& weight) {
-    at::Tensor out = teacher_logits_.narrow(0, student.first_row, student.rows);
-    at::mm_out(out, shares_weight_ ? weight : teacher_weight_.block(student.first_row, student.rows),
-               teacher_hidden_.t());
+    const at::Tensor teacher_weight = shares_weight_ ? weight : teacher_weight_.block(student.first_row, student.rows);
+    at::Tensor out = teacher_logits_.narrow(by_token_ ? 1 : 0, student.first_row, student.rows);
+    if (by_token_) {
+      at::mm_out(out, teacher_hidden_, teacher_weight.t());
+    } else {
+      at::mm_out(out, teacher_weight, teacher_hidden_.t());
+    }
     const Block<scalar_t> teacher = teacher_block(student);
-    for_columns([&](std::int64_t begin, std::int64_t end) {
-      sweeps_.statistics(student, teacher, tokens_->running(), options_, begin, end);
+    for_tokens([&](std::int64_t begin, std::int64_t end) {
+      sweeps_->statistics(student, teacher, tokens_->running(), options_, begin, end);
     });
     for_targets(student, [&](std::int64_t c, std::int64_t row) {
-      tokens_->target_logit[c] = value_of(student.data + row * student.leading + c);
-      tokens_->teacher_target_logit[c] = value_of(teacher.data + row * teacher.leading + c);
+      tokens_->target_logit[c] = value_of(entry(student, c, row));
+      tokens_->teacher_target_logit[c] = value_of(entry(teacher, c, row));
     });
   }
 
   void finish(const Block<scalar_t>& student) {
     for (std::int64_t c = 0; c < size_; ++c) finish_statistics(c);
-    if (sweeps_.means != nullptr) {
+    if (sweeps_->means != nullptr) {
       const Block<scalar_t> teacher = teacher_block(student);
-      for_columns([&](std::int64_t begin, std::int64_t end) {
-        sweeps_.means(student, teacher, tokens_->finished(), options_, tokens_->means(), begin, end);
+      for_tokens([&](std::int64_t begin, std::int64_t end) {
+        sweeps_->means(student, teacher, tokens_->finished(), options_, tokens_->means(), begin, end);
       });
     }
     for (std::int64_t c = 0; c < size_; ++c) finish_token(c);
@@ -185,26 +195,41 @@ class DivergenceObjective {
   }
 
   void to_gradient(const Block<scalar_t>& student) {
-    for_columns([&](std::int64_t begin, std::int64_t end) {
-      sweeps_.gradient(student, teacher_block(student), tokens_->finished(), options_, begin, end);
+    for_tokens([&](std::int64_t begin, std::int64_t end) {
+      sweeps_->gradient(student, teacher_block(student), tokens_->finished(), options_, begin, end);
     });
     // Only an nll changes the target's entry in another way than the others. It is computed in full precision.
     for_targets(student, [&](std::int64_t c, std::int64_t row) {
       if (rows_.nll_weights[first_ + c] != 0) {
-        assign(student.data + row * student.leading + c, tokens_->target_gradient[c]);
+        assign(entry(student, c, row), tokens_->target_gradient[c]);
       }
     });
   }
 
  private:
-  Block<scalar_t> teacher_block(const Block<scalar_t>& student) const {
-    const std::int64_t leading = teacher_logits_.stride(0);
-    return {data_of<scalar_t>(teacher_logits_) + student.first_row * leading, leading, student.first_row, student.rows};
+  template <typename number_t>
+  static const PairTable<number_t, acc_t>& table_of(const PairKernels& kernels, bool by_token) {
+    if constexpr (dtype_of<number_t> == at::kBFloat16) return by_token ? kernels.bf16_by_token : kernels.bf16;
+    if constexpr (dtype_of<number_t> == at::kFloat) return kernels.f32;
+    if constexpr (dtype_of<number_t> == at::kDouble) return kernels.f64;
   }
 
-  // Runs `sweep` on all columns, including those that only pad the chunk, split between threads.
+  Block<scalar_t> teacher_block(const Block<scalar_t>& student) const {
+    const std::int64_t leading = teacher_logits_.stride(0), step = by_token_ ? 1 : leading;
+    return {data_of<scalar_t>(teacher_logits_) + student.first_row * step, leading, student.first_row, student.rows};
+  }
+  // The logit of token c for row `row` of the block.
+  scalar_t* entry(const Block<scalar_t>& block, std::int64_t c, std::int64_t row) const {
+    return block.data + (by_token_ ? c * block.leading + row : row * block.leading + c);
+  }
+
+  // Runs `sweep` on all tokens, split between threads. In transposed blocks these include the padding of the chunk.
   template <typename Function>
-  void for_columns(const Function& sweep) const {
+  void for_tokens(const Function& sweep) const {
+    if (by_token_) {
+      at::parallel_for(0, size_, 1, sweep);
+      return;
+    }
     at::parallel_for(0, padded_size() / COLUMNS, MIN_COLUMNS / COLUMNS,
                      [&](std::int64_t begin, std::int64_t end) { sweep(begin * COLUMNS, end * COLUMNS); });
   }
@@ -288,12 +313,13 @@ class DivergenceObjective {
 
   Divergence& call_;
   const LiveRows& rows_;
-  const PairSweeps<scalar_t, acc_t>& sweeps_;
+  const PairSweeps<scalar_t, acc_t>* sweeps_ = nullptr;
   const PairSweeps<acc_t, acc_t>& wide_sweeps_;
   const PairOptions<acc_t> options_;
   const bool shares_weight_;
   WideWeight teacher_weight_;
   std::int64_t vocabulary_ = 0, first_ = 0, size_ = 0;
+  bool by_token_ = false;
   std::optional<Tokens<acc_t>> tokens_;
   at::Tensor positions_, hidden_, teacher_hidden_, teacher_logits_, buffer_;
 };
@@ -323,17 +349,16 @@ Outputs linear_kl_divergence_cpu(const at::Tensor& hidden, const at::Tensor& wei
   const auto per_token = [&] { return at::zeros({hidden.size(0)}, options); };
   Divergence call{hidden, weight, teacher_hidden, teacher_weight, rows, direction_of(direction),
                   {softcap, teacher_softcap, 1 / temperature, beta}, per_token(), per_token(), per_token()};
-  const PairKernels& kernels = pair_kernels();
   if (rows.size() == 0) {
     grads.set_to_zero();
   } else if (gemm == "bfloat16") {
-    DivergenceObjective<bf16_bits, float> objective(kernels.bf16, kernels.f32, call);
+    DivergenceObjective<bf16_bits, float> objective(call);
     Bfloat16Head(weight, chunk_tokens, objective, grads).run();
   } else if (acc == at::kDouble) {
-    DivergenceObjective<double, double> objective(kernels.f64, kernels.f64, call);
+    DivergenceObjective<double, double> objective(call);
     WidenedHead(weight, chunk_tokens, objective, grads).run();
   } else {
-    DivergenceObjective<float, float> objective(kernels.f32, kernels.f32, call);
+    DivergenceObjective<float, float> objective(call);
     WidenedHead(weight, chunk_tokens, objective, grads).run();
   }
   const at::Tensor loss_sum = at::full({}, call.loss_sum, options);

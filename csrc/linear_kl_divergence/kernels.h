@@ -1,7 +1,7 @@
-// The loops over a pair of blocks of transposed logits, of the student and of the teacher, in plain C types: one table of
-// functions per instruction set. A block is (rows, columns) = (vocabulary entries, tokens), and every loop runs along
-// tokens, COLUMNS at a time: the rows of both blocks, and the arrays of the tokens, are padded to a multiple of it.
-// What the padding contains is overwritten or ignored.
+// The loops over a pair of blocks of logits, of the student and of the teacher, in plain C types: one table of functions
+// per instruction set. A block is transposed or by token (fused_head/block.h). In a transposed block every loop runs along
+// tokens, COLUMNS at a time: the rows of both blocks, and the arrays of the tokens, are padded to a multiple of it. What
+// the padding contains is overwritten or ignored.
 //
 //   a = x / temperature, b = y / temperature       x, y: the logits of the student and of the teacher, after the softcap
 //   p = softmax(a), q = softmax(b)
@@ -35,7 +35,7 @@ template <typename acc_t>
 struct PairRunning {
   acc_t *max, *teacher_max;
   acc_t* sums[SUMS];
-  acc_t *shift, *teacher_shift, *partial[SUMS];  // scratch
+  acc_t *shift, *teacher_shift, *partial[SUMS];  // scratch of transposed blocks
   acc_t* lost[SUMS];                             // what rounding has taken from the sums; 0 at the start
 };
 
@@ -53,19 +53,19 @@ struct PairFinished {
 
 template <typename scalar_t, typename acc_t>
 using PairStatisticsFn = void (*)(Block<scalar_t> student, Block<scalar_t> teacher, PairRunning<acc_t>,
-                                  PairOptions<acc_t>, std::int64_t begin, std::int64_t end);
+                                  PairOptions<acc_t>, std::int64_t begin, std::int64_t end);  // tokens [begin, end)
 
 // jsd only: Σ p (log p - log m) is added to `student` and Σ q (log q - log m) to `teacher`.
 template <typename acc_t>
 struct PairMeans {
   acc_t *student, *teacher;
-  acc_t *partial, *teacher_partial;  // scratch
+  acc_t *partial, *teacher_partial;  // scratch of transposed blocks
 };
 template <typename scalar_t, typename acc_t>
 using PairMeansFn = void (*)(Block<scalar_t> student, Block<scalar_t> teacher, PairFinished<acc_t>, PairOptions<acc_t>,
                              PairMeans<acc_t>, std::int64_t begin, std::int64_t end);
 
-// Replaces columns [begin, end) of the student's block with the gradient of its logits.
+// Replaces the student's logits of the tokens [begin, end) with their gradient.
 template <typename scalar_t, typename acc_t>
 using PairGradientFn = void (*)(Block<scalar_t> student, Block<scalar_t> teacher, PairFinished<acc_t>,
                                 PairOptions<acc_t>, std::int64_t begin, std::int64_t end);
@@ -76,7 +76,6 @@ struct PairSweeps {
   PairMeansFn<scalar_t, acc_t> means;  // null unless jsd
   PairGradientFn<scalar_t, acc_t> gradient;
 };
-
 
 template <typename scalar_t, typename acc_t>
 struct PairSweepsByOptions {
@@ -96,6 +95,7 @@ struct PairKernels {
   PairTable<float, float> f32;
   PairTable<double, double> f64;
   PairTable<bf16_bits, float> bf16;
+  PairTable<bf16_bits, float> bf16_by_token;
   // logit = softcap * tanh(logit / softcap), bitwise identical to what the sweeps compute.
   float (*cap_f32)(float logit, float softcap);
   double (*cap_f64)(double logit, double softcap);

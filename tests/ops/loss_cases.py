@@ -66,6 +66,12 @@ def skip_if_unavailable(backend: str) -> None:
         pytest.skip(f"{backend}: {reason}")
 
 
+def sample_if_interpreted(backend: str, full: bool, sampled: bool) -> None:
+    """Skip a case of the interpreted Triton backend, which takes a second, unless it is sampled or --full is given."""
+    if backend == "triton" and DEVICE == "cpu" and not (full or sampled):
+        pytest.skip("a long form with the interpreter; run with --full")
+
+
 def assert_no_worse(ours: Tensor, theirs: Tensor, exact: Tensor, name: str, factor: float = 2.0) -> None:
     """max|ours - float64| <= factor · max|torch in the same dtype - float64| + a few ulps of the largest value."""
     assert ours.isfinite().all(), name

@@ -5,7 +5,17 @@ T packed tokens, H hidden size, V vocabulary, L listed rows, K padded rows.
 
 import pytest
 import torch
-from loss_cases import DEVICE, Case, assert_no_worse, eager, gradients, make_case, skip_if_unavailable, supervised
+from loss_cases import (
+    DEVICE,
+    Case,
+    assert_no_worse,
+    eager,
+    gradients,
+    make_case,
+    sample_if_interpreted,
+    skip_if_unavailable,
+    supervised,
+)
 from torch import Tensor
 
 from delib_fast.ops import linear_cross_entropy
@@ -33,7 +43,8 @@ def listed(case: Case) -> Tensor:
 
 @pytest.mark.parametrize(("T", "H", "V", "chunk_tokens"), SHAPES)
 @pytest.mark.parametrize("scale", [1.0, 1 / 3])
-def test_the_product_of_the_factors_equals_the_accumulated_gradient(fused, T, H, V, chunk_tokens, scale):
+def test_the_product_of_the_factors_equals_the_accumulated_gradient(fused, T, H, V, chunk_tokens, scale, full):
+    sample_if_interpreted(fused, full, T < 1500)
     case = make_case(T, H, V, torch.bfloat16)
     positions, upstream = listed(case), torch.tensor(scale, device=DEVICE)
     kept, summed = (run(fused, case, positions, chunk_tokens, keep_dz=keep) for keep in (True, False))
@@ -49,7 +60,8 @@ def test_the_product_of_the_factors_equals_the_accumulated_gradient(fused, T, H,
 
 
 @pytest.mark.parametrize(("T", "H", "V", "chunk_tokens"), SHAPES)
-def test_no_worse_than_eager(fused, T, H, V, chunk_tokens):
+def test_no_worse_than_eager(fused, T, H, V, chunk_tokens, full):
+    sample_if_interpreted(fused, full, T < 1500)
     case = make_case(T, H, V, torch.bfloat16)
     kept = run(fused, case, listed(case), chunk_tokens, keep_dz=True)
     (nll, grad_hidden, exact), theirs = eager(case.to(torch.float64)), eager(case)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from loss_cases import Case, gradients, make_case, skip_if_unavailable, supervised
+from op_costs import gemm_flops, peak_extra_mib
 
 from delib_fast.ops import linear_cross_entropy
 from delib_fast.ops.linear_cross_entropy._cpu import BFLOAT16_GEMMS
@@ -17,26 +18,6 @@ from delib_fast.ops.linear_cross_entropy._cpu import BFLOAT16_GEMMS
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 MIB = 1024 * 1024
-
-
-def gemm_flops(case: Case, backend: str) -> int:
-    """FLOPs of the matrix products that the profiler records."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-        output = linear_cross_entropy(*case, chunk_tokens=32, backend=backend)
-        leaves = [t for t in case[:2] if t.requires_grad]
-        if leaves:
-            gradients(output, *leaves)
-    flops = 0
-    for event in profiler.events():
-        if event.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
-            matrices = [shape for shape in event.input_shapes if len(shape) == 2]
-            if event.name != "aten::mm":  # the first matrix is the one that is added
-                matrices = matrices[1:]
-            (m, k), (_, n) = matrices[:2]
-            flops += 2 * m * k * n
-    return flops
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
@@ -47,12 +28,13 @@ def test_a_frozen_head_or_trunk_skips_its_gemm(backend, trains, gemms):
     skip_if_unavailable(backend)
     case = make_case(T=96, H=24, V=103, device="cpu")
     case = Case(*(t.detach().requires_grad_(train) for t, train in zip(case[:2], trains, strict=True)), *case[2:])
-    assert gemm_flops(case, backend) == gemms * 2 * len(supervised(case)) * 24 * 103
 
+    def step() -> None:
+        output = linear_cross_entropy(*case, chunk_tokens=32, backend=backend)
+        if leaves := [t for t in case[:2] if t.requires_grad]:
+            gradients(output, *leaves)
 
-def _status_mib(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) / 1024
+    assert gemm_flops(step) == gemms * 2 * len(supervised(case)) * 24 * 103
 
 
 @pytest.mark.slow
@@ -71,15 +53,13 @@ def test_memory_is_the_weight_gradient_and_a_chunk(dtype, listed):
     weight = torch.empty(V, H, dtype=dtype).normal_().requires_grad_()
     targets = torch.randint(V, (T,))
     gradients(linear_cross_entropy(hidden[:2], weight, targets[:2], backend="cpu"), hidden)  # one-time allocations
-    torch.ops.delib_fast.release_buffers()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    except OSError as error:
-        pytest.skip(f"the high-water mark cannot be reset: {error}")
-    before = _status_mib("VmRSS")
     positions = torch.arange(listed) if listed else None
-    gradients(linear_cross_entropy(hidden, weight, targets, loss_positions=positions, backend="cpu"), hidden, weight)
-    extra = _status_mib("VmHWM") - before
+
+    def step() -> None:
+        output = linear_cross_entropy(hidden, weight, targets, loss_positions=positions, backend="cpu")
+        gradients(output, hidden, weight)
+
+    extra = peak_extra_mib(step)
     assert extra <= (V * H * 2 + V * listed * 2) / MIB + 50 if listed else extra <= V * H * 4 / MIB + 400
 
 

@@ -1,7 +1,11 @@
 """Compile the Triton kernel of linear_kl_divergence without a GPU. test_linear_kl_divergence_limits.py runs this in a
-new process, because a process in which Triton interprets kernels cannot compile them."""
+new process, because a process in which Triton interprets kernels cannot compile them.
+
+    python tests/ops/programs/compile_divergence.py [BLOCK]      entries per step of a row; by default as launched
+"""
 
 import re
+import sys
 from typing import Any
 
 import triton
@@ -20,7 +24,11 @@ def compile_kernel(kernel: Any, capability: int, dtype: str, constants: dict[str
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else TYPES.get(name, f"*{dtype}") for name in names}
     source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()})
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 16}).asm
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": 16 if constants["BLOCK"] == divergence.MAX_BLOCK else 4},
+    ).asm
 
 
 def check_row_offset(asm: dict[str, str], pointer: str) -> None:
@@ -29,20 +37,22 @@ def check_row_offset(asm: dict[str, str], pointer: str) -> None:
     assert row[2] == "i64", f"the offset of a row of {pointer} is {row[2]}, which overflows if C·V exceeds 2^31"
 
 
-def compile_divergence() -> None:
+def compile_divergence(block: int) -> None:
     kernel = divergence._divergence_and_gradient_kernel
 
     def constants(direction: int, on: tuple[str, ...]) -> dict[str, Any]:
         switches = {name: name in on for name in DIVERGENCE_SWITCHES}
-        return switches | {"DIRECTION": direction, "BLOCK": divergence.MAX_BLOCK}
+        return switches | {"DIRECTION": direction, "BLOCK": block}
 
     for direction in range(3):
         asm = compile_kernel(kernel, 90, "bf16", constants(direction, DIVERGENCE_SWITCHES))
         for pointer in ("p_logits", "p_teacher"):
             check_row_offset(asm, pointer)
+    if block != divergence.MAX_BLOCK:
+        return
     assert compile_kernel(kernel, 80, "fp16", constants(1, ("NEED_GRADIENT",)))["ptx"]
     assert compile_kernel(kernel, 90, "fp32", constants(0, ("HAS_TARGETS",)))["ptx"]
 
 
 if __name__ == "__main__":
-    compile_divergence()
+    compile_divergence(int(sys.argv[1]) if len(sys.argv) > 1 else divergence.MAX_BLOCK)
