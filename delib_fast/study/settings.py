@@ -40,6 +40,8 @@ STUDY_FILE = FileKind(
         "msm.*.spec",
         "aft.spec",
         "aft.teacher.spec",
+        "aft_variants.*.spec",
+        "aft_variants.*.teacher.spec",
         "prepare.script",
         "prepare.inputs.*",
         "metrics.*.path",
@@ -50,7 +52,13 @@ STUDY_FILE = FileKind(
         "evaluation.refusal_prompts",
         "evaluation.refusal_labelled",
     ),
-    names_or_paths=("run.model.path", "run.tokenizer.path", "aft.teacher.model", "evaluation.base"),
+    names_or_paths=(
+        "run.model.path",
+        "run.tokenizer.path",
+        "aft.teacher.model",
+        "aft_variants.*.teacher.model",
+        "evaluation.base",
+    ),
     placeholders=(PREPARED,),
 )
 Better = Literal["higher", "lower", "neither"]

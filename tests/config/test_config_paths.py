@@ -21,6 +21,8 @@ PATHS = {
     "tokenizer.path": "tokenizer",
     "tokenizer.chat_template": "chat.jinja",
     "stages.1.spec": "spec.md",
+    "stages.1.teacher.spec": "read.md",
+    "stages.1.teacher.model": "teacher",
 }
 
 
@@ -35,6 +37,7 @@ def test_home_and_variables_are_expanded_in_every_path(tmp_path, monkeypatch, wr
     else:
         values = read_yaml(YAML, where="test")
         values["data"]["rows"], values["model"], values["tokenizer"] = {}, {"lora": {}}, {}
+        values["stages"][1]["teacher"] = {}
         for key, value in given.items():
             *parents, last = key.split(".")
             holder = values

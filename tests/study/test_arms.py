@@ -55,6 +55,23 @@ def test_variants_of_aft_are_arms_with_cot(tmp_path):
         assert (half.cot_weight, half.epochs, half.train) == (0.5, 3, ["demos"])
 
 
+def test_the_spec_of_a_teacher_is_part_of_the_key_of_a_variant(tmp_path):
+    """Its path is relative to the study, and its content counts. Stages without a teacher keep their key."""
+    teacher = {"spec": "spec.md", "model": "self"}
+    path = tiny_study(tmp_path, arms=["aft_cot"], aft_variants={"taught": {"teacher": teacher}})
+    keys = {}
+    for text in ("Be kind.", "Be brief.", "Be kind."):
+        (tmp_path / "spec.md").write_text(text)
+        _, plan, _ = planned(path, seeds=[1])
+        nodes = {arm.label: node for (arm, _), node in plan.ends.items()}
+        assert nodes["AFT (CoT, taught)"].config.stages[0].teacher.spec == str(tmp_path / "spec.md")
+        keys.setdefault(text, []).append({label: node.key for label, node in nodes.items()})
+    (kind, again), (brief,) = keys.values()
+    assert kind == again
+    assert kind["AFT (CoT)"] == brief["AFT (CoT)"]
+    assert kind["AFT (CoT, taught)"] != brief["AFT (CoT, taught)"]
+
+
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
