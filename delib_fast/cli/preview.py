@@ -121,6 +121,8 @@ def plan(
         raise ConfigError(f"--precision {precision}: must be fp32, bf16 or fp16")
     if gpu is not None and tflops is not None:
         raise ConfigError("--gpu and --tflops both give the rate of a rank; give one of them")
+    if gpu is not None and chosen == "fp32":
+        raise ConfigError(f"--gpu {gpu}: only the rates of bf16 and fp16 are known; give --tflops for fp32")
     device = None if gpu is None else known_device(gpu)
     shape, plans = plan_run(config, lengths, ranks=gpus, precision=chosen, card_gib=memory_gib, device=device)
     out = console(width=WIDTH)

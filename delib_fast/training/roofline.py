@@ -21,8 +21,8 @@
     launches       kernels · seconds of a launch, on a GPU only as far as they exceed the rest
 
 Assumptions: the rates do not depend on a matrix's size; waiting for data, logging, evaluation and checkpoints take no
-time; attention windows are ignored; communication is a ring. The rates of a known GPU are shares of its data sheet
-(`known_device`), which no GPU has confirmed yet.
+time, nor do offload, `mlp_tiles` and unpacking 4-bit weights; attention windows are ignored; communication is a ring.
+The rates of a known GPU are shares of its data sheet (`known_device`), which no GPU has confirmed yet.
 """
 
 from __future__ import annotations

@@ -192,6 +192,7 @@ def test_plan_estimates_the_time_of_a_step(dataset):
     assert result.output.count("estimated time of a step on H200, not yet compared with a GPU") == 2
     assert command("plan", CONFIG, "--gpu", "h900").exit_code == 2
     assert command("plan", CONFIG, "--gpu", "h200", "--tflops", 400).exit_code == 2
+    assert command("plan", CONFIG, "--gpu", "h200", "--precision", "fp32").exit_code == 2
 
     config = load_config(CONFIG, ["stages.aft.cot_weight=0.5", "tokenizer.train.vocab_size=1024"])
     stage, h200 = config.stages[1], known_device("h200")
