@@ -24,7 +24,7 @@ import torch
 from harness import DEVICE, median_ratio, seconds, time_alternating
 from pytest_benchmark.fixture import BenchmarkFixture
 from recording import append_case, machine
-from step_cases import SHAPES, Shape, Workload
+from step_cases import SHAPES, Workload
 
 from delib_fast.config import LoraConfig
 from delib_fast.config.dtypes import DTYPES
@@ -34,10 +34,6 @@ from delib_fast.models.recompute import recompute
 from delib_fast.models.shape import ModelShape, model_shape
 from delib_fast.ops import varlen_attention
 from delib_fast.training.roofline import Device, StepWork, step_parts
-
-SHAPES.setdefault(
-    "smollm2-135m-full", Shape("smollm2-135m-full", 576, 30, 9, 3, 64, 1536, 49_152, tokens_per_step=2048)
-)
 
 
 def pairs(batch: Any) -> float:
