@@ -8,6 +8,7 @@ Sizes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,9 @@ def reload_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """Load an exported adapter with peft, next to the weights of its base."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(base, str(folder))
+    with warnings.catch_warnings():  # peft reads a property that transformers deprecates
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        return PeftModel.from_pretrained(base, str(folder))
 
 
 def compare_adapter(reloaded: PeftModel, model: nn.Module, weights: Mapping[str, Tensor]) -> int:
