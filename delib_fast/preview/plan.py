@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from delib_fast.checkpoint.format import SingleProcess
-from delib_fast.config import Config, ConfigError, StageConfig, packs_per_rank
+from delib_fast.config import AFTConfig, Config, ConfigError, StageConfig, packs_per_rank
 from delib_fast.data import PackedDataLoader, PromptSharing, SourceShare, TokenizedDataset
 from delib_fast.models import ModelShape, model_shape, ulysses
 from delib_fast.preview.dry_run import dry_run
@@ -257,7 +257,10 @@ def render_plan(
 def _time(plan: StagePlan, device: Device) -> list[RenderableType]:
     tokens = plan.tokens_per_epoch / plan.steps_per_epoch
     table = time_table(plan.time, tokens=tokens, steps=plan.steps, balance=plan.balance)
-    return [plain(f"estimated time of a step on {device.name}, not yet compared with a GPU"), table]
+    title = f"estimated time of a step on {device.name}, not yet compared with a GPU"
+    if isinstance(plan.stage, AFTConfig) and plan.stage.teacher is not None:
+        title += "; the teacher's forward pass is not counted"
+    return [plain(title), table]
 
 
 def _grid() -> Table:

@@ -184,13 +184,15 @@ class RoundsConfig(Section):
                 raise ValueError(f"stop.{key} is measured on held-out prompts: set heldout")
         return self
 
-    def cot_under_pressure(self) -> Literal["no", "SFT", "judge"]:
-        """Who optimizes chains of thought: nobody, the loss of the training stage, or the judge that selects them."""
+    def cot_under_pressure(self) -> str:
+        """What optimizes chains of thought: "judge" if it selects by them, else as `data.cot_under_pressure` says."""
+        from delib_fast.data import cot_under_pressure  # imports torch, which checking a file does not need
+
         if self.judge.sees == "all":
             return "judge"
         (stage,) = self.training(Path("-"), Path("-")).stages
         assert isinstance(stage, AFTConfig)
-        return "SFT" if stage.cot == "train" and stage.cot_weight > 0 else "no"
+        return cot_under_pressure(stage)
 
     def training(self, run_dir: Path, rows: Path, parent: Path | None = None) -> Config:
         """The configuration of the run that a round trains.

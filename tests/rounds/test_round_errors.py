@@ -226,9 +226,15 @@ def test_the_example_is_valid():
         ({"cot": "context"}, "response", "no"),
         ({"cot": "strip"}, "all", "judge"),
         ({}, "all", "judge"),
+        ({"teacher": {"model": "self", "cot_weight": 1}}, "response", "SFT and distillation"),
+        ({"teacher": {"model": "self", "cot_weight": 1, "nll_weight": 0}}, "response", "distillation"),
+        ({"teacher": {"model": "self", "nll_weight": 0}}, "response", "no"),
     ],
 )
 def test_who_optimizes_chains_of_thought(tmp_path, train, sees, expected):
     judge = {"endpoint": {"model": "m"}, "sees": sees}
+    if "teacher" in train:
+        (tmp_path / "teacher.md").write_text("# Spec\nBe kind.\n")
+        train = {"teacher": {"spec": "teacher.md", **train["teacher"]}}
     path = tiny_rounds(tmp_path, Path("model"), "http://127.0.0.1:9/v1", train=train, judge=judge)
     assert load_rounds(path).cot_under_pressure() == expected
