@@ -30,7 +30,7 @@ from delib_fast.models.documents import run_documents
 from delib_fast.models.forward_patch import ForwardPatch, remove_patches
 from delib_fast.models.hf_utils import trunk
 from delib_fast.models.labels import shifts_labels
-from delib_fast.models.layers import check_layers, patch_layers, why_one_pass
+from delib_fast.models.layers import APPLICABLE, check_layers, patch_layers, why_one_pass
 from delib_fast.models.lm import check_logits, logit_options, unsupported_head
 from delib_fast.models.lora_layers import patch_lora
 from delib_fast.models.rope import patch_rope
@@ -255,6 +255,8 @@ def apply(
         raise ValueError(f"delib_fast.apply was already applied to this {type(inner).__name__}; unapply it first")
     if layers == "compile" and not attention:
         raise ValueError("layers='compile' compiles blocks for packs; it needs attention=True")
+    if layers not in APPLICABLE:  # "auto" belongs to a run, which knows its device
+        raise ValueError(f"layers={layers!r} does not exist; choose from {', '.join(APPLICABLE)}")
     check_layers(layers, next(inner.parameters()).device)
     if reason := (unsupported(inner) if attention else None) or (unsupported_head(inner) if loss else None):
         raise UnsupportedModelError(reason)

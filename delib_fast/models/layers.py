@@ -36,7 +36,8 @@ from delib_fast.models.hf_utils import expert_share
 from delib_fast.models.liger import computes_with_liger, patch_liger, why_not_liger
 from delib_fast.models.separation import has_weights
 
-CHOICES = ("auto", "eager", "compile", "liger")
+APPLICABLE = ("eager", "compile", "liger")
+CHOICES = ("auto", *APPLICABLE)
 BACKEND: Any = "inductor"
 """The backend of torch.compile."""
 

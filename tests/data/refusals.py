@@ -24,8 +24,9 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT)]
 
 from helpers.chat_oracle import chat, document  # noqa: E402
 from helpers.chat_tokenizers import CHATML, fast_tokenizer, tokenizer  # noqa: E402
+from source_files import GOOD, write  # noqa: E402
+from test_damaged_sources import DAMAGED_ROWS, FOREIGN_FILES  # noqa: E402
 from test_row_refusals import REFUSED  # noqa: E402
-from test_sources import DAMAGED_ROWS, FOREIGN_FILES, GOOD, write  # noqa: E402
 
 from delib_fast.config import SourceConfig  # noqa: E402
 from delib_fast.config.load import load_config  # noqa: E402

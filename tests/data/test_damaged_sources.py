@@ -1,21 +1,12 @@
 """Damaged sources: every kind of damage is reported with its file and line, but without text of the row."""
 
-import json
 import random
 
 import pytest
-from source_files import GOOD, SECRET, read, write
+from source_files import CHAT, GOOD, SECRET, USER, line, read, write
 
 from delib_fast.config import SourceConfig
 from delib_fast.data import DataError, SourceReader
-
-CHAT = {"role": "assistant", "content": SECRET}
-USER = {"role": "user", "content": SECRET}
-
-
-def line(item):
-    return json.dumps(item)
-
 
 DAMAGED_ROWS = {
     "cut last line": ('{"text": "' + SECRET, "not_json", "it ends too early and may have been cut off"),

@@ -5,7 +5,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_sources import line, read, write
+from source_files import line, read, write
 
 from delib_fast.config import SourceConfig
 from delib_fast.data import DataError, SourceReader

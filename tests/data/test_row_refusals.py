@@ -1,8 +1,8 @@
 """Rows with a field that carries meaning and that no format reads, or whose meaning is ambiguous, are refused."""
 
 import pytest
+from source_files import CHAT, USER, line, read, write
 from test_row_formats import BYE, CALL, HI, TOOLS, assistant, chat, pair
-from test_sources import CHAT, USER, line, read, write
 
 from delib_fast.data import DataError
 

@@ -10,7 +10,7 @@ from typing import Any
 from helpers.tiny_run import run
 
 import delib_fast.models
-import delib_fast.training.dataset
+import delib_fast.training.encoding
 from delib_fast.engine import Engine
 
 
@@ -32,8 +32,8 @@ def main(path: str, moment: str) -> int:
         return True
 
     if moment == "encoding":
-        delib_fast.training.dataset.encode_stream = signalled(
-            delib_fast.training.dataset.encode_stream, [signal.SIGTERM], always
+        delib_fast.training.encoding.encode_stream = signalled(
+            delib_fast.training.encoding.encode_stream, [signal.SIGTERM], always
         )
     elif moment == "training":
         Engine.forward = signalled(Engine.forward, [signal.SIGTERM], lambda engine, _: engine._stage.kind == "aft")

@@ -28,6 +28,7 @@ class ToyBatch:
     y: Tensor
     scale: float = 1.0
     offset: float = 0.0
+    teacher: None = None
 
     def to(self, device: torch.device) -> ToyBatch:
         return ToyBatch(self.x.to(device), self.y.to(device), self.scale, self.offset)

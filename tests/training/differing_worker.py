@@ -156,18 +156,18 @@ def killed():
 
 
 def killed_while_encoding():
-    import delib_fast.training.dataset
+    import delib_fast.training.encoding
 
-    delib_fast.training.dataset.encode_stream = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    delib_fast.training.encoding.encode_stream = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def fails_while_encoding():
-    import delib_fast.training.dataset
+    import delib_fast.training.encoding
 
     def encode(*_, **__):
         raise RuntimeError("a fault of this test")
 
-    delib_fast.training.dataset.encode_stream = encode
+    delib_fast.training.encoding.encode_stream = encode
 
 
 def number_of_ranks():

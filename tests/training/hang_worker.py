@@ -11,7 +11,7 @@ from pathlib import Path
 from helpers.tiny_run import run
 
 import delib_fast.models
-import delib_fast.training.dataset
+import delib_fast.training.encoding
 from delib_fast.data import PackedDataLoader
 from delib_fast.engine import Engine, Ranks
 from delib_fast.train import main as train
@@ -122,7 +122,7 @@ def while_encoding(path, fault) -> int:
         else:
             time.sleep(600)
 
-    delib_fast.training.dataset.encode_stream = encode_stream
+    delib_fast.training.encoding.encode_stream = encode_stream
     return run(path, LIMIT)
 
 
